@@ -1,0 +1,37 @@
+"""The errors of this library: each says what was got, what is accepted and what to do."""
+
+
+class InfluenceError(RuntimeError):
+    """Base class of every error that this library raises for a situation it cannot serve."""
+
+
+class LossCaptureError(InfluenceError):
+    """The training loss of a LightningModule could not be found, or does not match what was found."""
+
+
+class UnsupportedModelError(InfluenceError):
+    """The model has no layer, or no loss, that the library can work with."""
+
+
+class UnsupportedDataError(InfluenceError):
+    """A loader is empty, has no dataset indices, or is otherwise not attributable."""
+
+
+class UnsupportedTrainerError(InfluenceError):
+    """A Trainer is set up in a way that the library's passes cannot run under."""
+
+
+class FactorMismatchError(InfluenceError):
+    """Stored factors do not belong to the model they are used with."""
+
+
+class NonFiniteError(InfluenceError):
+    """A loss, gradient or factor is NaN or infinite."""
+
+
+class CorruptFileError(InfluenceError):
+    """A saved file is truncated, altered or of another format."""
+
+
+class InfluenceWarning(UserWarning):
+    """Something was left out or assumed; the message says what and what to do."""
