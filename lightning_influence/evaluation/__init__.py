@@ -1,0 +1,28 @@
+"""Evaluation: retraining as ground truth, the linear datamodeling score, mislabel detection."""
+
+from lightning_influence.evaluation.lds import (
+    LinearDatamodelingScore,
+    average_ranks,
+    linear_datamodeling_score,
+    predict_subsets,
+    random_subsets,
+    spearman,
+)
+from lightning_influence.evaluation.mislabels import mislabel_auroc
+from lightning_influence.evaluation.recipe import Recipe
+from lightning_influence.evaluation.retraining import retrain
+from lightning_influence.evaluation.stacked import Member, train_members
+
+__all__ = [
+    "LinearDatamodelingScore",
+    "Member",
+    "Recipe",
+    "average_ranks",
+    "linear_datamodeling_score",
+    "mislabel_auroc",
+    "predict_subsets",
+    "random_subsets",
+    "retrain",
+    "spearman",
+    "train_members",
+]

@@ -1,0 +1,1 @@
+"""Factors: sums over gradients, their eigenbases and closed-form inverses."""

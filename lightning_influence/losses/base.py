@@ -4,8 +4,9 @@ A loss is written ``l_n = ell(f_n, y_n)`` where ``f_n`` are the model's outputs 
 here is about ``ell`` as a function of ``f``; the Jacobian of the outputs belongs to :mod:`..layers`.
 
 Shapes: ``outputs`` is the tensor that the model passed to the loss function. Its first dimension is either
-``B`` (examples) or ``B * T`` (examples with their ``T`` positions flattened into the rows, as language models do);
-every tensor called a *seed* has the shape of ``outputs`` and is what a backward pass starts from.
+``B`` (examples) or ``B * T`` (examples with their ``T`` positions flattened into the rows, as language models
+do); every tensor called a *seed* has the shape of ``outputs`` and is what a backward pass starts from. Seeds
+and values are float32 when the outputs are half precision, and have the dtype of the outputs otherwise.
 """
 
 from __future__ import annotations
@@ -18,17 +19,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Reduction = Literal["mean", "sum", "none"]
+#: How the batch's loss is formed from the losses of its elements: ``mean``, ``sum`` and ``none`` are torch's
+#: own (the plain mean stands for ``none``); ``position_mean`` divides the sum by the number of positions,
+#: ignored and weighted ones alike, and ``example_mean`` divides it by the number of examples.
+Reduction = Literal["mean", "sum", "none", "position_mean", "example_mean"]
 
 
-@dataclass(frozen=True)
+def working(tensor: Tensor) -> Tensor:
+    """Return the values in the dtype to compute in: half precision becomes float32, other floats stay."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@dataclass(frozen=True, eq=False)
 class OutputLoss(ABC):
     """One call of a loss function, with its outputs still attached to the autograd graph.
 
-    The per-example loss is ``l_n = per_example()_n / wbar`` where ``wbar`` is the mean of :meth:`weights` over
-    the *dataset*. For a loss without class weights or ignored positions ``wbar`` is 1 for one label per example.
-    The curvature columns, the gradient and the samples below are all *before* that division: a loss gradient is
-    to be divided by ``wbar``, a curvature seed by its square root.
+    The per-example loss is ``l_n = per_example()_n / wbar`` where ``wbar`` is the mean of :meth:`weights`
+    over the *dataset*. For a loss without class weights or ignored positions ``wbar`` is 1 for one label per
+    example. The curvature columns, the gradient and the samples below are all *before* that division: a loss
+    gradient is to be divided by ``wbar``, a curvature seed by its square root.
 
     Attributes:
         outputs: the model's outputs, shape ``(B, ...)`` or ``(B * T, ...)``.
@@ -48,7 +57,7 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def weights(self) -> Tensor:
-        """Total weight of each example, shape ``(B,)``: what a mean reduction divides by, summed over the batch."""
+        """Weight of each example, shape ``(B,)``: what a mean reduction divides by, summed over the batch."""
 
     @abstractmethod
     def gradient(self) -> Tensor:
@@ -61,15 +70,15 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def columns(self) -> Iterator[Tensor]:
-        """The ``K`` seeds whose outer products sum to the Hessian of ``per_example()`` in ``outputs``."""
+        """The ``K`` seeds whose outer products sum to the Hessian of ``per_example()`` in ``outputs``.
+
+        One seed holds the same column for every example of the batch, so the sum is over the columns of one
+        example: outer products *between* examples mean nothing.
+        """
 
     @abstractmethod
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One random seed ``s`` with ``E[s s^T]`` equal to the Hessian: the gradient at labels the model draws."""
-
-    @abstractmethod
-    def batch_value(self) -> Tensor:
-        """The loss of the batch under ``reduction`` (the mean for ``"none"``), a detached scalar."""
+        """One random seed ``s``, ``E[s s^T]`` being the Hessian: the gradient at labels the model draws."""
 
     @abstractmethod
     def true_score(self) -> Tensor:
@@ -81,13 +90,28 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def margin(self) -> Tensor:
-        """Log-odds of the true label, ``log p_y - log(1 - p_y)``, summed over positions, ``(B,)``, differentiable.
+        """Log-odds of the true label, ``log p_y - log(1 - p_y)``, summed over positions, shape ``(B,)``.
 
         Raises:
             UnsupportedModelError: if the loss has no labels to speak of (regression, soft targets).
         """
 
+    @torch.no_grad()
+    def batch_value(self) -> Tensor:
+        """Return the loss of the batch under ``reduction`` (the mean for ``"none"``), a detached scalar."""
+        return self.per_example().sum() / self.weights().sum() * self.scale
+
     @property
     def scale(self) -> float:
         """Batch loss divided by the average of the per-example losses: ``B`` for sums, else 1."""
         return float(self.num_examples) if self.reduction == "sum" else 1.0
+
+    @property
+    def divides_by_positions(self) -> bool:
+        """Whether the reduction divides by a count or weight of positions, not by 1 or the examples."""
+        return self.reduction in {"mean", "none", "position_mean"}
+
+    def ones(self) -> Tensor:
+        """Return ones, shape ``(B,)``, on the device and in the working dtype of the outputs."""
+        like = working(self.outputs.detach())
+        return torch.ones(self.num_examples, dtype=like.dtype, device=like.device)

@@ -1,0 +1,1 @@
+"""Solvers: damped curvature systems, and scores of what they return."""

@@ -1,0 +1,276 @@
+"""The benchmark tasks: data, model, recipe, and one trained model each.
+
+Layouts: ``digits_mlp`` 64-64-32-10 with GELU, 6,570 parameters; ``digits_cnn`` conv(1, 16, 3, padding 1) -
+ReLU - max-pool 2 - conv(16, 32, 3, padding 1) - ReLU - 512 - 64 - 10, 38,282 parameters; ``large_mlp``
+784-1024-1024-10 with ReLU; ``transformer`` 4 pre-norm blocks over characters, d 128, 4 heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_influence.evaluation.recipe import Recipe
+from lightning_influence.evaluation.retraining import fingerprint
+
+CACHE = Path(__file__).parent / ".cache"
+VOCABULARY = 128
+CONTEXT = 64
+
+
+class TensorTable(Dataset[tuple[Tensor, Tensor]]):
+    """Inputs and targets in memory; a batch is one indexing operation, so that loading hides nothing."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.tensors = (inputs, targets)
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.tensors[0][index], self.tensors[1][index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(indices)
+        return self.tensors[0][index], self.tensors[1][index]
+
+    def head(self, count: int) -> TensorTable:
+        """The first ``count`` examples."""
+        return TensorTable(*(tensor[:count] for tensor in self.tensors))
+
+
+def as_batch(batch: Any) -> Any:
+    """Collate function of :class:`TensorTable`, which hands over whole batches."""
+    return batch
+
+
+class TaskModule(lightning.LightningModule):
+    """An ordinary LightningModule: cross-entropy of ``net``, logged, with the recipe's SGD and schedule."""
+
+    def __init__(self, net: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.net, self.recipe = net, recipe
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the logits of a batch."""
+        outputs: Tensor = self.net(inputs)
+        return outputs
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the batch's mean cross-entropy."""
+        inputs, targets = batch
+        outputs = self(inputs)
+        loss = nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> lightning.pytorch.utilities.types.OptimizerLRScheduler:
+        """Return SGD and the schedule, per step."""
+        recipe = self.recipe
+        optimizer = torch.optim.SGD(
+            self.parameters(),
+            recipe.learning_rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        factor = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda k: recipe.rate(k, total) / recipe.learning_rate
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: what is trained, on what, how, and the batch size at which passes are measured."""
+
+    name: str
+    net: Callable[[], nn.Module]
+    train: TensorTable
+    queries: TensorTable
+    recipe: Recipe
+    pass_batch: int
+
+    def train_loader(self, seed: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Shuffled batches as in training."""
+        order = torch.Generator().manual_seed(seed)
+        size = self.recipe.batch_size
+        return DataLoader(self.train, size, shuffle=True, generator=order, collate_fn=as_batch)
+
+    def pass_loader(self, table: TensorTable | None = None) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Batches in order, of ``pass_batch`` examples: for attribution passes and the plain epoch."""
+        return DataLoader(self.train if table is None else table, self.pass_batch, collate_fn=as_batch)
+
+    def untrained(self) -> TaskModule:
+        """The module, freshly initialised from the global random state."""
+        return TaskModule(self.net(), self.recipe)
+
+    def trained(self, seed: int = 0) -> TaskModule:
+        """The model trained on all examples by a Lightning Trainer, in eval mode; cached on disk."""
+        tensors = (*self.train.tensors, *self.queries.tensors)
+        path = (
+            CACHE / "models" / f"{self.name}-{seed}-{fingerprint(self.net, self.recipe, tensors)}.safetensors"
+        )
+        if not path.exists():
+            _save(fit(self, seed).state_dict(), path)
+        module = self.untrained()
+        module.load_state_dict(load_file(path))
+        return module.eval()
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    os.close(handle)
+    save_file(state, temporary)
+    os.replace(temporary, path)
+
+
+def fit(task: Task, seed: int, callbacks: list[lightning.Callback] | None = None) -> TaskModule:
+    """Train a task's module in the ordinary way; the global random state is left as it was."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        module = task.untrained()
+        trainer = lightning.Trainer(
+            max_epochs=task.recipe.epochs,
+            accelerator="cpu",
+            logger=False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, task.train_loader(seed))
+    return module
+
+
+def small_mlp_net() -> nn.Module:
+    """64-64-32-10 with GELU: 6,570 parameters."""
+    widths = (nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10))
+    return nn.Sequential(*widths)
+
+
+def cnn_net() -> nn.Module:
+    """Two convolutions and two linear layers on 8 x 8 images: 38,282 parameters."""
+    first = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    second = (nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten())
+    return nn.Sequential(*first, *second, nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def large_mlp_net() -> nn.Module:
+    """784-1024-1024-10 with ReLU: 1,863,690 parameters."""
+    first = (nn.Linear(784, 1024), nn.ReLU())
+    return nn.Sequential(*first, nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with causal attention, every map an ``nn.Linear``."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, ``(B, T, width)``."""
+        normed = self.norm1(x)
+        q, k, v = (
+            m(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        outputs: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        return outputs
+
+
+class CharacterTransformer(nn.Module):
+    """Characters ``(B, T)`` to logits ``(B, T, VOCABULARY)``; embeddings and norms are not attributed."""
+
+    def __init__(self, width: int = 128, heads: int = 4, depth: int = 4) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Return the logits of each next character."""
+        x = self.token(characters) + self.place.weight
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+@cache
+def _digits() -> tuple[TensorTable, TensorTable]:
+    """scikit-learn's digits in ``[0, 1]``, split 90/10 with a fixed seed: 1617 for training, 180 queries."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    parts = train_test_split(digits.data / 16.0, digits.target, test_size=0.1, random_state=0)
+    x_train, x_query = (torch.tensor(part, dtype=torch.float32) for part in parts[:2])
+    y_train, y_query = (torch.tensor(part) for part in parts[2:])
+    return TensorTable(x_train, y_train), TensorTable(x_query, y_query)
+
+
+def digits_mlp() -> Task:
+    """The setting of Hong et al. 2025."""
+    recipe = Recipe(0.05, epochs=100, batch_size=32, momentum=0.9, weight_decay=1e-3)
+    return Task("digits_mlp", small_mlp_net, *_digits(), recipe, pass_batch=1024)
+
+
+def digits_cnn() -> Task:
+    """Digits as images; 30 epochs, so that the run's own damping is 3.6e-3."""
+    tables = [TensorTable(t.tensors[0].view(-1, 1, 8, 8), t.tensors[1]) for t in _digits()]
+    recipe = Recipe(0.05, epochs=30, batch_size=32, momentum=0.9, weight_decay=1e-3)
+    return Task("digits_cnn", cnn_net, tables[0], tables[1], recipe, pass_batch=1024)
+
+
+def large_mlp() -> Task:
+    """10,000 generated examples: 10 classes of 3 clusters in 20 dimensions, bent into 784, with noise."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(30, 20, generator=generator) * 1.2
+    cluster = torch.randint(30, (10_500,), generator=generator)
+    latent = centres[cluster] + torch.randn(10_500, 20, generator=generator)
+    bend = torch.randn(20, 784, generator=generator) / 20**0.5
+    inputs = (latent @ bend).tanh() + 0.3 * torch.randn(10_500, 784, generator=generator)
+    table = TensorTable(inputs, cluster % 10)
+    queries = TensorTable(*(tensor[10_000:] for tensor in table.tensors))
+    recipe = Recipe(0.05, epochs=20, batch_size=128, momentum=0.9, weight_decay=1e-3)
+    return Task("large_mlp", large_mlp_net, table.head(10_000), queries, recipe, pass_batch=500)
+
+
+def transformer() -> Task:
+    """450 passages of 64 characters from the source text of the standard library's argparse."""
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    codes = torch.tensor([min(ord(character), VOCABULARY - 1) for character in text])
+    rows = codes[: 450 * (CONTEXT + 1)].view(450, CONTEXT + 1)
+    rows = rows[torch.randperm(450, generator=torch.Generator().manual_seed(0))]
+    table = TensorTable(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+    queries = TensorTable(*(tensor[400:] for tensor in table.tensors))
+    recipe = Recipe(0.05, epochs=20, batch_size=16, momentum=0.9, weight_decay=1e-4)
+    return Task("transformer", CharacterTransformer, table.head(400), queries, recipe, pass_batch=50)
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    task.__name__: task for task in (digits_mlp, digits_cnn, large_mlp, transformer)
+}

@@ -1,0 +1,1 @@
+"""Influence of training data on the predictions of models trained with Lightning."""

@@ -1,0 +1,125 @@
+"""A training recipe as data: SGD with momentum, weight decay and a schedule of the learning rate.
+
+Retraining needs the recipe in a form that can be hashed, repeated for any number of examples and applied to
+many models at once, which an optimizer object is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["constant", "linear", "cosine"]
+_DECAY: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained: what ``torch.optim.SGD`` and a shuffled ``DataLoader`` would do.
+
+    Every epoch visits the kept examples once in a fresh order, in batches of ``batch_size`` whose last may be
+    short; the batch loss is a mean. The schedule runs per step from ``learning_rate`` to 0 (``"linear"``,
+    ``"cosine"``) over all the steps of the run; a subset has fewer of them.
+
+    Args:
+        learning_rate: the learning rate of the first step.
+        epochs: passes over the kept examples.
+        batch_size: examples in a step.
+        momentum: SGD's momentum.
+        weight_decay: SGD's coupled weight decay, on every parameter.
+        schedule: how the learning rate decays.
+
+    Raises:
+        ValueError: if a number is out of range or the schedule unknown.
+
+    Example:
+        >>> recipe = Recipe(learning_rate=0.1, epochs=2, batch_size=4, momentum=0.9, weight_decay=1e-3)
+        >>> recipe.steps(10)
+        6
+        >>> [round(recipe.rate(step, 6), 3) for step in (0, 3, 5)]
+        [0.1, 0.05, 0.017]
+    """
+
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: Schedule = "linear"
+
+    def __post_init__(self) -> None:
+        if self.schedule not in _DECAY:
+            raise ValueError(f"Unknown schedule {self.schedule!r}; choose one of {tuple(_DECAY)}.")
+        if not self.learning_rate > 0 or self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(
+                "A recipe needs learning_rate > 0, epochs >= 1 and batch_size >= 1, got "
+                f"{self.learning_rate}, {self.epochs} and {self.batch_size}."
+            )
+        if not 0 <= self.momentum < 1 or self.weight_decay < 0:
+            raise ValueError(
+                "A recipe needs 0 <= momentum < 1 and weight_decay >= 0, got "
+                f"{self.momentum} and {self.weight_decay}."
+            )
+
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Return the number of batches in one epoch over ``num_examples`` examples."""
+        return math.ceil(num_examples / self.batch_size)
+
+    def steps(self, num_examples: int) -> int:
+        """Return the number of optimizer steps of a whole run on ``num_examples`` examples."""
+        return self.epochs * self.steps_per_epoch(num_examples)
+
+    def rate(self, step: int, total: int) -> float:
+        """Return the learning rate of step ``step`` (from 0) of ``total``; 0 once the run is over."""
+        return self.learning_rate * _DECAY[self.schedule](step / total) if step < total else 0.0
+
+    def damping(self, num_examples: int) -> float:
+        """Return the curvature that the run does not resolve, plus weight decay.
+
+        That is ``w + (1 - momentum) / sum_k lr_k`` (Bae et al. 2024).
+        """
+        total = self.steps(num_examples)
+        return self.weight_decay + (1 - self.momentum) / sum(self.rate(k, total) for k in range(total))
+
+
+def member_seed(mask: Tensor, seed: int, purpose: str) -> int:
+    """Seed of one training run, a function of its kept examples and its seed alone.
+
+    A run is therefore the same whichever other runs it is trained beside.
+
+    Args:
+        mask: kept examples, boolean, shape ``(N,)``.
+        seed: the run's seed.
+        purpose: what the seed is for, such as ``"init"`` or ``"order"``.
+
+    Returns:
+        An integer in ``[0, 2**63)``.
+    """
+    digest = hashlib.sha256(mask.cpu().numpy().tobytes() + f"|{seed}|{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def batch_orders(mask: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
+    """Order in which a run visits its examples: one permutation of the kept indices per epoch.
+
+    Args:
+        mask: kept examples, boolean, shape ``(N,)``.
+        recipe: gives the number of epochs.
+        seed: the run's seed.
+
+    Returns:
+        ``epochs`` tensors of indices, shape ``(n_kept,)`` each.
+    """
+    generator = torch.Generator().manual_seed(member_seed(mask, seed, "order"))
+    kept = mask.nonzero().squeeze(1).cpu()
+    return [kept[torch.randperm(len(kept), generator=generator)] for _ in range(recipe.epochs)]

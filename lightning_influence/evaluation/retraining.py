@@ -1,0 +1,212 @@
+"""Retraining on many subsets of the training data: the counterfactuals that attribution scores predict.
+
+Runs are trained side by side (:mod:`.stacked`), their measured values kept on disk under the hash of all that
+decides the result: a changed model, recipe or data set never meets an old value, and an interrupted
+computation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_influence.errors import CorruptFileError
+from lightning_influence.evaluation.recipe import Recipe
+from lightning_influence.evaluation.stacked import (
+    ExampleLoss,
+    Factory,
+    Member,
+    cross_entropy,
+    stacked_outputs,
+    train_members,
+)
+
+Measurement = Callable[[Tensor, Tensor], Tensor]
+Progress = Callable[[int, int], None]
+_FORMAT = "1"
+
+
+def _source(thing: Any) -> str:
+    """Return the source text where there is one, else the qualified name."""
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(type(thing)))}"
+
+
+def _describe(model: nn.Module) -> list[str]:
+    """Return an architecture in words: modules, tensors' names and shapes, sources of classes not torch's."""
+    own = {type(m) for m in model.modules() if not type(m).__module__.startswith("torch.")}
+    shapes = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in model.state_dict().items()]
+    return [repr(model), *shapes, *sorted(map(_source, own))]
+
+
+def fingerprint(
+    factory: Factory,
+    recipe: Recipe,
+    tensors: Iterable[Tensor],
+    functions: Iterable[Callable[..., Any]] = (),
+) -> str:
+    """Hash of what decides a retraining's results, members aside.
+
+    Args:
+        factory: makes the model; its source, the model's classes and its shapes all count.
+        recipe: every field counts.
+        tensors: the data, by value.
+        functions: loss and measurement, by source.
+
+    Returns:
+        20 hexadecimal digits.
+    """
+    with torch.random.fork_rng(devices=[]):
+        words = [_FORMAT, json.dumps(asdict(recipe)), *_describe(factory()), _source(factory)]
+    digest = hashlib.sha256("\0".join([*words, *map(_source, functions)]).encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:20]
+
+
+def _key(member: Member) -> str:
+    return hashlib.sha256(member.mask.numpy().tobytes() + f"|{member.seed}".encode()).hexdigest()[:24]
+
+
+def _load(directory: Path) -> dict[str, Tensor]:
+    """Return the values of every member stored in ``directory``.
+
+    Raises:
+        CorruptFileError: if a file cannot be read.
+    """
+    found: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            found |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(
+                f"{path} cannot be read ({error}). Delete it: the runs it held will be repeated."
+            ) from error
+    return found
+
+
+def _store(values: dict[str, Tensor], directory: Path) -> None:
+    """Write one chunk under a name of its own; readers see the whole file or none."""
+    directory.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256("".join(sorted(values)).encode()).hexdigest()[:24]
+    handle, temporary = tempfile.mkstemp(dir=directory, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file(values, temporary)
+        os.replace(temporary, directory / f"{name}.safetensors")
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _check(data: tuple[Tensor, Tensor], masks: Tensor, seeds: Sequence[int], chunk: int) -> None:
+    """Refuse arguments that do not fit together.
+
+    Raises:
+        ValueError: saying what was got.
+    """
+    if masks.ndim != 2 or masks.dtype != torch.bool or masks.shape[1] != len(data[0]):
+        raise ValueError(
+            f"masks must be boolean of shape (M, N) with N = {len(data[0])} training examples, got "
+            f"{masks.dtype} of shape {tuple(masks.shape)}."
+        )
+    if len(data[0]) != len(data[1]):
+        raise ValueError(f"Got {len(data[0])} training inputs but {len(data[1])} targets.")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be a non-empty sequence of different integers, got {list(seeds)}.")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}.")
+
+
+@torch.no_grad()
+def measure_members(
+    factory: Factory,
+    parameters: dict[str, Tensor],
+    queries: tuple[Tensor, Tensor],
+    measurement: Measurement = cross_entropy,
+) -> Tensor:
+    """Measurement of every query under each of ``K`` models, in eval mode.
+
+    Args:
+        factory: makes the architecture.
+        parameters: stacked parameters, ``(K, ...)`` each.
+        queries: inputs ``(Q, ...)`` and targets ``(Q, ...)``.
+        measurement: per-example value of outputs and targets, ``(B,)``.
+
+    Returns:
+        Measured values, ``(K, Q)``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = factory().eval()
+    outputs = stacked_outputs(model, parameters, queries[0], shared=True)
+    return torch.stack([measurement(output, queries[1]) for output in outputs])
+
+
+def retrain(
+    factory: Factory,
+    recipe: Recipe,
+    data: tuple[Tensor, Tensor],
+    masks: Tensor,
+    seeds: Sequence[int],
+    *,
+    queries: tuple[Tensor, Tensor],
+    loss: ExampleLoss = cross_entropy,
+    measurement: Measurement = cross_entropy,
+    cache_dir: str | Path | None = None,
+    chunk: int = 64,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Measured values of models retrained on subsets, every subset with every seed.
+
+    A run's initial values and order of batches depend on its subset and its seed alone, so adding subsets or
+    seeds later repeats nothing (a model with dropout also draws its noise per chunk).
+
+    Args:
+        factory: makes a freshly initialised model whose ``forward`` takes a batch of inputs.
+        recipe: optimizer, schedule, epochs and batch size.
+        data: training inputs ``(N, ...)`` and targets ``(N, ...)``.
+        masks: kept examples of each subset, boolean, ``(M, N)``.
+        seeds: ``S`` different seeds.
+        queries: query inputs ``(Q, ...)`` and targets ``(Q, ...)``.
+        loss: per-example training loss of outputs and targets.
+        measurement: what is measured on a query, per example; the loss by default.
+        cache_dir: where finished runs are kept; nothing is kept without it.
+        chunk: how many runs are trained at once, and stored together.
+        progress: called as ``progress(done, total)`` after every chunk.
+
+    Returns:
+        Measured values, ``(M, S, Q)``.
+    """
+    _check(data, masks, seeds, chunk)
+    members = [Member(mask, seed) for mask in masks.cpu() for seed in seeds]
+    directory, found = None, {}
+    if cache_dir is not None:
+        mark = fingerprint(factory, recipe, (*data, *queries), (loss, measurement))
+        directory = Path(cache_dir) / mark
+        found = _load(directory)
+    missing = list({_key(m): m for m in members if _key(m) not in found}.items())
+    for start in range(0, len(missing), chunk):
+        keys, part = zip(*missing[start : start + chunk], strict=True)
+        trained = train_members(factory, recipe, data, part, loss)
+        values = measure_members(factory, trained, queries, measurement)
+        fresh = {key: value.clone() for key, value in zip(keys, values, strict=True)}
+        if directory is not None:
+            _store(fresh, directory)
+        found |= fresh
+        if progress is not None:
+            progress(len(members) - len(missing) + start + len(part), len(members))
+    return torch.stack([found[_key(m)] for m in members]).view(len(masks), len(seeds), -1)

@@ -1,0 +1,185 @@
+"""Records layer inputs in a forward pass and output gradients in any number of backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from lightning_influence.errors import NonFiniteError, UnsupportedModelError
+from lightning_influence.layers.base import Layer
+from lightning_influence.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+
+
+@dataclass
+class _Calls:
+    """What one layer saw: an entry a call, in order."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    edges: list[GradientEdge] = field(default_factory=list)
+
+
+class Recorder:
+    """Hooks on the covered layers, for the duration of a ``with`` block.
+
+    Forward hooks keep each call's input and the *gradient edge* of its output. Differentiating by the edge is
+    right even if an in-place activation overwrites the output tensor afterwards, which differentiating by the
+    tensor is not.
+
+    Args:
+        layers: the covered layers by name.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self._layers = dict(layers)
+        self._handles: list[RemovableHandle] = []
+        self._calls: dict[str, _Calls] = {}
+
+    def __enter__(self) -> Self:
+        """Register the hooks.
+
+        Returns:
+            The recorder itself.
+        """
+        self._calls = {name: _Calls() for name in self._layers}
+        for name, layer in self._layers.items():
+            self._handles.append(layer.module.register_forward_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the hooks; what was recorded stays until :meth:`clear`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def clear(self) -> None:
+        """Let go of the recorded tensors and their graph."""
+        self._calls = {}
+
+    @property
+    def silent(self) -> list[str]:
+        """Names of the layers that did not take part in the forward pass."""
+        return [name for name, calls in self._calls.items() if not calls.edges]
+
+    def inputs(self, num_examples: int) -> dict[str, Tensor]:
+        """Return inputs ``(G, B, R, D_in)`` of each layer that was called; calls are further positions."""
+        return {
+            name: _along_positions([self._input(name, x, num_examples) for x in calls.inputs])
+            for name, calls in self._calls.items()
+            if calls.edges
+        }
+
+    def backward(self, outputs: Tensor, seed: Tensor | None, num_examples: int) -> dict[str, Tensor]:
+        """Output gradients ``(G, B, R, D_out)`` of each layer for one seed; the graph is kept.
+
+        Args:
+            outputs: a tensor of the recorded forward pass.
+            seed: gradient of a scalar in ``outputs``, of its shape; None for a scalar ``outputs``.
+            num_examples: ``B``.
+
+        Returns:
+            The output gradients by layer; zero for a layer that ``outputs`` does not depend on.
+        """
+        names = [name for name, calls in self._calls.items() if calls.edges]
+        edges = [edge for name in names for edge in self._calls[name].edges]
+        grads = torch.autograd.grad(
+            outputs,
+            edges,
+            None if seed is None else seed.to(outputs.dtype),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        result, start = {}, 0
+        for name in names:
+            calls, layer = self._calls[name], self._layers[name]
+            parts = []
+            for x, grad in zip(calls.inputs, grads[start : start + len(calls.edges)], strict=True):
+                if grad is None:
+                    parts.append(None)
+                else:
+                    parts.append(layer.output_gradients(grad, num_examples))
+            start += len(calls.edges)
+            result[name] = self._fill(name, parts, num_examples)
+        return result
+
+    def gradients(
+        self, outputs: Tensor, seeds: list[Tensor | None], num_examples: int
+    ) -> dict[str, FactoredGradients]:
+        """Return per-example gradients of each layer, ``K = len(seeds)``, in factored form."""
+        inputs = self.inputs(num_examples)
+        passes = [self.backward(outputs, seed, num_examples) for seed in seeds]
+        return {
+            name: FactoredGradients(abar, torch.stack([grads[name] for grads in passes]))
+            for name, abar in inputs.items()
+        }
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+                return
+            calls = self._calls[name]
+            calls.inputs.append((args[0] if args else next(iter(kwargs.values()))).detach())
+            calls.edges.append(get_gradient_edge(output))
+
+        return hook
+
+    def _input(self, name: str, x: Tensor, num_examples: int) -> Tensor:
+        if x.shape[0] % num_examples:
+            raise UnsupportedModelError(
+                f"Layer {name!r} was called with a tensor of shape {tuple(x.shape)} in a batch of "
+                f"{num_examples} examples. Its first dimension must be the examples (or examples times "
+                "positions): move the batch to the front, or leave this layer out with `layers=`."
+            )
+        return self._layers[name].inputs(x, num_examples)
+
+    def _fill(self, name: str, parts: list[Tensor | None], num_examples: int) -> Tensor:
+        """Return zeros for calls that the outputs do not depend on, then all calls along the positions."""
+        layer = self._layers[name]
+        filled = []
+        for x, part in zip(self._calls[name].inputs, parts, strict=True):
+            if part is None:
+                like = layer.inputs(x, num_examples)
+                part = like.new_zeros(*like.shape[:3], layer.d_out)
+            filled.append(part)
+        return _along_positions(filled)
+
+
+def _along_positions(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def compact(gradients: FactoredGradients) -> LayerGradients:
+    """Return the cheaper form: factored for one position per example, else dense."""
+    return gradients if gradients.inputs.shape[2] == 1 else DenseGradients(gradients.dense())
+
+
+def check_finite(gradients: Mapping[str, LayerGradients]) -> None:
+    """Refuse NaN and infinite gradients.
+
+    Args:
+        gradients: gradients by layer name.
+
+    Raises:
+        NonFiniteError: naming the layers whose inputs or output gradients are not finite.
+    """
+    bad = []
+    for name, layer in gradients.items():
+        tensors = [layer.inputs, layer.outputs] if isinstance(layer, FactoredGradients) else [layer.dense()]
+        if not all(bool(torch.isfinite(t.sum())) for t in tensors):
+            bad.append(name)
+    if bad:
+        raise NonFiniteError(
+            f"Non-finite inputs or gradients in layers {bad}; nothing was stored. Check the weights and the "
+            "batch for NaN or infinity, or train with a smaller learning rate."
+        )

@@ -1,0 +1,118 @@
+"""Methods whose inverse is in closed form: identity, diagonal, K-FAC and EK-FAC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_influence.factors.factors import Factors
+from lightning_influence.factors.inverse import BlockInverse, EigenInverse
+from lightning_influence.factors.statistics import LayerStatistics
+from lightning_influence.layers.layout import Layout
+from lightning_influence.methods.base import Gradients, Method, Solved, identity_inverse, register_method
+from lightning_influence.methods.fitting import fitted_diagonal, fitted_factors
+from lightning_influence.solvers.scoring import PreconditionedScorer
+
+
+class ClosedForm(Method):
+    """Shared part: an inverse made in :meth:`prepare` answers everything."""
+
+    inverse: BlockInverse
+
+    def solve(self, queries: Gradients) -> Solved:
+        """Apply the inverse, within the scores where that is cheaper."""
+        tolerance = self.context.options.low_rank_tolerance
+        scorer = PreconditionedScorer(self.inverse, queries, tolerance=tolerance)
+        if scorer.ranks:
+            self.context.extra["low_rank"] = dict(scorer.ranks)
+        return Solved(scorer)
+
+    def quadratic(self) -> Callable[[Gradients], Tensor]:
+        """Weighted squares in the eigenbasis."""
+        return lambda gradients: self.inverse.quadratic(gradients)[0]
+
+
+@register_method("identity")
+class Identity(ClosedForm):
+    """``H = I`` without damping: inner products of gradients (as in TracIn, Pruthi et al. 2020, at one checkpoint)."""
+
+    def prepare(self) -> None:
+        """Nothing to fit."""
+        like = torch.empty(0, device=self.context.device, dtype=self.context.dtype)
+        self.inverse = identity_inverse(self.context.layout, like)
+
+
+@register_method("diagonal")
+class Diagonal(ClosedForm):
+    """The diagonal of the Gauss-Newton matrix (or its estimate by sampled labels)."""
+
+    def prepare(self) -> None:
+        """Fit second moments in one pass."""
+        factors = fitted_diagonal(self.context)
+        damping = self.context.resolve_damping(factors, "closed")
+        self.inverse = block_inverse(self.context.layout, factors, damping, measured_eigenvalues)
+
+
+@register_method("kfac")
+class KFAC(ClosedForm):
+    """K-FAC (Martens and Grosse 2015; weight sharing as in Eschenhagen et al. 2023, "expand")."""
+
+    def prepare(self) -> None:
+        """Use or fit the factors."""
+        factors = fitted_factors(self.context)
+        damping = self.context.resolve_damping(factors, "closed")
+        self.inverse = block_inverse(self.context.layout, factors, damping, kronecker_eigenvalues)
+
+
+@register_method("ekfac")
+class EKFAC(ClosedForm):
+    """EK-FAC (George et al. 2018; Grosse et al. 2023): measured second moments in the Kronecker eigenbasis."""
+
+    def prepare(self) -> None:
+        """Use or fit the factors."""
+        factors = fitted_factors(self.context)
+        damping = self.context.resolve_damping(factors, "closed")
+        self.inverse = block_inverse(self.context.layout, factors, damping, measured_eigenvalues)
+
+
+def block_inverse(
+    layout: Layout,
+    factors: Factors,
+    damping: dict[str, float],
+    eigenvalues: Callable[[LayerStatistics], Tensor],
+) -> BlockInverse:
+    """The damped inverse of factors.
+
+    Args:
+        layout: the covered layers.
+        factors: their statistics.
+        damping: of each layer.
+        eigenvalues: how a layer's eigenvalues follow from its statistics.
+
+    Returns:
+        One inverse a layer.
+    """
+    layers = {}
+    for name in layout.shapes:
+        statistics = factors.layers[name]
+        values = eigenvalues(statistics).clamp_min(0) / factors.mean_weight
+        layers[name] = EigenInverse(statistics.basis, values, damping[name])
+    return BlockInverse(layout, layers)
+
+
+def measured_eigenvalues(statistics: LayerStatistics) -> Tensor:
+    """EK-FAC's Lambda: mean squared gradient entries in the basis."""
+    moment = statistics.second_moment()
+    assert moment is not None
+    return moment
+
+
+def kronecker_eigenvalues(statistics: LayerStatistics) -> Tensor:
+    """K-FAC's eigenvalues, products of those of the two covariances, in the statistics' own basis."""
+    basis = statistics.basis
+    assert basis is not None
+    inputs = torch.einsum("gki,gkl,gli->gi", basis.q_in, statistics.covariance_in(), basis.q_in)
+    outputs = torch.einsum("gki,gkl,gli->gi", basis.q_out, statistics.covariance_out(), basis.q_out)
+    return outputs[:, :, None] * inputs[:, None, :]

@@ -1,0 +1,141 @@
+"""The scoring pass: inner products of solved queries with the gradient of every training example."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_influence.errors import NonFiniteError
+from lightning_influence.layers import LayerPlan
+from lightning_influence.layers.gradients import LayerGradients
+from lightning_influence.layers.recorder import compact
+from lightning_influence.passes.forward import Forward
+
+
+class Scorer(Protocol):
+    """Anything that turns training gradients into scores of all queries."""
+
+    def __call__(self, gradients: dict[str, LayerGradients]) -> Tensor:
+        """Inner products ``(Q, B)`` with gradients of ``B`` training examples."""
+        ...
+
+
+class Sink(Protocol):
+    """Where scores go: a full matrix, or a running top-k."""
+
+    def update(self, scores: Tensor, indices: Tensor) -> None:
+        """Take ``scores (Q, B)`` of training examples ``indices (B,)``."""
+        ...
+
+
+class Columns:
+    """A sink that keeps everything: ``(Q, N)`` in the order seen."""
+
+    def __init__(self) -> None:
+        self._scores: list[Tensor] = []
+        self._indices: list[Tensor] = []
+
+    def update(self, scores: Tensor, indices: Tensor) -> None:
+        """Keep a block of columns on the CPU."""
+        self._scores.append(scores.cpu())
+        self._indices.append(indices.cpu())
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return ``(scores (Q, N), indices (N,))``, columns sorted by dataset index."""
+        indices = torch.cat(self._indices)
+        order = indices.argsort(stable=True)
+        return torch.cat(self._scores, dim=1)[:, order], indices[order]
+
+
+class ScorePass:
+    """Runs over the training data once and hands every batch's scores to a sink.
+
+    Scores are ``x_q^T g_n`` for unnormalised ``g_n``; divide by :attr:`mean_weight` and by ``N`` for the unit
+    of an attribution.
+
+    Args:
+        plan: the covered layers.
+        scorer: the solved queries.
+        sink: where scores go.
+    """
+
+    description = "Influence: scores"
+
+    def __init__(self, plan: LayerPlan, scorer: Scorer, sink: Sink) -> None:
+        self.examples = 0
+        self._weight = 0.0
+        self._forward = Forward(plan)
+        self._scorer, self._sink = scorer, sink
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Score one batch."""
+        captured = self._forward(module, batch, len(indices))
+        gradients: dict[str, LayerGradients] = {
+            name: compact(layer) for name, layer in captured.loss_gradients().items()
+        }
+        scores = self._scorer(gradients)
+        refuse_non_finite(scores, indices)
+        self._sink.update(scores, indices)
+        self.examples += len(indices)
+        self._weight += float(captured.weights.sum())
+
+    @property
+    def mean_weight(self) -> float:
+        """``wbar`` over the training data."""
+        return self._weight / self.examples if self._weight > 0 else 1.0
+
+
+class SelfInfluencePass:
+    """``g_n^T (.)^{-1} g_n`` of every training example, in one pass and without a matrix of scores.
+
+    Args:
+        plan: the covered layers.
+        quadratic: maps gradients of a batch to ``(B,)``.
+    """
+
+    description = "Influence: self-influence"
+
+    def __init__(self, plan: LayerPlan, quadratic: Any) -> None:
+        self.values: list[Tensor] = []
+        self.indices: list[Tensor] = []
+        self.examples = 0
+        self._weight = 0.0
+        self._forward = Forward(plan)
+        self._quadratic = quadratic
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Score one batch."""
+        captured = self._forward(module, batch, len(indices))
+        gradients = {name: compact(layer) for name, layer in captured.loss_gradients().items()}
+        values = self._quadratic(gradients)
+        refuse_non_finite(values, indices)
+        self.values.append(values.detach().cpu())
+        self.indices.append(indices.cpu())
+        self.examples += len(indices)
+        self._weight += float(captured.weights.sum())
+
+    @property
+    def mean_weight(self) -> float:
+        """``wbar`` over the training data."""
+        return self._weight / self.examples if self._weight > 0 else 1.0
+
+
+def refuse_non_finite(scores: Tensor, indices: Tensor) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        scores: ``(..., B)``.
+        indices: dataset indices ``(B,)``.
+
+    Raises:
+        NonFiniteError: naming the training examples.
+    """
+    if bool(torch.isfinite(scores.sum())):
+        return
+    bad = indices[~torch.isfinite(scores).reshape(-1, scores.shape[-1]).all(dim=0).cpu()].tolist()
+    raise NonFiniteError(
+        f"Scores of {len(bad)} training examples are not finite (dataset indices {bad[:5]}). Check these "
+        "examples for NaN or infinity, or raise the damping."
+    )

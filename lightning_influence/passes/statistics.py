@@ -1,0 +1,189 @@
+"""Passes that fit Kronecker factors: covariances, then squares in their eigenbasis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.factors.factors import Factors
+from lightning_influence.factors.statistics import LayerStatistics, eigenbasis
+from lightning_influence.layers import FactoredGradients, LayerGradients, LayerPlan
+from lightning_influence.layers.recorder import check_finite, compact
+from lightning_influence.passes.forward import Captured, Fisher, Forward
+
+
+class CovariancePass:
+    """Sums ``A`` and ``S`` over a loader; keeps the gradients if they fit, so that Lambda needs no pass.
+
+    Args:
+        plan: the covered layers.
+        fisher: which output gradients to use.
+        seed: seed of the sampled labels.
+        draws: sampled labels per example.
+        cache_bytes: keep gradients in memory up to this size.
+    """
+
+    description = "Influence: covariances"
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        *,
+        fisher: Fisher = "sampled",
+        seed: int = 0,
+        draws: int = 1,
+        cache_bytes: int = 2**30,
+    ) -> None:
+        self.factors = Factors(fisher=fisher)
+        self.cache: list[dict[str, LayerGradients]] | None = []
+        self._forward = Forward(plan)
+        self._labels = Labels(fisher, seed, draws)
+        self._free = cache_bytes
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Add one batch."""
+        captured = self._forward(module, batch, len(indices))
+        gradients = self._labels.gradients(captured)
+        check_finite(gradients)
+        add_covariances(self.factors, gradients, captured)
+        if self.cache is not None:
+            kept = {name: _smaller(layer) for name, layer in gradients.items()}
+            self._free -= sum(layer.nbytes for layer in kept.values())
+            self.cache = [*self.cache, kept] if self._free >= 0 else None
+
+    def finish(self) -> None:
+        """Decompose the covariances; if every gradient was kept, measure the squares at once."""
+        set_bases(self.factors)
+        if self.cache is not None:
+            for kept in self.cache:
+                add_squares(self.factors, kept)
+            self.cache = []
+
+
+class SquaresPass:
+    """Sums squared gradient entries in a basis that is already there.
+
+    Args:
+        plan: the covered layers.
+        factors: factors whose layers have a basis; their squares are replaced.
+        seed: seed of the sampled labels; the same seed and loader give the same labels as in
+            :class:`CovariancePass`.
+        draws: sampled labels per example.
+    """
+
+    description = "Influence: eigenvalues"
+
+    def __init__(self, plan: LayerPlan, factors: Factors, *, seed: int = 0, draws: int = 1) -> None:
+        self.factors = factors
+        for layer in factors.layers.values():
+            layer.set_basis(layer.basis)
+        self._forward = Forward(plan)
+        self._labels = Labels(factors.fisher, seed, draws)
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Add one batch."""
+        captured = self._forward(module, batch, len(indices))
+        gradients = self._labels.gradients(captured)
+        check_finite(gradients)
+        add_squares(self.factors, gradients)
+
+
+class DiagonalPass:
+    """Sums squared gradient entries in the parameters' own basis: the diagonal of the Gauss-Newton matrix.
+
+    Args:
+        plan: the covered layers.
+        fisher: which output gradients to use.
+        seed: seed of the sampled labels.
+        draws: sampled labels per example.
+    """
+
+    description = "Influence: second moments"
+
+    def __init__(self, plan: LayerPlan, *, fisher: Fisher = "sampled", seed: int = 0, draws: int = 1) -> None:
+        self.factors = Factors(fisher=fisher)
+        self._forward = Forward(plan)
+        self._labels = Labels(fisher, seed, draws)
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Add one batch."""
+        captured = self._forward(module, batch, len(indices))
+        gradients = self._labels.gradients(captured)
+        check_finite(gradients)
+        add_layers(self.factors, gradients)
+        add_squares(self.factors, gradients)
+        add_weights(self.factors, captured)
+
+
+class Labels:
+    """Curvature gradients with reproducible labels: the draw depends on the seed and the batch's number only.
+
+    Args:
+        fisher: which output gradients to use.
+        seed: seed of the sampled labels.
+        draws: sampled labels per example.
+    """
+
+    def __init__(self, fisher: Fisher, seed: int = 0, draws: int = 1) -> None:
+        self.fisher, self.seed, self.draws = fisher, seed, draws
+        self.batches = 0
+
+    def gradients(self, captured: Captured) -> dict[str, FactoredGradients]:
+        """Return gradients for the next batch."""
+        generator = None
+        if captured.loss is not None and self.fisher == "sampled":
+            generator = label_generator(self.seed, self.batches, captured.loss.outputs.device)
+        self.batches += 1
+        return captured.curvature_gradients(self.fisher, generator, self.draws)
+
+
+def label_generator(seed: int, batch: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return the source of labels for one batch, which leaves the global random state alone."""
+    return torch.Generator(device=device).manual_seed((seed * 1_000_003 + batch) % 2**63)
+
+
+def add_covariances(factors: Factors, gradients: dict[str, FactoredGradients], captured: Captured) -> None:
+    """Add a batch of curvature gradients to the covariances of ``factors``."""
+    add_layers(factors, gradients)
+    for name, layer in gradients.items():
+        factors.layers[name].add_covariances(layer)
+    add_weights(factors, captured)
+
+
+def add_layers(factors: Factors, gradients: dict[str, FactoredGradients]) -> None:
+    """Start empty statistics for layers that have none yet."""
+    for name, layer in gradients.items():
+        if name not in factors.layers:
+            shape = (layer.inputs.shape[0], layer.outputs.shape[-1], layer.inputs.shape[-1])
+            factors.layers[name] = LayerStatistics.zeros(
+                shape, device=layer.inputs.device, dtype=layer.inputs.dtype
+            )
+
+
+def add_weights(factors: Factors, captured: Captured) -> None:
+    """Count a batch's examples and their loss weights."""
+    if captured.loss is None:
+        factors.fisher = "empirical"
+    factors.weight_sum += float(captured.weights.sum())
+    factors.weight_examples += captured.num_examples
+
+
+def add_squares(factors: Factors, gradients: dict[str, Any]) -> None:
+    """Add a batch of curvature gradients to the squares of ``factors``."""
+    for name, layer in gradients.items():
+        factors.layers[name].add_squares(compact(layer) if isinstance(layer, FactoredGradients) else layer)
+
+
+def set_bases(factors: Factors, dtype: torch.dtype = torch.float64) -> None:
+    """Compute every layer's eigenbasis from its covariances."""
+    for name, layer in factors.layers.items():
+        layer.set_basis(eigenbasis(name, layer, dtype))
+
+
+def _smaller(gradients: FactoredGradients) -> LayerGradients:
+    """Return whichever of the factored and the dense form takes less memory."""
+    groups, examples, _, d_in = gradients.inputs.shape
+    dense = gradients.outputs.shape[0] * examples * groups * gradients.outputs.shape[-1] * d_in
+    return gradients if gradients.nbytes <= dense * gradients.inputs.element_size() else compact(gradients)

@@ -1,0 +1,243 @@
+"""Scores of many queries against a batch of training gradients, by the cheaper of two routes a layer.
+
+*Dense*: the solved query ``x_q`` is formed, ``2 D_out D_in`` operations a pair. *Low rank* (one position per
+example): the preconditioner's weights are a sum of ``r`` outer products, ``2 r (D_in + D_out)`` operations a
+pair and no matrix of the size of the parameters. The rank follows from a tolerance on the scores and is
+checked on the first training batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence.factors.inverse import BlockInverse, EigenInverse
+from lightning_influence.factors.low_rank import LowRank, low_rank
+from lightning_influence.layers.gradients import FactoredGradients, LayerGradients
+
+# Thin products run below the speed of square ones, so the low-rank route must save more than it costs.
+_THIN = 0.6
+_MAX_RANK = 192
+_CHECK_QUERIES = 16
+_CHECK_EXAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A query-independent set of directions added to the preconditioned queries.
+
+    ``x_q = P^{-1} v_q + sum_i coefficients_qi directions_i``, where the directions are themselves mixtures of
+    preconditioned anchor gradients, ``directions = mixing @ (P_0^{-1} anchors)``, so that they can be scored
+    in factored form as well.
+
+    Attributes:
+        coefficients: ``(Q, m)``.
+        directions: ``(m, P)``.
+        mixing: ``(m, M)``.
+        anchors: gradients of the ``M`` anchors by layer.
+        inverse: ``P_0``, the preconditioner the directions were made with.
+    """
+
+    coefficients: Tensor
+    directions: Tensor
+    mixing: Tensor
+    anchors: Mapping[str, LayerGradients]
+    inverse: BlockInverse
+
+
+class PreconditionedScorer:
+    """Scores ``x_q^T g_n`` with ``x_q`` in closed form, optionally corrected.
+
+    Args:
+        inverse: the preconditioner ``P``.
+        queries: query gradients by layer, ``K = 1``.
+        correction: directions to add.
+        tolerance: largest relative error of a layer's scores from the low-rank route; 0 forbids it.
+    """
+
+    def __init__(
+        self,
+        inverse: BlockInverse,
+        queries: Mapping[str, LayerGradients],
+        *,
+        correction: Correction | None = None,
+        tolerance: float = 1e-3,
+    ) -> None:
+        self._inverse, self._queries, self._correction = inverse, queries, correction
+        self._tolerance = tolerance
+        self.ranks: dict[str, int] = {}
+        self._dense: dict[str, Tensor] = {}
+        self._thin: dict[str, tuple[_Thin, _Thin | None]] = {}
+        self._checked = tolerance <= 0
+        directions = None if correction is None else inverse.layout.split(correction.directions)
+        self._directions = directions
+        for name in queries:
+            if not self._try_low_rank(name, tolerance):
+                self._dense[name] = self._solve(name)
+
+    def __call__(self, gradients: dict[str, LayerGradients]) -> Tensor:
+        """Return inner products ``(Q, B)``."""
+        if not self._checked:
+            self._check(gradients)
+            self._checked = True
+        total: Tensor | None = None
+        anchors: Tensor | None = None
+        for name, layer in gradients.items():
+            if name in self._dense:
+                total = _add(total, layer.dot(self._dense[name])[0].T)
+            elif name in self._thin:
+                query, anchor = self._thin[name]
+                assert isinstance(layer, FactoredGradients)
+                total = _add(total, query.scores(layer))
+                if anchor is not None:
+                    anchors = _add(anchors, anchor.scores(layer))
+        assert total is not None
+        if anchors is not None:
+            total = total + self._mix() @ anchors
+        return total
+
+    def _solve(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Return corrected solution of some queries in one layer, ``(Q, G, D_out, D_in)``."""
+        solved = self._inverse.layers[name].apply(self._queries[name].select(rows).dense()[0])
+        if self._correction is not None:
+            assert self._directions is not None
+            part = self._directions[name]
+            solved = solved + (self._correction.coefficients[rows] @ part.flatten(1)).view(
+                -1, *part.shape[1:]
+            )
+        return solved
+
+    def _try_low_rank(self, name: str, tolerance: float) -> bool:
+        """Set up the low-rank route of a layer if it is allowed, accurate and cheaper.
+
+        Returns:
+            Whether it is.
+        """
+        queries, inverse = self._queries[name], self._inverse.layers[name]
+        if tolerance <= 0 or not isinstance(queries, FactoredGradients) or queries.inputs.shape[0] > 1:
+            return False
+        anchors = None if self._correction is None else self._correction.anchors[name]
+        if queries.inputs.shape[2] > 1 or (
+            anchors is not None and not isinstance(anchors, FactoredGradients)
+        ):
+            return False
+        count = queries.num_examples
+        extra = 0 if anchors is None else anchors.num_examples
+        _, d_out, d_in = inverse.eigenvalues.shape
+        limit = int(_THIN * count * d_out * d_in / ((d_out + d_in) * (count + extra)))
+        form = _factorise(inverse, tolerance, min(limit, _MAX_RANK))
+        if form is None:
+            return False
+        thin = None
+        if anchors is not None:
+            assert isinstance(anchors, FactoredGradients)
+            assert self._correction is not None
+            first = self._correction.inverse.layers[name]
+            anchor_form = form if first is inverse else _factorise(first, tolerance, min(limit, _MAX_RANK))
+            if anchor_form is None:
+                return False
+            thin = _Thin(first, anchors, anchor_form)
+        self._thin[name] = (_Thin(inverse, queries, form), thin)
+        self.ranks[name] = form.rank
+        return True
+
+    def _check(self, gradients: dict[str, LayerGradients]) -> None:
+        """Compare low-rank with exact scores on a few pairs; raise the rank, or go dense, on a difference."""
+        for name in list(self._thin):
+            layer = gradients.get(name)
+            tolerance = self._tolerance
+            while name in self._thin and isinstance(layer, FactoredGradients):
+                if self._error(name, layer) <= self._tolerance:
+                    break
+                del self._thin[name], self.ranks[name]
+                tolerance /= 4
+                if tolerance < self._tolerance / 64 or not self._try_low_rank(name, tolerance):
+                    self._dense[name] = self._solve(name)
+
+    def _error(self, name: str, layer: FactoredGradients) -> float:
+        """Return relative error of one layer's low-rank scores on the first queries and examples."""
+        few = layer.select(slice(0, _CHECK_EXAMPLES))
+        exact = few.dot(self._solve(name, slice(0, _CHECK_QUERIES)))[0].T
+        query, anchor = self._thin[name]
+        got = query.scores(few)
+        if anchor is not None:
+            got = got + self._mix() @ anchor.scores(few)
+        norm = float(exact.norm())
+        return float((got[: len(exact)] - exact).norm()) / norm if norm > 0 else 0.0
+
+    def _mix(self) -> Tensor:
+        """Return weights of the anchors in each query's correction, ``(Q, M)``."""
+        assert self._correction is not None
+        return self._correction.coefficients @ self._correction.mixing
+
+
+class _Thin:
+    """Queries of one layer in low-rank form, rotated back so that training factors need no rotation.
+
+    Args:
+        inverse: the layer's inverse.
+        queries: factored gradients with one position.
+        form: low-rank form of the inverse's weights.
+    """
+
+    def __init__(self, inverse: EigenInverse, queries: FactoredGradients, form: LowRank) -> None:
+        inputs, outputs = queries.inputs[0, :, 0], queries.outputs[0, 0, :, 0]
+        basis = inverse.basis
+        if basis is not None:
+            inputs, outputs = inputs @ basis.q_in[0], outputs @ basis.q_out[0]
+        left = form.left[:, None] * outputs  # (r, Q, D_out)
+        right = form.right[:, None] * inputs
+        if basis is not None:
+            left, right = left @ basis.q_out[0].T, right @ basis.q_in[0].T
+        self.rank, self.count = form.rank, inputs.shape[0]
+        self.left = left.flatten(0, 1).contiguous()
+        self.right = right.flatten(0, 1).contiguous()
+
+    def scores(self, gradients: FactoredGradients) -> Tensor:
+        """Return ``(Q, B)``."""
+        _, examples, positions, _ = gradients.inputs.shape
+        left = self.left @ gradients.outputs[0, 0].flatten(0, 1).T
+        right = self.right @ gradients.inputs[0].flatten(0, 1).T
+        if positions == 1:
+            return left.mul_(right).view(self.rank, self.count, examples).sum(dim=0)
+        left = left.view(self.rank, self.count, examples, positions)
+        right = right.view(self.rank, self.count, examples, positions)
+        return torch.einsum("kqbr,kqbs->qb", left, right)
+
+
+class DenseScorer:
+    """Scores ``x_q^T g_n`` for solved queries given as flat vectors.
+
+    Args:
+        blocks: solutions ``(Q, G, D_out, D_in)`` by layer.
+    """
+
+    def __init__(self, blocks: Mapping[str, Tensor]) -> None:
+        self._blocks = blocks
+
+    def __call__(self, gradients: dict[str, LayerGradients]) -> Tensor:
+        """Return inner products ``(Q, B)``."""
+        total: Tensor | None = None
+        for name, layer in gradients.items():
+            total = _add(total, layer.dot(self._blocks[name].to(dtype=_dtype(layer)))[0].T)
+        assert total is not None
+        return total
+
+
+def _factorise(inverse: EigenInverse, tolerance: float, max_rank: int) -> LowRank | None:
+    """Return low-rank form of one layer's weights, weighed by the energy its eigenvalues show."""
+    if max_rank < 1:
+        return None
+    eigenvalues = inverse.eigenvalues[0]
+    return low_rank(inverse.weights[0], eigenvalues.sum(1), eigenvalues.sum(0), tolerance, max_rank)
+
+
+def _dtype(layer: LayerGradients) -> torch.dtype:
+    return layer.inputs.dtype if isinstance(layer, FactoredGradients) else layer.dense().dtype
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
