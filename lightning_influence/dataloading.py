@@ -104,6 +104,27 @@ class IndexedLoader:
         """Return the number of batches on one process."""
         return len(self._plan)
 
+    def sample(self, count: int, seed: int = 0) -> IndexedLoader:
+        """Return about ``count`` examples drawn at random, the same for the same seed.
+
+        They are exactly ``count``, in ascending order, unless only the user's own batches can be collated: then whole
+        batches are drawn until there are enough.
+        """
+        if count >= self.num_examples:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        if self.ordered:
+            chosen = torch.randperm(self.num_examples, generator=generator)[:count].sort().values
+            return IndexedLoader(
+                list(torch.split(self.indices[chosen], len(self._plan[0]))), self._build, ordered=True
+            )
+        plan: list[Tensor] = []
+        for position in torch.randperm(len(self._plan), generator=generator).tolist():
+            if sum(map(len, plan)) >= count:
+                break
+            plan.append(self._plan[position])
+        return IndexedLoader(plan, self._build, ordered=False)
+
     def shard(self, rank: int = 0, world_size: int = 1) -> Shard:
         """Return every ``world_size``-th example (or batch, for ready-made ones), starting at ``rank``."""
         key = (rank, world_size)

@@ -490,9 +490,6 @@ class _PassModule(LightningModule):
                     tensor.copy_(own[name])
             raise
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Leave gradients alone: Lightning calls this before every run."""
-
     def cpu(self) -> Self:
         return self  # Lightning moves a model off its device after every run; here after the last pass only
 

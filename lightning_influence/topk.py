@@ -6,6 +6,7 @@ alone: not on the order or the size of the batches they came in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,38 @@ class Extremes(NamedTuple):
     top: Ranked
     bottom: Ranked
     train_indices: Tensor
+
+    def scaled(self, factor: float) -> Extremes:
+        """Scores times a positive number.
+
+        Returns:
+            The same rankings in another unit.
+        """
+        return Extremes(
+            Ranked(self.top.scores * factor, self.top.indices),
+            Ranked(self.bottom.scores * factor, self.bottom.indices),
+            self.train_indices,
+        )
+
+    def gathered(self, all_gather_cat: Callable[[Tensor], Tensor], k: int) -> Extremes:
+        """The ends of the rankings of all processes, each of which ranked its share.
+
+        Args:
+            all_gather_cat: joins all processes' tensors along the first dimension.
+            k: how many to keep at either end.
+
+        Returns:
+            The joint rankings, the same on every process.
+        """
+        ends = []
+        for end, largest in ((self.top, True), (self.bottom, False)):
+            scores = all_gather_cat(end.scores.T.contiguous()).T
+            indices = all_gather_cat(end.indices.T.contiguous()).T
+            order = indices.argsort(dim=1)  # ties go to the lower index, as on one process
+            scores, indices = scores.gather(1, order), indices.gather(1, order)
+            best = scores.argsort(dim=1, descending=largest, stable=True)[:, :k]
+            ends.append(Ranked(scores.gather(1, best), indices.gather(1, best)))
+        return Extremes(ends[0], ends[1], all_gather_cat(self.train_indices).sort().values)
 
 
 def select_topk(scores: Tensor, indices: Tensor, k: int, *, largest: bool = True) -> Ranked:

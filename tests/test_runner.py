@@ -595,6 +595,15 @@ def test_a_fitted_datamodule_is_not_split_anew(tmp_path):
     del alive
 
 
+def test_the_datamodule_of_the_fit_is_not_run_when_not_asked_for(tmp_path):
+    trainer, data = make_trainer(tmp_path), Data()
+    trainer.fit(Net(), datamodule=data)
+    calls, shown = list(data.calls), []
+    one_pass(trainer, Net(), Gather(lambda module, _: shown.append(module.trainer.datamodule)), make_loader())
+    assert data.calls == calls
+    assert set(shown) == {data}
+
+
 def test_a_datamodule_that_fails_leaves_nothing(tmp_path):
     class Broken(Data):
         def setup(self, stage):

@@ -157,7 +157,8 @@ def plain_epoch(task: Task, model: nn.Module) -> float:
         for inputs, targets in loader:
             model.zero_grad()
             outputs = model(inputs)
-            torch.autograd.backward(nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten()))
+            loss = nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+            torch.autograd.backward(loss)
 
     best = min(timed(epoch)[1] for _ in range(5))
     model.zero_grad()
@@ -207,8 +208,8 @@ def measure(
     candidate = contender(task, model, scratch)
     gc.collect()
     if freeze:
-        # A method that collects garbage per stage or batch walks all imported objects, Lightning's too:
-        # on small models that is most of its time, and none of its doing.
+        # A method that collects garbage in a stage walks all imported objects: on small models that is most of
+        # its time, and depends on what else the process has imported.
         gc.freeze()
     before = plain_epoch(task, model)
     floor, baseline = floors(task, model), _resident()

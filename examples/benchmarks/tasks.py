@@ -20,6 +20,7 @@ from typing import Any
 
 import lightning
 import torch
+from nets import CONTEXT, VOCABULARY, CharacterTransformer, cnn_net, large_mlp_net, small_mlp_net
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -28,8 +29,6 @@ from lightning_influence.evaluation.recipe import Recipe
 from lightning_influence.evaluation.retraining import fingerprint
 
 CACHE = Path(__file__).parent / ".cache"
-VOCABULARY = 128
-CONTEXT = 64
 
 
 class TensorTable(Dataset[tuple[Tensor, Tensor]]):
@@ -158,65 +157,6 @@ def fit(task: Task, seed: int, callbacks: list[lightning.Callback] | None = None
         )
         trainer.fit(module, task.train_loader(seed))
     return module
-
-
-def small_mlp_net() -> nn.Module:
-    """64-64-32-10 with GELU: 6,570 parameters."""
-    widths = (nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10))
-    return nn.Sequential(*widths)
-
-
-def cnn_net() -> nn.Module:
-    """Two convolutions and two linear layers on 8 x 8 images: 38,282 parameters."""
-    first = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
-    second = (nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten())
-    return nn.Sequential(*first, *second, nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
-def large_mlp_net() -> nn.Module:
-    """784-1024-1024-10 with ReLU: 1,863,690 parameters."""
-    first = (nn.Linear(784, 1024), nn.ReLU())
-    return nn.Sequential(*first, nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block with causal attention, every map an ``nn.Linear``."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output, ``(B, T, width)``."""
-        normed = self.norm1(x)
-        q, k, v = (
-            m(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v)
-        )
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(mixed.transpose(1, 2).flatten(2))
-        outputs: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-        return outputs
-
-
-class CharacterTransformer(nn.Module):
-    """Characters ``(B, T)`` to logits ``(B, T, VOCABULARY)``; embeddings and norms are not attributed."""
-
-    def __init__(self, width: int = 128, heads: int = 4, depth: int = 4) -> None:
-        super().__init__()
-        self.token, self.place = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
-
-    def forward(self, characters: Tensor) -> Tensor:
-        """Return the logits of each next character."""
-        x = self.token(characters) + self.place.weight
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
 
 
 @cache

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._C import _LinAlgError as LinAlgError
 
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
@@ -134,8 +133,9 @@ def rotate(gradients: LayerGradients, basis: Eigenbasis) -> LayerGradients:
     """Return gradients in the eigenbasis, rotating factors or matrices, whichever is cheaper."""
     if isinstance(gradients, FactoredGradients):
         _, _, positions, d_in = gradients.inputs.shape
-        d_out = gradients.outputs.shape[-1]
-        if positions > 1 and positions * (d_in**2 + d_out**2) > d_in * d_out * (d_in + d_out):
+        seeds, d_out = gradients.outputs.shape[0], gradients.outputs.shape[-1]
+        factored, dense = positions * (d_in**2 + seeds * d_out**2), seeds * d_in * d_out * (d_in + d_out)
+        if positions > 1 and factored > dense:
             gradients = DenseGradients(gradients.dense())
     return gradients.rotate(basis.q_in, basis.q_out)
 
@@ -167,7 +167,7 @@ def eigenbasis(name: str, statistics: LayerStatistics, dtype: torch.dtype = torc
         symmetric = covariance.to(dtype)
         try:
             vectors = torch.linalg.eigh((symmetric + symmetric.mT) / 2).eigenvectors
-        except LinAlgError as error:
+        except RuntimeError as error:
             raise NonFiniteError(
                 f"The {side} covariance of layer {name!r} could not be decomposed ({error}). Its entries "
                 f"range to {float(covariance.abs().max()):.3g}: rescale the inputs or leave the layer out "

@@ -37,16 +37,20 @@ class ConvRule(LayerRule):
     def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
         """Return output gradients ``(G, B, R, D_out)``."""
         assert isinstance(module, _Conv)
-        pixels = grad.flatten(2).transpose(1, 2)
+        pixels = _batched(module, grad).flatten(2).transpose(1, 2)
         per_group = pixels.reshape(num_examples, -1, module.groups, module.out_channels // module.groups)
         return per_group.permute(2, 0, 1, 3)
+
+
+def _batched(module: _Conv, x: Tensor) -> Tensor:
+    """Return an unbatched call's tensor ``(C, *spatial)`` as a batch of one; others as they are."""
+    return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x
 
 
 def _pad(module: _Conv, x: Tensor) -> Tensor:
     """Return the input as the kernel sees it: padded in the module's own mode."""
     spatial = len(module.kernel_size)
-    if x.ndim == spatial + 1:  # an unbatched call
-        x = x.unsqueeze(0)
+    x = _batched(module, x)
     amounts: list[int] = []
     for axis in reversed(range(spatial)):
         reach = module.dilation[axis] * (module.kernel_size[axis] - 1)

@@ -72,7 +72,10 @@ def find_layers(model: nn.Module, include: Sequence[str] | None = None) -> Layer
             assert rule is not None
             layers[name] = Layer.of(name, module, rule)
         else:
-            reasons.update({id(p): reason for p in module.parameters(recurse=False)})
+            # The originals of a parametrized weight live in a child module; its reason is the parent's.
+            deep = parametrize.is_parametrized(module)
+            for p in module.parameters(recurse=deep):
+                reasons.setdefault(id(p), reason)
     _check_patterns(include, layers, model)
     return LayerPlan(layers, _uncovered(model, layers, reasons))
 
@@ -101,7 +104,12 @@ def _uncovered(
     model: nn.Module, layers: dict[str, Layer], reasons: dict[int, str]
 ) -> dict[str, tuple[int, str]]:
     """Return trainable parameters that no layer covers, with the reason."""
-    covered = {id(p) for layer in layers.values() for p in layer.module.parameters(recurse=False)}
+    covered = {
+        id(p)
+        for layer in layers.values()
+        for p in (layer.rule.weight(layer.module), layer.rule.bias(layer.module))
+        if p is not None
+    }
     return {
         name: (p.numel(), reasons.get(id(p), "not supported"))
         for name, p in model.named_parameters()

@@ -49,7 +49,9 @@ class Recorder:
         """
         self._calls = {name: _Calls() for name in self._layers}
         for name, layer in self._layers.items():
-            self._handles.append(layer.module.register_forward_hook(self._hook(name), with_kwargs=True))
+            # Before the user's own hooks, which may replace the output that the weights made.
+            hook = layer.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
+            self._handles.append(hook)
         return self
 
     def __exit__(
@@ -80,6 +82,10 @@ class Recorder:
             if calls.edges
         }
 
+    def raw_inputs(self) -> dict[str, Tensor]:
+        """Return the input of each layer's first call as the module saw it, in the order of the layers."""
+        return {name: calls.inputs[0] for name, calls in self._calls.items() if calls.inputs}
+
     def backward(self, outputs: Tensor, seed: Tensor | None, num_examples: int) -> dict[str, Tensor]:
         """Output gradients ``(G, B, R, D_out)`` of each layer for one seed; the graph is kept.
 
@@ -103,12 +109,10 @@ class Recorder:
         result, start = {}, 0
         for name in names:
             calls, layer = self._calls[name], self._layers[name]
-            parts = []
-            for x, grad in zip(calls.inputs, grads[start : start + len(calls.edges)], strict=True):
-                if grad is None:
-                    parts.append(None)
-                else:
-                    parts.append(layer.output_gradients(grad, num_examples))
+            parts: list[Tensor | None] = [
+                None if grad is None else layer.output_gradients(grad, num_examples)
+                for grad in grads[start : start + len(calls.edges)]
+            ]
             start += len(calls.edges)
             result[name] = self._fill(name, parts, num_examples)
         return result
@@ -173,13 +177,23 @@ def check_finite(gradients: Mapping[str, LayerGradients]) -> None:
     Raises:
         NonFiniteError: naming the layers whose inputs or output gradients are not finite.
     """
-    bad = []
-    for name, layer in gradients.items():
-        tensors = [layer.inputs, layer.outputs] if isinstance(layer, FactoredGradients) else [layer.dense()]
-        if not all(bool(torch.isfinite(t.sum())) for t in tensors):
-            bad.append(name)
+    sums = [
+        torch.stack([tensor.sum() for tensor in _tensors(layer)]).sum(0, keepdim=True)
+        for layer in gradients.values()
+    ]
+    if not sums or bool(torch.isfinite(torch.cat(sums).sum())):  # one wait for the device in all
+        return
+    bad = [
+        name
+        for name, layer in gradients.items()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(layer))
+    ]
     if bad:
         raise NonFiniteError(
             f"Non-finite inputs or gradients in layers {bad}; nothing was stored. Check the weights and the "
             "batch for NaN or infinity, or train with a smaller learning rate."
         )
+
+
+def _tensors(layer: LayerGradients) -> list[Tensor]:
+    return [layer.inputs, layer.outputs] if isinstance(layer, FactoredGradients) else [layer.dense()]

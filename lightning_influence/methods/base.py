@@ -149,6 +149,10 @@ class Method(ABC):
         """Solve for query gradients, ``K = 1``."""
 
     @abstractmethod
+    def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
+        """``(H + lambda I)^{-1} v`` as flat vectors ``(Q, P)``, and the residuals as in :class:`Solved`."""
+
+    @abstractmethod
     def quadratic(self) -> Callable[[Gradients], Tensor]:
         """The function ``g -> g^T (.)^{-1} g``, mapping gradients of a batch to ``(B,)``."""
 

@@ -29,6 +29,10 @@ class ClosedForm(Method):
             self.context.extra["low_rank"] = dict(scorer.ranks)
         return Solved(scorer)
 
+    def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
+        """Apply the inverse."""
+        return self.inverse.apply(self.context.layout.dense(queries)[0]), None
+
     def quadratic(self) -> Callable[[Gradients], Tensor]:
         """Weighted squares in the eigenbasis."""
         return lambda gradients: self.inverse.quadratic(gradients)[0]

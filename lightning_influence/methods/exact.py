@@ -25,15 +25,18 @@ class Exact(Method):
         check_size(context.layout.numel, context.options.max_parameters)
         one_pass = DenseCurvaturePass(context.plan)
         context.runner.run(one_pass, context.train)
-        self.matrix = one_pass.reduced(context.runner.all_reduce_sum)
+        self.matrix = one_pass.result(context.runner.all_reduce_sum)
         damping = context.resolve_damping(self._as_factors(), "full")
         self.damping = context.layout.expand(damping, self.matrix)
 
     def solve(self, queries: Gradients) -> Solved:
         """Solve densely."""
-        layout = self.context.layout
-        solutions, residuals = solve(self.matrix, self.damping, layout.dense(queries)[0])
-        return Solved(DenseScorer(layout.split(solutions)), residuals)
+        solutions, residuals = self.solutions(queries)
+        return Solved(DenseScorer(self.context.layout.split(solutions)), residuals)
+
+    def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor]:
+        """Solve densely."""
+        return solve(self.matrix, self.damping, self.context.layout.dense(queries)[0])
 
     def quadratic(self) -> Callable[[Gradients], Tensor]:
         """Solve for every example of the batch."""

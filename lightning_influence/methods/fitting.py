@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_influence.errors import UnsupportedDataError
 from lightning_influence.factors.factors import Factors
+from lightning_influence.factors.statistics import eigenbasis
 from lightning_influence.layers import DenseGradients, FactoredGradients, LayerGradients, LayerPlan
 from lightning_influence.methods.base import Context, Passes
 from lightning_influence.passes.statistics import CovariancePass, DiagonalPass, SquaresPass
@@ -60,7 +61,7 @@ def _adopt(context: Context, factors: Factors) -> Factors:
     if not factors.has_squares:
         for name, layer in factors.layers.items():
             if layer.basis is None:
-                layer.ensure_basis(name)
+                layer.set_basis(eigenbasis(name, layer))
         squares = SquaresPass(context.plan, factors, seed=context.options.seed)
         context.runner.run(squares, context.train)
         _reduce(context.runner, factors, covariances=False)

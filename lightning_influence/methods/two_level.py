@@ -52,17 +52,34 @@ class Auto(Method):
     def solve(self, queries: Gradients) -> Solved:
         """Correct; iterate on the queries if their median residual is above the tolerance."""
         correction, residuals = self.operator.correction(queries)
-        options = self.context.options
-        if float(residuals.median()) > options.tolerance and options.max_steps > 0:
-            groups = self._groups(len(residuals))
-            if len(groups) <= _MOST_GROUPS:
-                return self._iterate(queries, groups)
-            self.context.warnings.append(
-                f"The median residual {float(residuals.median()):.2f} is above the tolerance {options.tolerance:g}; iterating would "
-                f"take {len(groups)} groups of queries under the memory budget and was left out. Raise `memory_budget`, "
-                "or ask fewer queries at a time."
-            )
+        groups = self._to_iterate(residuals)
+        if groups:
+            solutions, residuals = self._iterate(queries, groups)
+            return Solved(DenseScorer(self.context.layout.split(solutions)), residuals)
         return Solved(self._scorer(queries, correction), residuals)
+
+    def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
+        """Correct; iterate on the queries if their median residual is above the tolerance."""
+        residuals = self.operator.correction(queries)[1]
+        groups = self._to_iterate(residuals)
+        if groups:
+            return self._iterate(queries, groups)
+        return self.operator.solve(self.context.layout.dense(queries)[0]), residuals
+
+    def _to_iterate(self, residuals: Tensor) -> list[slice]:
+        """Groups of queries to iterate on: none if they are solved well enough, or iterating would take too long."""
+        options, median = self.context.options, float(residuals.median())
+        if median <= options.tolerance or options.max_steps < 1:
+            return []
+        groups = self._groups(len(residuals))
+        if len(groups) <= _MOST_GROUPS:
+            return groups
+        self.context.warnings.append(
+            f"The median residual {median:.2f} is above the tolerance {options.tolerance:g}; iterating would take "
+            f"{len(groups)} groups of queries under the memory budget and was left out. Raise `memory_budget`, or ask "
+            "fewer queries at a time."
+        )
+        return []
 
     def quadratic(self) -> Callable[[Gradients], Tensor]:
         """EK-FAC's weighted squares plus the correction's products."""
@@ -147,7 +164,7 @@ class Auto(Method):
         size = max(1, self.context.options.memory_budget // each)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def _iterate(self, queries: Gradients, groups: list[slice]) -> Solved:
+    def _iterate(self, queries: Gradients, groups: list[slice]) -> tuple[Tensor, Tensor]:
         """Block Krylov on each group, starting from the coarse space."""
         context, space = self.context, self.space
         damping = context.layout.expand(self.inverse.damping, space.directions)
@@ -167,7 +184,7 @@ class Auto(Method):
             residuals.append(result.residuals)
             steps.append(result.steps)
         context.extra["krylov_steps"] = steps
-        return Solved(DenseScorer(context.layout.split(torch.cat(solutions))), torch.cat(residuals))
+        return torch.cat(solutions), torch.cat(residuals)
 
 
 def _select(gradients: Gradients, index: Tensor) -> dict[str, LayerGradients]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import LayerGradients, LayerPlan
 from lightning_influence.layers.layout import Layout
 from lightning_influence.layers.recorder import compact
@@ -38,6 +40,26 @@ class _CurvaturePass:
     def normaliser(self) -> float:
         """What the summed outer products are to be divided by: examples times their mean weight."""
         return self._weight if self._weight > 0 else float(max(self.examples, 1))
+
+    def _total(self, sums: Tensor, all_reduce_sum: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Average over the examples, of all processes if their sum is given.
+
+        Returns:
+            The average.
+
+        Raises:
+            NonFiniteError: if an entry is NaN or infinite: one bad batch spoils the sum.
+        """
+        if all_reduce_sum is not None:
+            sums = all_reduce_sum(sums)
+            counts = all_reduce_sum(torch.tensor([float(self.examples), self._weight], dtype=torch.float64))
+            self.examples, self._weight = int(counts[0]), float(counts[1])
+        if not bool(torch.isfinite(sums.sum())):
+            raise NonFiniteError(
+                "The curvature of the training loss is not finite. Check the training examples and the "
+                "model's weights for NaN or infinity."
+            )
+        return sums / self.normaliser
 
     def _gradients(self, module: Any, batch: Any, num_examples: int) -> dict[str, LayerGradients]:
         """Return curvature gradients of one batch, counted."""
@@ -100,9 +122,9 @@ class CurvatureProductPass(_CurvaturePass):
         products = self.layout.dot(gradients, self.vectors)
         self.layout.add_combination(self._sum, gradients, products)
 
-    def result(self) -> Tensor:
-        """Return ``G V``, ``(V, P)``: an average over the examples seen."""
-        return self._sum / self.normaliser
+    def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return ``G V``, ``(V, P)``: an average over the examples, of all processes if given their sum."""
+        return self._total(self._sum, all_reduce_sum)
 
 
 class DenseCurvaturePass(_CurvaturePass):
@@ -128,7 +150,7 @@ class DenseCurvaturePass(_CurvaturePass):
             self._sum = rows.new_zeros(self.layout.numel, self.layout.numel, dtype=torch.float64)
         self._sum += (rows.T @ rows).double()
 
-    def result(self) -> Tensor:
-        """Return ``G``, ``(P, P)``: an average over the examples seen."""
+    def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return ``G``, ``(P, P)``: an average over the examples, of all processes if given their sum."""
         assert self._sum is not None
-        return self._sum / self.normaliser
+        return self._total(self._sum, all_reduce_sum)

@@ -24,6 +24,19 @@ class LossModule(Protocol):
     training_step: Callable[..., Any]
 
 
+class Measure(Protocol):
+    """A measurement on queries, as :class:`~lightning_influence.measurements.ResolvedMeasurement` is one."""
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the training loss has to run first."""
+        ...
+
+    def __call__(self, module: Any, batch: Any, *, loss: OutputLoss | None, batch_size: int) -> Tensor:
+        """Values ``(B,)``, differentiable."""
+        ...
+
+
 @dataclass
 class Captured:
     """A batch after its forward pass, ready for any number of backward passes.
@@ -102,13 +115,16 @@ class Forward:
         self.silent: set[str] = set(plan.layers)
         self._checked = False
 
-    def __call__(self, module: Any, batch: Any, num_examples: int) -> Captured:
+    def __call__(
+        self, module: Any, batch: Any, num_examples: int, measure: Measure | None = None
+    ) -> Captured:
         """Forward one batch with gradients enabled.
 
         Args:
             module: the user's LightningModule.
             batch: a batch, on the module's device.
             num_examples: ``B``.
+            measure: what to measure in place of the loss; if it needs no loss, it is all that runs.
 
         Returns:
             The captured batch.
@@ -119,16 +135,9 @@ class Forward:
             UnsupportedModelError: if the model cannot be differentiated example by example.
         """
         recorder = Recorder(self.plan.layers)
-        with recorder, LossCapture() as capture:
-            values, batch_loss = _call(module, batch)
-        self.silent -= set(self.plan.layers) - set(recorder.silent)
-        if values is not None:
-            check_per_example(values, num_examples, "influence_loss(batch)")
-            loss = per_example_capture(values, capture, num_examples)
-            captured = Captured(num_examples, loss, values, recorder)
-        else:
-            assert batch_loss is not None
-            captured = Captured(num_examples, capture.resolve(batch_loss, num_examples), None, recorder)
+        with recorder:
+            captured = self._run(recorder, module, batch, num_examples, measure)
+        self.silent &= set(recorder.silent)
         if len(recorder.silent) == len(self.plan.layers):
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
@@ -136,36 +145,84 @@ class Forward:
                 f"Layers: {sorted(self.plan.layers)[:8]}."
             )
         if not self._checked:
-            self._check(captured)
-            self._checked = True
+            check_independent(captured)
+            self._checked = num_examples > 1  # one example alone shows no coupling
         return captured
 
-    def _check(self, captured: Captured) -> None:
-        """On the first batch: finite losses, and an example's loss that depends on that example only.
+    def _run(
+        self, recorder: Recorder, module: Any, batch: Any, num_examples: int, measure: Measure | None
+    ) -> Captured:
+        """Run the loss, the measurement on top of it, or the measurement alone.
 
-        Raises:
-            NonFiniteError: if a loss is NaN or infinite.
-            UnsupportedModelError: if examples are coupled.
+        Returns:
+            The captured batch; its values are those of the measurement if there is one.
         """
-        values = captured.per_example()
-        if not bool(torch.isfinite(values).all()):
-            bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-            raise NonFiniteError(
-                f"The loss of {len(bad)} of {captured.num_examples} examples in the first batch is not "
-                f"finite (positions {bad[:5]}). Check these examples and the model's weights for NaN or "
-                "infinity."
-            )
-        if captured.num_examples < 2:
-            return
-        grads = captured.recorder.backward(values[0], None, captured.num_examples)
-        for name, grad in grads.items():
-            if bool(grad[:, 1:].any()):
-                raise UnsupportedModelError(
-                    f"The loss of one example depends on layer {name!r} at other examples of the batch. "
-                    "Accepted are models that treat examples independently in eval mode, with the examples "
-                    "in the first dimension. Put the batch first, move contrastive or in-batch terms out of "
-                    "the loss with `influence_loss`, or leave this layer out with `layers=`."
-                )
+        if measure is not None and not measure.needs_loss:
+            values = measure(module, batch, loss=None, batch_size=num_examples)
+            return Captured(num_examples, None, values, recorder)
+        with LossCapture() as capture:
+            hooked, batch_loss = _call(module, batch)
+        if hooked is not None:
+            check_per_example(hooked, num_examples, "influence_loss(batch)")
+            loss = per_example_capture(hooked, capture, num_examples)
+        else:
+            assert batch_loss is not None
+            loss = capture.resolve(batch_loss, num_examples)
+        captured = Captured(num_examples, loss, hooked, recorder)
+        if measure is not None:
+            values = measure(module, batch, loss=loss, batch_size=num_examples)
+            captured = Captured(num_examples, None, values, recorder)
+        return captured
+
+
+def check_independent(captured: Captured) -> None:
+    """Check a batch: finite losses, and an example's loss that depends on that example only.
+
+    Raises:
+        NonFiniteError: if a loss is NaN or infinite.
+        UnsupportedModelError: if examples are coupled.
+    """
+    values = captured.per_example()
+    if not bool(torch.isfinite(values).all()):
+        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            f"The loss of {len(bad)} of {captured.num_examples} examples in the first batch is not "
+            f"finite (positions {bad[:5]}). Check these examples and the model's weights for NaN or "
+            "infinity."
+        )
+    if captured.num_examples < 2:
+        return
+    coupled = _coupled(captured.recorder, values, captured.num_examples)
+    if coupled is not None:
+        raise UnsupportedModelError(
+            f"The loss of one example depends on layer {coupled!r} at other examples of the batch. "
+            "Accepted are models that treat examples independently in eval mode, with the examples in "
+            "the first dimension and in the order of the batch. Put the batch first, move contrastive or "
+            "in-batch terms out of the loss with `influence_loss`, or leave this layer out with "
+            "`layers=`."
+        )
+
+
+def _coupled(recorder: Recorder, values: Tensor, num_examples: int) -> str | None:
+    """Name a layer whose gradients at row ``b`` are not those of example ``b``'s loss alone.
+
+    The first loss must leave all other rows alone. That does not see other examples trade places, so the
+    losses are also weighed, each with a factor of its own, which must come back at the example's own row.
+
+    Returns:
+        The first such layer, or None.
+    """
+    index = torch.arange(num_examples, device=values.device, dtype=values.dtype)
+    factors = 1 + (index * 0.618034).frac()
+    first = recorder.backward(values[0], None, num_examples)
+    plain = recorder.backward(values, torch.ones_like(factors), num_examples)
+    weighed = recorder.backward(values, factors, num_examples)
+    for name, grad in plain.items():
+        expected = grad * factors.to(grad.dtype)[:, None, None]
+        wrong = (weighed[name] - expected).norm() > 1e-2 * expected.norm()
+        if bool(wrong | first[name][:, 1:].any()):
+            return name
+    return None
 
 
 def _call(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_influence.errors import NonFiniteError
-from lightning_influence.layers import LayerGradients, LayerPlan
+from lightning_influence.layers import DenseGradients, LayerGradients, LayerPlan
 from lightning_influence.layers.gradients import concatenate
 from lightning_influence.layers.recorder import check_finite, compact
-from lightning_influence.passes.forward import Captured, Forward
-
-Measure = Callable[[Any, Any, Captured], Tensor]
-"""``(module, batch, captured) -> (B,)``: what is measured on each example, differentiable."""
+from lightning_influence.passes.forward import Forward, Measure
 
 
 class GradientPass:
@@ -37,9 +33,8 @@ class GradientPass:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.description = description
-        self.indices: list[Tensor] = []
-        self.dataloaders: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self._indices: list[Tensor] = []
+        self._dataloaders: list[Tensor] = []
         self._measure = measure
         self._dtype = dtype
         self._parts: list[dict[str, LayerGradients]] = []
@@ -52,12 +47,9 @@ class GradientPass:
         Raises:
             NonFiniteError: if a measurement is NaN or infinite.
         """
-        captured = self._forward(module, batch, len(indices))
-        if self._measure is None:
-            values, gradients = captured.per_example(), captured.loss_gradients()
-        else:
-            values = self._measure(module, batch, captured)
-            gradients = captured.gradients_of(values)
+        captured = self._forward(module, batch, len(indices), self._measure)
+        values = captured.per_example()
+        gradients = captured.loss_gradients() if self._measure is None else captured.gradients_of(values)
         if not bool(torch.isfinite(values).all()):
             bad = indices[~torch.isfinite(values).cpu()].tolist()
             raise NonFiniteError(
@@ -66,15 +58,30 @@ class GradientPass:
             )
         check_finite(gradients)
         self._parts.append({name: compact(layer).to(dtype=self._dtype) for name, layer in gradients.items()})
-        self.indices.append(indices)
-        self.dataloaders.append(torch.full_like(indices, dataloader_idx))
-        self.values.append(values.detach())
+        self._indices.append(indices)
+        self._dataloaders.append(torch.full_like(indices, dataloader_idx))
 
     @property
     def gradients(self) -> dict[str, LayerGradients]:
-        """Gradients of all examples in the order seen, ``K = 1``, by layer."""
+        """Gradients of all examples in the order seen, ``K = 1``, by layer; zero where it took no part."""
         names = [name for name in self._plan.layers if any(name in part for part in self._parts)]
-        missing = [name for name in names if not all(name in part for part in self._parts)]
-        if missing:
-            raise NotImplementedError(f"layers {missing} take part in some batches only")
-        return {name: concatenate([part[name] for part in self._parts]) for name in names}
+        return {name: concatenate(self._blocks(name)) for name in names}
+
+    def _blocks(self, name: str) -> list[LayerGradients]:
+        """Return a layer's gradients batch by batch."""
+        shape = self._plan.layers[name].shape
+        like = next(part[name] for part in self._parts if name in part).select(slice(0, 1)).dense()
+        return [
+            part[name] if name in part else DenseGradients(like.new_zeros(1, len(indices), *shape))
+            for part, indices in zip(self._parts, self._indices, strict=True)
+        ]
+
+    @property
+    def indices(self) -> Tensor:
+        """Dataset indices in the order seen, ``(Q,)``."""
+        return torch.cat(self._indices)
+
+    @property
+    def dataloaders(self) -> Tensor:
+        """Which loader each example is from, ``(Q,)``."""
+        return torch.cat(self._dataloaders)

@@ -65,7 +65,7 @@ class ScorePass:
 
     def __init__(self, plan: LayerPlan, scorer: Scorer, sink: Sink) -> None:
         self.examples = 0
-        self._weight = 0.0
+        self.weight = 0.0
         self._forward = Forward(plan)
         self._scorer, self._sink = scorer, sink
 
@@ -79,12 +79,12 @@ class ScorePass:
         refuse_non_finite(scores, indices)
         self._sink.update(scores, indices)
         self.examples += len(indices)
-        self._weight += float(captured.weights.sum())
+        self.weight += float(captured.weights.sum())
 
     @property
     def mean_weight(self) -> float:
         """``wbar`` over the training data."""
-        return self._weight / self.examples if self._weight > 0 else 1.0
+        return self.weight / self.examples if self.weight > 0 else 1.0
 
 
 class SelfInfluencePass:
@@ -101,7 +101,7 @@ class SelfInfluencePass:
         self.values: list[Tensor] = []
         self.indices: list[Tensor] = []
         self.examples = 0
-        self._weight = 0.0
+        self.weight = 0.0
         self._forward = Forward(plan)
         self._quadratic = quadratic
 
@@ -114,12 +114,12 @@ class SelfInfluencePass:
         self.values.append(values.detach().cpu())
         self.indices.append(indices.cpu())
         self.examples += len(indices)
-        self._weight += float(captured.weights.sum())
+        self.weight += float(captured.weights.sum())
 
     @property
     def mean_weight(self) -> float:
         """``wbar`` over the training data."""
-        return self._weight / self.examples if self._weight > 0 else 1.0
+        return self.weight / self.examples if self.weight > 0 else 1.0
 
 
 def refuse_non_finite(scores: Tensor, indices: Tensor) -> None:

@@ -51,7 +51,9 @@ class CovariancePass:
         if self.cache is not None:
             kept = {name: _smaller(layer) for name, layer in gradients.items()}
             self._free -= sum(layer.nbytes for layer in kept.values())
-            self.cache = [*self.cache, kept] if self._free >= 0 else None
+            self.cache.append(kept)
+            if self._free < 0:
+                self.cache = None
 
     def finish(self) -> None:
         """Decompose the covariances; if every gradient was kept, measure the squares at once."""

@@ -54,36 +54,32 @@ def block_krylov(
         The solutions with their residuals.
     """
     norms = vectors.norm(dim=1).clamp_min(torch.finfo(vectors.dtype).tiny)
-    if start is None:
-        basis, products = vectors[:0], vectors[:0]
-    else:
-        basis, products = start
-    directions = precondition(vectors)
-    residuals = torch.ones_like(norms)
-    solutions, steps = torch.zeros_like(vectors), 0
-    for _ in range(max_steps):
-        fresh = _orthonormal(directions, basis)
+    basis, products = (vectors[:0], vectors[:0]) if start is None else start
+    coordinates = _project(basis, products, vectors)
+    remainder = vectors - coordinates @ products
+    open_ = remainder.norm(dim=1) / norms > tolerance
+    directions, steps = vectors, 0
+    while steps < max_steps and bool(open_.any()):
+        fresh = _orthonormal(precondition(directions[open_]), basis)
+        if not len(fresh) and directions is vectors and len(basis):  # all in the start already
+            fresh = _orthonormal(precondition(remainder[open_]), basis)
         if not len(fresh):
             break
         basis = torch.cat([basis, fresh])
         products = torch.cat([products, product(fresh)])
         steps += 1
         coordinates = _project(basis, products, vectors)
-        solutions = coordinates @ basis
-        remainder = vectors - coordinates @ products
-        residuals = remainder.norm(dim=1) / norms
-        open_ = residuals > tolerance
-        if not bool(open_.any()):
-            break
-        directions = precondition(remainder[open_])
-    return KrylovResult(solutions, residuals, steps)
+        directions = remainder = vectors - coordinates @ products
+        open_ = remainder.norm(dim=1) / norms > tolerance
+    return KrylovResult(coordinates @ basis, remainder.norm(dim=1) / norms, steps)
 
 
 def _project(basis: Tensor, products: Tensor, vectors: Tensor) -> Tensor:
     """Return Galerkin coordinates ``(V, k)``, in float64."""
     small = basis.double() @ products.double().T
     right = basis.double() @ vectors.double().T
-    return torch.linalg.solve((small + small.T) / 2, right).T.to(vectors.dtype)
+    coordinates: Tensor = torch.linalg.solve((small + small.T) / 2, right)
+    return coordinates.T.to(vectors.dtype)
 
 
 def _orthonormal(directions: Tensor, basis: Tensor) -> Tensor:
@@ -97,4 +93,5 @@ def _orthonormal(directions: Tensor, basis: Tensor) -> Tensor:
     keep = values > 1e4 * torch.finfo(directions.dtype).eps
     fresh = (vectors[:, keep] / values[keep].sqrt()).T.to(directions.dtype) @ directions
     fresh = fresh - (fresh @ basis.T) @ basis
-    return torch.linalg.qr(fresh.T).Q.T.contiguous() if len(fresh) else fresh
+    orthonormal: Tensor = torch.linalg.qr(fresh.T).Q.T.contiguous() if len(fresh) else fresh
+    return orthonormal

@@ -74,7 +74,7 @@ class PreconditionedScorer:
         self._checked = tolerance <= 0
         directions = None if correction is None else inverse.layout.split(correction.directions)
         self._directions = directions
-        for name in queries:
+        for name in queries if correction is None else inverse.layers:
             if not self._try_low_rank(name, tolerance):
                 self._dense[name] = self._solve(name)
 
@@ -86,11 +86,12 @@ class PreconditionedScorer:
         total: Tensor | None = None
         anchors: Tensor | None = None
         for name, layer in gradients.items():
+            if name in self._thin and not isinstance(layer, FactoredGradients):
+                self._go_dense(name)  # the queries have one position, these examples several
             if name in self._dense:
                 total = _add(total, layer.dot(self._dense[name])[0].T)
-            elif name in self._thin:
+            elif name in self._thin and isinstance(layer, FactoredGradients):
                 query, anchor = self._thin[name]
-                assert isinstance(layer, FactoredGradients)
                 total = _add(total, query.scores(layer))
                 if anchor is not None:
                     anchors = _add(anchors, anchor.scores(layer))
@@ -101,13 +102,15 @@ class PreconditionedScorer:
 
     def _solve(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return corrected solution of some queries in one layer, ``(Q, G, D_out, D_in)``."""
-        solved = self._inverse.layers[name].apply(self._queries[name].select(rows).dense()[0])
+        solved: Tensor | None = None
+        if name in self._queries:
+            solved = self._inverse.layers[name].apply(self._queries[name].select(rows).dense()[0])
         if self._correction is not None:
             assert self._directions is not None
             part = self._directions[name]
-            solved = solved + (self._correction.coefficients[rows] @ part.flatten(1)).view(
-                -1, *part.shape[1:]
-            )
+            mixed = self._correction.coefficients[rows] @ part.flatten(1)
+            solved = _add(solved, mixed.view(-1, *part.shape[1:]))
+        assert solved is not None
         return solved
 
     def _try_low_rank(self, name: str, tolerance: float) -> bool:
@@ -116,10 +119,10 @@ class PreconditionedScorer:
         Returns:
             Whether it is.
         """
-        queries, inverse = self._queries[name], self._inverse.layers[name]
+        queries, inverse = self._queries.get(name), self._inverse.layers[name]
         if tolerance <= 0 or not isinstance(queries, FactoredGradients) or queries.inputs.shape[0] > 1:
             return False
-        anchors = None if self._correction is None else self._correction.anchors[name]
+        anchors = None if self._correction is None else self._correction.anchors.get(name)
         if queries.inputs.shape[2] > 1 or (
             anchors is not None and not isinstance(anchors, FactoredGradients)
         ):
@@ -152,10 +155,14 @@ class PreconditionedScorer:
             while name in self._thin and isinstance(layer, FactoredGradients):
                 if self._error(name, layer) <= self._tolerance:
                     break
-                del self._thin[name], self.ranks[name]
                 tolerance /= 4
                 if tolerance < self._tolerance / 64 or not self._try_low_rank(name, tolerance):
-                    self._dense[name] = self._solve(name)
+                    self._go_dense(name)
+
+    def _go_dense(self, name: str) -> None:
+        """Leave the low-rank route in one layer."""
+        del self._thin[name], self.ranks[name]
+        self._dense[name] = self._solve(name)
 
     def _error(self, name: str, layer: FactoredGradients) -> float:
         """Return relative error of one layer's low-rank scores on the first queries and examples."""
@@ -216,15 +223,21 @@ class DenseScorer:
     """
 
     def __init__(self, blocks: Mapping[str, Tensor]) -> None:
-        self._blocks = blocks
+        self._blocks = dict(blocks)
 
     def __call__(self, gradients: dict[str, LayerGradients]) -> Tensor:
         """Return inner products ``(Q, B)``."""
         total: Tensor | None = None
         for name, layer in gradients.items():
-            total = _add(total, layer.dot(self._blocks[name].to(dtype=_dtype(layer)))[0].T)
+            total = _add(total, layer.dot(self._block(name, _dtype(layer)))[0].T)
         assert total is not None
         return total
+
+    def _block(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a layer's solutions in the gradients' precision, converted once."""
+        if self._blocks[name].dtype != dtype:
+            self._blocks[name] = self._blocks[name].to(dtype)
+        return self._blocks[name]
 
 
 def _factorise(inverse: EigenInverse, tolerance: float, max_rank: int) -> LowRank | None:

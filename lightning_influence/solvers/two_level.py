@@ -128,16 +128,18 @@ def _whitening(vectors: Tensor) -> Tensor:
     """Return ``W`` with orthonormal ``W V``, leaving out directions that are numerically dependent."""
     gram = (vectors @ vectors.T).double()
     values, basis = torch.linalg.eigh(gram)
-    floor = float(values[-1]) * gram.shape[0] * 4 * torch.finfo(vectors.dtype).eps
-    keep = values > max(floor, 0.0)
-    return (basis[:, keep] / values[keep].sqrt()).T.to(vectors.dtype)
+    floor = values.amax() * gram.shape[0] * 4 * torch.finfo(vectors.dtype).eps if len(values) else 0.0
+    keep = values > floor
+    whitened: Tensor = (basis[:, keep] / values[keep].sqrt()).T.to(vectors.dtype)
+    return whitened
 
 
 def probes(count: int, numel: int, like: Tensor) -> Tensor:
     """Return random signs ``(count, numel)``, the same at every call: ``E[(w^T r)^2] = ||r||^2``."""
-    generator = torch.Generator(device=like.device).manual_seed(_PROBE_SEED)
-    bits = torch.randint(0, 2, (count, numel), generator=generator, device=like.device, dtype=torch.int8)
-    return bits.to(like.dtype).mul_(2).sub_(1)
+    # Drawn on the CPU: a coarse space that was built on one kind of device may be used on another.
+    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    bits = torch.randint(0, 2, (count, numel), generator=generator, dtype=torch.int8)
+    return bits.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
 class TwoLevel:
@@ -187,7 +189,8 @@ class TwoLevel:
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Return ``x`` for flat right-hand sides ``(V, P)``."""
-        return self.inverse.apply(vectors) + (vectors @ self._coefficients.T) @ self.space.directions
+        coarse: Tensor = (vectors @ self._coefficients.T) @ self.space.directions
+        return self.inverse.apply(vectors) + coarse
 
     def quadratic(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return ``g^T x(g)`` of each gradient, ``(K, B)``."""

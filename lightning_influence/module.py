@@ -1,0 +1,177 @@
+"""``InfluenceModule``: a trained LightningModule together with what is needed to ask it for influence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_influence.attributions import Attributions, Diagnostics, SelfInfluence
+from lightning_influence.callback import InfluenceCallback
+from lightning_influence.engine import Engine, Question
+from lightning_influence.factors.factors import Factors
+from lightning_influence.measurements import Measurement
+from lightning_influence.methods import Options
+from lightning_influence.runner import LoopRunner
+from lightning_influence.state import InfluenceState
+
+
+class InfluenceModule(LightningModule):
+    """A trained module that answers for its training data, without a Trainer.
+
+    Factors and coarse space are kept between calls, so that only the first call pays for them. The wrapped module is
+    used where it is (its device, its precision) and left as it was.
+
+    Args:
+        model: the trained LightningModule.
+        factors: its factors; fitted on the first call that needs them if None.
+        state: everything a callback keeps (factors, training record, coarse space); overrides ``factors``.
+        progress: whether passes show a progress bar.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import LightningModule
+        >>> class Line(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(2, 1)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return torch.nn.functional.mse_loss(self.layer(batch[0]), batch[1])
+        >>> batch = (torch.randn(8, 2), torch.randn(8, 1))
+        >>> InfluenceModule(Line()).scores([batch], [batch], method="exact", damping=0.1).scores.shape
+        torch.Size([8, 8])
+    """
+
+    def __init__(
+        self,
+        model: LightningModule,
+        factors: Factors | None = None,
+        *,
+        state: InfluenceState | None = None,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.state = InfluenceState(factors=factors) if state is None else state
+        self._progress = progress
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str, model: LightningModule | type[LightningModule], *, progress: bool = False, **kwargs: Any
+    ) -> Self:
+        """Load weights, factors and training record from a Lightning checkpoint alone.
+
+        Args:
+            path: the checkpoint.
+            model: the module's class, or an instance to load the weights into.
+            progress: whether passes show a progress bar.
+            **kwargs: passed to ``load_from_checkpoint`` of the class.
+
+        Returns:
+            The module; without factors in the file they are fitted on first use.
+        """
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(model, LightningModule):
+            model.load_state_dict(checkpoint["state_dict"])
+        else:
+            model = model.load_from_checkpoint(path, map_location="cpu", **kwargs)
+        return cls(model, state=state_from_checkpoint(checkpoint), progress=progress)
+
+    def scores(
+        self,
+        train_dataloaders: Any,
+        query_dataloaders: Any,
+        *,
+        method: str = "auto",
+        measurement: Measurement | None = None,
+        top_k: int | None = None,
+        layers: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Attributions:
+        """Attribution scores, as :func:`lightning_influence.influence` computes them.
+
+        Args:
+            train_dataloaders: the training examples: a loader, or ready-made batches.
+            query_dataloaders: the queries: loaders, or ready-made batches.
+            method: name of the method.
+            measurement: what is measured on queries.
+            top_k: keep only the strongest at either end; all scores if None.
+            layers: names or patterns of the layers to cover.
+            **options: fields of :class:`~lightning_influence.methods.Options`, such as ``damping``.
+
+        Returns:
+            The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n`` is removed.
+        """
+        question = Question(method, measurement, top_k, layers, Options(**options))
+        with self._runner() as runner:
+            return Engine(runner, self.state, question).attribute(train_dataloaders, query_dataloaders)
+
+    def self_influence(
+        self,
+        train_dataloaders: Any,
+        *,
+        method: str = "ekfac",
+        layers: Sequence[str] | None = None,
+        **options: Any,
+    ) -> SelfInfluence:
+        """Influence of every training example on its own loss, in one pass.
+
+        Args:
+            train_dataloaders: the training examples: a loader, or ready-made batches.
+            method: name of the method.
+            layers: names or patterns of the layers to cover.
+            **options: fields of :class:`~lightning_influence.methods.Options`.
+
+        Returns:
+            One score a training example.
+        """
+        question = Question(method, layers=layers, options=Options(**options))
+        with self._runner() as runner:
+            return Engine(runner, self.state, question).self_influence(train_dataloaders)
+
+    def ihvp(
+        self,
+        train_dataloaders: Any,
+        query_dataloaders: Any,
+        *,
+        method: str = "auto",
+        measurement: Measurement | None = None,
+        layers: Sequence[str] | None = None,
+        **options: Any,
+    ) -> tuple[dict[str, Tensor], Diagnostics]:
+        """Inverse-Hessian-vector products ``(H + damping)^{-1} g_q`` of the queries' gradients.
+
+        Args:
+            train_dataloaders: the training examples that the curvature is an average over.
+            query_dataloaders: the queries: loaders, or ready-made batches.
+            method: name of the method.
+            measurement: what is measured on queries.
+            layers: names or patterns of the layers to cover.
+            **options: fields of :class:`~lightning_influence.methods.Options`.
+
+        Returns:
+            By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the residuals.
+        """
+        question = Question(method, measurement, layers=layers, options=Options(**options))
+        with self._runner() as runner:
+            return Engine(runner, self.state, question).ihvp(train_dataloaders, query_dataloaders)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the wrapped module computes."""
+        return self.model(*args, **kwargs)
+
+    def _runner(self) -> LoopRunner:
+        return LoopRunner(self.model, progress=self._progress)
+
+
+def state_from_checkpoint(checkpoint: Mapping[str, Any]) -> InfluenceState:
+    """What an :class:`~lightning_influence.InfluenceCallback` saved in a Lightning checkpoint; empty if there was none."""
+    callback = InfluenceCallback()
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if key.startswith(InfluenceCallback.__name__):
+            callback.load_state_dict(state)
+            return callback.influence_state
+    return InfluenceState()

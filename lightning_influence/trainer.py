@@ -1,0 +1,245 @@
+"""``trainer.influence(...)``: the entry points for a Lightning Trainer."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lightning_influence.attributions import Attributions, SelfInfluence
+from lightning_influence.callback import InfluenceCallback
+from lightning_influence.engine import Engine, Question
+from lightning_influence.factors.factors import Factors
+from lightning_influence.loggers import log_attributions
+from lightning_influence.measurements import Measurement
+from lightning_influence.methods import Damping, Options
+from lightning_influence.passes.forward import Fisher
+from lightning_influence.rendering import Labels
+from lightning_influence.runner import TrainerRunner
+from lightning_influence.state import InfluenceState
+
+
+def influence(
+    trainer: Trainer,
+    model: LightningModule | None = None,
+    train_dataloaders: Any = None,
+    query_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    *,
+    method: str = "auto",
+    damping: Damping = "auto",
+    measurement: Measurement | None = None,
+    top_k: int | None = None,
+    ckpt_path: str | None = None,
+    layers: Sequence[str] | None = None,
+    factors: Factors | Literal["refit"] | None = None,
+    fisher: Fisher = "sampled",
+    memory_budget: int = 2**30,
+    tolerance: float = 0.2,
+    max_steps: int = 3,
+    low_rank_tolerance: float = 1e-3,
+    curvature_examples: int = 4096,
+    seed: int = 0,
+    log: bool = True,
+    name: str = "influence",
+    labels: Labels | None = None,
+) -> Attributions:
+    """Attribute a model's behaviour on queries to its training examples.
+
+    The score of training example ``n`` for query ``q`` is ``(1/N) g_q^T (H + damping)^{-1} g_n``: the predicted change of
+    the measurement on ``q`` when ``n`` is removed from the training data. With the loss as measurement, positive
+    scores belong to examples that help ``q``.
+
+    Args:
+        trainer: the Trainer; with an :class:`~lightning_influence.InfluenceCallback` its factors are used.
+        model: the trained module; by default the one the Trainer ran last.
+        train_dataloaders: the training examples; by default those of the datamodule, of the module, or of the last fit.
+            Every example of the loader's dataset that its sampler can draw is visited once.
+        query_dataloaders: one or several loaders, or ready-made batches; by default those of the datamodule or module.
+        datamodule: where loaders come from if they are not given.
+        method: ``"auto"`` (two-level EK-FAC), ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"`` or ``"exact"``.
+        damping: ``"auto"`` (from the recorded training run), ``"heuristic"`` (a tenth of a layer's mean eigenvalue), or a
+            number.
+        measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or ``"hook"`` for the
+            module's ``influence_measurement``, which is also the default if it is defined; else the loss.
+        top_k: keep only the strongest ``top_k`` at either end of each ranking; all scores if None.
+        ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
+        layers: names or shell patterns of the layers to cover; all supported ones if None.
+        factors: factors to use, or ``"refit"`` to fit them anew; by default the callback's, if it has any.
+        fisher: output gradients for factors that have to be fitted: ``"sampled"`` labels, ``"exact"`` or
+            ``"empirical"``.
+        memory_budget: bytes for the coarse space and for the subspaces of iterations.
+        tolerance: median relative residual at which ``"auto"`` stops growing and iterating.
+        max_steps: most block Krylov steps of ``"auto"``.
+        low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one.
+        curvature_examples: at most this many training examples enter the coarse space's curvature.
+        seed: of sampled labels, anchors and curvature examples.
+        log: whether to log the answer to the Trainer's loggers, and to files in its log directory.
+        name: prefix of what is logged, and name of the folder of files.
+        labels: texts to show beside the indices.
+
+    Returns:
+        The attributions, with the certificate of how they were computed in ``diagnostics``.
+
+    Raises:
+        InfluenceError: a subclass that says what is not supported and what to do.
+        ValueError: if a setting is out of range.
+    """
+    options = Options(
+        damping=damping,
+        fisher=fisher,
+        memory_budget=memory_budget,
+        tolerance=tolerance,
+        max_steps=max_steps,
+        low_rank_tolerance=low_rank_tolerance,
+        curvature_examples=curvature_examples,
+        seed=seed,
+    )
+    question = Question(method, measurement, top_k, layers, options)
+    question.check()
+    session = _Session(trainer, model, datamodule, ckpt_path, factors)
+    with session.runner:
+        engine = session.engine(question)
+        train = session.train_loader(train_dataloaders)
+        queries = session.runner.query_dataloaders() if query_dataloaders is None else query_dataloaders
+        attributions = engine.attribute(train, queries)
+        session.keep()
+    if log:
+        _log(trainer, attributions, name, labels)
+    return attributions
+
+
+def self_influence(
+    trainer: Trainer,
+    model: LightningModule | None = None,
+    train_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    *,
+    method: str = "ekfac",
+    damping: Damping = "auto",
+    ckpt_path: str | None = None,
+    layers: Sequence[str] | None = None,
+    factors: Factors | Literal["refit"] | None = None,
+    fisher: Fisher = "sampled",
+    memory_budget: int = 2**30,
+    curvature_examples: int = 4096,
+    seed: int = 0,
+    log: bool = True,
+    name: str = "self_influence",
+    labels: Labels | None = None,
+) -> SelfInfluence:
+    """Influence of every training example on its own loss, in one pass: high for rare and for mislabelled examples.
+
+    Args:
+        trainer: as in :func:`influence`, like all arguments that are not listed here.
+        model: the trained module.
+        train_dataloaders: the training examples.
+        datamodule: where the loader comes from if it is not given.
+        method: as in :func:`influence`; EK-FAC by default, which needs two small products an example and layer.
+        damping: as in :func:`influence`.
+        ckpt_path: as in :func:`influence`.
+        layers: as in :func:`influence`.
+        factors: as in :func:`influence`.
+        fisher: as in :func:`influence`.
+        memory_budget: as in :func:`influence`.
+        curvature_examples: as in :func:`influence`.
+        seed: as in :func:`influence`.
+        log: as in :func:`influence`.
+        name: as in :func:`influence`.
+        labels: texts to show beside the indices.
+
+    Returns:
+        One score a training example: the predicted rise of its loss when it is removed.
+
+    Raises:
+        InfluenceError: a subclass that says what is not supported and what to do.
+        ValueError: if a setting is out of range.
+    """
+    options = Options(
+        damping=damping,
+        fisher=fisher,
+        memory_budget=memory_budget,
+        curvature_examples=curvature_examples,
+        seed=seed,
+    )
+    question = Question(method, layers=layers, options=options)
+    question.check()
+    session = _Session(trainer, model, datamodule, ckpt_path, factors)
+    with session.runner:
+        engine = session.engine(question)
+        result = engine.self_influence(session.train_loader(train_dataloaders))
+        session.keep()
+    if log:
+        _log(trainer, result, name, labels)
+    return result
+
+
+class InfluenceTrainer(Trainer):
+    """A Lightning ``Trainer`` with ``influence`` and ``self_influence``; everything else is as it was."""
+
+    influence = influence
+    self_influence = self_influence
+
+
+def attach(trainer: Trainer) -> None:
+    """Give a plain Trainer the two methods, in a form that survives pickling."""
+    for function in (influence, self_influence):
+        if not hasattr(trainer, function.__name__):
+            setattr(trainer, function.__name__, functools.partial(function, trainer))
+
+
+class _Session:
+    """One call: the borrowed Trainer, and the state that the call starts from and leaves."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: LightningModule | None,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | None,
+        factors: Factors | Literal["refit"] | None,
+    ) -> None:
+        own = [callback for callback in trainer.callbacks if isinstance(callback, InfluenceCallback)]
+        self._owned = bool(own)
+        # A checkpoint may hold factors although this Trainer has no callback: then a spare one receives them.
+        self._callback = own[0] if own else InfluenceCallback()
+        self._factors = factors
+        self.runner = TrainerRunner(
+            trainer, model, datamodule=datamodule, ckpt_path=ckpt_path, restore=[self._callback]
+        )
+        self._trainer = trainer
+
+    def engine(self, question: Question) -> Engine:
+        """The engine, with the state that is there once a checkpoint has been loaded."""
+        self._state = self._callback.influence_state
+        if self._factors == "refit":
+            self._state = InfluenceState(record=self._state.record)
+        elif isinstance(self._factors, Factors):
+            self._state = InfluenceState(factors=self._factors, record=self._state.record)
+        return Engine(self.runner, self._state, question, checkpoint=self.runner.ckpt_path)
+
+    def train_loader(self, given: Any) -> Any:
+        """The loader that was given, or those of the datamodule, the last fit, or the module."""
+        if given is not None:
+            return given
+        fitted = self._trainer.train_dataloader if self.runner.datamodule is None else None
+        return self.runner.train_dataloaders() if fitted is None else fitted
+
+    def keep(self) -> None:
+        """Let the callback keep what later queries can use."""
+        if self._owned:
+            self._callback.influence_state = self._state
+
+
+def _log(
+    trainer: Trainer, result: Attributions | SelfInfluence, name: str, labels: Labels | None
+) -> None:
+    """Log to every logger, and to files where the Trainer has a log directory."""
+    directory = trainer.log_dir if trainer.loggers else None
+    target = None if directory is None else os.path.join(directory, name)
+    log_attributions(
+        trainer.loggers, result, step=trainer.global_step, name=name, directory=target, labels=labels
+    )

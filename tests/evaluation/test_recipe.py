@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from lightning_influence.evaluation.recipe import Recipe, batch_orders, member_seed
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0.4] * 4), ("linear", [0.4, 0.3, 0.2, 0.1]), ("cosine", [0.4, 0.341421, 0.2, 0.058579])],
+)
+def test_schedules_decay_over_the_steps_of_the_run(schedule, expected):
+    recipe = Recipe(0.4, epochs=2, batch_size=3, schedule=schedule)
+    total = recipe.steps(5)
+    assert total == 4
+    assert [recipe.rate(k, total) for k in range(total)] == pytest.approx(expected, abs=1e-6)
+    assert recipe.rate(total, total) == 0
+
+
+def test_damping_is_weight_decay_plus_what_the_run_leaves_unresolved():
+    recipe = Recipe(0.05, epochs=100, batch_size=32, momentum=0.9, weight_decay=1e-3)
+    # 5100 steps of a mean rate of 0.05 (5101 / 5100) / 2, times 10 for the momentum.
+    assert recipe.damping(1617) == pytest.approx(1e-3 + 0.1 / (0.05 * 5101 / 2), rel=1e-12)
+
+
+def test_every_epoch_visits_every_kept_example_once_in_a_new_order():
+    mask = torch.arange(30) % 3 > 0
+    orders = batch_orders(mask, Recipe(0.1, epochs=4, batch_size=8), seed=0)
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    for order in orders:
+        assert torch.equal(order.sort().values, mask.nonzero().squeeze(1))
+
+
+def test_seeds_depend_on_the_subset_the_seed_and_the_purpose():
+    mask = torch.arange(30) % 3 > 0
+    seeds = [member_seed(mask, 0, "init"), member_seed(mask, 1, "init"), member_seed(mask, 0, "order")]
+    assert len({*seeds, member_seed(~mask, 0, "init")}) == 4
+    assert member_seed(mask.clone(), 0, "init") == seeds[0]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "step"}, "Unknown schedule 'step'; choose one of"),
+        ({"learning_rate": 0.0}, "learning_rate > 0"),
+        ({"epochs": 0}, "epochs >= 1"),
+        ({"momentum": 1.0}, "0 <= momentum < 1 and weight_decay >= 0, got 1.0"),
+        ({"weight_decay": -1.0}, "weight_decay >= 0"),
+    ],
+)
+def test_recipes_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{"learning_rate": 0.1, "epochs": 1, "batch_size": 4} | changes)

@@ -1,0 +1,168 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_influence.errors import CorruptFileError
+from lightning_influence.evaluation import retraining
+from lightning_influence.evaluation.lds import random_subsets
+from lightning_influence.evaluation.recipe import Recipe
+from lightning_influence.evaluation.retraining import retrain
+from lightning_influence.evaluation.stacked import Member, cross_entropy, train_members
+
+RECIPE = Recipe(0.1, epochs=3, batch_size=4, momentum=0.9)
+MASKS = random_subsets(20, 3, seed=1)
+
+
+def net():
+    return nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 3)).double()
+
+
+def table(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 5, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(3, (count,), generator=generator)
+
+
+DATA, QUERIES = table(20, 0), table(7, 1)
+
+
+def run(masks=MASKS, seeds=(0, 1), recipe=RECIPE, data=DATA, **options):
+    return retrain(net, recipe, data, masks, seeds, queries=QUERIES, **options)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Number of runs trained since the test began."""
+    trained = []
+
+    def spy(factory, recipe, data, members, loss):
+        trained.extend(members)
+        return train_members(factory, recipe, data, members, loss)
+
+    monkeypatch.setattr(retraining, "train_members", spy)
+    return trained
+
+
+def test_values_are_the_losses_of_the_trained_models():
+    values = run()
+    assert values.shape == (3, 2, 7)
+    for subset in range(3):
+        for seed in range(2):
+            parameters = train_members(net, RECIPE, DATA, [Member(MASKS[subset], seed)])
+            model = net()
+            model.load_state_dict({name: value[0] for name, value in parameters.items()})
+            expected = cross_entropy(model(QUERIES[0]), QUERIES[1]).detach()
+            torch.testing.assert_close(values[subset, seed], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_another_measurement_is_measured():
+    def logit(outputs, targets):
+        return outputs.gather(1, targets[:, None]).squeeze(1)
+
+    parameters = train_members(net, RECIPE, DATA, [Member(MASKS[0], 0)])
+    model = net()
+    model.load_state_dict({name: value[0] for name, value in parameters.items()})
+    expected = model(QUERIES[0])[torch.arange(7), QUERIES[1]].detach()
+    values = run(MASKS[:1], [0], measurement=logit)
+    torch.testing.assert_close(values[0, 0], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_measuring_is_in_eval_mode():
+    def dropping():
+        return nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+
+    parameters = {name: value.detach()[None] for name, value in dropping().named_parameters()}
+    first, second = (retraining.measure_members(dropping, parameters, QUERIES) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunks_do_not_change_the_values(chunk):
+    torch.testing.assert_close(run(chunk=chunk), run(), rtol=1e-10, atol=1e-12)
+
+
+def test_finished_runs_come_from_the_cache(tmp_path, counted):
+    first = run(cache_dir=tmp_path)
+    assert len(counted) == 6
+    assert torch.equal(run(cache_dir=tmp_path), first)
+    assert len(counted) == 6
+
+
+def test_more_seeds_and_subsets_train_only_what_is_new(tmp_path, counted):
+    small = run(MASKS[:2], [0], cache_dir=tmp_path)
+    large = run(MASKS, [1, 0], cache_dir=tmp_path)
+    assert len(counted) == 6
+    assert torch.equal(large[:2, 1], small[:, 0])
+
+
+def test_repeated_subsets_are_trained_once(counted):
+    values = run(MASKS[[0, 0]], [0])
+    assert len(counted) == 1
+    assert torch.equal(values[0], values[1])
+
+
+def test_an_interrupted_computation_goes_on(tmp_path, counted):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(cache_dir=tmp_path, chunk=2, progress=interrupt)
+    assert len(counted) == 2
+    seen = []
+    run(cache_dir=tmp_path, chunk=2, progress=lambda done, total: seen.append((done, total)))
+    assert len(counted) == 6
+    assert seen == [(4, 6), (6, 6)]
+
+
+def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
+    def fail(values, path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(retraining, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run(cache_dir=tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"recipe": replace(RECIPE, epochs=2)}, {"data": (DATA[0] + 1e-9, DATA[1])}, {"loss": "other"}]
+)
+def test_a_change_of_what_decides_the_result_is_a_new_computation(tmp_path, counted, changes):
+    def halved(outputs, targets):
+        return cross_entropy(outputs, targets) / 2
+
+    run(cache_dir=tmp_path)
+    run(cache_dir=tmp_path, **{key: halved if key == "loss" else value for key, value in changes.items()})
+    assert len(counted) == 12
+
+
+def test_a_changed_architecture_is_a_new_computation(tmp_path, counted):
+    def wider():
+        return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+
+    run(cache_dir=tmp_path)
+    retrain(wider, RECIPE, DATA, MASKS, [0, 1], queries=QUERIES, cache_dir=tmp_path)
+    assert len(counted) == 12
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    run(cache_dir=tmp_path)
+    path = next(tmp_path.rglob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CorruptFileError, match=rf"{path.name} cannot be read .* Delete it"):
+        run(cache_dir=tmp_path)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"N = 20 training examples, got torch.bool of shape \(3, 19\)"):
+        run(MASKS[:, 1:])
+    with pytest.raises(ValueError, match="got torch.float32"):
+        run(MASKS.float())
+    with pytest.raises(ValueError, match="different integers, got \\[1, 1\\]"):
+        run(seeds=[1, 1])
+    with pytest.raises(ValueError, match="20 training inputs but 19 targets"):
+        run(data=(DATA[0], DATA[1][1:]))
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        run(chunk=0)

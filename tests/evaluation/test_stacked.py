@@ -1,0 +1,136 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_influence.errors import NonFiniteError, UnsupportedModelError
+from lightning_influence.evaluation.recipe import Recipe, batch_orders, member_seed
+from lightning_influence.evaluation.stacked import Member, build, train_members
+
+RECIPE = Recipe(0.1, epochs=5, batch_size=4, momentum=0.9, weight_decay=1e-2)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)).double()
+
+
+def cnn():
+    first = (nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(*first, nn.Flatten(), nn.Linear(12, 3)).double()
+
+
+def table(*shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(*shape, generator=generator, dtype=dtype)
+    return inputs, torch.randint(3, shape[:1], generator=generator)
+
+
+def members(count, *keep):
+    """Subsets of different sizes, so that both batches and runs end at different steps."""
+    kept = [torch.arange(count) % modulus != 0 for modulus in keep]
+    return [Member(mask, seed) for seed, mask in enumerate(kept)]
+
+
+def sequential(factory, recipe, data, member):
+    """The same run as anyone would write it."""
+    model = build(factory, member)
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    total = recipe.steps(int(member.mask.sum()))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: recipe.rate(k, total) / recipe.learning_rate
+    )
+    for order in batch_orders(member.mask, recipe, member.seed):
+        for batch in order.split(recipe.batch_size):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(data[0][batch]), data[1][batch]).backward()
+            optimizer.step()
+            schedule.step()
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(("factory", "shape"), [(mlp, (21, 6)), (cnn, (21, 1, 4, 4))])
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_a_member_equals_a_plain_run_of_sgd(factory, shape, schedule):
+    recipe = Recipe(0.1, 5, 4, momentum=0.9, weight_decay=1e-2, schedule=schedule)
+    data, runs = table(*shape), members(21, 2, 3, 7)
+    trained = train_members(factory, recipe, data, runs)
+    for row, run in enumerate(runs):
+        for name, value in sequential(factory, recipe, data, run).items():
+            # About 25 steps in another order of summation: rounding only.
+            torch.testing.assert_close(trained[name][row], value.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_member_does_not_depend_on_its_neighbours():
+    data, runs = table(21, 6), members(21, 2, 3, 7)
+    together = train_members(mlp, RECIPE, data, runs)
+    alone = train_members(mlp, RECIPE, data, runs[1:2])
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name][1], value[0], rtol=1e-10, atol=1e-12)
+
+
+def test_seeds_change_the_initial_values_and_the_run():
+    mask = torch.ones(21, dtype=torch.bool)
+    trained = train_members(mlp, RECIPE, table(21, 6), [Member(mask, 0), Member(mask, 1)])
+    assert not torch.allclose(trained["0.weight"][0], trained["0.weight"][1], atol=1e-2)
+
+
+def test_random_state_and_gradient_mode_are_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        trained = train_members(mlp, RECIPE, table(21, 6), members(21, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert not any(value.requires_grad for value in trained.values())
+
+
+def test_frozen_parameters_stay_as_they_are():
+    def factory():
+        model = mlp()
+        model[0].weight.requires_grad_(False)
+        return model
+
+    # A member's own draw of a frozen parameter would be lost in the stack, so all share the first one's.
+    trained = train_members(factory, RECIPE, table(21, 6), members(21, 2))
+    assert set(trained) == {"0.bias", "2.weight", "2.bias"}
+
+
+def test_dropout_is_on_while_training():
+    def factory():
+        return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+
+    def without():
+        return nn.Sequential(nn.Linear(6, 8), nn.Identity(), nn.Linear(8, 3)).double()
+
+    data, runs = table(21, 6), members(21, 2, 3)
+    noisy = train_members(factory, RECIPE, data, runs)
+    assert torch.equal(noisy["0.weight"], train_members(factory, RECIPE, data, runs)["0.weight"])
+    assert not torch.allclose(noisy["0.weight"], train_members(without, RECIPE, data, runs)["0.weight"])
+
+
+def test_initialisation_is_the_factorys_own_under_the_members_seed():
+    run = members(21, 2)[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(member_seed(run.mask, run.seed, "init"))
+        expected = mlp()
+    assert torch.equal(build(mlp, run)[0].weight, expected[0].weight)
+
+
+def test_a_diverged_run_is_named():
+    recipe = Recipe(1e6, epochs=5, batch_size=4, momentum=0.9, weight_decay=1.0)
+    with pytest.raises(NonFiniteError, match=r"seed 0 on 10 examples diverged.*Lower the recipe's learning"):
+        train_members(lambda: mlp().float(), recipe, table(21, 6, dtype=torch.float32), members(21, 2))
+
+
+def test_running_statistics_are_refused_by_name():
+    def factory():
+        return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+
+    with pytest.raises(UnsupportedModelError, match=r"Layer '1' \(BatchNorm1d\) updates running statistics"):
+        train_members(factory, RECIPE, table(21, 6), members(21, 2))
+
+
+def test_an_empty_subset_is_refused():
+    with pytest.raises(ValueError, match="at least one kept example"):
+        train_members(mlp, RECIPE, table(21, 6), [Member(torch.zeros(21, dtype=torch.bool), 0)])
