@@ -163,6 +163,10 @@ class Engine:
                 result[f"{name}.bias"] = bias
         return result, self._diagnostics(method, measured.name, residuals)
 
+    def prepare(self, train: Any) -> None:
+        """Run the passes that do not depend on queries; what they give is kept in the state."""
+        self._prepare(prepare_train(train))
+
     def _prepare(self, train: IndexedLoader) -> Method:
         """Find the layers, check what is stored, and run the method's query-independent passes."""
         module = self._runner.module

@@ -80,6 +80,48 @@ class InfluenceModule(LightningModule):
             model = model.load_from_checkpoint(path, map_location="cpu", **kwargs)
         return cls(model, state=state_from_checkpoint(checkpoint), progress=progress)
 
+    def prepare(
+        self,
+        train_dataloaders: Any,
+        *,
+        method: str = "auto",
+        layers: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Run the passes that no query is needed for: factors, and for ``"auto"`` the coarse space.
+
+        Args:
+            train_dataloaders: the training examples: a loader, or ready-made batches.
+            method: name of the method.
+            layers: names or patterns of the layers to cover.
+            **options: fields of :class:`~lightning_influence.methods.Options`.
+
+        Returns:
+            The module; :attr:`state` holds what was computed.
+        """
+        question = Question(method, layers=layers, options=Options(**options))
+        with self._runner() as runner:
+            Engine(runner, self.state, question).prepare(train_dataloaders)
+        return self
+
+    def fit_factors(
+        self, train_dataloaders: Any, *, layers: Sequence[str] | None = None, **options: Any
+    ) -> Factors:
+        """Fit Kronecker factors in a pass of their own; they replace those that are there.
+
+        Args:
+            train_dataloaders: the training examples: a loader, or ready-made batches.
+            layers: names or patterns of the layers to cover.
+            **options: fields of :class:`~lightning_influence.methods.Options`, such as ``fisher``.
+
+        Returns:
+            The factors, which are also in :attr:`state`.
+        """
+        self.state = InfluenceState(record=self.state.record)
+        self.prepare(train_dataloaders, method="ekfac", layers=layers, **options)
+        assert self.state.factors is not None
+        return self.state.factors
+
     def scores(
         self,
         train_dataloaders: Any,

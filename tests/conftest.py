@@ -1,4 +1,4 @@
-"""Settings of all tests; being here also puts this directory on the import path of those in subdirectories."""
+"""Settings of all tests; being here also puts this directory on the import path of subdirectories."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Drives passes by a plain loop over the zoo's cases, in float64, and builds the closed forms that tests compare."""
+"""Drives passes by a plain loop over the zoo's cases in float64, and builds the closed forms to compare."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """One harness for every method: stages, timed and weighed in a process of their own.
 
-A :class:`Contender` names its stages; :func:`measure` runs them. The unit of time is one plain forward+backward
-epoch over the same loader in the same process. Both are CPU seconds: on one thread the wall-clock of an idle
-machine, without the neighbours of a busy one. Short stages are repeated and the best taken. Memory is the
-high-water mark of resident memory in the stage, less what was resident before the first.
+A :class:`Contender` names its stages; :func:`measure` runs them. The unit of time is one plain
+forward+backward epoch over the same loader in the same process. Both are CPU seconds: on one thread the
+wall-clock of an idle machine, without the neighbours of a busy one. Short stages are repeated and the best
+taken. Memory is the high-water mark of resident memory in the stage, less what was resident before the first.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class StageResult:
     floor_epochs: float | None
     peak_mib: float
     sizes: tuple[int, ...]
+    measured_cpu_seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def plain_epoch(task: Task, model: nn.Module) -> float:
-    """CPU seconds of one forward+backward epoch over ``task.pass_loader()``: the unit of every other figure."""
+    """CPU seconds of one forward+backward epoch over ``task.pass_loader()``: the unit of the rest."""
     loader = task.pass_loader()
 
     def epoch() -> None:
@@ -179,7 +180,8 @@ def _run(stage: Stage, total: int, floor: float | None, baseline: float, epoch: 
     times = [timed(partial(stage.run, count)) for count in stage.sizes]
     peak = _peak() - baseline
     wall, cpu = (_line(stage.sizes, [pair[i] for pair in times], total) for i in (0, 1))
-    return StageResult(stage.name, stage.group, wall, cpu, cpu / epoch, floor, peak, stage.sizes)
+    measured = tuple(pair[1] for pair in times)
+    return StageResult(stage.name, stage.group, wall, cpu, cpu / epoch, floor, peak, stage.sizes, measured)
 
 
 def measure(
@@ -208,8 +210,8 @@ def measure(
     candidate = contender(task, model, scratch)
     gc.collect()
     if freeze:
-        # A method that collects garbage in a stage walks all imported objects: on small models that is most of
-        # its time, and depends on what else the process has imported.
+        # A method that collects garbage in a stage walks all imported objects: on small models that is most
+        # of its time, and depends on what else the process has imported.
         gc.freeze()
     before = plain_epoch(task, model)
     floor, baseline = floors(task, model), _resident()

@@ -31,7 +31,11 @@ PEERS = {
     "kronfluence-20": "kronfluence_peer:Kronfluence20",
 }
 # This package's methods: each a Contender in a file of its own.
-OURS: dict[str, str] = {}
+OURS = {
+    "ekfac": "influence_contender:EKFAC",
+    "ekfac-exact": "influence_contender:ExactFisher",
+    "auto": "influence_contender:Auto",
+}
 CONTENDERS = {**OURS, **PEERS}
 DEFAULT = [*OURS, "kronfluence"]
 

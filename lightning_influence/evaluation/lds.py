@@ -129,8 +129,8 @@ def linear_datamodeling_score(
 ) -> tuple[Tensor, Tensor | None]:
     """Linear datamodeling score and, if asked for, its bootstrap interval over subsets.
 
-    A resample repeats subsets, whose ties pull a rank correlation towards 0; the draws are therefore centred on
-    the score before their quantiles are taken.
+    A resample repeats subsets, whose ties pull a rank correlation towards 0; the draws are therefore centred
+    on the score before their quantiles are taken.
 
     Args:
         predicted: predicted change of each query's measurement on each subset, ``(M, Q)``.

@@ -92,25 +92,26 @@ class Recipe:
         return self.weight_decay + (1 - self.momentum) / sum(self.rate(k, total) for k in range(total))
 
 
-def member_seed(mask: Tensor, seed: int, purpose: str) -> int:
-    """Seed of one training run, a function of its kept examples and its seed alone.
-
-    A run is therefore the same whichever other runs it is trained beside.
+def run_seed(seed: int, purpose: str) -> int:
+    """Seed of one part of a training run, a function of the run's seed alone and not of its examples.
 
     Args:
-        mask: kept examples, boolean, shape ``(N,)``.
         seed: the run's seed.
-        purpose: what the seed is for, such as ``"init"`` or ``"order"``.
+        purpose: what is drawn, such as ``"init"`` or ``"order"``.
 
     Returns:
         An integer in ``[0, 2**63)``.
     """
-    digest = hashlib.sha256(mask.cpu().numpy().tobytes() + f"|{seed}|{purpose}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}|{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def batch_orders(mask: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
     """Order in which a run visits its examples: one permutation of the kept indices per epoch.
+
+    Each is the restriction to the kept examples of a permutation of all ``N``, which is a function of the seed
+    and the epoch only: runs of one seed visit the examples they share in the same order. On its own, a
+    restricted uniform permutation is a uniform permutation of the kept examples, as in a plain shuffled run.
 
     Args:
         mask: kept examples, boolean, shape ``(N,)``.
@@ -120,6 +121,7 @@ def batch_orders(mask: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
     Returns:
         ``epochs`` tensors of indices, shape ``(n_kept,)`` each.
     """
-    generator = torch.Generator().manual_seed(member_seed(mask, seed, "order"))
-    kept = mask.nonzero().squeeze(1).cpu()
-    return [kept[torch.randperm(len(kept), generator=generator)] for _ in range(recipe.epochs)]
+    generator = torch.Generator().manual_seed(run_seed(seed, "order"))
+    kept = mask.cpu()
+    orders = (torch.randperm(len(kept), generator=generator) for _ in range(recipe.epochs))
+    return [order[kept[order]] for order in orders]

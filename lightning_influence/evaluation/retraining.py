@@ -36,6 +36,7 @@ from lightning_influence.evaluation.stacked import (
 Measurement = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int], None]
 _FORMAT = "1"
+_DRAWS = "paired"  # how runs draw initial values and orders: names the folder of their results
 
 
 def _source(thing: Any) -> str:
@@ -172,8 +173,16 @@ def retrain(
 ) -> Tensor:
     """Measured values of models retrained on subsets, every subset with every seed.
 
-    A run's initial values and order of batches depend on its subset and its seed alone, so adding subsets or
-    seeds later repeats nothing (a model with dropout also draws its noise per chunk).
+    Subsets share their random numbers: the initial values depend on the seed only, and each epoch visits the
+    kept examples in the order that one permutation of all examples, a function of the seed and the epoch only,
+    gives them. Taken alone, a run is distributed like any other run on its subset, so the mean over seeds
+    estimates the same expected value as independent draws would. Across subsets, the noise that all runs of a
+    seed share cancels in a rank correlation, which compares subsets with each other; a difference between
+    subsets therefore has less variance. The values of one seed are not independent of each other, and an
+    interval from resampling subsets holds for these seeds.
+
+    A run depends on its subset and its seed alone, so adding subsets or seeds later repeats nothing (a model
+    with dropout also draws its noise per chunk, and shares none of it).
 
     Args:
         factory: makes a freshly initialised model whose ``forward`` takes a batch of inputs.
@@ -196,7 +205,7 @@ def retrain(
     directory, found = None, {}
     if cache_dir is not None:
         mark = fingerprint(factory, recipe, (*data, *queries), (loss, measurement))
-        directory = Path(cache_dir) / mark
+        directory = Path(cache_dir) / f"{_DRAWS}-{mark}"
         found = _load(directory)
     missing = list({_key(m): m for m in members if _key(m) not in found}.items())
     for start in range(0, len(missing), chunk):

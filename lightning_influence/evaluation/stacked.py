@@ -1,7 +1,7 @@
 """Training many small models at once: their parameters are stacked, their steps taken together.
 
 A model of a few thousand parameters leaves a CPU waiting for Python; ``K`` of them in one batched product do
-not. Each member has its own initialisation, its own examples and its own order of batches.
+not. Each member has its own examples; its initial values and its order of batches follow from its seed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
-from lightning_influence.evaluation.recipe import Recipe, batch_orders, member_seed
+from lightning_influence.evaluation.recipe import Recipe, batch_orders, run_seed
 
 Factory = Callable[[], nn.Module]
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -43,7 +43,9 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def build(factory: Factory, member: Member) -> nn.Module:
-    """Freshly initialised model of a member; the global random state is left as it was.
+    """Freshly initialised model of a member, the same for every member with this seed.
+
+    The global random state is left as it was.
 
     Args:
         factory: makes a model, drawing its initial values from torch's global CPU generator.
@@ -56,7 +58,7 @@ def build(factory: Factory, member: Member) -> nn.Module:
         UnsupportedModelError: if the model keeps running statistics, which stacked training cannot update.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(member_seed(member.mask, member.seed, "init"))
+        torch.manual_seed(run_seed(member.seed, "init"))
         model = factory().train()
     for name, module in model.named_modules():
         if getattr(module, "running_mean", None) is not None:
@@ -67,11 +69,10 @@ def build(factory: Factory, member: Member) -> nn.Module:
     return model
 
 
-def stack_parameters(models: Sequence[nn.Module]) -> Stacked:
-    """Return copies of the trainable parameters of ``K`` like models, stacked to ``(K, ...)`` each."""
-    names = [name for name, value in models[0].named_parameters() if value.requires_grad]
-    tables = [dict(model.named_parameters()) for model in models]
-    return {name: torch.stack([table[name].detach() for table in tables]) for name in names}
+def stack_state(models: Sequence[nn.Module]) -> Stacked:
+    """Return copies of the parameters and buffers of ``K`` like models, stacked to ``(K, ...)`` each."""
+    tables = [{**dict(model.named_parameters()), **dict(model.named_buffers())} for model in models]
+    return {name: torch.stack([table[name].detach() for table in tables]) for name in tables[0]}
 
 
 def stacked_outputs(model: nn.Module, parameters: Stacked, inputs: Tensor, *, shared: bool) -> Tensor:
@@ -79,7 +80,7 @@ def stacked_outputs(model: nn.Module, parameters: Stacked, inputs: Tensor, *, sh
 
     Args:
         model: the architecture; its own values are used only for what is not in ``parameters``.
-        parameters: stacked parameters, ``(K, ...)`` each.
+        parameters: stacked parameters and buffers, ``(K, ...)`` each.
         inputs: ``(B, ...)`` for all models if ``shared``, else ``(K, B, ...)``.
         shared: whether every model sees the same inputs.
 
@@ -146,7 +147,7 @@ def train_members(
         loss: per-example training loss of outputs and targets, ``(B,)``.
 
     Returns:
-        The trained parameters, each stacked to ``(K, ...)``.
+        The trained parameters, frozen ones and buffers with them, each stacked to ``(K, ...)``.
 
     Raises:
         ValueError: if there is no member, or one keeps nothing.
@@ -155,19 +156,21 @@ def train_members(
     if not members or not all(bool(member.mask.any()) for member in members):
         raise ValueError("Retraining needs at least one run, and every run at least one kept example.")
     models = [build(factory, member) for member in members]
-    parameters, template = stack_parameters(models), models[0]
-    momenta = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    state, template = stack_state(models), models[0]
+    leaves = {
+        name: state[name].requires_grad_() for name, p in template.named_parameters() if p.requires_grad
+    }
+    momenta = {name: torch.zeros_like(value) for name, value in leaves.items()}
     totals = [recipe.steps(int(member.mask.sum())) for member in members]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(member_seed(members[0].mask, members[0].seed, "noise"))
+        torch.manual_seed(run_seed(members[0].seed, "noise"))
         for step, (index, weight) in enumerate(_batches(_schedule(members, recipe))):
-            leaves = {name: value.requires_grad_() for name, value in parameters.items()}
-            outputs = stacked_outputs(template, leaves, data[0][index], shared=False)
+            outputs = stacked_outputs(template, state, data[0][index], shared=False)
             losses = loss(outputs.flatten(0, 1), data[1][index].flatten(0, 1))
             total = losses @ weight.to(losses).flatten()
             rates = torch.tensor([recipe.rate(step, steps) for steps in totals], dtype=torch.float64)
-            _sgd(parameters, momenta, torch.autograd.grad(total, list(leaves.values())), rates, recipe)
-    trained = {name: value.detach() for name, value in parameters.items()}
+            _sgd(leaves, momenta, torch.autograd.grad(total, list(leaves.values())), rates, recipe)
+    trained = {name: value.detach() for name, value in state.items()}
     for row, member in enumerate(members):
         if not all(bool(value[row].isfinite().all()) for value in trained.values()):
             raise NonFiniteError(

@@ -103,15 +103,13 @@ def _of_layer(record: TrainingRecord, layer: LayerRecord | None) -> float | None
     if layer is None or not layer.rate > 0:
         return None
     decay, inverse = layer.weight_decay, 1.0 / layer.rate
-    if record.family == "adamw":
-        total = layer.metric * (decay + inverse)
-    else:
-        total = decay + layer.metric * inverse
+    run = layer.metric * inverse
+    total = run + (layer.metric * decay if record.family == "adamw" else decay)
     return total / record.loss_scale
 
 
 def _message(damping: object) -> str:
     return (
-        f"Got damping={damping!r}; accepted are 'auto', 'heuristic', or a finite number of at least 0, in the "
-        "unit of the mean loss's curvature."
+        f"Got damping={damping!r}; accepted are 'auto', 'heuristic', or a finite number of at least 0, in "
+        "the unit of the mean loss's curvature."
     )

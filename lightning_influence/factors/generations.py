@@ -36,6 +36,10 @@ class Generations:
         self.previous = self.best if self.best.layers else None
         self.current = Factors(fisher=self.current.fisher, origin="fit")
 
+    def drop_current(self) -> None:
+        """Forget the sums of the current window."""
+        self.current = Factors(fisher=self.current.fisher, origin="fit")
+
     def settle(self, planned_squares: int, taken_squares: int) -> None:
         """Drop the previous factors once the current ones are worth more.
 

@@ -21,11 +21,14 @@ Phase = Literal["covariances", "squares"]
 # Measured on one CPU thread: work besides matrix products, expressed in operations at the speed of those.
 _STEP_OPERATIONS = 6e7
 _UPDATE_OPERATIONS = 150.0
+_ENTRY_OPERATIONS = 150.0
 _COLLECT_OPERATIONS = 1.2e8
 # Windows shorter than this many steps are not worth starting.
 _SHORTEST_WINDOW = 8
 # Share of a window's budget that is spent where no eigendecomposition can be afforded yet: the rest is saved.
 _SAVING_SHARE = 0.25
+# The rest of the budget pays for hooks that run on every step.
+_BUDGETED = 0.9
 # Until the budget allows more, this many batches may be collected.
 _FIRST_BATCHES = 3
 
@@ -66,8 +69,9 @@ class Costs:
             moments = 2 * rows * (d_in**2 + d_out**2)
             dense = product + 2.0 * groups * examples * d_in * d_out * (d_in + d_out)
             step += 3 * product
-            covariances += product + moments
+            covariances += product + moments + _ENTRY_OPERATIONS * groups * (d_in**2 + d_out**2)
             squares += product + min(product + moments, dense) if positions > 1 else 2 * product + moments
+            squares += 2 * _ENTRY_OPERATIONS * groups * d_in * d_out
             basis += groups * sum(9 * d**3 + 2000 * d**2 for d in (d_in, d_out))
         return cls(covariances / step, squares / step, basis / step)
 
@@ -117,7 +121,9 @@ class Schedule:
         if not (math.isfinite(self.overhead) and 0 < self.overhead <= 1):
             raise ValueError(f"Got overhead={self.overhead!r}; accepted are shares of a step in (0, 1].")
         if self.every_n_steps is not None and self.every_n_steps < 1:
-            raise ValueError(f"Got every_n_steps={self.every_n_steps}; accepted are positive integers or None.")
+            raise ValueError(
+                f"Got every_n_steps={self.every_n_steps}; accepted are positive integers or None."
+            )
 
     @property
     def credit(self) -> float:
@@ -131,7 +137,7 @@ class Schedule:
         if horizon == self.horizon:
             return
         self.horizon = horizon
-        if self.costs is not None:
+        if self.costs is not None and self.steps < self.end:  # a finished window stays what it is
             self.end = self._boundary(self.steps)
             self._plan_phase(self.phase)
 
@@ -151,7 +157,7 @@ class Schedule:
         return self.taken + 1 <= math.ceil(due) and self.taken < self.planned and self.credit >= cost
 
     def starts_window(self) -> bool:
-        """Begin a new window if the batch just counted is past the end of the last; return whether it is."""
+        """Return whether the batch just counted is past the window's end; a new window then begins."""
         if self.costs is None or self.steps <= self.end:
             return False
         self.start, self.end = self.steps - 1, self._boundary(self.steps - 1)
@@ -200,7 +206,7 @@ class Schedule:
 
     def _earned(self, steps: int) -> float:
         assert self.costs is not None
-        return max(self.overhead * steps, _FIRST_BATCHES * self.costs.covariances)
+        return max(_BUDGETED * self.overhead * steps, _FIRST_BATCHES * self.costs.covariances)
 
     def _boundary(self, step: int) -> int:
         """Return the end of the window that holds batch number ``step``."""
@@ -222,12 +228,16 @@ class Schedule:
             self.planned = self._affordable(budget, self.costs.squares, self.end - first)
             return
         batch = self.costs.covariances + self.costs.squares
-        self.with_basis = self.every_n_steps is not None or budget >= self.costs.basis + batch
+        needed = self.costs.basis + batch
+        if self.end != self.horizon:  # will be superseded: worth a small part of the budget only
+            needed += 3 * self.costs.basis
+        self.with_basis = self.every_n_steps is not None or budget >= needed
         # Half for covariances, half for squares. Where the basis cannot be afforded, its price is saved for.
         self.phase_end = (first + self.end + 1) // 2 if self.with_basis else self.end
-        share = (budget - self.costs.basis) / batch if self.with_basis else 0.0
-        saved = _SAVING_SHARE * budget / self.costs.covariances
-        count = share if self.with_basis else saved
+        if self.with_basis:
+            count = (budget - self.costs.basis) / batch
+        else:
+            count = _SAVING_SHARE * budget / self.costs.covariances
         self.planned = self._affordable(count, 1.0, self.phase_end - first)
 
     def _affordable(self, budget: float, cost: float, length: int) -> int:

@@ -30,6 +30,9 @@ class LayerRecord:
     metric: float = 1.0
 
 
+_Parts = list[tuple[LayerRecord, list[tuple[float, Mapping[str, Any]]]]]
+
+
 @dataclass
 class TrainingRecord:
     """What is known of a training run.
@@ -48,6 +51,13 @@ class TrainingRecord:
     loss_scale: float = 1.0
     layers: dict[str, LayerRecord] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._cache: dict[tuple[int, int, int], _Parts] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without what refers to live optimizers."""
+        return {**self.__dict__, "_cache": {}}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the record as primitives."""
         return asdict(self)
@@ -58,6 +68,10 @@ class TrainingRecord:
         values = dict(state)
         values["layers"] = {name: LayerRecord(**layer) for name, layer in values["layers"].items()}
         return cls(**values)
+
+    def start(self) -> None:
+        """Forget the optimizers of an earlier fit; what was summed stays."""
+        self._cache = {}
 
     def add_step(self, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> None:
         """Add one step that an optimizer is about to make.
@@ -71,20 +85,32 @@ class TrainingRecord:
             family, reason = "other", f"{self.family} and {family} optimizers in one run"
         self.family, self.reason = family, self.reason or reason
         self.steps += 1
+        for record, parts in self._groups_of(optimizer, layers):
+            rate = decay = 0.0
+            for share, group in parts:
+                rate += share * effective_rate(group)
+                decay += share * group.get("weight_decay", 0.0)
+            record.rate, record.weight_decay = record.rate + rate, float(decay)
+
+    def _groups_of(self, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> _Parts:
+        """Return each layer's record with its parameter groups and their shares; looked up once."""
+        key = id(optimizer), len(optimizer.param_groups), len(self.layers)
+        if key in self._cache:
+            return self._cache[key]
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        rates: dict[int, float] = {}
+        found: _Parts = []
         for name, layer in layers.items():
-            found = [(p.numel(), groups[id(p)]) for p in _parameters(layer) if id(p) in groups]
-            total = sum(count for count, _ in found)
-            if not total:
-                continue
-            record = self.layers.setdefault(name, LayerRecord())
-            for _, group in found:
-                if id(group) not in rates:
-                    rates[id(group)] = effective_rate(group)
-            record.rate += sum(count * rates[id(group)] for count, group in found) / total
-            decays = sum(count * float(group.get("weight_decay", 0.0)) for count, group in found)
-            record.weight_decay = decays / total
+            own = [p for p in _parameters(layer) if id(p) in groups]
+            total = sum(p.numel() for p in own)
+            if total:
+                shares: dict[int, float] = {}
+                for p in own:
+                    shares[id(groups[id(p)])] = shares.get(id(groups[id(p)]), 0.0) + p.numel() / total
+                parts: list[tuple[float, Mapping[str, Any]]]
+                parts = [(shares[id(g)], g) for g in optimizer.param_groups if id(g) in shares]
+                found.append((self.layers.setdefault(name, LayerRecord()), parts))
+        self._cache[(*key[:2], len(self.layers))] = found
+        return found
 
     def read_metric(self, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> None:
         """Read Adam's second moments as they are now; no other optimizer has any."""

@@ -220,7 +220,8 @@ def _coupled(recorder: Recorder, values: Tensor, num_examples: int) -> str | Non
     for name, grad in plain.items():
         expected = grad * factors.to(grad.dtype)[:, None, None]
         wrong = (weighed[name] - expected).norm() > 1e-2 * expected.norm()
-        if bool(wrong | first[name][:, 1:].any()):
+        others = first[name][:, 1:].nan_to_num(0.0, 0.0, 0.0)  # not finite: refused elsewhere, as such
+        if bool(wrong | others.any()):
             return name
     return None
 

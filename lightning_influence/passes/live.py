@@ -53,16 +53,17 @@ class LiveCapture:
         self._recorder.clear()
         self._losses.clear()
 
-    def resolve(self, loss: Tensor, num_examples: int, *, divisor: float = 1.0, wrappers: int = 0) -> Captured:
+    def resolve(
+        self, loss: Tensor, num_examples: int, *, divisor: float = 1.0, wrappers: int = 0
+    ) -> Captured:
         """Find the training loss among what was recorded.
 
         Args:
             loss: the scalar that is about to be differentiated.
             num_examples: ``B``.
             divisor: what the training loss was divided by to give ``loss``.
-            wrappers: how many operations (divisions for accumulation, loss scaling) lie between them. The loss
-                is recognised by its node below these, which rounding cannot hide; its value is the second
-                means.
+            wrappers: how many operations (divisions for accumulation, loss scaling) lie between them. The
+                loss is recognised by its node below these, which rounding cannot hide, or else by value.
 
         Returns:
             The captured step; its graph is the user's own and is kept.
@@ -87,8 +88,6 @@ class LiveCapture:
     def run_hook(self, module: Any, batch: Any, num_examples: int) -> Captured:
         """Run the module's ``influence_loss`` under capture, in addition to the user's step.
 
-        Random states and buffers are put back, so that the user's step is as it would have been.
-
         Args:
             module: the user's module.
             batch: the batch, on the module's device.
@@ -100,14 +99,11 @@ class LiveCapture:
         Raises:
             UnsupportedModelError: if no layer took part.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         self.open()
         try:
             values = module.influence_loss(batch)
         finally:
             self.close()
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
         check_per_example(values, num_examples, "influence_loss(batch)")
         loss = per_example_capture(values, self._losses, num_examples)
         return self._complete(Captured(num_examples, loss, values, self._recorder))

@@ -16,12 +16,16 @@ from torch import Tensor
 
 from lightning_influence.factors.inverse import BlockInverse, EigenInverse
 from lightning_influence.factors.low_rank import LowRank, low_rank
-from lightning_influence.layers.gradients import FactoredGradients, LayerGradients
+from lightning_influence.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 
 # Thin products run below the speed of square ones, so the low-rank route must save more than it costs.
 _THIN = 0.6
-_MAX_RANK = 192
+_MAX_RANK = 256
 _CHECK_QUERIES = 16
+# Where the first batch shows too large an error, the tolerance is divided by this, so many times at most.
+_REFINE, _REFINEMENTS = 3, 4
+# Entries of an intermediate that should stay in a processor's cache.
+_CACHED = 2**18
 _CHECK_EXAMPLES = 32
 
 
@@ -148,32 +152,40 @@ class PreconditionedScorer:
         return True
 
     def _check(self, gradients: dict[str, LayerGradients]) -> None:
-        """Compare low-rank with exact scores on a few pairs; raise the rank, or go dense, on a difference."""
-        for name in list(self._thin):
-            layer = gradients.get(name)
-            tolerance = self._tolerance
-            while name in self._thin and isinstance(layer, FactoredGradients):
-                if self._error(name, layer) <= self._tolerance:
-                    break
-                tolerance /= 4
-                if tolerance < self._tolerance / 64 or not self._try_low_rank(name, tolerance):
-                    self._go_dense(name)
+        """Compare with exact scores on a few pairs, and refine the layer that errs most until the sum is right."""
+        few = {name: layer.select(slice(0, _CHECK_EXAMPLES)) for name, layer in gradients.items()}
+        for name in [name for name in self._thin if isinstance(few.get(name), DenseGradients)]:
+            self._go_dense(name)
+        exact = {name: self._exact(name, layer) for name, layer in few.items() if name in self._inverse.layers}
+        norm = float(torch.stack(list(exact.values())).sum(dim=0).norm())
+        tolerances = dict.fromkeys(self._thin, self._tolerance)
+        while errors := {n: self._approximate(n, few[n]) - exact[n] for n in self._thin if n in few}:
+            if float(torch.stack(list(errors.values())).sum(dim=0).norm()) <= self._tolerance * norm:
+                return
+            worst = max(errors, key=lambda name: float(errors[name].norm()))
+            tolerances[worst] /= _REFINE
+            if tolerances[worst] < self._tolerance / _REFINE**_REFINEMENTS:
+                self._go_dense(worst)
+            elif not self._try_low_rank(worst, tolerances[worst]):
+                self._go_dense(worst)
 
     def _go_dense(self, name: str) -> None:
-        """Leave the low-rank route in one layer."""
+        """Give up the low-rank route of a layer."""
         del self._thin[name], self.ranks[name]
         self._dense[name] = self._solve(name)
 
-    def _error(self, name: str, layer: FactoredGradients) -> float:
-        """Return relative error of one layer's low-rank scores on the first queries and examples."""
-        few = layer.select(slice(0, _CHECK_EXAMPLES))
-        exact = few.dot(self._solve(name, slice(0, _CHECK_QUERIES)))[0].T
+    def _exact(self, name: str, layer: LayerGradients) -> Tensor:
+        """One layer's exact scores of the first queries."""
+        return layer.dot(self._solve(name, slice(0, _CHECK_QUERIES)))[0].T
+
+    def _approximate(self, name: str, layer: LayerGradients) -> Tensor:
+        """One layer's low-rank scores of the first queries."""
         query, anchor = self._thin[name]
-        got = query.scores(few)
+        assert isinstance(layer, FactoredGradients)
+        scores = query.scores(layer)
         if anchor is not None:
-            got = got + self._mix() @ anchor.scores(few)
-        norm = float(exact.norm())
-        return float((got[: len(exact)] - exact).norm()) / norm if norm > 0 else 0.0
+            scores = scores + self._mix() @ anchor.scores(layer)
+        return scores[:_CHECK_QUERIES]
 
     def _mix(self) -> Tensor:
         """Return weights of the anchors in each query's correction, ``(Q, M)``."""
@@ -195,24 +207,29 @@ class _Thin:
         basis = inverse.basis
         if basis is not None:
             inputs, outputs = inputs @ basis.q_in[0], outputs @ basis.q_out[0]
-        left = form.left[:, None] * outputs  # (r, Q, D_out)
-        right = form.right[:, None] * inputs
+        left = outputs[:, None] * form.left  # (Q, r, D_out)
+        right = inputs[:, None] * form.right
         if basis is not None:
             left, right = left @ basis.q_out[0].T, right @ basis.q_in[0].T
         self.rank, self.count = form.rank, inputs.shape[0]
-        self.left = left.flatten(0, 1).contiguous()
-        self.right = right.flatten(0, 1).contiguous()
+        self.left, self.right = left.contiguous(), right.contiguous()
 
     def scores(self, gradients: FactoredGradients) -> Tensor:
-        """Return ``(Q, B)``."""
+        """Return ``(Q, B)``, a few queries at a time so that the terms are summed while they are in the cache."""
         _, examples, positions, _ = gradients.inputs.shape
-        left = self.left @ gradients.outputs[0, 0].flatten(0, 1).T
-        right = self.right @ gradients.inputs[0].flatten(0, 1).T
-        if positions == 1:
-            return left.mul_(right).view(self.rank, self.count, examples).sum(dim=0)
-        left = left.view(self.rank, self.count, examples, positions)
-        right = right.view(self.rank, self.count, examples, positions)
-        return torch.einsum("kqbr,kqbs->qb", left, right)
+        outputs = gradients.outputs[0, 0].flatten(0, 1).T.contiguous()
+        inputs = gradients.inputs[0].flatten(0, 1).T.contiguous()
+        result = outputs.new_empty(self.count, examples)
+        step = max(1, _CACHED // (self.rank * outputs.shape[1]))
+        for start in range(0, self.count, step):
+            rows = slice(start, start + step)
+            left = (self.left[rows].flatten(0, 1) @ outputs).view(-1, self.rank, examples, positions)
+            right = (self.right[rows].flatten(0, 1) @ inputs).view(-1, self.rank, examples, positions)
+            if positions == 1:
+                result[rows] = left.mul_(right).sum(dim=(1, 3))
+            else:
+                result[rows] = torch.einsum("qkbr,qkbs->qb", left, right)
+        return result
 
 
 class DenseScorer:

@@ -166,7 +166,7 @@ def test_arguments_that_do_not_fit_are_refused():
         predict_subsets(draw(0, 3, 4), torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="boolean masks"):
         predict_subsets(draw(0, 3, 4), torch.ones(2, 4))
-    with pytest.raises(ValueError, match="0 < fraction < 1, got 10, 2 and 1.0"):
+    with pytest.raises(ValueError, match=r"0 < fraction < 1, got 10, 2 and 1\.0"):
         random_subsets(10, 2, fraction=1.0)
     with pytest.raises(ValueError, match="0 < confidence < 1, got 5 and 1"):
         LinearDatamodelingScore(bootstrap=5, confidence=1)

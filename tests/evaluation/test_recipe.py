@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_influence.evaluation.recipe import Recipe, batch_orders, member_seed
+from lightning_influence.evaluation.recipe import Recipe, batch_orders, run_seed
 
 
 @pytest.mark.parametrize(
@@ -30,11 +30,34 @@ def test_every_epoch_visits_every_kept_example_once_in_a_new_order():
         assert torch.equal(order.sort().values, mask.nonzero().squeeze(1))
 
 
-def test_seeds_depend_on_the_subset_the_seed_and_the_purpose():
+def test_subsets_visit_the_examples_they_share_in_the_same_order():
+    recipe = Recipe(0.1, epochs=4, batch_size=8)
+    everything = batch_orders(torch.ones(30, dtype=torch.bool), recipe, seed=3)
+    for mask in (torch.arange(30) % 3 > 0, torch.arange(30) % 2 > 0):
+        for full, order in zip(everything, batch_orders(mask, recipe, seed=3), strict=True):
+            assert torch.equal(order, full[mask[full]])
+    assert not torch.equal(everything[0], batch_orders(torch.ones(30, dtype=torch.bool), recipe, seed=4)[0])
+
+
+def test_a_longer_run_begins_with_the_same_epochs():
     mask = torch.arange(30) % 3 > 0
-    seeds = [member_seed(mask, 0, "init"), member_seed(mask, 1, "init"), member_seed(mask, 0, "order")]
-    assert len({*seeds, member_seed(~mask, 0, "init")}) == 4
-    assert member_seed(mask.clone(), 0, "init") == seeds[0]
+    short, long = (batch_orders(mask, Recipe(0.1, epochs=n, batch_size=8), seed=0) for n in (2, 5))
+    assert all(torch.equal(a, b) for a, b in zip(short, long[:2], strict=True))
+
+
+def test_a_restricted_permutation_is_uniform_over_the_kept_examples():
+    mask = torch.tensor([True, False, True, True, False])
+    orders = torch.stack(batch_orders(mask, Recipe(0.1, epochs=6000, batch_size=1), seed=0))
+    counts = torch.unique(orders, dim=0, return_counts=True)[1]
+    # Each of the 6 orders is expected 1000 times with a standard deviation of 29; five of them allowed.
+    assert len(counts) == 6
+    assert (counts - 1000).abs().max() < 145
+
+
+def test_seeds_depend_on_the_seed_and_the_purpose():
+    seeds = [run_seed(0, "init"), run_seed(1, "init"), run_seed(0, "order")]
+    assert len(set(seeds)) == 3
+    assert run_seed(0, "init") == seeds[0]
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
-from lightning_influence.evaluation.recipe import Recipe, batch_orders, member_seed
+from lightning_influence.evaluation.recipe import Recipe, batch_orders, run_seed
 from lightning_influence.evaluation.stacked import Member, build, train_members
 
 RECIPE = Recipe(0.1, epochs=5, batch_size=4, momentum=0.9, weight_decay=1e-2)
@@ -75,6 +75,14 @@ def test_seeds_change_the_initial_values_and_the_run():
     assert not torch.allclose(trained["0.weight"][0], trained["0.weight"][1], atol=1e-2)
 
 
+def test_initial_values_depend_on_the_seed_and_not_on_the_subset():
+    kept = [torch.arange(21) % modulus != 0 for modulus in (2, 3)]
+    values = [build(mlp, Member(mask, seed))[0].weight for mask in kept for seed in (0, 1)]
+    assert torch.equal(values[0], values[2])
+    assert torch.equal(values[1], values[3])
+    assert not torch.equal(values[0], values[1])
+
+
 def test_random_state_and_gradient_mode_are_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -85,15 +93,21 @@ def test_random_state_and_gradient_mode_are_left_alone():
     assert not any(value.requires_grad for value in trained.values())
 
 
-def test_frozen_parameters_stay_as_they_are():
+def test_frozen_parameters_and_buffers_are_each_members_own():
     def factory():
         model = mlp()
         model[0].weight.requires_grad_(False)
+        model.register_buffer("offset", torch.rand(2, dtype=torch.float64))
         return model
 
-    # A member's own draw of a frozen parameter would be lost in the stack, so all share the first one's.
-    trained = train_members(factory, RECIPE, table(21, 6), members(21, 2))
-    assert set(trained) == {"0.bias", "2.weight", "2.bias"}
+    data, runs = table(21, 6), members(21, 2, 3)
+    trained = train_members(factory, RECIPE, data, runs)
+    for row, run in enumerate(runs):
+        initial = build(factory, run)
+        assert torch.equal(trained["0.weight"][row], initial[0].weight)
+        assert torch.equal(trained["offset"][row], initial.offset)
+        assert not torch.equal(trained["0.bias"][row], initial[0].bias)
+    assert not torch.equal(trained["0.weight"][0], trained["0.weight"][1])
 
 
 def test_dropout_is_on_while_training():
@@ -112,7 +126,7 @@ def test_dropout_is_on_while_training():
 def test_initialisation_is_the_factorys_own_under_the_members_seed():
     run = members(21, 2)[0]
     with torch.random.fork_rng():
-        torch.manual_seed(member_seed(run.mask, run.seed, "init"))
+        torch.manual_seed(run_seed(run.seed, "init"))
         expected = mlp()
     assert torch.equal(build(mlp, run)[0].weight, expected[0].weight)
 

@@ -87,7 +87,9 @@ def test_tied_to_an_unsupported_module():
 
 def test_parametrized_and_computed_weights_are_refused():
     net = nn.Sequential(
-        parametrizations.weight_norm(nn.Linear(3, 4)), nn.utils.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2)
+        parametrizations.weight_norm(nn.Linear(3, 4)),
+        nn.utils.spectral_norm(nn.Linear(4, 4)),
+        nn.Linear(4, 2),
     )
     plan = find_layers(net)
     assert list(plan.layers) == ["2"]
@@ -122,7 +124,9 @@ def test_include_patterns(include, selected):
 
 @pytest.mark.parametrize("pattern", ["encoder.*", "3", "1"])
 def test_a_pattern_that_selects_nothing_is_refused(pattern):
-    with pytest.raises(UnsupportedModelError, match=r"selects no supported, trainable layer.*\['0', '2', '4'\]"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"selects no supported, trainable layer.*\['0', '2', '4'\]"
+    ):
         find_layers(model(), ["0", pattern])
 
 

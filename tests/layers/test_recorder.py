@@ -17,9 +17,7 @@ def check(net: nn.Module, x: Tensor, include=None, forward=None) -> dict[str, Te
     plan = find_layers(net, include)
     with Recorder(plan.layers) as recorder:
         values = forward(x).square().reshape(len(x), -1).sum(1)
-    got = {
-        name: g.dense()[0] for name, g in recorder.gradients(values.sum(), [None], len(x)).items()
-    }
+    got = {name: g.dense()[0] for name, g in recorder.gradients(values.sum(), [None], len(x)).items()}
     for n in range(len(x)):
         value = forward(x[n : n + 1]).square().sum()
         for name, matrices in got.items():
@@ -27,7 +25,9 @@ def check(net: nn.Module, x: Tensor, include=None, forward=None) -> dict[str, Te
             bias = layer.module.bias if layer.has_bias else None
             wanted = [layer.module.weight] + ([] if bias is None else [bias])
             grads = torch.autograd.grad(value, wanted, retain_graph=True, materialize_grads=True)
-            expected = layer.from_parameters(*grads) if bias is not None else layer.from_parameters(*grads, None)
+            expected = (
+                layer.from_parameters(*grads) if bias is not None else layer.from_parameters(*grads, None)
+            )
             torch.testing.assert_close(matrices[n], expected, **TIGHT)
     return got
 
@@ -36,7 +36,9 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.SELU(inplace=True), nn.Hardtanh(inplace=True)])
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(inplace=True), nn.SELU(inplace=True), nn.Hardtanh(inplace=True)]
+)
 def test_in_place_activations(activation):
     check(nn.Sequential(nn.Linear(3, 5), activation, nn.Linear(5, 2)).double(), draw(B, 3))
 
@@ -129,7 +131,7 @@ def test_several_seeds_share_a_forward_pass():
         for name, alone in recorder.gradients(out, [seed], B).items():
             assert torch.equal(together[name].dense()[k], alone.dense()[0])
     recorder.clear()
-    assert recorder.gradients(out, seeds, B) == {}
+    assert recorder.inputs(B) == {}
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -165,7 +167,9 @@ def test_rows_that_are_no_multiple_of_the_examples_are_refused():
     net = nn.Linear(3, 2)
     with Recorder(find_layers(net).layers) as recorder:
         out = net(torch.ones(6, 3))
-    with pytest.raises(UnsupportedModelError, match=r"'' was called with a tensor of shape \(6, 3\).*4 examples"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'' was called with a tensor of shape \(6, 3\).*4 examples"
+    ):
         recorder.gradients(out.sum(), [None], B)
 
 

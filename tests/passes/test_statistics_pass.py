@@ -1,0 +1,146 @@
+import oracle
+import pytest
+import torch
+from drive import TIGHT, Setup, run
+from models import CASES
+
+from lightning_influence.errors import NonFiniteError
+from lightning_influence.losses import LossCapture
+from lightning_influence.passes.statistics import CovariancePass, SquaresPass, label_generator
+
+# Cases of every kind of layer and loss, where reductions differ.
+SOME = [
+    "mlp_softplus_weighted_smoothing",
+    "mlp_bce",
+    "mlp_mse",
+    "tokens_weighted",
+    "conv2d_replicate_depthwise",
+]
+
+
+def drawn_seeds(setup: Setup, batch_size: int, seed: int, draws: int) -> torch.Tensor:
+    """The very seeds (draws, N, *outputs) that a pass draws, by running the loss under its generators."""
+    x, y, parts = setup.case.x, setup.case.y, []
+    for i, (bx, by) in enumerate(zip(x.split(batch_size), y.split(batch_size), strict=True)):
+        generator = label_generator(seed, i)
+        with LossCapture() as capture:
+            value = setup.module.training_step((bx, by), 0)
+        loss = capture.resolve(value, len(bx))
+        shape = setup.case.model(bx).shape
+        parts.append(torch.stack([loss.sample(generator).reshape(shape) for _ in range(draws)]).detach())
+    return torch.cat(parts, dim=1)
+
+
+def check(setup: Setup, pass_, curvature: str, seeds=None) -> None:
+    factors = pass_.factors
+    bases = {
+        name.removeprefix("model."): (layer.basis.q_in, layer.basis.q_out)
+        for name, layer in factors.layers.items()
+    }
+    expected = oracle.layer_factors(*setup.problem, curvature=curvature, seeds=seeds, bases=bases)
+    # A gradient is divided by wbar, so its outer product by the square; a curvature seed by the root of wbar.
+    wbar = setup.wbar**2 if curvature == "empirical" else factors.mean_weight
+    assert factors.mean_weight == pytest.approx(setup.wbar, rel=1e-12)
+    for name, want in expected.items():
+        got = factors.layers[f"model.{name}"]
+        torch.testing.assert_close(got.covariance_in(), want.A, **TIGHT)
+        torch.testing.assert_close(got.covariance_out() / wbar, want.S, **TIGHT)
+        torch.testing.assert_close(got.second_moment() / wbar, want.Lambda, **TIGHT)
+        for q, covariance in ((got.basis.q_in, got.covariance_in()), (got.basis.q_out, got.covariance_out())):
+            torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[-1]).expand_as(q).to(q), **TIGHT)
+            rotated = q.mT @ covariance @ q
+            torch.testing.assert_close(rotated, torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1)), **TIGHT)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_exact_factors(name):
+    setup = Setup.of(name)
+    check(setup, setup.run(CovariancePass(setup.plan, fisher="exact")), "exact")
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", SOME)
+def test_exact_factors_of_other_reductions(name, reduction):
+    setup = Setup.of(name, reduction)
+    check(setup, setup.run(CovariancePass(setup.plan, fisher="exact")), "exact")
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_sampled_factors_are_those_of_the_labels_drawn(name, draws):
+    setup = Setup.of(name)
+    pass_ = setup.run(CovariancePass(setup.plan, seed=11, draws=draws))
+    check(setup, pass_, "sampled", drawn_seeds(setup, 5, 11, draws))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", SOME)
+def test_empirical_factors(name, reduction):
+    setup = Setup.of(name, reduction)
+    check(setup, setup.run(CovariancePass(setup.plan, fisher="empirical")), "empirical")
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 12])
+@pytest.mark.parametrize("name", SOME)
+def test_batches_do_not_matter(name, batch_size):
+    setup = Setup.of(name)
+    check(setup, setup.run(CovariancePass(setup.plan, fisher="exact"), batch_size), "exact")
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("name", SOME)
+def test_a_second_pass_gives_the_squares_that_the_cache_gave(name, fisher):
+    setup = Setup.of(name)
+    cached = setup.run(CovariancePass(setup.plan, fisher=fisher, seed=3, draws=2)).factors
+    first = setup.run(CovariancePass(setup.plan, fisher=fisher, seed=3, draws=2, cache_bytes=0))
+    assert first.cache is None
+    assert not first.factors.has_squares
+    second = setup.run(SquaresPass(setup.plan, first.factors, seed=3, draws=2)).factors
+    assert second.has_squares
+    assert cached.has_squares
+    for layer, expected in cached.layers.items():
+        got = second.layers[layer]
+        assert torch.equal(got.basis.q_in, expected.basis.q_in)
+        torch.testing.assert_close(got.squares, expected.squares, **TIGHT)
+        assert got.squares_examples == expected.squares_examples == 12
+    again = setup.run(SquaresPass(setup.plan, second, seed=3, draws=2)).factors  # replaced, not added
+    torch.testing.assert_close(again.layers[layer].squares, expected.squares, **TIGHT)
+
+
+def test_labels_depend_on_seed_and_batch_and_not_on_the_global_state():
+    setup = Setup.of("mlp_gelu")
+    outputs, batches = [], [(setup.case.x, setup.case.y)]  # a DataLoader would draw a seed of its own
+    for seed in (1, 1, 2):
+        before = torch.get_rng_state()
+        pass_ = run(CovariancePass(setup.plan, seed=seed), setup.module, batches)
+        outputs.append(pass_.factors.layers["model.0"].outputs)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(3)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    draws = {
+        torch.rand(1, generator=label_generator(seed, batch)).item()
+        for seed in range(4)
+        for batch in range(4)
+    }
+    assert len(draws) == 16
+
+
+def test_sampled_curvature_approaches_the_exact_one():
+    setup = Setup.of("mlp_gelu")
+    exact = setup.run(CovariancePass(setup.plan, fisher="exact")).factors
+    sampled = setup.run(CovariancePass(setup.plan, draws=3000)).factors
+    for name, layer in exact.layers.items():
+        error = (sampled.layers[name].covariance_out() - layer.covariance_out()).norm()
+        # 12 examples x 3000 draws: a relative error of about 1 / sqrt(36000) an entry.
+        assert error < 0.03 * layer.covariance_out().norm()
+
+
+def test_non_finite_gradients_leave_the_sums_as_they_were():
+    setup = Setup.of("mlp_relu_inplace_weighted")
+    pass_ = setup.run(CovariancePass(setup.plan, fisher="exact"))
+    before = pass_.factors.layers["model.0"].inputs.clone()
+    x = torch.full_like(setup.case.x, float("inf"))
+    with pytest.raises(NonFiniteError):
+        run(pass_, setup.module, [(x, setup.case.y)])
+    assert torch.equal(pass_.factors.layers["model.0"].inputs, before)
