@@ -72,7 +72,7 @@ def influence(
         fisher: output gradients for factors that have to be fitted: ``"sampled"`` labels, ``"exact"`` or
             ``"empirical"``.
         memory_budget: bytes for the coarse space and for the subspaces of iterations.
-        tolerance: median relative residual at which ``"auto"`` stops growing and iterating.
+        tolerance: relative residual above which ``"auto"`` iterates on a query, and at which its coarse space is large enough.
         max_steps: most block Krylov steps of ``"auto"``.
         low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one.
         curvature_examples: at most this many training examples enter the coarse space's curvature.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lightning_influence.methods.fitting import fitted_factors, gather
 from lightning_influence.passes.curvature import CurvatureProductPass
 from lightning_influence.passes.gradients import GradientPass
 from lightning_influence.solvers.krylov import block_krylov
-from lightning_influence.solvers.scoring import Correction, DenseScorer, PreconditionedScorer
+from lightning_influence.solvers.scoring import Correction, DenseScorer, JointScorer, PreconditionedScorer
 from lightning_influence.solvers.two_level import CoarseSpace, TwoLevel, directions, extended, probes
 
 FIRST_ANCHORS = 256
@@ -22,6 +23,7 @@ MOST_ANCHORS = 512
 PROBES = 16
 _CHECK = 32
 _MOST_GROUPS = 4
+_MOST_UNSOLVED = 0.25
 
 
 @register_method("auto")
@@ -29,8 +31,8 @@ class Auto(Method):
     """Two-level EK-FAC: factors as preconditioner, a coarse space of training gradients, Krylov steps if needed.
 
     The coarse space is built in one pass over the curvature examples and kept. Its size starts at
-    :data:`FIRST_ANCHORS` and doubles (one more pass over what is new) while the median residual of held-out training
-    gradients exceeds the tolerance, as far as the memory budget and :data:`MOST_ANCHORS` allow.
+    :data:`FIRST_ANCHORS` and doubles (one more pass over what is new) while more than a quarter of held-out training
+    gradients have a residual above the tolerance, as far as the memory budget and :data:`MOST_ANCHORS` allow.
     """
 
     def prepare(self) -> None:
@@ -50,36 +52,46 @@ class Auto(Method):
         context.extra["curvature_examples"] = self.space.examples
 
     def solve(self, queries: Gradients) -> Solved:
-        """Correct; iterate on the queries if their median residual is above the tolerance."""
+        """Correct every query; iterate on those whose own residual is above the tolerance."""
         correction, residuals = self.operator.correction(queries)
-        groups = self._to_iterate(residuals)
-        if groups:
-            solutions, residuals = self._iterate(queries, groups)
-            return Solved(DenseScorer(self.context.layout.split(solutions)), residuals)
-        return Solved(self._scorer(queries, correction), residuals)
+        chosen = self._to_iterate(residuals)
+        if not len(chosen):
+            return Solved(self._scorer(queries, correction), residuals)
+        solutions, residuals[chosen] = self._iterate(_select(queries, chosen))
+        iterated = DenseScorer(self.context.layout.split(solutions))
+        rest = torch.ones_like(residuals, dtype=torch.bool)
+        rest[chosen] = False
+        others = rest.nonzero().flatten()
+        if not len(others):
+            return Solved(iterated, residuals)
+        kept = replace(correction, coefficients=correction.coefficients[others])
+        return Solved(
+            JointScorer([(others, self._scorer(_select(queries, others), kept)), (chosen, iterated)]), residuals
+        )
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
-        """Correct; iterate on the queries if their median residual is above the tolerance."""
+        """Correct every query; iterate on those whose own residual is above the tolerance."""
         residuals = self.operator.correction(queries)[1]
-        groups = self._to_iterate(residuals)
-        if groups:
-            return self._iterate(queries, groups)
-        return self.operator.solve(self.context.layout.dense(queries)[0]), residuals
+        solutions = self.operator.solve(self.context.layout.dense(queries)[0])
+        chosen = self._to_iterate(residuals)
+        if len(chosen):
+            solutions[chosen], residuals[chosen] = self._iterate(_select(queries, chosen))
+        return solutions, residuals
 
-    def _to_iterate(self, residuals: Tensor) -> list[slice]:
-        """Groups of queries to iterate on: none if they are solved well enough, or iterating would take too long."""
-        options, median = self.context.options, float(residuals.median())
-        if median <= options.tolerance or options.max_steps < 1:
-            return []
-        groups = self._groups(len(residuals))
-        if len(groups) <= _MOST_GROUPS:
-            return groups
+    def _to_iterate(self, residuals: Tensor) -> Tensor:
+        """Queries to iterate on: those above the tolerance, unless they are too many for the memory budget."""
+        options = self.context.options
+        chosen = (residuals > options.tolerance).nonzero().flatten()
+        groups = -(-len(chosen) // self._group_size())
+        if not len(chosen) or (options.max_steps >= 1 and groups <= _MOST_GROUPS):
+            return chosen
         self.context.warnings.append(
-            f"The median residual {median:.2f} is above the tolerance {options.tolerance:g}; iterating would take "
-            f"{len(groups)} groups of queries under the memory budget and was left out. Raise `memory_budget`, or ask "
-            "fewer queries at a time."
+            f"{len(chosen)} of {len(residuals)} queries have a residual above the tolerance {options.tolerance:g} (median "
+            f"{float(residuals.median()):.2f}). Iterating on them was left out: it would take {groups} groups of at most "
+            f"{_MOST_GROUPS} under the memory budget, with max_steps={options.max_steps}. Raise `memory_budget` or "
+            "`max_steps`, or ask fewer queries at a time."
         )
-        return []
+        return chosen[:0]
 
     def quadratic(self) -> Callable[[Gradients], Tensor]:
         """EK-FAC's weighted squares plus the correction's products."""
@@ -109,7 +121,7 @@ class Auto(Method):
             anchors = _select(gradients, order[start:size])
             space = self._grow(space, anchors)
             residuals = TwoLevel(self.inverse, space).correction(held_out)[1]
-            if float(residuals.median()) <= context.options.tolerance:
+            if float((residuals > context.options.tolerance).float().mean()) <= _MOST_UNSOLVED:
                 break
         assert space is not None
         return space
@@ -157,22 +169,19 @@ class Auto(Method):
         each = 3 * self.context.layout.numel * torch.empty((), dtype=self.context.dtype).element_size()
         return max(1, self.context.options.memory_budget // each - PROBES)
 
-    def _groups(self, count: int) -> list[slice]:
-        """Runs of queries whose subspaces fit into the memory budget."""
+    def _group_size(self) -> int:
+        """How many queries' subspaces fit into the memory budget."""
         width = torch.empty((), dtype=self.context.dtype).element_size()
         each = (2 * self.context.options.max_steps + 4) * self.context.layout.numel * width
-        size = max(1, self.context.options.memory_budget // each)
-        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        return max(1, self.context.options.memory_budget // each)
 
-    def _iterate(self, queries: Gradients, groups: list[slice]) -> tuple[Tensor, Tensor]:
-        """Block Krylov on each group, starting from the coarse space."""
+    def _iterate(self, queries: Gradients) -> tuple[Tensor, Tensor]:
+        """Block Krylov on groups of queries, each starting from the coarse space."""
         context, space = self.context, self.space
         damping = context.layout.expand(self.inverse.damping, space.directions)
         start = (space.directions, space.product + damping * space.directions)
-        solutions, residuals, steps = [], [], []
-        for group in groups:
-            vectors = context.layout.dense({name: layer.select(group) for name, layer in queries.items()})[0]
-            result = block_krylov(
+        results = [
+            block_krylov(
                 lambda v: self._products(v) + damping * v,
                 self.inverse.apply,
                 vectors,
@@ -180,11 +189,11 @@ class Auto(Method):
                 max_steps=context.options.max_steps,
                 tolerance=context.options.tolerance,
             )
-            solutions.append(result.solutions)
-            residuals.append(result.residuals)
-            steps.append(result.steps)
-        context.extra["krylov_steps"] = steps
-        return torch.cat(solutions), torch.cat(residuals)
+            for vectors in context.layout.dense(queries)[0].split(self._group_size())
+        ]
+        context.extra["krylov_queries"] = sum(len(result.residuals) for result in results)
+        context.extra["krylov_steps"] = [result.steps for result in results]
+        return torch.cat([result.solutions for result in results]), torch.cat([r.residuals for r in results])
 
 
 def _select(gradients: Gradients, index: Tensor) -> dict[str, LayerGradients]:

@@ -8,7 +8,7 @@ checked on the first training batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from lightning_influence.factors.inverse import BlockInverse, EigenInverse
 from lightning_influence.factors.low_rank import LowRank, low_rank
 from lightning_influence.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+
+Scorer = Callable[[dict[str, LayerGradients]], Tensor]
 
 # Thin products run below the speed of square ones, so the low-rank route must save more than it costs.
 _THIN = 0.6
@@ -255,6 +257,22 @@ class DenseScorer:
         if self._blocks[name].dtype != dtype:
             self._blocks[name] = self._blocks[name].to(dtype)
         return self._blocks[name]
+
+
+class JointScorer:
+    """Scores of queries that were solved in different ways.
+
+    Args:
+        parts: which queries (their positions) each scorer answers for; together every query once.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Scorer]]) -> None:
+        self._parts = parts
+        self._order = torch.cat([positions for positions, _ in parts]).argsort()
+
+    def __call__(self, gradients: dict[str, LayerGradients]) -> Tensor:
+        """Return inner products ``(Q, B)`` in the order of the queries."""
+        return torch.cat([scorer(gradients) for _, scorer in self._parts])[self._order]
 
 
 def _factorise(inverse: EigenInverse, tolerance: float, max_rank: int) -> LowRank | None:
