@@ -14,7 +14,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class DigitsData(LightningDataModule):
-    """scikit-learn's 8 x 8 digits, 1617 for training and 180 for testing; a share of the training labels flipped.
+    """scikit-learn's 8 x 8 digits: 1617 for training, with a share of the labels flipped, 180 for testing.
 
     Args:
         flipped: share of the training labels that is replaced by another class.
@@ -103,8 +103,6 @@ class CNN(Classifier):
 
     def __init__(self) -> None:
         super().__init__()
-        first = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
-        second = (nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten())
-        self.net = nn.Sequential(
-            *first, *second, nn.Linear(512, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10)
-        )
+        first = (nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        second = (nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.1))
+        self.net = nn.Sequential(*first, *second, nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))

@@ -3,74 +3,28 @@
 from __future__ import annotations
 
 import time
-import warnings as python_warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.attributions import Attributions, Diagnostics, PassFacts, SelfInfluence
-from lightning_influence.dataloading import IndexedLoader, prepare, prepare_train
-from lightning_influence.errors import InfluenceWarning
-from lightning_influence.factors.factors import fingerprint, fingerprint_differs
-from lightning_influence.layers import LayerGradients, LayerPlan, find_layers
-from lightning_influence.measurements import Measurement, ResolvedMeasurement, resolve_measurement
-from lightning_influence.methods import Context, Method, Options, find_method
-from lightning_influence.methods.fitting import gather
+from lightning_influence.attributions import Attributions
+from lightning_influence.factors.factors import fingerprint
+from lightning_influence.layers import find_layers
+from lightning_influence.measurements import ResolvedMeasurement, resolve_measurement
+from lightning_influence.methods import Context, Method, Notes, find_method
+from lightning_influence.methods.context import digest
+from lightning_influence.methods.gathering import Gathered, gather
 from lightning_influence.passes.gradients import GradientPass
 from lightning_influence.passes.scores import Columns, ScorePass, SelfInfluencePass
-from lightning_influence.runner import Runner
+from lightning_influence.question import Question
+from lightning_influence.results.diagnostics import Diagnostics, PassFacts
+from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.results.streaming import StreamingExtremes
+from lightning_influence.running.base import Runner
+from lightning_influence.running.dataloading import prepare, prepare_train
+from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.state import InfluenceState
-from lightning_influence.topk import StreamingExtremes
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of the engine.
-
-    Attributes:
-        method: name of a registered method.
-        measurement: what is measured on queries.
-        top_k: keep only this many of the strongest at either end; None for all scores.
-        layers: names or patterns of the layers to cover.
-        options: settings of the method.
-    """
-
-    method: str = "auto"
-    measurement: Measurement | None = None
-    top_k: int | None = None
-    layers: Sequence[str] | None = None
-    options: Options = Options()
-
-    def check(self) -> None:
-        """Refuse bad settings before any pass.
-
-        Raises:
-            ValueError: saying what was got and what is accepted.
-        """
-        find_method(self.method)
-        if self.top_k is not None and (isinstance(self.top_k, bool) or self.top_k < 1):
-            raise ValueError(f"Got top_k={self.top_k!r}; accepted are positive integers, or None for all scores.")
-        damping = self.options.damping
-        if isinstance(damping, str) and damping not in {"auto", "heuristic"}:
-            raise ValueError(f"Got damping={damping!r}; accepted are 'auto', 'heuristic' or a number.")
-        if not isinstance(damping, str) and not (damping >= 0 and damping < float("inf")):
-            raise ValueError(f"Got damping={damping!r}; accepted are 'auto', 'heuristic' or a finite number >= 0.")
-        if self.options.fisher not in {"sampled", "exact", "empirical"}:
-            raise ValueError(
-                f"Got fisher={self.options.fisher!r}; accepted are 'sampled', 'exact' and 'empirical'."
-            )
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The queries of all processes: gradients by layer, dataset indices ``(Q,)`` and loader of each ``(Q,)``."""
-
-    gradients: dict[str, LayerGradients]
-    indices: Tensor
-    dataloaders: Tensor
 
 
 class Engine:
@@ -86,12 +40,10 @@ class Engine:
     def __init__(
         self, runner: Runner, state: InfluenceState, question: Question, *, checkpoint: str | None = None
     ) -> None:
-        question.check()
         self._start = time.perf_counter()
         self._runner, self._state, self._question = runner, state, question
         self._checkpoint = checkpoint
-        self._warnings: list[str] = []
-        self._context: Context | None = None
+        self._notes = Notes()
 
     def attribute(self, train: Any, queries: Any) -> Attributions:
         """Scores of every training example for every query.
@@ -107,13 +59,13 @@ class Engine:
         train_loader, query_loaders = prepare_train(train), prepare(queries)
         method = self._prepare(train_loader)
         context = method.context
-        asked = self._queries(context.plan, measured, query_loaders)
+        asked = self._queries(context, measured, query_loaders)
         solved = method.solve(asked.gradients)
         k = self._question.top_k
         sink = Columns() if k is None else StreamingExtremes(len(asked.indices), k)
         scoring = ScorePass(context.plan, solved.scorer, sink)
-        self._runner.run(scoring, train_loader)
-        scale = self._scale(scoring, measured.name == "loss")
+        context.run_on_train(scoring)
+        scale = self._scale(scoring, _is_loss(measured))
         diagnostics = self._diagnostics(method, measured.name, solved.residuals)
         several = asked.dataloaders if len(query_loaders) > 1 else None
         return self._answer(sink, scale, asked.indices, several, diagnostics)
@@ -130,9 +82,10 @@ class Engine:
         train_loader = prepare_train(train)
         method = self._prepare(train_loader)
         one_pass = SelfInfluencePass(method.context.plan, method.quadratic())
-        self._runner.run(one_pass, train_loader)
-        gather_cat = self._runner.all_gather_cat
-        indices, values = gather_cat(torch.cat(one_pass.indices)), gather_cat(torch.cat(one_pass.values))
+        method.context.run_on_train(one_pass)
+        gather_cat, like = self._runner.all_gather_cat, torch.empty(0, dtype=method.context.dtype)
+        indices = gather_cat(torch.cat([torch.empty(0, dtype=torch.int64), *one_pass.indices]))
+        values = gather_cat(torch.cat([like, *(part.to(like.dtype) for part in one_pass.values)]))
         order = indices.argsort(stable=True)
         return SelfInfluence(
             train_indices=indices[order],
@@ -152,9 +105,11 @@ class Engine:
         """
         measured = resolve_measurement(self._question.measurement, self._runner.module)
         method = self._prepare(prepare_train(train))
+        asked = self._queries(method.context, measured, prepare(queries))
         plan = method.context.plan
-        asked = self._queries(plan, measured, prepare(queries))
         solutions, residuals = method.solutions(asked.gradients)
+        if _is_loss(measured):
+            solutions = solutions / method.mean_weight
         result = {}
         for name, block in method.context.layout.split(solutions).items():
             weight, bias = plan.layers[name].to_parameters(block)
@@ -168,59 +123,44 @@ class Engine:
         self._prepare(prepare_train(train))
 
     def _prepare(self, train: IndexedLoader) -> Method:
-        """Find the layers, check what is stored, and run the method's query-independent passes."""
+        """Find the layers, and run the method's query-independent passes."""
         module = self._runner.module
         plan = find_layers(module, self._question.layers)
         uncovered = plan.describe_uncovered()
         if uncovered is not None:
-            self._warn(uncovered)
-        self._check_weights()
-        example = next(iter(plan.layers.values())).rule.weight(next(iter(plan.layers.values())).module)
-        dtype = example.dtype if example.dtype in (torch.float32, torch.float64) else torch.float32
+            self._notes.add(uncovered)
+        first = next(iter(plan.layers.values()))
+        dtype = first.rule.weight(first.module).dtype
+        weights = fingerprint(module)
         context = Context(
             self._runner,
             plan,
             train,
             self._state,
             self._question.options,
-            example.device,
-            dtype,
-            weights_key=_key(module),
-            warnings=self._warnings,
+            self._runner.device,
+            torch.float64 if dtype == torch.float64 else torch.float32,
+            weights=weights,
+            weights_key=digest({name: [f"{x:.9g}" for x in pair] for name, pair in weights.items()}),
+            notes=self._notes,
         )
         method = find_method(self._question.method)(context)
         method.prepare()
         return method
 
-    def _check_weights(self) -> None:
-        """Say so when the factors were finished at other weights."""
-        factors = self._state.factors
-        if factors is None:
-            return
-        differing = fingerprint_differs(factors.fingerprint, self._runner.module)
-        if differing:
-            shown = ", ".join(differing[:4]) + (" and more" if len(differing) > 4 else "")
-            self._warn(
-                f"The factors were collected at other weights than the model has now (they differ in {shown}). Scores are "
-                "less accurate the further the weights have moved; pass the checkpoint that holds the factors as ckpt_path, "
-                "or fit factors for these weights with factors='refit'."
-            )
-
     def _queries(
-        self, plan: LayerPlan, measured: ResolvedMeasurement, loaders: list[IndexedLoader]
-    ) -> Asked:
+        self, context: Context, measured: ResolvedMeasurement, loaders: list[IndexedLoader]
+    ) -> Gathered:
         """Gradients of all queries, on every process."""
-        one_pass = GradientPass(plan, None if measured.name == "loss" else measured)
-        self._runner.run(one_pass, loaders)
-        join = self._runner.all_gather_cat
-        return Asked(gather(self._runner, one_pass.gradients), join(one_pass.indices), join(one_pass.dataloaders))
+        one_pass = GradientPass(context.plan, None if _is_loss(measured) else measured)
+        return gather(context, one_pass, loaders)
 
     def _scale(self, one_pass: ScorePass | SelfInfluencePass, of_loss: bool) -> float:
         """``1 / N`` and the losses' mean weight, which a loss measurement is divided by as well."""
         counts = torch.tensor([float(one_pass.examples), one_pass.weight], dtype=torch.float64)
         examples, weight = self._runner.all_reduce_sum(counts).tolist()
         mean_weight = weight / examples if weight > 0 else 1.0
-        return 1.0 / (examples * mean_weight ** (2 if of_loss else 1))
+        return float(1.0 / (examples * mean_weight ** (2 if of_loss else 1)))
 
     def _answer(
         self,
@@ -273,15 +213,11 @@ class Engine:
             layers={name: layer.numel for name, layer in context.plan.layers.items()},
             parameters_covered=context.plan.coverage,
             checkpoint=self._checkpoint,
-            warnings=list(context.warnings),
+            warnings=list(context.notes.messages),
             extra=dict(context.extra),
         )
 
-    def _warn(self, message: str) -> None:
-        self._warnings.append(message)
-        python_warnings.warn(message, InfluenceWarning, stacklevel=4)
 
-
-def _key(module: Any) -> str:
-    """A short text that changes with the weights."""
-    return ";".join(f"{name}:{total:.9g}:{norm:.9g}" for name, (total, norm) in fingerprint(module).items())
+def _is_loss(measured: ResolvedMeasurement) -> bool:
+    """Whether it is the training loss itself, not a function of the user's that is called so."""
+    return measured.name == "loss" and measured.function is None

@@ -19,9 +19,13 @@ from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, Tens
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from .attributions import Attributions, SelfInfluence
+from lightning_influence.attributions import Attributions
+from lightning_influence.results.labels import Labels
+from lightning_influence.results.ranking import Ranking
+from lightning_influence.results.rendering import markdown_table
+from lightning_influence.results.self_influence import SelfInfluence
+
 from .errors import InfluenceWarning
-from .rendering import Labels, Ranking, markdown_table
 from .storage import PathLike, atomic_path
 
 if TYPE_CHECKING:

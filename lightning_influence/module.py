@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_influence.attributions import Attributions, Diagnostics, SelfInfluence
-from lightning_influence.callback import InfluenceCallback
-from lightning_influence.engine import Engine, Question
+from lightning_influence.attributions import Attributions
+from lightning_influence.collecting.store import state_from_checkpoint
+from lightning_influence.engine import Engine
+from lightning_influence.errors import CorruptFileError
 from lightning_influence.factors.factors import Factors
 from lightning_influence.measurements import Measurement
 from lightning_influence.methods import Options
-from lightning_influence.runner import LoopRunner
+from lightning_influence.question import Question
+from lightning_influence.results.diagnostics import Diagnostics
+from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.running.loop import LoopRunner
 from lightning_influence.state import InfluenceState
 
 
@@ -60,7 +65,12 @@ class InfluenceModule(LightningModule):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str, model: LightningModule | type[LightningModule], *, progress: bool = False, **kwargs: Any
+        cls,
+        path: str,
+        model: LightningModule | type[LightningModule],
+        *,
+        progress: bool = False,
+        **kwargs: Any,
     ) -> Self:
         """Load weights, factors and training record from a Lightning checkpoint alone.
 
@@ -72,8 +82,11 @@ class InfluenceModule(LightningModule):
 
         Returns:
             The module; without factors in the file they are fitted on first use.
+
+        Raises:
+            CorruptFileError: if the file is truncated or damaged, or no Lightning checkpoint.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = _load(path)
         if isinstance(model, LightningModule):
             model.load_state_dict(checkpoint["state_dict"])
         else:
@@ -209,11 +222,20 @@ class InfluenceModule(LightningModule):
         return LoopRunner(self.model, progress=self._progress)
 
 
-def state_from_checkpoint(checkpoint: Mapping[str, Any]) -> InfluenceState:
-    """What an :class:`~lightning_influence.InfluenceCallback` saved in a Lightning checkpoint; empty if there was none."""
-    callback = InfluenceCallback()
-    for key, state in checkpoint.get("callbacks", {}).items():
-        if key.startswith(InfluenceCallback.__name__):
-            callback.load_state_dict(state)
-            return callback.influence_state
-    return InfluenceState()
+def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a Lightning checkpoint."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # depends on where the damage is
+        raise CorruptFileError(
+            f"{str(path)!r} cannot be read as a Lightning checkpoint with weights_only=True: it is truncated, damaged, or "
+            f"holds objects other than tensors and primitives ({type(error).__name__}: {error}). Write it again."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CorruptFileError(
+            f"{str(path)!r} is no Lightning checkpoint: it has no 'state_dict'. Pass a file that "
+            "Trainer.save_checkpoint or ModelCheckpoint wrote."
+        )
+    return checkpoint

@@ -12,11 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .attributions import Attributions, SelfInfluence
-from .rendering import Labels, Ranking
+from lightning_influence.attributions import Attributions
+from lightning_influence.results.labels import Labels
+from lightning_influence.results.ranking import Ranking
+from lightning_influence.results.self_influence import SelfInfluence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: Of the frames around training images with the highest and with the lowest scores.
+COLOURS = ("tab:blue", "tab:orange")
 
 
 def montage(
@@ -41,7 +46,8 @@ def montage(
         max_queries: how many queries are shown; the rest is counted in the heading.
 
     Returns:
-        A figure: a row per query; columns: the query, ``k`` highest scores, ``k`` lowest scores.
+        A figure: a row per query; columns: the query, ``k`` highest scores (framed in blue), ``k`` lowest scores
+        (framed in orange).
 
     Raises:
         ValueError: if fewer than ``k`` training examples per query are stored, or an item is no image.
@@ -56,9 +62,11 @@ def montage(
         _draw_query(axes[row, 0], attributions, row, query_images, labels)
         for end, ranking in enumerate(ends):
             for rank in range(k):
-                _draw_train(axes[row, 1 + end * k + rank], ranking, row, rank, train_images, labels)
+                _draw_train(
+                    axes[row, 1 + end * k + rank], ranking, row, rank, train_images, labels, COLOURS[end]
+                )
     hidden = len(attributions.query_indices) - shown
-    heading = f"query, {ends[0].title.lower()}, {ends[1].title.lower()}"
+    heading = f"query, {ends[0].title.lower()} (blue), {ends[1].title.lower()} (orange)"
     figure.suptitle(heading + (f" (and {hidden} more queries)" if hidden else ""), fontsize=10)
     return figure
 
@@ -126,20 +134,24 @@ def _draw_query(axes: Any, attributions: Attributions, row: int, images: Any, la
         loader = int(attributions.query_dataloaders[row])
         images = images[loader]
     name = f"query {index}" if loader is None else f"query {loader}: {index}"
-    _draw(axes, images[index], [name, labels.query_text(index, loader)])
+    _draw(axes, images[index], [name, labels.query_text(index, loader)], "black")
 
 
-def _draw_train(axes: Any, ranking: Ranking, row: int, rank: int, images: Any, labels: Labels) -> None:
+def _draw_train(
+    axes: Any, ranking: Ranking, row: int, rank: int, images: Any, labels: Labels, colour: str
+) -> None:
     index, score = int(ranking.indices[row, rank]), float(ranking.scores[row, rank])
-    _draw(axes, images[index], [str(index), labels.train_text(index), f"{score:+.2g}"])
+    _draw(axes, images[index], [str(index), labels.train_text(index), f"{score:+.2g}"], colour)
 
 
-def _draw(axes: Any, item: Any, lines: list[str]) -> None:
+def _draw(axes: Any, item: Any, lines: list[str], colour: str) -> None:
     image = to_image(item)
     axes.imshow(image, cmap="gray" if image.ndim == 2 else None, interpolation="nearest")
     # A "$" would start a formula.
-    axes.set_title("\n".join(line.replace("$", r"\$") for line in lines if line), fontsize=7)
-    axes.set_axis_off()
+    axes.set_title("\n".join(line.replace("$", r"\$") for line in lines if line), fontsize=7, color=colour)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set(color=colour, linewidth=2)
 
 
 def to_image(item: Any) -> NDArray[Any]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from lightning_influence.factors.factors import Factors
 from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.solvers.two_level import CoarseSpace
+from lightning_influence.solvers.coarse_space import CoarseSpace
+
+STORED_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -18,9 +24,53 @@ class InfluenceState:
         record: what the training run tells of its damping, or None.
         coarse: the coarse space of two-level EK-FAC, or None if it has to be built.
         coarse_key: what the coarse space was built for; it is built again when this changes.
+        factors_key: what factors from a pass were fitted for; they are fitted again when this changes. Empty for factors
+            of a training run and for those that a user brings, which are used as they are.
     """
 
     factors: Factors | None = None
     record: TrainingRecord | None = None
     coarse: CoarseSpace | None = None
     coarse_key: str = ""
+    factors_key: str = ""
+
+    def stored_results(self, collected: Factors, limit: int = STORED_BYTES) -> dict[str, Any]:
+        """What queries have computed, as tensors and primitives.
+
+        Args:
+            collected: factors that are stored elsewhere and so not again.
+            limit: what takes more bytes than this is left out, and has to be computed again.
+
+        Returns:
+            The coarse space, and factors unless ``collected`` are as good.
+        """
+        result: dict[str, Any] = {}
+        if self.coarse is not None:
+            result["coarse"], result["coarse_key"] = self.coarse.state_dict(), self.coarse_key
+        if self.factors is not None and (self.factors_key or not collected.has_squares):
+            result["factors"], result["factors_key"] = self.factors.state_dict(), self.factors_key
+        return {
+            name: value
+            for name, value in result.items()
+            if _nbytes(result[name.removesuffix("_key")]) <= limit
+        }
+
+    def take_results(self, stored: Mapping[str, Any]) -> None:
+        """Take up what :meth:`stored_results` returned.
+
+        Args:
+            stored: the tensors and primitives.
+
+        Raises:
+            FactorMismatchError: if they were written by an incompatible version.
+        """
+        if "coarse" in stored:
+            self.coarse = CoarseSpace.from_state_dict(stored["coarse"])
+            self.coarse_key = stored["coarse_key"]
+        if "factors" in stored:
+            self.factors = Factors.from_state_dict(stored["factors"])
+            self.factors_key = stored["factors_key"]
+
+
+def _nbytes(state: Mapping[str, Any]) -> int:
+    return sum(value.nbytes for value in state.values() if isinstance(value, Tensor))

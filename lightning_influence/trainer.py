@@ -5,20 +5,24 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from lightning_influence.attributions import Attributions, SelfInfluence
+from lightning_influence.attributions import Attributions
 from lightning_influence.callback import InfluenceCallback
-from lightning_influence.engine import Engine, Question
+from lightning_influence.collecting.store import state_from_checkpoint
+from lightning_influence.engine import Engine
 from lightning_influence.factors.factors import Factors
 from lightning_influence.loggers import log_attributions
 from lightning_influence.measurements import Measurement
 from lightning_influence.methods import Damping, Options
-from lightning_influence.passes.forward import Fisher
-from lightning_influence.rendering import Labels
-from lightning_influence.runner import TrainerRunner
+from lightning_influence.passes.captured import Fisher
+from lightning_influence.question import Question
+from lightning_influence.results.labels import Labels
+from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.running.predict import TrainerRunner
 from lightning_influence.state import InfluenceState
 
 
@@ -99,7 +103,6 @@ def influence(
         seed=seed,
     )
     question = Question(method, measurement, top_k, layers, options)
-    question.check()
     session = _Session(trainer, model, datamodule, ckpt_path, factors)
     with session.runner:
         engine = session.engine(question)
@@ -166,7 +169,6 @@ def self_influence(
         seed=seed,
     )
     question = Question(method, layers=layers, options=options)
-    question.check()
     session = _Session(trainer, model, datamodule, ckpt_path, factors)
     with session.runner:
         engine = session.engine(question)
@@ -202,24 +204,34 @@ class _Session:
         ckpt_path: str | None,
         factors: Factors | Literal["refit"] | None,
     ) -> None:
-        own = [callback for callback in trainer.callbacks if isinstance(callback, InfluenceCallback)]
-        self._owned = bool(own)
-        # A checkpoint may hold factors although this Trainer has no callback: then a spare one receives them.
-        self._callback = own[0] if own else InfluenceCallback()
+        host: Any = trainer  # its callbacks are declared nowhere
+        self._own = next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
+        self._reader = _CheckpointReader()
         self._factors = factors
+        restore: list[Callback] = [self._reader] if self._own is None else [self._own, self._reader]
         self.runner = TrainerRunner(
-            trainer, model, datamodule=datamodule, ckpt_path=ckpt_path, restore=[self._callback]
+            trainer, model, datamodule=datamodule, ckpt_path=ckpt_path, restore=restore
         )
         self._trainer = trainer
 
     def engine(self, question: Question) -> Engine:
-        """The engine, with the state that is there once a checkpoint has been loaded."""
-        self._state = self._callback.influence_state
+        """Return the engine, with the state that is there once a checkpoint has been loaded."""
+        self._state = self._found()
         if self._factors == "refit":
             self._state = InfluenceState(record=self._state.record)
         elif isinstance(self._factors, Factors):
-            self._state = InfluenceState(factors=self._factors, record=self._state.record)
+            self._state = replace(self._state, factors=self._factors, factors_key="")
+        elif self._factors is not None:
+            raise TypeError(
+                f"Got factors of type {type(self._factors).__name__}; accepted are Factors, 'refit' or None."
+            )
         return Engine(self.runner, self._state, question, checkpoint=self.runner.ckpt_path)
+
+    def _found(self) -> InfluenceState:
+        """Return the state of this Trainer's callback, or of any callback in the checkpoint."""
+        if self._own is not None and (self._reader.state is None or self._own in self.runner.restored):
+            return self._own.influence_state
+        return self._reader.state or InfluenceState()
 
     def train_loader(self, given: Any) -> Any:
         """The loader that was given, or those of the datamodule, the last fit, or the module."""
@@ -229,14 +241,28 @@ class _Session:
         return self.runner.train_dataloaders() if fitted is None else fitted
 
     def keep(self) -> None:
-        """Let the callback keep what later queries can use."""
-        if self._owned:
-            self._callback.influence_state = self._state
+        """Let the callback keep what later queries can use; factors that were given are for this call only."""
+        if self._own is None:
+            return
+        if isinstance(self._factors, Factors):
+            known = self._found()
+            self._state = replace(self._state, factors=known.factors, factors_key=known.factors_key)
+        self._own.influence_state = self._state
 
 
-def _log(
-    trainer: Trainer, result: Attributions | SelfInfluence, name: str, labels: Labels | None
-) -> None:
+class _CheckpointReader(Callback):
+    """Finds the state of any influence callback in a checkpoint, for a Trainer that has none of the kind."""
+
+    state: InfluenceState | None = None
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Read the state."""
+        self.state = state_from_checkpoint(checkpoint)
+
+
+def _log(trainer: Trainer, result: Attributions | SelfInfluence, name: str, labels: Labels | None) -> None:
     """Log to every logger, and to files where the Trainer has a log directory."""
     directory = trainer.log_dir if trainer.loggers else None
     target = None if directory is None else os.path.join(directory, name)

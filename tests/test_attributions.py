@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.attributions import Attributions, Diagnostics, SelfInfluence
+from lightning_influence.attributions import Attributions
 from lightning_influence.errors import CorruptFileError, NonFiniteError
+from lightning_influence.results.diagnostics import Diagnostics
+from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.results.streaming import StreamingExtremes
 from lightning_influence.storage import load_tensors, save_tensors
-from lightning_influence.topk import StreamingExtremes
 
 Q, N, K = 3, 8, 3
 TRAIN = torch.tensor([50, 20, 31, 7, 40, 11, 99, 60])

@@ -13,11 +13,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_influence.attributions import Attributions, Diagnostics, SelfInfluence
+from lightning_influence.attributions import Attributions
 from lightning_influence.errors import InfluenceWarning
 from lightning_influence.loggers import Media, log_attributions, log_media, summary_metrics
-from lightning_influence.rendering import Labels
-from lightning_influence.topk import StreamingExtremes
+from lightning_influence.results.diagnostics import Diagnostics
+from lightning_influence.results.labels import Labels
+from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.results.streaming import StreamingExtremes
 
 SCORES = torch.linspace(-1, 1, 21).view(3, 7)
 TRAIN = torch.arange(7) * 10

@@ -8,10 +8,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from lightning_influence.attributions import Attributions, Diagnostics, SelfInfluence
+from lightning_influence.attributions import Attributions
 from lightning_influence.plots import figure_to_array, histogram, montage, to_image
-from lightning_influence.rendering import Labels
-from lightning_influence.topk import StreamingExtremes
+from lightning_influence.results.diagnostics import Diagnostics
+from lightning_influence.results.labels import Labels
+from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.results.streaming import StreamingExtremes
 
 SCORES = torch.linspace(-1, 1, 30).view(3, 10)
 TRAIN = torch.arange(10) * 3

@@ -1,0 +1,1 @@
+"""Curvature: passes for the Gauss-Newton matrix, as products on many vectors at once or dense."""

@@ -109,8 +109,8 @@ def run_seed(seed: int, purpose: str) -> int:
 def batch_orders(mask: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
     """Order in which a run visits its examples: one permutation of the kept indices per epoch.
 
-    Each is the restriction to the kept examples of a permutation of all ``N``, which is a function of the seed
-    and the epoch only: runs of one seed visit the examples they share in the same order. On its own, a
+    Each is the restriction to the kept examples of a permutation of all ``N``, which is a function of the
+    seed and the epoch only: runs of one seed visit the examples they share in the same order. On its own, a
     restricted uniform permutation is a uniform permutation of the kept examples, as in a plain shuffled run.
 
     Args:

@@ -174,8 +174,8 @@ def retrain(
     """Measured values of models retrained on subsets, every subset with every seed.
 
     Subsets share their random numbers: the initial values depend on the seed only, and each epoch visits the
-    kept examples in the order that one permutation of all examples, a function of the seed and the epoch only,
-    gives them. Taken alone, a run is distributed like any other run on its subset, so the mean over seeds
+    kept examples in the order that one permutation of all examples gives them, a function of the seed and the
+    epoch only. Taken alone, a run is distributed like any other run on its subset, so the mean over seeds
     estimates the same expected value as independent draws would. Across subsets, the noise that all runs of a
     seed share cancels in a rank correlation, which compares subsets with each other; a difference between
     subsets therefore has less variance. The values of one seed are not independent of each other, and an

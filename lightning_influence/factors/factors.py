@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_influence.errors import FactorMismatchError
 from lightning_influence.factors.statistics import Eigenbasis, LayerStatistics
+from lightning_influence.factors.versions import check_version
 
 _VERSION = 1
 
@@ -108,11 +109,7 @@ class Factors:
         Raises:
             FactorMismatchError: if the state was written by an incompatible version.
         """
-        if state.get("version") != _VERSION:
-            raise FactorMismatchError(
-                f"Stored factors have version {state.get('version')!r}, this library reads version "
-                f"{_VERSION}. Fit them again."
-            )
+        check_version(state, _VERSION, subject="Stored factors have", remedy="Fit them again.")
         return cls(
             layers={name: _layer_from_state(state, name) for name in state["layers"]},
             fisher=state["fisher"],
@@ -139,17 +136,25 @@ def _layer_from_state(state: Mapping[str, Any], name: str) -> LayerStatistics:
 
 def fingerprint(model: nn.Module) -> dict[str, list[float]]:
     """Return sum and norm of every parameter: enough to notice other weights, and cheap."""
-    return {
-        name: [float(p.detach().double().sum()), float(p.detach().double().norm())]
-        for name, p in model.named_parameters()
-    }
+    result = {}
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().double()
+        result[name] = [float(values.sum()), float(values.norm())]
+    return result
 
 
-def fingerprint_differs(stored: Mapping[str, list[float]], model: nn.Module) -> list[str]:
-    """Return names of parameters whose fingerprint is not the stored one (empty if nothing was stored)."""
+def fingerprint_differs(
+    stored: Mapping[str, list[float]], model: nn.Module | Mapping[str, list[float]]
+) -> list[str]:
+    """Return names of parameters whose fingerprint is not the stored one (empty if nothing was stored).
+
+    Args:
+        stored: an earlier fingerprint.
+        model: the model, or its fingerprint.
+    """
     if not stored:
         return []
-    now = fingerprint(model)
+    now = fingerprint(model) if isinstance(model, nn.Module) else model
     return [
         name
         for name in sorted({*stored, *now})

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.factors.statistics import Eigenbasis, rotate
-from lightning_influence.layers.gradients import LayerGradients, rotate_matrices
+from lightning_influence.layers.dense import rotate_matrices
+from lightning_influence.layers.gradients import LayerGradients
 from lightning_influence.layers.layout import Layout
 
 

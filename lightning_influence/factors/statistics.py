@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import NonFiniteError
-from lightning_influence.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.layers.dense import DenseGradients
+from lightning_influence.layers.factored import FactoredGradients
+from lightning_influence.layers.gradients import LayerGradients
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
 from lightning_influence.layers.base import Layer
-from lightning_influence.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.layers.dense import DenseGradients
+from lightning_influence.layers.factored import FactoredGradients
+from lightning_influence.layers.gradients import LayerGradients
 
 
 @dataclass

@@ -4,114 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lightning_influence.factors.damping import resolve_damping
-from lightning_influence.factors.factors import Factors
 from lightning_influence.factors.inverse import BlockInverse, EigenInverse
-from lightning_influence.layers import LayerGradients, LayerPlan
+from lightning_influence.layers import LayerGradients
 from lightning_influence.layers.layout import Layout
-from lightning_influence.passes.forward import Fisher
+from lightning_influence.methods.context import Context
 from lightning_influence.passes.scores import Scorer
-from lightning_influence.state import InfluenceState
 
-Damping = float | Literal["auto", "heuristic"]
 Gradients = Mapping[str, LayerGradients]
-
-
-class Loader(Protocol):
-    """Training examples that can be subsampled."""
-
-    @property
-    def num_examples(self) -> int:
-        """``N``."""
-        ...
-
-    def sample(self, count: int, seed: int) -> Loader:
-        """About ``count`` examples drawn at random, the same for the same seed."""
-        ...
-
-
-class Passes(Protocol):
-    """Runs passes over loaders, on one process or several."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes that share a pass."""
-        ...
-
-    def run(self, one_pass: Any, dataloaders: Any) -> Any:
-        """Run one pass."""
-        ...
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes, in place."""
-        ...
-
-    def all_gather_cat(self, tensor: Tensor) -> Tensor:
-        """All processes' tensors joined along the first dimension."""
-        ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """Settings of one call, with what they mean in :func:`~lightning_influence.trainer.influence`."""
-
-    damping: Damping = "auto"
-    fisher: Fisher = "sampled"
-    memory_budget: int = 2**30
-    tolerance: float = 0.2
-    max_steps: int = 3
-    low_rank_tolerance: float = 1e-3
-    curvature_examples: int = 4096
-    max_parameters: int = 8192
-    seed: int = 0
-
-
-@dataclass
-class Context:
-    """Everything a method works with.
-
-    Attributes:
-        runner: runs passes.
-        plan: the covered layers.
-        train: the training examples.
-        state: what is kept between calls.
-        options: settings of this call.
-        warnings: what was left out or assumed, for the diagnostics.
-        extra: further diagnostics.
-        damping: the damping of each layer once it is decided.
-        damping_origin: where it comes from.
-    """
-
-    runner: Passes
-    plan: LayerPlan
-    train: Loader
-    state: InfluenceState
-    options: Options
-    device: torch.device
-    dtype: torch.dtype
-    weights_key: str = ""
-    warnings: list[str] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
-    damping: dict[str, float] = field(default_factory=dict)
-    damping_origin: str = "not used"
-
-    @property
-    def layout(self) -> Layout:
-        """The order of flat vectors over the covered layers."""
-        return Layout.of(self.plan.layers)
-
-    def resolve_damping(self, factors: Factors, solver: Literal["closed", "full"]) -> dict[str, float]:
-        """Decide the damping, and remember it for the diagnostics."""
-        self.damping, self.damping_origin = resolve_damping(
-            self.options.damping, factors, self.state.record, solver=solver
-        )
-        return self.damping
 
 
 @dataclass(frozen=True)
@@ -136,6 +40,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    #: Mean loss weight of a training example, once the method knows it; 1 unless a pass or factors tell.
+    mean_weight: float = 1.0
 
     def __init__(self, context: Context) -> None:
         self.context = context

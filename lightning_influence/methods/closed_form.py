@@ -55,6 +55,7 @@ class Diagonal(ClosedForm):
     def prepare(self) -> None:
         """Fit second moments in one pass."""
         factors = fitted_diagonal(self.context)
+        self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
         self.inverse = block_inverse(self.context.layout, factors, damping, measured_eigenvalues)
 
@@ -66,6 +67,7 @@ class KFAC(ClosedForm):
     def prepare(self) -> None:
         """Use or fit the factors."""
         factors = fitted_factors(self.context)
+        self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
         self.inverse = block_inverse(self.context.layout, factors, damping, kronecker_eigenvalues)
 
@@ -77,6 +79,7 @@ class EKFAC(ClosedForm):
     def prepare(self) -> None:
         """Use or fit the factors."""
         factors = fitted_factors(self.context)
+        self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
         self.inverse = block_inverse(self.context.layout, factors, damping, measured_eigenvalues)
 

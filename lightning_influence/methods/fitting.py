@@ -1,112 +1,157 @@
-"""Fitting what methods need in passes of their own: Kronecker factors, second moments, gradients of a sample."""
+"""What methods need in passes of their own: Kronecker factors, and second moments."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import replace
 
-from lightning_influence.errors import UnsupportedDataError
-from lightning_influence.factors.factors import Factors
-from lightning_influence.factors.statistics import eigenbasis
-from lightning_influence.layers import DenseGradients, FactoredGradients, LayerGradients, LayerPlan
-from lightning_influence.methods.base import Context, Passes
+import torch
+
+from lightning_influence.factors.factors import Factors, fingerprint_differs
+from lightning_influence.factors.statistics import LayerStatistics, eigenbasis
+from lightning_influence.layers import LayerPlan, find_layers
+from lightning_influence.methods.context import Context, digest
 from lightning_influence.passes.statistics import CovariancePass, DiagonalPass, SquaresPass
 
 
 def fitted_factors(context: Context) -> Factors:
     """The model's factors with eigenvalues: those that are there, completed or fitted in one or two passes.
 
+    Returns:
+        Factors of the layers that the context's plan is left with.
+
     Raises:
         FactorMismatchError: if stored factors belong to another model.
     """
-    factors = context.state.factors
-    if factors is None or not factors.layers:
-        factors = _fit(context)
+    state = context.state
+    if state.factors is None or not state.factors.layers or _is_stale(context):
+        key = _key(context)
+        state.factors = _fit(context)
+        state.factors_key = key
     else:
-        factors = _adopt(context, factors)
-    context.state.factors = factors
-    context.plan = _restrict(context, factors)
+        state.factors = _adopt(context, state.factors)
+    factors = state.factors
+    context.leave_out(
+        [name for name in context.plan.layers if name not in factors.layers],
+        "have no factors, because no training step used them or they were not selected when factors were collected",
+    )
     context.extra["factors"] = f"from the {factors.origin}, {factors.fisher} Fisher"
-    return factors
+    return replace(factors, layers={name: factors.layers[name] for name in context.plan.layers})
 
 
 def fitted_diagonal(context: Context) -> Factors:
     """Second moments of the gradients in the parameters' own basis, fitted in one pass."""
     one_pass = DiagonalPass(context.plan, fisher=context.options.fisher, seed=context.options.seed)
-    context.runner.run(one_pass, context.train)
-    _reduce(context.runner, one_pass.factors, covariances=False)
-    context.plan = _restrict(context, one_pass.factors)
-    return one_pass.factors
+    context.run_on_train(one_pass)
+    factors = one_pass.factors
+    if context.runner.world_size > 1:
+        _fill(context, factors)
+        _reduce_squares(context, factors)
+        factors.reduce_counts(context.runner.all_reduce_sum)
+    return factors
+
+
+def _key(context: Context) -> str:
+    """What factors from a pass were fitted for: weights, examples, kind of Fisher, layers."""
+    return digest(
+        context.weights_key, context.train.num_examples, context.options.fisher, list(context.plan.layers)
+    )
+
+
+def _is_stale(context: Context) -> bool:
+    """Whether factors from an earlier pass were fitted for something else; says so about any that differ."""
+    state = context.state
+    factors = state.factors
+    assert factors is not None
+    if state.factors_key:
+        stale = state.factors_key != _key(context)
+        if stale:
+            context.notes.add(
+                "The factors of an earlier call were fitted for other weights, training examples, layers or another "
+                "kind of Fisher; they are fitted again."
+            )
+        return stale
+    differing = fingerprint_differs(factors.fingerprint, context.weights)
+    if differing:
+        shown = ", ".join(differing[:4]) + (" and more" if len(differing) > 4 else "")
+        context.notes.add(
+            f"The factors were collected at other weights than the model has now (they differ in {shown}). Scores "
+            "are less accurate the further the weights have moved; pass the checkpoint that holds the factors as "
+            "ckpt_path, or fit factors for these weights with factors='refit'."
+        )
+    examples = context.train.num_examples
+    if factors.origin == "pass" and factors.weight_examples != examples:
+        context.notes.add(
+            f"The factors were fitted on {factors.weight_examples:g} examples, the training data has {examples}. "
+            "They are used as they are; fit factors for these examples with factors='refit'."
+        )
+    return False
 
 
 def _fit(context: Context) -> Factors:
-    options = context.options
+    options, runner = context.options, context.runner
     covariance = CovariancePass(
         context.plan, fisher=options.fisher, seed=options.seed, cache_bytes=options.memory_budget
     )
-    context.runner.run(covariance, context.train)
-    _reduce(context.runner, covariance.factors, covariances=True)
+    context.run_on_train(covariance)
+    factors = covariance.factors
+    if runner.world_size > 1:
+        _fill(context, factors)
+        for layer in factors.layers.values():
+            layer.reduce(runner.all_reduce_sum, covariances=True)
+        factors.reduce_counts(runner.all_reduce_sum)
+        # A process whose gradients did not fit has to pass again, and no process passes alone.
+        dropped = runner.all_reduce_sum(torch.tensor([float(covariance.cache is None)]))
+        covariance.cache = None if float(dropped) else covariance.cache
     covariance.finish()
     if covariance.cache is None:
-        squares = SquaresPass(context.plan, covariance.factors, seed=options.seed)
-        context.runner.run(squares, context.train)
-    _reduce(context.runner, covariance.factors, covariances=False)
-    return covariance.factors
+        runner.run(SquaresPass(context.plan, factors, seed=options.seed), context.train)
+    _reduce_squares(context, factors)
+    factors.fingerprint = context.weights
+    return factors
 
 
 def _adopt(context: Context, factors: Factors) -> Factors:
     """Check stored factors against the model, bring them to its device, and complete them."""
+    module = context.runner.module
     shapes = {name: layer.shape for name, layer in context.plan.layers.items()}
-    factors.check_fits({name: shape for name, shape in shapes.items() if name in factors.layers})
+    modules = dict(module.named_modules())
+    # Layers that are there but not covered (frozen, not selected) are not compared; all others are.
+    compared = {n: s for n, s in factors.layers.items() if n in shapes or n not in modules}
+    known = {name: shape for name, shape in shapes.items() if name in factors.layers}
+    replace(factors, layers=compared).check_fits(known)
     factors = factors.to(context.device, context.dtype)
-    if not factors.has_squares:
-        for name, layer in factors.layers.items():
-            if layer.basis is None:
-                layer.set_basis(eigenbasis(name, layer))
-        squares = SquaresPass(context.plan, factors, seed=context.options.seed)
-        context.runner.run(squares, context.train)
-        _reduce(context.runner, factors, covariances=False)
-        context.warnings.append(
-            "The fit ended before eigenvalues were collected; they were measured in a pass of their own."
-        )
+    if factors.has_squares:
+        return factors
+    covered = {name: layer for name, layer in find_layers(module).layers.items() if name in factors.layers}
+    factors.layers = {name: factors.layers[name] for name in covered}
+    for name, layer in factors.layers.items():
+        if layer.basis is None:
+            layer.set_basis(eigenbasis(name, layer))
+    squares = SquaresPass(LayerPlan(covered, {}), factors, seed=context.options.seed)
+    context.runner.run(squares, context.train)
+    _reduce_squares(context, factors)
+    factors.layers = {name: layer for name, layer in factors.layers.items() if layer.squares_examples}
+    context.notes.add(
+        "The fit ended before eigenvalues were collected; they were measured in a pass of their own."
+    )
     return factors
 
 
-def _restrict(context: Context, factors: Factors) -> LayerPlan:
-    """The plan without layers that have no factors because no training step used them."""
-    unused = [name for name in context.plan.layers if name not in factors.layers]
-    if not unused:
-        return context.plan
-    message = f"Layers {unused} took no part in the training loss and are left out."
-    if message not in context.warnings:
-        context.warnings.append(message)
-    layers = {name: layer for name, layer in context.plan.layers.items() if name in factors.layers}
-    left_out = {f"{name}.*": (context.plan.layers[name].numel, "not used by the loss") for name in unused}
-    return LayerPlan(layers, {**context.plan.uncovered, **left_out})
+def _fill(context: Context, factors: Factors) -> None:
+    """Give every process statistics of the same layers in the same order: only then can they be summed."""
+    zeros = {
+        name: LayerStatistics.zeros(layer.shape, device=context.device, dtype=context.dtype)
+        for name, layer in context.plan.layers.items()
+        if name not in factors.layers
+    }
+    factors.layers = {name: (factors.layers | zeros)[name] for name in context.plan.layers}
 
 
-def _reduce(runner: Passes, factors: Factors, *, covariances: bool) -> None:
-    """Sum raw statistics over the processes."""
-    if runner.world_size == 1:
+def _reduce_squares(context: Context, factors: Factors) -> None:
+    """Sum squares over the processes."""
+    if context.runner.world_size == 1:
         return
     for layer in factors.layers.values():
-        layer.reduce(runner.all_reduce_sum, covariances=covariances)
-    if covariances or not factors.weight_examples:
-        factors.reduce_counts(runner.all_reduce_sum)
-
-
-def gather(runner: Passes, gradients: dict[str, LayerGradients]) -> dict[str, LayerGradients]:
-    """All processes' gradients, in the order of their ranks."""
-    if runner.world_size == 1:
-        return gradients
-    return {name: _gather_layer(runner, layer) for name, layer in gradients.items()}
-
-
-def _gather_layer(runner: Passes, layer: LayerGradients) -> LayerGradients:
-    def along(tensor: Tensor, dim: int) -> Tensor:
-        return runner.all_gather_cat(tensor.transpose(0, dim).contiguous()).transpose(0, dim).contiguous()
-
-    if isinstance(layer, FactoredGradients):
-        return FactoredGradients(along(layer.inputs, 1), along(layer.outputs, 2))
-    if not isinstance(layer, DenseGradients):
-        raise UnsupportedDataError(f"gradients of type {type(layer).__name__} cannot be gathered")
-    return DenseGradients(along(layer.matrices, 1))
+        if layer.squares is None:
+            layer.squares = layer.inputs.new_zeros(layer.shape)
+        layer.reduce(context.runner.all_reduce_sum, covariances=False)

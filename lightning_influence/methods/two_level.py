@@ -8,15 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.gauss_newton import CurvatureProductPass
 from lightning_influence.layers import LayerGradients
-from lightning_influence.methods.base import Gradients, Loader, Method, Solved, register_method
+from lightning_influence.methods.base import Gradients, Method, Solved, register_method
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.methods.fitting import fitted_factors, gather
-from lightning_influence.passes.curvature import CurvatureProductPass
+from lightning_influence.methods.context import Loader, digest
+from lightning_influence.methods.fitting import fitted_factors
+from lightning_influence.methods.gathering import gather
 from lightning_influence.passes.gradients import GradientPass
+from lightning_influence.solvers.coarse_space import CoarseSpace, directions, extended, probes
 from lightning_influence.solvers.krylov import block_krylov
 from lightning_influence.solvers.scoring import Correction, DenseScorer, JointScorer, PreconditionedScorer
-from lightning_influence.solvers.two_level import CoarseSpace, TwoLevel, directions, extended, probes
+from lightning_influence.solvers.two_level import TwoLevel
 
 FIRST_ANCHORS = 256
 MOST_ANCHORS = 512
@@ -39,14 +42,22 @@ class Auto(Method):
         """Use or fit the factors; use or build the coarse space."""
         context = self.context
         factors = fitted_factors(context)
+        self.mean_weight = factors.mean_weight
         damping = context.resolve_damping(factors, "full")
         self.inverse = block_inverse(context.layout, factors, damping, measured_eigenvalues)
         self._curvature = context.train.sample(context.options.curvature_examples, context.options.seed + 1)
-        key = f"{context.weights_key}/{context.train.num_examples}/{factors.origin}"
+        key = digest(
+            context.weights_key,
+            context.train.num_examples,
+            min(context.options.curvature_examples, context.train.num_examples),
+            context.options.seed,
+            context.layout.shapes,
+            context.dtype,
+        )
         if context.state.coarse is None or context.state.coarse_key != key:
             context.state.coarse = self._build()
             context.state.coarse_key = key
-        self.space = context.state.coarse
+        self.space = context.state.coarse.to(context.device)
         self.operator = TwoLevel(self.inverse, self.space)
         context.extra["coarse_space"] = self.space.size
         context.extra["curvature_examples"] = self.space.examples
@@ -66,7 +77,8 @@ class Auto(Method):
             return Solved(iterated, residuals)
         kept = replace(correction, coefficients=correction.coefficients[others])
         return Solved(
-            JointScorer([(others, self._scorer(_select(queries, others), kept)), (chosen, iterated)]), residuals
+            JointScorer([(others, self._scorer(_select(queries, others), kept)), (chosen, iterated)]),
+            residuals,
         )
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +97,7 @@ class Auto(Method):
         groups = -(-len(chosen) // self._group_size())
         if not len(chosen) or (options.max_steps >= 1 and groups <= _MOST_GROUPS):
             return chosen
-        self.context.warnings.append(
+        self.context.notes.add(
             f"{len(chosen)} of {len(residuals)} queries have a residual above the tolerance {options.tolerance:g} (median "
             f"{float(residuals.median()):.2f}). Iterating on them was left out: it would take {groups} groups of at most "
             f"{_MOST_GROUPS} under the memory budget, with max_steps={options.max_steps}. Raise `memory_budget` or "
@@ -153,16 +165,16 @@ class Auto(Method):
         result = one_pass.result(self.context.runner.all_reduce_sum)
         self._examples = one_pass.examples
         if one_pass.estimated:
-            note = "The Gauss-Newton matrix was estimated from sampled labels: the loss has too many outputs for all columns."
-            if note not in self.context.warnings:
-                self.context.warnings.append(note)
+            self.context.notes.add(
+                "The Gauss-Newton matrix was estimated from sampled labels: the loss has too many outputs for "
+                "all columns."
+            )
         return result
 
     def _gradients(self, loader: Loader) -> dict[str, LayerGradients]:
-        """Loss gradients of a sample of the training data, in random order."""
+        """Loss gradients of a sample of the training data."""
         one_pass = GradientPass(self.context.plan, description="Influence: anchors")
-        self.context.runner.run(one_pass, loader)
-        return gather(self.context.runner, one_pass.gradients)
+        return gather(self.context, one_pass, [loader]).gradients
 
     def _affordable(self) -> int:
         """How many directions the memory budget allows: each is held with its product and its coefficients."""
@@ -189,7 +201,7 @@ class Auto(Method):
                 max_steps=context.options.max_steps,
                 tolerance=context.options.tolerance,
             )
-            for vectors in context.layout.dense(queries)[0].split(self._group_size())
+            for vectors in torch.split(context.layout.dense(queries)[0], self._group_size())
         ]
         context.extra["krylov_queries"] = sum(len(result.residuals) for result in results)
         context.extra["krylov_steps"] = [result.steps for result in results]

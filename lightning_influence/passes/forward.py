@@ -1,27 +1,17 @@
-"""One forward pass of the user's module under capture: its loss, and gradients of every covered layer."""
+"""One forward pass of the user's module under capture."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_influence.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
-from lightning_influence.layers import FactoredGradients, LayerPlan, Recorder
+from lightning_influence.errors import LossCaptureError, UnsupportedModelError
+from lightning_influence.layers import LayerPlan, Recorder
 from lightning_influence.losses import LossCapture, OutputLoss, check_per_example, per_example_capture
-
-Fisher = Literal["sampled", "exact", "empirical"]
-
-
-class LossModule(Protocol):
-    """What a pass needs of a module: a ``training_step`` or an ``influence_loss`` hook."""
-
-    automatic_optimization: bool
-    training_step: Callable[..., Any]
+from lightning_influence.passes.captured import Captured
+from lightning_influence.passes.independence import check_independent
 
 
 class Measure(Protocol):
@@ -35,72 +25,6 @@ class Measure(Protocol):
     def __call__(self, module: Any, batch: Any, *, loss: OutputLoss | None, batch_size: int) -> Tensor:
         """Values ``(B,)``, differentiable."""
         ...
-
-
-@dataclass
-class Captured:
-    """A batch after its forward pass, ready for any number of backward passes.
-
-    Attributes:
-        num_examples: ``B``.
-        loss: the captured loss, or None if only ``values`` are known.
-        values: per-example losses ``(B,)`` from the module's ``influence_loss``, if it has one.
-        recorder: the layers' inputs and graph.
-    """
-
-    num_examples: int
-    loss: OutputLoss | None
-    values: Tensor | None
-    recorder: Recorder
-
-    @property
-    def weights(self) -> Tensor:
-        """Weight of each example, ``(B,)``; their mean over the dataset normalises the loss."""
-        if self.loss is not None:
-            return self.loss.weights().detach()
-        assert self.values is not None
-        return torch.ones_like(self.values.detach())
-
-    def per_example(self) -> Tensor:
-        """Return unnormalised loss of each example, ``(B,)``, differentiable."""
-        if self.loss is not None:
-            return self.loss.per_example()
-        assert self.values is not None
-        return self.values
-
-    def loss_gradients(self) -> dict[str, FactoredGradients]:
-        """Return gradients of the per-example losses (before division by the mean weight), ``K = 1``."""
-        if self.loss is None:
-            return self.gradients_of(self.per_example())
-        return self.recorder.gradients(self.loss.outputs, [self.loss.gradient()], self.num_examples)
-
-    def gradients_of(self, values: Tensor) -> dict[str, FactoredGradients]:
-        """Return gradients of any per-example values ``(B,)`` computed from this forward pass, ``K = 1``."""
-        return self.recorder.gradients(values.sum(), [None], self.num_examples)
-
-    def curvature_gradients(
-        self, fisher: Fisher, generator: torch.Generator | None = None, draws: int = 1
-    ) -> dict[str, FactoredGradients]:
-        """Gradients whose outer products average to the Gauss-Newton matrix or an estimate of it.
-
-        Args:
-            fisher: ``"exact"`` for every column of the output curvature, ``"sampled"`` for labels drawn from
-                the model, ``"empirical"`` for the training labels (biased).
-            generator: source of the sampled labels.
-            draws: number of sampled labels per example.
-
-        Returns:
-            Gradients with ``K`` seeds, before division by the square root of the mean weight. A module whose
-            outputs are unknown (only ``influence_loss``) has the empirical ones.
-        """
-        if self.loss is None or fisher == "empirical":
-            return self.loss_gradients()
-        seeds: list[Tensor | None]
-        if fisher == "exact":
-            seeds = list(self.loss.columns())
-        else:
-            seeds = [self.loss.sample(generator) / draws**0.5 for _ in range(draws)]
-        return self.recorder.gradients(self.loss.outputs, seeds, self.num_examples)
 
 
 class Forward:
@@ -175,57 +99,6 @@ class Forward:
         return captured
 
 
-def check_independent(captured: Captured) -> None:
-    """Check a batch: finite losses, and an example's loss that depends on that example only.
-
-    Raises:
-        NonFiniteError: if a loss is NaN or infinite.
-        UnsupportedModelError: if examples are coupled.
-    """
-    values = captured.per_example()
-    if not bool(torch.isfinite(values).all()):
-        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-        raise NonFiniteError(
-            f"The loss of {len(bad)} of {captured.num_examples} examples in the first batch is not "
-            f"finite (positions {bad[:5]}). Check these examples and the model's weights for NaN or "
-            "infinity."
-        )
-    if captured.num_examples < 2:
-        return
-    coupled = _coupled(captured.recorder, values, captured.num_examples)
-    if coupled is not None:
-        raise UnsupportedModelError(
-            f"The loss of one example depends on layer {coupled!r} at other examples of the batch. "
-            "Accepted are models that treat examples independently in eval mode, with the examples in "
-            "the first dimension and in the order of the batch. Put the batch first, move contrastive or "
-            "in-batch terms out of the loss with `influence_loss`, or leave this layer out with "
-            "`layers=`."
-        )
-
-
-def _coupled(recorder: Recorder, values: Tensor, num_examples: int) -> str | None:
-    """Name a layer whose gradients at row ``b`` are not those of example ``b``'s loss alone.
-
-    The first loss must leave all other rows alone. That does not see other examples trade places, so the
-    losses are also weighed, each with a factor of its own, which must come back at the example's own row.
-
-    Returns:
-        The first such layer, or None.
-    """
-    index = torch.arange(num_examples, device=values.device, dtype=values.dtype)
-    factors = 1 + (index * 0.618034).frac()
-    first = recorder.backward(values[0], None, num_examples)
-    plain = recorder.backward(values, torch.ones_like(factors), num_examples)
-    weighed = recorder.backward(values, factors, num_examples)
-    for name, grad in plain.items():
-        expected = grad * factors.to(grad.dtype)[:, None, None]
-        wrong = (weighed[name] - expected).norm() > 1e-2 * expected.norm()
-        others = first[name][:, 1:].nan_to_num(0.0, 0.0, 0.0)  # not finite: refused elsewhere, as such
-        if bool(wrong | others.any()):
-            return name
-    return None
-
-
 def _call(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
     """Run the hook ``influence_loss`` if there is one, else ``training_step``.
 
@@ -277,8 +150,3 @@ def _step_arguments(module: Any, batch: Any) -> tuple[Any, ...]:
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     return (batch, *(0 for _ in required))
-
-
-def trainable(module: nn.Module) -> bool:
-    """Return whether any parameter of the module requires a gradient."""
-    return any(p.requires_grad for p in module.parameters())

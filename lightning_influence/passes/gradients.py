@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import DenseGradients, LayerGradients, LayerPlan
-from lightning_influence.layers.gradients import concatenate
+from lightning_influence.layers.factored import concatenate
 from lightning_influence.layers.recorder import check_finite, compact
 from lightning_influence.passes.forward import Forward, Measure
 
@@ -38,7 +38,7 @@ class GradientPass:
         self._measure = measure
         self._dtype = dtype
         self._parts: list[dict[str, LayerGradients]] = []
-        self._forward = Forward(plan)
+        self.forward = Forward(plan)
         self._plan = plan
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
@@ -47,7 +47,7 @@ class GradientPass:
         Raises:
             NonFiniteError: if a measurement is NaN or infinite.
         """
-        captured = self._forward(module, batch, len(indices), self._measure)
+        captured = self.forward(module, batch, len(indices), self._measure)
         values = captured.per_example()
         gradients = captured.loss_gradients() if self._measure is None else captured.gradients_of(values)
         if not bool(torch.isfinite(values).all()):
@@ -79,9 +79,9 @@ class GradientPass:
     @property
     def indices(self) -> Tensor:
         """Dataset indices in the order seen, ``(Q,)``."""
-        return torch.cat(self._indices)
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *self._indices])
 
     @property
     def dataloaders(self) -> Tensor:
         """Which loader each example is from, ``(Q,)``."""
-        return torch.cat(self._dataloaders)
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *self._dataloaders])

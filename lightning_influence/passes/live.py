@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
 from lightning_influence.layers import LayerPlan, Recorder
 from lightning_influence.losses import LossCapture, check_per_example, per_example_capture
-from lightning_influence.passes.forward import Captured, check_independent
+from lightning_influence.passes.captured import Captured
+from lightning_influence.passes.independence import check_independent
 
 
 class LiveCapture:
@@ -85,13 +86,16 @@ class LiveCapture:
         resolved = self._losses.resolve(value, num_examples)
         return self._complete(Captured(num_examples, resolved, None, self._recorder))
 
-    def run_hook(self, module: Any, batch: Any, num_examples: int) -> Captured:
+    def run_hook(
+        self, module: Any, batch: Any, num_examples: int, context: contextlib.AbstractContextManager[None]
+    ) -> Captured:
         """Run the module's ``influence_loss`` under capture, in addition to the user's step.
 
         Args:
             module: the user's module.
             batch: the batch, on the module's device.
             num_examples: ``B``.
+            context: what to run it in: the precision of the training steps.
 
         Returns:
             The captured batch.
@@ -101,7 +105,8 @@ class LiveCapture:
         """
         self.open()
         try:
-            values = module.influence_loss(batch)
+            with context:
+                values = module.influence_loss(batch)
         finally:
             self.close()
         check_per_example(values, num_examples, "influence_loss(batch)")
@@ -171,3 +176,15 @@ def batch_coupling(module: nn.Module) -> list[str]:
         for name, part in module.named_modules()
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None)
     ]
+
+
+def describe_coupling(module: nn.Module) -> str | None:
+    """Return what BatchNorm modules that use the batch mean for the factors, or None without any."""
+    names = batch_coupling(module)
+    if not names:
+        return None
+    return (
+        f"BatchNorm in training mode ({', '.join(names[:4])}) makes an example's gradient depend on the "
+        "others of its batch, and factors from the fit include that. Ask with factors='refit' to fit them "
+        "in eval mode."
+    )

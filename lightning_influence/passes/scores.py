@@ -66,12 +66,12 @@ class ScorePass:
     def __init__(self, plan: LayerPlan, scorer: Scorer, sink: Sink) -> None:
         self.examples = 0
         self.weight = 0.0
-        self._forward = Forward(plan)
+        self.forward = Forward(plan)
         self._scorer, self._sink = scorer, sink
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
-        captured = self._forward(module, batch, len(indices))
+        captured = self.forward(module, batch, len(indices))
         gradients: dict[str, LayerGradients] = {
             name: compact(layer) for name, layer in captured.loss_gradients().items()
         }
@@ -102,12 +102,12 @@ class SelfInfluencePass:
         self.indices: list[Tensor] = []
         self.examples = 0
         self.weight = 0.0
-        self._forward = Forward(plan)
+        self.forward = Forward(plan)
         self._quadratic = quadratic
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
-        captured = self._forward(module, batch, len(indices))
+        captured = self.forward(module, batch, len(indices))
         gradients = {name: compact(layer) for name, layer in captured.loss_gradients().items()}
         values = self._quadratic(gradients)
         refuse_non_finite(values, indices)

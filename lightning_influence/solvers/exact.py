@@ -28,32 +28,44 @@ def check_size(numel: int, limit: int = MAX_PARAMETERS) -> None:
         )
 
 
-def solve(matrix: Tensor, damping: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve ``(H + diag(damping)) X = V`` in float64.
+class DenseSolver:
+    """Solves ``(H + diag(damping)) X = V`` in float64, any number of times.
 
     Args:
         matrix: ``H``, ``(P, P)``, symmetric.
         damping: ``(P,)``.
-        vectors: ``(V, P)``.
-
-    Returns:
-        ``X (V, P)`` in float64 and the relative residual of each, ``(V,)``.
-
-    Raises:
-        NonFiniteError: if the damped matrix is singular.
     """
-    damped = matrix.double() + torch.diag(damping.double())
-    right = vectors.double()
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info) == 0:
-        solution = torch.cholesky_solve(right.T, factor).T
-    else:
-        solution, info = torch.linalg.solve_ex(damped, right.T)
-        solution = solution.T
-    if int(info) != 0 or not bool(torch.isfinite(solution).all()):
-        raise NonFiniteError(
-            f"The curvature matrix is singular at damping {float(damping.min()):.3g} to "
-            f"{float(damping.max()):.3g}. Use a positive damping."
-        )
-    remainder = right - solution @ damped
-    return solution, remainder.norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
+
+    def __init__(self, matrix: Tensor, damping: Tensor) -> None:
+        self.matrix = matrix.double() + torch.diag(damping.double())
+        self._range = float(damping.min()), float(damping.max())
+        factor, info = torch.linalg.cholesky_ex(self.matrix)
+        self._factor = factor if int(info) == 0 else None
+
+    def solve(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve for ``V (V, P)``.
+
+        Returns:
+            ``X (V, P)`` in float64 and the relative residual of each, ``(V,)``.
+
+        Raises:
+            NonFiniteError: if the damped matrix is singular.
+        """
+        right, info = vectors.double(), torch.zeros(())
+        if self._factor is not None:
+            solution = torch.cholesky_solve(right.T, self._factor).T
+        else:
+            solution, info = torch.linalg.solve_ex(self.matrix, right.T)
+            solution = solution.T
+        if int(info) != 0 or not bool(torch.isfinite(solution).all()):
+            low, high = self._range
+            raise NonFiniteError(
+                f"The curvature matrix is singular at damping {low:.3g} to {high:.3g}. Use a positive one."
+            )
+        remainder = right - solution @ self.matrix
+        return solution, remainder.norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
+
+
+def solve(matrix: Tensor, damping: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return one solution; see :class:`DenseSolver`."""
+    return DenseSolver(matrix, damping).solve(vectors)

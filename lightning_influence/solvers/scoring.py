@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence.factors.inverse import BlockInverse, EigenInverse
-from lightning_influence.factors.low_rank import LowRank, low_rank
-from lightning_influence.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.factors.inverse import BlockInverse
+from lightning_influence.layers.dense import DenseGradients
+from lightning_influence.layers.factored import FactoredGradients
+from lightning_influence.layers.gradients import LayerGradients
+from lightning_influence.solvers.thin import Thin, factorise
 
 Scorer = Callable[[dict[str, LayerGradients]], Tensor]
 
@@ -26,8 +28,6 @@ _MAX_RANK = 256
 _CHECK_QUERIES = 16
 # Where the first batch shows too large an error, the tolerance is divided by this, so many times at most.
 _REFINE, _REFINEMENTS = 3, 4
-# Entries of an intermediate that should stay in a processor's cache.
-_CACHED = 2**18
 _CHECK_EXAMPLES = 32
 
 
@@ -76,7 +76,7 @@ class PreconditionedScorer:
         self._tolerance = tolerance
         self.ranks: dict[str, int] = {}
         self._dense: dict[str, Tensor] = {}
-        self._thin: dict[str, tuple[_Thin, _Thin | None]] = {}
+        self._thin: dict[str, tuple[Thin, Thin | None]] = {}
         self._checked = tolerance <= 0
         directions = None if correction is None else inverse.layout.split(correction.directions)
         self._directions = directions
@@ -137,7 +137,7 @@ class PreconditionedScorer:
         extra = 0 if anchors is None else anchors.num_examples
         _, d_out, d_in = inverse.eigenvalues.shape
         limit = int(_THIN * count * d_out * d_in / ((d_out + d_in) * (count + extra)))
-        form = _factorise(inverse, tolerance, min(limit, _MAX_RANK))
+        form = factorise(inverse, tolerance, min(limit, _MAX_RANK))
         if form is None:
             return False
         thin = None
@@ -145,20 +145,24 @@ class PreconditionedScorer:
             assert isinstance(anchors, FactoredGradients)
             assert self._correction is not None
             first = self._correction.inverse.layers[name]
-            anchor_form = form if first is inverse else _factorise(first, tolerance, min(limit, _MAX_RANK))
+            anchor_form = form if first is inverse else factorise(first, tolerance, min(limit, _MAX_RANK))
             if anchor_form is None:
                 return False
-            thin = _Thin(first, anchors, anchor_form)
-        self._thin[name] = (_Thin(inverse, queries, form), thin)
+            thin = Thin(first, anchors, anchor_form)
+        self._thin[name] = (Thin(inverse, queries, form), thin)
         self.ranks[name] = form.rank
         return True
 
     def _check(self, gradients: dict[str, LayerGradients]) -> None:
-        """Compare with exact scores on a few pairs, and refine the layer that errs most until the sum is right."""
+        """Compare a few pairs with exact scores; refine the layer that errs most until the sum is right."""
         few = {name: layer.select(slice(0, _CHECK_EXAMPLES)) for name, layer in gradients.items()}
         for name in [name for name in self._thin if isinstance(few.get(name), DenseGradients)]:
             self._go_dense(name)
-        exact = {name: self._exact(name, layer) for name, layer in few.items() if name in self._inverse.layers}
+        exact = {
+            name: self._exact(name, layer)
+            for name, layer in few.items()
+            if name in self._dense or name in self._thin
+        }
         norm = float(torch.stack(list(exact.values())).sum(dim=0).norm())
         tolerances = dict.fromkeys(self._thin, self._tolerance)
         while errors := {n: self._approximate(n, few[n]) - exact[n] for n in self._thin if n in few}:
@@ -166,9 +170,8 @@ class PreconditionedScorer:
                 return
             worst = max(errors, key=lambda name: float(errors[name].norm()))
             tolerances[worst] /= _REFINE
-            if tolerances[worst] < self._tolerance / _REFINE**_REFINEMENTS:
-                self._go_dense(worst)
-            elif not self._try_low_rank(worst, tolerances[worst]):
+            spent = tolerances[worst] < self._tolerance / _REFINE**_REFINEMENTS
+            if spent or not self._try_low_rank(worst, tolerances[worst]):
                 self._go_dense(worst)
 
     def _go_dense(self, name: str) -> None:
@@ -177,11 +180,11 @@ class PreconditionedScorer:
         self._dense[name] = self._solve(name)
 
     def _exact(self, name: str, layer: LayerGradients) -> Tensor:
-        """One layer's exact scores of the first queries."""
+        """Return one layer's exact scores of the first queries."""
         return layer.dot(self._solve(name, slice(0, _CHECK_QUERIES)))[0].T
 
     def _approximate(self, name: str, layer: LayerGradients) -> Tensor:
-        """One layer's low-rank scores of the first queries."""
+        """Return one layer's low-rank scores of the first queries."""
         query, anchor = self._thin[name]
         assert isinstance(layer, FactoredGradients)
         scores = query.scores(layer)
@@ -193,45 +196,6 @@ class PreconditionedScorer:
         """Return weights of the anchors in each query's correction, ``(Q, M)``."""
         assert self._correction is not None
         return self._correction.coefficients @ self._correction.mixing
-
-
-class _Thin:
-    """Queries of one layer in low-rank form, rotated back so that training factors need no rotation.
-
-    Args:
-        inverse: the layer's inverse.
-        queries: factored gradients with one position.
-        form: low-rank form of the inverse's weights.
-    """
-
-    def __init__(self, inverse: EigenInverse, queries: FactoredGradients, form: LowRank) -> None:
-        inputs, outputs = queries.inputs[0, :, 0], queries.outputs[0, 0, :, 0]
-        basis = inverse.basis
-        if basis is not None:
-            inputs, outputs = inputs @ basis.q_in[0], outputs @ basis.q_out[0]
-        left = outputs[:, None] * form.left  # (Q, r, D_out)
-        right = inputs[:, None] * form.right
-        if basis is not None:
-            left, right = left @ basis.q_out[0].T, right @ basis.q_in[0].T
-        self.rank, self.count = form.rank, inputs.shape[0]
-        self.left, self.right = left.contiguous(), right.contiguous()
-
-    def scores(self, gradients: FactoredGradients) -> Tensor:
-        """Return ``(Q, B)``, a few queries at a time so that the terms are summed while they are in the cache."""
-        _, examples, positions, _ = gradients.inputs.shape
-        outputs = gradients.outputs[0, 0].flatten(0, 1).T.contiguous()
-        inputs = gradients.inputs[0].flatten(0, 1).T.contiguous()
-        result = outputs.new_empty(self.count, examples)
-        step = max(1, _CACHED // (self.rank * outputs.shape[1]))
-        for start in range(0, self.count, step):
-            rows = slice(start, start + step)
-            left = (self.left[rows].flatten(0, 1) @ outputs).view(-1, self.rank, examples, positions)
-            right = (self.right[rows].flatten(0, 1) @ inputs).view(-1, self.rank, examples, positions)
-            if positions == 1:
-                result[rows] = left.mul_(right).sum(dim=(1, 3))
-            else:
-                result[rows] = torch.einsum("qkbr,qkbs->qb", left, right)
-        return result
 
 
 class DenseScorer:
@@ -273,14 +237,6 @@ class JointScorer:
     def __call__(self, gradients: dict[str, LayerGradients]) -> Tensor:
         """Return inner products ``(Q, B)`` in the order of the queries."""
         return torch.cat([scorer(gradients) for _, scorer in self._parts])[self._order]
-
-
-def _factorise(inverse: EigenInverse, tolerance: float, max_rank: int) -> LowRank | None:
-    """Return low-rank form of one layer's weights, weighed by the energy its eigenvalues show."""
-    if max_rank < 1:
-        return None
-    eigenvalues = inverse.eigenvalues[0]
-    return low_rank(inverse.weights[0], eigenvalues.sum(1), eigenvalues.sum(0), tolerance, max_rank)
 
 
 def _dtype(layer: LayerGradients) -> torch.dtype:

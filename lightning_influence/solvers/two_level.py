@@ -12,134 +12,15 @@ products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lightning_influence.factors.inverse import BlockInverse
-from lightning_influence.layers.gradients import LayerGradients, concatenate
-from lightning_influence.layers.layout import Layout
+from lightning_influence.layers.gradients import LayerGradients
+from lightning_influence.solvers.coarse_space import CoarseSpace, probes
 from lightning_influence.solvers.scoring import Correction
-
-_PROBE_SEED = 20_240_601
-
-
-@dataclass(frozen=True)
-class CoarseSpace:
-    """A coarse space and its products with the Gauss-Newton matrix, for any damping.
-
-    Attributes:
-        layout: the order of flat vectors.
-        directions: ``Q``, ``(m, P)``, orthonormal rows.
-        product: ``G Q``, ``(m, P)``.
-        probe_product: ``G`` times the random probes of :func:`probes`, ``(s, P)``; it prices residuals.
-        mixing: ``(m, M)``: ``Q = mixing @ P_0^{-1} anchors``.
-        anchors: gradients of the ``M`` anchors by layer.
-        inverse: ``P_0``.
-        examples: number of curvature examples in the products.
-    """
-
-    layout: Layout
-    directions: Tensor
-    product: Tensor
-    probe_product: Tensor
-    mixing: Tensor
-    anchors: Mapping[str, LayerGradients]
-    inverse: BlockInverse
-    examples: int
-
-    @property
-    def size(self) -> int:
-        """``m``."""
-        return self.directions.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held, in bytes."""
-        anchors = sum(layer.nbytes for layer in self.anchors.values())
-        return self.directions.nbytes + self.product.nbytes + self.probe_product.nbytes + anchors
-
-
-def directions(
-    layout: Layout, inverse: BlockInverse, anchors: Mapping[str, LayerGradients]
-) -> tuple[Tensor, Tensor]:
-    """Orthonormal basis of the preconditioned anchors.
-
-    Args:
-        layout: the order of flat vectors.
-        inverse: the preconditioner ``P``.
-        anchors: gradients of ``M`` examples, ``K = 1``.
-
-    Returns:
-        ``Q (m, P)`` and ``mixing (m, M)`` with ``Q = mixing @ P^{-1} anchors``; ``m < M`` if the anchors are
-        dependent.
-    """
-    vectors = inverse.apply(layout.dense(anchors)[0])
-    scale = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-    vectors = vectors / scale
-    # Twice: the conditioning of the Gram matrix costs the first step orthogonality; the second restores it.
-    first = _whitening(vectors)
-    second = _whitening(first @ vectors)
-    mixing = second @ first
-    return mixing @ vectors, mixing / scale.T
-
-
-def extended(
-    space: CoarseSpace, anchors: Mapping[str, LayerGradients], product: Callable[[Tensor], Tensor]
-) -> CoarseSpace:
-    """A larger coarse space, with products computed for what is new only.
-
-    Args:
-        space: the space so far.
-        anchors: gradients of further anchors.
-        product: maps vectors ``(V, P)`` to ``G V``, over the same curvature examples as in ``space``.
-
-    Returns:
-        The space that all anchors span.
-    """
-    vectors = space.inverse.apply(space.layout.dense(anchors)[0])
-    scale = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-    vectors = vectors / scale
-    # Rows of ``inside`` say what was taken out along the old directions, so that the mixing stays exact.
-    inside = vectors @ space.directions.T
-    vectors = vectors - inside @ space.directions
-    again = vectors @ space.directions.T
-    vectors, inside = vectors - again @ space.directions, inside + again
-    first = _whitening(vectors)
-    second = _whitening(first @ vectors)
-    whitening = second @ first
-    fresh = whitening @ vectors
-    old = -(whitening @ inside) @ space.mixing
-    top = torch.cat([space.mixing, space.mixing.new_zeros(len(space.mixing), len(vectors))], dim=1)
-    bottom = torch.cat([old, whitening / scale.T], dim=1)
-    joined = {name: concatenate([layer, anchors[name]]) for name, layer in space.anchors.items()}
-    return replace(
-        space,
-        directions=torch.cat([space.directions, fresh]),
-        product=torch.cat([space.product, product(fresh)]),
-        mixing=torch.cat([top, bottom]),
-        anchors=joined,
-    )
-
-
-def _whitening(vectors: Tensor) -> Tensor:
-    """Return ``W`` with orthonormal ``W V``, leaving out directions that are numerically dependent."""
-    gram = (vectors @ vectors.T).double()
-    values, basis = torch.linalg.eigh(gram)
-    floor = values.amax() * gram.shape[0] * 4 * torch.finfo(vectors.dtype).eps if len(values) else 0.0
-    keep = values > floor
-    whitened: Tensor = (basis[:, keep] / values[keep].sqrt()).T.to(vectors.dtype)
-    return whitened
-
-
-def probes(count: int, numel: int, like: Tensor) -> Tensor:
-    """Return random signs ``(count, numel)``, the same at every call: ``E[(w^T r)^2] = ||r||^2``."""
-    # Drawn on the CPU: a coarse space that was built on one kind of device may be used on another.
-    generator = torch.Generator().manual_seed(_PROBE_SEED)
-    bits = torch.randint(0, 2, (count, numel), generator=generator, dtype=torch.int8)
-    return bits.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
 class TwoLevel:

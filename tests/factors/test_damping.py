@@ -33,6 +33,9 @@ def factors(squares: bool = True) -> Factors:
     return result
 
 
+LEVEL = (mean_eigenvalue(factors(), "0") + mean_eigenvalue(factors(), "2")) / 2
+
+
 def stepped(optimizer: torch.optim.Optimizer, rates: list[float]) -> TrainingRecord:
     record = TrainingRecord()
     for rate in rates:
@@ -124,19 +127,19 @@ def test_unknown_optimizer_falls_back_with_its_reason(make, reason) -> None:
         record.add_step(optimizer, LAYERS)
     values, origin = resolve_damping("auto", factors(), record, solver="full")
     assert reason in origin
-    assert values == resolve_damping("heuristic", factors(), None, solver="full")[0]
+    assert values == dict.fromkeys("02", LEVEL)
 
 
-def test_without_a_record_full_solvers_use_the_heuristic() -> None:
+def test_without_a_record_full_solvers_use_the_level_of_the_eigenvalues() -> None:
     values, origin = resolve_damping("auto", factors(), None, solver="full")
-    assert "no training run was recorded, so 0.1 of each layer's mean eigenvalue" in origin
-    assert values == {name: 0.1 * mean_eigenvalue(factors(), name) for name in "02"}
+    assert "no training run was recorded, so the mean eigenvalue of a layer, averaged over" in origin
+    assert values == dict.fromkeys("02", LEVEL)
 
 
 def test_layer_that_no_step_updated() -> None:
     record = TrainingRecord(steps=5, layers={"0": LayerRecord(rate=2.0)})
     values, origin = resolve_damping("auto", factors(), record, solver="full")
-    assert values == {"0": 0.5, "2": 0.1 * mean_eigenvalue(factors(), "2")}
+    assert values == {"0": 0.5, "2": LEVEL}
     assert "for ['2'], which no step updated" in origin
 
 

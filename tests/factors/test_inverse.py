@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from lightning_influence.factors.inverse import BlockInverse, EigenInverse
 from lightning_influence.factors.statistics import Eigenbasis
-from lightning_influence.layers.gradients import DenseGradients, FactoredGradients
+from lightning_influence.layers.dense import DenseGradients
+from lightning_influence.layers.factored import FactoredGradients
 from lightning_influence.layers.layout import Layout
 
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from lightning_influence.errors import FactorMismatchError, NonFiniteError
 from lightning_influence.factors.factors import Factors, fingerprint, fingerprint_differs
 from lightning_influence.factors.statistics import Eigenbasis, LayerStatistics, eigenbasis, rotate
-from lightning_influence.layers.gradients import DenseGradients, FactoredGradients
+from lightning_influence.layers.dense import DenseGradients
+from lightning_influence.layers.factored import FactoredGradients
 
 SIZES = st.tuples(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)

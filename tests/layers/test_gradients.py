@@ -5,14 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_influence.layers import gradients as gradients_module
-from lightning_influence.layers.gradients import (
-    DenseGradients,
-    FactoredGradients,
-    LayerGradients,
-    concatenate,
-    rotate_matrices,
-)
+from lightning_influence.layers import factored as factored_module
+from lightning_influence.layers.dense import DenseGradients, rotate_matrices
+from lightning_influence.layers.factored import FactoredGradients, concatenate
+from lightning_influence.layers.gradients import LayerGradients
 
 SIZES = st.tuples(*(st.integers(1, 3) for _ in range(3)), *(st.integers(1, 4) for _ in range(3)))
 FORMS = st.sampled_from(["factored", "dense", "chunked"])
@@ -20,7 +16,7 @@ FORMS = st.sampled_from(["factored", "dense", "chunked"])
 
 @pytest.fixture(autouse=True)
 def _whole_chunks(monkeypatch):
-    monkeypatch.setattr(gradients_module, "_CHUNK_BYTES", 32 * 2**20)
+    monkeypatch.setattr(factored_module, "_CHUNK_BYTES", 32 * 2**20)
 
 
 class Random:
@@ -35,7 +31,7 @@ class Random:
         factored = FactoredGradients(inputs, outputs)
         self.gradients: LayerGradients = DenseGradients(self.matrices) if form == "dense" else factored
         # A working memory of one byte forces one vector, and one example, at a time.
-        gradients_module._CHUNK_BYTES = 1 if form == "chunked" else 32 * 2**20
+        factored_module._CHUNK_BYTES = 1 if form == "chunked" else 32 * 2**20
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)

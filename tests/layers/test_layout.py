@@ -2,7 +2,8 @@ import pytest
 import torch
 from drive import TIGHT
 
-from lightning_influence.layers.gradients import DenseGradients, FactoredGradients
+from lightning_influence.layers.dense import DenseGradients
+from lightning_influence.layers.factored import FactoredGradients
 from lightning_influence.layers.layout import Layout
 
 SHAPES = {"a": (1, 3, 2), "b": (2, 2, 4), "c": (1, 1, 5)}

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_influence.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
 from lightning_influence.layers import find_layers
-from lightning_influence.passes.forward import Forward, trainable
+from lightning_influence.passes.forward import Forward
 
 B = 4
 
@@ -206,13 +206,6 @@ def test_values_of_an_unknown_loss_have_empirical_curvature():
     loss = setup.layout.dense(captured.loss_gradients())
     for fisher in ("exact", "sampled", "empirical"):
         assert torch.equal(setup.layout.dense(captured.curvature_gradients(fisher)), loss)
-
-
-def test_trainable():
-    net = nn.Linear(2, 2)
-    assert trainable(net)
-    assert not trainable(net.requires_grad_(False))
-    assert not trainable(nn.ReLU())
 
 
 def test_gradients_that_are_not_finite_are_not_taken_for_coupling():

@@ -6,11 +6,13 @@ from torch import Tensor
 
 from lightning_influence.factors.inverse import BlockInverse, EigenInverse
 from lightning_influence.factors.statistics import Eigenbasis
-from lightning_influence.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.layers.dense import DenseGradients
+from lightning_influence.layers.factored import FactoredGradients
+from lightning_influence.layers.gradients import LayerGradients
 from lightning_influence.layers.layout import Layout
 from lightning_influence.solvers import scoring
+from lightning_influence.solvers.coarse_space import directions
 from lightning_influence.solvers.scoring import Correction, DenseScorer, PreconditionedScorer
-from lightning_influence.solvers.two_level import directions
 
 # Large enough for the low-rank route to pay, with a small layer for which it does not.
 SHAPES = {"wide": (1, 64, 65), "square": (1, 48, 49), "small": (1, 3, 4)}
@@ -136,14 +138,14 @@ def test_layers_where_it_does_not_pay_stay_exact():
 @pytest.mark.parametrize("remedy", ["rank", "dense"])
 def test_a_poor_low_rank_form_is_found_on_the_first_batch(monkeypatch, remedy):
     p, calls = Problem(torch.float64), []
-    true = scoring._factorise
+    true = scoring.factorise
 
     def poor(inverse, tolerance, max_rank):
         """Ten or a million times less accurate than was asked for."""
         calls.append(tolerance)
         return true(inverse, tolerance * (10 if remedy == "rank" else 1e6), max_rank)
 
-    monkeypatch.setattr(scoring, "_factorise", poor)
+    monkeypatch.setattr(scoring, "factorise", poor)
     scorer = PreconditionedScorer(p.inverse, p.queries, tolerance=1e-3)
     before = dict(scorer.ranks)
     assert error(scorer(p.train), p.exact(p.inverse)) < 2e-3

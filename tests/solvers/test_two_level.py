@@ -4,14 +4,15 @@ import torch
 from drive import TIGHT, Setup, closed_form
 from models import CASES
 
+from lightning_influence.curvature.gauss_newton import CurvatureProductPass
 from lightning_influence.factors.inverse import BlockInverse
-from lightning_influence.layers.gradients import DenseGradients
-from lightning_influence.passes.curvature import CurvatureProductPass
+from lightning_influence.layers.dense import DenseGradients
 from lightning_influence.passes.gradients import GradientPass
 from lightning_influence.passes.scores import Columns, ScorePass, SelfInfluencePass
 from lightning_influence.passes.statistics import CovariancePass
+from lightning_influence.solvers.coarse_space import CoarseSpace, directions, probes
 from lightning_influence.solvers.scoring import PreconditionedScorer
-from lightning_influence.solvers.two_level import CoarseSpace, TwoLevel, directions, probes, squared_norms
+from lightning_influence.solvers.two_level import TwoLevel, squared_norms
 
 SOME = [
     "mlp_gelu",

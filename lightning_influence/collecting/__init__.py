@@ -1,0 +1,1 @@
+"""Collecting: sums and figures taken during ``fit``, and when they are taken."""

@@ -1,0 +1,20 @@
+"""Warnings that are given once."""
+
+from __future__ import annotations
+
+import warnings
+
+from lightning_influence.errors import InfluenceWarning
+
+
+class Notices:
+    """Warns once for each kind of message, however often it is said."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, message: str | None, kind: str | None = None) -> None:
+        """Warn, unless there is no message, or one of its kind (by default: the same) was given before."""
+        if message is not None and (kind or message) not in self._said:
+            self._said.add(kind or message)
+            warnings.warn(message, InfluenceWarning, stacklevel=3)

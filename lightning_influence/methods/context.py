@@ -1,0 +1,170 @@
+"""Everything a method works with: passes, data, state, settings, and what there is to say about the answer."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_influence.errors import InfluenceWarning, UnsupportedModelError
+from lightning_influence.factors.damping import resolve_damping
+from lightning_influence.factors.factors import Factors
+from lightning_influence.layers import LayerPlan
+from lightning_influence.layers.layout import Layout
+from lightning_influence.methods.options import Options
+from lightning_influence.state import InfluenceState
+
+
+class Loader(Protocol):
+    """Training examples that can be subsampled."""
+
+    @property
+    def indices(self) -> Tensor:
+        """Dataset indices in the order of visiting, ``(N,)``."""
+        ...
+
+    @property
+    def num_examples(self) -> int:
+        """``N``."""
+        ...
+
+    def sample(self, count: int, seed: int) -> Loader:
+        """About ``count`` examples drawn at random, the same for the same seed."""
+        ...
+
+
+class Passes(Protocol):
+    """Runs passes over loaders, on one process or several."""
+
+    @property
+    def module(self) -> Any:
+        """The user's module."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that share a pass."""
+        ...
+
+    def run(self, one_pass: Any, dataloaders: Any) -> Any:
+        """Run one pass."""
+        ...
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes, in place."""
+        ...
+
+    def all_gather_cat(self, tensor: Tensor) -> Tensor:
+        """All processes' tensors joined along the first dimension."""
+        ...
+
+
+class Notes:
+    """What was left out or assumed: kept for the diagnostics, and said once as a Python warning.
+
+    Attributes:
+        messages: all notes, in order.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def add(self, message: str) -> None:
+        """Say something, unless it was said before."""
+        if message not in self.messages:
+            self.messages.append(message)
+            warnings.warn(message, InfluenceWarning, stacklevel=2)
+
+
+@dataclass
+class Context:
+    """Everything a method works with.
+
+    Attributes:
+        runner: runs passes.
+        plan: the covered layers; shrinks when a pass over the training data shows that some take no part in it.
+        train: the training examples.
+        state: what is kept between calls.
+        options: settings of this call.
+        device: where passes run.
+        dtype: precision of the gradients.
+        weights: fingerprint of the model's weights.
+        weights_key: a short text that changes with them.
+        notes: what was left out or assumed.
+        extra: further diagnostics.
+        damping: the damping of each layer once it is decided.
+        damping_origin: where it comes from.
+    """
+
+    runner: Passes
+    plan: LayerPlan
+    train: Loader
+    state: InfluenceState
+    options: Options
+    device: torch.device
+    dtype: torch.dtype
+    weights: dict[str, list[float]] = field(default_factory=dict)
+    weights_key: str = ""
+    notes: Notes = field(default_factory=Notes)
+    extra: dict[str, Any] = field(default_factory=dict)
+    damping: dict[str, float] = field(default_factory=dict)
+    damping_origin: str = "not used"
+
+    @property
+    def layout(self) -> Layout:
+        """The order of flat vectors over the covered layers."""
+        return Layout.of(self.plan.layers)
+
+    def resolve_damping(self, factors: Factors, solver: Literal["closed", "full"]) -> dict[str, float]:
+        """Decide the damping, and remember it for the diagnostics."""
+        self.damping, self.damping_origin = resolve_damping(
+            self.options.damping, factors, self.state.record, solver=solver
+        )
+        return self.damping
+
+    def run_on_train(self, one_pass: Any) -> None:
+        """Run a pass over all training examples; layers that took no part in it leave the plan, with a note."""
+        self.runner.run(one_pass, self.train)
+        silent = one_pass.forward.silent
+        heard = torch.tensor([float(name not in silent) for name in self.plan.layers])
+        heard = self.runner.all_reduce_sum(heard)
+        names = [name for name, count in zip(self.plan.layers, heard.tolist(), strict=True) if not count]
+        self.leave_out(names, "took no part in the training loss")
+
+    def leave_out(self, names: Sequence[str], why: str) -> None:
+        """Take layers out of the plan, and say so.
+
+        Args:
+            names: the layers.
+            why: the rest of a sentence that begins with their names.
+
+        Raises:
+            UnsupportedModelError: if no layer is left.
+        """
+        if not names:
+            return
+        left_out = {f"{name}.*": (self.plan.layers[name].numel, why) for name in names}
+        layers = {name: layer for name, layer in self.plan.layers.items() if name not in names}
+        plan = LayerPlan(layers, {**self.plan.uncovered, **left_out})
+        share = sum(count for count, _ in left_out.values()) / sum(_all_counts(plan))
+        if not layers:
+            raise UnsupportedModelError(f"No layer is left to cover: {list(names)} {why}.")
+        self.notes.add(
+            f"Layers {list(names)} ({share:.1%} of the trainable parameters) {why}; they are left out."
+        )
+        self.plan = plan
+
+
+def digest(*parts: object) -> str:
+    """Return a short text that changes with any of the values."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _all_counts(plan: LayerPlan) -> Iterable[int]:
+    yield plan.numel
+    yield from (count for count, _ in plan.uncovered.values())

@@ -1,0 +1,111 @@
+"""Gradients of small sets of examples, of all processes and in the order of their loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence.layers import DenseGradients, FactoredGradients, Layer, LayerGradients
+from lightning_influence.methods.context import Context, Loader, Passes
+from lightning_influence.passes.gradients import GradientPass
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Gradients by layer, dataset indices ``(B,)`` and loader of each ``(B,)``, the same on every process."""
+
+    gradients: dict[str, LayerGradients]
+    indices: Tensor
+    dataloaders: Tensor
+
+
+def gather(context: Context, one_pass: GradientPass, loaders: Sequence[Loader]) -> Gathered:
+    """Run a pass and join what all processes have collected.
+
+    Args:
+        context: runs the pass.
+        one_pass: a pass that has not run yet.
+        loaders: what it visits.
+
+    Returns:
+        Everything in the order in which one process alone would have visited it.
+    """
+    runner = context.runner
+    runner.run(one_pass, list(loaders))
+    gradients, indices, dataloaders = one_pass.gradients, one_pass.indices, one_pass.dataloaders
+    if runner.world_size == 1:
+        return Gathered(gradients, indices, dataloaders)
+    forms = _forms(context, gradients, len(indices))
+    joined = {}
+    for name, positions in forms.items():
+        layer = context.plan.layers[name]
+        local = _in_form(layer, gradients.get(name), len(indices), positions, context)
+        joined[name] = _join(runner, local)
+    indices, dataloaders = runner.all_gather_cat(indices), runner.all_gather_cat(dataloaders)
+    order = _visiting_order(loaders, indices, dataloaders)
+    on_device = order.to(context.device)
+    joined = {name: layer.select(on_device) for name, layer in joined.items()}
+    return Gathered(joined, indices[order], dataloaders[order])
+
+
+def _forms(context: Context, gradients: dict[str, LayerGradients], count: int) -> dict[str, int]:
+    """Agree on one form a layer: the positions of the factored one, or 0 for the dense one.
+
+    Returns:
+        The form of each layer that some process has gradients of.
+    """
+    kinds = []
+    for name in context.plan.layers:
+        layer = gradients.get(name)
+        factored = layer.inputs.shape[2] if isinstance(layer, FactoredGradients) else 0
+        kinds.append([int(layer is not None), factored, count])
+    everyone = context.runner.all_gather_cat(torch.tensor([kinds])).tolist()
+    forms = {}
+    for number, name in enumerate(context.plan.layers):
+        own = [process[number] for process in everyone]
+        if any(present for present, _, _ in own):
+            positions = {factored for _, factored, examples in own if examples}
+            forms[name] = positions.pop() if len(positions) == 1 else 0
+    return forms
+
+
+def _in_form(
+    layer: Layer, gradients: LayerGradients | None, count: int, positions: int, context: Context
+) -> LayerGradients:
+    """This process's gradients of one layer in the agreed form; zeros where it has none.
+
+    Returns:
+        Gradients of ``count`` examples.
+    """
+    like = torch.zeros((), device=context.device, dtype=context.dtype)
+    groups, d_out, d_in = layer.shape
+    if positions:
+        if gradients is not None:
+            return gradients
+        inputs = like.new_zeros(groups, count, positions, d_in)
+        return FactoredGradients(inputs, like.new_zeros(1, groups, count, positions, d_out))
+    return DenseGradients(like.new_zeros(1, count, *layer.shape) if gradients is None else gradients.dense())
+
+
+def _join(runner: Passes, layer: LayerGradients) -> LayerGradients:
+    def along(tensor: Tensor, dim: int) -> Tensor:
+        return runner.all_gather_cat(tensor.transpose(0, dim).contiguous()).transpose(0, dim).contiguous()
+
+    if isinstance(layer, FactoredGradients):
+        return FactoredGradients(along(layer.inputs, 1), along(layer.outputs, 2))
+    return DenseGradients(along(layer.dense(), 1))
+
+
+def _visiting_order(loaders: Sequence[Loader], indices: Tensor, dataloaders: Tensor) -> Tensor:
+    """Return where each example comes when one process visits the loaders one after the other."""
+    place, start = torch.empty_like(indices), 0
+    for number, loader in enumerate(loaders):
+        mine = (dataloaders == number).nonzero().flatten()
+        visited = loader.indices
+        by_index = visited.argsort()
+        place[mine] = start + by_index[torch.searchsorted(visited[by_index], indices[mine])]
+        start += len(visited)
+    return place.argsort()

@@ -1,0 +1,102 @@
+"""A batch after its forward pass: its losses, and gradients of every covered layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.layers import FactoredGradients, Recorder
+from lightning_influence.losses import OutputLoss
+
+Fisher = Literal["sampled", "exact", "empirical"]
+
+
+@dataclass
+class Captured:
+    """A batch after its forward pass, ready for any number of backward passes.
+
+    Attributes:
+        num_examples: ``B``.
+        loss: the captured loss, or None if only ``values`` are known.
+        values: per-example losses ``(B,)`` from the module's ``influence_loss``, if it has one.
+        recorder: the layers' inputs and graph.
+    """
+
+    num_examples: int
+    loss: OutputLoss | None
+    values: Tensor | None
+    recorder: Recorder
+
+    @property
+    def weights(self) -> Tensor:
+        """Weight of each example, ``(B,)``; their mean over the dataset normalises the loss."""
+        if self.loss is not None:
+            return self.loss.weights().detach()
+        assert self.values is not None
+        return torch.ones_like(self.values.detach())
+
+    def per_example(self) -> Tensor:
+        """Return unnormalised loss of each example, ``(B,)``, differentiable."""
+        if self.loss is not None:
+            return self.loss.per_example()
+        assert self.values is not None
+        return self.values
+
+    def loss_gradients(self) -> dict[str, FactoredGradients]:
+        """Return gradients of the per-example losses (before division by the mean weight), ``K = 1``."""
+        if self.loss is None:
+            return self.gradients_of(self.per_example())
+        return self.recorder.gradients(self.loss.outputs, [self.loss.gradient()], self.num_examples)
+
+    def gradients_of(self, values: Tensor) -> dict[str, FactoredGradients]:
+        """Return gradients of any per-example values ``(B,)`` computed from this forward pass, ``K = 1``."""
+        return self.recorder.gradients(values.sum(), [None], self.num_examples)
+
+    def curvature_gradients(
+        self, fisher: Fisher, generator: torch.Generator | None = None, draws: int = 1
+    ) -> dict[str, FactoredGradients]:
+        """Gradients whose outer products average to the Gauss-Newton matrix or an estimate of it.
+
+        Args:
+            fisher: ``"exact"`` for every column of the output curvature, ``"sampled"`` for labels drawn from
+                the model, ``"empirical"`` for the training labels (biased).
+            generator: source of the sampled labels.
+            draws: number of sampled labels per example.
+
+        Returns:
+            Gradients with ``K`` seeds, before division by the square root of the mean weight. A module whose
+            outputs are unknown (only ``influence_loss``) has the empirical ones.
+        """
+        if self.loss is None or fisher == "empirical":
+            return self.loss_gradients()
+        if fisher == "sampled":
+            return self.sampled_gradients([generator], draws)[0]
+        return self.recorder.gradients(self.loss.outputs, list(self.loss.columns()), self.num_examples)
+
+    def sampled_gradients(
+        self, generators: Sequence[torch.Generator | None], draws: int = 1
+    ) -> list[dict[str, FactoredGradients]]:
+        """Gradients at labels drawn from the model, once for each source, on the one set of layer inputs.
+
+        Args:
+            generators: independent sources of labels.
+            draws: number of sampled labels per example and source.
+
+        Returns:
+            For each source gradients with ``K = draws`` seeds.
+        """
+        assert self.loss is not None
+        loss = self.loss
+        seeds = [loss.sample(source) / draws**0.5 for source in generators for _ in range(draws)]
+        joint = self.recorder.gradients(loss.outputs, list(seeds), self.num_examples)
+        return [
+            {
+                name: FactoredGradients(layer.inputs, layer.outputs[start : start + draws])
+                for name, layer in joint.items()
+            }
+            for start in range(0, len(seeds), draws)
+        ]

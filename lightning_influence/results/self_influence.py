@@ -1,0 +1,105 @@
+"""Influence of each training example on its own loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.console import Group, RenderableType
+from torch import Tensor
+
+from lightning_influence.results.base import Result, check_k, check_shape, load_pandas
+from lightning_influence.results.labels import Labels
+from lightning_influence.results.ranking import Ranking
+from lightning_influence.results.rendering import facts_table
+from lightning_influence.results.topk import check_finite, select_topk
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SelfInfluence(Result):
+    """Influence of each training example on its own loss.
+
+    ``tau(n, n)``: the predicted rise of the example's own loss when it is removed. Examples with high scores
+    the model had to memorise: rare, ambiguous or wrongly labelled.
+
+    Attributes:
+        train_indices: ``(N,)`` distinct training dataset indices.
+        diagnostics: how the scores were computed.
+        scores: ``(N,)`` scores, in the loss's unit.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+        NonFiniteError: if a score is NaN or infinite.
+    """
+
+    KIND: ClassVar[str] = "self-influence"
+
+    scores: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shape("scores", self.scores, tuple(self.train_indices.shape))
+        check_finite(self.scores, self.train_indices)
+
+    @property
+    def stored(self) -> int:
+        """How many examples :meth:`top` can return: all."""
+        return len(self.train_indices)
+
+    def top(self, k: int = 5, *, labels: Labels | None = None) -> Ranking:
+        """The examples with the highest self-influence.
+
+        Args:
+            k: how many.
+            labels: texts to show beside the indices.
+
+        Returns:
+            Indices ``(1, k)`` and scores ``(1, k)`` that print as a table.
+
+        Raises:
+            ValueError: if there are fewer than ``k`` examples.
+        """
+        return self._ranking(k, True, labels)
+
+    def bottom(self, k: int = 5, *, labels: Labels | None = None) -> Ranking:
+        """The examples with the lowest self-influence.
+
+        Args:
+            k: how many.
+            labels: texts to show beside the indices.
+
+        Returns:
+            Indices ``(1, k)`` and scores ``(1, k)``, the lowest first, that print as a table.
+
+        Raises:
+            ValueError: if there are fewer than ``k`` examples.
+        """
+        return self._ranking(k, False, labels)
+
+    def _ranking(self, k: int, largest: bool, labels: Labels | None) -> Ranking:
+        check_k(k, self.stored, "all scores are stored")
+        scores, indices = select_topk(self.scores[None], self.train_indices, k, largest=largest)
+        caption = "Score: predicted rise of the example's own loss when it is removed."
+        title = f"{'Highest' if largest else 'Lowest'} self-influence"
+        return Ranking(indices, scores, title=title, caption=caption, labels=labels or Labels())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The scores as a pandas DataFrame.
+
+        Returns:
+            Columns ``train`` and ``score``.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        return load_pandas().DataFrame({"train": self.train_indices.numpy(), "score": self.scores.numpy()})
+
+    def __rich__(self) -> RenderableType:
+        facts = [("training examples", str(self.stored)), *self.diagnostics.facts()]
+        return Group(facts_table(facts, "Self-influence"), self.top(min(5, self.stored)))
+
+    def __repr__(self) -> str:
+        return f"SelfInfluence(N={self.stored}, method={self.diagnostics.method!r})"

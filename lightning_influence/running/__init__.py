@@ -1,0 +1,1 @@
+"""Running: loaders that visit every example once with its index, and passes over them."""

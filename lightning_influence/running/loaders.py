@@ -1,0 +1,198 @@
+"""Loaders that have been read: batches with the indices of their examples, shared among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+)
+
+from lightning_influence.errors import UnsupportedDataError
+
+ACCEPTED = (
+    "a DataLoader over a map-style dataset, a list or dict of them, CombinedLoader(..., 'sequential'), "
+    "or a list of ready-made batches"
+)
+
+
+class Shard:
+    """One process's share of a loader: an iterable of ``(batch, indices)`` with a length.
+
+    ``indices`` has shape ``(B,)``, int64, on the CPU. Iterating starts workers only when the first batch is
+    asked for, and may be repeated.
+    """
+
+    def __init__(self, batches: Iterable[Any], indices: Sequence[Tensor]) -> None:
+        self._batches = batches
+        self._indices = indices
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._indices)
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in this share."""
+        return sum(map(len, self._indices))
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        """Yield every batch with the dataset indices of its examples."""
+        if self._indices:
+            for batch, indices in zip(self._batches, self._indices, strict=True):
+                _check_size(batch, len(indices))
+                yield batch, indices
+
+
+class IndexedLoader:
+    """A loader that has been read: its examples' indices, and shares of its batches for each process.
+
+    Attributes:
+        ordered: whether the indices ascend and every process would find the same ones.
+    """
+
+    def __init__(
+        self, plan: Sequence[Tensor], build: Callable[[Sequence[Tensor]], Iterable[Any]], *, ordered: bool
+    ) -> None:
+        self._plan = list(plan)
+        self._build = build
+        self.ordered = ordered
+        self._shards: dict[tuple[int, int], Shard] = {}
+
+    @property
+    def indices(self) -> Tensor:
+        """Dataset indices in the order of visiting, shape ``(N,)``, int64."""
+        return torch.cat(self._plan)
+
+    @property
+    def num_examples(self) -> int:
+        """``N``."""
+        return sum(map(len, self._plan))
+
+    def __len__(self) -> int:
+        """Return the number of batches on one process."""
+        return len(self._plan)
+
+    def sample(self, count: int, seed: int = 0) -> IndexedLoader:
+        """Return about ``count`` examples drawn at random, the same for the same seed.
+
+        They are exactly ``count``, in ascending order, unless only the user's own batches can be
+        collated: then whole batches are drawn until there are enough.
+        """
+        if count >= self.num_examples:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        if self.ordered:
+            chosen = torch.randperm(self.num_examples, generator=generator)[:count].sort().values
+            return IndexedLoader(
+                list(torch.split(self.indices[chosen], len(self._plan[0]))), self._build, ordered=True
+            )
+        plan: list[Tensor] = []
+        for position in torch.randperm(len(self._plan), generator=generator).tolist():
+            if sum(map(len, plan)) >= count:
+                break
+            plan.append(self._plan[position])
+        return IndexedLoader(plan, self._build, ordered=False)
+
+    def shard(self, rank: int = 0, world_size: int = 1) -> Shard:
+        """Return every ``world_size``-th example (or batch, for ready-made ones), starting at ``rank``."""
+        key = (rank, world_size)
+        if key not in self._shards:
+            plan = self._plan
+            if world_size > 1 and self.ordered:
+                share = self.indices[rank::world_size]
+                plan = list(torch.split(share, len(self._plan[0]))) if len(share) else []
+            elif world_size > 1:
+                plan = plan[rank::world_size]
+            self._shards[key] = Shard(self._build(plan), plan)
+        return self._shards[key]
+
+    def agree(self, broadcast: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        """Take over the first process's batches: a sampler of the user's may draw others on every process."""
+        if not self.ordered:
+            self._plan = broadcast(self._plan)
+            self._shards.clear()
+
+
+class ReadyMade(IndexedLoader):
+    """Batches without a dataset: examples are numbered in the order of the batches."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        sizes = [_batch_size(batch, position) for position, batch in enumerate(batches)]
+        plan = list(torch.split(torch.arange(sum(sizes)), sizes))
+        first = {int(part[0]): batch for part, batch in zip(plan, batches, strict=True)}
+        super().__init__(plan, lambda part: [first[int(p[0])] for p in part], ordered=False)
+
+
+def _batch_size(batch: Any, position: int) -> int:
+    try:
+        size = extract_batch_size(batch)
+    except (MisconfigurationException, RecursionError):
+        size = 0
+    if size == 0:
+        raise UnsupportedDataError(
+            f"Batch {position} of the list ({type(batch).__name__}) holds no tensor with examples in its "
+            f"first dimension. Pass {ACCEPTED}."
+        )
+    return size
+
+
+def _check_size(batch: Any, expected: int) -> None:
+    """Refuse a batch whose tensors all hold fewer examples than were put into it.
+
+    Raises:
+        UnsupportedDataError: naming both numbers.
+    """
+    sizes = set(_first_dimensions(batch))
+    if len(sizes) == 1 and max(sizes) < expected:
+        raise UnsupportedDataError(
+            f"A batch made of {expected} examples has {max(sizes)}: its collate_fn (or dataset) leaves some "
+            "out, and which ones cannot be told. Let it return all of them, and pass a loader over a "
+            "torch.utils.data.Subset to leave examples out."
+        )
+
+
+def _first_dimensions(batch: Any) -> Iterator[int]:
+    if isinstance(batch, Tensor):
+        if batch.ndim:
+            yield len(batch)
+    elif isinstance(batch, Mapping):
+        for part in batch.values():
+            yield from _first_dimensions(part)
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            yield from _first_dimensions(part)
+
+
+def rebuilt(loader: DataLoader[Any], plan: Sequence[Tensor]) -> DataLoader[Any]:
+    """Return the user's loader with these batches in place of its sampler's."""
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=_Lists(plan),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=cast(Any, loader.multiprocessing_context),
+        prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+class _Lists:
+    """Index batches as lists of ints, which is what datasets expect."""
+
+    def __init__(self, plan: Sequence[Tensor]) -> None:
+        self._plan = plan
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (part.tolist() for part in self._plan)
+
+    def __len__(self) -> int:
+        return len(self._plan)

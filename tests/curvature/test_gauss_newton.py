@@ -1,0 +1,82 @@
+import pytest
+import torch
+from drive import TIGHT, Setup, run
+from models import CASES
+
+from lightning_influence.curvature.gauss_newton import CurvatureProductPass, DenseCurvaturePass
+from lightning_influence.errors import NonFiniteError
+
+SOME = [
+    "mlp_softplus_weighted_smoothing",
+    "mlp_bce",
+    "mlp_mse",
+    "tokens_weighted",
+    "conv2d_replicate_depthwise",
+]
+
+
+def draw(setup: Setup, count: int = 4) -> torch.Tensor:
+    return torch.randn(count, setup.layout.numel, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_products_and_matrix(name):
+    setup = Setup.of(name)
+    G, vectors = setup.ggn(), draw(setup)
+    pass_ = setup.run(CurvatureProductPass(setup.plan, vectors))
+    torch.testing.assert_close(pass_.result(), vectors @ G, **TIGHT)
+    assert pass_.examples == 12
+    assert not pass_.estimated
+    assert pass_.columns == setup.case.model(setup.case.x)[0].numel()
+    torch.testing.assert_close(setup.run(DenseCurvaturePass(setup.plan)).result(), G, **TIGHT)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", SOME)
+def test_other_reductions(name, reduction):
+    setup = Setup.of(name, reduction)
+    vectors = draw(setup)
+    got = setup.run(CurvatureProductPass(setup.plan, vectors)).result()
+    torch.testing.assert_close(got, vectors @ setup.ggn(), **TIGHT)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 12])
+@pytest.mark.parametrize("name", SOME)
+def test_batches_do_not_matter(name, batch_size):
+    setup = Setup.of(name)
+    got = setup.run(DenseCurvaturePass(setup.plan), batch_size).result()
+    torch.testing.assert_close(got, setup.ggn(), **TIGHT)
+
+
+def test_too_many_columns_are_sampled_and_say_so():
+    setup = Setup.of("mlp_gelu")
+    few = setup.run(DenseCurvaturePass(setup.plan, max_columns=2, draws=2000, seed=5))
+    assert few.estimated
+    assert few.columns == 3
+    exact = setup.ggn()
+    assert (few.result() - exact).norm() < 0.05 * exact.norm()  # 2000 draws of each example
+    again = setup.run(
+        CurvatureProductPass(setup.plan, torch.eye(len(exact)).double(), max_columns=2, draws=7)
+    )
+    same = setup.run(DenseCurvaturePass(setup.plan, max_columns=2, draws=7))
+    torch.testing.assert_close(again.result(), same.result(), **TIGHT)
+
+
+def test_the_sum_over_processes_is_what_is_averaged():
+    setup = Setup.of("mlp_relu_inplace_weighted")
+    case, vectors = setup.case, draw(setup)
+    passes = [
+        run(CurvatureProductPass(setup.plan, vectors), setup.module, [(case.x[part], case.y[part])])
+        for part in (slice(0, 5), slice(5, 12))
+    ]
+    others = [passes[1]._sum, torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
+    total = passes[0].result(lambda own: own + others.pop(0))
+    torch.testing.assert_close(total, vectors @ setup.ggn(), **TIGHT)
+
+
+def test_a_spoiled_sum_is_refused():
+    setup = Setup.of("mlp_mse")
+    pass_ = setup.run(DenseCurvaturePass(setup.plan))
+    pass_._sum[0, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match="curvature of the training loss is not finite"):
+        pass_.result()

@@ -1,0 +1,117 @@
+"""Layers that take no part in the loss leave every method's answer alone, and are named."""
+
+from __future__ import annotations
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lightning_influence import InfluenceCallback, InfluenceModule, InfluenceTrainer
+from lightning_influence.errors import InfluenceWarning, UnsupportedModelError
+
+METHODS = ["identity", "diagonal", "kfac", "ekfac", "exact", "auto"]
+
+
+class Net(lightning.LightningModule):
+    """Attention calls the function of its out_proj, not the module; `spare` is never used."""
+
+    def __init__(self, idle: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        if idle:
+            self.spare = nn.Linear(5, 2)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        if hasattr(self, "attention"):
+            h = h + 0 * self.attention(h, h, h, need_weights=False)[0]
+        return self.last(h.mean(dim=1))
+
+    def training_step(self, batch, batch_idx):
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def pair() -> tuple[Net, Net]:
+    with_idle, without = Net().double(), Net(idle=False).double()
+    without.load_state_dict(with_idle.state_dict(), strict=False)
+    return with_idle, without
+
+
+def data() -> list:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 2, 3, generator=generator, dtype=torch.float64)
+    return [(x[:5], torch.arange(5) % 3), (x[5:], torch.arange(4) % 3)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_are_those_of_the_model_without_them(method):
+    idle, without = pair()
+    options = {"method": method, "damping": 0.1, "fisher": "exact", "low_rank_tolerance": 0.0}
+    module = InfluenceModule(idle)
+    with pytest.warns(
+        InfluenceWarning, match=r"Layers .*'spare'.* took no part in the training loss"
+    ) as caught:
+        found = module.scores(data(), data(), **options)
+    expected = InfluenceModule(without).scores(data(), data(), **options)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-9, atol=1e-12)
+    assert found.diagnostics.layers == {"first": 16, "last": 15}
+    [note] = [n for n in found.diagnostics.warnings if "took no part" in n]
+    assert "attention.out_proj" in note
+    total = sum(p.numel() for p in idle.parameters())
+    assert f"({32 / total:.1%} of the trainable parameters)" in note  # 12 of spare, 20 of out_proj
+    assert found.diagnostics.parameters_covered == pytest.approx(31 / total)
+    said = [str(w.message) for w in caught]
+    assert sorted(said) == sorted(found.diagnostics.warnings)  # each once
+    with pytest.warns(InfluenceWarning, match="took no part|have no factors"):
+        again = module.scores(data(), data(), **options)
+    torch.testing.assert_close(again.scores, expected.scores, rtol=1e-9, atol=1e-12)
+    few = {k: v for k, v in options.items() if k != "low_rank_tolerance"}
+    with pytest.warns(InfluenceWarning):
+        mine = module.self_influence(data(), **few)
+    theirs = InfluenceModule(without).self_influence(data(), **few)
+    torch.testing.assert_close(mine.scores, theirs.scores, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_after_a_fit(method, tmp_path):
+    trainer = InfluenceTrainer(
+        max_epochs=3, accelerator="cpu", callbacks=[InfluenceCallback(every_n_steps=1)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    module = pair()[0]
+    dataset = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*data(), strict=True)))
+    loader = torch.utils.data.DataLoader(dataset, 3)
+    with pytest.warns(InfluenceWarning):
+        trainer.fit(module, loader)
+    with pytest.warns(InfluenceWarning, match=r"\['(spare|attention.out_proj)', '\w+(.out_proj)?'\]"):
+        found = trainer.influence(module, loader, loader, method=method)
+    assert found.scores.isfinite().all()
+    assert list(found.diagnostics.layers) == ["first", "last"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_queries_that_use_other_layers_than_training(method):
+    module = InfluenceModule(pair()[0])
+
+    def other(owner, batch):  # of layers that training never sees, and of the first
+        return owner.first(batch[0]).sum(dim=(1, 2)) + owner.spare(
+            batch[0].mean() + torch.ones(len(batch[0]), 5).double()
+        ).sum(1)
+
+    with pytest.warns(InfluenceWarning, match="took no part"):
+        found = module.scores(data(), data(), method=method, measurement=other, damping=0.1)
+    assert found.scores.isfinite().all()
+    assert found.scores.abs().max() > 0
+
+
+def test_nothing_is_left():
+    module = InfluenceModule(pair()[0])
+    with pytest.raises(UnsupportedModelError, match="No covered layer took part in the forward pass"):
+        module.scores(data(), data(), layers=["spare"])
