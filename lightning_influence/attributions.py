@@ -54,6 +54,7 @@ class Attributions(Result):
 
     Example:
         >>> import torch
+        >>> from lightning_influence import Diagnostics
         >>> attributions = Attributions(
         ...     scores=torch.tensor([[0.1, -0.2, 0.3]]),
         ...     train_indices=torch.tensor([10, 11, 12]),

@@ -65,10 +65,14 @@ class Engine:
         sink = Columns() if k is None else StreamingExtremes(len(asked.indices), k)
         scoring = ScorePass(context.plan, solved.scorer, sink)
         context.run_on_train(scoring)
+        if not scoring.examples and isinstance(sink, Columns):  # fewer examples than processes
+            sink.update(
+                torch.empty(len(asked.indices), 0, dtype=context.dtype), torch.empty(0, dtype=torch.int64)
+            )
         scale = self._scale(scoring, _is_loss(measured))
         diagnostics = self._diagnostics(method, measured.name, solved.residuals)
         several = asked.dataloaders if len(query_loaders) > 1 else None
-        return self._answer(sink, scale, asked.indices, several, diagnostics)
+        return self._answer(sink, scale, asked.indices, several, diagnostics, context.dtype)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.
@@ -169,6 +173,7 @@ class Engine:
         query_indices: Tensor,
         dataloaders: Tensor | None,
         diagnostics: Diagnostics,
+        dtype: torch.dtype,
     ) -> Attributions:
         """All scores, or both ends of the rankings, of all processes."""
         if isinstance(sink, Columns):
@@ -187,6 +192,11 @@ class Engine:
             )
         extremes = sink.result()
         if self._runner.world_size > 1:
+            # A process without examples knows no precision.
+            top, bottom = (
+                end._replace(scores=end.scores.to(dtype)) for end in (extremes.top, extremes.bottom)
+            )
+            extremes = extremes._replace(top=top, bottom=bottom)
             extremes = extremes.gathered(self._runner.all_gather_cat, self._question.top_k or 1)
         return Attributions.from_extremes(
             extremes.scaled(scale),

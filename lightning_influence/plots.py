@@ -46,8 +46,8 @@ def montage(
         max_queries: how many queries are shown; the rest is counted in the heading.
 
     Returns:
-        A figure: a row per query; columns: the query, ``k`` highest scores (framed in blue), ``k`` lowest scores
-        (framed in orange).
+        A figure: a row per query; columns: the query, ``k`` highest scores (framed in blue), ``k`` lowest
+        scores (framed in orange).
 
     Raises:
         ValueError: if fewer than ``k`` training examples per query are stored, or an item is no image.

@@ -212,7 +212,7 @@ class _Session:
         self.runner = TrainerRunner(
             trainer, model, datamodule=datamodule, ckpt_path=ckpt_path, restore=restore
         )
-        self._trainer = trainer
+        self._fitted = trainer.train_dataloader  # now: loading a checkpoint lets go of it for the time being
 
     def engine(self, question: Question) -> Engine:
         """Return the engine, with the state that is there once a checkpoint has been loaded."""
@@ -237,8 +237,9 @@ class _Session:
         """The loader that was given, or those of the datamodule, the last fit, or the module."""
         if given is not None:
             return given
-        fitted = self._trainer.train_dataloader if self.runner.datamodule is None else None
-        return self.runner.train_dataloaders() if fitted is None else fitted
+        if self._fitted is None or self.runner.datamodule is not None:
+            return self.runner.train_dataloaders()
+        return self._fitted
 
     def keep(self) -> None:
         """Let the callback keep what later queries can use; factors that were given are for this call only."""

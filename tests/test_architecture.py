@@ -172,3 +172,9 @@ def test_only_the_host_touches_what_lightning_keeps_private():
             names |= {part.attr for part in ast.walk(node.value) if isinstance(part, ast.Attribute)}
             dunder = node.attr.startswith("__")
             assert dunder or not names & owners, f"{module}:{node.lineno} reads {ast.unparse(node)}"
+
+
+def test_every_folder_is_a_package():
+    """Without ``__init__.py`` a folder is not packaged, and its modules shadow those of the same name."""
+    folders = {path.parent for path in MODULES.values()}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]

@@ -45,8 +45,8 @@ def fitted_diagonal(context: Context) -> Factors:
     factors = one_pass.factors
     if context.runner.world_size > 1:
         _fill(context, factors)
-        _reduce_squares(context, factors)
         factors.reduce_counts(context.runner.all_reduce_sum)
+    _reduce_squares(context, factors)
     return factors
 
 
@@ -102,6 +102,8 @@ def _fit(context: Context) -> Factors:
         # A process whose gradients did not fit has to pass again, and no process passes alone.
         dropped = runner.all_reduce_sum(torch.tensor([float(covariance.cache is None)]))
         covariance.cache = None if float(dropped) else covariance.cache
+    for layer in factors.layers.values():
+        layer.examples = float(context.train.num_examples)  # also of batches that did not use the layer
     covariance.finish()
     if covariance.cache is None:
         runner.run(SquaresPass(context.plan, factors, seed=options.seed), context.train)
@@ -148,10 +150,11 @@ def _fill(context: Context, factors: Factors) -> None:
 
 
 def _reduce_squares(context: Context, factors: Factors) -> None:
-    """Sum squares over the processes."""
-    if context.runner.world_size == 1:
-        return
+    """Sum squares over the processes; what did not use a layer has a gradient of zero there, and counts."""
     for layer in factors.layers.values():
-        if layer.squares is None:
-            layer.squares = layer.inputs.new_zeros(layer.shape)
-        layer.reduce(context.runner.all_reduce_sum, covariances=False)
+        if context.runner.world_size > 1:
+            if layer.squares is None:
+                layer.squares = layer.inputs.new_zeros(layer.shape)
+            layer.reduce(context.runner.all_reduce_sum, covariances=False)
+        if layer.squares_examples:
+            layer.squares_examples = float(context.train.num_examples)
