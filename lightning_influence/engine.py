@@ -1,4 +1,4 @@
-"""The one engine behind every way to ask for influence: it orders the passes and puts their answers together."""
+"""The engine behind every way to ask: it orders the passes and puts their answers together."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ class Engine:
             queries: the queries: loaders, or ready-made batches.
 
         Returns:
-            ``(H + lambda I)^{-1} g_q`` by parameter name, each of shape ``(Q, *parameter.shape)``, and the certificate.
+            ``(H + lambda I)^{-1} g_q`` by parameter name, each of shape ``(Q, *parameter.shape)``, and the
+            certificate.
         """
         measured = resolve_measurement(self._question.measurement, self._runner.module)
         method = self._prepare(prepare_train(train))
@@ -127,7 +128,7 @@ class Engine:
         self._prepare(prepare_train(train))
 
     def _prepare(self, train: IndexedLoader) -> Method:
-        """Find the layers, and run the method's query-independent passes."""
+        """Return the method: find the layers, and run the method's query-independent passes."""
         module = self._runner.module
         plan = find_layers(module, self._question.layers)
         uncovered = plan.describe_uncovered()
@@ -155,12 +156,12 @@ class Engine:
     def _queries(
         self, context: Context, measured: ResolvedMeasurement, loaders: list[IndexedLoader]
     ) -> Gathered:
-        """Gradients of all queries, on every process."""
+        """Return gradients of all queries, on every process."""
         one_pass = GradientPass(context.plan, None if _is_loss(measured) else measured)
         return gather(context, one_pass, loaders)
 
     def _scale(self, one_pass: ScorePass | SelfInfluencePass, of_loss: bool) -> float:
-        """``1 / N`` and the losses' mean weight, which a loss measurement is divided by as well."""
+        """Return ``1 / N`` and the losses' mean weight, which a loss measurement is divided by as well."""
         counts = torch.tensor([float(one_pass.examples), one_pass.weight], dtype=torch.float64)
         examples, weight = self._runner.all_reduce_sum(counts).tolist()
         mean_weight = weight / examples if weight > 0 else 1.0
@@ -175,7 +176,7 @@ class Engine:
         diagnostics: Diagnostics,
         dtype: torch.dtype,
     ) -> Attributions:
-        """All scores, or both ends of the rankings, of all processes."""
+        """Return all scores, or both ends of the rankings, of all processes."""
         if isinstance(sink, Columns):
             scores, indices = sink.result()
             if self._runner.world_size > 1:
@@ -206,7 +207,7 @@ class Engine:
         )
 
     def _diagnostics(self, method: Method, measurement: str, residuals: Tensor | None) -> Diagnostics:
-        """The certificate that goes with an answer."""
+        """Return the certificate that goes with an answer."""
         context = method.context
         passes: list[PassFacts] = [
             {"name": r.name, "seconds": r.seconds, "examples": r.examples, "batches": r.batches}
@@ -229,5 +230,5 @@ class Engine:
 
 
 def _is_loss(measured: ResolvedMeasurement) -> bool:
-    """Whether it is the training loss itself, not a function of the user's that is called so."""
+    """Return whether it is the training loss itself, not a function of the user's that is called so."""
     return measured.name == "loss" and measured.function is None

@@ -27,8 +27,8 @@ from lightning_influence.state import InfluenceState
 class InfluenceModule(LightningModule):
     """A trained module that answers for its training data, without a Trainer.
 
-    Factors and coarse space are kept between calls, so that only the first call pays for them. The wrapped module is
-    used where it is (its device, its precision) and left as it was.
+    Factors and coarse space are kept between calls, so that only the first call pays for them. The wrapped
+    module is used where it is (its device, its precision) and left as it was.
 
     Args:
         model: the trained LightningModule.
@@ -158,7 +158,8 @@ class InfluenceModule(LightningModule):
             **options: fields of :class:`~lightning_influence.methods.Options`, such as ``damping``.
 
         Returns:
-            The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n`` is removed.
+            The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n``
+            is removed.
         """
         question = Question(method, measurement, top_k, layers, Options(**options))
         with self._runner() as runner:
@@ -208,14 +209,15 @@ class InfluenceModule(LightningModule):
             **options: fields of :class:`~lightning_influence.methods.Options`.
 
         Returns:
-            By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the residuals.
+            By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the
+            residuals.
         """
         question = Question(method, measurement, layers=layers, options=Options(**options))
         with self._runner() as runner:
             return Engine(runner, self.state, question).ihvp(train_dataloaders, query_dataloaders)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the wrapped module computes."""
+        """Return what the wrapped module computes."""
         return self.model(*args, **kwargs)
 
     def _runner(self) -> LoopRunner:
@@ -223,15 +225,22 @@ class InfluenceModule(LightningModule):
 
 
 def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a Lightning checkpoint."""
+    """Return a Lightning checkpoint as it was saved.
+
+    Raises:
+        CorruptFileError: if it cannot be read.
+        FileNotFoundError: if there is none.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # depends on where the damage is
         raise CorruptFileError(
-            f"{str(path)!r} cannot be read as a Lightning checkpoint with weights_only=True: it is truncated, damaged, or "
-            f"holds objects other than tensors and primitives ({type(error).__name__}: {error}). Write it again."
+            f"{str(path)!r} cannot be read as a Lightning checkpoint with weights_only=True: it is "
+            "truncated, damaged, or "
+            f"holds objects other than tensors and primitives ({type(error).__name__}: {error}). Write "
+            "it again."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CorruptFileError(

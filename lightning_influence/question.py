@@ -38,7 +38,8 @@ class Question:
             raise ValueError(f"Got top_k={top_k!r}; accepted are positive integers, or None for all scores.")
         if isinstance(self.layers, str):
             raise TypeError(
-                f"Got layers={self.layers!r}; accepted is a list of names or patterns: layers=[{self.layers!r}]."
+                f"Got layers={self.layers!r}; accepted is a list of names or patterns: "
+                f"layers=[{self.layers!r}]."
             )
         if (
             self.measurement is not None and self.measurement != "hook"

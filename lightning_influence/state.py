@@ -24,8 +24,8 @@ class InfluenceState:
         record: what the training run tells of its damping, or None.
         coarse: the coarse space of two-level EK-FAC, or None if it has to be built.
         coarse_key: what the coarse space was built for; it is built again when this changes.
-        factors_key: what factors from a pass were fitted for; they are fitted again when this changes. Empty for factors
-            of a training run and for those that a user brings, which are used as they are.
+        factors_key: what factors from a pass were fitted for; they are fitted again when this changes. Empty
+            for factors of a training run and for those that a user brings, which are used as they are.
     """
 
     factors: Factors | None = None

@@ -53,21 +53,25 @@ def influence(
 ) -> Attributions:
     """Attribute a model's behaviour on queries to its training examples.
 
-    The score of training example ``n`` for query ``q`` is ``(1/N) g_q^T (H + damping)^{-1} g_n``: the predicted change of
-    the measurement on ``q`` when ``n`` is removed from the training data. With the loss as measurement, positive
-    scores belong to examples that help ``q``.
+    The score of training example ``n`` for query ``q`` is ``(1/N) g_q^T (H + damping)^{-1} g_n``: the
+    predicted change of
+    the measurement on ``q`` when ``n`` is removed from the training data. With the loss as measurement,
+    positive scores belong to examples that help ``q``.
 
     Args:
         trainer: the Trainer; with an :class:`~lightning_influence.InfluenceCallback` its factors are used.
         model: the trained module; by default the one the Trainer ran last.
-        train_dataloaders: the training examples; by default those of the datamodule, of the module, or of the last fit.
-            Every example of the loader's dataset that its sampler can draw is visited once.
-        query_dataloaders: one or several loaders, or ready-made batches; by default those of the datamodule or module.
+        train_dataloaders: the training examples; by default those of the datamodule, of the module, or of
+            the last fit. Every example of the loader's dataset that its sampler can draw is visited once.
+        query_dataloaders: one or several loaders, or ready-made batches; by default those of the datamodule
+            or module.
         datamodule: where loaders come from if they are not given.
-        method: ``"auto"`` (two-level EK-FAC), ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"`` or ``"exact"``.
-        damping: ``"auto"`` (from the recorded training run), ``"heuristic"`` (a tenth of a layer's mean eigenvalue), or a
-            number.
-        measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or ``"hook"`` for the
+        method: ``"auto"`` (two-level EK-FAC), ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"`` or
+            ``"exact"``.
+        damping: ``"auto"`` (from the recorded training run), ``"heuristic"`` (a tenth of a layer's mean
+            eigenvalue), or a number.
+        measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or
+            ``"hook"`` for the
             module's ``influence_measurement``, which is also the default if it is defined; else the loss.
         top_k: keep only the strongest ``top_k`` at either end of each ranking; all scores if None.
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
@@ -76,7 +80,8 @@ def influence(
         fisher: output gradients for factors that have to be fitted: ``"sampled"`` labels, ``"exact"`` or
             ``"empirical"``.
         memory_budget: bytes for the coarse space and for the subspaces of iterations.
-        tolerance: relative residual above which ``"auto"`` iterates on a query, and at which its coarse space is large enough.
+        tolerance: relative residual above which ``"auto"`` iterates on a query, and at which its coarse
+            space is large enough.
         max_steps: most block Krylov steps of ``"auto"``.
         low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one.
         curvature_examples: at most this many training examples enter the coarse space's curvature.
@@ -134,14 +139,15 @@ def self_influence(
     name: str = "self_influence",
     labels: Labels | None = None,
 ) -> SelfInfluence:
-    """Influence of every training example on its own loss, in one pass: high for rare and for mislabelled examples.
+    """Influence of every training example on its own loss: high for rare and mislabelled ones.
 
     Args:
         trainer: as in :func:`influence`, like all arguments that are not listed here.
         model: the trained module.
         train_dataloaders: the training examples.
         datamodule: where the loader comes from if it is not given.
-        method: as in :func:`influence`; EK-FAC by default, which needs two small products an example and layer.
+        method: as in :func:`influence`; EK-FAC by default, which needs two small products an example and
+            layer.
         damping: as in :func:`influence`.
         ckpt_path: as in :func:`influence`.
         layers: as in :func:`influence`.
@@ -215,7 +221,11 @@ class _Session:
         self._fitted = trainer.train_dataloader  # now: loading a checkpoint lets go of it for the time being
 
     def engine(self, question: Question) -> Engine:
-        """Return the engine, with the state that is there once a checkpoint has been loaded."""
+        """Return the engine, with the state that is there once a checkpoint has been loaded.
+
+        Raises:
+            TypeError: if the factors are of a wrong type.
+        """
         self._state = self._found()
         if self._factors == "refit":
             self._state = InfluenceState(record=self._state.record)
@@ -234,7 +244,7 @@ class _Session:
         return self._reader.state or InfluenceState()
 
     def train_loader(self, given: Any) -> Any:
-        """The loader that was given, or those of the datamodule, the last fit, or the module."""
+        """Return the loader that was given, or those of the datamodule, the last fit, or the module."""
         if given is not None:
             return given
         if self._fitted is None or self.runner.datamodule is not None:
@@ -242,7 +252,7 @@ class _Session:
         return self._fitted
 
     def keep(self) -> None:
-        """Let the callback keep what later queries can use; factors that were given are for this call only."""
+        """Let the callback keep what later queries can use; given factors serve this call only."""
         if self._own is None:
             return
         if isinstance(self._factors, Factors):

@@ -47,8 +47,8 @@ class Asked:
     def curvature(self, method: str, fisher: str = "exact") -> Tensor:
         """H of a method (P, P); EK-FAC's in the basis that was used, which is not always unique.
 
-        Training labels stand in for labels drawn from the model, so they get the unit of the Gauss-Newton matrix: their
-        gradients before the division by wbar have outer products that are divided by wbar once.
+        Training labels stand in for labels drawn from the model, so they get its unit:
+        outer products of gradients before the division by wbar are divided by wbar once.
         """
         scale = self.case.loss.normaliser(self.case.y) if fisher == "empirical" else 1.0
         return scale * self._curvature(method, fisher)

@@ -118,7 +118,7 @@ def test_settings_out_of_range():
         for top_k in (2.5, True, "3"):
             with pytest.raises(ValueError, match="accepted are positive integers, or None for all scores"):
                 user.ask(top_k=top_k)
-        with pytest.raises(ValueError, match="Got memory_budget=1000000000.0; accepted are integers"):
+        with pytest.raises(ValueError, match=r"Got memory_budget=1000000000.0; accepted are integers"):
             user.ask(memory_budget=1e9)
         with pytest.raises(TypeError, match=r"accepted is a list of names or patterns: layers=\['body.0'\]"):
             user.ask(layers="body.0")
@@ -126,11 +126,11 @@ def test_settings_out_of_range():
             UnsupportedModelError, match=r"layers='head.\*' selects no supported, trainable layer"
         ):
             user.ask(layers=["head.*"])
-        with pytest.raises(ValueError, match="Net defines no `influence_measurement"):
+        with pytest.raises(ValueError, match=r"Net defines no `influence_measurement"):
             user.ask(measurement="hook")
         with pytest.raises(TypeError, match="Got a measurement of type int"):
             user.ask(measurement=3)
-        with pytest.raises(ValueError, match="names no checkpoint|No such file|not exist"):
+        with pytest.raises(ValueError, match=r"ModelCheckpoint. is not configured"):
             user.ask(ckpt_path="best")
 
 
@@ -175,20 +175,19 @@ def test_data_that_cannot_be_used():
 def test_values_that_are_not_finite(method):
     with Untouched() as user:
         for position in (0, 17):  # in the first batch, and in a later one
-            with pytest.raises(NonFiniteError, match=r"finite"):
+            with pytest.raises(
+                NonFiniteError, match=r"inputs of layer 'body.0' are the first that are not finite"
+            ):
                 user.ask(nan_at(position), method=method, factors="refit", damping=0.1)
-        with pytest.raises(NonFiniteError, match=r"not finite"):
+        with pytest.raises(
+            NonFiniteError, match=r"the inputs of layer 'body.0' are the first that are not finite"
+        ):
             user.ask(asked=nan_at(1, 4), method=method, damping=0.1)
         assert user.ask(method=method, damping=0.1).scores.isfinite().all()
     module = InfluenceModule(Net())
-    with pytest.raises(NonFiniteError, match=r"body.0|finite"):
+    with pytest.raises(NonFiniteError, match=r"Nothing of this batch was stored"):
         module.fit_factors(nan_at(17))
     assert module.state.factors is None
-
-
-def test_the_layer_of_a_nan_is_named():
-    with pytest.raises(NonFiniteError, match=r"layers \['body.0', 'body.3'\]; nothing was stored"):
-        InfluenceModule(Net()).fit_factors(nan_at(17))
 
 
 class NoLayers(Net):
@@ -298,8 +297,11 @@ def test_batches_of_one_and_short_last_ones(size):
 def test_labels_without_entries():
     with Untouched() as user:
         found = user.ask()
-        with pytest.raises((KeyError, IndexError, ValueError), match="label"):
-            str(found.top(2, labels=Labels(train=["only one"])))
+        table = repr(
+            found.top(22, labels=Labels(train=["first text"]))
+        )  # an index without entry gets no text
+        assert "first" in table
+        assert "21" in table
 
 
 def test_damaged_files(tmp_path):
@@ -310,9 +312,9 @@ def test_damaged_files(tmp_path):
         for path in (file, tmp_path / "a.ckpt"):
             content = path.read_bytes()
             path.write_bytes(content[: len(content) // 2])
-        with pytest.raises(CorruptFileError, match="a.safetensors"):
+        with pytest.raises(CorruptFileError, match=r"a.safetensors"):
             Attributions.load(file)
-        with pytest.raises(CorruptFileError, match="a.ckpt' cannot be read as a Lightning checkpoint"):
+        with pytest.raises(CorruptFileError, match=r"a.ckpt' cannot be read as a Lightning checkpoint"):
             InfluenceModule.from_checkpoint(tmp_path / "a.ckpt", Net)
         torch.save({"weights": torch.ones(2)}, tmp_path / "b.ckpt")
         with pytest.raises(CorruptFileError, match="is no Lightning checkpoint: it has no 'state_dict'"):
@@ -325,5 +327,5 @@ def test_a_checkpoint_of_another_model(tmp_path):
     host = trainer(InfluenceCallback())
     host.fit(Net(width=7), train())
     host.save_checkpoint(tmp_path / "other.ckpt")
-    with Untouched() as user, pytest.raises(RuntimeError, match="size mismatch for body.0.weight"):
+    with Untouched() as user, pytest.raises(RuntimeError, match=r"size mismatch for body.0.weight"):
         user.ask(ckpt_path=str(tmp_path / "other.ckpt"))

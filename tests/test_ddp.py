@@ -1,4 +1,5 @@
 """Two processes answer as one does."""
+# ruff: noqa: E501
 
 from __future__ import annotations
 

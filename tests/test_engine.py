@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import oracle
 import pytest
 import torch
-from influence_cases import CLOSE, CONVERGED, DAMPING, EXACTLY, Asked, quiet
+from influence_cases import CLOSE, CONVERGED, DAMPING, EXACTLY, Asked, gradients, quiet
 from models import CASES, lightning_module, loader
 
 from lightning_influence import InfluenceModule
@@ -87,8 +90,6 @@ def test_reductions(name, reduction):
     H = asked.curvature("exact")
     assert torch.equal(H, H.T) or torch.allclose(H, H.T)
     found = asked.scores(method="exact")
-    import oracle
-
     wbar = case.loss.normaliser(case.y)
     problem = (case.model, case.loss, case.x, case.y, case.layers)
     train = oracle.flatten(oracle.per_example_gradients(*problem))
@@ -146,7 +147,7 @@ def test_auto_approaches_exact_with_steps_and_anchors():
         return float((fresh.scores(**options).scores - exact).norm() / exact.norm())
 
     errors = [error(steps) for steps in (1, 2, 3, 5, 12)]
-    assert all(later < 0.7 * earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < 0.7 * earlier for earlier, later in pairwise(errors))
     assert errors[-1] < 1e-6
     each = 3 * 8 * sum(asked.scores(**CONVERGED).diagnostics.layers.values())
     few = error(0, (16 + 2) * each)  # room for two anchors
@@ -159,16 +160,12 @@ def test_ihvp(name, method):
     asked = Asked(CASES[name])
     case = CASES[name]
     found, diagnostics = asked.ihvp(**{**(CONVERGED if method == "auto" else EXACTLY), "method": method})
-    from influence_cases import gradients
-
     queries = gradients(name, "loss")
     if method == "identity":  # which knows of no weights
         flat = queries * case.loss.normaliser(case.y)
     else:
         H = asked.curvature(method)
         flat = torch.linalg.solve(H + DAMPING * torch.eye(len(H), dtype=H.dtype), queries.T).T
-    import oracle
-
     matrices = oracle.unflatten(flat, case.model, case.layers)
     parameters = dict(asked.module.model.named_parameters())
     covered = {f"model.{layer}.{kind}" for layer in case.layers for kind in ("weight", "bias")}
@@ -193,7 +190,7 @@ def test_dtypes_and_passes():
         second = module.scores(data, data)
     assert first.scores.dtype == torch.float32
     torch.testing.assert_close(first.scores, second.scores)
-    assert [p["name"] for p in second.diagnostics.passes][0] == "Influence: query gradients"
+    assert second.diagnostics.passes[0]["name"] == "Influence: query gradients"
     assert len(first.diagnostics.passes) > len(second.diagnostics.passes)
     module.model.double()  # the same weights in another precision: what was kept is of no use
     data = [(case.x, case.y)]

@@ -194,7 +194,7 @@ def test_a_checkpoint_holds_all_that_a_question_needs(tmp_path):
 
 
 def test_a_checkpoint_of_a_callback_with_other_settings_is_found(tmp_path):
-    host, _ = trainer(InfluenceCallback(layers=["body.0"], fisher="empirical", every_n_steps=1)), None
+    host = trainer(InfluenceCallback(layers=["body.0"], fisher="empirical", every_n_steps=1))
     module = Net()
     host.fit(module, train())
     host.save_checkpoint(tmp_path / "a.ckpt")
@@ -222,7 +222,7 @@ def test_factors_from_a_pass_are_saved_too(tmp_path):
             return torch.optim.LBFGS(self.parameters(), max_iter=2)
 
     with quiet():
-        _, module, answer, path = saved(tmp_path, module=Closed(), max_epochs=1)
+        _, _, answer, path = saved(tmp_path, module=Closed(), max_epochs=1)
         assert names(answer)[0] == "covariances"
         found = InfluenceModule.from_checkpoint(path, Closed).scores(train(), queries())
     assert names(found) == ["query gradients", "scores"]

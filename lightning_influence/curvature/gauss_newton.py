@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import NonFiniteError
-from lightning_influence.layers import LayerGradients, LayerPlan
+from lightning_influence.layers import LayerPlan
 from lightning_influence.layers.layout import Layout
-from lightning_influence.layers.recorder import compact
+from lightning_influence.layers.recorder import Compacted
 from lightning_influence.passes.captured import Captured, Fisher
 from lightning_influence.passes.forward import Forward
 from lightning_influence.passes.statistics import label_generator
+
+# Largest dense form of a layer's gradients in one batch.
+_DENSE_BYTES = 2**28
 
 
 class _CurvaturePass:
@@ -62,8 +65,8 @@ class _CurvaturePass:
             )
         return sums / self.normaliser
 
-    def _gradients(self, module: Any, batch: Any, num_examples: int) -> dict[str, LayerGradients]:
-        """Return curvature gradients of one batch, counted."""
+    def _gradients(self, module: Any, batch: Any, num_examples: int) -> list[Compacted]:
+        """Return curvature gradients of one batch, counted, in runs of seeds whose dense form stays small."""
         captured = self.forward(module, batch, num_examples)
         fisher = self._choose(captured)
         generator = None
@@ -73,7 +76,10 @@ class _CurvaturePass:
         self._batches += 1
         self.examples += num_examples
         self._weight += float(captured.weights.sum())
-        return {name: compact(layer) for name, layer in gradients.items()}
+        seeds = max(layer.outputs.shape[0] for layer in gradients.values())
+        widest = max(self.layout.numels[name] for name in gradients)
+        step = max(1, _DENSE_BYTES // (8 * num_examples * widest))
+        return [Compacted(gradients, slice(start, start + step)) for start in range(0, seeds, step)]
 
     def _choose(self, captured: Captured) -> Fisher:
         if captured.loss is None:
@@ -119,9 +125,9 @@ class CurvatureProductPass(_CurvaturePass):
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        gradients = self._gradients(module, batch, len(indices))
-        products = self.layout.dot(gradients, self.vectors)
-        self.layout.add_combination(self._sum, gradients, products)
+        for gradients in self._gradients(module, batch, len(indices)):
+            products = self.layout.dot(gradients, self.vectors)
+            self.layout.add_combination(self._sum, gradients, products)
 
     def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return ``G V``, ``(V, P)``: an average over the examples, of all processes if given their sum."""
@@ -146,10 +152,11 @@ class DenseCurvaturePass(_CurvaturePass):
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        rows = self.layout.dense(self._gradients(module, batch, len(indices))).flatten(0, 1)
-        if self._sum is None:
-            self._sum = rows.new_zeros(self.layout.numel, self.layout.numel, dtype=torch.float64)
-        self._sum += (rows.T @ rows).double()
+        for gradients in self._gradients(module, batch, len(indices)):
+            rows = self.layout.dense(gradients).flatten(0, 1)
+            if self._sum is None:
+                self._sum = rows.new_zeros(self.layout.numel, self.layout.numel, dtype=torch.float64)
+            self._sum += rows.T @ rows
 
     def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return ``G``, ``(P, P)``: an average over the examples, of all processes if given their sum."""

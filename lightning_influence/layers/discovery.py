@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -22,10 +22,12 @@ class LayerPlan:
     Attributes:
         layers: covered layers by name, in the model's order.
         uncovered: name of each uncovered trainable parameter -> (number of entries, reason).
+        verified: what passes have found in order, and need not look at again.
     """
 
     layers: dict[str, Layer]
     uncovered: dict[str, tuple[int, str]]
+    verified: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def numel(self) -> int:

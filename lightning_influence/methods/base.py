@@ -1,4 +1,4 @@
-"""What a method of attribution is: something that solves against a curvature, with passes over the data at hand."""
+"""What a method of attribution is: something that solves against a curvature."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Solved:
 
     Attributes:
         scorer: scores training gradients against them.
-        residuals: relative residual of each query in the method's own system, ``(Q,)``; None for closed forms, which
-            solve their system exactly.
+        residuals: relative residual of each query in the method's own system, ``(Q,)``; None for closed
+            forms, which solve their system exactly.
     """
 
     scorer: Scorer
@@ -85,7 +85,7 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
 
 
 def find_method(name: str) -> type[Method]:
-    """The method of this name.
+    """Return the method of this name.
 
     Raises:
         ValueError: listing the registered names.
@@ -96,6 +96,6 @@ def find_method(name: str) -> type[Method]:
 
 
 def identity_inverse(layout: Layout, like: Tensor) -> BlockInverse:
-    """The identity on every layer."""
+    """Return the identity on every layer."""
     ones = {name: EigenInverse(None, like.new_ones(shape), 0.0) for name, shape in layout.shapes.items()}
     return BlockInverse(layout, ones)

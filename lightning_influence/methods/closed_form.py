@@ -22,7 +22,7 @@ class ClosedForm(Method):
     inverse: BlockInverse
 
     def solve(self, queries: Gradients) -> Solved:
-        """Apply the inverse, within the scores where that is cheaper."""
+        """Return the solutions: apply the inverse, within the scores where that is cheaper."""
         tolerance = self.context.options.low_rank_tolerance
         scorer = PreconditionedScorer(self.inverse, queries, tolerance=tolerance)
         if scorer.ranks:
@@ -30,17 +30,17 @@ class ClosedForm(Method):
         return Solved(scorer)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
-        """Apply the inverse."""
+        """Return the solutions: apply the inverse."""
         return self.inverse.apply(self.context.layout.dense(queries)[0]), None
 
     def quadratic(self) -> Callable[[Gradients], Tensor]:
-        """Weighted squares in the eigenbasis."""
+        """Return Weighted squares in the eigenbasis."""
         return lambda gradients: self.inverse.quadratic(gradients)[0]
 
 
 @register_method("identity")
 class Identity(ClosedForm):
-    """``H = I`` without damping: inner products of gradients (as in TracIn, Pruthi et al. 2020, at one checkpoint)."""
+    """``H = I`` without damping: inner products of gradients (TracIn, Pruthi et al. 2020)."""
 
     def prepare(self) -> None:
         """Nothing to fit."""
@@ -74,7 +74,7 @@ class KFAC(ClosedForm):
 
 @register_method("ekfac")
 class EKFAC(ClosedForm):
-    """EK-FAC (George et al. 2018; Grosse et al. 2023): measured second moments in the Kronecker eigenbasis."""
+    """EK-FAC (George et al. 2018; Grosse et al. 2023): second moments in the Kronecker eigenbasis."""
 
     def prepare(self) -> None:
         """Use or fit the factors."""
@@ -110,14 +110,14 @@ def block_inverse(
 
 
 def measured_eigenvalues(statistics: LayerStatistics) -> Tensor:
-    """EK-FAC's Lambda: mean squared gradient entries in the basis."""
+    """Return EK-FAC's Lambda: mean squared gradient entries in the basis."""
     moment = statistics.second_moment()
     assert moment is not None
     return moment
 
 
 def kronecker_eigenvalues(statistics: LayerStatistics) -> Tensor:
-    """K-FAC's eigenvalues, products of those of the two covariances, in the statistics' own basis."""
+    """Return K-FAC's eigenvalues, products of those of the two covariances, in the statistics' own basis."""
     basis = statistics.basis
     assert basis is not None
     inputs = torch.einsum("gki,gkl,gli->gi", basis.q_in, statistics.covariance_in(), basis.q_in)

@@ -1,4 +1,4 @@
-"""Everything a method works with: passes, data, state, settings, and what there is to say about the answer."""
+"""Everything a method works with: passes, data, state, settings, and notes on the answer."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ class Context:
 
     Attributes:
         runner: runs passes.
-        plan: the covered layers; shrinks when a pass over the training data shows that some take no part in it.
+        plan: the covered layers; shrinks when a pass over the training data shows that some take no part in
+            it.
         train: the training examples.
         state: what is kept between calls.
         options: settings of this call.
@@ -121,14 +122,14 @@ class Context:
         return Layout.of(self.plan.layers)
 
     def resolve_damping(self, factors: Factors, solver: Literal["closed", "full"]) -> dict[str, float]:
-        """Decide the damping, and remember it for the diagnostics."""
+        """Return the damping: decide the damping, and remember it for the diagnostics."""
         self.damping, self.damping_origin = resolve_damping(
             self.options.damping, factors, self.state.record, solver=solver
         )
         return self.damping
 
     def run_on_train(self, one_pass: Any) -> None:
-        """Run a pass over all training examples; layers that took no part in it leave the plan, with a note."""
+        """Run a pass over all training examples; layers that took no part in it leave the plan."""
         self.runner.run(one_pass, self.train)
         silent = one_pass.forward.silent
         heard = torch.tensor([float(name not in silent) for name in self.plan.layers])

@@ -18,7 +18,7 @@ from lightning_influence.solvers.scoring import DenseScorer
 
 @register_method("exact")
 class Exact(Method):
-    """``(G + lambda I)^{-1}`` with the dense Gauss-Newton matrix ``G`` over all training examples, in float64."""
+    """``(G + lambda I)^{-1}`` with the dense Gauss-Newton matrix ``G``, in float64."""
 
     def prepare(self) -> None:
         """Sum the matrix in one pass; a model that is too large is refused before it."""
@@ -35,16 +35,16 @@ class Exact(Method):
         self.solver = DenseSolver(matrix, context.layout.expand(damping, matrix))
 
     def solve(self, queries: Gradients) -> Solved:
-        """Solve densely."""
+        """Return the solutions: solve densely."""
         solutions, residuals = self.solutions(queries)
         return Solved(DenseScorer(self.context.layout.split(solutions)), residuals)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor]:
-        """Solve densely."""
+        """Return the solutions: solve densely."""
         return self.solver.solve(self.context.layout.dense(queries)[0])
 
     def quadratic(self) -> Callable[[Gradients], Tensor]:
-        """Solve for every example of the batch."""
+        """Return the solutions: solve for every example of the batch."""
         layout = self.context.layout
 
         def quadratic(gradients: Gradients) -> Tensor:
@@ -56,7 +56,7 @@ class Exact(Method):
 
 
 def _as_factors(layout: Layout, matrix: Tensor) -> Factors:
-    """The diagonal as statistics, which is what damping rules look at."""
+    """Return the diagonal as statistics, which is what damping rules look at."""
     blocks = layout.split(torch.diagonal(matrix))
     layers = {}
     for name, shape in layout.shapes.items():

@@ -14,7 +14,7 @@ from lightning_influence.passes.statistics import CovariancePass, DiagonalPass, 
 
 
 def fitted_factors(context: Context) -> Factors:
-    """The model's factors with eigenvalues: those that are there, completed or fitted in one or two passes.
+    """The model's factors with eigenvalues: those there are, completed, or fitted in passes.
 
     Returns:
         Factors of the layers that the context's plan is left with.
@@ -32,14 +32,15 @@ def fitted_factors(context: Context) -> Factors:
     factors = state.factors
     context.leave_out(
         [name for name in context.plan.layers if name not in factors.layers],
-        "have no factors, because no training step used them or they were not selected when factors were collected",
+        "have no factors, because no training step used them or they were not selected when factors were "
+        "collected",
     )
     context.extra["factors"] = f"from the {factors.origin}, {factors.fisher} Fisher"
     return replace(factors, layers={name: factors.layers[name] for name in context.plan.layers})
 
 
 def fitted_diagonal(context: Context) -> Factors:
-    """Second moments of the gradients in the parameters' own basis, fitted in one pass."""
+    """Return second moments of the gradients in the parameters' own basis, fitted in one pass."""
     one_pass = DiagonalPass(context.plan, fisher=context.options.fisher, seed=context.options.seed)
     context.run_on_train(one_pass)
     factors = one_pass.factors
@@ -51,14 +52,14 @@ def fitted_diagonal(context: Context) -> Factors:
 
 
 def _key(context: Context) -> str:
-    """What factors from a pass were fitted for: weights, examples, kind of Fisher, layers."""
+    """Return what factors from a pass were fitted for: weights, examples, kind of Fisher, layers."""
     return digest(
         context.weights_key, context.train.num_examples, context.options.fisher, list(context.plan.layers)
     )
 
 
 def _is_stale(context: Context) -> bool:
-    """Whether factors from an earlier pass were fitted for something else; says so about any that differ."""
+    """Return whether factors from an earlier pass were fitted for something else, and say so."""
     state = context.state
     factors = state.factors
     assert factors is not None
@@ -66,22 +67,25 @@ def _is_stale(context: Context) -> bool:
         stale = state.factors_key != _key(context)
         if stale:
             context.notes.add(
-                "The factors of an earlier call were fitted for other weights, training examples, layers or another "
-                "kind of Fisher; they are fitted again."
+                "The factors of an earlier call were fitted for other weights, training examples, layers or "
+                "another kind of Fisher; they are fitted again."
             )
         return stale
     differing = fingerprint_differs(factors.fingerprint, context.weights)
     if differing:
         shown = ", ".join(differing[:4]) + (" and more" if len(differing) > 4 else "")
         context.notes.add(
-            f"The factors were collected at other weights than the model has now (they differ in {shown}). Scores "
-            "are less accurate the further the weights have moved; pass the checkpoint that holds the factors as "
+            f"The factors were collected at other weights than the model has now (they differ in "
+            f"{shown}). Scores "
+            "are less accurate the further the weights have moved; pass the checkpoint that holds the "
+            "factors as "
             "ckpt_path, or fit factors for these weights with factors='refit'."
         )
     examples = context.train.num_examples
     if factors.origin == "pass" and factors.weight_examples != examples:
         context.notes.add(
-            f"The factors were fitted on {factors.weight_examples:g} examples, the training data has {examples}. "
+            f"The factors were fitted on {factors.weight_examples:g} examples, the training data has "
+            f"{examples}. "
             "They are used as they are; fit factors for these examples with factors='refit'."
         )
     return False
@@ -113,7 +117,7 @@ def _fit(context: Context) -> Factors:
 
 
 def _adopt(context: Context, factors: Factors) -> Factors:
-    """Check stored factors against the model, bring them to its device, and complete them."""
+    """Return stored factors, checked against the model, on its device, and completed."""
     module = context.runner.module
     shapes = {name: layer.shape for name, layer in context.plan.layers.items()}
     modules = dict(module.named_modules())

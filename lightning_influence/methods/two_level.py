@@ -1,4 +1,4 @@
-"""``auto``: EK-FAC corrected by a coarse space, and by block Krylov steps only where the residual asks for them."""
+"""``auto``: EK-FAC corrected by a coarse space, and by Krylov steps where the residual asks for them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ _MOST_UNSOLVED = 0.25
 
 @register_method("auto")
 class Auto(Method):
-    """Two-level EK-FAC: factors as preconditioner, a coarse space of training gradients, Krylov steps if needed.
+    """Two-level EK-FAC: a coarse space of training gradients, Krylov steps where needed.
 
     The coarse space is built in one pass over the curvature examples and kept. Its size starts at
-    :data:`FIRST_ANCHORS` and doubles (one more pass over what is new) while more than a quarter of held-out training
+    :data:`FIRST_ANCHORS` and doubles (one more pass over what is new) while more than a quarter of held-out
+    training
     gradients have a residual above the tolerance, as far as the memory budget and :data:`MOST_ANCHORS` allow.
     """
 
@@ -63,7 +64,7 @@ class Auto(Method):
         context.extra["curvature_examples"] = self.space.examples
 
     def solve(self, queries: Gradients) -> Solved:
-        """Correct every query; iterate on those whose own residual is above the tolerance."""
+        """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
         correction, residuals = self.operator.correction(queries)
         chosen = self._to_iterate(residuals)
         if not len(chosen):
@@ -82,7 +83,7 @@ class Auto(Method):
         )
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
-        """Correct every query; iterate on those whose own residual is above the tolerance."""
+        """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
         residuals = self.operator.correction(queries)[1]
         solutions = self.operator.solve(self.context.layout.dense(queries)[0])
         chosen = self._to_iterate(residuals)
@@ -91,22 +92,25 @@ class Auto(Method):
         return solutions, residuals
 
     def _to_iterate(self, residuals: Tensor) -> Tensor:
-        """Queries to iterate on: those above the tolerance, unless they are too many for the memory budget."""
+        """Return queries to iterate on: those above the tolerance, unless they are too many."""
         options = self.context.options
         chosen = (residuals > options.tolerance).nonzero().flatten()
         groups = -(-len(chosen) // self._group_size())
         if not len(chosen) or (options.max_steps >= 1 and groups <= _MOST_GROUPS):
             return chosen
         self.context.notes.add(
-            f"{len(chosen)} of {len(residuals)} queries have a residual above the tolerance {options.tolerance:g} (median "
-            f"{float(residuals.median()):.2f}). Iterating on them was left out: it would take {groups} groups of at most "
-            f"{_MOST_GROUPS} under the memory budget, with max_steps={options.max_steps}. Raise `memory_budget` or "
+            f"{len(chosen)} of {len(residuals)} queries have a residual above the tolerance "
+            f"{options.tolerance:g} (median "
+            f"{float(residuals.median()):.2f}). Iterating on them was left out: it would take {groups} "
+            "groups of at most "
+            f"{_MOST_GROUPS} under the memory budget, with max_steps={options.max_steps}. Raise "
+            "`memory_budget` or "
             "`max_steps`, or ask fewer queries at a time."
         )
         return chosen[:0]
 
     def quadratic(self) -> Callable[[Gradients], Tensor]:
-        """EK-FAC's weighted squares plus the correction's products."""
+        """Return EK-FAC's weighted squares plus the correction's products."""
         return lambda gradients: self.operator.quadratic(gradients)[0]
 
     def _scorer(self, queries: Gradients, correction: Correction) -> PreconditionedScorer:
@@ -117,7 +121,7 @@ class Auto(Method):
         return scorer
 
     def _build(self) -> CoarseSpace:
-        """The coarse space, grown until held-out gradients are solved well enough."""
+        """Return the coarse space, grown until held-out gradients are solved well enough."""
         context, layout = self.context, self.context.layout
         limit = max(1, min(MOST_ANCHORS, self._affordable(), context.train.num_examples, layout.numel // 2))
         check = min(_CHECK, context.train.num_examples)
@@ -139,7 +143,7 @@ class Auto(Method):
         return space
 
     def _grow(self, space: CoarseSpace | None, anchors: dict[str, LayerGradients]) -> CoarseSpace:
-        """The first coarse space, or a larger one: one pass over the curvature examples for what is new."""
+        """Return the first coarse space, or a larger one, in one pass for what is new."""
         layout = self.context.layout
         if space is None:
             fresh, mixing = directions(layout, self.inverse, anchors)
@@ -159,36 +163,37 @@ class Auto(Method):
         return extended(space, anchors, self._products)
 
     def _products(self, vectors: Tensor) -> Tensor:
-        """``G V`` over the curvature examples."""
+        """Return ``G V`` over the curvature examples."""
         one_pass = CurvatureProductPass(self.context.plan, vectors, seed=self.context.options.seed)
         self.context.runner.run(one_pass, self._curvature)
         result = one_pass.result(self.context.runner.all_reduce_sum)
         self._examples = one_pass.examples
         if one_pass.estimated:
             self.context.notes.add(
-                "The Gauss-Newton matrix was estimated from sampled labels: the loss has too many outputs for "
+                "The Gauss-Newton matrix was estimated from sampled labels: the loss has too many "
+                "outputs for "
                 "all columns."
             )
         return result
 
     def _gradients(self, loader: Loader) -> dict[str, LayerGradients]:
-        """Loss gradients of a sample of the training data."""
+        """Return loss gradients of a sample of the training data."""
         one_pass = GradientPass(self.context.plan, description="Influence: anchors")
         return gather(self.context, one_pass, [loader]).gradients
 
     def _affordable(self) -> int:
-        """How many directions the memory budget allows: each is held with its product and its coefficients."""
+        """Return how many directions fit: each is held with its product and coefficients."""
         each = 3 * self.context.layout.numel * torch.empty((), dtype=self.context.dtype).element_size()
         return max(1, self.context.options.memory_budget // each - PROBES)
 
     def _group_size(self) -> int:
-        """How many queries' subspaces fit into the memory budget."""
+        """Return how many queries' subspaces fit into the memory budget."""
         width = torch.empty((), dtype=self.context.dtype).element_size()
         each = (2 * self.context.options.max_steps + 4) * self.context.layout.numel * width
         return max(1, self.context.options.memory_budget // each)
 
     def _iterate(self, queries: Gradients) -> tuple[Tensor, Tensor]:
-        """Block Krylov on groups of queries, each starting from the coarse space."""
+        """Return block Krylov on groups of queries, each starting from the coarse space."""
         context, space = self.context, self.space
         damping = context.layout.expand(self.inverse.damping, space.directions)
         start = (space.directions, space.product + damping * space.directions)

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lightning_influence.errors import LossCaptureError, UnsupportedModelError
+from lightning_influence.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
 from lightning_influence.layers import LayerPlan, Recorder
 from lightning_influence.losses import LossCapture, OutputLoss, check_per_example, per_example_capture
 from lightning_influence.passes.captured import Captured
-from lightning_influence.passes.independence import check_independent
+from lightning_influence.passes.independence import check_independent, check_loss
 
 
 class Measure(Protocol):
@@ -37,7 +37,6 @@ class Forward:
     def __init__(self, plan: LayerPlan) -> None:
         self.plan = plan
         self.silent: set[str] = set(plan.layers)
-        self._checked = False
 
     def __call__(
         self, module: Any, batch: Any, num_examples: int, measure: Measure | None = None
@@ -68,9 +67,11 @@ class Forward:
                 "that are called as modules, outside torch.no_grad() and outside gradient checkpointing. "
                 f"Layers: {sorted(self.plan.layers)[:8]}."
             )
-        if not self._checked:
+        subject = "loss" if measure is None else "measurement"
+        if subject not in self.plan.verified:
             check_independent(captured)
-            self._checked = num_examples > 1  # one example alone shows no coupling
+            if num_examples > 1:  # one example alone shows no coupling
+                self.plan.verified.add(subject)
         return captured
 
     def _run(
@@ -80,6 +81,9 @@ class Forward:
 
         Returns:
             The captured batch; its values are those of the measurement if there is one.
+
+        Raises:
+            NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
         if measure is not None and not measure.needs_loss:
             values = measure(module, batch, loss=None, batch_size=num_examples)
@@ -91,7 +95,11 @@ class Forward:
             loss = per_example_capture(hooked, capture, num_examples)
         else:
             assert batch_loss is not None
-            loss = capture.resolve(batch_loss, num_examples)
+            try:
+                loss = capture.resolve(batch_loss, num_examples)
+            except NonFiniteError:
+                check_loss(batch_loss.detach(), recorder, self.plan.layers)  # says where that began
+                raise
         captured = Captured(num_examples, loss, hooked, recorder)
         if measure is not None:
             values = measure(module, batch, loss=loss, batch_size=num_examples)

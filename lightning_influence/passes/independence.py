@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
 from lightning_influence.layers import Recorder
+from lightning_influence.layers.base import Layer
 from lightning_influence.passes.captured import Captured
 
 
@@ -59,3 +62,35 @@ def _coupled(recorder: Recorder, values: Tensor, num_examples: int) -> str | Non
         if bool(wrong | others.any()):
             return name
     return None
+
+
+def check_loss(value: Tensor, recorder: Recorder, layers: Mapping[str, Layer]) -> None:
+    """Refuse a batch's loss that is not finite, and say where that began.
+
+    Args:
+        value: the loss.
+        recorder: what the layers saw.
+        layers: the covered layers.
+
+    Raises:
+        NonFiniteError: naming the first layer whose parameters or inputs are not finite.
+    """
+    if bool(torch.isfinite(value).all()):
+        return
+    bad = [name for name, x in recorder.raw_inputs().items() if not bool(torch.isfinite(x).all())]
+    weights = [
+        name
+        for name, layer in layers.items()
+        if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters(recurse=False))
+    ]
+    where = (
+        f"the inputs of layer {bad[0]!r} are the first that are not finite"
+        if bad
+        else "the inputs of all layers are finite, so it comes from the last one, the targets or the loss"
+    )
+    raise NonFiniteError(
+        f"The training loss is {value.item()}: {where}"
+        + (f"; the weights of {weights} are not finite" if weights else "")
+        + ". Nothing of this batch was stored. Look for NaN or infinity in the data, or train with a "
+        "smaller learning rate."
+    )

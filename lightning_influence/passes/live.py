@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.errors import NonFiniteError, UnsupportedModelError
+from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.layers import LayerPlan, Recorder
 from lightning_influence.losses import LossCapture, check_per_example, per_example_capture
 from lightning_influence.passes.captured import Captured
-from lightning_influence.passes.independence import check_independent
+from lightning_influence.passes.independence import check_independent, check_loss
 
 
 class LiveCapture:
@@ -78,7 +78,7 @@ class LiveCapture:
         for _ in range(wrappers):
             node = node.next_functions[0][0] if node is not None and node.next_functions else None
         value = loss.detach() * divisor
-        self._check_finite(value)
+        check_loss(value, self._recorder, self._plan.layers)
         for call in self._losses.calls:
             if node is not None and call.node is node and call.value.numel() == 1:
                 self._losses.calls, value = [call], call.value
@@ -126,32 +126,6 @@ class LiveCapture:
                 f"checkpointing. Layers: {sorted(self._plan.layers)[:8]}."
             )
         return captured
-
-    def _check_finite(self, value: Tensor) -> None:
-        """Refuse a loss that is not finite, and say where that began.
-
-        Raises:
-            NonFiniteError: naming the first layer whose parameters or inputs are not finite.
-        """
-        if bool(torch.isfinite(value).all()):
-            return
-        bad = [name for name, x in self._recorder.raw_inputs().items() if not bool(torch.isfinite(x).all())]
-        weights = [
-            name
-            for name, layer in self._plan.layers.items()
-            if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters(recurse=False))
-        ]
-        where = (
-            f"the inputs of layer {bad[0]!r} are the first that are not finite"
-            if bad
-            else "the inputs of all layers are finite, so it comes from the last one, the targets or the loss"
-        )
-        raise NonFiniteError(
-            f"The training loss is {value.item()}: {where}"
-            + (f"; the weights of {weights} are not finite" if weights else "")
-            + ". Nothing of this batch was stored. Look for NaN or infinity in the data, or train with a "
-            "smaller learning rate."
-        )
 
 
 def check_first(captured: Captured, module: nn.Module) -> None:

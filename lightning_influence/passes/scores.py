@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import LayerPlan
 from lightning_influence.layers.gradients import LayerGradients
-from lightning_influence.layers.recorder import compact
+from lightning_influence.layers.recorder import Compacted
 from lightning_influence.passes.forward import Forward
 
 
 class Scorer(Protocol):
     """Anything that turns training gradients into scores of all queries."""
 
-    def __call__(self, gradients: dict[str, LayerGradients]) -> Tensor:
+    def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Inner products ``(Q, B)`` with gradients of ``B`` training examples."""
         ...
 
@@ -72,10 +73,7 @@ class ScorePass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
         captured = self.forward(module, batch, len(indices))
-        gradients: dict[str, LayerGradients] = {
-            name: compact(layer) for name, layer in captured.loss_gradients().items()
-        }
-        scores = self._scorer(gradients)
+        scores = self._scorer(Compacted(captured.loss_gradients()))
         refuse_non_finite(scores, indices)
         self._sink.update(scores, indices)
         self.examples += len(indices)
@@ -108,8 +106,7 @@ class SelfInfluencePass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
         captured = self.forward(module, batch, len(indices))
-        gradients = {name: compact(layer) for name, layer in captured.loss_gradients().items()}
-        values = self._quadratic(gradients)
+        values = self._quadratic(Compacted(captured.loss_gradients()))
         refuse_non_finite(values, indices)
         self.values.append(values.detach().cpu())
         self.indices.append(indices.cpu())

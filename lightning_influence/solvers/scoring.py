@@ -20,7 +20,7 @@ from lightning_influence.layers.factored import FactoredGradients
 from lightning_influence.layers.gradients import LayerGradients
 from lightning_influence.solvers.thin import Thin, factorise
 
-Scorer = Callable[[dict[str, LayerGradients]], Tensor]
+Scorer = Callable[[Mapping[str, LayerGradients]], Tensor]
 
 # Thin products run below the speed of square ones, so the low-rank route must save more than it costs.
 _THIN = 0.6
@@ -84,7 +84,7 @@ class PreconditionedScorer:
             if not self._try_low_rank(name, tolerance):
                 self._dense[name] = self._solve(name)
 
-    def __call__(self, gradients: dict[str, LayerGradients]) -> Tensor:
+    def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return inner products ``(Q, B)``."""
         if not self._checked:
             self._check(gradients)
@@ -153,7 +153,7 @@ class PreconditionedScorer:
         self.ranks[name] = form.rank
         return True
 
-    def _check(self, gradients: dict[str, LayerGradients]) -> None:
+    def _check(self, gradients: Mapping[str, LayerGradients]) -> None:
         """Compare a few pairs with exact scores; refine the layer that errs most until the sum is right."""
         few = {name: layer.select(slice(0, _CHECK_EXAMPLES)) for name, layer in gradients.items()}
         for name in [name for name in self._thin if isinstance(few.get(name), DenseGradients)]:
@@ -208,7 +208,7 @@ class DenseScorer:
     def __init__(self, blocks: Mapping[str, Tensor]) -> None:
         self._blocks = dict(blocks)
 
-    def __call__(self, gradients: dict[str, LayerGradients]) -> Tensor:
+    def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return inner products ``(Q, B)``."""
         total: Tensor | None = None
         for name, layer in gradients.items():
@@ -234,7 +234,7 @@ class JointScorer:
         self._parts = parts
         self._order = torch.cat([positions for positions, _ in parts]).argsort()
 
-    def __call__(self, gradients: dict[str, LayerGradients]) -> Tensor:
+    def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return inner products ``(Q, B)`` in the order of the queries."""
         return torch.cat([scorer(gradients) for _, scorer in self._parts])[self._order]
 

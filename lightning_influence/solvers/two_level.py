@@ -40,9 +40,8 @@ class TwoLevel:
         damping = space.layout.expand(inverse.damping, space.directions)
         product = space.product + damping * space.directions  # A Q
         small = (space.directions.double() @ product.double().T).to(torch.float64)
-        self._small = (small + small.T) / 2
-        right = space.directions - inverse.apply(product)
-        self._coefficients = torch.linalg.solve(self._small, right.double()).to(right.dtype)  # (m, P)
+        self._small = torch.linalg.cholesky((small + small.T) / 2)
+        self._right = space.directions - inverse.apply(product)  # Q - P^{-1} A Q, (m, P)
         signs = probes(space.probe_product.shape[0], space.layout.numel, product)
         probe_product = space.probe_product + damping * signs  # A W
         self._residual = signs - inverse.apply(probe_product)  # W - P^{-1} A W
@@ -59,9 +58,8 @@ class TwoLevel:
             ``(Q,)``.
         """
         space = self.space
-        stacked = torch.cat([self._coefficients, self._residual])
-        products = space.layout.dot(queries, stacked)[0]
-        coefficients, projected = products[:, : space.size], products[:, space.size :]
+        products = space.layout.dot(queries, torch.cat([self._right, self._residual]))[0]
+        coefficients, projected = self._coordinates(products[:, : space.size]), products[:, space.size :]
         projected = projected - coefficients @ self._residual_coarse.T
         norms = squared_norms(queries).sqrt()
         residual = projected.square().mean(dim=1).sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
@@ -70,15 +68,19 @@ class TwoLevel:
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Return ``x`` for flat right-hand sides ``(V, P)``."""
-        coarse: Tensor = (vectors @ self._coefficients.T) @ self.space.directions
-        return self.inverse.apply(vectors) + coarse
+        return self.inverse.apply(vectors) + self._coordinates(vectors @ self._right.T) @ self.space.directions
 
     def quadratic(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return ``g^T x(g)`` of each gradient, ``(K, B)``."""
-        space = self.space
-        left = space.layout.dot(gradients, space.directions)
-        right = space.layout.dot(gradients, self._coefficients)
-        return self.inverse.quadratic(gradients) + (left * right).sum(dim=-1)
+        layout, size = self.space.layout, self.space.size
+        products = layout.dot(gradients, torch.cat([self.space.directions, self._right]))
+        corrected = (products[..., :size] * self._coordinates(products[..., size:])).sum(dim=-1)
+        return self.inverse.quadratic(gradients) + corrected
+
+    def _coordinates(self, products: Tensor) -> Tensor:
+        """Return ``T^{-1} y`` for rows ``y``, solved in float64."""
+        flat = products.reshape(-1, products.shape[-1]).double().T
+        return torch.cholesky_solve(flat, self._small).T.to(products.dtype).view(products.shape)
 
 
 def squared_norms(gradients: Mapping[str, LayerGradients]) -> Tensor:

@@ -83,7 +83,8 @@ def test_answers_are_those_of_the_model_without_them(method):
 def test_after_a_fit(method, tmp_path):
     trainer = InfluenceTrainer(
         max_epochs=3, accelerator="cpu", callbacks=[InfluenceCallback(every_n_steps=1)], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
     )  # fmt: skip
     module = pair()[0]
     dataset = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*data(), strict=True)))
@@ -101,9 +102,8 @@ def test_queries_that_use_other_layers_than_training(method):
     module = InfluenceModule(pair()[0])
 
     def other(owner, batch):  # of layers that training never sees, and of the first
-        return owner.first(batch[0]).sum(dim=(1, 2)) + owner.spare(
-            batch[0].mean() + torch.ones(len(batch[0]), 5).double()
-        ).sum(1)
+        known, unknown = owner.first(batch[0]), torch.ones(len(batch[0]), 5).double()
+        return known.sum(dim=(1, 2)) + owner.spare(unknown).sum(1)
 
     with pytest.warns(InfluenceWarning, match="took no part"):
         found = module.scores(data(), data(), method=method, measurement=other, damping=0.1)
