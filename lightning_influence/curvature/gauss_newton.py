@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import NonFiniteError
-from lightning_influence.layers import LayerPlan
+from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.layers.layout import Layout
-from lightning_influence.layers.recorder import Compacted
 from lightning_influence.passes.captured import Captured, Fisher
 from lightning_influence.passes.forward import Forward
 from lightning_influence.passes.statistics import label_generator
 
-# Largest dense form of a layer's gradients in one batch.
+# Largest block of dense gradients formed at once.
 _DENSE_BYTES = 2**28
 
 
@@ -65,8 +64,8 @@ class _CurvaturePass:
             )
         return sums / self.normaliser
 
-    def _gradients(self, module: Any, batch: Any, num_examples: int) -> list[Compacted]:
-        """Return curvature gradients of one batch, counted, in runs of seeds whose dense form stays small."""
+    def _gradients(self, module: Any, batch: Any, num_examples: int) -> dict[str, FactoredGradients]:
+        """Return curvature gradients of one batch, counted."""
         captured = self.forward(module, batch, num_examples)
         fisher = self._choose(captured)
         generator = None
@@ -76,10 +75,7 @@ class _CurvaturePass:
         self._batches += 1
         self.examples += num_examples
         self._weight += float(captured.weights.sum())
-        seeds = max(layer.outputs.shape[0] for layer in gradients.values())
-        widest = max(self.layout.numels[name] for name in gradients)
-        step = max(1, _DENSE_BYTES // (8 * num_examples * widest))
-        return [Compacted(gradients, slice(start, start + step)) for start in range(0, seeds, step)]
+        return gradients
 
     def _choose(self, captured: Captured) -> Fisher:
         if captured.loss is None:
@@ -125,9 +121,9 @@ class CurvatureProductPass(_CurvaturePass):
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        for gradients in self._gradients(module, batch, len(indices)):
-            products = self.layout.dot(gradients, self.vectors)
-            self.layout.add_combination(self._sum, gradients, products)
+        gradients = self._gradients(module, batch, len(indices))
+        products = self.layout.dot(gradients, self.vectors)
+        self.layout.add_combination(self._sum, gradients, products)
 
     def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return ``G V``, ``(V, P)``: an average over the examples, of all processes if given their sum."""
@@ -152,8 +148,12 @@ class DenseCurvaturePass(_CurvaturePass):
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        for gradients in self._gradients(module, batch, len(indices)):
-            rows = self.layout.dense(gradients).flatten(0, 1)
+        gradients = self._gradients(module, batch, len(indices))
+        seeds = max(layer.outputs.shape[0] for layer in gradients.values())
+        step = max(1, _DENSE_BYTES // (8 * len(indices) * self.layout.numel))
+        for start in range(0, seeds, step):
+            few = {name: layer.seeds(slice(start, start + step)) for name, layer in gradients.items()}
+            rows = self.layout.dense(few).flatten(0, 1)
             if self._sum is None:
                 self._sum = rows.new_zeros(self.layout.numel, self.layout.numel, dtype=torch.float64)
             self._sum += rows.T @ rows

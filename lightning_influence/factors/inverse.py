@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class EigenInverse:
     eigenvalues: Tensor
     damping: float
 
-    @property
+    @functools.cached_property
     def weights(self) -> Tensor:
         """``1 / (eigenvalues + damping)``, ``(G, D_out, D_in)``; zero where both vanish, a pseudo-inverse."""
         total = self.eigenvalues + self.damping

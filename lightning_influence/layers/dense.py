@@ -72,8 +72,8 @@ class DenseGradients(LayerGradients):
 
 def rotate_matrices(matrices: Tensor, q_in: Tensor | None, q_out: Tensor | None) -> Tensor:
     """Return ``Q_out^T M Q_in`` for matrices ``(..., G, D_out, D_in)``; None stands for the identity."""
-    if q_in is not None:
-        matrices = matrices @ q_in
+    if q_in is not None:  # a single group's basis as a plain matrix: all rows in one product
+        matrices = matrices @ (q_in[0] if len(q_in) == 1 else q_in)
     if q_out is not None:
         matrices = q_out.transpose(-1, -2) @ matrices
     return matrices

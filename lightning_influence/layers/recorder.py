@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -168,35 +168,6 @@ def _along_positions(parts: list[Tensor]) -> Tensor:
 def compact(gradients: FactoredGradients) -> LayerGradients:
     """Return the cheaper form: factored for one position per example, else dense."""
     return gradients if gradients.inputs.shape[2] == 1 else DenseGradients(gradients.dense())
-
-
-class Compacted(Mapping[str, LayerGradients]):
-    """Gradients by layer in their cheaper form, made when asked for: one layer's dense form is held at a time.
-
-    Args:
-        factored: gradients in factored form by layer.
-        seeds: which of the seeds to take.
-    """
-
-    def __init__(self, factored: Mapping[str, FactoredGradients], seeds: slice = slice(None)) -> None:
-        self._factored, self._seeds = factored, seeds
-
-    def __getitem__(self, name: str) -> LayerGradients:
-        """Return one layer's gradients."""
-        layer = self._factored[name]
-        return compact(FactoredGradients(layer.inputs, layer.outputs[self._seeds]))
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the layers' names."""
-        return iter(self._factored)
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self._factored)
-
-    def __contains__(self, name: object) -> bool:
-        """Return whether a layer has gradients, without forming them."""
-        return name in self._factored
 
 
 def check_finite(gradients: Mapping[str, LayerGradients]) -> None:

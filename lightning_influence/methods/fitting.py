@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import torch
 
@@ -10,6 +11,7 @@ from lightning_influence.factors.factors import Factors, fingerprint_differs
 from lightning_influence.factors.statistics import LayerStatistics, eigenbasis
 from lightning_influence.layers import LayerPlan, find_layers
 from lightning_influence.methods.context import Context, digest
+from lightning_influence.passes.captured import Fisher
 from lightning_influence.passes.statistics import CovariancePass, DiagonalPass, SquaresPass
 
 
@@ -24,7 +26,7 @@ def fitted_factors(context: Context) -> Factors:
     """
     state = context.state
     if state.factors is None or not state.factors.layers or _is_stale(context):
-        key = _key(context)
+        key = _key(context, context.options.fitted_fisher)
         state.factors = _fit(context)
         state.factors_key = key
     else:
@@ -41,7 +43,7 @@ def fitted_factors(context: Context) -> Factors:
 
 def fitted_diagonal(context: Context) -> Factors:
     """Return second moments of the gradients in the parameters' own basis, fitted in one pass."""
-    one_pass = DiagonalPass(context.plan, fisher=context.options.fisher, seed=context.options.seed)
+    one_pass = DiagonalPass(context.plan, fisher=context.options.fitted_fisher, seed=context.options.seed)
     context.run_on_train(one_pass)
     factors = one_pass.factors
     if context.runner.world_size > 1:
@@ -51,11 +53,9 @@ def fitted_diagonal(context: Context) -> Factors:
     return factors
 
 
-def _key(context: Context) -> str:
+def _key(context: Context, fisher: Fisher) -> str:
     """Return what factors from a pass were fitted for: weights, examples, kind of Fisher, layers."""
-    return digest(
-        context.weights_key, context.train.num_examples, context.options.fisher, list(context.plan.layers)
-    )
+    return digest(context.weights_key, context.train.num_examples, fisher, list(context.plan.layers))
 
 
 def _is_stale(context: Context) -> bool:
@@ -64,7 +64,9 @@ def _is_stale(context: Context) -> bool:
     factors = state.factors
     assert factors is not None
     if state.factors_key:
-        stale = state.factors_key != _key(context)
+        asked = context.options.fisher
+        kinds = get_args(Fisher) if asked is None else (asked,)
+        stale = state.factors_key not in {_key(context, kind) for kind in kinds}
         if stale:
             context.notes.add(
                 "The factors of an earlier call were fitted for other weights, training examples, layers or "
@@ -94,7 +96,7 @@ def _is_stale(context: Context) -> bool:
 def _fit(context: Context) -> Factors:
     options, runner = context.options, context.runner
     covariance = CovariancePass(
-        context.plan, fisher=options.fisher, seed=options.seed, cache_bytes=options.memory_budget
+        context.plan, fisher=options.fitted_fisher, seed=options.seed, cache_bytes=options.memory_budget
     )
     context.run_on_train(covariance)
     factors = covariance.factors

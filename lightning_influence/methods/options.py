@@ -20,7 +20,7 @@ class Options:
     """
 
     damping: Damping = "auto"
-    fisher: Fisher = "sampled"
+    fisher: Fisher | None = None
     memory_budget: int = 2**30
     tolerance: float = 0.2
     max_steps: int = 3
@@ -29,13 +29,18 @@ class Options:
     max_parameters: int = 8192
     seed: int = 0
 
+    @property
+    def fitted_fisher(self) -> Fisher:
+        """What factors that have to be fitted are made of."""
+        return self.fisher or "sampled"
+
     def __post_init__(self) -> None:
         damping = self.damping
         if damping not in {"auto", "heuristic"} and not _is_number(damping, math.inf):
             raise ValueError(
                 f"Got damping={damping!r}; accepted are 'auto', 'heuristic' or a finite number of at least 0."
             )
-        if self.fisher not in get_args(Fisher):
+        if self.fisher is not None and self.fisher not in get_args(Fisher):
             names = ", ".join(repr(name) for name in get_args(Fisher))
             raise ValueError(f"Got fisher={self.fisher!r}; accepted are {names}.")
         least = {"memory_budget": 1, "max_steps": 0, "curvature_examples": 1, "max_parameters": 1, "seed": 0}

@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import LayerPlan
 from lightning_influence.layers.gradients import LayerGradients
-from lightning_influence.layers.recorder import Compacted
 from lightning_influence.passes.forward import Forward
 
 
@@ -73,7 +72,7 @@ class ScorePass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
         captured = self.forward(module, batch, len(indices))
-        scores = self._scorer(Compacted(captured.loss_gradients()))
+        scores = self._scorer(captured.loss_gradients())
         refuse_non_finite(scores, indices)
         self._sink.update(scores, indices)
         self.examples += len(indices)
@@ -106,7 +105,7 @@ class SelfInfluencePass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
         captured = self.forward(module, batch, len(indices))
-        values = self._quadratic(Compacted(captured.loss_gradients()))
+        values = self._quadratic(captured.loss_gradients())
         refuse_non_finite(values, indices)
         self.values.append(values.detach().cpu())
         self.indices.append(indices.cpu())

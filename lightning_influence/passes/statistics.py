@@ -210,7 +210,7 @@ def add_weights(factors: Factors, captured: Captured) -> None:
 def add_squares(factors: Factors, gradients: dict[str, Any]) -> None:
     """Add a batch of curvature gradients to the squares of ``factors``."""
     for name, layer in gradients.items():
-        factors.layers[name].add_squares(compact(layer) if isinstance(layer, FactoredGradients) else layer)
+        factors.layers[name].add_squares(layer)
 
 
 def set_bases(factors: Factors, dtype: torch.dtype = torch.float64) -> None:

@@ -60,7 +60,8 @@ class DenseSolver:
         if int(info) != 0 or not bool(torch.isfinite(solution).all()):
             low, high = self._range
             raise NonFiniteError(
-                f"The curvature matrix is singular at damping {low:.3g} to {high:.3g}. Use a positive damping."
+                f"The curvature matrix is singular at damping {low:.3g} to {high:.3g}. "
+                "Use a positive damping."
             )
         remainder = right - solution @ self.matrix
         return solution, remainder.norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)

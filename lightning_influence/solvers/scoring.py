@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.factors.inverse import BlockInverse
+from lightning_influence.factors.statistics import Eigenbasis
 from lightning_influence.layers.dense import DenseGradients
 from lightning_influence.layers.factored import FactoredGradients
 from lightning_influence.layers.gradients import LayerGradients
@@ -28,6 +29,8 @@ _MAX_RANK = 256
 _CHECK_QUERIES = 16
 # Where the first batch shows too large an error, the tolerance is divided by this, so many times at most.
 _REFINE, _REFINEMENTS = 3, 4
+# From so many queries on, rotating every training example is cheaper than rotating every query back.
+_ROTATE_QUERIES = 16
 _CHECK_EXAMPLES = 32
 
 
@@ -77,12 +80,13 @@ class PreconditionedScorer:
         self.ranks: dict[str, int] = {}
         self._dense: dict[str, Tensor] = {}
         self._thin: dict[str, tuple[Thin, Thin | None]] = {}
+        self._bases: dict[str, Eigenbasis] = {}
         self._checked = tolerance <= 0
         directions = None if correction is None else inverse.layout.split(correction.directions)
         self._directions = directions
         for name in queries if correction is None else inverse.layers:
             if not self._try_low_rank(name, tolerance):
-                self._dense[name] = self._solve(name)
+                self._go_dense(name)
 
     def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return inner products ``(Q, B)``."""
@@ -95,7 +99,7 @@ class PreconditionedScorer:
             if name in self._thin and not isinstance(layer, FactoredGradients):
                 self._go_dense(name)  # the queries have one position, these examples several
             if name in self._dense:
-                total = _add(total, layer.dot(self._dense[name])[0].T)
+                total = _add(total, self._rotated(name, layer).dot(self._dense[name])[0].T)
             elif name in self._thin and isinstance(layer, FactoredGradients):
                 query, anchor = self._thin[name]
                 total = _add(total, query.scores(layer))
@@ -176,8 +180,31 @@ class PreconditionedScorer:
 
     def _go_dense(self, name: str) -> None:
         """Give up the low-rank route of a layer."""
-        del self._thin[name], self.ranks[name]
-        self._dense[name] = self._solve(name)
+        self._thin.pop(name, None)
+        self.ranks.pop(name, None)
+        self._dense[name] = self._weigh(name) if self._stays_rotated(name) else self._solve(name)
+
+    def _stays_rotated(self, name: str) -> bool:
+        """Return whether a layer's dense scores are taken in the eigenbasis.
+
+        Rotating one position's factors of every training example then replaces rotating every query back.
+        """
+        queries, basis = self._queries.get(name), self._inverse.layers[name].basis
+        if self._correction is not None or basis is None or not isinstance(queries, FactoredGradients):
+            return False
+        return queries.inputs.shape[2] == 1 and queries.num_examples >= _ROTATE_QUERIES
+
+    def _weigh(self, name: str) -> Tensor:
+        """Return one layer's solved queries in the eigenbasis, ``(Q, G, D_out, D_in)``."""
+        inverse, queries = self._inverse.layers[name], self._queries[name]
+        assert inverse.basis is not None
+        self._bases[name] = inverse.basis
+        return queries.rotate(inverse.basis.q_in, inverse.basis.q_out).dense()[0] * inverse.weights
+
+    def _rotated(self, name: str, layer: LayerGradients) -> LayerGradients:
+        """Return training gradients in the basis that the layer's queries are in."""
+        basis = self._bases.get(name)
+        return layer if basis is None else layer.rotate(basis.q_in, basis.q_out)
 
     def _exact(self, name: str, layer: LayerGradients) -> Tensor:
         """Return one layer's exact scores of the first queries."""

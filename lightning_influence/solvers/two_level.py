@@ -68,7 +68,8 @@ class TwoLevel:
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Return ``x`` for flat right-hand sides ``(V, P)``."""
-        return self.inverse.apply(vectors) + self._coordinates(vectors @ self._right.T) @ self.space.directions
+        coarse = self._coordinates(vectors @ self._right.T) @ self.space.directions
+        return self.inverse.apply(vectors) + coarse
 
     def quadratic(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return ``g^T x(g)`` of each gradient, ``(K, B)``."""
