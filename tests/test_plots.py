@@ -1,6 +1,7 @@
 """Figures without a display: what they show, which items are images, and what they say without matplotlib."""
 
 import ast
+import sys
 from pathlib import Path
 
 import numpy as np

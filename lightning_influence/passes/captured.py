@@ -9,10 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.layers import FactoredGradients, Recorder
 from lightning_influence.losses import OutputLoss
 
 Fisher = Literal["sampled", "exact", "empirical"]
+MAX_COLUMNS = 1024
 
 
 @dataclass
@@ -70,11 +72,20 @@ class Captured:
         Returns:
             Gradients with ``K`` seeds, before division by the square root of the mean weight. A module whose
             outputs are unknown (only ``influence_loss``) has the empirical ones.
+
+        Raises:
+            UnsupportedModelError: if ``"exact"`` would take too many backward passes.
         """
         if self.loss is None or fisher == "empirical":
             return self.loss_gradients()
         if fisher == "sampled":
             return self.sampled_gradients([generator], draws)[0]
+        if self.loss.num_columns > MAX_COLUMNS:
+            raise UnsupportedModelError(
+                f"The exact output curvature takes one backward pass for each of the "
+                f"{self.loss.num_columns:,} outputs of an example (classes times positions); at most {MAX_COLUMNS:,} are accepted. Use "
+                "fisher='sampled', or method='auto' in place of 'exact'."
+            )
         return self.recorder.gradients(self.loss.outputs, list(self.loss.columns()), self.num_examples)
 
     def sampled_gradients(

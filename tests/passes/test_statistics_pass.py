@@ -4,7 +4,7 @@ import torch
 from drive import TIGHT, Setup, run
 from models import CASES
 
-from lightning_influence.errors import NonFiniteError
+from lightning_influence.errors import NonFiniteError, UnsupportedModelError
 from lightning_influence.losses import LossCapture
 from lightning_influence.passes.statistics import CovariancePass, SquaresPass, label_generator
 
@@ -155,3 +155,10 @@ def test_non_finite_gradients_leave_the_sums_as_they_were():
     with pytest.raises(NonFiniteError):
         run(pass_, setup.module, [(x, setup.case.y)])
     assert torch.equal(pass_.factors.layers["model.0"].inputs, before)
+
+
+def test_too_many_columns_are_refused_before_they_are_formed(monkeypatch):
+    setup = Setup.of("mlp_gelu")
+    monkeypatch.setattr("lightning_influence.passes.captured.MAX_COLUMNS", 2)
+    with pytest.raises(UnsupportedModelError, match=r"one backward pass for each of the \d+ outputs"):
+        setup.run(CovariancePass(setup.plan, fisher="exact"))
