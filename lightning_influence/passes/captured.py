@@ -82,9 +82,9 @@ class Captured:
             return self.sampled_gradients([generator], draws)[0]
         if self.loss.num_columns > MAX_COLUMNS:
             raise UnsupportedModelError(
-                f"The exact output curvature takes one backward pass for each of the "
-                f"{self.loss.num_columns:,} outputs of an example (classes times positions); at most {MAX_COLUMNS:,} are accepted. Use "
-                "fisher='sampled', or method='auto' in place of 'exact'."
+                "The exact output curvature takes one backward pass for each of the "
+                f"{self.loss.num_columns:,} outputs of an example (classes times positions); at most "
+                f"{MAX_COLUMNS:,} are accepted. Use fisher='sampled', or method='auto' in place of 'exact'."
             )
         return self.recorder.gradients(self.loss.outputs, list(self.loss.columns()), self.num_examples)
 
