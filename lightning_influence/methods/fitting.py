@@ -14,6 +14,9 @@ from lightning_influence.methods.context import Context, digest
 from lightning_influence.passes.captured import Fisher
 from lightning_influence.passes.statistics import CovariancePass, DiagonalPass, SquaresPass
 
+# Memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
+CACHE_BYTES = 2**28
+
 
 def fitted_factors(context: Context) -> Factors:
     """The model's factors with eigenvalues: those there are, completed, or fitted in passes.
@@ -96,7 +99,11 @@ def _is_stale(context: Context) -> bool:
 def _fit(context: Context) -> Factors:
     options, runner = context.options, context.runner
     covariance = CovariancePass(
-        context.plan, fisher=options.fitted_fisher, seed=options.seed, cache_bytes=options.memory_budget
+        context.plan,
+        fisher=options.fitted_fisher,
+        seed=options.seed,
+        cache_bytes=min(options.memory_budget, CACHE_BYTES),
+        num_examples=context.train.num_examples,
     )
     context.run_on_train(covariance)
     factors = covariance.factors

@@ -30,6 +30,7 @@ class CovariancePass:
         seed: seed of the sampled labels.
         draws: sampled labels per example.
         cache_bytes: keep gradients in memory up to this size.
+        num_examples: examples that will come, to tell from the first batch whether they will fit.
     """
 
     description = "Influence: covariances"
@@ -41,13 +42,15 @@ class CovariancePass:
         fisher: Fisher = "sampled",
         seed: int = 0,
         draws: int = 1,
-        cache_bytes: int = 2**30,
+        cache_bytes: int = 2**28,
+        num_examples: int | None = None,
     ) -> None:
         self.factors = Factors(fisher=fisher)
         self.cache: list[dict[str, LayerGradients]] | None = []
         self.forward = Forward(plan)
         self._labels = Labels(fisher, seed, draws)
         self._free = cache_bytes
+        self._expected = num_examples
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
@@ -58,9 +61,11 @@ class CovariancePass:
         if self.cache is not None and others is not None:
             check_finite(others)
             kept = {name: _smaller(layer) for name, layer in others.items()}
-            self._free -= sum(layer.nbytes for layer in kept.values())
+            size = sum(layer.nbytes for layer in kept.values())
+            expected = 0 if self._expected is None or self.cache else size * self._expected / len(indices)
+            self._free -= size
             self.cache.append(kept)
-            if self._free < 0:
+            if self._free < 0 or expected > self._free + size:
                 self.cache = None
 
     def finish(self) -> None:

@@ -162,3 +162,12 @@ def test_too_many_columns_are_refused_before_they_are_formed(monkeypatch):
     monkeypatch.setattr("lightning_influence.passes.captured.MAX_COLUMNS", 2)
     with pytest.raises(UnsupportedModelError, match=r"one backward pass for each of the \d+ outputs"):
         setup.run(CovariancePass(setup.plan, fisher="exact"))
+
+
+def test_a_cache_that_will_not_fit_is_given_up_on_the_first_batch():
+    setup = Setup.of("mlp_gelu")
+    batches = [(setup.case.x[:4], setup.case.y[:4])]
+    for expected, fits in ((8, True), (400, False)):
+        pass_ = CovariancePass(setup.plan, cache_bytes=10_000, num_examples=expected)
+        pass_.step(setup.module, batches[0], torch.arange(4), 0)
+        assert (pass_.cache is not None) == fits, expected
