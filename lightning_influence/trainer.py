@@ -77,8 +77,8 @@ def influence(
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
         layers: names or shell patterns of the layers to cover; all supported ones if None.
         factors: factors to use, or ``"refit"`` to fit them anew; by default the callback's, if it has any.
-        fisher: what factors are made of: ``"sampled"`` labels, ``"exact"`` or ``"empirical"``; None uses stored
-            factors of any kind, and sampled labels where they have to be fitted.
+        fisher: what factors are made of: ``"sampled"`` labels, ``"exact"`` or ``"empirical"``; None uses
+            stored factors of any kind, and sampled labels where they have to be fitted.
         memory_budget: bytes for the coarse space and for the subspaces of iterations.
         tolerance: relative residual above which ``"auto"`` iterates on a query, and at which its coarse
             space is large enough.
