@@ -34,7 +34,7 @@ def resolve_damping(
       is a decay of ``D w``, so ``lambda = metric (w + 1 / rate) / s``.
 
     ``"auto"`` for closed-form factors is 3% of the layer's mean eigenvalue: block-diagonal factors miss the
-    cross-layer terms that the run's damping relies on (digits MLP, exact Fisher: an LDS of .57 against .50).
+    cross-layer terms that the run's damping relies on.
     Where no run was recorded, a solver of the full system uses one number for all layers, the mean eigenvalue
     of a layer averaged over the layers. ``"heuristic"`` is a tenth of each layer's mean (Grosse et al. 2023).
 

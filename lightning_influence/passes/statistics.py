@@ -21,8 +21,8 @@ class CovariancePass:
     """Sums ``A`` and ``S`` over a loader; keeps gradients if they fit, so that Lambda needs no pass.
 
     With sampled labels the gradients for Lambda come from a second, independent draw: squares measured on the
-    draw that the basis was fitted to are too large along its leading vectors and too small elsewhere (on the
-    digits MLP that costs .08 of LDS). The second draw takes one more backward pass, and no forward pass.
+    draw that the basis was fitted to are too large along its leading vectors and too small elsewhere. The
+    second draw takes one more backward pass, and no forward pass.
 
     Args:
         plan: the covered layers.

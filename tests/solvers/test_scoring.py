@@ -189,3 +189,13 @@ def test_dense_scorer_works_in_the_precision_of_the_gradients(solutions):
         assert got.dtype == torch.float32
         assert error(got, expected) < 1e-5
     assert blocks["wide"].dtype == solutions  # the caller's own are left alone
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_dense_scores_taken_in_the_eigenbasis_are_those_taken_outside(monkeypatch, positions):
+    p = Problem(torch.float64)
+    train = p.train if positions == 1 else p.draw(B, positions)
+    monkeypatch.setattr(scoring, "_ROTATE_QUERIES", 1)
+    scorer = PreconditionedScorer(p.inverse, p.queries, tolerance=0)
+    assert scorer._bases
+    assert error(scorer(train), p.exact(p.inverse, None, train)) < 1e-12
