@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.attributions import Attributions
 from lightning_influence.factors.factors import fingerprint
-from lightning_influence.layers import find_layers
+from lightning_influence.layers import LayerPlan, find_layers
 from lightning_influence.measurements import ResolvedMeasurement, resolve_measurement
 from lightning_influence.methods import Context, Method, Notes, find_method
 from lightning_influence.methods.context import digest
@@ -130,7 +131,7 @@ class Engine:
     def _prepare(self, train: IndexedLoader) -> Method:
         """Return the method: find the layers, and run the method's query-independent passes."""
         module = self._runner.module
-        plan = find_layers(module, self._question.layers)
+        plan = self._plan(module)
         uncovered = plan.describe_uncovered()
         if uncovered is not None:
             self._notes.add(uncovered)
@@ -152,6 +153,15 @@ class Engine:
         method = find_method(self._question.method)(context)
         method.prepare()
         return method
+
+    def _plan(self, module: Any) -> LayerPlan:
+        """Return the covered layers, with what earlier calls found in order about the same model's loss."""
+        plan = find_layers(module, self._question.layers)
+        shapes = {name: layer.shape for name, layer in plan.layers.items()}
+        model = digest(type(module).__module__, type(module).__qualname__, shapes)
+        plan = replace(plan, verified=self._state.verified.setdefault(model, set()))
+        plan.verified.discard("measurement")  # may be another one
+        return plan
 
     def _queries(
         self, context: Context, measured: ResolvedMeasurement, loaders: list[IndexedLoader]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,7 @@ class InfluenceState:
         coarse_key: what the coarse space was built for; it is built again when this changes.
         factors_key: what factors from a pass were fitted for; they are fitted again when this changes. Empty
             for factors of a training run and for those that a user brings, which are used as they are.
+        verified: what passes of earlier calls have found in order, by model; not stored.
     """
 
     factors: Factors | None = None
@@ -33,6 +34,7 @@ class InfluenceState:
     coarse: CoarseSpace | None = None
     coarse_key: str = ""
     factors_key: str = ""
+    verified: dict[str, set[str]] = field(default_factory=dict, compare=False, repr=False)
 
     def stored_results(self, collected: Factors, limit: int = STORED_BYTES) -> dict[str, Any]:
         """What queries have computed, as tensors and primitives.

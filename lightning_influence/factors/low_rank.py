@@ -55,31 +55,69 @@ def low_rank(
     Returns:
         The factorisation, or None if ``max_rank`` terms are not enough.
     """
-    rows = _floored(row_energy.double())
-    columns = _floored(column_energy.double())
+    rows, columns = _floored(row_energy.double()), _floored(column_energy.double())
     scaled = rows[:, None] * weights.double() * columns
+    left, values, right = _leading(scaled, max_rank)
     total = float(scaled.square().sum())
-    generator = torch.Generator(device=weights.device).manual_seed(0)
-    size = min(max_rank + _OVERSAMPLE, *weights.shape)
+    errors = ((total - values.square().cumsum(0)).clamp_min(0) / total).sqrt()
+    good = (errors <= tolerance).nonzero()
+    if not len(good) or int(good[0]) + 1 > max_rank:
+        return None
+    rank = int(good[0]) + 1
+    return _unscaled(
+        left[:, :rank], values[:rank], right[:rank], rows, columns, float(errors[rank - 1]), weights.dtype
+    )
+
+
+def leading_terms(weights: Tensor, row_energy: Tensor, column_energy: Tensor, rank: int) -> LowRank:
+    """Return the leading ``rank`` terms of the factorisation of :func:`low_rank`, whatever their error.
+
+    Args:
+        weights: ``(D_out, D_in)``, positive.
+        row_energy: second moments of the output gradients, ``(D_out,)``.
+        column_energy: second moments of the inputs, ``(D_in,)``.
+        rank: number of terms, at most the smaller side.
+    """
+    # In the weights' own precision: the terms are checked against exact squares, not by their error here.
+    rows, columns = _floored(row_energy), _floored(column_energy)
+    rows, columns = rows / rows.mean(), columns / columns.mean()
+    scaled = rows[:, None] * weights * columns
+    left, values, right = _leading(scaled, rank)
+    left, values, right = left[:, :rank], values[:rank], right[:rank]
+    total = float(scaled.square().sum())
+    error = (max(total - float(values.square().sum()), 0.0) / total) ** 0.5
+    return _unscaled(left, values, right, rows, columns, error, weights.dtype)
+
+
+def _leading(scaled: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular triplets, a few more than ``rank``, from a random sketch."""
+    generator = torch.Generator(device=scaled.device).manual_seed(0)
+    size = min(rank + _OVERSAMPLE, *scaled.shape)
     sketch = torch.randn(
-        weights.shape[1], size, generator=generator, device=weights.device, dtype=scaled.dtype
+        scaled.shape[1], size, generator=generator, device=scaled.device, dtype=scaled.dtype
     )
     basis = torch.linalg.qr(scaled @ sketch).Q
     for _ in range(_POWER_STEPS):
         basis = torch.linalg.qr(scaled @ torch.linalg.qr(scaled.T @ basis).Q).Q
     left, values, right = torch.linalg.svd(basis.T @ scaled, full_matrices=False)
-    left = basis @ left
-    kept = values.square().cumsum(0)
-    errors = ((total - kept).clamp_min(0) / total).sqrt()
-    good = (errors <= tolerance).nonzero()
-    if not len(good) or int(good[0]) + 1 > max_rank:
-        return None
-    rank = int(good[0]) + 1
-    scale = values[:rank].sqrt()
+    return basis @ left, values, right
+
+
+def _unscaled(
+    left: Tensor,
+    values: Tensor,
+    right: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    error: float,
+    dtype: torch.dtype,
+) -> LowRank:
+    """Return terms of the weights from those of the scaled weights."""
+    scale = values.sqrt()
     return LowRank(
-        ((left[:, :rank] * scale) / rows[:, None]).T.to(weights.dtype).contiguous(),
-        ((right[:rank].T * scale) / columns[:, None]).T.to(weights.dtype).contiguous(),
-        float(errors[rank - 1]),
+        ((left * scale) / rows[:, None]).T.to(dtype).contiguous(),
+        ((right.T * scale) / columns[:, None]).T.to(dtype).contiguous(),
+        error,
     )
 
 

@@ -14,6 +14,7 @@ from lightning_influence.layers.layout import Layout
 from lightning_influence.methods.base import Gradients, Method, Solved, identity_inverse, register_method
 from lightning_influence.methods.fitting import fitted_diagonal, fitted_factors
 from lightning_influence.solvers.scoring import PreconditionedScorer
+from lightning_influence.solvers.squares import PreconditionedSquares
 
 
 class ClosedForm(Method):
@@ -34,8 +35,16 @@ class ClosedForm(Method):
         return self.inverse.apply(self.context.layout.dense(queries)[0]), None
 
     def quadratic(self) -> Callable[[Gradients], Tensor]:
-        """Return Weighted squares in the eigenbasis."""
-        return lambda gradients: self.inverse.quadratic(gradients)[0]
+        """Return weighted squares in the eigenbasis, with low-rank weights where they serve."""
+        squares = PreconditionedSquares(self.inverse, tolerance=self.context.options.low_rank_tolerance)
+
+        def quadratic(gradients: Gradients) -> Tensor:
+            values = squares(gradients)[0]
+            if squares.ranks:
+                self.context.extra["low_rank"] = squares.ranks
+            return values
+
+        return quadratic
 
 
 @register_method("identity")

@@ -151,7 +151,7 @@ class Context:
             return
         left_out = {f"{name}.*": (self.plan.layers[name].numel, why) for name in names}
         layers = {name: layer for name, layer in self.plan.layers.items() if name not in names}
-        plan = LayerPlan(layers, {**self.plan.uncovered, **left_out})
+        plan = LayerPlan(layers, {**self.plan.uncovered, **left_out}, self.plan.verified)
         share = sum(count for count, _ in left_out.values()) / sum(_all_counts(plan))
         if not layers:
             raise UnsupportedModelError(f"No layer is left to cover: {list(names)} {why}.")
