@@ -93,9 +93,7 @@ def _leading(scaled: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular triplets, a few more than ``rank``, from a random sketch."""
     generator = torch.Generator(device=scaled.device).manual_seed(0)
     size = min(rank + _OVERSAMPLE, *scaled.shape)
-    sketch = torch.randn(
-        scaled.shape[1], size, generator=generator, device=scaled.device, dtype=scaled.dtype
-    )
+    sketch = torch.randn(scaled.shape[1], size, generator=generator, device=scaled.device, dtype=scaled.dtype)
     basis = torch.linalg.qr(scaled @ sketch).Q
     for _ in range(_POWER_STEPS):
         basis = torch.linalg.qr(scaled @ torch.linalg.qr(scaled.T @ basis).Q).Q

@@ -78,8 +78,9 @@ class Recorder:
 
     def inputs(self, num_examples: int) -> dict[str, Tensor]:
         """Return inputs ``(G, B, R, D_in)`` of each layer that was called; calls are further positions."""
+        self._check_rows(num_examples)
         return {
-            name: _along_positions([self._input(name, x, num_examples) for x in calls.inputs])
+            name: _along_positions([self._layers[name].inputs(x, num_examples) for x in calls.inputs])
             for name, calls in self._calls.items()
             if calls.edges
         }
@@ -88,13 +89,16 @@ class Recorder:
         """Return the input of each layer's first call as the module saw it, in the order of the layers."""
         return {name: calls.inputs[0] for name, calls in self._calls.items() if calls.inputs}
 
-    def backward(self, outputs: Tensor, seed: Tensor | None, num_examples: int) -> dict[str, Tensor]:
-        """Output gradients ``(G, B, R, D_out)`` of each layer for one seed; the graph is kept.
+    def backward(
+        self, outputs: Tensor, seed: Tensor | None, num_examples: int, *, keep_graph: bool = True
+    ) -> dict[str, Tensor]:
+        """Output gradients ``(G, B, R, D_out)`` of each layer for one seed.
 
         Args:
             outputs: a tensor of the recorded forward pass.
             seed: gradient of a scalar in ``outputs``, of its shape; None for a scalar ``outputs``.
             num_examples: ``B``.
+            keep_graph: whether further backward passes follow.
 
         Returns:
             The output gradients by layer; zero for a layer that ``outputs`` does not depend on.
@@ -105,7 +109,7 @@ class Recorder:
             outputs,
             edges,
             None if seed is None else seed.to(outputs.dtype),
-            retain_graph=True,
+            retain_graph=keep_graph,
             allow_unused=True,
         )
         result, start = {}, 0
@@ -120,15 +124,31 @@ class Recorder:
         return result
 
     def gradients(
-        self, outputs: Tensor, seeds: list[Tensor | None], num_examples: int
+        self, outputs: Tensor, seeds: list[Tensor | None], num_examples: int, *, keep_graph: bool = True
     ) -> dict[str, FactoredGradients]:
-        """Return per-example gradients of each layer, ``K = len(seeds)``, in factored form."""
-        inputs = self.inputs(num_examples)
-        passes = [self.backward(outputs, seed, num_examples) for seed in seeds]
-        return {
-            name: FactoredGradients(abar, torch.stack([grads[name] for grads in passes]))
-            for name, abar in inputs.items()
-        }
+        """Per-example gradients of each layer in factored form.
+
+        Args:
+            outputs: a tensor of the recorded forward pass.
+            seeds: of one backward pass each, see :meth:`backward`.
+            num_examples: ``B``.
+            keep_graph: whether further backward passes follow; without, the graph is freed on the way.
+
+        Returns:
+            Gradients by layer, ``K = len(seeds)``.
+        """
+        self._check_rows(num_examples)
+        last = len(seeds) - 1
+        passes = [
+            self.backward(outputs, seed, num_examples, keep_graph=keep_graph or number < last)
+            for number, seed in enumerate(seeds)
+        ]
+        inputs = self.inputs(num_examples)  # after the graph is gone
+        result = {}
+        for name, abar in inputs.items():
+            parts = [grads.pop(name) for grads in passes]
+            result[name] = FactoredGradients(abar, parts[0][None] if len(parts) == 1 else torch.stack(parts))
+        return result
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -140,14 +160,17 @@ class Recorder:
 
         return hook
 
-    def _input(self, name: str, x: Tensor, num_examples: int) -> Tensor:
-        if x.shape[0] % num_examples:
-            raise UnsupportedModelError(
-                f"Layer {name!r} was called with a tensor of shape {tuple(x.shape)} in a batch of "
-                f"{num_examples} examples. Its first dimension must be the examples (or examples times "
-                "positions): move the batch to the front, or leave this layer out with `layers=`."
-            )
-        return self._layers[name].inputs(x, num_examples)
+    def _check_rows(self, num_examples: int) -> None:
+        """Refuse inputs whose rows are no multiple of the examples."""
+        for name, calls in self._calls.items():
+            for x in calls.inputs:
+                if x.shape[0] % num_examples:
+                    raise UnsupportedModelError(
+                        f"Layer {name!r} was called with a tensor of shape {tuple(x.shape)} in a batch of "
+                        f"{num_examples} examples. Its first dimension must be the examples (or examples "
+                        "times positions): move the batch to the front, or leave this layer out with "
+                        "`layers=`."
+                    )
 
     def _fill(self, name: str, parts: list[Tensor | None], num_examples: int) -> Tensor:
         """Return zeros for calls that the outputs do not depend on, then all calls along the positions."""

@@ -48,15 +48,23 @@ class Captured:
         assert self.values is not None
         return self.values
 
-    def loss_gradients(self) -> dict[str, FactoredGradients]:
-        """Return gradients of the per-example losses (before division by the mean weight), ``K = 1``."""
-        if self.loss is None:
-            return self.gradients_of(self.per_example())
-        return self.recorder.gradients(self.loss.outputs, [self.loss.gradient()], self.num_examples)
+    def loss_gradients(self, *, keep_graph: bool = True) -> dict[str, FactoredGradients]:
+        """Gradients of the per-example losses, before division by the mean weight.
 
-    def gradients_of(self, values: Tensor) -> dict[str, FactoredGradients]:
+        Args:
+            keep_graph: whether further gradients are wanted from this forward pass.
+
+        Returns:
+            Gradients by layer, ``K = 1``.
+        """
+        if self.loss is None:
+            return self.gradients_of(self.per_example(), keep_graph=keep_graph)
+        seeds: list[Tensor | None] = [self.loss.gradient()]
+        return self.recorder.gradients(self.loss.outputs, seeds, self.num_examples, keep_graph=keep_graph)
+
+    def gradients_of(self, values: Tensor, *, keep_graph: bool = True) -> dict[str, FactoredGradients]:
         """Return gradients of any per-example values ``(B,)`` computed from this forward pass, ``K = 1``."""
-        return self.recorder.gradients(values.sum(), [None], self.num_examples)
+        return self.recorder.gradients(values.sum(), [None], self.num_examples, keep_graph=keep_graph)
 
     def curvature_gradients(
         self, fisher: Fisher, generator: torch.Generator | None = None, draws: int = 1

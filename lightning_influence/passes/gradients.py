@@ -49,7 +49,10 @@ class GradientPass:
         """
         captured = self.forward(module, batch, len(indices), self._measure)
         values = captured.per_example()
-        gradients = captured.loss_gradients() if self._measure is None else captured.gradients_of(values)
+        if self._measure is None:
+            gradients = captured.loss_gradients(keep_graph=False)
+        else:
+            gradients = captured.gradients_of(values, keep_graph=False)
         if not bool(torch.isfinite(values).all()):
             bad = indices[~torch.isfinite(values).cpu()].tolist()
             raise NonFiniteError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import NonFiniteError
-from lightning_influence.layers import LayerPlan
+from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.layers.gradients import LayerGradients
 from lightning_influence.passes.forward import Forward
 
@@ -71,12 +71,12 @@ class ScorePass:
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
-        captured = self.forward(module, batch, len(indices))
-        scores = self._scorer(captured.loss_gradients())
+        gradients, weight = _loss_gradients(self.forward, module, batch, len(indices))
+        scores = self._scorer(gradients)
         refuse_non_finite(scores, indices)
         self._sink.update(scores, indices)
         self.examples += len(indices)
-        self.weight += float(captured.weights.sum())
+        self.weight += weight
 
     @property
     def mean_weight(self) -> float:
@@ -104,18 +104,27 @@ class SelfInfluencePass:
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
-        captured = self.forward(module, batch, len(indices))
-        values = self._quadratic(captured.loss_gradients())
+        gradients, weight = _loss_gradients(self.forward, module, batch, len(indices))
+        values = self._quadratic(gradients)
         refuse_non_finite(values, indices)
         self.values.append(values.detach().cpu())
         self.indices.append(indices.cpu())
         self.examples += len(indices)
-        self.weight += float(captured.weights.sum())
+        self.weight += weight
 
     @property
     def mean_weight(self) -> float:
         """``wbar`` over the training data."""
         return self.weight / self.examples if self.weight > 0 else 1.0
+
+
+def _loss_gradients(
+    forward: Forward, module: Any, batch: Any, num_examples: int
+) -> tuple[dict[str, FactoredGradients], float]:
+    """Return the gradients and the summed loss weight of a batch, without its graph, which is large."""
+    captured = forward(module, batch, num_examples)
+    weight = float(captured.weights.sum())
+    return captured.loss_gradients(keep_graph=False), weight
 
 
 def refuse_non_finite(scores: Tensor, indices: Tensor) -> None:

@@ -75,7 +75,7 @@ class PreconditionedScorer:
         correction: Correction | None = None,
         tolerance: float = 1e-3,
     ) -> None:
-        self._inverse, self._queries, self._correction = inverse, queries, correction
+        self._inverse, self._queries, self._correction = inverse, dict(queries), correction
         self._tolerance = tolerance
         self.ranks: dict[str, int] = {}
         self._dense: dict[str, Tensor] = {}
@@ -84,7 +84,7 @@ class PreconditionedScorer:
         self._checked = tolerance <= 0
         directions = None if correction is None else inverse.layout.split(correction.directions)
         self._directions = directions
-        for name in queries if correction is None else inverse.layers:
+        for name in list(queries if correction is None else inverse.layers):
             if not self._try_low_rank(name, tolerance):
                 self._go_dense(name)
 
@@ -179,10 +179,11 @@ class PreconditionedScorer:
                 self._go_dense(worst)
 
     def _go_dense(self, name: str) -> None:
-        """Give up the low-rank route of a layer."""
+        """Give up the low-rank route of a layer; its queries are not needed again."""
         self._thin.pop(name, None)
         self.ranks.pop(name, None)
         self._dense[name] = self._weigh(name) if self._stays_rotated(name) else self._solve(name)
+        self._queries.pop(name, None)
 
     def _stays_rotated(self, name: str) -> bool:
         """Return whether a layer's dense scores are taken in the eigenbasis.
@@ -208,6 +209,8 @@ class PreconditionedScorer:
 
     def _exact(self, name: str, layer: LayerGradients) -> Tensor:
         """Return one layer's exact scores of the first queries."""
+        if name in self._dense:
+            return self._rotated(name, layer).dot(self._dense[name][:_CHECK_QUERIES])[0].T
         return layer.dot(self._solve(name, slice(0, _CHECK_QUERIES)))[0].T
 
     def _approximate(self, name: str, layer: LayerGradients) -> Tensor:
