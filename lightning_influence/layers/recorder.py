@@ -161,7 +161,11 @@ class Recorder:
         return hook
 
     def _check_rows(self, num_examples: int) -> None:
-        """Refuse inputs whose rows are no multiple of the examples."""
+        """Refuse inputs whose rows are no multiple of the examples.
+
+        Raises:
+            UnsupportedModelError: naming the layer.
+        """
         for name, calls in self._calls.items():
             for x in calls.inputs:
                 if x.shape[0] % num_examples:
