@@ -59,9 +59,9 @@ def cnn(classes: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def tokens(classes: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """Eight tokens an example."""
+    """Four tokens an example."""
     network = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, classes))
-    return network, torch.randn(16, 8, 32), torch.randint(classes, (16, 8))
+    return network, torch.randn(16, 4, 32), torch.randint(classes, (16, 4))
 
 
 def seconds(plan: LayerPlan, module: Classifier, batch: tuple[Tensor, Tensor], count: int) -> float:

@@ -81,7 +81,7 @@ class BlockProductPass(CurvatureProductPass):
         for name, vectors in self.layout.split(self.vectors).items():
             end = start + self.layout.numels[name]
             if name in gradients:
-                total = self._sum[:, start:end].view(-1, *self.layout.shapes[name])
+                total = self._sum[:, start:end].view(len(vectors), *self.layout.shapes[name])
                 for part in self._parts(name):
                     own = torch.zeros_like(vectors)
                     own[..., part] = vectors[..., part]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_influence.curvature import differentiation
+from lightning_influence.curvature.blocks import BlockProductPass
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass, DenseCurvaturePass
 from lightning_influence.curvature.hessian import DenseHessianPass, HessianProductPass
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
@@ -102,7 +103,7 @@ def test_a_process_without_examples_adds_nothing():
 def test_no_vectors():
     setup = Setup.of("mlp_mse")
     none = torch.zeros(0, setup.layout.numel, dtype=torch.float64)
-    for make in (HessianProductPass, CurvatureProductPass):
+    for make in (HessianProductPass, CurvatureProductPass, BlockProductPass):
         assert setup.run(make(setup.plan, none)).result().shape == none.shape
 
 
