@@ -146,12 +146,19 @@ def measure_spectrum(
     for name, (value, lowest) in least.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
             raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {lowest}.")
+    passes = 0
+
+    def counted(vectors: Tensor) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return product(vectors)
+
     start = random_vectors(probes, numel, 2 * seed, kind="normal", dtype=dtype, device=device)
-    ritz = block_lanczos(product, start, steps)
-    traces, passes = ritz.inside, -(-len(ritz.basis) // probes)
+    ritz = block_lanczos(counted, start, steps)
+    traces = ritz.inside
     if len(ritz.basis) < numel:
         fresh = random_vectors(probes, numel, 2 * seed + 1, dtype=dtype, device=device)
-        traces, passes = deflated(product, ritz.basis, traces, fresh), passes + 1
+        traces = deflated(counted, ritz.basis, traces, fresh)
     norm = ritz.norm()
     squared = Estimate(norm.value**2, None if norm.error is None else 2 * norm.value * norm.error)
     return Spectrum(

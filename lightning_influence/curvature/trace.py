@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from lightning_influence.curvature.estimates import (
     Estimate,
     Product,
-    mean_of,
     orthonormal_rows,
     random_vectors,
 )
@@ -21,8 +21,8 @@ class Traces:
     """``Tr(H)`` and ``Tr(H^2)``.
 
     Attributes:
-        trace: ``Tr(H)``.
-        square: ``Tr(H^2)``, the squared Frobenius norm.
+        trace: ``Tr(H)``, with (a bound on) its standard error.
+        square: ``Tr(H^2)``, the squared Frobenius norm, likewise.
     """
 
     trace: Estimate
@@ -32,19 +32,23 @@ class Traces:
 def hutchinson(product: Product, probes: Tensor) -> Traces:
     """Average ``z^T H z`` and ``||H z||^2`` over random vectors (Hutchinson 1990).
 
-    The relative standard error of the trace of a positive matrix is at most ``sqrt(2 / V)``.
+    The variance of ``z^T H z`` is at most ``2 ||H||_F^2`` and that of ``||H z||^2`` at most
+    ``2 ||H^2||_F^2``, which is at most ``2 Tr(H^2)^2``, for normal ``z`` and less for signs. The errors are
+    these bounds with the estimate of ``Tr(H^2)`` put in: the samples' own spread says little while they are
+    few.
 
     Args:
         product: ``H``.
         probes: ``z``, ``(V, P)``, independent with ``E[z z^T] = I``.
 
     Returns:
-        Unbiased estimates with their standard errors, from one call of the product.
+        Unbiased estimates with bounds on their standard errors, from one call of the product.
     """
-    products = product(probes)
-    return Traces(
-        mean_of((probes.double() * products.double()).sum(1)), mean_of(products.double().square().sum(1))
-    )
+    products = product(probes).double()
+    square = float(products.square().sum(1).mean())
+    trace = float((probes.double() * products).sum(1).mean())
+    share = math.sqrt(2 / len(probes))
+    return Traces(Estimate(trace, share * math.sqrt(square)), Estimate(square, share * square))
 
 
 def hutch_pp(
@@ -70,7 +74,7 @@ def hutch_pp(
         device: where they are.
 
     Returns:
-        Unbiased estimates with the standard errors of their random part, from three calls of the product.
+        Unbiased estimates with bounds on their standard errors, from three calls of the product.
 
     Raises:
         ValueError: if there are fewer than 6 products.

@@ -34,12 +34,12 @@ def eigenvalues(name, curvature):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_models(name, curvature):
     truth = eigenvalues(name, curvature)
-    found = ask(name, curvature, probes=4, steps=5)
+    found = ask(name, curvature, probes=8, steps=5)
     assert found.numel == len(truth)
-    assert found.passes == 6
+    assert found.passes <= 6  # fewer for a matrix of low rank
     for own, value in zip(found.eigenvalues[:3], truth, strict=False):
         assert -1e-12 <= float(value) - own.value <= own.error + 1e-12
-        assert own.error < 0.2 * float(value)
+        assert own.error < 0.25 * float(value)
     assert abs(found.trace.value - float(truth.sum())) <= 5 * found.trace.error + 1e-9
     assert abs(found.square_trace.value - float(truth.square().sum())) <= 5 * found.square_trace.error + 1e-9
     assert found.smallest.value >= float(truth[-1]) - 1e-12
