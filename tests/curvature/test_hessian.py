@@ -196,9 +196,20 @@ def by_finite_differences(module, x, y, vectors, plan):
     return torch.stack(result)
 
 
+def flags():
+    backends = torch.backends
+    return (
+        backends.mkldnn.enabled,
+        backends.mkldnn.allow_tf32,
+        backends.cudnn.enabled,
+        torch.backends.cuda.flash_sdp_enabled(),
+    )
+
+
 @pytest.mark.parametrize("body", [Attention, lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.GRU)])
 def test_fused_kernels_are_replaced(body):
     torch.manual_seed(0)
+    before = flags()
     layer = body()
     module = mute(Step(layer, 8 if isinstance(layer, Attention) else 4).double())
     plan = find_layers(module)
@@ -207,6 +218,7 @@ def test_fused_kernels_are_replaced(body):
     got = run(HessianProductPass(plan, vectors), module, [(x[:4], y[:4]), (x[4:], y[4:])]).result()
     expected = by_finite_differences(module, x, y, vectors, plan)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+    assert flags() == before
 
 
 class _Once(torch.autograd.Function):
