@@ -50,6 +50,7 @@ def influence(
     log: bool = True,
     name: str = "influence",
     labels: Labels | None = None,
+    **further: Any,
 ) -> Attributions:
     """Attribute a model's behaviour on queries to its training examples.
 
@@ -66,8 +67,8 @@ def influence(
         query_dataloaders: one or several loaders, or ready-made batches; by default those of the datamodule
             or module.
         datamodule: where loaders come from if they are not given.
-        method: ``"auto"`` (two-level EK-FAC), ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"`` or
-            ``"exact"``.
+        method: ``"auto"`` (two-level EK-FAC), ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"``, or
+            for small models ``"hessian"``, ``"exact"`` (Gauss-Newton) or ``"block_ggn"``.
         damping: ``"auto"`` (from the recorded training run), ``"heuristic"`` (a tenth of a layer's mean
             eigenvalue), or a number.
         measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or
@@ -78,7 +79,8 @@ def influence(
         layers: names or shell patterns of the layers to cover; all supported ones if None.
         factors: factors to use, or ``"refit"`` to fit them anew; by default the callback's, if it has any.
         fisher: what factors are made of: ``"sampled"`` labels, ``"exact"`` or ``"empirical"``; None uses
-            stored factors of any kind, and sampled labels where they have to be fitted.
+            stored factors of any kind, sampled labels where they have to be fitted, and the exact matrix in
+            ``"exact"`` and ``"block_ggn"``.
         memory_budget: bytes for the coarse space and for the subspaces of iterations.
         tolerance: relative residual above which ``"auto"`` iterates on a query, and at which its coarse
             space is large enough.
@@ -89,6 +91,8 @@ def influence(
         log: whether to log the answer to the Trainer's loggers, and to files in its log directory.
         name: prefix of what is logged, and name of the folder of files.
         labels: texts to show beside the indices.
+        **further: further fields of :class:`~lightning_influence.methods.Options`, such as ``blocks`` and
+            ``negative_curvature``.
 
     Returns:
         The attributions, with the certificate of how they were computed in ``diagnostics``.
@@ -106,6 +110,7 @@ def influence(
         low_rank_tolerance=low_rank_tolerance,
         curvature_examples=curvature_examples,
         seed=seed,
+        **further,
     )
     question = Question(method, measurement, top_k, layers, options)
     session = _Session(trainer, model, datamodule, ckpt_path, factors)
@@ -138,6 +143,7 @@ def self_influence(
     log: bool = True,
     name: str = "self_influence",
     labels: Labels | None = None,
+    **further: Any,
 ) -> SelfInfluence:
     """Influence of every training example on its own loss: high for rare and mislabelled ones.
 
@@ -159,6 +165,7 @@ def self_influence(
         log: as in :func:`influence`.
         name: as in :func:`influence`.
         labels: texts to show beside the indices.
+        **further: as in :func:`influence`.
 
     Returns:
         One score a training example: the predicted rise of its loss when it is removed.
@@ -173,6 +180,7 @@ def self_influence(
         memory_budget=memory_budget,
         curvature_examples=curvature_examples,
         seed=seed,
+        **further,
     )
     question = Question(method, layers=layers, options=options)
     session = _Session(trainer, model, datamodule, ckpt_path, factors)

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_influence.curvature.blocks import Blocks
 from lightning_influence.passes.captured import Fisher
+from lightning_influence.solvers.definite import NegativeCurvature
 
 Damping = float | Literal["auto", "heuristic"]
 
@@ -28,6 +30,8 @@ class Options:
     curvature_examples: int = 4096
     max_parameters: int = 8192
     seed: int = 0
+    blocks: Blocks = "layer"
+    negative_curvature: NegativeCurvature = "absolute"
 
     @property
     def fitted_fisher(self) -> Fisher:
@@ -43,6 +47,10 @@ class Options:
         if self.fisher is not None and self.fisher not in get_args(Fisher):
             names = ", ".join(repr(name) for name in get_args(Fisher))
             raise ValueError(f"Got fisher={self.fisher!r}; accepted are {names}.")
+        for name, accepted in {"blocks": Blocks, "negative_curvature": NegativeCurvature}.items():
+            if getattr(self, name) not in get_args(accepted):
+                names = ", ".join(repr(value) for value in get_args(accepted))
+                raise ValueError(f"Got {name}={getattr(self, name)!r}; accepted are {names}.")
         least = {"memory_budget": 1, "max_steps": 0, "curvature_examples": 1, "max_parameters": 1, "seed": 0}
         for name, lowest in least.items():
             value = getattr(self, name)
