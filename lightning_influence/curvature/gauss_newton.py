@@ -8,100 +8,88 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.errors import NonFiniteError
+from lightning_influence.curvature.base import AveragingPass
+from lightning_influence.curvature.differentiation import add_gauss_newton_products, differentiable_twice
 from lightning_influence.layers import FactoredGradients, LayerPlan
-from lightning_influence.layers.layout import Layout
-from lightning_influence.passes.captured import Captured, Fisher
-from lightning_influence.passes.forward import Forward
+from lightning_influence.passes.captured import MAX_COLUMNS, Captured, Fisher
 from lightning_influence.passes.statistics import label_generator
 
 # Largest block of dense gradients formed at once.
 _DENSE_BYTES = 2**28
+# Columns a vector from which on products through autograd take less time than backward passes.
+_COLUMNS_A_VECTOR = 4
 
 
-class _CurvaturePass:
-    """What both passes share: exact columns while there are few of them, sampled labels beyond.
+class CurvaturePass(AveragingPass):
+    """What passes over curvature gradients share: which ones, and counting.
 
     Args:
         plan: the covered layers.
-        max_columns: largest ``K`` for which every column of the output curvature is used.
-        draws: sampled labels per example when there are more columns than that.
+        fisher: which curvature gradients to use; None for exact columns while there are few of them, and
+            sampled labels beyond.
+        max_columns: largest ``K`` for which every column of the output curvature is used, if ``fisher`` is
+            None.
+        draws: sampled labels per example.
         seed: seed of the sampled labels.
+
+    Attributes:
+        columns: ``K`` of the last batch; None if the outputs are unknown.
+        estimated: whether the result is an estimate, from sampled or training labels.
     """
 
-    def __init__(self, plan: LayerPlan, *, max_columns: int = 64, draws: int = 16, seed: int = 0) -> None:
-        self.layout = Layout.of(plan.layers)
-        self.examples = 0
+    def __init__(
+        self,
+        plan: LayerPlan,
+        *,
+        fisher: Fisher | None = None,
+        max_columns: int = 64,
+        draws: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(plan)
         self.columns: int | None = None
         self.estimated = False
-        self._weight = 0.0
-        self.forward = Forward(plan)
+        self._fisher = fisher
         self._max_columns, self._draws, self._seed = max_columns, draws, seed
         self._batches = 0
 
-    @property
-    def normaliser(self) -> float:
-        """What the summed outer products are to be divided by: examples times their mean weight."""
-        return self._weight if self._weight > 0 else float(max(self.examples, 1))
-
-    def _total(self, sums: Tensor, all_reduce_sum: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Average over the examples, of all processes if their sum is given.
-
-        Returns:
-            The average.
-
-        Raises:
-            NonFiniteError: if an entry is NaN or infinite: one bad batch spoils the sum.
-        """
-        if all_reduce_sum is not None:
-            sums = all_reduce_sum(sums)
-            counts = all_reduce_sum(torch.tensor([float(self.examples), self._weight], dtype=torch.float64))
-            self.examples, self._weight = int(counts[0]), float(counts[1])
-        if not bool(torch.isfinite(sums.sum())):
-            raise NonFiniteError(
-                "The curvature of the training loss is not finite. Check the training examples and the "
-                "model's weights for NaN or infinity."
-            )
-        return sums / self.normaliser
-
-    def _gradients(self, module: Any, batch: Any, num_examples: int) -> dict[str, FactoredGradients]:
-        """Return curvature gradients of one batch, counted."""
-        captured = self.forward(module, batch, num_examples)
+    def _gradients(self, captured: Captured) -> dict[str, FactoredGradients]:
+        """Return curvature gradients of one batch."""
         fisher = self._choose(captured)
         generator = None
         if captured.loss is not None and fisher == "sampled":
             generator = label_generator(self._seed, self._batches, captured.loss.outputs.device)
-        gradients = captured.curvature_gradients(fisher, generator, self._draws)
         self._batches += 1
-        self.examples += num_examples
-        self._weight += float(captured.weights.sum())
-        return gradients
+        self.estimated |= fisher != "exact"
+        return captured.curvature_gradients(fisher, generator, self._draws)
 
     def _choose(self, captured: Captured) -> Fisher:
         if captured.loss is None:
-            self.estimated = True
             return "empirical"
         self.columns = captured.loss.num_columns
-        if self.columns <= self._max_columns:
-            return "exact"
-        self.estimated = True
-        return "sampled"
+        if self._fisher is not None:
+            return self._fisher
+        return "exact" if self.columns <= self._max_columns else "sampled"
 
 
-class CurvatureProductPass(_CurvaturePass):
+class CurvatureProductPass(CurvaturePass):
     """``G V`` for flat vectors ``V``, in one pass whatever their number.
 
-    A column costs one product of the layer inputs with the vectors and one back, about ``4 P`` operations a
-    vector and example, independent of the number of outputs (Jacobian products through recorded factors, not
-    through autograd).
+    There are two exact ways. By *columns*: one backward pass for each of the ``K`` columns of the output
+    curvature, whose recorded factors are contracted with the vectors, which costs about ``4 P`` operations a
+    vector and example however many columns there are. By *autograd*: two batched backward passes a vector
+    (Schraudolph 2002), however many columns. Without an explicit choice of ``fisher``, columns are used while
+    there are few of them and labels are sampled beyond; with ``fisher="exact"`` the cheaper exact way is
+    used.
 
     Args:
         plan: the covered layers.
         vectors: ``(V, P)``.
         description: label of the progress bar.
-        max_columns: see :class:`_CurvaturePass`.
-        draws: see :class:`_CurvaturePass`.
-        seed: see :class:`_CurvaturePass`.
+        fisher: see :class:`CurvaturePass`.
+        max_columns: see :class:`CurvaturePass`.
+        draws: see :class:`CurvaturePass`.
+        seed: see :class:`CurvaturePass`.
     """
 
     def __init__(
@@ -110,45 +98,82 @@ class CurvatureProductPass(_CurvaturePass):
         vectors: Tensor,
         *,
         description: str = "Influence: curvature products",
+        fisher: Fisher | None = None,
         max_columns: int = 64,
         draws: int = 16,
         seed: int = 0,
     ) -> None:
-        super().__init__(plan, max_columns=max_columns, draws=draws, seed=seed)
+        super().__init__(plan, fisher=fisher, max_columns=max_columns, draws=draws, seed=seed)
         self.description = description
         self.vectors = vectors
+        self._plan = plan
         self._sum = torch.zeros_like(vectors)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        gradients = self._gradients(module, batch, len(indices))
+        if self._fisher != "exact":
+            self._add_by_columns(self._capture(module, batch, len(indices)))
+            return
+        with differentiable_twice(module):
+            captured = self._capture(module, batch, len(indices))
+            if self._autograd_is_cheaper(captured):
+                add_gauss_newton_products(self._sum, self._plan, captured, self.vectors)
+            else:
+                self._add_by_columns(captured)
+
+    def _add_by_columns(self, captured: Captured) -> None:
+        gradients = self._gradients(captured)
         products = self.layout.dot(gradients, self.vectors)
         self.layout.add_combination(self._sum, gradients, products)
 
-    def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Return ``G V``, ``(V, P)``: an average over the examples, of all processes if given their sum."""
-        return self._total(self._sum, all_reduce_sum)
+    def _autograd_is_cheaper(self, captured: Captured) -> bool:
+        if captured.loss is None:  # the outputs are unknown
+            return False
+        self.columns = captured.loss.num_columns
+        return self.columns > min(MAX_COLUMNS, _COLUMNS_A_VECTOR * len(self.vectors))
+
+    def result(
+        self,
+        all_reduce_sum: Callable[[Tensor], Tensor] | None = None,
+        mean_weight: float | None = None,
+    ) -> Tensor:
+        """Return ``G V``, ``(V, P)``: an average over the examples, of all processes if given their sum.
+
+        Args:
+            all_reduce_sum: sums a tensor over the processes.
+            mean_weight: mean loss weight of an example; that of the examples seen if None.
+        """
+        return self._total(self._sum, all_reduce_sum, mean_weight)
 
 
-class DenseCurvaturePass(_CurvaturePass):
+class DenseCurvaturePass(CurvaturePass):
     """The Gauss-Newton matrix ``(P, P)`` in float64, for small models.
 
     Args:
         plan: the covered layers.
-        max_columns: see :class:`_CurvaturePass`; every column is used by default.
-        draws: see :class:`_CurvaturePass`.
-        seed: see :class:`_CurvaturePass`.
+        fisher: see :class:`CurvaturePass`.
+        max_columns: see :class:`CurvaturePass`; every column is used by default.
+        draws: see :class:`CurvaturePass`.
+        seed: see :class:`CurvaturePass`.
     """
 
     description = "Influence: dense curvature"
 
-    def __init__(self, plan: LayerPlan, *, max_columns: int = 2**31, draws: int = 16, seed: int = 0) -> None:
-        super().__init__(plan, max_columns=max_columns, draws=draws, seed=seed)
+    def __init__(
+        self,
+        plan: LayerPlan,
+        *,
+        fisher: Fisher | None = None,
+        max_columns: int = 2**31,
+        draws: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(plan, fisher=fisher, max_columns=max_columns, draws=draws, seed=seed)
         self._sum: Tensor | None = None
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        gradients = self._gradients(module, batch, len(indices))
+        gradients = self._gradients(self._capture(module, batch, len(indices)))
         seeds = max(layer.outputs.shape[0] for layer in gradients.values())
         step = max(1, _DENSE_BYTES // (8 * len(indices) * self.layout.numel))
         for start in range(0, seeds, step):

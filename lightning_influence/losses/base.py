@@ -76,6 +76,24 @@ class OutputLoss(ABC):
         example: outer products *between* examples mean nothing.
         """
 
+    def curvature_products(self, tangents: Tensor) -> Tensor:
+        """Products of the output Hessian of ``per_example()`` with tangents, example by example.
+
+        Args:
+            tangents: ``(V, *outputs.shape)``.
+
+        Returns:
+            The products, of the same shape, in the working dtype. Losses with a closed form override this
+            sum over all columns.
+        """
+        tangents = working(tangents)
+        flat = tangents.reshape(len(tangents), self.num_examples, -1)
+        total = torch.zeros_like(flat)
+        for column in self.columns():
+            seed = column.reshape(self.num_examples, -1)
+            total += seed * (flat * seed).sum(-1, keepdim=True)
+        return total.reshape(tangents.shape)
+
     @abstractmethod
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """One random seed ``s``, ``E[s s^T]`` being the Hessian: the gradient at labels the model draws."""

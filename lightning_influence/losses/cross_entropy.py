@@ -81,6 +81,15 @@ class CrossEntropyLoss(OutputLoss):
                 seed[:, t, c] += root[:, t, c]
                 yield self._to_outputs(seed)
 
+    def curvature_products(self, tangents: Tensor) -> Tensor:
+        """Return ``s p (t - p^T t)`` at each position, for tangents ``t (V, *outputs.shape)``."""
+        p, mass = self._softmax(), self._mass()
+        rows = working(tangents).movedim(2, -1)
+        shape = rows.shape
+        rows = rows.reshape(len(tangents), *p.shape)
+        products = mass * p * (rows - (p * rows).sum(-1, keepdim=True))
+        return products.reshape(shape).movedim(-1, 2)
+
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Return one random seed: ``sqrt(s) (p - onehot(y))``, labels drawn from ``p`` at each position."""
         p = self._softmax()

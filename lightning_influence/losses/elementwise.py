@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence.losses.base import OutputLoss
+from lightning_influence.losses.base import OutputLoss, working
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,10 @@ class ElementwiseLoss(OutputLoss):
             seed = torch.zeros_like(root)
             seed[:, k] = root[:, k]
             yield seed.reshape(self.outputs.shape)
+
+    def curvature_products(self, tangents: Tensor) -> Tensor:
+        """Return the diagonal curvature times tangents ``(V, *outputs.shape)``."""
+        return working(tangents) * self.curvature()
 
     @property
     def unit(self) -> float:

@@ -69,6 +69,10 @@ class ScaledLoss(OutputLoss):
         for seed in self.inner.columns():
             yield seed * math.sqrt(self.factor)
 
+    def curvature_products(self, tangents: Tensor) -> Tensor:
+        """Return the inner loss's products, times the factor."""
+        return self.inner.curvature_products(tangents) * self.factor
+
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Return one random seed of the inner loss, times the square root of the factor."""
         seed = self.inner.sample(generator)

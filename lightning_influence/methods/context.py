@@ -6,10 +6,9 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lightning_influence.errors import InfluenceWarning, UnsupportedModelError
 from lightning_influence.factors.damping import resolve_damping
@@ -17,51 +16,9 @@ from lightning_influence.factors.factors import Factors
 from lightning_influence.layers import LayerPlan
 from lightning_influence.layers.layout import Layout
 from lightning_influence.methods.options import Options
+from lightning_influence.passes.protocols import Loader as Loader
+from lightning_influence.passes.protocols import Passes as Passes
 from lightning_influence.state import InfluenceState
-
-
-class Loader(Protocol):
-    """Training examples that can be subsampled."""
-
-    @property
-    def indices(self) -> Tensor:
-        """Dataset indices in the order of visiting, ``(N,)``."""
-        ...
-
-    @property
-    def num_examples(self) -> int:
-        """``N``."""
-        ...
-
-    def sample(self, count: int, seed: int) -> Loader:
-        """About ``count`` examples drawn at random, the same for the same seed."""
-        ...
-
-
-class Passes(Protocol):
-    """Runs passes over loaders, on one process or several."""
-
-    @property
-    def module(self) -> Any:
-        """The user's module."""
-        ...
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes that share a pass."""
-        ...
-
-    def run(self, one_pass: Any, dataloaders: Any) -> Any:
-        """Run one pass."""
-        ...
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes, in place."""
-        ...
-
-    def all_gather_cat(self, tensor: Tensor) -> Tensor:
-        """All processes' tensors joined along the first dimension."""
-        ...
 
 
 class Notes:

@@ -41,8 +41,19 @@ def check_against_torch(loss: OutputLoss, function: Callable[[Tensor], Tensor]) 
     torch.testing.assert_close(share * loss.gradient(), torch.func.grad(function)(outputs), **TIGHT)
     hessian = torch.func.hessian(function)(outputs)
     torch.testing.assert_close(share * curvature(loss), blocks(hessian, loss.num_examples), **TIGHT)
+    check_products(loss)
     (through_values,) = torch.autograd.grad(loss.per_example().sum(), loss.outputs)
     torch.testing.assert_close(through_values, loss.gradient(), **TIGHT)
+
+
+def check_products(loss: OutputLoss) -> None:
+    """The output Hessian times two tangents: the loss's own way, and the one by columns."""
+    generator = torch.Generator().manual_seed(0)
+    tangents = torch.randn(2, *loss.outputs.shape, dtype=torch.float64, generator=generator)
+    flat = tangents.reshape(2, loss.num_examples, -1)
+    expected = torch.einsum("nij,vnj->vni", curvature(loss), flat).reshape(tangents.shape)
+    torch.testing.assert_close(loss.curvature_products(tangents), expected, **TIGHT)
+    torch.testing.assert_close(OutputLoss.curvature_products(loss, tangents), expected, **TIGHT)
 
 
 def check_rows(loss: OutputLoss, function: Callable[[Tensor, slice], Tensor]) -> None:

@@ -1,0 +1,197 @@
+"""Second derivatives through autograd, for many vectors at once.
+
+The network is differentiated with respect to the covered parameters, as flat vectors in the order of a
+:class:`~lightning_influence.layers.layout.Layout`. A product with ``V`` vectors is one batched backward pass
+(Pearlmutter 1994 for the Hessian; Schraudolph 2002 for the Gauss-Newton matrix) and costs a small multiple of
+``V`` ordinary ones, whatever the number of outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_influence.errors import UnsupportedModelError
+from lightning_influence.layers import LayerPlan
+from lightning_influence.layers.base import Layer
+from lightning_influence.layers.layout import Layout
+from lightning_influence.passes.captured import Captured
+
+# Memory for the gradients that flow back at once; a batched pass holds a copy of everything a vector.
+_BATCHED_BYTES = 2**28
+# How autograd says that an operation has no second derivative.
+_NO_DERIVATIVE = ("is not implemented", "once_differentiable", "not differentiable")
+
+
+@contextlib.contextmanager
+def differentiable_twice(module: nn.Module) -> Iterator[None]:
+    """Run a forward pass of a module on kernels that have second derivatives.
+
+    Fused attention and fused recurrent layers have first derivatives only; their plain counterparts compute
+    the same function.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        yield
+
+
+class Parameters:
+    """The covered parameters that took part in a forward pass, and flat vectors over them.
+
+    Args:
+        plan: the covered layers.
+        captured: the forward pass; layers that were silent in it are constants.
+    """
+
+    def __init__(self, plan: LayerPlan, captured: Captured) -> None:
+        silent = set(captured.recorder.silent)
+        self._layout = Layout.of(plan.layers)
+        self._heard = [layer for name, layer in plan.layers.items() if name not in silent]
+        self.tensors = [p for layer in self._heard for p in _tensors(layer)]
+        self.numel = plan.numel
+
+    def split(self, vectors: Tensor) -> list[Tensor]:
+        """Return ``vectors (V, P)`` as one tensor ``(V, *parameter.shape)`` for each of :attr:`tensors`."""
+        blocks = self._layout.split(vectors)
+        result = []
+        for layer in self._heard:
+            weight, bias = layer.to_parameters(blocks[layer.name])
+            result += [weight] if bias is None else [weight, bias]
+        return [part.to(p.dtype) for part, p in zip(result, self.tensors, strict=True)]
+
+    def add(self, out: Tensor, parts: Sequence[Tensor]) -> None:
+        """Add to ``out (V, P)`` what :meth:`split` would have given as ``parts``, in place."""
+        pieces = iter(parts)
+        blocks: Mapping[str, Tensor] = {
+            layer.name: layer.from_parameters(next(pieces), next(pieces) if layer.has_bias else None)
+            for layer in self._heard
+        }
+        start = 0
+        for name, numel in self._layout.numels.items():
+            if name in blocks:
+                out[:, start : start + numel] += blocks[name].flatten(1).to(out.dtype)
+            start += numel
+
+
+def add_hessian_products(out: Tensor, plan: LayerPlan, captured: Captured, vectors: Tensor) -> None:
+    """Add ``sum_n H_n v`` for the Hessians of the unnormalised per-example losses.
+
+    Args:
+        out: ``(V, P)``, changed in place.
+        plan: the covered layers.
+        captured: a batch, from a forward pass under :func:`differentiable_twice`.
+        vectors: ``(V, P)``.
+
+    Raises:
+        UnsupportedModelError: if the model has no second derivatives.
+    """
+    parameters = Parameters(plan, captured)
+    with _explained("Hessian"):
+        first = torch.autograd.grad(
+            captured.per_example().sum(), parameters.tensors, create_graph=True, allow_unused=True
+        )
+        for part in chunks(len(vectors), parameters, captured):
+            products = _vjp(first, parameters.tensors, parameters.split(vectors[part]))
+            parameters.add(out[part], products)
+
+
+def add_gauss_newton_products(out: Tensor, plan: LayerPlan, captured: Captured, vectors: Tensor) -> None:
+    """Add ``sum_n J_n^T H_n J_n v`` for the output Hessians ``H_n`` of the unnormalised losses.
+
+    ``J v`` is the derivative, by ``u``, of the inner product of ``J^T u`` with ``v``.
+
+    Args:
+        out: ``(V, P)``, changed in place.
+        plan: the covered layers.
+        captured: a batch with a known loss, from a forward pass under :func:`differentiable_twice`.
+        vectors: ``(V, P)``.
+
+    Raises:
+        UnsupportedModelError: if the model has no second derivatives.
+    """
+    assert captured.loss is not None
+    outputs = captured.loss.outputs
+    parameters = Parameters(plan, captured)
+    with _explained("Gauss-Newton matrix by products"):
+        cotangent = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(
+            outputs, parameters.tensors, cotangent, create_graph=True, allow_unused=True
+        )
+        for part in chunks(len(vectors), parameters, captured):
+            tangents = _vjp(pulled, [cotangent], parameters.split(vectors[part]))[0]
+            bent = captured.loss.curvature_products(tangents).to(outputs.dtype)
+            parameters.add(out[part], _vjp([outputs], parameters.tensors, [bent]))
+
+
+def chunks(count: int, parameters: Parameters, captured: Captured) -> Iterator[slice]:
+    """Runs of vectors whose batched backward pass stays within the working memory."""
+    activations = sum(x.numel() for x in captured.recorder.raw_inputs().values())
+    each = 8 * (parameters.numel + 4 * activations)
+    step = max(1, _BATCHED_BYTES // max(1, each))
+    for start in range(0, count, step):
+        yield slice(start, min(count, start + step))
+
+
+def _vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], seeds: Sequence[Tensor]) -> list[Tensor]:
+    """Vector-Jacobian products, the graph being kept.
+
+    Args:
+        outputs: tensors of the graph; None or a constant where nothing depends on the inputs.
+        inputs: what to differentiate by.
+        seeds: ``(V, *shape)`` for each output.
+
+    Returns:
+        ``(V, *shape)`` for each input.
+    """
+    live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o is not None and o.requires_grad]
+    count = len(seeds[0])
+    zeros = [x.new_zeros(count, *x.shape) for x in inputs]
+    if not live:
+        return zeros
+    heads, tails = [o for o, _ in live], [s for _, s in live]
+    try:
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            heads, inputs, tails, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except RuntimeError:  # an operation that cannot be batched: one vector at a time
+        rows = [
+            torch.autograd.grad(heads, inputs, [t[i] for t in tails], retain_graph=True, allow_unused=True)
+            for i in range(count)
+        ]
+        found = [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]
+    return [zero if grad is None else grad.detach() for grad, zero in zip(found, zeros, strict=True)]
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say what to do when an operation of the model has no second derivative.
+
+    Raises:
+        RuntimeError: autograd's own, for any other reason.
+        UnsupportedModelError: in place of autograd's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(
+            sign in text for sign in ("is not implemented", "once_differentiable", "not differentiable")
+        ):
+            raise
+        raise UnsupportedModelError(
+            f"The {what} needs second derivatives, and an operation of the model has none ({text}). Use a "
+            "method or curvature of first derivatives (method='auto', 'exact' or 'block_ggn', "
+            "curvature='ggn'), or write that operation with differentiable ones."
+        ) from error
+
+
+def _tensors(layer: Layer) -> list[Tensor]:
+    weight, bias = layer.rule.weight(layer.module), layer.rule.bias(layer.module)
+    return [weight, bias] if layer.has_bias and bias is not None else [weight]

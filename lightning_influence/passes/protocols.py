@@ -1,0 +1,51 @@
+"""What passes need of the data and of whoever runs them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Loader(Protocol):
+    """Training examples that can be subsampled."""
+
+    @property
+    def indices(self) -> Tensor:
+        """Dataset indices in the order of visiting, ``(N,)``."""
+        ...
+
+    @property
+    def num_examples(self) -> int:
+        """``N``."""
+        ...
+
+    def sample(self, count: int, seed: int) -> Loader:
+        """About ``count`` examples drawn at random, the same for the same seed."""
+        ...
+
+
+class Passes(Protocol):
+    """Runs passes over loaders, on one process or several."""
+
+    @property
+    def module(self) -> Any:
+        """The user's module."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that share a pass."""
+        ...
+
+    def run(self, one_pass: Any, dataloaders: Any) -> Any:
+        """Run one pass."""
+        ...
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes, in place."""
+        ...
+
+    def all_gather_cat(self, tensor: Tensor) -> Tensor:
+        """All processes' tensors joined along the first dimension."""
+        ...
