@@ -3,9 +3,9 @@ r"""ASTRA (Wang et al. 2025): stationary iterations preconditioned by EK-FAC.
 .. math:: \theta \leftarrow \theta - \alpha (P + \lambda)^{-1} [(G_b + \lambda) \theta - v],
 
 with momentum. From zero with ``alpha = 1`` the first step is EK-FAC's answer. Step and momentum follow from
-the ends ``mu_1 >= mu_P`` of the preconditioned spectrum (Polyak 1964): with the momentum ``beta`` that is best
-for the interval, or any given one, ``alpha = (1 + sqrt(beta))^2 / mu_1`` makes every direction with ``alpha mu
->= (1 - sqrt(beta))^2`` shrink by ``sqrt(beta)`` a step, and all others more slowly but surely.
+the ends ``mu_1 >= mu_P`` of the preconditioned spectrum (Polyak 1964): with the momentum ``beta`` that is
+best for the interval, or any given one, ``alpha = (1 + sqrt(beta))^2 / mu_1`` makes every direction with
+``alpha mu >= (1 - sqrt(beta))^2`` shrink by ``sqrt(beta)`` a step, and all others more slowly but surely.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def plan_astra(
     if step_size is not None and step_size >= limit:
         culprit = "step_size" if step_size >= 2.0 * (1.0 + momentum) / spectrum.largest else "batch_size"
         raise DivergenceError(
-            f"step_size={step_size:.3g} with momentum {momentum:.3g} on batches of {batch} examples diverges: "
-            f"the largest eigenvalue of the preconditioned curvature is {spectrum.largest:.3g} and its "
+            f"step_size={step_size:.3g} with momentum {momentum:.3g} on batches of {batch} examples "
+            f"diverges: the largest eigenvalue of the preconditioned curvature is {spectrum.largest:.3g} and its "
             f"minibatch noise {noise:.3g}, so steps have to be below {limit:.3g}. Change {culprit}, or leave "
             "both to be derived."
         )

@@ -41,6 +41,7 @@ def chebyshev(
     largest: float,
     guess: Tensor | None = None,
     max_steps: int = 100,
+    enough_steps: int | None = None,
     tolerance: float = 0.05,
 ) -> Solution:
     """Solve ``A X = V`` by a polynomial that is small on an interval.
@@ -51,9 +52,11 @@ def chebyshev(
         smallest: lower end of the interval, positive.
         largest: its upper end.
         guess: where to begin, ``(V, P)``; costs a product.
-        max_steps: most steps; :func:`chebyshev_steps` says how many suffice.
-        tolerance: a right-hand side is done when its relative residual and the bound on its relative error
-            are at most this.
+        max_steps: most steps.
+        enough_steps: the number of steps from which on the interval alone bounds the relative error, as
+            :func:`chebyshev_steps` gives it; never if None.
+        tolerance: a right-hand side is done when its relative residual is at most this, and the bound on its
+            relative error too or there were enough steps.
 
     Returns:
         The solutions with their residuals; ``facts["error_bound"]`` is the largest bound on a relative error.
@@ -77,7 +80,8 @@ def chebyshev(
         steps += 1
         open_ = progress.observe(remainder[rows], rows)
         _check_growth(progress, limit, largest, direction, image)
-        open_ |= error_bounds(remainder[rows], solutions[rows], smallest) > tolerance
+        if enough_steps is None or steps < enough_steps:
+            open_ |= error_bounds(remainder[rows], solutions[rows], smallest) > tolerance
         rows, direction = rows[open_], direction[open_]
         following = 1.0 / (2.0 * middle / half - ratio)
         direction = following * ratio * direction + (2.0 * following / half) * remainder[rows]
@@ -87,9 +91,7 @@ def chebyshev(
     return Solution(solutions, progress.residuals, steps, products + steps, progress.history, facts)
 
 
-def _check_growth(
-    progress: Progress, limit: float, largest: float, direction: Tensor, image: Tensor
-) -> None:
+def _check_growth(progress: Progress, limit: float, largest: float, direction: Tensor, image: Tensor) -> None:
     """Refuse to go on when residuals have grown.
 
     Raises:
@@ -99,7 +101,7 @@ def _check_growth(
         return
     quotient = (direction * image).sum(dim=1) / direction.square().sum(dim=1)
     raise DivergenceError(
-        f"The iteration diverged: the residual grew to {progress.history[-1]:.3g} of the right-hand side. Its "
-        f"steps are too large: they assume eigenvalues up to {largest:.4g}, and directions of curvature "
+        f"The iteration diverged: the residual grew to {progress.history[-1]:.3g} of the right-hand side. "
+        f"Its steps are too large: they assume eigenvalues up to {largest:.4g}, and directions of curvature "
         f"{float(quotient.max()):.4g} were met. Give the spectrum more passes, or use method='cg'."
     )

@@ -39,9 +39,7 @@ def conjugate_gradients(
         IndefiniteError: if a direction of negative curvature is met, or the preconditioner is not positive.
     """
 
-    def sweep(
-        progress: Progress, solutions: Tensor, remainder: Tensor, rows: Tensor, limit: int
-    ) -> int:
+    def sweep(progress: Progress, solutions: Tensor, remainder: Tensor, rows: Tensor, limit: int) -> int:
         direction = remainder if precondition is None else precondition(remainder)
         energy = _positive(_dot(remainder, direction))
         steps = 0
@@ -75,8 +73,8 @@ def _curvature(direction: Tensor, image: Tensor) -> Tensor:
         worst = float(quotients.min())
         raise IndefiniteError(
             f"Conjugate gradients met negative curvature: p^T A p / p^T p = {worst:.3g} for "
-            f"{int((curvature < -rounding).sum())} of {len(curvature)} right-hand sides. The damped matrix is "
-            f"not positive definite; raise the damping by more than {-worst:.3g}, use method='minres', which "
+            f"{int((curvature < -rounding).sum())} of {len(curvature)} right-hand sides. The damped matrix "
+            f"is not positive definite; raise the damping by more than {-worst:.3g}, use method='minres', which "
             "needs no definiteness, or the Gauss-Newton matrix (curvature='ggn')."
         )
     return torch.where(curvature > rounding, curvature, torch.zeros_like(curvature))

@@ -43,9 +43,7 @@ def minres(
         IndefiniteError: if the preconditioner is not positive definite.
     """
 
-    def sweep(
-        progress: Progress, solutions: Tensor, remainder: Tensor, rows: Tensor, limit: int
-    ) -> int:
+    def sweep(progress: Progress, solutions: Tensor, remainder: Tensor, rows: Tensor, limit: int) -> int:
         steps = 0
         state = _State.begin(remainder, precondition)
         while len(rows) and steps < limit:
@@ -112,7 +110,7 @@ class _State:
         )
 
     def step(self, product: Product, precondition: Product | None) -> Tensor:
-        """Advance by one product; return the change of the solutions, ``(k, P)``."""
+        """Return the change of the solutions by one more product, ``(k, P)``."""
         unit = self.corrected / self.norm
         pushed = product(unit)
         diagonal = (unit * pushed).sum(dim=1, keepdim=True)

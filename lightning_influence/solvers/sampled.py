@@ -1,8 +1,8 @@
 """Iterations with minibatch products, made exact by rounds of refinement.
 
 A round approximately solves ``A d = r`` for the true residual ``r = v - A x`` of the answer so far, by
-``u <- u - step P^{-1} [(H_b + lambda) u - r]`` with a fresh batch ``b`` each step and an average over the last
-steps; then ``x <- x + w d``. Written in ``x`` this is a gradient with control variate (SVRG, Johnson and
+``u <- u - step P^{-1} [(H_b + lambda) u - r]`` with a fresh batch ``b`` each step and an average over the
+last steps; then ``x <- x + w d``. Written in ``x`` this is a gradient with control variate (SVRG, Johnson and
 Zhang 2013): minibatch noise is proportional to what is still missing, so the rounds converge to the exact
 solution where a single run stops at its noise. The one full product of a round gives the true residual and,
 at no further cost, the best length ``w`` of each query's step.

@@ -85,7 +85,8 @@ class Progress:
         else:
             self.residuals[rows] = relative
         self.history.append(float(self.residuals.max()) if len(self.residuals) else 0.0)
-        return relative > self.tolerance
+        still_open: Tensor = relative > self.tolerance
+        return still_open
 
 
 def error_bounds(remainder: Tensor, solutions: Tensor, smallest: float) -> Tensor:
