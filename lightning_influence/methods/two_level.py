@@ -188,7 +188,7 @@ class Auto(Method):
     def _group_size(self) -> int:
         """Return how many queries' subspaces fit into the memory budget."""
         width = torch.empty((), dtype=self.context.dtype).element_size()
-        each = (2 * self.max_steps + 4) * self.context.layout.numel * width
+        each = (2 * self.max_steps + 8) * self.context.layout.numel * width
         return max(1, self.context.options.memory_budget // each)
 
     def _iterate(self, queries: Gradients) -> tuple[Tensor, Tensor]:
