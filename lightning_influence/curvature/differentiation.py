@@ -25,6 +25,7 @@ from lightning_influence.passes.captured import Captured
 _BATCHED_BYTES = 2**28
 # How autograd says that an operation has no second derivative.
 _NO_DERIVATIVE = ("is not implemented", "once_differentiable", "not differentiable")
+_ERROR_NODE = "torch::autograd::Error"
 
 
 @contextlib.contextmanager
@@ -97,6 +98,7 @@ def add_hessian_products(out: Tensor, plan: LayerPlan, captured: Captured, vecto
         first = torch.autograd.grad(
             captured.per_example().sum(), parameters.tensors, create_graph=True, allow_unused=True
         )
+        _refuse_once_differentiable(first)
         for part in chunks(len(vectors), parameters, captured):
             products = _vjp(first, parameters.tensors, parameters.split(vectors[part]))
             parameters.add(out[part], products)
@@ -124,6 +126,7 @@ def add_gauss_newton_products(out: Tensor, plan: LayerPlan, captured: Captured, 
         pulled = torch.autograd.grad(
             outputs, parameters.tensors, cotangent, create_graph=True, allow_unused=True
         )
+        _refuse_once_differentiable(pulled)
         for part in chunks(len(vectors), parameters, captured):
             tangents = _vjp(pulled, [cotangent], parameters.split(vectors[part]))[0]
             bent = captured.loss.curvature_products(tangents).to(outputs.dtype)
@@ -167,6 +170,27 @@ def _vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], seeds: Sequ
         ]
         found = [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]
     return [zero if grad is None else grad.detach() for grad, zero in zip(found, zeros, strict=True)]
+
+
+def _refuse_once_differentiable(tensors: Sequence[Tensor | None]) -> None:
+    """Find backward functions that were declared to have no derivative.
+
+    ``torch.autograd.grad`` raises only if it has to pass through them; beside a path that it needs, it takes
+    them for constants, and the product would silently lack terms.
+
+    Raises:
+        RuntimeError: if there is one.
+    """
+    seen: set[object] = set()
+    todo = [tensor.grad_fn for tensor in tensors if tensor is not None]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == _ERROR_NODE:
+            raise RuntimeError("a custom autograd.Function is marked with @once_differentiable")
+        seen.add(node)
+        todo += [previous for previous, _ in node.next_functions]
 
 
 @contextlib.contextmanager

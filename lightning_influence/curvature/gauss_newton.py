@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from lightning_influence.passes.statistics import label_generator
 
 # Largest block of dense gradients formed at once.
 _DENSE_BYTES = 2**28
-# Columns a vector from which on products through autograd take less time than backward passes.
-_COLUMNS_A_VECTOR = 4
+# Up to this many columns, and one more for each vector, backward passes take less time than products through
+# autograd (examples/benchmarks/products.py: at most twice the better way's).
+_FEW_COLUMNS = 6
 
 
 class CurvaturePass(AveragingPass):
@@ -117,7 +118,7 @@ class CurvatureProductPass(CurvaturePass):
         with differentiable_twice(module):
             captured = self._capture(module, batch, len(indices))
             if self._autograd_is_cheaper(captured):
-                add_gauss_newton_products(self._sum, self._plan, captured, self.vectors)
+                self._add_by_autograd(captured)
             else:
                 self._add_by_columns(captured)
 
@@ -126,11 +127,14 @@ class CurvatureProductPass(CurvaturePass):
         products = self.layout.dot(gradients, self.vectors)
         self.layout.add_combination(self._sum, gradients, products)
 
+    def _add_by_autograd(self, captured: Captured) -> None:
+        add_gauss_newton_products(self._sum, self._plan, captured, self.vectors)
+
     def _autograd_is_cheaper(self, captured: Captured) -> bool:
         if captured.loss is None:  # the outputs are unknown
             return False
         self.columns = captured.loss.num_columns
-        return self.columns > min(MAX_COLUMNS, _COLUMNS_A_VECTOR * len(self.vectors))
+        return self.columns > min(MAX_COLUMNS, _FEW_COLUMNS + len(self.vectors))
 
     def result(
         self,
@@ -174,17 +178,34 @@ class DenseCurvaturePass(CurvaturePass):
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         gradients = self._gradients(self._capture(module, batch, len(indices)))
-        seeds = max(layer.outputs.shape[0] for layer in gradients.values())
-        step = max(1, _DENSE_BYTES // (8 * len(indices) * self.layout.numel))
-        for start in range(0, seeds, step):
-            few = {name: layer.seeds(slice(start, start + step)) for name, layer in gradients.items()}
-            rows = self.layout.dense(few).flatten(0, 1)
-            if self._sum is None:
-                self._sum = rows.new_zeros(self.layout.numel, self.layout.numel, dtype=torch.float64)
-            self._sum += rows.T @ rows
+        if self._sum is None:
+            like = next(iter(gradients.values())).outputs
+            size = self.layout.numel
+            self._sum = torch.zeros(size, size, dtype=torch.float64, device=like.device)
+        add_gram(self._sum, gradients, self.layout.dense)
 
     def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return ``G``, ``(P, P)``: an average over the examples, of all processes if given their sum."""
         if self._sum is None:  # this process had no examples
             self._sum = torch.zeros(self.layout.numel, self.layout.numel, dtype=torch.float64)
         return self._total(self._sum, all_reduce_sum)
+
+
+def add_gram(
+    out: Tensor,
+    gradients: Mapping[str, FactoredGradients],
+    dense: Callable[[Mapping[str, FactoredGradients]], Tensor],
+) -> None:
+    """Add the gradients' outer products to ``out (P, P)``, some seeds at a time.
+
+    Args:
+        out: changed in place.
+        gradients: curvature gradients by layer.
+        dense: makes flat vectors ``(K, B, P)`` of them.
+    """
+    first = next(iter(gradients.values()))
+    step = max(1, _DENSE_BYTES // (8 * first.num_examples * len(out)))
+    for start in range(0, max(layer.outputs.shape[0] for layer in gradients.values()), step):
+        few = {name: layer.seeds(slice(start, start + step)) for name, layer in gradients.items()}
+        rows = dense(few).flatten(0, 1)
+        out += rows.T @ rows

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from loss_reference import TIGHT, curvature
+from loss_reference import TIGHT, check_products, curvature
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +31,7 @@ def capture_of(hook, batch_size: int = B):
 def test_factor_is_found_and_carried(logits, target, factor):
     values, loss = capture_of(lambda: factor * F.cross_entropy(logits, target, reduction="none").sum(1))
     assert isinstance(loss, ScaledLoss)
+    check_products(loss)
     assert loss.factor == pytest.approx(factor, rel=1e-12)
     torch.testing.assert_close(loss.per_example(), values, **TIGHT)
     (expected,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)

@@ -1,0 +1,188 @@
+"""The block-diagonal Gauss-Newton matrix: cross terms between layers, or between tensors, left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.differentiation import add_gauss_newton_products
+from lightning_influence.curvature.gauss_newton import CurvaturePass, CurvatureProductPass, add_gram
+from lightning_influence.layers import FactoredGradients, LayerPlan
+from lightning_influence.passes.captured import Captured, Fisher
+
+#: One block a layer (weight and bias together), or one a parameter tensor.
+Blocks = Literal["layer", "tensor"]
+
+
+def block_indices(plan: LayerPlan, blocks: Blocks = "layer") -> list[Tensor]:
+    """Positions in a flat vector of each block's parameters.
+
+    Args:
+        plan: the covered layers.
+        blocks: one block a layer, or one a tensor (a layer's weight and its bias apart).
+
+    Returns:
+        For each block its indices, ascending; together they are ``0 .. P - 1``.
+
+    Raises:
+        ValueError: if ``blocks`` is neither.
+    """
+    if blocks not in get_args(Blocks):
+        raise ValueError(f"Got blocks={blocks!r}; accepted are 'layer' and 'tensor'.")
+    result, start = [], 0
+    for layer in plan.layers.values():
+        index = torch.arange(start, start + layer.numel)
+        start += layer.numel
+        if blocks == "tensor" and layer.has_bias:
+            rows = index.view(-1, layer.d_in)
+            result += [rows[:, :-1].flatten(), rows[:, -1].clone()]
+        else:
+            result.append(index)
+    return result
+
+
+class BlockProductPass(CurvatureProductPass):
+    """``G V`` for the block-diagonal Gauss-Newton matrix, in one pass whatever the number of vectors.
+
+    A vector's part in one block must not reach another block: each block has vectors of its own, which are
+    zero elsewhere.
+
+    Args:
+        plan: the covered layers.
+        vectors: ``(V, P)``.
+        blocks: see :func:`block_indices`.
+        description: label of the progress bar.
+        fisher: see :class:`~.gauss_newton.CurvaturePass`; the cheaper exact way by default.
+        draws: see :class:`~.gauss_newton.CurvaturePass`.
+        seed: see :class:`~.gauss_newton.CurvaturePass`.
+    """
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        vectors: Tensor,
+        *,
+        blocks: Blocks = "layer",
+        description: str = "Influence: block-diagonal curvature products",
+        fisher: Fisher = "exact",
+        draws: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(plan, vectors, description=description, fisher=fisher, draws=draws, seed=seed)
+        self._indices = [index.to(vectors.device) for index in block_indices(plan, blocks)]
+        self._blocks = blocks
+
+    def _add_by_columns(self, captured: Captured) -> None:
+        gradients = self._gradients(captured)
+        start = 0
+        for name, vectors in self.layout.split(self.vectors).items():
+            end = start + self.layout.numels[name]
+            if name in gradients:
+                total = self._sum[:, start:end].view(len(vectors), *self.layout.shapes[name])
+                for part in self._parts(name):
+                    own = torch.zeros_like(vectors)
+                    own[..., part] = vectors[..., part]
+                    weights = gradients[name].dot(own)
+                    total[..., part] += gradients[name].combine(weights)[..., part]
+            start = end
+
+    def _add_by_autograd(self, captured: Captured) -> None:
+        for index in self._indices:
+            own, products = torch.zeros_like(self.vectors), torch.zeros_like(self.vectors)
+            own[:, index] = self.vectors[:, index]
+            add_gauss_newton_products(products, self._plan, captured, own)
+            self._sum[:, index] += products[:, index]
+
+    def _parts(self, name: str) -> Sequence[slice]:
+        """Return the input coordinates of each block within a layer's matrix."""
+        if self._blocks == "tensor" and self._plan.layers[name].has_bias:
+            return slice(None, -1), slice(-1, None)
+        return (slice(None),)
+
+
+class DenseBlockPass(CurvaturePass):
+    """The diagonal blocks of the Gauss-Newton matrix in float64.
+
+    Args:
+        plan: the covered layers.
+        blocks: see :func:`block_indices`.
+        fisher: see :class:`~.gauss_newton.CurvaturePass`; every column by default.
+        draws: see :class:`~.gauss_newton.CurvaturePass`.
+        seed: see :class:`~.gauss_newton.CurvaturePass`.
+    """
+
+    description = "Influence: dense curvature blocks"
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        *,
+        blocks: Blocks = "layer",
+        fisher: Fisher = "exact",
+        draws: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(plan, fisher=fisher, draws=draws, seed=seed)
+        self._plan, self._blocks = plan, blocks
+        self.indices = block_indices(plan, blocks)
+        self._sums: dict[str, Tensor] = {}
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Add one batch."""
+        gradients = self._gradients(self._capture(module, batch, len(indices)))
+        for name, layer in gradients.items():
+            numel = self.layout.numels[name]
+            if name not in self._sums:
+                like = layer.outputs
+                self._sums[name] = torch.zeros(numel, numel, dtype=torch.float64, device=like.device)
+            add_gram(self._sums[name], {name: layer}, _rows)
+
+    def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """Return the blocks ``(P_b, P_b)``: averages over the examples, of all processes if given their sum.
+
+        They are in the order of :attr:`indices`.
+        """
+        device = next((total.device for total in self._sums.values()), torch.device("cpu"))
+        parts = []
+        for name, numel in self.layout.numels.items():
+            empty = torch.zeros(numel, numel, dtype=torch.float64, device=device)
+            parts.append(self._sums.get(name, empty).flatten())
+        flat = self._total(torch.cat(parts), all_reduce_sum)
+        sizes = [numel**2 for numel in self.layout.numels.values()]
+        result = []
+        for (name, numel), block in zip(self.layout.numels.items(), torch.split(flat, sizes), strict=True):
+            layer = self._plan.layers[name]
+            matrix = block.view(numel, numel)
+            if self._blocks == "tensor" and layer.has_bias:
+                bias = torch.arange(numel, device=matrix.device) % layer.d_in == layer.d_in - 1
+                result += [matrix[~bias][:, ~bias], matrix[bias][:, bias]]
+            else:
+                result.append(matrix)
+        return result
+
+
+def _rows(gradients: Mapping[str, FactoredGradients]) -> Tensor:
+    """Return one layer's gradients as flat vectors ``(K, B, P_l)``."""
+    (layer,) = gradients.values()
+    return layer.dense().flatten(2)
+
+
+def join_blocks(blocks: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    """One matrix with these blocks at these indices and zeros elsewhere, ``(P, P)``.
+
+    Args:
+        blocks: ``(P_b, P_b)`` each.
+        indices: ``(P_b,)`` each, together ``0 .. P - 1``.
+
+    Returns:
+        The matrix.
+    """
+    size = sum(len(index) for index in indices)
+    matrix = blocks[0].new_zeros(size, size)
+    for block, index in zip(blocks, indices, strict=True):
+        own = index.to(block.device)
+        matrix[own[:, None], own] = block
+    return matrix

@@ -1,0 +1,230 @@
+"""What operators of the curvature are: products over all the data or a minibatch, and the matrix."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.base import AveragingPass
+from lightning_influence.errors import UnsupportedModelError
+from lightning_influence.layers import LayerPlan
+from lightning_influence.layers.layout import Layout
+from lightning_influence.passes.protocols import Loader, Passes
+
+MAX_PARAMETERS = 8192
+
+
+class Source(Protocol):
+    """What an operator is made from; a method's context is one."""
+
+    @property
+    def runner(self) -> Passes:
+        """Runs passes."""
+        ...
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The covered layers."""
+        ...
+
+    @property
+    def train(self) -> Loader:
+        """The training examples."""
+        ...
+
+
+class LinearOperator(Protocol):
+    """What solvers need: products with all the data, and with minibatches."""
+
+    @property
+    def numel(self) -> int:
+        """``P``."""
+        ...
+
+    @property
+    def num_examples(self) -> int:
+        """``N``."""
+        ...
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """``H V`` for ``V (V, P)``."""
+        ...
+
+    def batch_product(self, vectors: Tensor, count: int, seed: int) -> Tensor:
+        """``H_b V`` on a minibatch ``b`` of ``count`` examples."""
+        ...
+
+    def dense(self) -> Tensor:
+        """``H``, ``(P, P)``, float64."""
+        ...
+
+
+class CurvatureOperator(ABC):
+    """``H`` as products over the training data; every product is one pass whatever the number of vectors.
+
+    Args:
+        source: runner, layers and training data. The layers are those of the moment: an operator made before
+            layers were left out of the plan keeps the longer vectors.
+        mean_weight: mean loss weight of a training example if it is known; measured when first needed if
+            None.
+    """
+
+    def __init__(self, source: Source, *, mean_weight: float | None = None) -> None:
+        self.plan = source.plan
+        self.layout = Layout.of(self.plan.layers)
+        self._runner, self._train = source.runner, source.train
+        self._mean_weight = mean_weight
+
+    @property
+    def numel(self) -> int:
+        """``P``: length of a flat vector."""
+        return self.layout.numel
+
+    @property
+    def num_examples(self) -> int:
+        """``N``: number of training examples."""
+        return self._train.num_examples
+
+    @property
+    def mean_weight(self) -> float:
+        """Mean loss weight of a training example: 1, but for class weights and ignored positions.
+
+        Measured in one forward pass over the data unless it is known from an earlier pass.
+        """
+        if self._mean_weight is None:
+            one_pass = _WeightPass(self.plan)
+            self._runner.run(one_pass, self._train)
+            self._mean_weight = one_pass.result(self._runner.all_reduce_sum)
+        return self._mean_weight
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """Return ``H V`` over all training data, for flat vectors ``V (V, P)``.
+
+        Raises:
+            ValueError: if the vectors are not ``(V, P)``.
+            NonFiniteError: if a product is not finite.
+        """
+        self._check(vectors)
+        one_pass = self._product_pass(vectors, 0)
+        self._runner.run(one_pass, self._train)
+        result: Tensor = one_pass.result(self._runner.all_reduce_sum)
+        self._mean_weight = one_pass.mean_weight
+        return result
+
+    def batch_product(self, vectors: Tensor, count: int, seed: int) -> Tensor:
+        """Return ``H_b V`` on a random minibatch ``b``: ``E[H_b] = H`` over the seeds.
+
+        Args:
+            vectors: ``V``, ``(V, P)``.
+            count: examples in the minibatch, drawn without replacement; all of them from ``N`` on. Whole
+                batches are drawn where only the user's own batches can be collated.
+            seed: chooses the minibatch; the same one for the same seed.
+
+        Returns:
+            ``(V, P)``.
+
+        Raises:
+            ValueError: if the vectors are not ``(V, P)``, or ``count`` is not positive.
+            NonFiniteError: if a product is not finite.
+        """
+        self._check(vectors)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"Got count={count!r}; accepted are positive numbers of examples.")
+        # The minibatch's own mean weight in the denominator would bias the product.
+        mean_weight = self.mean_weight
+        one_pass = self._product_pass(vectors, seed)
+        self._runner.run(one_pass, self._train.sample(count, seed))
+        result: Tensor = one_pass.result(self._runner.all_reduce_sum, mean_weight)
+        return result
+
+    def dense(self, max_parameters: int = MAX_PARAMETERS) -> Tensor:
+        """Return ``H``, ``(P, P)``, in float64, for small models.
+
+        Args:
+            max_parameters: largest accepted ``P``.
+
+        Raises:
+            UnsupportedModelError: if the matrix would be larger.
+        """
+        if self.numel > max_parameters:
+            raise UnsupportedModelError(
+                f"A dense {self.numel:,} x {self.numel:,} matrix takes {8 * self.numel**2 / 2**30:.1f} GiB; "
+                f"at most {max_parameters:,} parameters are accepted. Use products, cover fewer layers with "
+                "`layers=`, or raise `max_parameters`."
+            )
+        one_pass = self._dense_pass()
+        self._runner.run(one_pass, self._train)
+        result: Tensor = one_pass.result(self._runner.all_reduce_sum)
+        self._mean_weight = one_pass.mean_weight
+        return result
+
+    @abstractmethod
+    def _product_pass(self, vectors: Tensor, seed: int) -> Any:
+        """A pass whose ``result(all_reduce_sum, mean_weight)`` is the average product."""
+
+    @abstractmethod
+    def _dense_pass(self) -> Any:
+        """A pass whose ``result(all_reduce_sum)`` is the average matrix."""
+
+    def _check(self, vectors: Tensor) -> None:
+        if vectors.ndim != 2 or vectors.shape[1] != self.numel or not vectors.is_floating_point():
+            raise ValueError(
+                f"Got vectors of shape {tuple(vectors.shape)} and {vectors.dtype}; accepted are "
+                f"floating-point vectors in rows, (V, {self.numel})."
+            )
+
+
+class Damped:
+    """``H + diag(damping)``, as an operator.
+
+    Args:
+        operator: ``H``.
+        damping: a number, or one for each parameter, ``(P,)``; in the unit of the mean loss's curvature,
+            weight decay included.
+    """
+
+    def __init__(self, operator: LinearOperator, damping: float | Tensor) -> None:
+        self.operator = operator
+        self.damping = damping
+
+    @property
+    def numel(self) -> int:
+        """``P``: length of a flat vector."""
+        return self.operator.numel
+
+    @property
+    def num_examples(self) -> int:
+        """``N``: number of training examples."""
+        return self.operator.num_examples
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """Return ``(H + damping) V``, for flat vectors ``V (V, P)``."""
+        return self.operator.product(vectors) + self.damping * vectors
+
+    def batch_product(self, vectors: Tensor, count: int, seed: int) -> Tensor:
+        """Return ``(H_b + damping) V`` on a random minibatch; see :meth:`CurvatureOperator.batch_product`."""
+        return self.operator.batch_product(vectors, count, seed) + self.damping * vectors
+
+    def dense(self) -> Tensor:
+        """Return ``H + diag(damping)``, ``(P, P)``, in float64."""
+        matrix = self.operator.dense()
+        diagonal = torch.as_tensor(self.damping, dtype=matrix.dtype, device=matrix.device)
+        return matrix + torch.diag(diagonal.expand(len(matrix)))
+
+
+class _WeightPass(AveragingPass):
+    """Counts examples and their loss weights: a forward pass and nothing else."""
+
+    description = "Influence: loss weights"
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Count one batch."""
+        self._capture(module, batch, len(indices))
+
+    def result(self, all_reduce_sum: Any) -> float:
+        """Return the mean weight over all processes."""
+        self._total(torch.zeros(()), all_reduce_sum)
+        return self.mean_weight

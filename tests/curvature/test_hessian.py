@@ -1,0 +1,310 @@
+import lightning
+import oracle
+import pytest
+import torch
+from drive import TIGHT, Setup, mute, run
+from models import CASES
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_influence.curvature import differentiation
+from lightning_influence.curvature.blocks import BlockProductPass
+from lightning_influence.curvature.gauss_newton import CurvatureProductPass, DenseCurvaturePass
+from lightning_influence.curvature.hessian import DenseHessianPass, HessianProductPass
+from lightning_influence.errors import NonFiniteError, UnsupportedModelError
+from lightning_influence.layers import find_layers
+
+SOME = ["mlp_softplus_weighted_smoothing", "mlp_bce", "mlp_mse", "tokens_weighted", "shared_conv"]
+
+
+def draw(setup, count=4):
+    return torch.randn(count, setup.layout.numel, dtype=torch.float64)
+
+
+def hessian(setup):
+    return oracle.hessian(*setup.problem)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_products_and_matrix(name):
+    setup = Setup.of(name)
+    H, vectors = hessian(setup), draw(setup)
+    pass_ = setup.run(HessianProductPass(setup.plan, vectors))
+    torch.testing.assert_close(pass_.result(), vectors @ H, **TIGHT)
+    assert pass_.examples == 12
+    found = setup.run(DenseHessianPass(setup.plan)).result()
+    torch.testing.assert_close(found, H, **TIGHT)
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_gauss_newton_products_through_autograd(name, monkeypatch):
+    """The exact way for many outputs gives what columns give."""
+    setup = Setup.of(name)
+    monkeypatch.setattr(CurvatureProductPass, "_autograd_is_cheaper", lambda self, captured: True)
+    vectors = draw(setup)
+    pass_ = setup.run(CurvatureProductPass(setup.plan, vectors, fisher="exact"))
+    torch.testing.assert_close(pass_.result(), vectors @ setup.ggn(), **TIGHT)
+    assert not pass_.estimated
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", SOME)
+def test_other_reductions(name, reduction):
+    setup = Setup.of(name, reduction)
+    vectors = draw(setup)
+    got = setup.run(HessianProductPass(setup.plan, vectors)).result()
+    torch.testing.assert_close(got, vectors @ hessian(setup), **TIGHT)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 12])
+@pytest.mark.parametrize("name", SOME)
+def test_batches_do_not_matter(name, batch_size):
+    setup = Setup.of(name)
+    got = setup.run(DenseHessianPass(setup.plan), batch_size).result()
+    torch.testing.assert_close(got, hessian(setup), **TIGHT)
+
+
+@pytest.mark.parametrize("limit", [1, 2**12])
+def test_vectors_in_chunks_and_rows(monkeypatch, limit):
+    monkeypatch.setattr(differentiation, "_BATCHED_BYTES", limit)
+    monkeypatch.setattr("lightning_influence.curvature.hessian._ROWS", 7)
+    setup = Setup.of("tokens_class_first")
+    vectors = draw(setup, 5)
+    got = setup.run(HessianProductPass(setup.plan, vectors)).result()
+    torch.testing.assert_close(got, vectors @ hessian(setup), **TIGHT)
+    torch.testing.assert_close(setup.run(DenseHessianPass(setup.plan)).result(), hessian(setup), **TIGHT)
+
+
+@pytest.mark.parametrize("make", [HessianProductPass, CurvatureProductPass])
+def test_the_sum_over_processes_is_what_is_averaged(make):
+    setup = Setup.of("mlp_relu_inplace_weighted")
+    case, vectors = setup.case, draw(setup)
+    matrix = hessian(setup) if make is HessianProductPass else setup.ggn()
+    passes = [
+        run(make(setup.plan, vectors), setup.module, [(case.x[part], case.y[part])])
+        for part in (slice(0, 5), slice(5, 12))
+    ]
+    others = [passes[1]._sum, torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
+    total = passes[0].result(lambda own: own + others.pop(0))
+    torch.testing.assert_close(total, vectors @ matrix, **TIGHT)
+
+
+def test_a_process_without_examples_adds_nothing():
+    setup = Setup.of("mlp_mse")
+    P = setup.layout.numel
+    full = setup.run(DenseHessianPass(setup.plan))
+    others = [full._sum, torch.tensor([12.0, 12.0], dtype=torch.float64)]
+    got = DenseHessianPass(setup.plan).result(lambda own: own + others.pop(0))
+    torch.testing.assert_close(got, hessian(setup), **TIGHT)
+    assert HessianProductPass(setup.plan, torch.zeros(0, P)).result().shape == (0, P)
+
+
+def test_no_vectors():
+    setup = Setup.of("mlp_mse")
+    none = torch.zeros(0, setup.layout.numel, dtype=torch.float64)
+    for make in (HessianProductPass, CurvatureProductPass, BlockProductPass):
+        assert setup.run(make(setup.plan, none)).result().shape == none.shape
+
+
+def test_a_spoiled_sum_is_refused():
+    setup = Setup.of("mlp_mse")
+    pass_ = setup.run(DenseHessianPass(setup.plan))
+    pass_._sum[0, 1] = float("inf")
+    with pytest.raises(NonFiniteError, match="curvature of the training loss is not finite"):
+        pass_.result()
+
+
+def test_float32_and_vectors_of_another_precision():
+    setup = Setup.of("mlp_gelu", dtype=torch.float32)
+    case, vectors = setup.case, draw(setup)
+    batches = [(case.x.float(), case.y)]
+    got = run(HessianProductPass(setup.plan, vectors), setup.module, batches).result()
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, vectors @ hessian(setup), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------- models with kernels of their own
+
+
+class Step(lightning.LightningModule):
+    """A network before a linear layer and a cross-entropy, as a user would write it."""
+
+    def __init__(self, body, width):
+        super().__init__()
+        self.body, self.head = body, nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Attention(nn.Module):
+    """Fused attention, which has no second derivative, between two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(4, 24)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        heads = [t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v)]
+        return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2).mean(1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.rnn = nn.Linear(4, 5), kind(5, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(self.first(x))[0][:, -1]
+
+
+def by_finite_differences(module, x, y, vectors, plan):
+    """H v as the central difference of the loss's gradient; independent of double backward."""
+    parameters = [
+        p for layer in plan.layers.values() for p in (layer.module.weight, layer.module.bias) if p is not None
+    ]
+
+    def gradient():
+        loss = F.cross_entropy(module(x), y)
+        parts = iter(torch.autograd.grad(loss, parameters))
+        return torch.cat([
+            torch.cat([next(parts).flatten(1), next(parts)[:, None]], dim=1).flatten() for _ in plan.layers
+        ])
+
+    def shift(vector):
+        start = 0
+        for layer in plan.layers.values():
+            matrix = vector[start : start + layer.numel].reshape(layer.shape[1:])
+            start += layer.numel
+            with torch.no_grad():
+                layer.module.weight += matrix[:, :-1]
+                layer.module.bias += matrix[:, -1]
+
+    result, step = [], 1e-5
+    for vector in vectors:
+        shift(step * vector)
+        up = gradient()
+        shift(-2 * step * vector)
+        down = gradient()
+        shift(step * vector)
+        result.append((up - down) / (2 * step))
+    return torch.stack(result)
+
+
+@pytest.mark.parametrize("body", [Attention, lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.GRU)])
+def test_fused_kernels_are_replaced(body):
+    torch.manual_seed(0)
+    layer = body()
+    module = mute(Step(layer, 8 if isinstance(layer, Attention) else 4).double())
+    plan = find_layers(module)
+    x, y = torch.randn(6, 5, 4, dtype=torch.float64), torch.randint(3, (6,))
+    vectors = torch.randn(2, plan.numel, dtype=torch.float64)
+    got = run(HessianProductPass(plan, vectors), module, [(x[:4], y[:4]), (x[4:], y[4:])]).result()
+    expected = by_finite_differences(module, x, y, vectors, plan)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class _Unbatched(torch.autograd.Function):
+    """Twice differentiable, but through NumPy, which no batched backward pass can see."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(x.detach().numpy() ** 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0] + 0 * grad.sum().item()
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.function = nn.Linear(4, 5), function
+
+    def forward(self, x):
+        return self.function.apply(self.first(x))
+
+
+def batch():
+    return torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_a_model_without_second_derivatives_is_refused(kind, monkeypatch):
+    monkeypatch.setattr(CurvatureProductPass, "_autograd_is_cheaper", lambda self, captured: True)
+    module = mute(Step(Applied(_Once), 5).double())
+    plan = find_layers(module)
+    vectors = torch.randn(2, plan.numel, dtype=torch.float64)
+    pass_ = (
+        HessianProductPass(plan, vectors)
+        if kind == "hessian"
+        else CurvatureProductPass(plan, vectors, fisher="exact")
+    )
+    with pytest.raises(UnsupportedModelError, match=r"needs second derivatives.*once_diff.*'exact'"):
+        run(pass_, module, [batch()])
+
+
+def test_operations_that_cannot_be_batched_take_one_vector_at_a_time():
+    module = mute(Step(Applied(_Unbatched), 5).double())
+    plan, (x, y) = find_layers(module), batch()
+    vectors = torch.randn(3, plan.numel, dtype=torch.float64)
+    got = run(HessianProductPass(plan, vectors), module, [(x, y)]).result()
+    expected = by_finite_differences(module, x, y, vectors, plan)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------ losses of the user's own
+
+
+class Hooked(Step):
+    def influence_loss(self, batch):
+        return (self(batch[0]) - F.one_hot(batch[1], 3)).square().sum(1).sqrt()
+
+
+def test_a_hand_written_loss_has_a_hessian_and_an_empirical_estimate_of_its_curvature():
+    torch.manual_seed(3)
+    module = mute(Hooked(nn.Linear(4, 5), 5).double())
+    plan, (x, y) = find_layers(module), batch()
+    found = run(DenseHessianPass(plan), module, [(x[:2], y[:2]), (x[2:], y[2:])]).result()
+
+    def objective(flat):
+        first, second = flat[:25].reshape(5, 5), flat[25:].reshape(3, 6)
+        hidden = x @ first[:, :-1].T + first[:, -1]
+        outputs = hidden @ second[:, :-1].T + second[:, -1]
+        return (outputs - F.one_hot(y, 3)).square().sum(1).sqrt().mean()
+
+    def matrix(layer):
+        return torch.cat([layer.weight, layer.bias[:, None]], dim=1).flatten()
+
+    flat = torch.cat([matrix(module.body), matrix(module.head)]).detach()
+    torch.testing.assert_close(found, torch.func.hessian(objective)(flat), **TIGHT)
+    estimate = run(DenseCurvaturePass(plan, fisher="exact"), module, [(x, y)])
+    assert estimate.estimated
+
+
+def test_layers_that_take_no_part_are_constants():
+    module = Step(nn.Linear(4, 5), 5).double()
+    module.idle = nn.Linear(2, 2).double()
+    plan, (x, y) = find_layers(mute(module)), batch()
+    matrix = run(DenseHessianPass(plan), module, [(x, y)]).result()
+    assert not matrix[-6:].any()
+    alone = run(DenseHessianPass(find_layers(module, ["body", "head"])), module, [(x, y)]).result()
+    torch.testing.assert_close(matrix[:-6, :-6], alone, **TIGHT)
