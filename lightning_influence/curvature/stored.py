@@ -210,8 +210,8 @@ class StoredGaussNewton:
         if not bool(torch.isfinite(result.sum())):
             raise NonFiniteError(
                 "A curvature product is not finite: the vectors have grown beyond what their precision "
-                "holds, or the curvature is not finite. Raise the damping, or check the training examples and the "
-                "weights for NaN or infinity."
+                "holds, or the curvature is not finite. Raise the damping, or check the training examples "
+                "and the weights for NaN or infinity."
             )
         return result / (count * self.mean_weight)
 

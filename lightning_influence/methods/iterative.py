@@ -162,5 +162,6 @@ class Iterative(Method):
             self.context.notes.add(
                 f"{count} of {len(residuals)} {subject} were left with a relative residual above the "
                 f"tolerance {self.tolerance:g} (largest {float(residuals.max()):.2g}) by "
-                f"method={self.name!r}. Raise max_steps= or the damping; in float32, about 1e-5 is as far as most systems go."
+                f"method={self.name!r}. Raise max_steps= or the damping; in float32, about 1e-5 is as far "
+                "as most systems go."
             )

@@ -96,9 +96,9 @@ def plan_astra(
         culprit = "step_size" if step_size >= 2.0 * (1.0 + momentum) / spectrum.largest else "batch_size"
         raise DivergenceError(
             f"step_size={step_size:.3g} with momentum {momentum:.3g} on batches of {batch} examples "
-            f"diverges: the largest eigenvalue of the preconditioned curvature is {spectrum.largest:.3g} and "
-            f"its minibatch noise {noise:.3g}, so steps have to be below {limit:.3g}. Change {culprit}, or leave "
-            "both to be derived."
+            f"diverges: the largest eigenvalue of the preconditioned curvature is {spectrum.largest:.3g} "
+            f"and its minibatch noise {noise:.3g}, so steps have to be below {limit:.3g}. Change {culprit}, "
+            "or leave both to be derived."
         )
     step = (1.0 + math.sqrt(momentum)) ** 2 / top if step_size is None else step_size
     return AstraPlan(step, momentum, batch, spectrum.largest, spectrum.smallest, noise)

@@ -74,8 +74,8 @@ def _curvature(direction: Tensor, image: Tensor) -> Tensor:
         raise IndefiniteError(
             f"Conjugate gradients met negative curvature: p^T A p / p^T p = {worst:.3g} for "
             f"{int((curvature < -rounding).sum())} of {len(curvature)} right-hand sides. The damped matrix "
-            f"is not positive definite; raise the damping by more than {-worst:.3g}, use method='minres', which "
-            "needs no definiteness, or the Gauss-Newton matrix (curvature='ggn')."
+            f"is not positive definite; raise the damping by more than {-worst:.3g}, use method='minres', "
+            "which needs no definiteness, or the Gauss-Newton matrix (curvature='ggn')."
         )
     return torch.where(curvature > rounding, curvature, torch.zeros_like(curvature))
 

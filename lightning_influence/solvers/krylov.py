@@ -18,8 +18,8 @@ class KrylovResult(Solution):
     """Solutions, and the subspace they were found in.
 
     Attributes:
-        subspace: orthonormal directions ``(m, P)`` and their products ``(m, P)``, which a later call can start
-            from; None unless they were asked for.
+        subspace: orthonormal directions ``(m, P)`` and their products ``(m, P)``, which a later call can
+            start from; None unless they were asked for.
     """
 
     subspace: tuple[Tensor, Tensor] | None = field(default=None, repr=False)

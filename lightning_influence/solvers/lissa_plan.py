@@ -69,9 +69,18 @@ class Scale:
 
     @property
     def smallest_batch(self) -> int:
-        """``kappa Tr(H) / (lambda_1 + lambda)``, below which steps have to be shorter than half the best."""
-        wanted = self.kappa * self.trace / self.top
-        return max(1, min(self.num_examples, math.ceil(wanted)))
+        """The batch whose noise is ``lambda_1 + lambda``: half the best step is stable from there on.
+
+        ``kappa Tr(H) / (lambda_1 + lambda)``, but for a finite ``N``, from which batches are drawn without
+        replacement.
+        """
+        return self.batch_for(self.top)
+
+    def batch_for(self, noise: float) -> int:
+        """Return the smallest batch with ``nu(b)`` at most this."""
+        one = self.kappa * self.trace
+        batch = one * self.num_examples / (noise * (self.num_examples - 1) + one) if one > 0 else 1
+        return max(1, min(self.num_examples, math.ceil(batch)))
 
 
 @dataclass(frozen=True)
@@ -156,9 +165,10 @@ def warning_of(plan: LissaPlan, scale: Scale) -> str | None:
     best = 1.0 / (scale.top + scale.noise(plan.smallest_batch))
     return (
         f"batch_size={plan.batch} is too small for steps of the usual size: kappa Tr(H) / (lambda_1 + "
-        f"damping) = {scale.kappa:.3g} * {scale.trace:.3g} / {scale.top:.3g} asks for {plan.smallest_batch}. LiSSA "
-        f"takes steps of {plan.step:.3g} instead of {best:.3g}, about {plan.steps * plan.rounds} of them "
-        f"({plan.cost:.3g} example products). Raise batch_size, or leave it to be derived."
+        f"damping) = {scale.kappa:.3g} * {scale.trace:.3g} / {scale.top:.3g} asks for "
+        f"{plan.smallest_batch}. LiSSA takes steps of {plan.step:.3g} instead of {best:.3g}, about "
+        f"{plan.steps * plan.rounds} of them ({plan.cost:.3g} example products). Raise batch_size, or leave "
+        "it to be derived."
     )
 
 
@@ -227,9 +237,9 @@ def _check_step(scale: Scale, step: float, batch: int | None) -> None:
             f"on, whatever the batch. Accepted are smaller ones; {best / 2:.3g} is a good one."
         )
     if batch is not None and step >= scale.stable_step(batch):
-        needed = scale.kappa * scale.trace / (2.0 / step - scale.top)
+        needed = scale.batch_for(2.0 / step - scale.top)
         raise DivergenceError(
-            f"batch_size={batch} is too small for step_size={step:.3g}: LiSSA diverges with fewer than kappa "
-            f"Tr(H) / (2 / step_size - lambda_1 - damping) = {math.ceil(needed)} examples a batch. Raise "
+            f"batch_size={batch} is too small for step_size={step:.3g}: LiSSA diverges with fewer than about "
+            f"kappa Tr(H) / (2 / step_size - lambda_1 - damping), here {needed}, examples a batch. Raise "
             f"batch_size, or take steps below {scale.stable_step(batch):.3g}."
         )

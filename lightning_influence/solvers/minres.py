@@ -64,7 +64,7 @@ class _State:
 
     Vectors ``(k, P)``: the last two Lanczos vectors before and the last one after preconditioning, the last
     two search directions with their products, the residual. Numbers ``(k, 1)``: Lanczos off-diagonals, the
-    last two rotations, and what is left to minimise.
+    last two rotations, what is left to minimise, and the largest column of the tridiagonal matrix.
     """
 
     lanczos: Tensor
@@ -82,6 +82,7 @@ class _State:
     sine: Tensor
     sine_before: Tensor
     left: Tensor
+    size: Tensor
     alive: Tensor
 
     @classmethod
@@ -106,6 +107,7 @@ class _State:
             sine=zeros,
             sine_before=zeros,
             left=norm,
+            size=zeros,
             alive=norm[:, 0] > 0,
         )
 
@@ -127,11 +129,12 @@ class _State:
         cosine, sine = pivot / scale, norm / scale
         direction = (unit - third * self.direction_before - second * self.direction) / scale
         image = (pushed - third * self.image_before - second * self.image) / scale
-        # A zero column: the matrix is singular and this subspace holds nothing further.
-        share = torch.where(length > 0, cosine * self.left, torch.zeros_like(self.left))
+        # ``length`` is ||A r|| / ||r||: where it vanishes, the matrix is singular and r outside of its range.
+        self.size = torch.maximum(self.size, torch.sqrt(diagonal.square() + self.norm.square()))
+        rounding = torch.finfo(norm.dtype).eps ** 0.75 * self.size
+        share = torch.where(length > rounding, cosine * self.left, torch.zeros_like(self.left))
         self.remainder = self.remainder - share * image
-        rounding = 4 * torch.finfo(norm.dtype).eps * (diagonal.abs() + self.norm)
-        self.alive = (norm > rounding)[:, 0] & (length > 0)[:, 0]
+        self.alive = ((norm > rounding) & (length > rounding))[:, 0]
         self.lanczos_before, self.lanczos, self.corrected = self.lanczos, lanczos, corrected
         self.direction_before, self.direction = self.direction, direction
         self.image_before, self.image = self.image, image

@@ -28,6 +28,8 @@ _GROWTH = 10.0
 _CHECK_EVERY = 8
 # A round that leaves more than this of the missing part is too noisy for its batch.
 _SLOW = 0.8
+# The error after a round is estimated from how much smaller its correction was than the last round's.
+_SAFETY = 2.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def sampled_rounds(
         open_ = progress.observe(remainder[rows], rows)
         error = error_bounds(remainder[rows], solutions[rows], smallest)
         left = change[rows] / solutions[rows].norm(dim=1).clamp_min(torch.finfo(change.dtype).tiny)
-        guessed = torch.where((rate > 0) & (rate < 1), left * rate / (1 - rate), torch.inf)
+        guessed = torch.where((rate > 0) & (rate < 1), _SAFETY * left * rate / (1 - rate), torch.inf)
         open_ |= torch.minimum(error, guessed) > tolerance
         if bool(torch.isfinite(rate).all()) and float(rate.median()) > _SLOW and regrow is not None:
             if 2 * plan.batch > num_examples // 2:

@@ -146,15 +146,18 @@ def verified(
     steps, sweeps = 0, 0
     while len(rows) and steps < max_steps:
         before = progress.residuals[rows]
+        earlier = solutions[rows], remainder[rows]
         taken = sweep(progress, solutions, remainder[rows], rows, max_steps - steps)
-        if not taken:
-            break
         remainder[rows] = vectors[rows] - product(solutions[rows])
         steps, products, sweeps = steps + taken, products + taken + 1, sweeps + 1
         still = progress.observe(remainder[rows], rows)
+        after = progress.residuals[rows]
+        if sweeps > 1 and bool((after > before).any()):  # a restart that only added rounding
+            worse = after > before
+            solutions[rows[worse]], remainder[rows[worse]] = earlier[0][worse], earlier[1][worse]
+            progress.observe(remainder[rows], rows)
         # A sweep that gains less than a half is at the limit of the precision, or of its steps.
-        still &= progress.residuals[rows] < 0.5 * before
-        rows = rows[still]
+        rows = rows[still & (after < 0.5 * before)]
     return Solution(
         solutions, progress.residuals, steps, products, progress.history, {"restarts": max(sweeps - 1, 0)}
     )
