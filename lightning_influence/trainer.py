@@ -5,20 +5,25 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lightning_influence.attributions import Attributions
+from lightning_influence.callback import InfluenceCallback
+from lightning_influence.collecting.store import state_from_checkpoint
+from lightning_influence.engine import Engine
 from lightning_influence.factors.factors import Factors
 from lightning_influence.loggers import log_attributions
 from lightning_influence.measurements import Measurement
-from lightning_influence.methods import Curvature, Damping, Options, Preconditioner
+from lightning_influence.methods import Damping, Options
 from lightning_influence.passes.captured import Fisher
 from lightning_influence.question import Question
 from lightning_influence.results.labels import Labels
 from lightning_influence.results.self_influence import SelfInfluence
-from lightning_influence.session import Session
+from lightning_influence.running.predict import TrainerRunner
+from lightning_influence.state import InfluenceState
 
 
 def influence(
@@ -39,17 +44,13 @@ def influence(
     memory_budget: int = 2**30,
     tolerance: float | None = None,
     max_steps: int | None = None,
-    curvature: Curvature = "ggn",
-    preconditioner: Preconditioner = "ekfac",
-    batch_size: int | None = None,
-    step_size: float | None = None,
-    momentum: float | None = None,
     low_rank_tolerance: float = 1e-3,
     curvature_examples: int = 4096,
     seed: int = 0,
     log: bool = True,
     name: str = "influence",
     labels: Labels | None = None,
+    **further: Any,
 ) -> Attributions:
     """Attribute a model's behaviour on queries to its training examples.
 
@@ -66,8 +67,9 @@ def influence(
         query_dataloaders: one or several loaders, or ready-made batches; by default those of the datamodule
             or module.
         datamodule: where loaders come from if they are not given.
-        method: ``"auto"`` (two-level EK-FAC), ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"``,
-            ``"exact"``, or one of the iterative ``"cg"``, ``"minres"``, ``"astra"`` and ``"lissa"``.
+        method: ``"auto"`` (two-level EK-FAC), ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"``, or
+            for small models ``"hessian"``, ``"exact"`` (Gauss-Newton) or ``"block_ggn"``; by iteration
+            ``"cg"``, ``"minres"``, ``"astra"`` or ``"lissa"``.
         damping: ``"auto"`` (from the recorded training run), ``"heuristic"`` (a tenth of a layer's mean
             eigenvalue), or a number.
         measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or
@@ -78,26 +80,21 @@ def influence(
         layers: names or shell patterns of the layers to cover; all supported ones if None.
         factors: factors to use, or ``"refit"`` to fit them anew; by default the callback's, if it has any.
         fisher: what factors are made of: ``"sampled"`` labels, ``"exact"`` or ``"empirical"``; None uses
-            stored factors of any kind, and sampled labels where they have to be fitted.
-        memory_budget: bytes for the coarse space, for the subspaces of iterations, and for the curvature
-            gradients that iterative methods keep between products.
-        tolerance: relative residual ``||v - (H + damping)x|| / ||v||`` at which a query is solved, and for
-            ``"lissa"`` the relative error of the solution as well. By default 0.2 for ``"auto"``, which
-            iterates above it, 1e-3 for ``"cg"`` and ``"minres"``, 0.01 for ``"astra"``, 0.02 for ``"lissa"``.
-        max_steps: most steps of an iterative method: by default 3 (of block Krylov) for ``"auto"``, 100 for
-            ``"cg"`` and ``"minres"``, 300 for ``"astra"``, and as many as the curvature asks for with
-            ``"lissa"``.
-        curvature: ``"ggn"`` or, for ``"cg"`` and ``"minres"``, the exact ``"hessian"``.
-        preconditioner: of ``"cg"`` and ``"minres"``: ``"ekfac"``, ``"two_level"`` or ``"none"``.
-        batch_size: examples of a minibatch product of ``"lissa"`` and ``"astra"``; derived if None.
-        step_size: step of ``"lissa"`` and ``"astra"``; derived if None.
-        momentum: momentum of ``"astra"``; derived if None.
+            stored factors of any kind, sampled labels where they have to be fitted, and the exact matrix in
+            ``"exact"`` and ``"block_ggn"``.
+        memory_budget: bytes for the coarse space, for iterations, and for the curvature gradients that
+            iterative methods keep between products.
+        tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved; None for
+            the method's own, see :class:`~lightning_influence.methods.Options`.
+        max_steps: most steps of an iterative method; None for the method's own.
         low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one.
         curvature_examples: at most this many training examples enter the coarse space's curvature.
         seed: of sampled labels, anchors and curvature examples.
         log: whether to log the answer to the Trainer's loggers, and to files in its log directory.
         name: prefix of what is logged, and name of the folder of files.
         labels: texts to show beside the indices.
+        **further: further fields of :class:`~lightning_influence.methods.Options`, such as ``curvature``,
+            ``preconditioner``, ``batch_size``, ``blocks`` or ``negative_curvature``.
 
     Returns:
         The attributions, with the certificate of how they were computed in ``diagnostics``.
@@ -112,17 +109,13 @@ def influence(
         memory_budget=memory_budget,
         tolerance=tolerance,
         max_steps=max_steps,
-        curvature=curvature,
-        preconditioner=preconditioner,
-        batch_size=batch_size,
-        step_size=step_size,
-        momentum=momentum,
         low_rank_tolerance=low_rank_tolerance,
         curvature_examples=curvature_examples,
         seed=seed,
+        **further,
     )
     question = Question(method, measurement, top_k, layers, options)
-    session = Session(trainer, model, datamodule, ckpt_path, factors)
+    session = _Session(trainer, model, datamodule, ckpt_path, factors)
     with session.runner:
         engine = session.engine(question)
         train = session.train_loader(train_dataloaders)
@@ -147,14 +140,12 @@ def self_influence(
     factors: Factors | Literal["refit"] | None = None,
     fisher: Fisher | None = None,
     memory_budget: int = 2**30,
-    tolerance: float | None = None,
-    max_steps: int | None = None,
-    preconditioner: Preconditioner = "ekfac",
     curvature_examples: int = 4096,
     seed: int = 0,
     log: bool = True,
     name: str = "self_influence",
     labels: Labels | None = None,
+    **further: Any,
 ) -> SelfInfluence:
     """Influence of every training example on its own loss: high for rare and mislabelled ones.
 
@@ -171,14 +162,12 @@ def self_influence(
         factors: as in :func:`influence`.
         fisher: as in :func:`influence`.
         memory_budget: as in :func:`influence`.
-        tolerance: as in :func:`influence`.
-        max_steps: as in :func:`influence`.
-        preconditioner: as in :func:`influence`.
         curvature_examples: as in :func:`influence`.
         seed: as in :func:`influence`.
         log: as in :func:`influence`.
         name: as in :func:`influence`.
         labels: texts to show beside the indices.
+        **further: as in :func:`influence`.
 
     Returns:
         One score a training example: the predicted rise of its loss when it is removed.
@@ -191,14 +180,12 @@ def self_influence(
         damping=damping,
         fisher=fisher,
         memory_budget=memory_budget,
-        tolerance=tolerance,
-        max_steps=max_steps,
-        preconditioner=preconditioner,
         curvature_examples=curvature_examples,
         seed=seed,
+        **further,
     )
     question = Question(method, layers=layers, options=options)
-    session = Session(trainer, model, datamodule, ckpt_path, factors)
+    session = _Session(trainer, model, datamodule, ckpt_path, factors)
     with session.runner:
         engine = session.engine(question)
         result = engine.self_influence(session.train_loader(train_dataloaders))
@@ -220,6 +207,80 @@ def attach(trainer: Trainer) -> None:
     for function in (influence, self_influence):
         if not hasattr(trainer, function.__name__):
             setattr(trainer, function.__name__, functools.partial(function, trainer))
+
+
+class _Session:
+    """One call: the borrowed Trainer, and the state that the call starts from and leaves."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: LightningModule | None,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | None,
+        factors: Factors | Literal["refit"] | None,
+    ) -> None:
+        host: Any = trainer  # its callbacks are declared nowhere
+        self._own = next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
+        self._reader = _CheckpointReader()
+        self._factors = factors
+        restore: list[Callback] = [self._reader] if self._own is None else [self._own, self._reader]
+        self.runner = TrainerRunner(
+            trainer, model, datamodule=datamodule, ckpt_path=ckpt_path, restore=restore
+        )
+        self._fitted = trainer.train_dataloader  # now: loading a checkpoint lets go of it for the time being
+
+    def engine(self, question: Question) -> Engine:
+        """Return the engine, with the state that is there once a checkpoint has been loaded.
+
+        Raises:
+            TypeError: if the factors are of a wrong type.
+        """
+        self._state = self._found()
+        if self._factors == "refit":
+            self._state = InfluenceState(record=self._state.record)
+        elif isinstance(self._factors, Factors):
+            self._state = replace(self._state, factors=self._factors, factors_key="")
+        elif self._factors is not None:
+            raise TypeError(
+                f"Got factors of type {type(self._factors).__name__}; accepted are Factors, 'refit' or None."
+            )
+        return Engine(self.runner, self._state, question, checkpoint=self.runner.ckpt_path)
+
+    def _found(self) -> InfluenceState:
+        """Return the state of this Trainer's callback, or of any callback in the checkpoint."""
+        if self._own is not None and (self._reader.state is None or self._own in self.runner.restored):
+            return self._own.influence_state
+        return self._reader.state or InfluenceState()
+
+    def train_loader(self, given: Any) -> Any:
+        """Return the loader that was given, or those of the datamodule, the last fit, or the module."""
+        if given is not None:
+            return given
+        if self._fitted is None or self.runner.datamodule is not None:
+            return self.runner.train_dataloaders()
+        return self._fitted
+
+    def keep(self) -> None:
+        """Let the callback keep what later queries can use; given factors serve this call only."""
+        if self._own is None:
+            return
+        if isinstance(self._factors, Factors):
+            known = self._found()
+            self._state = replace(self._state, factors=known.factors, factors_key=known.factors_key)
+        self._own.influence_state = self._state
+
+
+class _CheckpointReader(Callback):
+    """Finds the state of any influence callback in a checkpoint, for a Trainer that has none of the kind."""
+
+    state: InfluenceState | None = None
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Read the state."""
+        self.state = state_from_checkpoint(checkpoint)
 
 
 def _log(trainer: Trainer, result: Attributions | SelfInfluence, name: str, labels: Labels | None) -> None:

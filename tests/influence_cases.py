@@ -56,7 +56,12 @@ class Asked:
     def _curvature(self, method: str, fisher: str) -> Tensor:
         problem = _problem(self.case)
         if method in {"exact", "auto"}:
-            return oracle.ggn(*problem)
+            return (oracle.ggn if fisher == "exact" else oracle.fisher_empirical)(*problem)
+        if method == "hessian":
+            return _absolute(oracle.hessian(*problem))
+        if method == "block_ggn":
+            make = oracle.ggn if fisher == "exact" else oracle.fisher_empirical
+            return oracle.keep_blocks(make(*problem), self.case.model, self.case.layers)
         if method == "diagonal":
             make = oracle.ggn if fisher == "exact" else oracle.fisher_empirical
             return torch.diag(torch.diag(make(*problem)))
@@ -81,6 +86,12 @@ class Asked:
             named = {name: damping[f"model.{name}"] for name in self.case.layers}
             damping = oracle.damping_vector(named, self.case.model, self.case.layers)
         return oracle.influence(self.curvature(method, fisher), damping, queries, train)
+
+
+def _absolute(matrix: Tensor) -> Tensor:
+    """|H|, the square root of H^2: by singular values, which for a symmetric H are |eigenvalues|."""
+    _, sizes, right = torch.linalg.svd(matrix)
+    return right.T @ torch.diag(sizes) @ right
 
 
 def _problem(case: Case) -> tuple[Any, ...]:

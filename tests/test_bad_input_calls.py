@@ -91,7 +91,15 @@ class Untouched:
 
 
 SETTINGS = {
-    "method": ("ek-fac", "Got method='ek-fac'; accepted are auto, diagonal, ekfac, exact, identity, kfac"),
+    "method": (
+        "ek-fac",
+        "Got method='ek-fac'; accepted are astra, auto, block_ggn, cg, diagonal, ekfac, exact, hessian",
+    ),
+    "blocks": ("row", "Got blocks='row'; accepted are 'layer', 'tensor'"),
+    "negative_curvature": (
+        "no",
+        "Got negative_curvature='no'; accepted are 'absolute', 'clip', 'keep', 'ref",
+    ),
     "damping": ("more", "Got damping='more'; accepted are 'auto', 'heuristic' or a finite number"),
     "measurement": ("accuracy", "Got measurement='accuracy'; accepted are 'loss', 'margin', 'logit', 'hook'"),
     "fisher": ("true", "Got fisher='true'; accepted are 'sampled', 'exact', 'empirical'"),
@@ -171,7 +179,9 @@ def test_data_that_cannot_be_used():
             user.ask(3)
 
 
-@pytest.mark.parametrize("method", ["identity", "diagonal", "kfac", "ekfac", "exact", "auto"])
+@pytest.mark.parametrize(
+    "method", ["identity", "diagonal", "kfac", "ekfac", "block_ggn", "exact", "hessian", "auto"]
+)
 def test_values_that_are_not_finite(method):
     with Untouched() as user:
         for position in (0, 17):  # in the first batch, and in a later one

@@ -58,7 +58,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
-for method in ("identity", "diagonal", "kfac", "ekfac", "exact", "auto"):
+for method in ("identity", "diagonal", "kfac", "ekfac", "exact", "hessian", "block_ggn", "auto"):
     for asked in ([DataLoader(one_query), DataLoader(queries)], DataLoader(one_query))[: 1 + (method == "auto")]:
         options = {"method": method, "damping": 0.1, "max_steps": 0, **exact}
         if method in ("kfac", "ekfac", "auto"):
@@ -87,7 +87,7 @@ close(
     alone.scores(train, DataLoader(queries), **converged).scores,
 )
 first = torch.utils.data.Subset(data, [4])  # one example for two processes
-for method in ("ekfac", "diagonal", "exact", "auto", "identity"):
+for method in ("ekfac", "diagonal", "exact", "hessian", "block_ggn", "auto", "identity"):
     options = {"method": method, "damping": 0.1, "max_steps": 0, **exact}
     for k in (None, 1)[method == "ekfac" :]:
         ours = trainer.influence(module, DataLoader(first), DataLoader(queries), log=False, top_k=k, **options)

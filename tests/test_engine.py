@@ -21,7 +21,7 @@ FEW = ["mlp_gelu", "tokens_weighted", "conv2d_reflect_groups", "segmentation"]
 @pytest.mark.parametrize("name", CASES)
 def test_scores_of_every_method(name):
     asked = Asked(CASES[name])
-    for method in ("identity", "exact", "diagonal", "kfac", "ekfac"):
+    for method in ("identity", "exact", "hessian", "block_ggn", "diagonal", "kfac", "ekfac"):
         found = asked.scores(method=method, **EXACTLY)
         torch.testing.assert_close(found.scores, asked.expected(method), **CLOSE)
     found = asked.scores(**CONVERGED)
@@ -32,7 +32,7 @@ def test_scores_of_every_method(name):
 
 
 @pytest.mark.parametrize("name", FEW)
-@pytest.mark.parametrize("method", ["diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("method", ["diagonal", "kfac", "ekfac", "exact", "block_ggn"])
 def test_empirical_fisher(name, method):
     asked = Asked(CASES[name])
     found = asked.scores(method=method, fisher="empirical", low_rank_tolerance=0.0)
@@ -67,7 +67,7 @@ def test_callable_and_hook_measure_what_they_return(method):
 
 
 @pytest.mark.parametrize("name", FEW)
-@pytest.mark.parametrize("method", ["diagonal", "kfac", "ekfac", "exact", "auto"])
+@pytest.mark.parametrize("method", ["diagonal", "kfac", "ekfac", "block_ggn", "exact", "auto"])
 def test_heuristic_damping_a_layer(name, method):
     asked = Asked(CASES[name])
     options = {**(CONVERGED if method == "auto" else EXACTLY), "method": method}
@@ -100,7 +100,9 @@ def test_reductions(name, reduction):
     torch.testing.assert_close(found.scores, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("method", ["identity", "diagonal", "kfac", "ekfac", "exact", "auto"])
+@pytest.mark.parametrize(
+    "method", ["identity", "diagonal", "kfac", "ekfac", "block_ggn", "exact", "hessian", "auto"]
+)
 @pytest.mark.parametrize("name", ["mlp_relu_inplace_weighted", "tokens_class_first"])
 def test_self_influence_is_the_diagonal(name, method):
     asked = Asked(CASES[name])
@@ -113,7 +115,9 @@ def test_self_influence_is_the_diagonal(name, method):
     assert found.scores.median() > 0
 
 
-@pytest.mark.parametrize("method", ["identity", "diagonal", "kfac", "ekfac", "exact", "auto"])
+@pytest.mark.parametrize(
+    "method", ["identity", "diagonal", "kfac", "ekfac", "block_ggn", "exact", "hessian", "auto"]
+)
 def test_batch_sizes_do_not_matter(method):
     name = "tokens_weighted"
     options = {**(CONVERGED if method == "auto" else EXACTLY), "method": method}
@@ -154,7 +158,7 @@ def test_auto_approaches_exact_with_steps_and_anchors():
     assert error(0) < 0.7 * few
 
 
-@pytest.mark.parametrize("method", ["identity", "kfac", "ekfac", "exact", "auto"])
+@pytest.mark.parametrize("method", ["identity", "kfac", "ekfac", "block_ggn", "exact", "hessian", "auto"])
 @pytest.mark.parametrize("name", ["mlp_tanh_no_bias", "conv2d_reflect_groups", "segmentation"])
 def test_ihvp(name, method):
     asked = Asked(CASES[name])

@@ -106,6 +106,10 @@ class BlockProductPass(CurvatureProductPass):
 class DenseBlockPass(CurvaturePass):
     """The diagonal blocks of the Gauss-Newton matrix in float64.
 
+    Attributes:
+        indices: where each block stands in a flat vector; see :func:`block_indices`.
+        owners: the name of each block's layer.
+
     Args:
         plan: the covered layers.
         blocks: see :func:`block_indices`.
@@ -128,6 +132,11 @@ class DenseBlockPass(CurvaturePass):
         super().__init__(plan, fisher=fisher, draws=draws, seed=seed)
         self._plan, self._blocks = plan, blocks
         self.indices = block_indices(plan, blocks)
+        self.owners = [
+            name
+            for name, layer in plan.layers.items()
+            for _ in range(1 + (blocks == "tensor" and layer.has_bias))
+        ]
         self._sums: dict[str, Tensor] = {}
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:

@@ -1,8 +1,10 @@
 """Methods of attribution: each solves against one approximation of the curvature, one file a kind."""
 
 from lightning_influence.methods import astra as astra
+from lightning_influence.methods import block_ggn as block_ggn
 from lightning_influence.methods import closed_form as closed_form
 from lightning_influence.methods import exact as exact
+from lightning_influence.methods import hessian as hessian
 from lightning_influence.methods import krylov as krylov
 from lightning_influence.methods import lissa as lissa
 from lightning_influence.methods import two_level as two_level

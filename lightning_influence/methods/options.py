@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_influence.curvature.blocks import Blocks
 from lightning_influence.passes.captured import Fisher
+from lightning_influence.solvers.definite import NegativeCurvature
 
 Damping = float | Literal["auto", "heuristic"]
 Curvature = Literal["ggn", "hessian"]
@@ -17,8 +19,20 @@ Preconditioner = Literal["ekfac", "two_level", "none"]
 class Options:
     """Settings of one call, with what they mean in :func:`~lightning_influence.trainer.influence`.
 
-    What is None is up to the method: each has its own tolerance and number of steps, and LiSSA and ASTRA
-    derive ``batch_size``, ``step_size`` and ``momentum`` from the curvature.
+    Attributes:
+        tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved. None
+            stands for 0.2 with ``"auto"``, which iterates above it and whose coarse space grows until most
+            training gradients are below; 1e-3 with ``"cg"`` and ``"minres"``; 0.01 with ``"astra"``; and 0.02
+            with ``"lissa"``, which also brings the relative error of the solution below it.
+        max_steps: most steps of an iterative method. None stands for 3 (of block Krylov) with ``"auto"``, 100
+            with ``"cg"`` and ``"minres"``, 300 with ``"astra"``, and as many as the curvature asks for with
+            ``"lissa"``.
+        curvature: ``"ggn"``, or the exact ``"hessian"`` for ``"cg"`` and ``"minres"``.
+        preconditioner: of ``"cg"`` and ``"minres"``: EK-FAC, EK-FAC with a coarse space, or none.
+        batch_size: examples of a minibatch product of ``"lissa"`` and ``"astra"``; None for LiSSA's own
+            choice, and for all examples with ASTRA.
+        step_size: step of ``"lissa"`` and ``"astra"``; derived from the curvature if None.
+        momentum: momentum of ``"astra"``; derived from the curvature if None.
 
     Raises:
         ValueError: if one is out of range, saying what was got and what is accepted.
@@ -38,6 +52,8 @@ class Options:
     curvature_examples: int = 4096
     max_parameters: int = 8192
     seed: int = 0
+    blocks: Blocks = "layer"
+    negative_curvature: NegativeCurvature = "absolute"
 
     @property
     def fitted_fisher(self) -> Fisher:
@@ -55,7 +71,13 @@ class Options:
         self._check_numbers()
 
     def _check_choices(self) -> None:
-        choices = {"fisher": Fisher, "curvature": Curvature, "preconditioner": Preconditioner}
+        choices = {
+            "fisher": Fisher,
+            "curvature": Curvature,
+            "preconditioner": Preconditioner,
+            "blocks": Blocks,
+            "negative_curvature": NegativeCurvature,
+        }
         for name, literal in choices.items():
             value = getattr(self, name)
             if value not in get_args(literal) and not (name == "fisher" and value is None):

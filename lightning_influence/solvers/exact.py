@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,19 +12,20 @@ from lightning_influence.errors import NonFiniteError, UnsupportedModelError
 MAX_PARAMETERS = 8192
 
 
-def check_size(numel: int, limit: int = MAX_PARAMETERS) -> None:
+def check_size(numel: int, limit: int = MAX_PARAMETERS, method: str = "exact") -> None:
     """Refuse a dense matrix that is too large.
 
     Args:
-        numel: ``P``.
+        numel: ``P``, or the size of one matrix that has as many entries as all blocks together.
         limit: largest accepted ``P``.
+        method: whose matrix it would be.
 
     Raises:
         UnsupportedModelError: saying how large the matrix would be.
     """
     if numel > limit:
         raise UnsupportedModelError(
-            f"method='exact' would build a dense {numel:,} x {numel:,} matrix ({8 * numel**2 / 2**30:.1f} "
+            f"method={method!r} would build a dense {numel:,} x {numel:,} matrix ({8 * numel**2 / 2**30:.1f} "
             f"GiB); at most {limit:,} parameters are accepted. Use method='auto', or cover fewer layers with "
             "`layers=`."
         )
@@ -41,6 +44,11 @@ class DenseSolver:
         self._range = float(damping.min()), float(damping.max())
         factor, info = torch.linalg.cholesky_ex(self.matrix)
         self._factor = factor if int(info) == 0 else None
+
+    @property
+    def is_definite(self) -> bool:
+        """Whether the damped matrix is positive definite."""
+        return self._factor is not None
 
     def solve(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Solve for ``V (V, P)``.
@@ -65,6 +73,36 @@ class DenseSolver:
             )
         remainder = right - solution @ self.matrix
         return solution, remainder.norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
+
+
+class BlockSolver:
+    """Solves a block-diagonal ``(H + diag(damping)) X = V`` in float64.
+
+    Args:
+        blocks: the blocks of ``H``, ``(P_b, P_b)``.
+        indices: where each stands in a flat vector, ``(P_b,)``; together ``0 .. P - 1``.
+        damping: ``(P,)``.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor], indices: Sequence[Tensor], damping: Tensor) -> None:
+        self._indices = list(indices)
+        self._solvers = [
+            DenseSolver(block, damping[index]) for block, index in zip(blocks, indices, strict=True)
+        ]
+
+    def solve(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve for ``V (V, P)``.
+
+        Returns:
+            ``X (V, P)`` in float64 and the relative residual of each, ``(V,)``.
+        """
+        right = vectors.double()
+        solution, squares = torch.zeros_like(right), right.new_zeros(len(right))
+        for solver, index in zip(self._solvers, self._indices, strict=True):
+            own = right[:, index]
+            solution[:, index], residual = solver.solve(own)
+            squares += (residual * own.norm(dim=1)).square()
+        return solution, squares.sqrt() / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
 
 
 def solve(matrix: Tensor, damping: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

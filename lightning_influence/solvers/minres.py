@@ -16,6 +16,9 @@ from torch import Tensor
 from lightning_influence.errors import IndefiniteError
 from lightning_influence.solvers.stopping import Product, Progress, Solution, verified
 
+# A step whose cosine is smaller lowers the residual by less than a twenty-thousandth.
+_LITTLE = 0.01
+
 
 def minres(
     product: Product,
@@ -64,7 +67,8 @@ class _State:
 
     Vectors ``(k, P)``: the last two Lanczos vectors before and the last one after preconditioning, the last
     two search directions with their products, the residual. Numbers ``(k, 1)``: Lanczos off-diagonals, the
-    last two rotations, what is left to minimise, and the largest column of the tridiagonal matrix.
+    last two rotations, what is left to minimise, and the largest column of the tridiagonal
+    matrix.
     """
 
     lanczos: Tensor
@@ -129,12 +133,16 @@ class _State:
         cosine, sine = pivot / scale, norm / scale
         direction = (unit - third * self.direction_before - second * self.direction) / scale
         image = (pushed - third * self.image_before - second * self.image) / scale
-        # ``length`` is ||A r|| / ||r||: where it vanishes, the matrix is singular and r outside of its range.
+        # ``length`` is ||A r|| / ||r||, and direction times size grows to the condition of the matrix. Where
+        # that reaches the precision and steps gain nothing, the matrix is singular, and what is left of the
+        # right-hand side outside of its range.
         self.size = torch.maximum(self.size, torch.sqrt(diagonal.square() + self.norm.square()))
-        rounding = torch.finfo(norm.dtype).eps ** 0.75 * self.size
-        share = torch.where(length > rounding, cosine * self.left, torch.zeros_like(self.left))
+        eps = torch.finfo(norm.dtype).eps
+        condition = direction.norm(dim=1, keepdim=True) * self.size
+        dead = (length <= eps * self.size) | ((cosine.abs() < _LITTLE) & (condition > eps**-0.75))
+        share = torch.where(dead, torch.zeros_like(self.left), cosine * self.left)
         self.remainder = self.remainder - share * image
-        self.alive = ((norm > rounding) & (length > rounding))[:, 0]
+        self.alive = ((norm > 4 * eps * self.size) & ~dead)[:, 0]
         self.lanczos_before, self.lanczos, self.corrected = self.lanczos, lanczos, corrected
         self.direction_before, self.direction = self.direction, direction
         self.image_before, self.image = self.image, image

@@ -11,7 +11,7 @@ from torch.nn import functional
 from lightning_influence import InfluenceCallback, InfluenceModule, InfluenceTrainer
 from lightning_influence.errors import InfluenceWarning, UnsupportedModelError
 
-METHODS = ["identity", "diagonal", "kfac", "ekfac", "exact", "auto"]
+METHODS = ["identity", "diagonal", "kfac", "ekfac", "block_ggn", "exact", "hessian", "auto"]
 
 
 class Net(lightning.LightningModule):
