@@ -77,14 +77,17 @@ def sampled_rounds(
         num_examples: ``N``; batches do not grow beyond half of it.
         explain: why a round of this kind may have diverged, in words.
         precondition: ``P^{-1}``; the identity if None.
-        regrow: how a round iterates with a larger batch; None keeps the batch, whatever happens.
+        regrow: how a round iterates with a larger batch, after one that diverged or gained little; None keeps
+            the batch. Where batches may not grow further, right-hand sides are left open, for the caller to
+            use all examples on.
         max_steps: most steps in all.
         tolerance: a right-hand side is done when its relative residual is at most this, and its relative
             error by the bound of :func:`~.stopping.error_bounds` or by the last round's correction.
         seed: of the minibatches.
 
     Returns:
-        The solutions with their true residuals; ``facts`` has rounds, the last batch, and example products.
+        The solutions with their true residuals; ``facts`` has rounds, the last batch, example products,
+        and how many right-hand sides are open.
 
     Raises:
         DivergenceError: if a round diverges and its batch may not grow.
@@ -99,8 +102,10 @@ def sampled_rounds(
         correction = _iterate(batch_product, remainder[rows], plan, precondition, smallest, seed + steps)
         steps, examples = steps + plan.steps, examples + plan.steps * plan.batch
         if correction is None:
-            if regrow is None or 2 * plan.batch > num_examples // 2:
+            if regrow is None:
                 raise DivergenceError(explain(plan))
+            if 2 * plan.batch > num_examples // 2:
+                break
             plan = regrow(2 * plan.batch)
             continue
         image = product(correction)
@@ -117,7 +122,7 @@ def sampled_rounds(
         open_ |= torch.minimum(error, guessed) > tolerance
         if bool(torch.isfinite(rate).all()) and float(rate.median()) > _SLOW and regrow is not None:
             if 2 * plan.batch > num_examples // 2:
-                break  # minibatches do not get there: the caller has to use all examples
+                break
             plan = regrow(2 * plan.batch)
         rows = rows[open_]
     facts: dict[str, Any] = {
