@@ -33,6 +33,7 @@ class Astra(Iterative):
             step_size=options.step_size,
             momentum=options.momentum,
             batch_size=options.batch_size,
+            max_steps=self.max_steps,
         )
         self.context.extra["astra"] = self.plan.facts()
 

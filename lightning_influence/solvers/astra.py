@@ -60,6 +60,7 @@ def plan_astra(
     step_size: float | None = None,
     momentum: float | None = None,
     batch_size: int | None = None,
+    max_steps: int = 100,
     kappa: float = 1.0,
 ) -> AstraPlan:
     """Derive step and momentum.
@@ -70,6 +71,7 @@ def plan_astra(
         step_size: a step that is asked for; derived if None.
         momentum: a momentum that is asked for; derived if None.
         batch_size: examples of a minibatch; all of them if None.
+        max_steps: most steps that will be taken; one step alone cannot diverge.
         kappa: ``E[h_x^2] <= kappa Tr(H) H`` in the preconditioned coordinates.
 
     Returns:
@@ -92,7 +94,7 @@ def plan_astra(
         ratio = math.sqrt(min(1.0, spectrum.smallest / top))
         momentum = min(_MOST_MOMENTUM, ((1 - ratio) / (1 + ratio)) ** 2) if batch == num_examples else 0.0
     limit = 2.0 * (1.0 + momentum) / top
-    if step_size is not None and step_size >= limit:
+    if step_size is not None and step_size >= limit and max_steps > 1:
         culprit = "step_size" if step_size >= 2.0 * (1.0 + momentum) / spectrum.largest else "batch_size"
         raise DivergenceError(
             f"step_size={step_size:.3g} with momentum {momentum:.3g} on batches of {batch} examples "
@@ -169,7 +171,7 @@ def astra(
         steps += 1
         remainder[rows] = vectors[rows] - product(solutions[rows])
         rows = rows[progress.observe(remainder[rows], rows)]
-    if len(rows) and bool(((precondition(remainder) * remainder).sum(dim=1) > 4 * first).any()):
+    if steps > 1 and len(rows) and bool(((precondition(remainder) * remainder).sum(dim=1) > 4 * first).any()):
         raise DivergenceError(_explain(plan))
     return Solution(solutions, progress.residuals, steps, steps, progress.history)
 
