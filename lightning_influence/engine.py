@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_influence.attributions import Attributions
+from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.factors.factors import fingerprint
 from lightning_influence.layers import find_layers
 from lightning_influence.measurements import ResolvedMeasurement, resolve_measurement
 from lightning_influence.methods import Context, Method, Notes, find_method
 from lightning_influence.methods.context import digest
 from lightning_influence.methods.gathering import Gathered, gather
+from lightning_influence.methods.spectrum import SpectrumSettings, measured
 from lightning_influence.passes.gradients import GradientPass
 from lightning_influence.passes.scores import Columns, ScorePass, SelfInfluencePass
 from lightning_influence.question import Question
@@ -123,12 +125,30 @@ class Engine:
                 result[f"{name}.bias"] = bias
         return result, self._diagnostics(method, measured.name, residuals)
 
+    def spectrum(self, train: Any, settings: SpectrumSettings) -> Spectrum:
+        """Measure the spectrum of the curvature; the question's method plays no part.
+
+        Args:
+            train: the training examples, which the curvature is an average over.
+            settings: which curvature, and how closely.
+
+        Returns:
+            The spectrum.
+        """
+        return measured(self._context(prepare_train(train)), settings)
+
     def prepare(self, train: Any) -> None:
         """Run the passes that do not depend on queries; what they give is kept in the state."""
         self._prepare(prepare_train(train))
 
     def _prepare(self, train: IndexedLoader) -> Method:
-        """Return the method: find the layers, and run the method's query-independent passes."""
+        """Return the method, after its query-independent passes."""
+        method = find_method(self._question.method)(self._context(train))
+        method.prepare()
+        return method
+
+    def _context(self, train: IndexedLoader) -> Context:
+        """Return everything a method works with: find the layers, and say what is not covered."""
         module = self._runner.module
         plan = find_layers(module, self._question.layers)
         uncovered = plan.describe_uncovered()
@@ -137,7 +157,7 @@ class Engine:
         first = next(iter(plan.layers.values()))
         dtype = first.rule.weight(first.module).dtype
         weights = fingerprint(module)
-        context = Context(
+        return Context(
             self._runner,
             plan,
             train,
@@ -149,9 +169,6 @@ class Engine:
             weights_key=digest({name: [f"{x:.9g}" for x in pair] for name, pair in weights.items()}),
             notes=self._notes,
         )
-        method = find_method(self._question.method)(context)
-        method.prepare()
-        return method
 
     def _queries(
         self, context: Context, measured: ResolvedMeasurement, loaders: list[IndexedLoader]

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from lightning_influence.attributions import Attributions
 from lightning_influence.collecting.store import state_from_checkpoint
+from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.engine import Engine
 from lightning_influence.errors import CorruptFileError
 from lightning_influence.factors.factors import Factors
 from lightning_influence.measurements import Measurement
 from lightning_influence.methods import Options
+from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
 from lightning_influence.question import Question
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.self_influence import SelfInfluence
@@ -215,6 +217,31 @@ class InfluenceModule(LightningModule):
         question = Question(method, measurement, layers=layers, options=Options(**options))
         with self._runner() as runner:
             return Engine(runner, self.state, question).ihvp(train_dataloaders, query_dataloaders)
+
+    def spectrum(
+        self,
+        train_dataloaders: Any,
+        curvature: CurvatureName = "ggn",
+        *,
+        layers: Sequence[str] | None = None,
+        **settings: Any,
+    ) -> Spectrum:
+        """Trace, leading eigenvalues, ranks and density of the curvature, with error estimates.
+
+        Args:
+            train_dataloaders: the training examples that the curvature is an average over.
+            curvature: ``"ggn"`` for the Gauss-Newton matrix, or ``"hessian"``.
+            layers: names or patterns of the layers to cover.
+            **settings: fields of :class:`~lightning_influence.methods.spectrum.SpectrumSettings`, such as
+                ``probes`` and ``steps``: it takes ``steps + 1`` passes over the data.
+
+        Returns:
+            The spectrum, which prints as a table.
+        """
+        question = Question(layers=layers)
+        with self._runner() as runner:
+            chosen = SpectrumSettings(curvature, **settings)
+            return Engine(runner, self.state, question).spectrum(train_dataloaders, chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the wrapped module computes."""

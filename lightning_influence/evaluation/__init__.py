@@ -1,5 +1,6 @@
-"""Evaluation: retraining as ground truth, the linear datamodeling score, mislabel detection."""
+"""Evaluation: retraining as truth, the linear datamodeling score, mislabel detection, curvature compared."""
 
+from lightning_influence.evaluation.decomposition import Comparison, compare
 from lightning_influence.evaluation.lds import (
     LinearDatamodelingScore,
     average_ranks,
@@ -14,10 +15,12 @@ from lightning_influence.evaluation.retraining import retrain
 from lightning_influence.evaluation.stacked import Member, train_members
 
 __all__ = [
+    "Comparison",
     "LinearDatamodelingScore",
     "Member",
     "Recipe",
     "average_ranks",
+    "compare",
     "linear_datamodeling_score",
     "mislabel_auroc",
     "predict_subsets",

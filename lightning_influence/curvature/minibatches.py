@@ -1,0 +1,106 @@
+"""What minibatches of a curvature tell: ``Tr(H^2)`` without bias, and how much single examples vary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.estimates import Estimate, mean_of, random_vectors
+from lightning_influence.curvature.operator_base import LinearOperator
+
+
+def trace_of_square(
+    operator: LinearOperator,
+    count: int,
+    *,
+    pairs: int = 8,
+    probes: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Estimate:
+    """``Tr(H^2)`` from products on independent minibatches.
+
+    The square of a minibatch's matrix is larger than that of its expectation. With two independent
+    minibatches ``E[(H_b z)^T (H_b' z)] = ||H z||^2``, whose mean over probes ``z`` is ``Tr(H^2)``.
+
+    Args:
+        operator: ``H``.
+        count: examples in a minibatch.
+        pairs: pairs of minibatches, each with probes of its own.
+        probes: random vectors of a pair.
+        seed: of minibatches and probes.
+        dtype: precision of the vectors.
+        device: where they are.
+
+    Returns:
+        An unbiased estimate, with its standard error over the pairs.
+    """
+    values = []
+    for pair in range(pairs):
+        vectors = random_vectors(probes, operator.numel, _seed(seed, pair, 2), dtype=dtype, device=device)
+        first, second = (
+            operator.batch_product(vectors, count, _seed(seed, pair, side)).double() for side in (0, 1)
+        )
+        values.append((first * second).sum(1).mean())
+    return mean_of(torch.stack(values))
+
+
+def example_variance(
+    operator: LinearOperator,
+    directions: Tensor,
+    trace: float,
+    *,
+    count: int = 1,
+    minibatches: int = 64,
+    seed: int = 0,
+) -> Estimate:
+    """How much single examples' curvature varies: the least ``kappa`` of which directions tell.
+
+    ``kappa`` is the number in ``E[h_x^2] <= kappa Tr(H) H``, for the curvature ``h_x`` of one example
+    (Klochkov and Liu 2024), which bounds the steps of stochastic solvers. Along ``v`` it is at least
+    ``E||h_x v||^2 / (Tr(H) v^T H v)``; the largest such ratio over the directions is returned. Leading
+    eigenvectors are the directions to try, as these limit the step. It is a lower bound: other directions may
+    have larger ratios.
+
+    Minibatches of ``b`` of ``N`` examples, drawn without replacement, have
+    ``E||H_b v||^2 - ||H v||^2 = (E||h_x v||^2 - ||H v||^2) (N - b) / (b (N - 1))``.
+
+    Args:
+        operator: ``H``.
+        directions: ``v``, ``(V, P)``.
+        trace: ``Tr(H)``.
+        count: ``b``; single examples are best. Where only whole batches can be drawn, these count as ``b``.
+        minibatches: how many are drawn.
+        seed: of the minibatches.
+
+    Returns:
+        The largest ratio, with its standard error over the minibatches.
+
+    Raises:
+        ValueError: if the minibatches are all the data, the trace is not positive, or no direction has
+            positive curvature.
+    """
+    total = operator.num_examples
+    if not 1 <= count < total:
+        raise ValueError(f"Got count={count}; accepted are 1 to {total - 1}, fewer than all examples.")
+    if not trace > 0:
+        raise ValueError(f"Got trace={trace:g}; accepted are positive numbers.")
+    full = operator.product(directions).double()
+    along = (directions.double() * full).sum(1)
+    if not bool((along > 0).any()):
+        raise ValueError("None of the directions has positive curvature. Pass leading eigenvectors.")
+    squares = torch.stack([
+        operator.batch_product(directions, count, _seed(seed, number, 3)).double().square().sum(1)
+        for number in range(minibatches)
+    ])  # (minibatches, V)
+    mean = full.square().sum(1)
+    factor = count * (total - 1) / (total - count)
+    singles = mean + factor * (squares - mean)
+    ratios = singles / (trace * along)
+    best = int(torch.where(along > 0, ratios.mean(0), -torch.inf).argmax())
+    return mean_of(ratios[:, best])
+
+
+def _seed(seed: int, number: int, purpose: int) -> int:
+    return (seed * 1_000_003 + number * 4 + purpose) % 2**62

@@ -1,0 +1,101 @@
+"""The spectrum of a model's curvature over its training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from lightning_influence.curvature.minibatches import example_variance
+from lightning_influence.curvature.operator import CurvatureOperator, GaussNewtonOperator, HessianOperator
+from lightning_influence.curvature.spectrum import Spectrum, measure_spectrum
+from lightning_influence.methods.context import Context
+
+CurvatureName = Literal["ggn", "hessian"]
+# Directions that the variance of examples is measured along: leading eigenvectors.
+_DIRECTIONS = 4
+
+
+@dataclass(frozen=True)
+class SpectrumSettings:
+    """How closely to look at a spectrum.
+
+    Attributes:
+        curvature: ``"ggn"`` or ``"hessian"``.
+        probes: random vectors in a block.
+        steps: passes that build the Krylov space; fewer if the memory budget asks for it.
+        eigenvalues: how many of the largest to report.
+        minibatches: single examples to measure ``kappa`` with, 0 to leave it out; where only the user's own
+            batches can be drawn, so many of these.
+        memory_budget: bytes for the Krylov space.
+        seed: of random vectors and examples.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+
+    curvature: CurvatureName = "ggn"
+    probes: int = 8
+    steps: int = 8
+    eigenvalues: int = 8
+    minibatches: int = 0
+    memory_budget: int = 2**30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.curvature not in get_args(CurvatureName):
+            raise ValueError(f"Got curvature={self.curvature!r}; accepted are 'ggn' and 'hessian'.")
+        least = {"probes": 2, "steps": 1, "eigenvalues": 1, "minibatches": 0, "memory_budget": 1, "seed": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 2**60:
+                raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {lowest}.")
+
+
+def measured(context: Context, settings: SpectrumSettings) -> Spectrum:
+    """Measure the spectrum of the context's training data.
+
+    Args:
+        context: runs the passes.
+        settings: which curvature, and how closely.
+
+    Returns:
+        The spectrum.
+    """
+    operator: CurvatureOperator
+    operator = (HessianOperator if settings.curvature == "hessian" else GaussNewtonOperator)(context)
+    spectrum = measure_spectrum(
+        operator.product,
+        operator.numel,
+        probes=settings.probes,
+        steps=_affordable(context, settings, operator.numel),
+        eigenvalues=settings.eigenvalues,
+        seed=settings.seed,
+        curvature=settings.curvature,
+        dtype=context.dtype,
+        device=context.device,
+    )
+    if not settings.minibatches or not spectrum.trace.value > 0:
+        return spectrum
+    kappa = example_variance(
+        operator,
+        spectrum.ritz.vectors(_DIRECTIONS),
+        spectrum.trace.value,
+        minibatches=settings.minibatches,
+        seed=settings.seed,
+    )
+    return replace(spectrum, example_variance=kappa, passes=spectrum.passes + 1)
+
+
+def _affordable(context: Context, settings: SpectrumSettings, numel: int) -> int:
+    """Return how many steps fit: each keeps a block of vectors and of products."""
+    width = torch.empty((), dtype=context.dtype).element_size()
+    most = max(1, settings.memory_budget // (2 * settings.probes * numel * width) - 1)
+    if most < settings.steps:
+        context.notes.add(
+            f"The Krylov space was kept to {most} of {settings.steps} steps of {settings.probes} vectors, "
+            f"which is what fits into the memory budget of {settings.memory_budget:,} bytes. Raise "
+            "`memory_budget`, or ask for fewer `probes`, for more exact eigenvalues."
+        )
+    return min(most, settings.steps)

@@ -1,0 +1,113 @@
+"""Minibatch estimates on models, against dense matrices of single examples."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import oracle
+import pytest
+import torch
+from models import CASES
+from operator_source import CaseSource
+
+from lightning_influence.curvature.estimates import random_vectors
+from lightning_influence.curvature.minibatches import example_variance, trace_of_square
+from lightning_influence.curvature.operator import GaussNewtonOperator, HessianOperator
+from lightning_influence.curvature.sketch import sketch
+
+NAMES = ["mlp_gelu", "mlp_relu_inplace_weighted"]
+MAKE = {"ggn": GaussNewtonOperator, "hessian": HessianOperator}
+
+
+def singles(name, kind):
+    """The curvature of each example's loss l_n, (N, P, P)."""
+    case, wbar = CASES[name], CASES[name].loss.normaliser(CASES[name].y)
+    make = getattr(oracle, kind)
+    found = []
+    for x, y in zip(case.x[:, None], case.y[:, None], strict=True):
+        found.append(make(case.model, case.loss, x, y, case.layers) * case.loss.normaliser(y) / wbar)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mlp_gelu", "ggn"), ("mlp_relu_inplace_weighted", "hessian")])
+def test_trace_of_the_square_is_unbiased(name, kind):
+    h = singles(name, kind)
+    truth = float(h.mean(0).square().sum())
+    operator = MAKE[kind](CaseSource.of(name))
+    found = trace_of_square(operator, 2, pairs=200, probes=4, seed=1, dtype=torch.float64)
+    assert abs(found.value - truth) < 3 * found.error
+    assert found.error < 0.25 * truth
+    one_batch = float(h.square().sum((1, 2)).mean())  # what the square of one example's matrix would give
+    assert abs(one_batch - truth) > 5 * found.error
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_variance_of_examples_is_that_of_dense_matrices(name, count):
+    h = singles(name, "ggn")
+    H = h.mean(0)
+    trace = float(H.trace())
+    values, vectors = torch.linalg.eigh(H)
+    directions = torch.cat([vectors[:, -3:].T, random_vectors(2, len(H), 0, dtype=torch.float64)])
+    ratios = [float((h @ v).square().sum(1).mean() / (trace * (v @ H @ v))) for v in directions]
+    operator = GaussNewtonOperator(CaseSource.of(name, batch_size=1))
+    found = example_variance(operator, directions, trace, count=count, minibatches=150)
+    assert abs(found.value - max(ratios)) < 3 * found.error
+    assert found.error < 0.2 * found.value
+    # It is a lower bound of the kappa that holds in every direction.
+    root = vectors[:, values > 1e-9] / values[values > 1e-9].sqrt()
+    kappa = float(torch.linalg.eigvalsh(root.T @ (h @ h).mean(0) @ root).max()) / trace
+    assert max(ratios) <= kappa
+
+
+def test_every_example_alone_gives_the_ratio_itself():
+    """All 12 single-example minibatches, each once: no sampling error is left."""
+    name = "mlp_gelu"
+    h, source = singles(name, "ggn"), CaseSource.of(name, batch_size=1)
+    H = h.mean(0)
+    seeds = {}
+    for seed in range(2000):
+        seeds.setdefault(int(source.train.sample(1, seed).indices), seed)
+    vector = torch.linalg.eigh(H).eigenvectors[:, -1:].T
+
+    class Once(GaussNewtonOperator):
+        calls = 0
+
+        def batch_product(self, vectors, count, seed):
+            self.calls += 1
+            return super().batch_product(vectors, count, seeds[self.calls - 1])
+
+    found = example_variance(Once(source), vector, float(H.trace()), minibatches=12)
+    v = vector[0]
+    expected = float((h @ v).square().sum(1).mean() / (H.trace() * (v @ H @ v)))
+    assert found.value == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_is_refused():
+    operator = HessianOperator(CaseSource.of("mlp_gelu"))
+    v = torch.randn(1, operator.numel, dtype=torch.float64)
+    for count in (0, 12):
+        with pytest.raises(ValueError, match=f"count={count}; accepted are 1 to 11"):
+            example_variance(operator, v, 1.0, count=count)
+    with pytest.raises(ValueError, match="trace=-1; accepted are positive"):
+        example_variance(operator, v, -1.0)
+    down = torch.linalg.eigh(operator.dense()).eigenvectors[:, :1].T
+    with pytest.raises(ValueError, match=r"positive curvature\. Pass leading eigenvectors"):
+        example_variance(operator, down.contiguous(), 1.0)
+
+
+def test_a_sketch_of_minibatches_averages_to_the_sketch():
+    source = CaseSource.of("mlp_gelu", batch_size=1)
+    operator = GaussNewtonOperator(source)
+    full = sketch(operator.product, operator.numel, 6, 3, dtype=torch.float64).matrix
+    parts, seen = torch.zeros_like(full), set()
+    for seed in range(2000):
+        index = int(source.train.sample(1, seed).indices)
+        if index not in seen:
+            seen.add(index)
+            products = partial(operator.batch_product, count=1, seed=seed)
+            one = sketch(products, operator.numel, 6, 3, dtype=torch.float64)
+            parts += one.matrix / 12
+        if len(seen) == 12:
+            break
+    torch.testing.assert_close(parts, full)
