@@ -29,6 +29,14 @@ class NonFiniteError(InfluenceError):
     """A loss, gradient or factor is NaN or infinite."""
 
 
+class DivergenceError(InfluenceError):
+    """An iteration moved away from its solution; the message says whether step or batch is the cause."""
+
+
+class IndefiniteError(InfluenceError):
+    """A solver that needs a positive definite matrix met a direction of negative curvature."""
+
+
 class CorruptFileError(InfluenceError):
     """A saved file is truncated, altered or of another format."""
 

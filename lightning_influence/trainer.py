@@ -42,8 +42,8 @@ def influence(
     factors: Factors | Literal["refit"] | None = None,
     fisher: Fisher | None = None,
     memory_budget: int = 2**30,
-    tolerance: float = 0.2,
-    max_steps: int = 3,
+    tolerance: float | None = None,
+    max_steps: int | None = None,
     low_rank_tolerance: float = 1e-3,
     curvature_examples: int = 4096,
     seed: int = 0,
@@ -68,7 +68,8 @@ def influence(
             or module.
         datamodule: where loaders come from if they are not given.
         method: ``"auto"`` (two-level EK-FAC), ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"``, or
-            for small models ``"hessian"``, ``"exact"`` (Gauss-Newton) or ``"block_ggn"``.
+            for small models ``"hessian"``, ``"exact"`` (Gauss-Newton) or ``"block_ggn"``; by iteration
+            ``"cg"``, ``"minres"``, ``"astra"`` or ``"lissa"``.
         damping: ``"auto"`` (from the recorded training run), ``"heuristic"`` (a tenth of a layer's mean
             eigenvalue), or a number.
         measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or
@@ -81,18 +82,19 @@ def influence(
         fisher: what factors are made of: ``"sampled"`` labels, ``"exact"`` or ``"empirical"``; None uses
             stored factors of any kind, sampled labels where they have to be fitted, and the exact matrix in
             ``"exact"`` and ``"block_ggn"``.
-        memory_budget: bytes for the coarse space and for the subspaces of iterations.
-        tolerance: relative residual above which ``"auto"`` iterates on a query, and at which its coarse
-            space is large enough.
-        max_steps: most block Krylov steps of ``"auto"``.
+        memory_budget: bytes for the coarse space, for iterations, and for the curvature gradients that
+            iterative methods keep between products.
+        tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved; None for
+            the method's own, see :class:`~lightning_influence.methods.Options`.
+        max_steps: most steps of an iterative method; None for the method's own.
         low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one.
         curvature_examples: at most this many training examples enter the coarse space's curvature.
         seed: of sampled labels, anchors and curvature examples.
         log: whether to log the answer to the Trainer's loggers, and to files in its log directory.
         name: prefix of what is logged, and name of the folder of files.
         labels: texts to show beside the indices.
-        **further: further fields of :class:`~lightning_influence.methods.Options`, such as ``blocks`` and
-            ``negative_curvature``.
+        **further: further fields of :class:`~lightning_influence.methods.Options`, such as ``curvature``,
+            ``preconditioner``, ``batch_size``, ``blocks`` or ``negative_curvature``.
 
     Returns:
         The attributions, with the certificate of how they were computed in ``diagnostics``.

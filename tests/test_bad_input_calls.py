@@ -93,7 +93,7 @@ class Untouched:
 SETTINGS = {
     "method": (
         "ek-fac",
-        "Got method='ek-fac'; accepted are auto, block_ggn, diagonal, ekfac, exact, hessian, identity, kfac",
+        "Got method='ek-fac'; accepted are astra, auto, block_ggn, cg, diagonal, ekfac, exact, hessian",
     ),
     "blocks": ("row", "Got blocks='row'; accepted are 'layer', 'tensor'"),
     "negative_curvature": (

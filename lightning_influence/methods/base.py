@@ -42,9 +42,24 @@ class Method(ABC):
     name: ClassVar[str]
     #: Mean loss weight of a training example, once the method knows it; 1 unless a pass or factors tell.
     mean_weight: float = 1.0
+    #: What an iterative method uses where the options say None.
+    default_tolerance: ClassVar[float] = 0.2
+    default_max_steps: ClassVar[int] = 3
 
     def __init__(self, context: Context) -> None:
         self.context = context
+
+    @property
+    def tolerance(self) -> float:
+        """Relative residual at which a query counts as solved: the user's, or the method's own."""
+        own = self.context.options.tolerance
+        return self.default_tolerance if own is None else own
+
+    @property
+    def max_steps(self) -> int:
+        """Most steps of an iterative method: the user's, or the method's own."""
+        own = self.context.options.max_steps
+        return self.default_max_steps if own is None else own
 
     @abstractmethod
     def prepare(self) -> None:

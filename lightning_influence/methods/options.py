@@ -11,11 +11,28 @@ from lightning_influence.passes.captured import Fisher
 from lightning_influence.solvers.definite import NegativeCurvature
 
 Damping = float | Literal["auto", "heuristic"]
+Curvature = Literal["ggn", "hessian"]
+Preconditioner = Literal["ekfac", "two_level", "none"]
 
 
 @dataclass(frozen=True)
 class Options:
     """Settings of one call, with what they mean in :func:`~lightning_influence.trainer.influence`.
+
+    Attributes:
+        tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved. None
+            stands for 0.2 with ``"auto"``, which iterates above it and whose coarse space grows until most
+            training gradients are below; 1e-3 with ``"cg"`` and ``"minres"``; 0.01 with ``"astra"``; and 0.02
+            with ``"lissa"``, which also brings the relative error of the solution below it.
+        max_steps: most steps of an iterative method. None stands for 3 (of block Krylov) with ``"auto"``, 100
+            with ``"cg"`` and ``"minres"``, 300 with ``"astra"``, and as many as the curvature asks for with
+            ``"lissa"``.
+        curvature: ``"ggn"``, or the exact ``"hessian"`` for ``"cg"`` and ``"minres"``.
+        preconditioner: of ``"cg"`` and ``"minres"``: EK-FAC, EK-FAC with a coarse space, or none.
+        batch_size: examples of a minibatch product of ``"lissa"`` and ``"astra"``; None for LiSSA's own
+            choice, and for all examples with ASTRA.
+        step_size: step of ``"lissa"`` and ``"astra"``; derived from the curvature if None.
+        momentum: momentum of ``"astra"``; derived from the curvature if None.
 
     Raises:
         ValueError: if one is out of range, saying what was got and what is accepted.
@@ -24,8 +41,13 @@ class Options:
     damping: Damping = "auto"
     fisher: Fisher | None = None
     memory_budget: int = 2**30
-    tolerance: float = 0.2
-    max_steps: int = 3
+    tolerance: float | None = None
+    max_steps: int | None = None
+    curvature: Curvature = "ggn"
+    preconditioner: Preconditioner = "ekfac"
+    batch_size: int | None = None
+    step_size: float | None = None
+    momentum: float | None = None
     low_rank_tolerance: float = 1e-3
     curvature_examples: int = 4096
     max_parameters: int = 8192
@@ -44,23 +66,50 @@ class Options:
             raise ValueError(
                 f"Got damping={damping!r}; accepted are 'auto', 'heuristic' or a finite number of at least 0."
             )
-        if self.fisher is not None and self.fisher not in get_args(Fisher):
-            names = ", ".join(repr(name) for name in get_args(Fisher))
-            raise ValueError(f"Got fisher={self.fisher!r}; accepted are {names}.")
-        for name, accepted in {"blocks": Blocks, "negative_curvature": NegativeCurvature}.items():
-            if getattr(self, name) not in get_args(accepted):
-                names = ", ".join(repr(value) for value in get_args(accepted))
-                raise ValueError(f"Got {name}={getattr(self, name)!r}; accepted are {names}.")
-        least = {"memory_budget": 1, "max_steps": 0, "curvature_examples": 1, "max_parameters": 1, "seed": 0}
+        self._check_choices()
+        self._check_counts()
+        self._check_numbers()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "fisher": Fisher,
+            "curvature": Curvature,
+            "preconditioner": Preconditioner,
+            "blocks": Blocks,
+            "negative_curvature": NegativeCurvature,
+        }
+        for name, literal in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(literal) and not (name == "fisher" and value is None):
+                names = ", ".join(repr(choice) for choice in get_args(literal))
+                raise ValueError(f"Got {name}={value!r}; accepted are {names}.")
+
+    def _check_counts(self) -> None:
+        least = {
+            "memory_budget": 1,
+            "max_steps": 0,
+            "curvature_examples": 1,
+            "max_parameters": 1,
+            "seed": 0,
+            "batch_size": 1,
+        }
         for name, lowest in least.items():
             value = getattr(self, name)
+            if value is None and name in {"max_steps", "batch_size"}:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 2**62:
                 raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {lowest}.")
-        for name, limit in {"tolerance": math.inf, "low_rank_tolerance": 1.0}.items():
+
+    def _check_numbers(self) -> None:
+        limits = {"tolerance": math.inf, "low_rank_tolerance": 1.0, "step_size": math.inf, "momentum": 1.0}
+        for name, limit in limits.items():
             value = getattr(self, name)
-            if not _is_number(value, limit):
+            if value is None and name != "low_rank_tolerance":
+                continue
+            if not _is_number(value, limit) or (name == "step_size" and not value > 0):
                 below = "finite numbers" if math.isinf(limit) else f"numbers below {limit:g}"
-                raise ValueError(f"Got {name}={value!r}; accepted are {below} of at least 0.")
+                least = "above 0" if name == "step_size" else "of at least 0"
+                raise ValueError(f"Got {name}={value!r}; accepted are {below} {least}.")
 
 
 def _is_number(value: object, limit: float) -> bool:

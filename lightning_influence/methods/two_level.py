@@ -93,17 +93,16 @@ class Auto(Method):
 
     def _to_iterate(self, residuals: Tensor) -> Tensor:
         """Return queries to iterate on: those above the tolerance, unless they are too many."""
-        options = self.context.options
-        chosen = (residuals > options.tolerance).nonzero().flatten()
+        chosen = (residuals > self.tolerance).nonzero().flatten()
         groups = -(-len(chosen) // self._group_size())
-        if not len(chosen) or (options.max_steps >= 1 and groups <= _MOST_GROUPS):
+        if not len(chosen) or (self.max_steps >= 1 and groups <= _MOST_GROUPS):
             return chosen
         self.context.notes.add(
             f"{len(chosen)} of {len(residuals)} queries have a residual above the tolerance "
-            f"{options.tolerance:g} (median "
+            f"{self.tolerance:g} (median "
             f"{float(residuals.median()):.2f}). Iterating on them was left out: it would take {groups} "
             "groups of at most "
-            f"{_MOST_GROUPS} under the memory budget, with max_steps={options.max_steps}. Raise "
+            f"{_MOST_GROUPS} under the memory budget, with max_steps={self.max_steps}. Raise "
             "`memory_budget` or "
             "`max_steps`, or ask fewer queries at a time."
         )
@@ -137,7 +136,7 @@ class Auto(Method):
             anchors = _select(gradients, order[start:size])
             space = self._grow(space, anchors)
             residuals = TwoLevel(self.inverse, space).correction(held_out)[1]
-            if float((residuals > context.options.tolerance).float().mean()) <= _MOST_UNSOLVED:
+            if float((residuals > self.tolerance).float().mean()) <= _MOST_UNSOLVED:
                 break
         assert space is not None
         return space
@@ -189,7 +188,7 @@ class Auto(Method):
     def _group_size(self) -> int:
         """Return how many queries' subspaces fit into the memory budget."""
         width = torch.empty((), dtype=self.context.dtype).element_size()
-        each = (2 * self.context.options.max_steps + 4) * self.context.layout.numel * width
+        each = (2 * self.max_steps + 8) * self.context.layout.numel * width
         return max(1, self.context.options.memory_budget // each)
 
     def _iterate(self, queries: Gradients) -> tuple[Tensor, Tensor]:
@@ -203,8 +202,8 @@ class Auto(Method):
                 self.inverse.apply,
                 vectors,
                 start=start,
-                max_steps=context.options.max_steps,
-                tolerance=context.options.tolerance,
+                max_steps=self.max_steps,
+                tolerance=self.tolerance,
             )
             for vectors in torch.split(context.layout.dense(queries)[0], self._group_size())
         ]

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]
-"""Maps vectors ``(V, P)`` to their products ``(V, P)`` with a symmetric matrix."""
+from lightning_influence.solvers.stopping import Product, Progress, Solution
+
+# Columns that are converted to float64 at once: inner products are summed in float64 without a copy of all.
+_COLUMNS = 2**15
 
 
 @dataclass(frozen=True)
-class KrylovResult:
-    """Solutions and how good they are.
+class KrylovResult(Solution):
+    """Solutions, and the subspace they were found in.
 
     Attributes:
-        solutions: ``X``, ``(V, P)``.
-        residuals: ``||v - A x|| / ||v||`` of each right-hand side, ``(V,)``.
-        steps: number of products with ``A`` (each on all directions of a step at once).
+        subspace: orthonormal directions ``(m, P)`` and their products ``(m, P)``, which a later call can
+            start from; None unless they were asked for.
     """
 
-    solutions: Tensor
-    residuals: Tensor
-    steps: int
+    subspace: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
 
 def block_krylov(
@@ -33,8 +31,10 @@ def block_krylov(
     vectors: Tensor,
     *,
     start: tuple[Tensor, Tensor] | None = None,
+    guess: Tensor | None = None,
     max_steps: int = 8,
     tolerance: float = 1e-6,
+    keep_subspace: bool = False,
 ) -> KrylovResult:
     """Solve ``A X = V`` in the subspace that all right-hand sides span together.
 
@@ -46,52 +46,130 @@ def block_krylov(
         product: ``A`` (with its damping), positive definite.
         precondition: ``P^{-1}``.
         vectors: ``V``, ``(V, P)``.
-        start: an orthonormal subspace ``(m, P)`` and its products ``(m, P)``, such as a coarse space.
+        start: an orthonormal subspace ``(m, P)`` and its products ``(m, P)``, such as a coarse space, or the
+            subspace of an earlier call.
+        guess: answers of an earlier call, ``(V, P)``; they join the subspace at the cost of one product.
         max_steps: largest number of steps.
         tolerance: relative residual at which a right-hand side counts as solved.
+        keep_subspace: whether the result holds the subspace.
 
     Returns:
         The solutions with their residuals.
     """
-    norms = vectors.norm(dim=1).clamp_min(torch.finfo(vectors.dtype).tiny)
-    basis, products = (vectors[:0], vectors[:0]) if start is None else start
-    coordinates = _project(basis, products, vectors)
-    remainder = vectors - coordinates @ products
-    open_ = remainder.norm(dim=1) / norms > tolerance
+    space = _Subspace(vectors)
+    if start is not None:
+        space.add(*start)
+    products = 0
+    if guess is not None:
+        known = space.outside(guess[guess.norm(dim=1) > 0])
+        if len(known):
+            space.add(known, product(known))
+            products = 1
+    progress = Progress(vectors, tolerance)
+    remainder = space.remainder()
+    open_ = progress.observe(remainder)
     directions, steps = vectors, 0
     while steps < max_steps and bool(open_.any()):
-        fresh = _orthonormal(precondition(directions[open_]), basis)
-        if not len(fresh) and directions is vectors and len(basis):  # all in the start already
-            fresh = _orthonormal(precondition(remainder[open_]), basis)
+        fresh = space.outside(precondition(directions[open_]))
+        if not len(fresh) and directions is vectors and space.size:  # all in the start already
+            fresh = space.outside(precondition(remainder[open_]))
         if not len(fresh):
             break
-        basis = torch.cat([basis, fresh])
-        products = torch.cat([products, product(fresh)])
+        space.add(fresh, product(fresh))
         steps += 1
-        coordinates = _project(basis, products, vectors)
-        directions = remainder = vectors - coordinates @ products
-        open_ = remainder.norm(dim=1) / norms > tolerance
-    return KrylovResult(coordinates @ basis, remainder.norm(dim=1) / norms, steps)
+        directions = remainder = space.remainder()
+        open_ = progress.observe(remainder)
+    return KrylovResult(
+        space.solutions(),
+        progress.residuals,
+        steps,
+        products + steps,
+        progress.history,
+        {"subspace": space.size},
+        subspace=space.joined() if keep_subspace else None,
+    )
 
 
-def _project(basis: Tensor, products: Tensor, vectors: Tensor) -> Tensor:
-    """Return Galerkin coordinates ``(V, k)``, in float64."""
-    small = basis.double() @ products.double().T
-    right = basis.double() @ vectors.double().T
-    coordinates: Tensor = torch.linalg.solve((small + small.T) / 2, right)
-    return coordinates.T.to(vectors.dtype)
+class _Subspace:
+    """An orthonormal basis in blocks, its products with ``A``, and the Galerkin solution in it.
+
+    Blocks are never copied together: the memory is that of the vectors themselves.
+
+    Args:
+        vectors: the right-hand sides ``(V, P)``.
+    """
+
+    def __init__(self, vectors: Tensor) -> None:
+        self._vectors = vectors
+        self._basis: list[Tensor] = []
+        self._products: list[Tensor] = []
+        self._small = vectors.new_zeros(0, 0, dtype=torch.float64)  # Q^T A Q
+        self._right = vectors.new_zeros(0, len(vectors), dtype=torch.float64)  # Q^T V
+        self._coordinates = vectors.new_zeros(len(vectors), 0)
+
+    @property
+    def size(self) -> int:
+        """Number of directions."""
+        return len(self._small)
+
+    def add(self, fresh: Tensor, image: Tensor) -> None:
+        """Take in directions ``(k, P)``, orthonormal and outside, with their products; solve anew."""
+        cross = torch.cat([_inner(block, image) for block in [*self._basis, fresh]])  # (m + k, k)
+        size = self.size
+        small = cross.new_zeros(len(cross), len(cross))
+        small[:size, :size] = self._small
+        small[:, size:] = cross
+        small[size:, :size] = cross[:size].T
+        small[size:, size:] = (cross[size:] + cross[size:].T) / 2
+        self._basis.append(fresh)
+        self._products.append(image)
+        self._small, self._right = small, torch.cat([self._right, _inner(fresh, self._vectors)])
+        coordinates: Tensor = torch.linalg.solve(small, self._right)
+        self._coordinates = coordinates.T.to(self._vectors.dtype)
+
+    def outside(self, directions: Tensor) -> Tensor:
+        """Return the part of ``directions`` that is numerically outside the basis, orthonormal."""
+        scale = directions.norm(dim=1, keepdim=True)
+        directions = directions / scale.clamp_min(torch.finfo(directions.dtype).tiny)
+        # Twice: a single projection leaves rounding errors of the size of what it removed.
+        directions = self._project_out(self._project_out(directions))
+        values, vectors = torch.linalg.eigh(_inner(directions, directions))
+        keep = values > 1e4 * torch.finfo(directions.dtype).eps
+        fresh = (vectors[:, keep] / values[keep].sqrt()).T.to(directions.dtype) @ directions
+        fresh = self._project_out(fresh)
+        orthonormal: Tensor = torch.linalg.qr(fresh.T).Q.T.contiguous() if len(fresh) else fresh
+        return orthonormal
+
+    def remainder(self) -> Tensor:
+        """Return ``V - A X``, ``(V, P)``."""
+        return self._vectors - self._combine(self._products)
+
+    def solutions(self) -> Tensor:
+        """Return ``X``, ``(V, P)``."""
+        return self._combine(self._basis)
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Return all directions and their products, ``(m, P)`` each."""
+        empty = self._vectors[:0]
+        return torch.cat([empty, *self._basis]), torch.cat([empty, *self._products])
+
+    def _project_out(self, directions: Tensor) -> Tensor:
+        for block in self._basis:
+            directions = directions - (directions @ block.T) @ block
+        return directions
+
+    def _combine(self, blocks: list[Tensor]) -> Tensor:
+        result, start = torch.zeros_like(self._vectors), 0
+        for block in blocks:
+            result += self._coordinates[:, start : start + len(block)] @ block
+            start += len(block)
+        return result
 
 
-def _orthonormal(directions: Tensor, basis: Tensor) -> Tensor:
-    """Return the part of ``directions`` that is numerically outside ``basis``, orthonormal."""
-    scale = directions.norm(dim=1, keepdim=True)
-    directions = directions / scale.clamp_min(torch.finfo(directions.dtype).tiny)
-    for _ in range(2):  # once more: a single projection leaves rounding errors of the size of what it removed
-        directions = directions - (directions @ basis.T) @ basis
-    gram = (directions @ directions.T).double()
-    values, vectors = torch.linalg.eigh(gram)
-    keep = values > 1e4 * torch.finfo(directions.dtype).eps
-    fresh = (vectors[:, keep] / values[keep].sqrt()).T.to(directions.dtype) @ directions
-    fresh = fresh - (fresh @ basis.T) @ basis
-    orthonormal: Tensor = torch.linalg.qr(fresh.T).Q.T.contiguous() if len(fresh) else fresh
-    return orthonormal
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right.T`` in float64."""
+    result = left.new_zeros(len(left), len(right), dtype=torch.float64)
+    for start in range(0, left.shape[1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        result += left[:, columns].double() @ right[:, columns].double().T
+    return result

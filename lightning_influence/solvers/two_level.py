@@ -41,6 +41,7 @@ class TwoLevel:
         product = space.product + damping * space.directions  # A Q
         small = (space.directions.double() @ product.double().T).to(torch.float64)
         self._small = torch.linalg.cholesky((small + small.T) / 2)
+        self._product = product
         self._right = space.directions - inverse.apply(product)  # Q - P^{-1} A Q, (m, P)
         signs = probes(space.probe_product.shape[0], space.layout.numel, product)
         probe_product = space.probe_product + damping * signs  # A W
@@ -70,6 +71,24 @@ class TwoLevel:
         """Return ``x`` for flat right-hand sides ``(V, P)``."""
         coarse = self._coordinates(vectors @ self._right.T) @ self.space.directions
         return self.inverse.apply(vectors) + coarse
+
+    def precondition(self, vectors: Tensor) -> Tensor:
+        """Apply the coarse correction before and after ``P^{-1}``: symmetric positive definite.
+
+        The balancing preconditioner (Mandel 1993; Tang et al. 2009): with ``E = Q T^{-1} Q^T``, ``(I - E A)
+        P^{-1} (I - A E) + E``. :meth:`solve` corrects after ``P^{-1}`` only, which costs less but is not
+        symmetric, as conjugate gradients and MINRES need it.
+
+        Args:
+            vectors: ``(V, P)``.
+
+        Returns:
+            ``(V, P)``.
+        """
+        first = self._coordinates(vectors @ self.space.directions.T)
+        smoothed = self.inverse.apply(vectors - first @ self._product)
+        second = self._coordinates(smoothed @ self._product.T)
+        return smoothed + (first - second) @ self.space.directions
 
     def quadratic(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return ``g^T x(g)`` of each gradient, ``(K, B)``."""

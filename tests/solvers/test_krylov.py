@@ -152,3 +152,68 @@ def test_float32_reaches_its_precision():
     problem = Problem(torch.float32)
     result = problem.solve(max_steps=20, tolerance=1e-4)
     assert problem.residuals(result.solutions).max() < 2e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_directions_stay_orthonormal(dtype):
+    """Over many steps from a start, with nearly dependent right-hand sides and a spectrum over 4 decades."""
+    problem = Problem(dtype)
+    few = torch.randn(6, P, dtype=torch.float64).to(dtype)
+    problem.vectors = torch.cat([few, few[:2] * (1 + 1e-6) + 1e-5 * few[2:4]])
+    rows = (torch.randn(5, P, dtype=torch.float64)).to(dtype)
+    result = problem.solve(start=problem.start(rows), max_steps=12, tolerance=0.0, keep_subspace=True)
+    basis, products = result.subspace
+    assert len(basis) > 30
+    gram = basis.double() @ basis.double().T
+    eps = torch.finfo(dtype).eps
+    assert float((gram - torch.eye(len(gram)).double()).abs().max()) < 50 * eps
+    torch.testing.assert_close(products, basis @ problem.A, rtol=1e-4, atol=100 * eps)
+    assert result.facts["subspace"] == len(basis)
+
+
+def test_solved_right_hand_sides_add_nothing():
+    problem = Problem()
+    _, eigenvectors = torch.linalg.eigh(problem.A)
+    problem.M = torch.eye(P, dtype=torch.float64)
+    problem.vectors = torch.cat([eigenvectors[:, :2].T, problem.vectors[:1]])  # two are solved by one step
+    sizes = []
+
+    def product(v):
+        sizes.append(len(v))
+        return problem.product(v)
+
+    result = block_krylov(product, lambda v: v, problem.vectors, max_steps=6, tolerance=1e-9)
+    assert sizes == [3, 1, 1, 1, 1, 1]
+    assert result.residuals[:2].max() <= 1e-9
+
+
+def test_it_continues_from_an_earlier_subspace():
+    problem = Problem()
+    whole = problem.solve(max_steps=6, tolerance=0.0)
+    first = problem.solve(max_steps=3, tolerance=0.0, keep_subspace=True)
+    assert problem.solve(max_steps=3).subspace is None
+    problem.products = 0
+    idle = problem.solve(start=first.subspace, max_steps=0)
+    torch.testing.assert_close(idle.solutions, first.solutions, rtol=1e-7, atol=1e-7)
+    assert problem.products == 0
+    second = problem.solve(start=first.subspace, max_steps=3, tolerance=0.0)
+    torch.testing.assert_close(second.residuals, whole.residuals, rtol=1e-3, atol=1e-9)
+    assert problem.products == 3 * V
+
+
+def test_it_continues_from_earlier_answers():
+    problem = Problem()
+    first = problem.solve(max_steps=4, tolerance=0.0)
+    problem.products = 0
+    idle = problem.solve(guess=first.solutions, max_steps=0)
+    assert (idle.steps, idle.products, problem.products) == (0, 1, V)
+    exact = torch.linalg.solve(problem.A, problem.vectors.T).T
+
+    def energy(x: Tensor) -> Tensor:
+        return torch.einsum("vp,pq,vq->v", x - exact, problem.A, x - exact)
+
+    assert (energy(idle.solutions) <= energy(first.solutions) * (1 + 1e-9)).all()
+    further = problem.solve(guess=first.solutions, max_steps=20, tolerance=1e-8)
+    assert problem.residuals(further.solutions).max() <= 1e-7
+    nothing = problem.solve(guess=torch.zeros(V, P).double(), max_steps=2, tolerance=0.0)
+    torch.testing.assert_close(nothing.solutions, problem.solve(max_steps=2, tolerance=0.0).solutions)

@@ -243,3 +243,20 @@ def test_squared_norms_and_memory():
     rows = p.space.size * 2 + 64
     anchors = sum(g.nbytes for g in p.anchors.values())
     assert p.space.nbytes == 8 * rows * p.setup.layout.numel + anchors
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_preconditioner_is_symmetric_positive_definite_and_exact_on_the_coarse_space(name):
+    p = Problem(name)
+    operator = TwoLevel(p.inverse, p.space)
+    identity = torch.eye(p.setup.layout.numel, dtype=torch.float64)
+    B = operator.precondition(identity)
+    torch.testing.assert_close(B, B.T, rtol=1e-7, atol=1e-9)
+    assert float(torch.linalg.eigvalsh((B + B.T) / 2)[0]) > 0
+    A, Q = p.matrix(DAMPING), p.space.directions
+    torch.testing.assert_close(operator.precondition(Q @ A), Q, rtol=1e-7, atol=1e-9)
+    # The definition: (I - E A) P^{-1} (I - A E) + E with E = Q T^{-1} Q^T.
+    E = Q.T @ torch.linalg.solve(Q @ A @ Q.T, Q)
+    inverse = p.inverse.apply(identity)
+    expected = (identity - E @ A) @ inverse @ (identity - A @ E) + E
+    torch.testing.assert_close(B, expected, rtol=1e-7, atol=1e-9)

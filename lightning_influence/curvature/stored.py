@@ -1,0 +1,237 @@
+"""The Gauss-Newton matrix as curvature gradients in memory: products without a pass over the data.
+
+Iterations with hundreds of products, or thousands of minibatch products, spend most of a pass on forward and
+backward through the model, at weights that do not change. Where the curvature gradients of all examples fit
+into memory, in the factored form that layers record, one pass serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.gauss_newton import CurvaturePass
+from lightning_influence.errors import NonFiniteError
+from lightning_influence.layers import DenseGradients, FactoredGradients, LayerGradients, LayerPlan
+from lightning_influence.layers.factored import concatenate
+from lightning_influence.layers.layout import Layout
+from lightning_influence.layers.recorder import check_finite, compact
+from lightning_influence.passes.captured import Fisher
+
+# Examples whose gradients are formed at once when norms of products are taken.
+_EXAMPLES = 64
+
+
+class StoragePass(CurvaturePass):
+    """Keeps the curvature gradients of all examples, as long as they stay below a limit.
+
+    Args:
+        plan: the covered layers.
+        limit: most bytes to keep; beyond, everything is let go, and what is left of the pass does nothing.
+        num_examples: how many examples there will be: what cannot fit is given up after the first batch.
+        fisher: see :class:`~.gauss_newton.CurvaturePass`.
+        draws: see there.
+        seed: see there.
+
+    Attributes:
+        fits: whether everything stayed below the limit.
+    """
+
+    description = "Influence: curvature gradients"
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        *,
+        limit: int,
+        num_examples: int,
+        fisher: Fisher = "exact",
+        draws: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(plan, fisher=fisher, draws=draws, seed=seed)
+        self.fits = True
+        self._plan, self._limit, self._expected = plan, limit, num_examples
+        self._parts: list[dict[str, LayerGradients]] = []
+        self._indices: list[Tensor] = []
+        self._bytes = 0
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Keep one batch."""
+        if not self.fits:
+            return
+        gradients = self._gradients(self._capture(module, batch, len(indices)))
+        check_finite(gradients)
+        kept: dict[str, LayerGradients] = {name: compact(layer) for name, layer in gradients.items()}
+        self._bytes += sum(layer.nbytes for layer in kept.values())
+        # Joining the batches takes as much again for a moment.
+        expected = 2 * self._bytes * max(1.0, self._expected / self.examples)
+        if expected > self._limit:
+            self.fits, self._parts, self._indices = False, [], []
+            return
+        self._parts.append(kept)
+        self._indices.append(indices)
+
+    def operator(
+        self, layout: Layout, everyone: Tensor, all_reduce_sum: Callable[[Tensor], Tensor]
+    ) -> StoredGaussNewton:
+        """Return the operator on some of the layers; hands over what was kept.
+
+        Args:
+            layout: the layers.
+            everyone: dataset indices of all examples, of all processes, ``(N,)``.
+            all_reduce_sum: sums a tensor over the processes.
+        """
+        counts = all_reduce_sum(torch.tensor([float(self.examples), self._weight], dtype=torch.float64))
+        mean_weight = float(counts[1] / counts[0]) if counts[1] > 0 else 1.0
+        names = [name for name in layout.shapes if any(name in part for part in self._parts)]
+        gradients = {name: self._joined(name) for name in names}
+        indices = torch.cat([torch.zeros(0, dtype=torch.int64), *self._indices])
+        self._parts = []
+        return StoredGaussNewton(layout, gradients, indices, everyone, mean_weight, all_reduce_sum)
+
+    def _joined(self, name: str) -> LayerGradients:
+        """Return a layer's gradients of all batches, zero where it took no part."""
+        seeds = max(_seeds(layer) for part in self._parts for layer in part.values())
+        shape = self._plan.layers[name].shape
+        like = next(part[name] for part in self._parts if name in part).select(slice(0, 1)).dense()
+        return concatenate([
+            _with_seeds(part[name], seeds)
+            if name in part
+            else DenseGradients(like.new_zeros(seeds, len(indices), *shape))
+            for part, indices in zip(self._parts, self._indices, strict=True)
+        ])
+
+
+class StoredGaussNewton:
+    """``G`` as products with gradients in memory; a :class:`~.operator.LinearOperator`.
+
+    Args:
+        layout: the order of flat vectors.
+        gradients: this process's curvature gradients by layer, of ``B`` examples.
+        indices: their dataset indices, ``(B,)``.
+        everyone: the dataset indices of all processes' examples, ``(N,)``.
+        mean_weight: mean loss weight of an example.
+        all_reduce_sum: sums a tensor over the processes.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        gradients: dict[str, LayerGradients],
+        indices: Tensor,
+        everyone: Tensor,
+        mean_weight: float,
+        all_reduce_sum: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.layout, self.mean_weight = layout, mean_weight
+        self._gradients, self._all_reduce_sum = gradients, all_reduce_sum
+        self._indices, self._everyone = indices, everyone
+
+    @property
+    def numel(self) -> int:
+        """``P``."""
+        return self.layout.numel
+
+    @property
+    def num_examples(self) -> int:
+        """``N``."""
+        return len(self._everyone)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(layer.nbytes for layer in self._gradients.values())
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """Return ``G V`` for ``V (V, P)``.
+
+        Raises:
+            NonFiniteError: if it is not finite.
+        """
+        return self._product(vectors, self._gradients, self.num_examples)
+
+    def batch_product(self, vectors: Tensor, count: int, seed: int) -> Tensor:
+        """Return ``G_b V`` on a random minibatch of ``count`` examples, the same for the same seed.
+
+        Raises:
+            NonFiniteError: if it is not finite.
+        """
+        if count >= self.num_examples:
+            return self.product(vectors)
+        generator = torch.Generator().manual_seed(seed)
+        chosen = self._everyone[torch.randperm(self.num_examples, generator=generator)[:count]]
+        mine = torch.isin(self._indices, chosen).nonzero().flatten()
+        few = {name: layer.select(mine.to(vectors.device)) for name, layer in self._gradients.items()}
+        return self._product(vectors, few if len(mine) else {}, count)
+
+    def dense(self) -> Tensor:
+        """Return ``G``, ``(P, P)``, in float64."""
+        matrix = torch.zeros(self.numel, self.numel, dtype=torch.float64)
+        for few in self._chunks():
+            rows = self.layout.dense(few).flatten(0, 1).double()
+            matrix = matrix.to(rows.device) + rows.T @ rows
+        return self._all_reduce_sum(matrix) / (self.num_examples * self.mean_weight)
+
+    def trace(self) -> float:
+        """Return ``Tr(G)``."""
+        total = torch.zeros(1, dtype=torch.float64)
+        for layer in self._gradients.values():
+            total += layer.sum_of_squares().sum().double().cpu()
+        return float(self._all_reduce_sum(total)) / (self.num_examples * self.mean_weight)
+
+    def squared_products(self, vectors: Tensor) -> Tensor:
+        """Return ``E[||h_x v||^2]`` of vectors ``(V, P)``, ``h_x`` the curvature of one example, ``(V,)``.
+
+        This is the quadratic form of ``E[h_x^2]``, which is what minibatch noise is made of.
+        """
+        total = vectors.new_zeros(len(vectors), dtype=torch.float64)
+        for few in self._chunks():
+            rows = self.layout.dense(few).transpose(0, 1)  # (B, K, P)
+            weights = rows @ vectors.T  # (B, K, V)
+            gram = rows @ rows.mT  # (B, K, K)
+            total += (weights * (gram @ weights)).sum(dim=(0, 1)).double()
+        return self._all_reduce_sum(total) / (self.num_examples * self.mean_weight**2)
+
+    def _chunks(self) -> Iterator[dict[str, LayerGradients]]:
+        for start in range(0, len(self._indices), _EXAMPLES):
+            part = slice(start, start + _EXAMPLES)
+            yield {name: layer.select(part) for name, layer in self._gradients.items()}
+
+    def _product(self, vectors: Tensor, gradients: dict[str, LayerGradients], count: int) -> Tensor:
+        result = torch.zeros_like(vectors)
+        if gradients:
+            products = self.layout.dot(gradients, vectors)
+            self.layout.add_combination(result, gradients, products)
+        result = self._all_reduce_sum(result)
+        if not bool(torch.isfinite(result.sum())):
+            raise NonFiniteError(
+                "A curvature product is not finite: the vectors have grown beyond what their precision "
+                "holds, or the curvature is not finite. Raise the damping, or check the training examples "
+                "and the weights for NaN or infinity."
+            )
+        return result / (count * self.mean_weight)
+
+
+def _seeds(gradients: LayerGradients) -> int:
+    """Return ``K``."""
+    if isinstance(gradients, FactoredGradients):
+        return int(gradients.outputs.shape[0])
+    return int(gradients.dense().shape[0])
+
+
+def _with_seeds(gradients: LayerGradients, count: int) -> LayerGradients:
+    """Return gradients with as many seeds, those that are added being zero."""
+    missing = count - _seeds(gradients)
+    if not missing:
+        return gradients
+    if isinstance(gradients, FactoredGradients):
+        outputs = gradients.outputs
+        return FactoredGradients(
+            gradients.inputs, torch.cat([outputs, outputs.new_zeros(missing, *outputs.shape[1:])])
+        )
+    matrices = gradients.dense()
+    return DenseGradients(torch.cat([matrices, matrices.new_zeros(missing, *matrices.shape[1:])]))
