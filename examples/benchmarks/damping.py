@@ -30,7 +30,7 @@ BOOTSTRAP = 200
 
 @dataclass(frozen=True)
 class Row:
-    """One trained model: ``auto``'s damping (mean over parameters) and score, the best of the grid, an interval."""
+    """One trained model: ``auto``'s mean damping and score with interval, and the best of the grid."""
 
     task: str
     auto: float

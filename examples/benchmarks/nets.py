@@ -31,9 +31,7 @@ def cancer_net() -> nn.Module:
 
 def blobs_net() -> nn.Module:
     """20-32-16-4 with GELU: 1,268 parameters."""
-    return nn.Sequential(
-        nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4)
-    )
+    return nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4))
 
 
 def cnn_net() -> nn.Module:

@@ -1,7 +1,7 @@
 """Small tasks that differ in size, loss, optimizer, label noise and subset fraction, for the damping study.
 
-Each is a :class:`tasks.Task` and the share of the examples that its retrained models keep. All are small enough
-for the dense Gauss-Newton matrix and for hundreds of retrainings in seconds.
+Each is a :class:`tasks.Task` and the share of the examples that its retrained models keep. All are small
+enough for the dense Gauss-Newton matrix and for hundreds of retrainings in seconds.
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         Losses, ``(B,)``.
     """
     _check(outputs, targets)
-    return nn.functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").flatten(1).mean(1)
+    return (
+        nn.functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").flatten(1).mean(1)
+    )
 
 
 def _check(outputs: Tensor, targets: Tensor) -> None:
@@ -54,6 +56,6 @@ def _check(outputs: Tensor, targets: Tensor) -> None:
     """
     if outputs.shape != targets.shape or outputs.ndim < 2:
         raise ValueError(
-            f"Got outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}; accepted are equal shapes "
-            "of at least 2 dimensions, (B, ...): unsqueeze a target of shape (B,)."
+            f"Got outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}; accepted are equal "
+            "shapes of at least 2 dimensions, (B, ...): unsqueeze a target of shape (B,)."
         )

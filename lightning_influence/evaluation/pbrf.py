@@ -11,8 +11,8 @@ batches, an optimizer that stops early. The proximal Bregman response function (
 with :math:`D` the Bregman divergence of the loss in the outputs: for a loss :math:`\ell(f, y)` convex in
 :math:`f` it is :math:`\ell(f, y) - \ell(f_0, y) - \langle\nabla\ell(f_0, y), f - f_0\rangle`, the
 Kullback-Leibler divergence for cross-entropy and the squared distance for squared error. At
-:math:`\epsilon = 0` the solution is :math:`\theta_0` whether or not training had converged, and its derivative
-there is :math:`-(G + \lambda I)^{-1} g_z`: damped Gauss-Newton influence is exact for it.
+:math:`\epsilon = 0` the solution is :math:`\theta_0` whether or not training had converged; its derivative is
+:math:`-(G + \lambda I)^{-1} g_z`: damped Gauss-Newton influence is exact for it.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def proximal_response(
         solution, residual = _minimise(objective.at(example, weight), objective.start, tolerance, max_steps)
         if residual > tolerance:
             raise InfluenceError(
-                f"The proximal problem of example {example} did not converge: the gradient is {residual:.1e} of "
-                f"its start's after {max_steps} steps, {tolerance:.1e} was asked for. Use float64, a larger "
+                f"The proximal problem of example {example} did not converge: the gradient is {residual:.1e} "
+                f"of its start's after {max_steps} steps, {tolerance:.1e} was asked for. Use float64, a larger "
                 "damping, a smaller |epsilon| or a smooth activation, or accept a larger tolerance."
             )
         change = objective.measure(solution, queries, measure) - before
@@ -191,8 +191,8 @@ def _check(
     count = len(data[0])
     if len(data[1]) != count or len(queries[0]) != len(queries[1]):
         raise ValueError(
-            f"Got {count} training inputs with {len(data[1])} targets and {len(queries[0])} query inputs with "
-            f"{len(queries[1])} targets; accepted are as many targets as inputs."
+            f"Got {count} training inputs with {len(data[1])} targets and {len(queries[0])} query inputs "
+            f"with {len(queries[1])} targets; accepted are as many targets as inputs."
         )
     wrong = [example for example in examples if not 0 <= example < count]
     if wrong or not len(examples):
@@ -201,6 +201,6 @@ def _check(
         raise ValueError(f"damping and tolerance must be positive and finite, got {damping} and {tolerance}.")
     if not math.isfinite(epsilon) or epsilon == 0 or epsilon < -1.0 / count * (1 + 1e-9):
         raise ValueError(
-            f"epsilon must be finite, not 0 and at least -1/N = {-1 / count:.3g}, which removes the example, got "
-            f"{epsilon}: beyond it the objective is not bounded below."
+            f"epsilon must be finite, not 0 and at least -1/N = {-1 / count:.3g}, which removes the example, "
+            f"got {epsilon}: beyond it the objective is not bounded below."
         )

@@ -1,4 +1,4 @@
-"""The objective behind :mod:`.pbrf` as a function of flat parameters, with its gradient and Gauss-Newton step."""
+"""The objective behind :mod:`.pbrf` as a function of flat parameters: gradient and Gauss-Newton step."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class ProximalObjective:
         return self
 
     def outputs(self, theta: Tensor, inputs: Tensor) -> Tensor:
-        """Outputs ``(B, ...)`` of inputs ``(B, ...)`` at flat parameters ``(P,)``, in eval mode."""
-        parts = theta.split([shape.numel() for shape in self._shapes.values()])
+        """Return the outputs ``(B, ...)`` at flat parameters ``(P,)``, in eval mode."""
+        parts = torch.split(theta, [shape.numel() for shape in self._shapes.values()])
         named = {
             name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
@@ -58,11 +58,11 @@ class ProximalObjective:
 
     @torch.no_grad()
     def measure(self, theta: Tensor, queries: tuple[Tensor, Tensor], measurement: ExampleLoss) -> Tensor:
-        """Measurement of every query at ``theta``, ``(Q,)``."""
+        """Return the measurement of every query at ``theta``, ``(Q,)``."""
         return measurement(self.outputs(theta, queries[0]), queries[1])
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Objective and its gradient ``(P,)`` at ``theta``."""
+        """Return the objective and its gradient ``(P,)`` at ``theta``."""
         gradient, value = grad_and_value(self._value)(theta)
         return value, gradient
 
@@ -71,19 +71,19 @@ class ProximalObjective:
         return self._of_outputs(self.outputs(theta, self._inputs)) + self._damping / 2 * away.dot(away)
 
     def _of_outputs(self, outputs: Tensor) -> Tensor:
-        """Divergence and example's loss; the loss at the trained outputs is left out as a constant."""
+        """Return divergence and example's loss; the loss at the trained outputs is left out as a constant."""
         losses = self._loss(outputs, self._targets)
         linear = (self._slope * (outputs - self._anchor)).reshape(len(losses), -1).sum(1)
         base = self._loss(self._anchor, self._targets)
         return self._weights.dot(losses - base - linear) + self._added.dot(losses - base)
 
     def curvature_product(self, theta: Tensor, vector: Tensor) -> Tensor:
-        """``(G + lambda I) v`` at ``theta``, ``G`` including the example's own term; ``(P,)``."""
+        """Return ``(G + lambda I) v`` at ``theta``, ``G`` including the example's own term; ``(P,)``."""
 
         def forward(point: Tensor) -> Tensor:
             return self.outputs(point, self._inputs)
 
-        outputs, pushed = jvp(forward, (theta,), (vector,))
+        outputs, pushed = jvp(forward, (theta,), (vector,))[:2]
         bent = jvp(grad(self._of_outputs), (outputs,), (pushed,))[1]
         back: Any = vjp(forward, theta)[1]
         product: Tensor = back(bent)[0]

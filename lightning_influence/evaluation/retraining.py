@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_influence.errors import CorruptFileError
+from lightning_influence.evaluation.losses import cross_entropy
 from lightning_influence.evaluation.recipe import Recipe
 from lightning_influence.evaluation.stacked import (
     ExampleLoss,
     Factory,
     Member,
-    cross_entropy,
     stacked_outputs,
     train_members,
 )

@@ -1,4 +1,4 @@
-"""The proximal Bregman response equals damped Gauss-Newton influence, and closed forms where there are any."""
+"""The proximal Bregman response equals damped Gauss-Newton influence, and closed forms."""
 
 import oracle
 import pytest
@@ -68,11 +68,17 @@ def test_another_measurement_is_differentiated():
     def first_logit(outputs, targets):
         return outputs[:, 0]
 
-    model, data, queries = network(3), (draw(12, 3, seed=1), labels(12, 2)), (draw(4, 3, seed=3), labels(4, 4))
+    model, data, queries = (
+        network(3),
+        (draw(12, 3, seed=1), labels(12, 2)),
+        (draw(4, 3, seed=3), labels(4, 4)),
+    )
     jacobian = oracle.output_jacobians(model, queries[0], LAYERS)[:, 0]
     reference = oracle.CrossEntropy()
     train = oracle.flatten(oracle.per_example_gradients(model, reference, *data, LAYERS))
-    expected = oracle.influence(oracle.ggn(model, reference, *data, LAYERS), 0.1, jacobian, train)[:, EXAMPLES]
+    expected = oracle.influence(oracle.ggn(model, reference, *data, LAYERS), 0.1, jacobian, train)[
+        :, EXAMPLES
+    ]
     sides = [
         proximal_response(
             model, data, queries, EXAMPLES, damping=0.1, measurement=first_logit, epsilon=side
@@ -115,7 +121,11 @@ def test_removal_is_a_minimum_of_the_objective_written_out(kind):
     base = loss(anchor, data[1]).detach()
     before = loss(model(queries[0]), queries[1]).detach()
     optimizer = torch.optim.LBFGS(
-        model.parameters(), max_iter=2000, tolerance_grad=1e-11, tolerance_change=0, line_search_fn="strong_wolfe"
+        model.parameters(),
+        max_iter=2000,
+        tolerance_grad=1e-11,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def objective():

@@ -81,5 +81,5 @@ def test_recipes_out_of_range_are_refused(changes, message):
 
 
 def test_adams_damping_is_not_the_recipes_to_know():
-    with pytest.raises(ValueError, match="second moments.*InfluenceCallback"):
+    with pytest.raises(ValueError, match=r"second moments.*InfluenceCallback"):
         Recipe(0.1, epochs=1, batch_size=4, optimizer="adam").damping(10)
