@@ -107,8 +107,8 @@ def proximal_response(
         if residual > tolerance:
             raise InfluenceError(
                 f"The proximal problem of example {example} did not converge: the gradient is {residual:.1e} "
-                f"of its start's after {max_steps} steps, {tolerance:.1e} was asked for. Use float64, a larger "
-                "damping, a smaller |epsilon| or a smooth activation, or accept a larger tolerance."
+                f"of its start's after {max_steps} steps, {tolerance:.1e} was asked for. Use float64, a "
+                "larger damping, a smaller |epsilon| or a smooth activation, or accept a larger tolerance."
             )
         change = objective.measure(solution, queries, measure) - before
         scores.append(-change / (weight * count))

@@ -81,6 +81,13 @@ def retrain_subsets(
     return torch.stack([found[_key(run)] for run in runs]).view(len(masks), len(seeds), -1)
 
 
+def _cpus() -> int:
+    """Return how many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _prepare(
     retraining: Retraining, data_key: str | None, *, wanted: bool, parallel: bool
 ) -> tuple[int, str]:
