@@ -51,7 +51,7 @@ def describe(thing: Any) -> list[str]:
         globals, defaults and closures; for what belongs to a library, its name.
     """
     words: list[str] = []
-    _visit(thing, words, set())
+    _visit(thing, words, {})
     return words
 
 
@@ -119,7 +119,7 @@ def _is_library(module: str | None) -> bool:
     return str(Path(file).resolve()).startswith(_LIBRARIES)
 
 
-def _visit(thing: Any, words: list[str], seen: set[int]) -> None:
+def _visit(thing: Any, words: list[str], seen: dict[int, Any]) -> None:
     if isinstance(thing, Tensor):
         words.append(content(thing))
         return
@@ -128,7 +128,7 @@ def _visit(thing: Any, words: list[str], seen: set[int]) -> None:
         return
     if id(thing) in seen:
         return
-    seen.add(id(thing))
+    seen[id(thing)] = thing  # kept alive: the id of a temporary would be given out again
     if isinstance(thing, Mapping | Sequence | set | frozenset):
         items = [*thing.items()] if isinstance(thing, Mapping) else [*thing]
         for item in sorted(items, key=repr) if isinstance(thing, set | frozenset) else items:
@@ -143,7 +143,7 @@ def _visit(thing: Any, words: list[str], seen: set[int]) -> None:
         _visit_code(inspect.unwrap(thing) if callable(thing) else thing, words, seen)
 
 
-def _visit_code(thing: Any, words: list[str], seen: set[int]) -> None:
+def _visit_code(thing: Any, words: list[str], seen: dict[int, Any]) -> None:
     """Follow a function, a method or a class; anything else counts by its type."""
     function = getattr(thing, "__func__", thing)
     named = isinstance(function, type | FunctionType)
@@ -163,7 +163,7 @@ def _visit_code(thing: Any, words: list[str], seen: set[int]) -> None:
                 _visit_function(inner, words, seen)
 
 
-def _visit_function(function: FunctionType, words: list[str], seen: set[int]) -> None:
+def _visit_function(function: FunctionType, words: list[str], seen: dict[int, Any]) -> None:
     for name in sorted(_names(function.__code__)):
         if name in function.__globals__:
             words.append(name)
