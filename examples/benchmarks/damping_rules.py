@@ -6,8 +6,8 @@ fractions, run lengths, decay, optimizer) were made after most of the rules; but
 whoever picks a rule of this table by its held-out columns has chosen on those too.
 
 ``w`` is the decay's damping, ``u = 1 / sum(rate)`` the run's (each times Adam's metric where there is one),
-``a`` the subset fraction, ``r`` the mean squared gradient over the trace of the curvature: about 1 for a model
-that fits its data no better than it must, near 0 for one that interpolates.
+``a`` the subset fraction, ``r`` the mean squared gradient over the trace of the curvature: about 1 for a
+model that fits its data no better than it must, near 0 for one that interpolates.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -77,17 +78,23 @@ class ProximalObjective:
         base = self._loss(self._anchor, self._targets)
         return self._weights.dot(losses - base - linear) + self._added.dot(losses - base)
 
-    def curvature_product(self, theta: Tensor, vector: Tensor) -> Tensor:
-        """Return ``(G + lambda I) v`` at ``theta``, ``G`` including the example's own term; ``(P,)``."""
+    def curvature(self, theta: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the product ``v -> (G + lambda I) v`` at ``theta``, ``G`` with the example's own term."""
 
         def forward(point: Tensor) -> Tensor:
             return self.outputs(point, self._inputs)
 
-        outputs, pushed = jvp(forward, (theta,), (vector,))[:2]
-        bent = jvp(grad(self._of_outputs), (outputs,), (pushed,))[1]
-        back: Any = vjp(forward, theta)[1]
-        product: Tensor = back(bent)[0]
-        return product + self._damping * vector
+        # The way back is the same for all vectors.
+        outputs, back = vjp(forward, theta)[:2]
+        slope = grad(self._of_outputs)
+
+        def product(vector: Tensor) -> Tensor:
+            pushed = jvp(forward, (theta,), (vector,))[1]
+            bent = jvp(slope, (outputs,), (pushed,))[1]
+            result: Tensor = back(bent)[0]
+            return result + self._damping * vector
+
+        return product
 
     def newton_step(self, theta: Tensor, gradient: Tensor, relative: float, least: float) -> Tensor:
         """Solve ``(G + lambda I) step = -gradient`` by conjugate gradients.
@@ -101,11 +108,12 @@ class ProximalObjective:
         Returns:
             The step ``(P,)``; a shorter one where the curvature turns out negative on the way.
         """
+        multiply = self.curvature(theta)
         step, residual = torch.zeros_like(gradient), -gradient
         direction, square = residual, residual.dot(residual)
         goal = square * max(relative, least) ** 2
         for _ in range(2 * len(gradient)):
-            product = self.curvature_product(theta, direction)
+            product = multiply(direction)
             curvature = direction.dot(product)
             if curvature <= 0:
                 return step if bool(step.any()) else -gradient

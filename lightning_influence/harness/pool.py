@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Generator, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lightning_influence.errors import InfluenceError
 from lightning_influence.harness.retraining import Retraining
-from lightning_influence.harness.run import Runs
+from lightning_influence.harness.run import Runs, seed_all
 from lightning_influence.harness.store import RunStore, fingerprint
 from lightning_influence.host.random_states import preserved_rng
 
@@ -102,8 +103,9 @@ def _prepare(
     if parallel:
         retraining.check_importable()
     with preserved_rng():
-        torch.manual_seed(0)
         retraining.check_fresh()
+        # As in a worker: random augmentations are hashed at the values that this seed gives.
+        seed_all(0, "data")
         data, queries = retraining.data(), retraining.queries()
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
             raise ValueError(
@@ -173,6 +175,8 @@ def _initialise(retraining: Retraining, folder: str | None) -> None:
     """Prepare a worker process."""
     global _runs, _store
     torch.set_num_threads(1)
+    # Every Trainer announces itself; a hundred of them hide the progress bar.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     _runs, _store = Runs(retraining), None if folder is None else RunStore(Path(folder))
 
 

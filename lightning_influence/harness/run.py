@@ -31,7 +31,7 @@ class Runs:
     def __init__(self, retraining: Retraining) -> None:
         self._retraining = retraining
         with preserved_rng():
-            _seed(0, "data")
+            seed_all(0, "data")
             self._data: Dataset[Any] = retraining.data()
             self._queries = retraining.queries()
         self._last: tuple[LightningModule, Trainer] | None = None
@@ -55,10 +55,10 @@ class Runs:
         indices = kept.nonzero().squeeze(1).tolist()
         label = f"The run with seed {seed} on {len(indices)} examples"
         with preserved_rng():
-            _seed(seed, "init")
+            seed_all(seed, "init")
             module, trainer = self._retraining.module(), self._retraining.trainer()
             self._check(module, trainer)
-            _seed(seed, "order")
+            seed_all(seed, "order")
             # A Subset has no name of its own for types of items.
             trainer.fit(module, self._retraining.loader(Subset(self._data, indices)))
             if trainer.global_step < 1:
@@ -148,7 +148,8 @@ def _check_finite(module: LightningModule, trainer: Trainer, label: str) -> None
         )
 
 
-def _seed(seed: int, purpose: str) -> None:
+def seed_all(seed: int, purpose: str) -> None:
+    """Seed torch, NumPy and Python's own generator for one part of a run."""
     value = run_seed(seed, purpose)
     random.seed(value)
     np.random.seed(value % 2**32)
