@@ -63,9 +63,10 @@ def proximal_response(
 ) -> Response:
     """Solve the proximal Bregman problem for training examples, one at a time.
 
-    Every problem is solved to convergence from the trained parameters by Gauss-Newton steps with conjugate
-    gradients (Newton's own step where the model is linear) on all ``N`` examples at once. Use float64: in
-    float32 the changes of a small ``epsilon`` are lost in rounding. The model is left as it was.
+    Every problem is solved to convergence from the trained parameters by Newton steps with conjugate gradients
+    on all ``N`` examples at once (Gauss-Newton steps need many times as many where the example's residual is
+    large). Use float64: in float32 the changes of a small ``epsilon`` are lost in rounding. The model is left
+    as it was.
 
     Args:
         model: the trained model, ``forward`` takes a batch of inputs; it runs in eval mode.
@@ -78,7 +79,7 @@ def proximal_response(
         epsilon: weight of the example's loss, added to the ``1/N`` it has: ``-1/N``, the default, removes the
             example, a small number of either sign approaches the derivative.
         tolerance: the gradient's norm at which a problem counts as solved, relative to the start's.
-        max_steps: most Gauss-Newton steps.
+        max_steps: most Newton steps.
 
     Returns:
         Scores, and how well each problem was solved.
@@ -124,7 +125,7 @@ def proximal_response(
 def _minimise(
     problem: ProximalObjective, start: Tensor, tolerance: float, max_steps: int
 ) -> tuple[Tensor, float]:
-    """Gauss-Newton with conjugate gradients and a backtracking line search.
+    """Newton's method with conjugate gradients and a backtracking line search.
 
     Returns:
         The solution ``(P,)`` and its relative gradient norm.
@@ -143,7 +144,7 @@ def _minimise(
         residual = float(gradient.norm()) / first
         if residual <= tolerance:
             break
-        # Solved ever more tightly, so that the steps converge superlinearly where the curvature is exact.
+        # Solved ever more tightly, so that the steps converge superlinearly.
         step = problem.newton_step(theta, gradient, min(0.1, residual), tolerance)
         found = _search(problem, theta, step, value, gradient)
         if found is None:

@@ -1,4 +1,4 @@
-"""The objective behind :mod:`.pbrf` as a function of flat parameters: gradient and Gauss-Newton step."""
+"""The objective behind :mod:`.pbrf` as a function of flat parameters: gradient and Newton step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, jvp, vjp
+from torch.func import functional_call, grad, grad_and_value, jvp
 
 from lightning_influence.evaluation.stacked import ExampleLoss
 
@@ -78,26 +78,13 @@ class ProximalObjective:
         base = self._loss(self._anchor, self._targets)
         return self._weights.dot(losses - base - linear) + self._added.dot(losses - base)
 
-    def curvature(self, theta: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the product ``v -> (G + lambda I) v`` at ``theta``, ``G`` with the example's own term."""
-
-        def forward(point: Tensor) -> Tensor:
-            return self.outputs(point, self._inputs)
-
-        # The way back is the same for all vectors.
-        outputs, back = vjp(forward, theta)[:2]
-        slope = grad(self._of_outputs)
-
-        def product(vector: Tensor) -> Tensor:
-            pushed = jvp(forward, (theta,), (vector,))[1]
-            bent = jvp(slope, (outputs,), (pushed,))[1]
-            result: Tensor = back(bent)[0]
-            return result + self._damping * vector
-
-        return product
+    def hessian(self, theta: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the product of the objective's Hessian at ``theta`` with a vector, both ``(P,)``."""
+        slope = grad(self._value)
+        return lambda vector: jvp(slope, (theta,), (vector,))[1]
 
     def newton_step(self, theta: Tensor, gradient: Tensor, relative: float, least: float) -> Tensor:
-        """Solve ``(G + lambda I) step = -gradient`` by conjugate gradients.
+        """Solve ``H step = -gradient``, ``H`` the Hessian at ``theta``, by conjugate gradients.
 
         Args:
             theta: where, ``(P,)``.
@@ -108,7 +95,7 @@ class ProximalObjective:
         Returns:
             The step ``(P,)``; a shorter one where the curvature turns out negative on the way.
         """
-        multiply = self.curvature(theta)
+        multiply = self.hessian(theta)
         step, residual = torch.zeros_like(gradient), -gradient
         direction, square = residual, residual.dot(residual)
         goal = square * max(relative, least) ** 2
