@@ -63,10 +63,10 @@ def proximal_response(
 ) -> Response:
     """Solve the proximal Bregman problem for training examples, one at a time.
 
-    Every problem is solved to convergence from the trained parameters by Newton steps with conjugate gradients
-    on all ``N`` examples at once (Gauss-Newton steps need many times as many where the example's residual is
-    large). Use float64: in float32 the changes of a small ``epsilon`` are lost in rounding. The model is left
-    as it was.
+    Every problem is solved to convergence from the trained parameters by Newton steps with conjugate
+    gradients on all ``N`` examples at once (Gauss-Newton steps need many times as many where the example's
+    residual is large). Use float64: in float32 the changes of a small ``epsilon`` are lost in rounding. The
+    model is left as it was.
 
     Args:
         model: the trained model, ``forward`` takes a batch of inputs; it runs in eval mode.
