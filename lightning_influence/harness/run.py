@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from lightning_influence.errors import NonFiniteError, UnsupportedTrainerError
+from lightning_influence.errors import NonFiniteError, UnsupportedDataError, UnsupportedTrainerError
 from lightning_influence.evaluation.recipe import run_seed
 from lightning_influence.harness.retraining import Retraining, check_distinct, check_types
 from lightning_influence.host.random_states import preserved_rng
@@ -50,6 +51,7 @@ class Runs:
 
         Raises:
             NonFiniteError: if the loss, a parameter or a value is NaN or infinite.
+            UnsupportedDataError: if the loader does not hold the subset.
             UnsupportedTrainerError: if the Trainer was used before, or did no step.
         """
         indices = kept.nonzero().squeeze(1).tolist()
@@ -59,8 +61,9 @@ class Runs:
             module, trainer = self._retraining.module(), self._retraining.trainer()
             self._check(module, trainer)
             seed_all(seed, "order")
-            # A Subset has no name of its own for types of items.
-            trainer.fit(module, self._retraining.loader(Subset(self._data, indices)))
+            loader = self._retraining.loader(Subset(self._data, indices))
+            _check_loader(loader, len(indices))
+            trainer.fit(module, loader)
             if trainer.global_step < 1:
                 raise UnsupportedTrainerError(
                     f"{label} did no optimizer step, so it measures nothing. Look at max_epochs, max_steps "
@@ -127,6 +130,20 @@ def _check_shape(values: object, count: int) -> None:
     if not isinstance(values, Tensor) or values.shape != (count,):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"The measurement returned {got}; accepted is one value an example, ({count},).")
+
+
+def _check_loader(loader: object, count: int) -> None:
+    """Refuse a loader that forgot its argument: every subset would train on the same examples.
+
+    Raises:
+        UnsupportedDataError: if its data set has another length than the subset.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, Sized) and len(dataset) != count:
+        raise UnsupportedDataError(
+            f"`loader(dataset)` was given {count} examples and returned a loader of {len(dataset)}. Accepted "
+            "is a loader of the data set it was given, however wrapped: another one measures nothing."
+        )
 
 
 def _check_finite(module: LightningModule, trainer: Trainer, label: str) -> None:

@@ -13,6 +13,7 @@ from lightning_influence.errors import (
     CorruptFileError,
     InfluenceError,
     NonFiniteError,
+    UnsupportedDataError,
     UnsupportedModelError,
     UnsupportedTrainerError,
 )
@@ -173,6 +174,11 @@ def test_random_state_is_left_alone():
             "seed 0 on 7 examples did no optimizer step",
         ),
         ({"module": models.diverging}, NonFiniteError, r"seed 0 on 7 examples diverged: \['layer\.weight'"),
+        (
+            {"loader": lambda dataset: DataLoader(models.data())},
+            UnsupportedDataError,
+            "was given 7 examples and returned a loader of 8",
+        ),
         (
             {"module": lambda: torch.nn.Linear(1, 1)},
             TypeError,
