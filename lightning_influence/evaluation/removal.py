@@ -105,7 +105,7 @@ def removal_curve(
         raise ValueError(f"scores have {queries} queries, the retraining measured {values.shape[1]}.")
     own = torch.arange(queries).repeat(len(counts))
     changes = (values[1:] - values[0]).gather(1, own[:, None].to(values.device)).view(len(counts), queries)
-    predicted = torch.einsum("qn,kqn->kq", scores, (~masks).to(scores.dtype))
+    predicted = torch.einsum("qn,kqn->kq", scores, (~masks).to(scores))
     return RemovalCurve(torch.tensor(list(counts)), changes, predicted)
 
 
