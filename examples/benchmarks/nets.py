@@ -14,6 +14,26 @@ def small_mlp_net() -> nn.Module:
     return nn.Sequential(*widths)
 
 
+def narrow_mlp_net() -> nn.Module:
+    """64-32-10 with GELU: 2,410 parameters."""
+    return nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10))
+
+
+def diabetes_net() -> nn.Module:
+    """10-24-1 with GELU: 289 parameters."""
+    return nn.Sequential(nn.Linear(10, 24), nn.GELU(), nn.Linear(24, 1))
+
+
+def cancer_net() -> nn.Module:
+    """30-16-1 with GELU: 513 parameters."""
+    return nn.Sequential(nn.Linear(30, 16), nn.GELU(), nn.Linear(16, 1))
+
+
+def blobs_net() -> nn.Module:
+    """20-32-16-4 with GELU: 1,268 parameters."""
+    return nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4))
+
+
 def cnn_net() -> nn.Module:
     """Two convolutions and two linear layers on 8 x 8 images, smooth throughout: 38,282 parameters."""
     first = (nn.Conv2d(1, 16, 3, padding=1), nn.GELU(), nn.AvgPool2d(2))

@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_influence.evaluation.losses import binary_cross_entropy, cross_entropy, squared_error
+from lightning_influence.evaluation.optimizers import torch_optimizer
 from lightning_influence.evaluation.recipe import Recipe
 from lightning_influence.evaluation.retraining import fingerprint
 
@@ -57,12 +59,21 @@ def as_batch(batch: Any) -> Any:
     return batch
 
 
-class TaskModule(lightning.LightningModule):
-    """An ordinary LightningModule: cross-entropy of ``net``, logged, with the recipe's SGD and schedule."""
+Loss = Callable[[Tensor, Tensor], Tensor]
+# By name: the batch's loss as a user calls it, and the same loss example by example, for retraining.
+LOSSES: dict[str, tuple[Loss, Loss]] = {
+    "cross_entropy": (nn.functional.cross_entropy, cross_entropy),
+    "mse": (nn.functional.mse_loss, squared_error),
+    "bce": (nn.functional.binary_cross_entropy_with_logits, binary_cross_entropy),
+}
 
-    def __init__(self, net: nn.Module, recipe: Recipe) -> None:
+
+class TaskModule(lightning.LightningModule):
+    """An ordinary LightningModule: the loss of ``net``, logged, with the recipe's optimizer and schedule."""
+
+    def __init__(self, net: nn.Module, recipe: Recipe, loss: str = "cross_entropy") -> None:
         super().__init__()
-        self.net, self.recipe = net, recipe
+        self.net, self.recipe, self.loss = net, recipe, LOSSES[loss][0]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits of a batch."""
@@ -70,22 +81,20 @@ class TaskModule(lightning.LightningModule):
         return outputs
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the batch's mean cross-entropy."""
+        """Return the batch's mean loss."""
         inputs, targets = batch
         outputs = self(inputs)
-        loss = nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+        if targets.is_floating_point():
+            loss = self.loss(outputs, targets)
+        else:
+            loss = self.loss(outputs.flatten(0, -2), targets.flatten())
         self.log("train_loss", loss)
         return loss
 
     def configure_optimizers(self) -> lightning.pytorch.utilities.types.OptimizerLRScheduler:
-        """Return SGD and the schedule, per step."""
+        """Return the recipe's optimizer and schedule, per step."""
         recipe = self.recipe
-        optimizer = torch.optim.SGD(
-            self.parameters(),
-            recipe.learning_rate,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-        )
+        optimizer = torch_optimizer(self.parameters(), recipe)
         total = int(self.trainer.estimated_stepping_batches)
         factor = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: recipe.rate(k, total) / recipe.learning_rate
@@ -103,6 +112,12 @@ class Task:
     queries: TensorTable
     recipe: Recipe
     pass_batch: int
+    loss: str = "cross_entropy"
+
+    @property
+    def example_loss(self) -> Loss:
+        """The loss of each example, from outputs and targets."""
+        return LOSSES[self.loss][1]
 
     def train_loader(self, seed: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled batches as in training."""
@@ -116,22 +131,27 @@ class Task:
 
     def untrained(self) -> TaskModule:
         """The module, freshly initialised from the global random state."""
-        return TaskModule(self.net(), self.recipe)
+        return TaskModule(self.net(), self.recipe, self.loss)
 
     def trained(self, seed: int = 0) -> TaskModule:
         """The model trained on all examples by a Lightning Trainer, in eval mode; cached on disk."""
-        tensors = (*self.train.tensors, *self.queries.tensors)
-        path = (
-            CACHE / "models" / f"{self.name}-{seed}-{fingerprint(self.net, self.recipe, tensors)}.safetensors"
-        )
+        path = self.model_path(seed)
         if not path.exists():
-            _save(fit(self, seed).state_dict(), path)
+            save_model(fit(self, seed).state_dict(), path)
         module = self.untrained()
         module.load_state_dict(load_file(path))
         return module.eval()
 
+    def model_path(self, seed: int) -> Path:
+        """Where the trained model is kept: under the hash of all that decides it."""
+        tensors = (*self.train.tensors, *self.queries.tensors)
+        functions = () if self.loss == "cross_entropy" else (self.example_loss,)
+        key = fingerprint(self.net, self.recipe, tensors, functions)
+        return CACHE / "models" / f"{self.name}-{seed}-{key}.safetensors"
 
-def _save(state: dict[str, Tensor], path: Path) -> None:
+
+def save_model(state: dict[str, Tensor], path: Path) -> None:
+    """Write a model's tensors atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     os.close(handle)
@@ -160,7 +180,7 @@ def fit(task: Task, seed: int, callbacks: list[lightning.Callback] | None = None
 
 
 @cache
-def _digits() -> tuple[TensorTable, TensorTable]:
+def digits_tables() -> tuple[TensorTable, TensorTable]:
     """scikit-learn's digits in ``[0, 1]``, split 90/10 with a fixed seed: 1617 for training, 180 queries."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -175,12 +195,12 @@ def _digits() -> tuple[TensorTable, TensorTable]:
 def digits_mlp() -> Task:
     """The setting of Hong et al. 2025."""
     recipe = Recipe(0.05, epochs=100, batch_size=32, momentum=0.9, weight_decay=1e-3)
-    return Task("digits_mlp", small_mlp_net, *_digits(), recipe, pass_batch=1024)
+    return Task("digits_mlp", small_mlp_net, *digits_tables(), recipe, pass_batch=1024)
 
 
 def digits_cnn() -> Task:
     """Digits as images; 30 epochs, so that the run's own damping is 3.6e-3."""
-    tables = [TensorTable(t.tensors[0].view(-1, 1, 8, 8), t.tensors[1]) for t in _digits()]
+    tables = [TensorTable(t.tensors[0].view(-1, 1, 8, 8), t.tensors[1]) for t in digits_tables()]
     recipe = Recipe(0.05, epochs=30, batch_size=32, momentum=0.9, weight_decay=1e-3)
     return Task("digits_cnn", cnn_net, tables[0], tables[1], recipe, pass_batch=1024)
 

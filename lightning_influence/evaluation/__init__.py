@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Evaluation: retraining as truth, the linear datamodeling score, mislabel detection, curvature compared."""
+=======
+"""Evaluation: retraining and proximal responses as ground truth, and the scores that compare with them."""
+>>>>>>> evalu
 
 from lightning_influence.evaluation.decomposition import Comparison, compare
 from lightning_influence.evaluation.lds import (
@@ -9,8 +13,16 @@ from lightning_influence.evaluation.lds import (
     random_subsets,
     spearman,
 )
+from lightning_influence.evaluation.losses import binary_cross_entropy, cross_entropy, squared_error
 from lightning_influence.evaluation.mislabels import mislabel_auroc
+from lightning_influence.evaluation.pbrf import Response, proximal_response
 from lightning_influence.evaluation.recipe import Recipe
+from lightning_influence.evaluation.removal import (
+    RemovalCurve,
+    leave_one_out,
+    removal_curve,
+    removal_masks,
+)
 from lightning_influence.evaluation.retraining import retrain
 from lightning_influence.evaluation.stacked import Member, train_members
 
@@ -19,13 +31,25 @@ __all__ = [
     "LinearDatamodelingScore",
     "Member",
     "Recipe",
+    "RemovalCurve",
+    "Response",
     "average_ranks",
+<<<<<<< HEAD
     "compare",
+=======
+    "binary_cross_entropy",
+    "cross_entropy",
+    "leave_one_out",
+>>>>>>> evalu
     "linear_datamodeling_score",
     "mislabel_auroc",
     "predict_subsets",
+    "proximal_response",
     "random_subsets",
+    "removal_curve",
+    "removal_masks",
     "retrain",
     "spearman",
+    "squared_error",
     "train_members",
 ]

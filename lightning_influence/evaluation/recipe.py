@@ -1,4 +1,4 @@
-"""A training recipe as data: SGD with momentum, weight decay and a schedule of the learning rate.
+"""A training recipe as data: the optimizer, weight decay and a schedule of the learning rate.
 
 Retraining needs the recipe in a form that can be hashed, repeated for any number of examples and applied to
 many models at once, which an optimizer object is not.
@@ -15,7 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "linear", "cosine"]
+_OPTIMIZERS = ("sgd", "adam", "adamw")
 _DECAY: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -25,7 +27,7 @@ _DECAY: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: what ``torch.optim.SGD`` and a shuffled ``DataLoader`` would do.
+    """How a model is trained: what an optimizer of ``torch.optim`` and a shuffled ``DataLoader`` would do.
 
     Every epoch visits the kept examples once in a fresh order, in batches of ``batch_size`` whose last may be
     short; the batch loss is a mean. The schedule runs per step from ``learning_rate`` to 0 (``"linear"``,
@@ -35,9 +37,12 @@ class Recipe:
         learning_rate: the learning rate of the first step.
         epochs: passes over the kept examples.
         batch_size: examples in a step.
-        momentum: SGD's momentum.
-        weight_decay: SGD's coupled weight decay, on every parameter.
+        momentum: SGD's momentum; Adam's is the first of ``betas``.
+        weight_decay: on every parameter; coupled for SGD and Adam, decoupled for AdamW.
         schedule: how the learning rate decays.
+        optimizer: ``"sgd"``, ``"adam"`` (Kingma & Ba 2015) or ``"adamw"`` (Loshchilov & Hutter 2019).
+        betas: Adam's decay rates of the first and second moment.
+        eps: Adam's term beside the root of the second moment.
 
     Raises:
         ValueError: if a number is out of range or the schedule unknown.
@@ -56,8 +61,12 @@ class Recipe:
     momentum: float = 0.0
     weight_decay: float = 0.0
     schedule: Schedule = "linear"
+    optimizer: Optimizer = "sgd"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        self._check_adam()
         if self.schedule not in _DECAY:
             raise ValueError(f"Unknown schedule {self.schedule!r}; choose one of {tuple(_DECAY)}.")
         if not self.learning_rate > 0 or self.epochs < 1 or self.batch_size < 1:
@@ -69,6 +78,23 @@ class Recipe:
             raise ValueError(
                 "A recipe needs 0 <= momentum < 1 and weight_decay >= 0, got "
                 f"{self.momentum} and {self.weight_decay}."
+            )
+
+    def _check_adam(self) -> None:
+        """Refuse an unknown optimizer, and settings that are another optimizer's.
+
+        Raises:
+            ValueError: saying what was got.
+        """
+        if self.optimizer not in _OPTIMIZERS:
+            raise ValueError(f"Unknown optimizer {self.optimizer!r}; choose one of {_OPTIMIZERS}.")
+        if self.optimizer != "sgd" and self.momentum:
+            raise ValueError(
+                f"momentum is SGD's, got {self.momentum} with {self.optimizer!r}: set betas[0] instead."
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas) or not self.eps > 0:
+            raise ValueError(
+                f"Adam needs two betas with 0 <= beta < 1 and eps > 0, got {self.betas} and {self.eps}."
             )
 
     def steps_per_epoch(self, num_examples: int) -> int:
@@ -83,13 +109,31 @@ class Recipe:
         """Return the learning rate of step ``step`` (from 0) of ``total``; 0 once the run is over."""
         return self.learning_rate * _DECAY[self.schedule](step / total) if step < total else 0.0
 
+    def effective_time(self, num_examples: int) -> float:
+        """Return ``sum_k lr_k / (1 - momentum)`` over the run's steps: the step a constant gradient makes."""
+        total = self.steps(num_examples)
+        return sum(self.rate(k, total) for k in range(total)) / (1 - self.momentum)
+
     def damping(self, num_examples: int) -> float:
-        """Return the curvature that the run does not resolve, plus weight decay.
+        """Return the curvature that a run of SGD does not resolve, plus weight decay.
 
         That is ``w + (1 - momentum) / sum_k lr_k`` (Bae et al. 2024).
+
+        Args:
+            num_examples: examples the run trains on.
+
+        Returns:
+            The damping, in the unit of the mean loss's curvature.
+
+        Raises:
+            ValueError: for Adam, whose damping also depends on the second moments at the end of the run.
         """
-        total = self.steps(num_examples)
-        return self.weight_decay + (1 - self.momentum) / sum(self.rate(k, total) for k in range(total))
+        if self.optimizer != "sgd":
+            raise ValueError(
+                f"The damping of a run with {self.optimizer!r} depends on its second moments, which a recipe "
+                "does not know: train with InfluenceCallback and use damping='auto'."
+            )
+        return self.weight_decay + 1 / self.effective_time(num_examples)
 
 
 def run_seed(seed: int, purpose: str) -> int:

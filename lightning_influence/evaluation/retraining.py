@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_influence.errors import CorruptFileError
+from lightning_influence.evaluation.losses import cross_entropy
 from lightning_influence.evaluation.recipe import Recipe
 from lightning_influence.evaluation.stacked import (
     ExampleLoss,
     Factory,
     Member,
-    cross_entropy,
     stacked_outputs,
     train_members,
 )
@@ -54,6 +54,15 @@ def _describe(model: nn.Module) -> list[str]:
     return [repr(model), *shapes, *sorted(map(_source, own))]
 
 
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields that decide a run; Adam's do not exist for SGD, whose older results stay valid."""
+    settings = asdict(recipe)
+    if recipe.optimizer == "sgd":
+        for name in ("optimizer", "betas", "eps"):
+            del settings[name]
+    return settings
+
+
 def fingerprint(
     factory: Factory,
     recipe: Recipe,
@@ -64,7 +73,7 @@ def fingerprint(
 
     Args:
         factory: makes the model; its source, the model's classes and its shapes all count.
-        recipe: every field counts.
+        recipe: every field that its optimizer uses counts.
         tensors: the data, by value.
         functions: loss and measurement, by source.
 
@@ -72,7 +81,7 @@ def fingerprint(
         20 hexadecimal digits.
     """
     with torch.random.fork_rng(devices=[]):
-        words = [_FORMAT, json.dumps(asdict(recipe)), *_describe(factory()), _source(factory)]
+        words = [_FORMAT, json.dumps(_settings(recipe)), *_describe(factory()), _source(factory)]
     digest = hashlib.sha256("\0".join([*words, *map(_source, functions)]).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
+from lightning_influence.evaluation.losses import cross_entropy
+from lightning_influence.evaluation.optimizers import StackedOptimizer
 from lightning_influence.evaluation.recipe import Recipe, batch_orders, run_seed
 
 Factory = Callable[[], nn.Module]
@@ -27,19 +29,6 @@ class Member:
 
     mask: Tensor
     seed: int
-
-
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Per-example cross-entropy, the loss of the benchmark tasks.
-
-    Args:
-        outputs: logits, ``(B, C)``.
-        targets: class indices, ``(B,)``.
-
-    Returns:
-        Losses, ``(B,)``.
-    """
-    return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
 def build(factory: Factory, member: Member) -> nn.Module:
@@ -119,17 +108,6 @@ def _batches(schedule: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield index[:, :width].clamp(min=0).long(), valid / valid.sum(1, keepdim=True).clamp(min=1)
 
 
-def _sgd(
-    parameters: Stacked, momenta: Stacked, grads: Sequence[Tensor], rates: Tensor, recipe: Recipe
-) -> None:
-    """One step of SGD in place, the arithmetic of ``torch.optim.SGD``; ``rates`` has shape ``(K,)``."""
-    with torch.no_grad():
-        for (name, value), grad in zip(parameters.items(), grads, strict=True):
-            buffer = momenta[name]
-            buffer.mul_(recipe.momentum).add_(grad).add_(value, alpha=recipe.weight_decay)
-            value.sub_(buffer * rates.to(value.dtype).view(-1, *[1] * (value.ndim - 1)))
-
-
 def train_members(
     factory: Factory,
     recipe: Recipe,
@@ -160,7 +138,7 @@ def train_members(
     leaves = {
         name: state[name].requires_grad_() for name, p in template.named_parameters() if p.requires_grad
     }
-    momenta = {name: torch.zeros_like(value) for name, value in leaves.items()}
+    optimizer = StackedOptimizer(leaves, recipe)
     totals = [recipe.steps(int(member.mask.sum())) for member in members]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(run_seed(members[0].seed, "noise"))
@@ -169,7 +147,7 @@ def train_members(
             losses = loss(outputs.flatten(0, 1), data[1][index].flatten(0, 1))
             total = losses @ weight.to(losses).flatten()
             rates = torch.tensor([recipe.rate(step, steps) for steps in totals], dtype=torch.float64)
-            _sgd(leaves, momenta, torch.autograd.grad(total, list(leaves.values())), rates, recipe)
+            optimizer.step(torch.autograd.grad(total, list(leaves.values())), rates)
     trained = {name: value.detach() for name, value in state.items()}
     for row, member in enumerate(members):
         if not all(bool(value[row].isfinite().all()) for value in trained.values()):

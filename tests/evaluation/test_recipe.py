@@ -69,8 +69,17 @@ def test_seeds_depend_on_the_seed_and_the_purpose():
         ({"epochs": 0}, "epochs >= 1"),
         ({"momentum": 1.0}, "0 <= momentum < 1 and weight_decay >= 0, got 1.0"),
         ({"weight_decay": -1.0}, "weight_decay >= 0"),
+        ({"optimizer": "lion"}, r"Unknown optimizer 'lion'; choose one of"),
+        ({"optimizer": "adam", "momentum": 0.9}, r"momentum is SGD's, got 0.9 with 'adam': set betas"),
+        ({"betas": (0.9, 1.0)}, r"0 <= beta < 1 and eps > 0, got \(0.9, 1.0\)"),
+        ({"eps": 0.0}, "eps > 0"),
     ],
 )
 def test_recipes_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**{"learning_rate": 0.1, "epochs": 1, "batch_size": 4} | changes)
+
+
+def test_adams_damping_is_not_the_recipes_to_know():
+    with pytest.raises(ValueError, match=r"second moments.*InfluenceCallback"):
+        Recipe(0.1, epochs=1, batch_size=4, optimizer="adam").damping(10)

@@ -1,0 +1,163 @@
+"""Leave-one-out retraining and removal curves: what does training without the chosen examples change?
+
+Both take the retraining as a function of masks, ``retrain(masks (M, N)) -> (M, Q)`` or ``(M, S, Q)``, the
+mean over seeds being what is measured: :func:`~.retraining.retrain` or
+:func:`~lightning_influence.harness.retrain_subsets` with their other arguments bound, or a closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Retrain = Callable[[Tensor], Tensor]
+Order = Literal["proponents", "opponents", "random"]
+_ORDERS = ("proponents", "opponents", "random")
+
+
+def leave_one_out(retrain: Retrain, num_examples: int, examples: Sequence[int] | None = None) -> Tensor:
+    """Change of every query's measurement on training without one example.
+
+    This is what an attribution score predicts, in its unit and with its sign. It is small beside the noise of
+    training unless the runs of one seed share their random numbers, as those of this library's retraining do.
+
+    Args:
+        retrain: trains on subsets ``(M, N)`` and measures the queries, ``(M, Q)`` or ``(M, S, Q)``.
+        num_examples: ``N``.
+        examples: which to leave out, one at a time; all of them if None.
+
+    Returns:
+        ``m(q)`` without an example minus ``m(q)`` with all, ``(Q, M)``.
+
+    Raises:
+        ValueError: if an index is out of range, or the retraining returns something else.
+
+    Example:
+        >>> leave_one_out(lambda masks: masks.float() @ torch.tensor([[1.0], [2.0]]), 2)
+        tensor([[-1., -2.]])
+    """
+    chosen = list(range(num_examples)) if examples is None else list(examples)
+    if num_examples < 2 or not chosen or not all(0 <= example < num_examples for example in chosen):
+        raise ValueError(
+            f"examples must be indices of the training examples, of which there are {num_examples} (accepted "
+            f"are 2 or more), got {chosen[:8]}."
+        )
+    masks = torch.ones(1 + len(chosen), num_examples, dtype=torch.bool)
+    masks[torch.arange(1, len(masks)), torch.tensor(chosen)] = False
+    values = _measure(retrain, masks)
+    return (values[1:] - values[0]).T
+
+
+@dataclass(frozen=True)
+class RemovalCurve:
+    """Change of each query's measurement on training without its first ``k`` examples in some order.
+
+    Attributes:
+        counts: ``k``, ``(K,)``.
+        changes: measured, ``(K, Q)``.
+        predicted: the sum of the removed examples' scores, ``(K, Q)``.
+    """
+
+    counts: Tensor
+    changes: Tensor
+    predicted: Tensor
+
+
+def removal_curve(
+    scores: Tensor,
+    retrain: Retrain,
+    counts: Sequence[int],
+    *,
+    order: Order = "proponents",
+    seed: int = 0,
+) -> RemovalCurve:
+    """Remove each query's ``k`` strongest examples, retrain, and measure that query.
+
+    With scores of the loss, removing proponents should raise it and removing opponents lower it; the further,
+    the better the scores. ``"random"`` is the curve to compare with. Every query has examples of its own, so
+    the models number ``K Q + 1``, less where queries agree.
+
+    Args:
+        scores: ``tau``, ``(Q, N)``.
+        retrain: trains on subsets ``(M, N)`` and measures all queries, ``(M, Q)`` or ``(M, S, Q)``.
+        counts: numbers of examples to remove, from 1 to ``N - 1``.
+        order: ``"proponents"`` removes the largest scores first, ``"opponents"`` the smallest.
+        seed: of the random order.
+
+    Returns:
+        The curve.
+
+    Raises:
+        ValueError: if an argument is out of range, or the retraining returns something else.
+    """
+    masks = removal_masks(scores, counts, order=order, seed=seed)
+    queries = len(scores)
+    removed = masks.flatten(0, 1)
+    # Queries that agree share a model.
+    wanted = torch.cat([torch.ones_like(removed[:1]), removed])
+    distinct, places = torch.unique(wanted, dim=0, return_inverse=True)
+    values = _measure(retrain, distinct)[places]
+    if values.shape[1] != queries:
+        raise ValueError(f"scores have {queries} queries, the retraining measured {values.shape[1]}.")
+    own = torch.arange(queries).repeat(len(counts))
+    changes = (values[1:] - values[0]).gather(1, own[:, None].to(values.device)).view(len(counts), queries)
+    predicted = torch.einsum("qn,kqn->kq", scores, (~masks).to(scores))
+    return RemovalCurve(torch.tensor(list(counts)), changes, predicted)
+
+
+def removal_masks(
+    scores: Tensor, counts: Sequence[int], *, order: Order = "proponents", seed: int = 0
+) -> Tensor:
+    """Examples that each query keeps.
+
+    Args:
+        scores: ``(Q, N)``.
+        counts: numbers of examples to remove.
+        order: which are removed first; equal scores in the order of the examples.
+        seed: of the random order, one for every query.
+
+    Returns:
+        Kept examples, boolean, ``(K, Q, N)``.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> removal_masks(torch.tensor([[0.1, 0.5, -0.2]]), [1])
+        tensor([[[ True, False,  True]]])
+    """
+    if scores.ndim != 2 or not bool(scores.isfinite().all()):
+        raise ValueError(f"scores must be finite, of shape (Q, N), got shape {tuple(scores.shape)}.")
+    if order not in _ORDERS:
+        raise ValueError(f"Unknown order {order!r}; choose one of {_ORDERS}.")
+    size = scores.shape[1]
+    if not len(counts) or not all(1 <= count < size for count in counts):
+        raise ValueError(f"counts must be from 1 to N - 1 = {size - 1}, got {list(counts)}.")
+    keys = scores.cpu()
+    if order == "random":
+        keys = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed))
+    ranked = keys.argsort(dim=1, descending=order != "opponents", stable=True)
+    kept = torch.ones(len(counts), *scores.shape, dtype=torch.bool)
+    for row, count in zip(kept, counts, strict=True):
+        row.scatter_(1, ranked[:, :count], value=False)
+    return kept
+
+
+def _measure(retrain: Retrain, masks: Tensor) -> Tensor:
+    """Return the values of subsets, averaged over seeds, ``(M, Q)``.
+
+    Raises:
+        ValueError: if they have another shape or are not finite.
+    """
+    values = retrain(masks)
+    averaged = values.mean(1) if values.ndim == 3 else values
+    if averaged.ndim != 2 or len(averaged) != len(masks) or not bool(averaged.isfinite().all()):
+        raise ValueError(
+            f"The retraining of {len(masks)} subsets returned values of shape {tuple(values.shape)}; "
+            "accepted are finite ones of shape (M, Q) or (M, S, Q)."
+        )
+    return averaged
