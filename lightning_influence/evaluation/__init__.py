@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Evaluation: retraining as truth, the linear datamodeling score, mislabel detection, curvature compared."""
-=======
-"""Evaluation: retraining and proximal responses as ground truth, and the scores that compare with them."""
->>>>>>> evalu
+"""Evaluation: retraining and proximal responses as ground truth, scores against it, curvature compared."""
 
 from lightning_influence.evaluation.decomposition import Comparison, compare
 from lightning_influence.evaluation.lds import (
@@ -34,13 +30,10 @@ __all__ = [
     "RemovalCurve",
     "Response",
     "average_ranks",
-<<<<<<< HEAD
-    "compare",
-=======
     "binary_cross_entropy",
+    "compare",
     "cross_entropy",
     "leave_one_out",
->>>>>>> evalu
     "linear_datamodeling_score",
     "mislabel_auroc",
     "predict_subsets",
