@@ -1,9 +1,9 @@
 """Rules for the damping, from the recorded run and the spectrum, against the best value of a fine grid.
 
-Run ``python examples/benchmarks/damping_rules.py``. Most rules were written down while looking at the tasks of
-``studies.py``: their figures there are what a rule was *chosen* on. The variants below (other subset fractions,
-run lengths, decay, optimizer) came later and are the fairer test, though they share the data. The rules marked
-``*`` were added after the variants' results had been seen, and for them nothing here is held out.
+Run ``python examples/benchmarks/damping_rules.py``. Most rules were written down while looking at the tasks
+of ``studies.py``: their figures there are what a rule was *chosen* on. The variants below (other subset
+fractions, run lengths, decay, optimizer) came later and are the fairer test, though they share the data. The
+rules marked ``*`` were added after the variants' results had been seen: nothing here is held out for them.
 
 ``w`` is the decay's damping, ``u = 1 / sum(rate)`` the run's (each times Adam's metric where there is one),
 ``a`` the subset fraction, ``r`` the mean squared gradient over the trace of the curvature: about 1 for a
