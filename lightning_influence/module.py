@@ -233,7 +233,7 @@ class InfluenceModule(LightningModule):
             curvature: ``"ggn"`` for the Gauss-Newton matrix, or ``"hessian"``.
             layers: names or patterns of the layers to cover.
             **settings: fields of :class:`~lightning_influence.methods.spectrum.SpectrumSettings`, such as
-                ``probes`` and ``steps``: it takes ``steps + 1`` passes over the data.
+                ``probes`` and ``steps``: it takes ``steps + 2`` passes over the data.
 
         Returns:
             The spectrum, which prints as a table.

@@ -38,8 +38,9 @@ def differentiable_twice(module: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(part, nn.RNNBase) for part in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            # Other flags as they are: what their defaults would set, not all versions of torch put back.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False, allow_tf32=None))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False, allow_tf32=None))
         yield
 
 
@@ -155,9 +156,8 @@ def _vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], seeds: Sequ
     """
     live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o is not None and o.requires_grad]
     count = len(seeds[0])
-    zeros = [x.new_zeros(count, *x.shape) for x in inputs]
     if not live:
-        return zeros
+        return [x.new_zeros(count, *x.shape) for x in inputs]
     heads, tails = [o for o, _ in live], [s for _, s in live]
     try:
         found: Sequence[Tensor | None] = torch.autograd.grad(
@@ -169,7 +169,10 @@ def _vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], seeds: Sequ
             for i in range(count)
         ]
         found = [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]
-    return [zero if grad is None else grad.detach() for grad, zero in zip(found, zeros, strict=True)]
+    return [
+        x.new_zeros(count, *x.shape) if grad is None else grad.detach()
+        for grad, x in zip(found, inputs, strict=True)
+    ]
 
 
 def _refuse_once_differentiable(tensors: Sequence[Tensor | None]) -> None:
@@ -210,9 +213,9 @@ def _explained(what: str) -> Iterator[None]:
         ):
             raise
         raise UnsupportedModelError(
-            f"The {what} needs second derivatives, and an operation of the model has none ({text}). Use a "
-            "method or curvature of first derivatives (method='auto', 'exact' or 'block_ggn', "
-            "curvature='ggn'), or write that operation with differentiable ones."
+            f"The {what} needs second derivatives, and an operation of the model has none ({text}). Use "
+            "what takes first derivatives only (method='auto', 'exact' or 'block_ggn', curvature='ggn', "
+            "fisher='sampled' where outputs are many), or write that operation with differentiable ones."
         ) from error
 
 

@@ -62,6 +62,14 @@ class LinearOperator(Protocol):
         ...
 
 
+class SampledOperator(LinearOperator, Protocol):
+    """An operator that tells how large its minibatches are."""
+
+    def batch_examples(self, count: int, seed: int) -> int:
+        """Number of examples in the minibatch of this seed."""
+        ...
+
+
 class CurvatureOperator(ABC):
     """``H`` as products over the training data; every product is one pass whatever the number of vectors.
 
@@ -70,6 +78,10 @@ class CurvatureOperator(ABC):
             layers were left out of the plan keeps the longer vectors.
         mean_weight: mean loss weight of a training example if it is known; measured when first needed if
             None.
+
+    Attributes:
+        estimated: whether products so far were with an estimate of the curvature: of sampled or training
+            labels, or because the outputs behind the user's ``influence_loss`` are unknown.
     """
 
     def __init__(self, source: Source, *, mean_weight: float | None = None) -> None:
@@ -77,6 +89,7 @@ class CurvatureOperator(ABC):
         self.layout = Layout.of(self.plan.layers)
         self._runner, self._train = source.runner, source.train
         self._mean_weight = mean_weight
+        self.estimated = False
 
     @property
     def numel(self) -> int:
@@ -95,7 +108,7 @@ class CurvatureOperator(ABC):
         Measured in one forward pass over the data unless it is known from an earlier pass.
         """
         if self._mean_weight is None:
-            one_pass = _WeightPass(self.plan)
+            one_pass = WeightPass(self.plan)
             self._runner.run(one_pass, self._train)
             self._mean_weight = one_pass.result(self._runner.all_reduce_sum)
         return self._mean_weight
@@ -108,8 +121,7 @@ class CurvatureOperator(ABC):
             NonFiniteError: if a product is not finite.
         """
         self._check(vectors)
-        one_pass = self._product_pass(vectors, 0)
-        self._runner.run(one_pass, self._train)
+        one_pass = self._run(self._product_pass(vectors.detach(), 0), self._train)
         result: Tensor = one_pass.result(self._runner.all_reduce_sum)
         self._mean_weight = one_pass.mean_weight
         return result
@@ -135,10 +147,13 @@ class CurvatureOperator(ABC):
             raise ValueError(f"Got count={count!r}; accepted are positive numbers of examples.")
         # The minibatch's own mean weight in the denominator would bias the product.
         mean_weight = self.mean_weight
-        one_pass = self._product_pass(vectors, seed)
-        self._runner.run(one_pass, self._train.sample(count, seed))
+        one_pass = self._run(self._product_pass(vectors.detach(), seed), self._train.sample(count, seed))
         result: Tensor = one_pass.result(self._runner.all_reduce_sum, mean_weight)
         return result
+
+    def batch_examples(self, count: int, seed: int) -> int:
+        """Return how many examples :meth:`batch_product` takes: ``count``, unless whole batches are drawn."""
+        return self._train.sample(count, seed).num_examples
 
     def dense(self, max_parameters: int = MAX_PARAMETERS) -> Tensor:
         """Return ``H``, ``(P, P)``, in float64, for small models.
@@ -155,8 +170,7 @@ class CurvatureOperator(ABC):
                 f"at most {max_parameters:,} parameters are accepted. Use products, cover fewer layers with "
                 "`layers=`, or raise `max_parameters`."
             )
-        one_pass = self._dense_pass()
-        self._runner.run(one_pass, self._train)
+        one_pass = self._run(self._dense_pass(), self._train)
         result: Tensor = one_pass.result(self._runner.all_reduce_sum)
         self._mean_weight = one_pass.mean_weight
         return result
@@ -168,6 +182,11 @@ class CurvatureOperator(ABC):
     @abstractmethod
     def _dense_pass(self) -> Any:
         """A pass whose ``result(all_reduce_sum)`` is the average matrix."""
+
+    def _run(self, one_pass: Any, loader: Loader) -> Any:
+        self._runner.run(one_pass, loader)
+        self.estimated |= getattr(one_pass, "estimated", False)
+        return one_pass
 
     def _check(self, vectors: Tensor) -> None:
         if vectors.ndim != 2 or vectors.shape[1] != self.numel or not vectors.is_floating_point():
@@ -215,7 +234,7 @@ class Damped:
         return matrix + torch.diag(diagonal.expand(len(matrix)))
 
 
-class _WeightPass(AveragingPass):
+class WeightPass(AveragingPass):
     """Counts examples and their loss weights: a forward pass and nothing else."""
 
     description = "Influence: loss weights"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.blocks import DenseBlockPass, block_indices
 from lightning_influence.methods.base import register_method
-from lightning_influence.methods.dense import DenseMethod, as_factors
+from lightning_influence.methods.dense import DenseMethod, as_factors, note_unknown_outputs
 from lightning_influence.solvers.exact import BlockSolver, check_size
 
 
@@ -35,7 +35,7 @@ class BlockGGN(DenseMethod):
             block for block, name in zip(found, one_pass.owners, strict=True) if name in context.plan.layers
         ]
         self.mean_weight = one_pass.mean_weight
-        self._note_estimate(one_pass.estimated)
+        note_unknown_outputs(context, one_pass.estimated)
         indices = [index.to(found[0].device) for index in block_indices(context.plan, options.blocks)]
         diagonal = _joined([torch.diagonal(block) for block in blocks], indices)
         damping = context.resolve_damping(as_factors(context.layout, diagonal), "closed")

@@ -9,8 +9,10 @@ import torch
 
 from lightning_influence.curvature.minibatches import example_variance
 from lightning_influence.curvature.operator import CurvatureOperator, GaussNewtonOperator, HessianOperator
+from lightning_influence.curvature.operator_base import WeightPass
 from lightning_influence.curvature.spectrum import Spectrum, measure_spectrum
 from lightning_influence.methods.context import Context
+from lightning_influence.methods.dense import note_unknown_outputs
 
 CurvatureName = Literal["ggn", "hessian"]
 # Directions that the variance of examples is measured along: leading eigenvectors.
@@ -63,8 +65,12 @@ def measured(context: Context, settings: SpectrumSettings) -> Spectrum:
     Returns:
         The spectrum.
     """
+    weights = WeightPass(context.plan)
+    context.run_on_train(weights)  # layers that take no part have no spectrum
+    mean_weight = weights.result(context.runner.all_reduce_sum)
     operator: CurvatureOperator
-    operator = (HessianOperator if settings.curvature == "hessian" else GaussNewtonOperator)(context)
+    make = HessianOperator if settings.curvature == "hessian" else GaussNewtonOperator
+    operator = make(context, mean_weight=mean_weight)
     spectrum = measure_spectrum(
         operator.product,
         operator.numel,
@@ -76,6 +82,8 @@ def measured(context: Context, settings: SpectrumSettings) -> Spectrum:
         dtype=context.dtype,
         device=context.device,
     )
+    note_unknown_outputs(context, operator.estimated)
+    spectrum = replace(spectrum, passes=spectrum.passes + 1)
     if not settings.minibatches or not spectrum.trace.value > 0:
         return spectrum
     kappa = example_variance(
