@@ -216,6 +216,23 @@ class StoredGaussNewton:
         return result / (count * self.mean_weight)
 
 
+def kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
+    """Return ``kappa`` of ``E[h_x^2] <= kappa Tr(H) H``, as far as some directions tell: a lower bound.
+
+    Args:
+        squares: ``v^T E[h_x^2] v`` of directions, ``(V,)``, see :meth:`StoredGaussNewton.squared_products`.
+        forms: ``v^T H v``, ``(V,)``; directions in which it vanishes say nothing.
+        trace: ``Tr(H)``.
+
+    Returns:
+        The largest ratio; 1 where there is nothing to tell from.
+    """
+    kept = forms > 1e-6 * forms.max() if len(forms) else forms > 0
+    if not bool(kept.any()) or not trace > 0:
+        return 1.0
+    return float((squares[kept] / forms[kept]).max()) / trace
+
+
 def _seeds(gradients: LayerGradients) -> int:
     """Return ``K``."""
     if isinstance(gradients, FactoredGradients):
