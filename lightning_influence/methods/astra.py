@@ -22,8 +22,17 @@ class Astra(Iterative):
     refuses_hessian: ClassVar[str] = "a fixed step diverges along directions of negative curvature"
 
     def set_up(self) -> None:
-        """Derive step and momentum from the preconditioned spectrum."""
+        """Derive step and momentum from the preconditioned spectrum.
+
+        Raises:
+            ValueError: if the damping is not positive.
+        """
         options = self.context.options
+        if not float(self.damping.min()) > 0:
+            raise ValueError(
+                "Got a damping of 0; ASTRA accepts positive ones, because its steps may not converge along "
+                "directions without curvature. Pass damping=, or use method='minres'."
+            )
         spectrum = preconditioned_spectrum(
             self.operator.product, self.inverse.apply, self.damping, seed=options.seed
         )

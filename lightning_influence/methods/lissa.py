@@ -17,8 +17,8 @@ from lightning_influence.solvers.lissa import lissa
 from lightning_influence.solvers.lissa_plan import Scale, plan_lissa, warning_of
 from lightning_influence.solvers.stopping import Solution
 
-# Passes over all data, and steps, from which on a user is told the cost before it is spent.
-_MANY_PASSES = 200
+# Passes over all data, or products with gradients in memory, from which on a user is told beforehand.
+_MANY_PASSES, _MANY_PRODUCTS = 200, 2000
 _PROBES = 4
 # Minibatches that the variance of examples is measured from where each is a pass.
 _BATCH, _BATCHES = 32, 8
@@ -76,8 +76,8 @@ class LiSSA(Iterative):
                 f"LiSSA needs about {steps} steps for a relative error of {self.tolerance:g}, and "
                 f"max_steps={options.max_steps} was asked for; the residuals say how far it came."
             )
-        stored = isinstance(self.curvature, StoredGaussNewton)
-        if passes > _MANY_PASSES and not stored:
+        many = _MANY_PRODUCTS if isinstance(self.curvature, StoredGaussNewton) else _MANY_PASSES
+        if passes > many:
             self.context.notes.add(
                 f"LiSSA is going to take {plan.why}, as many as {passes:.0f} passes over the training data. "
                 "A larger damping, a larger memory_budget (which keeps curvature gradients), or method='cg' "

@@ -86,6 +86,10 @@ def chebyshev(
         following = 1.0 / (2.0 * middle / half - ratio)
         direction = following * ratio * direction + (2.0 * following / half) * remainder[rows]
         ratio = following
+    if steps:  # the recursion would go on falling below what the precision allows
+        remainder = vectors - product(solutions)
+        products += 1
+        progress.observe(remainder)
     bounds = error_bounds(remainder, solutions, smallest)
     facts = {"error_bound": float(bounds.max()) if len(bounds) else 0.0}
     return Solution(solutions, progress.residuals, steps, products + steps, progress.history, facts)

@@ -42,10 +42,11 @@ def conjugate_gradients(
     def sweep(progress: Progress, solutions: Tensor, remainder: Tensor, rows: Tensor, limit: int) -> int:
         direction = remainder if precondition is None else precondition(remainder)
         energy = _positive(_dot(remainder, direction))
-        steps = 0
+        steps, size = 0, 0.0
         while len(rows) and steps < limit:
             image = product(direction)
-            curvature = _curvature(direction, image)
+            size = max(size, float((image.norm(dim=1) / direction.norm(dim=1)).max()))
+            curvature = _curvature(direction, image, size)
             length = torch.where(curvature > 0, energy / curvature, torch.zeros_like(energy))[:, None]
             solutions[rows] += length * direction
             remainder = remainder - length * image
@@ -60,14 +61,17 @@ def conjugate_gradients(
     return verified(product, vectors, guess, sweep, max_steps=max_steps, tolerance=tolerance)
 
 
-def _curvature(direction: Tensor, image: Tensor) -> Tensor:
-    """Return ``p^T A p``, zero where it is rounding.
+def _curvature(direction: Tensor, image: Tensor, size: float) -> Tensor:
+    """Compute ``p^T A p``, zero where it is rounding for a matrix of this size.
+
+    Returns:
+        The curvature of each direction, ``(k,)``.
 
     Raises:
         IndefiniteError: if it is negative beyond rounding.
     """
     curvature = _dot(direction, image)
-    rounding = 8 * torch.finfo(direction.dtype).eps * direction.norm(dim=1) * image.norm(dim=1)
+    rounding = 8 * torch.finfo(direction.dtype).eps * size * direction.square().sum(dim=1)
     if bool((curvature < -rounding).any()):
         quotients = curvature / direction.square().sum(dim=1)
         worst = float(quotients.min())

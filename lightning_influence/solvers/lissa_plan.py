@@ -191,10 +191,11 @@ def plan_full(scale: Scale, tolerance: float) -> LissaPlan:
         The plan.
     """
     steps = chebyshev_steps(scale.damping_low, scale.top, tolerance)
-    cost = float(steps * scale.num_examples)
+    cost = float((steps + 1) * scale.num_examples)
     why = (
         f"{steps} products over all {scale.num_examples} examples with Chebyshev steps, from (lambda_1 + "
-        f"damping) / damping = {scale.top / scale.damping_low:.3g}: {cost:.3g} example products"
+        f"damping) / damping = {scale.top / scale.damping_low:.3g}, and one for the true residual: "
+        f"{cost:.3g} example products"
     )
     step = 2.0 / (scale.top + scale.damping_low)
     return LissaPlan("full", step, scale.num_examples, steps, 1, 1, cost, scale.smallest_batch, why)
@@ -216,7 +217,7 @@ def plan_minibatch(scale: Scale, tolerance: float, batch: int, step_size: float 
     steps = max(2, math.ceil(_TIMES / (step * scale.damping_low)))
     left = min(0.95, math.sqrt(step * scale.share * scale.noise(batch) / 2 + _BIAS**2))
     rounds = max(1, math.ceil(math.log(tolerance) / math.log(left)))
-    cost = float(rounds * (steps * (batch + _OVERHEAD) + scale.num_examples))
+    cost = float(rounds * steps * (batch + _OVERHEAD) + (rounds + 1) * scale.num_examples)
     why = (
         f"{rounds} rounds of {steps} steps of {step:.3g} on {batch} examples, from lambda_1 + damping = "
         f"{scale.top:.3g} and noise {scale.noise(batch):.3g}, and one product over all examples a round: "

@@ -125,13 +125,16 @@ def sampled_rounds(
                 break
             plan = regrow(2 * plan.batch)
         rows = rows[open_]
+    if rounds:  # the recursion would go on falling below what the precision allows
+        progress.observe(vectors - product(solutions))
     facts: dict[str, Any] = {
         "rounds": rounds,
         "batch": plan.batch,
         "open": len(rows),
-        "example_products": examples + rounds * num_examples,
+        "example_products": examples + (rounds + bool(rounds)) * num_examples,
     }
-    return Solution(solutions, progress.residuals, steps, rounds, progress.history, facts)
+    products = rounds + bool(rounds)
+    return Solution(solutions, progress.residuals, steps, products, progress.history, facts)
 
 
 def _iterate(

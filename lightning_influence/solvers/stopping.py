@@ -18,6 +18,9 @@ from torch import Tensor
 from lightning_influence.curvature.estimates import Product as Product
 from lightning_influence.errors import DivergenceError
 
+# The residual of conjugate gradients may rise on the way, but not by this much on a system that it can solve.
+_FAR = 10.0
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -28,7 +31,8 @@ class Solution:
         residuals: ``||v - A x|| / ||v||`` of each right-hand side, ``(V,)``; 0 for a zero right-hand side.
         steps: number of steps of the right-hand side that took most.
         products: products with the full-data ``A``, each on several vectors at once.
-        history: the largest relative residual before the first step and after each.
+        history: the largest relative residual before the first step, after each, and of the products that
+            verify it.
         facts: what else the solver decided or found, as JSON values.
     """
 
@@ -135,6 +139,9 @@ def verified(
 
     Returns:
         The solutions with their true residuals.
+
+    Raises:
+        DivergenceError: if a residual is not finite, or far larger than that of the zero vector.
     """
     progress = Progress(vectors, tolerance)
     solutions = torch.zeros_like(vectors) if guess is None else guess.clone()
@@ -156,6 +163,13 @@ def verified(
             progress.observe(remainder[rows], rows)
         # A sweep that gains less than a half is at the limit of the precision, or of its steps.
         rows = rows[still & (after < 0.5 * before)]
+    if len(vectors) and float(progress.residuals.max()) > _FAR:
+        raise DivergenceError(
+            f"The iteration moved away from the solution: after {steps} steps the residual is "
+            f"{float(progress.residuals.max()):.3g} times the right-hand side. The damped matrix is "
+            "singular, or too close to it for this precision and number of steps. Raise the damping, or "
+            "max_steps."
+        )
     return Solution(
         solutions, progress.residuals, steps, products, progress.history, {"restarts": max(sweeps - 1, 0)}
     )

@@ -187,6 +187,7 @@ REFUSED = [
     ("astra", {"momentum": 1.0}, ValueError, "Got momentum=1.0; accepted are numbers below 1"),
     ("astra", {"step_size": 0.0}, ValueError, "Got step_size=0.0; accepted are finite numbers above 0"),
     ("astra", {"batch_size": 0}, ValueError, "Got batch_size=0; accepted are integers of at least 1"),
+    ("astra", {"damping": 0.0}, ValueError, "Got a damping of 0; ASTRA accepts positive ones"),
     ("astra", {"batch_size": 13}, ValueError, "Got batch_size=13; accepted are 1 to 12"),
     ("astra", {"step_size": 99.0}, DivergenceError, "step_size=99 with momentum .* diverges"),
 ]
@@ -230,3 +231,13 @@ def test_a_plain_trainer_and_float32():
         exact = influence(host, query_dataloaders=queries(), method="exact", damping=0.05, log=False)
     torch.testing.assert_close(found.scores.double(), exact.scores.double(), rtol=0.02, atol=1e-4)
     assert found.diagnostics.residuals.max() <= 1e-3
+
+
+def test_estimates_of_the_fisher():
+    asked = Asked(CASES["tokens_weighted"])
+    for fisher in ("empirical", "exact"):
+        options = {"fisher": fisher, "low_rank_tolerance": 0.0}
+        found = asked.scores(method="cg", **options, **CONVERGED["cg"])
+        torch.testing.assert_close(
+            found.scores, asked.scores(method="exact", **options).scores, rtol=1e-6, atol=1e-9
+        )

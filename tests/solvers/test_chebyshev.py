@@ -75,3 +75,12 @@ def test_an_eigenvalue_above_the_interval_is_named():
         DivergenceError, match=r"assume eigenvalues up to .* directions of curvature .* were met"
     ):
         chebyshev(problem.product, problem.vectors, **ends, max_steps=500, tolerance=1e-6)
+
+
+def test_float32_reports_true_residuals():
+    problem = FiniteSum(damping=1e-3, dtype=torch.float32)
+    ends = interval(problem)
+    result = chebyshev(problem.product, problem.vectors, **ends, max_steps=2000, tolerance=1e-12)
+    true = problem.residuals(result.solutions)
+    assert true.max() > 1e-8  # as far as float32 goes
+    torch.testing.assert_close(result.residuals.double(), true, rtol=1.0, atol=1e-7)

@@ -4,6 +4,7 @@ from finite_sums import FiniteSum
 
 from lightning_influence.errors import DivergenceError, IndefiniteError
 from lightning_influence.solvers.conjugate_gradients import conjugate_gradients
+from lightning_influence.solvers.minres import minres
 
 
 def test_it_ends_at_the_exact_solution():
@@ -107,6 +108,23 @@ def test_a_singular_matrix_is_solved_where_it_can_be():
     problem.vectors = problem.vectors @ problem.A  # in the range
     result = conjugate_gradients(problem.product, problem.vectors, max_steps=100, tolerance=1e-8)
     assert problem.residuals(result.solutions).max() <= 1e-8
+
+
+@pytest.mark.parametrize("solver", [conjugate_gradients, minres])
+def test_what_only_grows_is_no_answer(solver):
+    problem = FiniteSum(N=10, damping=0.0, dtype=torch.float32)
+    A = problem.A.float() * (1 + 1e-4 * torch.randn(problem.P, problem.P)).triu()  # not even symmetric
+    try:
+        result = solver(lambda v: v @ A, problem.vectors, max_steps=400, tolerance=1e-6)
+    except (DivergenceError, IndefiniteError):
+        return
+    assert result.residuals.max() <= 10
+
+
+def test_a_singular_system_without_a_solution_is_no_answer():
+    problem = FiniteSum(N=10, damping=0.0)
+    with pytest.raises(DivergenceError, match=r"moved away from the solution: .* Raise the damping"):
+        conjugate_gradients(problem.product, problem.vectors, max_steps=200, tolerance=1e-3)
 
 
 def test_nothing_finite_is_refused():
