@@ -91,7 +91,9 @@ class Curvature:
 
     def _by_pass(self, vectors: Tensor) -> Tensor:
         budget = 0 if self._exact else self._budget
-        one_pass = _ProductPass(self._plan, self._data, self._chosen, vectors, self._exact, budget, self._seed)
+        one_pass = _ProductPass(
+            self._plan, self._data, self._chosen, vectors, self._exact, budget, self._seed
+        )
         self._runner.run(one_pass, self._loader)
         self._weight = one_pass.weight if one_pass.weight > 0 else float(len(self._chosen))
         self._kept, self._budget = one_pass.kept, 0
@@ -130,9 +132,7 @@ class _ProductPass:
             self.total += hessian_products(value, self._plan.layers, self._vectors)
             return
         gradients = {name: layer.select(rows) for name, layer in self._gradients(captured).items()}
-        self._layout.add_combination(
-            self.total, gradients, self._layout.dot(gradients, self._vectors)
-        )
+        self._layout.add_combination(self.total, gradients, self._layout.dot(gradients, self._vectors))
         if self.kept is not None:
             self._free -= sum(layer.nbytes for layer in gradients.values())
             self.kept.append(gradients)

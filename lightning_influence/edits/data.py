@@ -57,7 +57,7 @@ class EditData:
         return (self.set_targets or replace_second)(batch, rows, targets)
 
     def subset(self, indices: Tensor) -> IndexedLoader:
-        """Return a loader of these examples: alone where the order is the library's, else with batches' rest."""
+        """Return a loader of these examples; of whole batches where only the user's can be collated."""
         loader = self.loader
         if loader.ordered:
             return loader.only(indices)
@@ -127,7 +127,7 @@ def _as_targets(targets: Any, count: int) -> Tensor:
     if new.ndim == 0:
         new = new.expand(count)
     if len(new) != count:
-        raise ValueError(f"Got {len(new)} new targets for {count} examples; pass one for each, or one for all.")
+        raise ValueError(f"Got {len(new)} new targets for {count} examples; pass one each, or one for all.")
     return new
 
 
@@ -141,8 +141,8 @@ def replace_second(batch: Any, rows: Tensor, targets: Tensor) -> Any:
     if not (pair and isinstance(batch[1], Tensor)):
         raise UnsupportedDataError(
             f"New targets go into batches that are pairs (inputs, targets); this one is a "
-            f"{type(batch).__name__}. Pass set_targets=f, where f(batch, rows, targets) returns a copy of the "
-            "batch with these targets at these rows."
+            f"{type(batch).__name__}. Pass set_targets=f, where f(batch, rows, targets) returns a copy of "
+            "the batch with these targets at these rows."
         )
     changed = batch[1].clone()
     if targets.shape[1:] != changed.shape[1:]:

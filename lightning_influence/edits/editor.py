@@ -165,7 +165,9 @@ class Editor:
         if not used:
             raise UnsupportedModelError(f"No layer takes part in the loss of the edited examples: {silent}.")
         if silent:
-            self._notes.add(f"Layers {sorted(silent)} take no part in the training loss; they stay as they are.")
+            self._notes.add(
+                f"Layers {sorted(silent)} take no part in the training loss; they stay as they are."
+            )
         return LayerPlan(used, plan.uncovered, plan.verified)
 
     def _weight_decay(self, record: TrainingRecord | None) -> Tensor:
@@ -198,7 +200,9 @@ class Editor:
 
     def _select(self, linear: Linearised) -> Selection:
         if not self._selects:
-            masks = {name: torch.ones(layer.shape, dtype=torch.bool) for name, layer in self._plan.layers.items()}
+            masks = {
+                name: torch.ones(layer.shape, dtype=torch.bool) for name, layer in self._plan.layers.items()
+            }
             return Selection(masks, "everything", 1.0)
         rule = find_rule(self._options.rule)
         return select(rule, linear.evidence(rule.source), self._options.ratio, self._options.seed)
@@ -230,7 +234,7 @@ class Editor:
         return losses.at(self._data.kept).mean()
 
     def _concluded(self, solves: list[Solve], rise: float) -> list[str]:
-        """Warn if the edit costs more than the bound; return all notes."""
+        """Return all notes, with a warning if the edit costs more than the bound."""
         bound = self._options.kept_bound
         if not rise <= bound:
             message = (

@@ -24,8 +24,7 @@ def hessian_products(value: Tensor, layers: Mapping[str, Layer], vectors: Tensor
     """
     layout = Layout.of(layers)
     parameters = [p for layer in layers.values() for p in _parameters(layer)]
-    options = {"allow_unused": True, "materialize_grads": True}
-    gradients = torch.autograd.grad(value, parameters, create_graph=True, **options)
+    gradients = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
     products = []
     for vector in vectors:
         split = layout.split(vector)
@@ -34,7 +33,7 @@ def hessian_products(value: Tensor, layers: Mapping[str, Layer], vectors: Tensor
         if not (isinstance(inner, Tensor) and inner.requires_grad):  # linear in the parameters
             products.append(torch.zeros_like(vector))
             continue
-        second = iter(torch.autograd.grad(inner, parameters, retain_graph=True, **options))
+        second = iter(torch.autograd.grad(inner, parameters, retain_graph=True, materialize_grads=True))
         blocks = {}
         for name, layer in layers.items():
             weight = next(second)

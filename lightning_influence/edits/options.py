@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lightning_influence.edits.directions.base import direction_names, find_direction
+from lightning_influence.edits.directions.base import find_direction
 from lightning_influence.selection.base import SelectionRule, find_rule
 from lightning_influence.selection.selected import check_ratio
 
@@ -62,10 +62,23 @@ class EditOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        for name in ("weight_decay", "forgotten_loss", "tolerance", "kept_bound"):
+            value, optional = getattr(self, name), name in {"weight_decay", "forgotten_loss"}
+            if not (value is None and optional) and not _at_least_zero(value):
+                raise ValueError(f"Got {name}={value!r}; accepted are finite numbers of at least 0.")
+        for name in ("max_steps", "linearisations", "curvature_examples", "memory_budget", "seed"):
+            value, least = getattr(self, name), 0 if name in {"seed", "memory_budget"} else 1
+            if value is None and name == "curvature_examples":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
+                raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {least}.")
+
+    def _check_choices(self) -> None:
         find_rule(self.rule)
         check_ratio(self.ratio)
         find_direction(self.method)
-        if self.step not in {"search", "theory"} and not _positive(self.step):
+        if self.step not in ("search", "theory") and not _positive(self.step):
             raise ValueError(f"Got step={self.step!r}; accepted are 'search', 'theory' or a positive number.")
         if self.damping != "auto" and not _at_least_zero(self.damping):
             raise ValueError(f"Got damping={self.damping!r}; accepted are 'auto' or a number of at least 0.")
@@ -74,26 +87,12 @@ class EditOptions:
                 raise ValueError(f"Got {name}={getattr(self, name)!r}; accepted are {choices}.")
         if self.solver == "lissa" and self.method != "gif":
             raise ValueError(f"Got solver='lissa' with method={self.method!r}; it solves method='gif' only.")
-        for name in ("weight_decay", "forgotten_loss", "tolerance", "kept_bound"):
-            value = getattr(self, name)
-            if not (value is None and name in {"weight_decay", "forgotten_loss"}) and not _at_least_zero(value):
-                raise ValueError(f"Got {name}={value!r}; accepted are finite numbers of at least 0.")
-        for name in ("max_steps", "linearisations", "curvature_examples", "memory_budget", "seed"):
-            value = getattr(self, name)
-            least = 0 if name in {"seed", "memory_budget"} else 1
-            if value is None and name == "curvature_examples":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
-                raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {least}.")
 
 
 def _at_least_zero(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+    return number and math.isfinite(value) and bool(value >= 0)
 
 
 def _positive(value: Any) -> bool:
     return _at_least_zero(value) and value > 0
-
-
-__all__ = ["EditOptions", "direction_names"]

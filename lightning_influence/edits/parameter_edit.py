@@ -159,7 +159,12 @@ class ParameterEdit(JupyterMixin):
         check_kind(path, metadata, cls.KIND)
         try:
             changes = {
-                name: Change(*(tensors[f"{name}/{key}"] for key in ("index", "before", "after")), tuple(shape))
+                name: Change(
+                    tensors[f"{name}/index"],
+                    tensors[f"{name}/before"],
+                    tensors[f"{name}/after"],
+                    tuple(shape),
+                )
                 for name, shape in metadata["shapes"].items()
             }
             report = EditReport.from_state(metadata["report"])

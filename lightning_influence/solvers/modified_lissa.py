@@ -66,8 +66,8 @@ def modified_lissa(
             break
         if not residual < growth:
             raise InfluenceError(
-                f"The modified LiSSA diverged after {steps} steps at nu^2 = {nu2:.3g}: the largest eigenvalue "
-                "of (H^2)_SS is above twice that. Leave the scale to the library, or use solver='cg'."
+                f"The modified LiSSA diverged after {steps} steps, nu^2 = {nu2:.3g}: the largest "
+                "eigenvalue of (H^2)_SS is above twice that. Leave the scale alone, or use solver='cg'."
             )
         solution = solution + remainder / nu2
     return Solve(solution, residual, steps)

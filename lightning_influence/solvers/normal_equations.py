@@ -54,6 +54,7 @@ def normal_product(product: Callable[[Tensor], Tensor], mask: Tensor, ridge: flo
     Returns:
         The function.
     """
+
     def apply(vector: Tensor) -> Tensor:
         return product(product(vector[None]))[0] * mask.to(vector) + ridge * vector
 
@@ -111,7 +112,12 @@ def conjugate_gradients(
 
 
 def dense_least_squares(
-    product: Callable[[Tensor], Tensor], target: Tensor, mask: Tensor, ridge: float = 0.0, *, limit: int = 4096
+    product: Callable[[Tensor], Tensor],
+    target: Tensor,
+    mask: Tensor,
+    ridge: float = 0.0,
+    *,
+    limit: int = 4096,
 ) -> Solve:
     """Solve with the columns of ``H`` as a matrix, in float64: the reference for small subsets.
 
@@ -186,7 +192,10 @@ def largest_eigenvalue(product: Vector, start: Tensor, steps: int = 10) -> float
         for _ in range(2):  # twice is enough to stay orthogonal in this precision
             for vector in basis:
                 rest = rest - (vector @ rest) * vector
-        if float(rest.norm()) <= 1e3 * torch.finfo(start.dtype).eps * float(image.norm()) or step == steps - 1:
+        if (
+            float(rest.norm()) <= 1e3 * torch.finfo(start.dtype).eps * float(image.norm())
+            or step == steps - 1
+        ):
             break
         basis.append(rest / rest.norm())
     left, right = torch.stack(basis[: len(images)]).double(), torch.stack(images).double()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -85,16 +86,20 @@ class Problem:
         limits: dict[str, Any] = {"tolerance": self.tolerance, "max_steps": self.max_steps}
         if self.definite:
             inverse = keep / (self.squared_norms.sqrt() + self.damping).clamp_min(_TINY)
-            solve = conjugate_gradients(lambda v: damped(v[None])[0], right, inverse_diagonal=inverse, **limits)
+            solve = conjugate_gradients(partial(_single, damped), right, inverse_diagonal=inverse, **limits)
             if solve.definite:
                 return resolved(solve, self.damping)
         inverse = keep / (self.squared_norms + self.damping**2).clamp_min(_TINY)
         normal = normal_product(damped, mask, 0.0)
-        solve = conjugate_gradients(normal, damped(right[None])[0], inverse_diagonal=inverse, **limits)
+        solve = conjugate_gradients(normal, _single(damped, right), inverse_diagonal=inverse, **limits)
         return resolved(solve, self.damping)
 
 
 _TINY = 1e-30
+
+
+def _single(product: Product, vector: Tensor) -> Tensor:
+    return product(vector[None])[0]
 
 
 def resolved(solve: Solve, damping: float) -> Solve:
@@ -105,8 +110,8 @@ def resolved(solve: Solve, damping: float) -> Solve:
     """
     if solve.unresolved and solve.residual > 0.5:
         raise SingularSubsetError(
-            f"The selected parameters are singular at damping {damping:g}: along what is left of the gradient "
-            f"(residual {solve.residual:.2f}) they have no curvature. Use a positive damping (the default "
+            f"The selected parameters are singular at damping {damping:g}: along what is left of the "
+            f"gradient (residual {solve.residual:.2f}) they have no curvature. Use a positive damping (the default "
             "derives one), or another selection rule."
         )
     return solve

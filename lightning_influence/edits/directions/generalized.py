@@ -39,9 +39,7 @@ def generalized(problem: Problem) -> Solve:
     normal = normal_product(problem.product, problem.mask, ridge)
     if problem.solver == "lissa":
         nu2 = squared_scale(normal, random_start(problem.mask, right, problem.seed))
-        return modified_lissa(
-            normal, right, nu2, tolerance=problem.tolerance, max_steps=problem.max_steps
-        )
+        return modified_lissa(normal, right, nu2, tolerance=problem.tolerance, max_steps=problem.max_steps)
     inverse = inside / (problem.squared_norms + ridge).clamp_min(1e-30)
     solve = conjugate_gradients(
         normal, right, inverse_diagonal=inverse, tolerance=problem.tolerance, max_steps=problem.max_steps
@@ -52,6 +50,6 @@ def generalized(problem: Problem) -> Solve:
 def nothing_to_gain(count: int) -> str:
     """Return what to say of a selection that no part of the gradient reaches."""
     return (
-        f"The {count:,} selected parameters miss the gradient of the edited examples altogether: no change of "
-        "them helps. Use another rule (such as 'gain' or 'highest_gradients') or a larger ratio."
+        f"The {count:,} selected parameters miss the gradient of the edited examples altogether: "
+        "no change of them helps. Use another rule (such as 'gain' or 'highest_gradients') or a larger ratio."
     )

@@ -1,4 +1,4 @@
-r"""Second-order group influence (Basu, You, Feizi 2020): the group's own curvature, to second order in its share.
+r"""Second-order group influence (Basu, You, Feizi 2020): counts the removed group's own curvature.
 
 With :math:`H_0 = (1 - p) H + p H_F` the curvature before the removal and
 :math:`\theta_1 = \frac{p}{1-p} H_0^{-1} g` the first-order change,
