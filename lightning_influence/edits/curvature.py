@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.hessian import hessian_products
-from lightning_influence.edits.passes import rows_of
+from lightning_influence.edits.passes import MAX_COLUMNS, rows_of
+from lightning_influence.edits.sampling import Sample
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.layers.layout import Layout
@@ -23,7 +24,7 @@ from lightning_influence.passes.forward import Forward
 from lightning_influence.passes.statistics import label_generator
 from lightning_influence.running.base import Runner
 
-MAX_COLUMNS, DRAWS = 64, 16
+DRAWS = 16
 
 
 class Curvature:
@@ -33,7 +34,7 @@ class Curvature:
         runner: an entered runner on the module.
         plan: the covered layers.
         data: the examples.
-        chosen: dataset indices of those whose curvature it is.
+        sample: those whose curvature it is, or that stand for them.
         exact: the Hessian if True, the Gauss-Newton matrix otherwise.
         memory_budget: most bytes of gradients to keep.
         seed: of sampled labels, which stand in for the columns of more than 64 outputs.
@@ -44,15 +45,16 @@ class Curvature:
         runner: Runner,
         plan: LayerPlan,
         data: EditData,
-        chosen: Tensor,
+        sample: Sample,
         *,
         exact: bool = False,
         memory_budget: int = 2**30,
         seed: int = 0,
     ) -> None:
-        self._runner, self._plan, self._data, self._chosen = runner, plan, data, chosen
+        self._runner, self._plan, self._data = runner, plan, data
+        self._chosen, self._factor = sample.indices, sample.factor
         self._exact, self._budget, self._seed = exact, memory_budget, seed
-        self._loader = data.subset(chosen)
+        self._loader = data.subset(sample.indices)
         self._layout = Layout.of(plan.layers)
         self._kept: list[dict[str, FactoredGradients]] | None = None
         self._weight = 0.0
@@ -87,7 +89,7 @@ class Curvature:
                 "A curvature product is not finite. Check the training examples and the model's weights for "
                 "NaN or infinity."
             )
-        return result / self._weight
+        return result * (self._factor / self._weight)
 
     def _by_pass(self, vectors: Tensor) -> Tensor:
         budget = 0 if self._exact else self._budget

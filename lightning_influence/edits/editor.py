@@ -17,6 +17,7 @@ from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.parameter_edit import ParameterEdit, changes_between
 from lightning_influence.edits.passes import Losses
 from lightning_influence.edits.report import EditReport, LossChange
+from lightning_influence.edits.sampling import most_curved
 from lightning_influence.edits.stepping import Stepping
 from lightning_influence.edits.weights import Weights
 from lightning_influence.errors import InfluenceError, InfluenceWarning, UnsupportedModelError
@@ -29,6 +30,9 @@ from lightning_influence.running.base import Runner
 from lightning_influence.running.dataloading import prepare
 from lightning_influence.selection import Selection, find_rule, select
 from lightning_influence.solvers.normal_equations import Solve
+
+# Most kept examples whose loss a line search looks at.
+SEARCH_EXAMPLES = 2048
 
 
 class Editor:
@@ -58,14 +62,13 @@ class Editor:
         self._plan = self._covered(layers)
         self._weights = Weights(self._plan.layers)
         self._decay = self._weight_decay(record)
-        limit = len(data.kept) if options.curvature_examples is None else options.curvature_examples
         order = torch.randperm(len(data.kept), generator=torch.Generator().manual_seed(options.seed))
-        self._sample = data.kept[order[:limit]].sort().values
+        self._sample = data.kept[order[:SEARCH_EXAMPLES]].sort().values
         self._validates = validation is not None
         loaders = prepare(validation) if self._validates else None
         self._stepping = Stepping(runner, self._plan, data, options, self._weights, self._sample, loaders)
         every = torch.cat([data.edited, data.kept])
-        self._before = self._stepping.losses(every)
+        self._before = self._stepping.losses(every, curvature=True)
 
     def select(self) -> Selection:
         """Return the parameters that an edit may change."""
@@ -182,19 +185,19 @@ class Editor:
         return Layout.of(self._plan.layers).expand(values, self._weights.flat())
 
     def _linearise(self, *, first: bool) -> Linearised:
-        weights = (
-            float(self._before.at(self._data.edited).weights.sum()),
-            float(self._before.at(self._data.kept).weights.sum()),
-        )
+        options = self._options
+        edited, kept = self._before.at(self._data.edited), self._before.at(self._data.kept)
+        limit, seed = options.curvature_examples, options.seed
+        samples = most_curved(edited, limit, seed), most_curved(kept, limit, seed)
         return Linearised(
             self._runner,
             self._plan,
             self._data,
-            self._options,
+            options,
             self._weights.flat(),
             self._decay,
-            weights,
-            self._sample,
+            (float(edited.weights.sum()), float(kept.weights.sum())),
+            samples,
             first,
         )
 

@@ -24,6 +24,7 @@ from lightning_influence.edits.directions.base import Problem
 from lightning_influence.edits.evidence import collect, squared_column_norms
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.passes import GradientSumPass
+from lightning_influence.edits.sampling import Sample
 from lightning_influence.errors import InfluenceError
 from lightning_influence.layers import LayerPlan
 from lightning_influence.running.base import Runner
@@ -47,7 +48,7 @@ class Linearised:
         theta: the covered weights, ``(P,)``.
         decay: weight decay of each of them, ``(P,)``.
         weights: the sums ``W_E`` and ``W_K``.
-        sample: dataset indices of the kept examples that the curvature is an average over.
+        samples: edited and kept examples that their curvature is an average over.
         first: whether the model is where training left it, at the optimum; else the gradient of a relabelled
             objective is taken over all of its examples.
     """
@@ -59,7 +60,7 @@ class Linearised:
     theta: Tensor
     decay: Tensor
     weights: tuple[float, float]
-    sample: Tensor
+    samples: tuple[Sample, Sample]
     first: bool
 
     @property
@@ -112,20 +113,20 @@ class Linearised:
     @cached_property
     def kept_curvature(self) -> Curvature:
         """The curvature of the kept examples."""
-        return self._curvature(self.sample)
+        return self._curvature(self.samples[1])
 
     @cached_property
     def edited_curvature(self) -> Curvature:
         """The curvature of the edited examples, at their new targets if they have any."""
-        return self._curvature(self.data.edited)
+        return self._curvature(self.samples[0])
 
-    def _curvature(self, chosen: Tensor) -> Curvature:
+    def _curvature(self, sample: Sample) -> Curvature:
         options = self.options
         return Curvature(
             self.runner,
             self.plan,
             self.data,
-            chosen,
+            sample,
             exact=options.curvature == "hessian",
             memory_budget=options.memory_budget // 2,
             seed=options.seed,

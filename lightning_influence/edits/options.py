@@ -33,7 +33,8 @@ class EditOptions:
         tolerance: relative residual at which the solver stops.
         max_steps: most iterations of the solver.
         linearisations: how often the model is linearised anew; 1 is one shot.
-        curvature_examples: most kept examples that curvature and line search look at; None for all.
+        curvature_examples: how many edited and how many kept examples the curvature is taken from, those
+            whose outputs curve most; None for all.
         forgotten_loss: loss from which an example counts as forgotten; None for that of outputs of zero, such
             as ``log C`` for ``C`` classes.
         kept_bound: largest rise of the mean loss on kept examples that passes without a warning.
@@ -55,7 +56,7 @@ class EditOptions:
     tolerance: float = 0.02
     max_steps: int = 40
     linearisations: int = 1
-    curvature_examples: int | None = 512
+    curvature_examples: int | None = 256
     forgotten_loss: float | None = None
     kept_bound: float = 0.1
     memory_budget: int = 2**30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,9 @@ from lightning_influence.losses.base import OutputLoss
 from lightning_influence.losses.hook import ScaledLoss
 from lightning_influence.passes.captured import Captured
 from lightning_influence.passes.forward import Forward
+
+MAX_COLUMNS = 64
+"""Largest number of output columns of which each is used; beyond, labels are sampled."""
 
 Rows = Callable[[Tensor], Tensor]
 """Maps the dataset indices of a batch to the rows that a pass is about."""
@@ -95,14 +98,22 @@ class LossPass:
         plan: the covered layers.
         data: the examples, whose new targets count; None for other data, of which all count.
         chosen: dataset indices of those to look at.
+        curvature: whether to measure the curvature in the outputs too.
     """
 
     description = "Edit: losses"
 
-    def __init__(self, plan: LayerPlan, data: EditData | None, chosen: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        plan: LayerPlan,
+        data: EditData | None,
+        chosen: Tensor | None = None,
+        *,
+        curvature: bool = False,
+    ) -> None:
         self.forward = Forward(plan)
-        self._data, self._chosen = data, chosen
-        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._data, self._chosen, self._curvature = data, chosen, curvature
+        self._parts: list[tuple[Tensor, ...]] = []
         self.knows_chance = True
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
@@ -114,7 +125,8 @@ class LossPass:
         chance = chance_losses(captured)
         self.knows_chance &= chance is not None
         chance = torch.zeros_like(losses) if chance is None else chance.cpu()
-        self._parts.append((indices[rows], losses[rows], weights[rows], chance[rows]))
+        traces = output_traces(captured).cpu() if self._curvature else torch.zeros_like(losses)
+        self._parts.append((indices[rows], losses[rows], weights[rows], chance[rows], traces[rows]))
 
     def result(self) -> Losses:
         """Return the losses in the order of the dataset.
@@ -124,10 +136,10 @@ class LossPass:
         """
         columns = [torch.cat(column) for column in zip(*self._parts, strict=True)]
         order = columns[0].argsort(stable=True)
-        indices, values, weights, chance = (column[order] for column in columns)
+        indices, values, weights, chance, traces = (column[order] for column in columns)
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError("A loss is NaN or infinite. Check the examples and the model's weights.")
-        return Losses(indices, values, weights, chance)
+        return Losses(indices, values, weights, chance, traces)
 
 
 class Losses:
@@ -138,11 +150,14 @@ class Losses:
         values: before division by the mean weight, ``(n,)``.
         weights: each example's weight in the mean, ``(n,)``.
         chance: losses at outputs of zero, in the unit of ``values``.
+        curvature: trace of the Hessian of each example's loss in its outputs; zero if it was not asked for.
     """
 
-    def __init__(self, indices: Tensor, values: Tensor, weights: Tensor, chance: Tensor) -> None:
-        self.indices, self.values = indices, values.double()
-        self.weights, self.chance = weights.double(), chance.double()
+    def __init__(
+        self, indices: Tensor, values: Tensor, weights: Tensor, chance: Tensor, curvature: Tensor
+    ) -> None:
+        self.indices, self.values, self.weights = indices, values.double(), weights.double()
+        self.chance, self.curvature = chance.double(), curvature.double()
 
     def mean(self) -> float:
         """Return the mean loss as training weighs it."""
@@ -151,12 +166,32 @@ class Losses:
     def at(self, chosen: Tensor) -> Losses:
         """Return the losses of some of the examples."""
         keep = torch.isin(self.indices, chosen)
-        return Losses(self.indices[keep], self.values[keep], self.weights[keep], self.chance[keep])
+        columns = (self.indices, self.values, self.weights, self.chance, self.curvature)
+        return Losses(*(column[keep] for column in columns))
 
 
 def chance_losses(captured: Captured) -> Tensor | None:
     """Return each example's loss if all outputs were zero, ``(B,)``; None where the outputs are unknown."""
     return None if captured.loss is None else _at_zero(captured.loss).detach()
+
+
+def output_traces(captured: Captured) -> Tensor:
+    """Return the trace of each example's output curvature, ``(B,)``; ones where the outputs are unknown.
+
+    With many outputs it is estimated from one label drawn from the model.
+    """
+    loss = captured.loss
+    if loss is None:
+        return torch.ones_like(captured.weights)
+    if loss.num_columns <= MAX_COLUMNS:
+        seeds: Iterable[Tensor] = loss.columns()
+    else:
+        generator = torch.Generator(device=loss.outputs.device).manual_seed(0)
+        seeds = [loss.sample(generator)]
+    total = torch.zeros_like(captured.weights)
+    for seed in seeds:
+        total += seed.reshape(captured.num_examples, -1).square().sum(dim=1)
+    return total
 
 
 def _at_zero(loss: OutputLoss) -> Tensor:

@@ -44,9 +44,15 @@ class Stepping:
         self._weights, self._sample, self._validation = weights, sample, validation
         self.evaluations = 0
 
-    def losses(self, chosen: Tensor) -> Losses:
-        """Return the losses of some training examples, at their new targets if they have any."""
-        return self._run(LossPass(self._plan, self._data, chosen), self._data.subset(chosen)).result()
+    def losses(self, chosen: Tensor, *, curvature: bool = False) -> Losses:
+        """Return the losses of some training examples, at their new targets if they have any.
+
+        Args:
+            chosen: their dataset indices.
+            curvature: whether to measure the curvature in the outputs too.
+        """
+        one_pass = LossPass(self._plan, self._data, chosen, curvature=curvature)
+        return self._run(one_pass, self._data.subset(chosen)).result()
 
     def kept_loss(self, chosen: Tensor) -> float:
         """Return the mean loss on kept examples, or on the validation data if there is any."""

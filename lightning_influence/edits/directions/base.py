@@ -111,8 +111,8 @@ def resolved(solve: Solve, damping: float) -> Solve:
     if solve.unresolved and solve.residual > 0.5:
         raise SingularSubsetError(
             f"The selected parameters are singular at damping {damping:g}: along what is left of the "
-            f"gradient (residual {solve.residual:.2f}) they have no curvature. Use a positive damping (the default "
-            "derives one), or another selection rule."
+            f"gradient (residual {solve.residual:.2f}) they have no curvature. Use a positive damping (the "
+            "default derives one), or another selection rule."
         )
     return solve
 
