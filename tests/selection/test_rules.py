@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
+from lightning_influence.results.rendering import plain
 from lightning_influence.selection import (
     Evidence,
     SelectionRule,
@@ -175,9 +175,7 @@ def test_a_rule_of_ones_own():
 
 def test_a_selection_shows_itself():
     selection = select(find_rule("highest_outputs"), evidence((1, 4, 5)), 0.5)
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
-    console.print(selection)
-    text = console.export_text()
+    text = plain(selection)
     assert "10 of 20 parameters" in text
     assert "2 of 4" in text
     assert "50.0%" in text

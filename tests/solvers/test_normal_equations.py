@@ -131,7 +131,7 @@ def test_a_direction_without_curvature_is_noticed():
 def test_dense_refuses_what_is_singular_or_large():
     H = torch.ones(3, 3, dtype=torch.float64)
     everything = torch.ones(3, dtype=torch.bool)
-    with pytest.raises(SingularSubsetError, match="2 combinations .* positive damping"):
+    with pytest.raises(SingularSubsetError, match=r"2 combinations .* positive damping"):
         dense_least_squares(product(H), H[0], everything)
     dense_least_squares(product(H), H[0], everything, ridge=0.1)
     with pytest.raises(ValueError, match="at most 2 parameters"):
