@@ -61,12 +61,12 @@ class Editor:
         self._runner, self._data, self._options, self._notes = runner, data, options, Notes()
         self._plan = self._covered(layers)
         self._weights = Weights(self._plan.layers)
-        self._decay = self._weight_decay(record)
         order = torch.randperm(len(data.kept), generator=torch.Generator().manual_seed(options.seed))
         self._sample = data.kept[order[:SEARCH_EXAMPLES]].sort().values
         self._validates = validation is not None
         loaders = prepare(validation) if self._validates else None
         self._stepping = Stepping(runner, self._plan, data, options, self._weights, self._sample, loaders)
+        self._decay = self._weight_decay(record)
         every = torch.cat([data.edited, data.kept])
         self._before = self._stepping.losses(every, curvature=True)
 
@@ -178,7 +178,9 @@ class Editor:
         given, values = self._options.weight_decay, dict.fromkeys(self._plan.layers, 0.0)
         if given is not None:
             values = dict.fromkeys(values, given)
-        elif record is not None and record.family in {"sgd", "adam"}:
+        elif (
+            record is not None and record.family in {"sgd", "adam"} and not self._stepping.searches_forgetting
+        ):
             for name in values:
                 if name in record.layers:
                     values[name] = record.layers[name].weight_decay / record.loss_scale

@@ -31,10 +31,14 @@ class Point:
     objective: float
 
     @property
+    def margin(self) -> float:
+        """The excess that 99% of examples like the edited ones can be expected to have."""
+        return float(self.excess.mean()) - _QUANTILE * float(self.excess.std(correction=0))
+
+    @property
     def forgotten(self) -> bool:
         """Whether the edited examples are forgotten, and others like them can be expected to be."""
-        spread = float(self.excess.std(correction=0))
-        return float(self.excess.mean()) - _QUANTILE * spread >= 0.0
+        return self.margin >= 0.0
 
 
 Evaluate = Callable[[float], Point | None]
@@ -85,17 +89,38 @@ def search_forgetting(evaluate: Evaluate) -> Found:
         while not forgotten(high):
             low, high = high, 2 * high
             if high > 2.0**_MOST_DOUBLINGS or seen[low] is None:
-                return Found(_closest(seen), False, len(seen))
+                return _between(forgotten, seen)
     for _ in range(_BISECTIONS):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if forgotten(middle) else (middle, high)
     return Found(high, True, len(seen))
 
 
+def _between(forgotten: Callable[[float], bool], seen: dict[float, Point | None]) -> Found:
+    """Look below and between the doublings: too far along, what was forgotten may be known again.
+
+    Returns:
+        The step that came closest.
+    """
+    for halvings in range(1, 7):
+        if forgotten(2.0**-halvings):
+            return Found(2.0**-halvings, True, len(seen))
+    for reach in (0.5, 0.25, 0.125):
+        best = _closest(seen)
+        for step in (best * 2**-reach, best * 2**reach):
+            if best and forgotten(step):
+                return Found(step, True, len(seen))
+    return Found(_closest(seen), False, len(seen))
+
+
 def _closest(seen: dict[float, Point | None]) -> float:
-    """Return the step that leaves the fewest examples known, and of those the smallest."""
-    known = {step: int((point.excess < 0).sum()) for step, point in seen.items() if point is not None}
-    return min(known, key=lambda step: (known[step], step)) if known else 0.0
+    """Return the step that leaves the fewest examples known; of those the one with the best margin."""
+    known = {
+        step: (int((point.excess < 0).sum()), -point.margin)
+        for step, point in seen.items()
+        if point is not None
+    }
+    return min(known, key=lambda step: (*known[step], step)) if known else 0.0
 
 
 def search_objective(evaluate: Evaluate, current: float) -> Found:

@@ -27,7 +27,8 @@ class EditOptions:
             that influence functions prescribe, or a multiple of that.
         damping: what is added to the curvature; ``"auto"`` is 1% of its largest eigenvalue. ``"gif"`` adds
             its square to the normal equations.
-        weight_decay: of the training objective; None for that of the recorded run, or 0 without one.
+        weight_decay: of the training objective; None for that of the recorded run, and for 0 without one and
+            in a search for a step that forgets, which would multiply the shrinkage as well.
         curvature: ``"ggn"``, or ``"hessian"``, which may be indefinite and runs a pass for every product.
         solver: ``"cg"``, ``"lissa"`` (the published iteration, for ``"gif"``) or ``"dense"`` (small models).
         tolerance: relative residual at which the solver stops.

@@ -100,7 +100,7 @@ class Stepping:
     def _run(self, one_pass: LossPass, loaders: Any) -> LossPass:
         self.evaluations += 1
         self._runner.run(one_pass, loaders)
-        if self._options.forgotten_loss is None and not one_pass.knows_chance and self._searches:
+        if self._options.forgotten_loss is None and not one_pass.knows_chance and self.searches_forgetting:
             raise LossCaptureError(
                 "The outputs behind the module's `influence_loss` are not known, so neither is the loss of a "
                 "model that knows nothing. Pass forgotten_loss= (the loss from which an example counts as "
@@ -109,5 +109,6 @@ class Stepping:
         return one_pass
 
     @property
-    def _searches(self) -> bool:
+    def searches_forgetting(self) -> bool:
+        """Whether the step is the one at which the examples are forgotten."""
         return self._options.step == "search" and self._data.targets is None

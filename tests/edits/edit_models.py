@@ -19,7 +19,7 @@ def blobs(count: int = 60, seed: int = 0) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(count) % 3
     centres = torch.tensor([[2.0, 0, 0, 1], [0, 2.0, 0, -1], [0, 0, 2.0, 0]])
-    return TensorDataset(centres[y] + 0.3 * torch.randn(count, 4, generator=generator), y)
+    return TensorDataset(centres[y] + 0.5 * torch.randn(count, 4, generator=generator), y)
 
 
 def train(**options: Any) -> DataLoader[Any]:
@@ -30,7 +30,7 @@ def of_class(label: int) -> Tensor:
     return (blobs().tensors[1] == label).nonzero().flatten()
 
 
-def fitted(epochs: int = 40, width: int = 16) -> Net:
+def fitted(epochs: int = 12, width: int = 16) -> Net:
     torch.manual_seed(0)
     module = Net(width)
     trainer(max_epochs=epochs).fit(module, train())
