@@ -32,7 +32,7 @@ from lightning_influence.selection import Selection, find_rule, select
 from lightning_influence.solvers.normal_equations import Solve
 
 # Most kept examples whose loss a line search looks at.
-SEARCH_EXAMPLES = 2048
+SEARCH_EXAMPLES = 512
 
 
 class Editor:
@@ -72,11 +72,11 @@ class Editor:
 
     def select(self) -> Selection:
         """Return the parameters that an edit may change."""
-        return self._select(self._linearise(first=True))
+        return self._select(self._linearise(at_optimum=True))
 
     def direction(self) -> dict[str, Tensor]:
         """Return the change that the theoretical step makes, by parameter name."""
-        linear = self._linearise(first=True)
+        linear = self._linearise(at_optimum=True)
         solve = self._solve(linear, self._select(linear))
         return self._weights.by_parameter(linear.scale * solve.vector)
 
@@ -98,13 +98,14 @@ class Editor:
         kept_before = self._kept_loss(self._before)
         originals = {name: p.detach().clone() for name, p in self._weights.parameters().items()}
         change = torch.zeros_like(self._decay)
-        linear = self._linearise(first=True)
+        # A search minimises the objective as it is; the theory's step is for a model at its optimum.
+        linear = self._linearise(at_optimum=self._options.step != "search")
         selection = self._select(linear)
         steps: list[float] = []
         solves: list[Solve] = []
         for number in range(self._options.linearisations):
             if number:
-                linear = self._linearise(first=False)
+                linear = self._linearise(at_optimum=False)
             solve = self._solve(linear, selection)
             unit = linear.scale * solve.vector
             step = self._step(linear, change, unit)
@@ -186,7 +187,7 @@ class Editor:
                     values[name] = record.layers[name].weight_decay / record.loss_scale
         return Layout.of(self._plan.layers).expand(values, self._weights.flat())
 
-    def _linearise(self, *, first: bool) -> Linearised:
+    def _linearise(self, *, at_optimum: bool) -> Linearised:
         options = self._options
         edited, kept = self._before.at(self._data.edited), self._before.at(self._data.kept)
         limit, seed = options.curvature_examples, options.seed
@@ -200,7 +201,7 @@ class Editor:
             self._decay,
             (float(edited.weights.sum()), float(kept.weights.sum())),
             samples,
-            first,
+            at_optimum,
         )
 
     def _select(self, linear: Linearised) -> Selection:

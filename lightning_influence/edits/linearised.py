@@ -49,8 +49,9 @@ class Linearised:
         decay: weight decay of each of them, ``(P,)``.
         weights: the sums ``W_E`` and ``W_K``.
         samples: edited and kept examples that their curvature is an average over.
-        first: whether the model is where training left it, at the optimum; else the gradient of a relabelled
-            objective is taken over all of its examples.
+        at_optimum: whether the model is taken to be at the optimum of its training objective, so that the
+            edited examples' gradient tells that of the new objective. For a relabelled objective it is
+            measured over all examples otherwise.
     """
 
     runner: Runner
@@ -61,7 +62,7 @@ class Linearised:
     decay: Tensor
     weights: tuple[float, float]
     samples: tuple[Sample, Sample]
-    first: bool
+    at_optimum: bool
 
     @property
     def forgets(self) -> bool:
@@ -95,19 +96,18 @@ class Linearised:
         Raises:
             InfluenceError: if it is zero.
         """
-        if self.forgets or self.first:
-            gradient = self.target.total / self.weights[0]
-        else:
-            after = GradientSumPass(self.plan, self.data, self.data.after, new=-1.0)
-            self.runner.run(after, self.data.subset(self.data.after))
-            gradient = after.total / self.weights[0] - self.decay * self.theta / self.scale
-        if self.forgets:
-            gradient = gradient + self.decay * self.theta
+        gradient = self.target.total / self.weights[0]
         if not bool(gradient.any()):
             raise InfluenceError(
                 "The edited examples have no gradient in the covered layers: there is nothing to nullify. "
                 "They may be fitted perfectly, or their new targets may be the old ones."
             )
+        if self.forgets:
+            return gradient + self.decay * self.theta
+        if not self.at_optimum:
+            after = GradientSumPass(self.plan, self.data, self.data.after, new=-1.0)
+            self.runner.run(after, self.data.subset(self.data.after))
+            gradient = after.total / self.weights[0] - self.decay * self.theta / self.scale
         return gradient
 
     @cached_property

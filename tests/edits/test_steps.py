@@ -146,7 +146,7 @@ def test_ready_made_batches_are_edited_alike(source):
     x, y = blobs().tensors
     x, module = x.double(), copy.deepcopy(source).double()
     batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 60, 16)]
-    options = {"ratio": 0.3, "tolerance": 1e-12, "max_steps": 1000, "curvature_examples": 20}
+    options = {"ratio": 0.3, "tolerance": 1e-12, "max_steps": 300, "curvature_examples": 20, "damping": 0.1}
     for ask in ("generalized_influence", "relabel"):
         found = []
         for data in (batches, DataLoader(TensorDataset(x, y), 7, shuffle=True)):
