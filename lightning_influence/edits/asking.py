@@ -154,6 +154,7 @@ class EditsParameters:
             By parameter name the change of the theoretical step, of the parameter's shape and zero where it
             was not selected. To add it to the parameters is ``forget(..., step="theory")``.
         """
+        options = {**options, "step": "theory"}
         with self._editor(examples, train_dataloaders, None, None, None, layers, options) as editor:
             return editor.direction()
 

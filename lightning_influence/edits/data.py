@@ -86,7 +86,7 @@ def split(
             targets differs.
         UnsupportedDataError: if an example is not among the training examples.
     """
-    chosen = _as_indices(examples)
+    chosen = _as_indices(examples, loader.indices)
     order = chosen.argsort(stable=True)
     edited = chosen[order]
     if bool((edited.diff() == 0).any()):
@@ -108,22 +108,32 @@ def split(
     return EditData(loader, edited, kept, new, set_targets)
 
 
-def _as_indices(examples: Sequence[int] | Tensor) -> Tensor:
-    chosen = torch.as_tensor(examples).detach().cpu()
+def _as_indices(examples: Any, every: Tensor) -> Tensor:
+    accepted = "accepted are dataset indices (n,) or a boolean mask over the dataset"
+    chosen = _as_tensor(examples, f"examples of type {type(examples).__name__}; {accepted}")
     if chosen.dtype == torch.bool:
+        if chosen.ndim != 1 or len(chosen) not in {len(every), int(every.max()) + 1}:
+            raise ValueError(
+                f"Got a mask of shape {tuple(chosen.shape)} over {len(every)} training examples; pass one "
+                "entry for each example of the dataset."
+            )
         chosen = chosen.nonzero().flatten()
     if chosen.numel() == 0:
         raise ValueError("There is nothing to edit: `examples` is empty. Pass dataset indices or a mask.")
     if chosen.ndim != 1 or chosen.is_floating_point() or chosen.is_complex():
-        raise ValueError(
-            f"Got examples of shape {tuple(chosen.shape)} and {chosen.dtype}; accepted are dataset indices "
-            "(n,) or a boolean mask over the dataset."
-        )
+        raise ValueError(f"Got examples of shape {tuple(chosen.shape)} and {chosen.dtype}; {accepted}.")
     return chosen.long()
 
 
+def _as_tensor(values: Any, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Got {what}. ({error})") from error
+
+
 def _as_targets(targets: Any, count: int) -> Tensor:
-    new = torch.as_tensor(targets).detach().cpu()
+    new = _as_tensor(targets, f"new targets of type {type(targets).__name__}; pass numbers or a tensor")
     if new.ndim == 0:
         new = new.expand(count)
     if len(new) != count:

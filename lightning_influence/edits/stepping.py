@@ -42,7 +42,7 @@ class Stepping:
     ) -> None:
         self._runner, self._plan, self._data, self._options = runner, plan, data, options
         self._weights, self._sample, self._validation = weights, sample, validation
-        self.evaluations = 0
+        self._knows_chance = True
 
     def losses(self, chosen: Tensor, *, curvature: bool = False) -> Losses:
         """Return the losses of some training examples, at their new targets if they have any.
@@ -70,11 +70,20 @@ class Stepping:
 
         Returns:
             The step.
+
+        Raises:
+            LossCaptureError: if it is not known which loss counts as forgotten.
         """
         asked = self._options.step
         if asked != "search":
             return Found(1.0 if asked == "theory" else float(asked), True, 0)
         forgets = self._data.targets is None
+        if forgets and self._options.forgotten_loss is None and not self._knows_chance:
+            raise LossCaptureError(
+                "The outputs behind the module's `influence_loss` are not known, so neither is the loss of a "
+                "model that knows nothing. Pass forgotten_loss= (the loss from which an example counts as "
+                "forgotten), or step='theory'."
+            )
 
         def evaluate(step: float) -> Point | None:
             self._weights.move(start + step * unit)
@@ -98,14 +107,8 @@ class Stepping:
         return Point(edited.values - chance, shares[0] * edited.mean() + shares[1] * kept)
 
     def _run(self, one_pass: LossPass, loaders: Any) -> LossPass:
-        self.evaluations += 1
         self._runner.run(one_pass, loaders)
-        if self._options.forgotten_loss is None and not one_pass.knows_chance and self.searches_forgetting:
-            raise LossCaptureError(
-                "The outputs behind the module's `influence_loss` are not known, so neither is the loss of a "
-                "model that knows nothing. Pass forgotten_loss= (the loss from which an example counts as "
-                "forgotten), or step='theory'."
-            )
+        self._knows_chance &= one_pass.knows_chance
         return one_pass
 
     @property

@@ -65,6 +65,21 @@ def test_examples_that_are_not_there(asking):
         asking.forget([-1], train())
 
 
+@pytest.mark.parametrize("examples", ["zeros", {1, 2}, None, train()])
+def test_examples_of_another_kind(asking, examples):
+    with pytest.raises(ValueError, match=r"Got examples of type .* accepted are dataset indices"):
+        asking.forget(examples, train())
+
+
+def test_a_mask_over_something_else(asking):
+    with pytest.raises(ValueError, match=r"mask of shape \(59,\) over 60 training examples"):
+        asking.forget(torch.ones(59, dtype=torch.bool), train())
+    picked = torch.zeros(60, dtype=torch.bool)
+    picked[[3, 9]] = True
+    first, second = (asking.select_parameters(ask, train()) for ask in (picked, [9, 3]))
+    assert torch.equal(first.flat(), second.flat())
+
+
 def test_examples_named_twice(asking):
     with pytest.raises(ValueError, match="Examples 3 come twice"):
         asking.forget([3, 4, 3], train())
@@ -214,6 +229,8 @@ def test_targets(asking):
         asking.relabel([0, 1, 2], [1, 1], train())
     with pytest.raises(ValueError, match="new_targets=None"):
         asking.relabel([0, 1, 2], None, train())
+    with pytest.raises(ValueError, match="new targets of type str"):
+        asking.relabel([0, 1, 2], "one", train())
     with pytest.raises(UnsupportedDataError, match=r"A new target has shape \(2,\)"):
         asking.relabel([0], torch.zeros(1, 2), train())
 
@@ -261,6 +278,7 @@ def test_a_loss_whose_outputs_are_unknown():
     with quiet():
         with pytest.raises(LossCaptureError, match=r"Pass forgotten_loss=.*step='theory'"):
             asked(Handwritten()).forget(of_class(0), train())
+        assert asked(Handwritten()).select_parameters(of_class(0), train(), ratio=0.1).count > 0
         assert asked(Handwritten()).forget(of_class(0), train(), step="theory").report.step == [1.0]
         edit = asked(Handwritten()).forget(of_class(0), train(), forgotten_loss=1.5, ratio=1.0)
     assert edit.report.edited.after > 1.5
