@@ -169,8 +169,16 @@ class EditsParameters:
         layers: Sequence[str] | None,
         options: dict[str, Any],
     ) -> Iterator[Editor]:
-        """Yield an editor on the borrowed module, once all that can be checked beforehand was."""
+        """Yield an editor on the borrowed module, once all that can be checked beforehand was.
+
+        Raises:
+            TypeError: if ``layers`` is a text.
+        """
         settings = EditOptions(**options)
+        if isinstance(layers, str):
+            raise TypeError(
+                f"Got layers={layers!r}; accepted is a list of names or patterns: layers=[{layers!r}]."
+            )
         data: EditData = split(prepare_train(train), examples, targets, set_targets)
         runner: Runner = self._runner()
         with runner:

@@ -160,5 +160,9 @@ def replace_second(batch: Any, rows: Tensor, targets: Tensor) -> Any:
             f"A new target has shape {tuple(targets.shape[1:])}, those of the training data "
             f"{tuple(changed.shape[1:])}. Pass targets of the same shape."
         )
+    if targets.is_floating_point() and not changed.is_floating_point():
+        raise UnsupportedDataError(
+            f"The new targets are {targets.dtype}, those of the training data {changed.dtype}. Pass integers."
+        )
     changed[rows.to(changed.device)] = targets.to(changed)
     return batch[0], changed

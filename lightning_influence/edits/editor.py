@@ -170,7 +170,8 @@ class Editor:
             raise UnsupportedModelError(f"No layer takes part in the loss of the edited examples: {silent}.")
         if silent:
             self._notes.add(
-                f"Layers {sorted(silent)} take no part in the training loss; they stay as they are."
+                f"Layers {sorted(silent)} take no part in the loss of the edited "
+                "examples; they stay as they are."
             )
         return LayerPlan(used, plan.uncovered, plan.verified)
 

@@ -128,6 +128,11 @@ def test_lissa_is_for_gif():
         EditOptions(solver="lissa", method="if")
 
 
+def test_layers_as_a_text(asking):
+    with pytest.raises(TypeError, match=r"layers=\['body.0'\]"):
+        asking.forget([0], train(), layers="body.0")
+
+
 def test_several_training_loaders(asking):
     with pytest.raises(UnsupportedDataError, match="Got 2 training loaders"):
         asking.forget([0], [train(), train()])
@@ -231,6 +236,8 @@ def test_targets(asking):
         asking.relabel([0, 1, 2], None, train())
     with pytest.raises(ValueError, match="new targets of type str"):
         asking.relabel([0, 1, 2], "one", train())
+    with pytest.raises(UnsupportedDataError, match=r"are torch.float32, .* torch.int64. Pass integers"):
+        asking.relabel([0], 1.5, train())
     with pytest.raises(UnsupportedDataError, match=r"A new target has shape \(2,\)"):
         asking.relabel([0], torch.zeros(1, 2), train())
 
