@@ -2,6 +2,7 @@
 
 from lightning_influence.attributions import Attributions
 from lightning_influence.callback import InfluenceCallback
+from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.module import InfluenceModule
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.labels import Labels
@@ -15,6 +16,7 @@ __all__ = [
     "InfluenceModule",
     "InfluenceTrainer",
     "Labels",
+    "ParameterEdit",
     "SelfInfluence",
     "influence",
     "self_influence",

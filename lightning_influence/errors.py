@@ -25,6 +25,10 @@ class FactorMismatchError(InfluenceError):
     """Stored factors do not belong to the model they are used with."""
 
 
+class EditMismatchError(InfluenceError):
+    """A parameter edit does not belong to the model, or to the weights that the model has now."""
+
+
 class NonFiniteError(InfluenceError):
     """A loss, gradient or factor is NaN or infinite."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_influence.attributions import Attributions
 from lightning_influence.collecting.store import state_from_checkpoint
 from lightning_influence.curvature.spectrum import Spectrum
+from lightning_influence.edits.asking import EditsParameters
 from lightning_influence.engine import Engine
 from lightning_influence.errors import CorruptFileError
 from lightning_influence.factors.factors import Factors
@@ -26,8 +27,8 @@ from lightning_influence.running.loop import LoopRunner
 from lightning_influence.state import InfluenceState
 
 
-class InfluenceModule(LightningModule):
-    """A trained module that answers for its training data, without a Trainer.
+class InfluenceModule(EditsParameters, LightningModule):
+    """A trained module that answers for its training data and can be edited, without a Trainer.
 
     Factors and coarse space are kept between calls, so that only the first call pays for them. The wrapped
     module is used where it is (its device, its precision) and left as it was.

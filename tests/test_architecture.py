@@ -19,7 +19,7 @@ LEVELS = [
     {"factors", "passes", "curvature", "measurements", "results", "running"},
     {"solvers", "selection", "evaluation", "attributions"},
     {"methods", "state", "collecting", "plots", "question"},
-    {"engine", "loggers", "harness"},
+    {"engine", "loggers", "harness", "edits"},
     {"callback", "trainer", "module"},
     {"__init__"},
 ]

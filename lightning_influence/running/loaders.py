@@ -99,6 +99,21 @@ class IndexedLoader:
             plan.append(self._plan[position])
         return IndexedLoader(plan, self._build, ordered=False)
 
+    def only(self, indices: Tensor) -> IndexedLoader:
+        """Return a loader of exactly these examples, which are among its own, ascending.
+
+        Raises:
+            ValueError: unless the loader is ordered: the user's own batches may not be collated otherwise.
+        """
+        if not self.ordered:
+            raise ValueError("Only a loader in the library's own order can be cut to single examples.")
+        return IndexedLoader(list(torch.split(indices, len(self._plan[0]))), self._build, ordered=True)
+
+    def with_any(self, indices: Tensor) -> IndexedLoader:
+        """Return a loader of the batches that hold any of these examples."""
+        plan = [part for part in self._plan if bool(torch.isin(part, indices).any())]
+        return IndexedLoader(plan, self._build, ordered=self.ordered)
+
     def shard(self, rank: int = 0, world_size: int = 1) -> Shard:
         """Return every ``world_size``-th example (or batch, for ready-made ones), starting at ``rank``."""
         key = (rank, world_size)

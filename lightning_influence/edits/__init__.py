@@ -1,0 +1,7 @@
+"""Edits of a trained model: forget or relabel training examples by changing few of its parameters."""
+
+from lightning_influence.edits.directions import direction_names, register_direction
+from lightning_influence.edits.options import EditOptions
+from lightning_influence.edits.parameter_edit import ParameterEdit
+
+__all__ = ["EditOptions", "ParameterEdit", "direction_names", "register_direction"]

@@ -1,0 +1,150 @@
+"""Curvature of the loss on some examples, as a function of flat vectors.
+
+Edits multiply one vector at a time with the curvature, dozens of times at the same weights. The gradients
+that make up the Gauss-Newton matrix are therefore kept in memory, where a product costs a few matrix
+products and no forward or backward pass; where they do not fit, every product is a pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.edits.data import EditData
+from lightning_influence.edits.hessian import hessian_products
+from lightning_influence.edits.passes import MAX_COLUMNS, rows_of
+from lightning_influence.edits.sampling import Sample
+from lightning_influence.errors import NonFiniteError
+from lightning_influence.layers import FactoredGradients, LayerPlan
+from lightning_influence.layers.layout import Layout
+from lightning_influence.passes.captured import Captured
+from lightning_influence.passes.forward import Forward
+from lightning_influence.passes.statistics import label_generator
+from lightning_influence.running.base import Runner
+
+DRAWS = 16
+
+
+class Curvature:
+    """``V -> H V`` of the mean loss of some examples, at their new targets if they have any.
+
+    Args:
+        runner: an entered runner on the module.
+        plan: the covered layers.
+        data: the examples.
+        sample: those whose curvature it is, or that stand for them.
+        exact: the Hessian if True, the Gauss-Newton matrix otherwise.
+        memory_budget: most bytes of gradients to keep.
+        seed: of sampled labels, which stand in for the columns of more than 64 outputs.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        plan: LayerPlan,
+        data: EditData,
+        sample: Sample,
+        *,
+        exact: bool = False,
+        memory_budget: int = 2**30,
+        seed: int = 0,
+    ) -> None:
+        self._runner, self._plan, self._data = runner, plan, data
+        self._chosen, self._factor = sample.indices, sample.factor
+        self._exact, self._budget, self._seed = exact, memory_budget, seed
+        self._loader = data.subset(sample.indices)
+        self._layout = Layout.of(plan.layers)
+        self._kept: list[dict[str, FactoredGradients]] | None = None
+        self._weight = 0.0
+        self.products = 0
+
+    @property
+    def definite(self) -> bool:
+        """Whether no eigenvalue is negative, whatever the model."""
+        return not self._exact
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether products run without a pass."""
+        return self._kept is not None
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """Return ``H V``, ``(V, P)``.
+
+        Raises:
+            NonFiniteError: if the result is NaN or infinite.
+        """
+        self.products += 1
+        if self._kept is None:
+            result = self._by_pass(vectors)
+        else:
+            result = torch.zeros_like(vectors)
+            for gradients in self._kept:
+                products = self._layout.dot(gradients, vectors)
+                self._layout.add_combination(result, gradients, products)
+        if not bool(torch.isfinite(result.sum())):
+            raise NonFiniteError(
+                "A curvature product is not finite. Check the training examples and the model's weights for "
+                "NaN or infinity."
+            )
+        return result * (self._factor / self._weight)
+
+    def _by_pass(self, vectors: Tensor) -> Tensor:
+        budget = 0 if self._exact else self._budget
+        one_pass = _ProductPass(
+            self._plan, self._data, self._chosen, vectors, self._exact, budget, self._seed
+        )
+        self._runner.run(one_pass, self._loader)
+        self._weight = one_pass.weight if one_pass.weight > 0 else float(len(self._chosen))
+        self._kept, self._budget = one_pass.kept, 0
+        return one_pass.total
+
+
+class _ProductPass:
+    """Sums products over some examples, and keeps their gradients if they fit."""
+
+    description = "Edit: curvature products"
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        data: EditData,
+        chosen: Tensor,
+        vectors: Tensor,
+        exact: bool,
+        budget: int,
+        seed: int,
+    ) -> None:
+        self.forward = Forward(plan)
+        self.total, self.weight = torch.zeros_like(vectors), 0.0
+        self.kept: list[dict[str, FactoredGradients]] | None = [] if budget else None
+        self._plan, self._layout = plan, Layout.of(plan.layers)
+        self._data, self._rows, self._vectors = data, rows_of(chosen), vectors
+        self._exact, self._free, self._seed, self._batches = exact, budget, seed, 0
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Add one batch."""
+        captured = self.forward(module, self._data.view(batch, indices), len(indices))
+        rows = self._rows(indices)
+        self.weight += float(captured.weights[rows.to(captured.weights.device)].sum())
+        if self._exact:
+            value = captured.per_example()[rows.to(captured.weights.device)].sum()
+            self.total += hessian_products(value, self._plan.layers, self._vectors)
+            return
+        gradients = {name: layer.select(rows) for name, layer in self._gradients(captured).items()}
+        self._layout.add_combination(self.total, gradients, self._layout.dot(gradients, self._vectors))
+        if self.kept is not None:
+            self._free -= sum(layer.nbytes for layer in gradients.values())
+            self.kept.append(gradients)
+            if self._free < 0:
+                self.kept = None
+
+    def _gradients(self, captured: Captured) -> dict[str, FactoredGradients]:
+        """Return gradients of every column of the output curvature, or of sampled labels if it has many."""
+        self._batches += 1
+        if captured.loss is None or captured.loss.num_columns <= MAX_COLUMNS:
+            return captured.curvature_gradients("exact")
+        generator = label_generator(self._seed, self._batches, captured.loss.outputs.device)
+        return captured.curvature_gradients("sampled", generator, DRAWS)

@@ -1,0 +1,172 @@
+"""What a direction is, what it is computed from, and the registry.
+
+Removing examples of weight share ``p`` with mean gradient ``g`` moves the optimum by about
+``scale * H^{-1} g`` with ``scale = p / (1 - p)`` and ``H`` the curvature of the remaining objective; a
+direction is that vector before the scale, restricted to few parameters in one way or another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.solvers.normal_equations import (
+    SingularSubsetError,
+    Solve,
+    conjugate_gradients,
+    dense_least_squares,
+    normal_product,
+)
+
+Product = Callable[[Tensor], Tensor]
+"""Maps vectors ``(V, P)`` to their products ``(V, P)`` with a symmetric matrix."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One linearised edit.
+
+    Attributes:
+        product: ``H``, the curvature of the objective after the edit, weight decay included.
+        edited_product: the curvature of the removed examples; None if examples are relabelled.
+        gradient: ``g``, ``(P,)``: what has to be nullified, a mean over the edited examples.
+        share: ``p``, the edited examples' share of the training data's weight.
+        mask: ``S``, the parameters that may change, boolean, ``(P,)``.
+        squared_norms: estimates of ``(H^2)_ii``, ``(P,)``, for preconditioning.
+        damping: added to ``H``; its square to the normal equations.
+        definite: whether ``H`` is known to be positive semidefinite.
+        solver: how linear systems are solved.
+        tolerance: relative residual to stop at.
+        max_steps: most iterations.
+        seed: of random starts.
+    """
+
+    product: Product
+    edited_product: Product | None
+    gradient: Tensor
+    share: float
+    mask: Tensor
+    squared_norms: Tensor
+    damping: float
+    definite: bool = True
+    solver: Literal["cg", "lissa", "dense"] = "cg"
+    tolerance: float = 1e-2
+    max_steps: int = 40
+    seed: int = 0
+
+    def solve(self, right: Tensor, mask: Tensor | None = None, product: Product | None = None) -> Solve:
+        """Solve ``(H_SS + damping I) x = b_S``; by least squares where ``H`` is indefinite.
+
+        Args:
+            right: ``b``, ``(P,)``.
+            mask: ``S``; every parameter if None.
+            product: another matrix than ``H``.
+
+        Returns:
+            The solution, zero outside ``S``.
+
+        Raises:
+            SingularSubsetError: if the system is singular along the right-hand side.
+        """
+        mask = torch.ones_like(self.mask) if mask is None else mask
+        keep, matrix = mask.to(right), product or self.product
+
+        def damped(vectors: Tensor) -> Tensor:
+            inside = vectors * keep
+            return (matrix(inside) + self.damping * inside) * keep
+
+        right = right * keep
+        if self.solver == "dense":
+            return dense_least_squares(damped, right, mask)
+        limits: dict[str, Any] = {"tolerance": self.tolerance, "max_steps": self.max_steps}
+        if self.definite:
+            inverse = keep / (self.squared_norms.sqrt() + self.damping).clamp_min(_TINY)
+            solve = conjugate_gradients(partial(_single, damped), right, inverse_diagonal=inverse, **limits)
+            if solve.definite:
+                return resolved(solve, self.damping)
+        inverse = keep / (self.squared_norms + self.damping**2).clamp_min(_TINY)
+        normal = normal_product(damped, mask, 0.0)
+        solve = conjugate_gradients(normal, _single(damped, right), inverse_diagonal=inverse, **limits)
+        return resolved(solve, self.damping)
+
+
+_TINY = 1e-30
+
+
+def _single(product: Product, vector: Tensor) -> Tensor:
+    return product(vector[None])[0]
+
+
+def resolved(solve: Solve, damping: float) -> Solve:
+    """Return the solution, unless the system was singular where the right-hand side is not zero.
+
+    Raises:
+        SingularSubsetError: if so.
+    """
+    if solve.unresolved and solve.residual > 0.5:
+        raise SingularSubsetError(
+            f"The selected parameters are singular at damping {damping:g}: along what is left of the "
+            f"gradient (residual {solve.residual:.2f}) they have no curvature. Use a positive damping (the "
+            "default derives one), or another selection rule."
+        )
+    return solve
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One way to compute the vector of an edit.
+
+    Attributes:
+        name: what users pass as ``method=``.
+        function: maps a :class:`Problem` to a :class:`~..normal_equations.Solve`.
+        selects: whether it changes selected parameters only.
+    """
+
+    name: str
+    function: Callable[[Problem], Solve]
+    selects: bool
+
+
+_DIRECTIONS: dict[str, Direction] = {}
+
+
+def register_direction(
+    name: str, *, selects: bool = True
+) -> Callable[[Callable[[Problem], Solve]], Callable[[Problem], Solve]]:
+    """Decorator: make a direction available under a name.
+
+    Args:
+        name: what users pass as ``method=``.
+        selects: whether it changes selected parameters only.
+
+    Returns:
+        The decorator; it returns the function unchanged.
+    """
+
+    def decorate(function: Callable[[Problem], Solve]) -> Callable[[Problem], Solve]:
+        _DIRECTIONS[name] = Direction(name, function, selects)
+        return function
+
+    return decorate
+
+
+def find_direction(name: str) -> Direction:
+    """Return the direction of this name.
+
+    Raises:
+        ValueError: listing the registered names.
+    """
+    if name not in _DIRECTIONS:
+        names = ", ".join(repr(known) for known in direction_names())
+        raise ValueError(f"Got method={name!r}; accepted are {names}.")
+    return _DIRECTIONS[name]
+
+
+def direction_names() -> list[str]:
+    """Return the registered names, sorted."""
+    return sorted(_DIRECTIONS)

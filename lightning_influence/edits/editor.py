@@ -1,0 +1,273 @@
+"""Computes an edit: passes, selection, direction, step, and the report of it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.edits.data import EditData
+from lightning_influence.edits.directions.base import find_direction
+from lightning_influence.edits.linearised import Linearised
+from lightning_influence.edits.options import EditOptions
+from lightning_influence.edits.parameter_edit import ParameterEdit, changes_between
+from lightning_influence.edits.passes import Losses
+from lightning_influence.edits.report import EditReport, LossChange
+from lightning_influence.edits.sampling import most_curved
+from lightning_influence.edits.stepping import Stepping
+from lightning_influence.edits.weights import Weights
+from lightning_influence.errors import InfluenceError, InfluenceWarning, UnsupportedModelError
+from lightning_influence.factors.training_record import TrainingRecord
+from lightning_influence.layers import LayerPlan, find_layers
+from lightning_influence.layers.layout import Layout
+from lightning_influence.methods.context import Notes
+from lightning_influence.passes.forward import Forward
+from lightning_influence.running.base import Runner
+from lightning_influence.running.dataloading import prepare
+from lightning_influence.selection import Selection, find_rule, select
+from lightning_influence.solvers.normal_equations import Solve
+
+# Most kept examples whose loss a line search looks at.
+SEARCH_EXAMPLES = 512
+
+
+class Editor:
+    """Computes edits of one module.
+
+    Args:
+        runner: an entered runner on the module.
+        data: the training examples, split.
+        options: settings.
+        layers: names or patterns of the layers that may change.
+        record: the training run, for its weight decay.
+        validation: data to measure the kept loss on in place of the kept training examples.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        data: EditData,
+        options: EditOptions,
+        *,
+        layers: Sequence[str] | None = None,
+        record: TrainingRecord | None = None,
+        validation: Any = None,
+    ) -> None:
+        self._start = time.perf_counter()
+        self._runner, self._data, self._options, self._notes = runner, data, options, Notes()
+        self._plan = self._covered(layers)
+        self._weights = Weights(self._plan.layers)
+        order = torch.randperm(len(data.kept), generator=torch.Generator().manual_seed(options.seed))
+        self._sample = data.kept[order[:SEARCH_EXAMPLES]].sort().values
+        self._validates = validation is not None
+        loaders = prepare(validation) if self._validates else None
+        self._stepping = Stepping(runner, self._plan, data, options, self._weights, self._sample, loaders)
+        self._decay = self._weight_decay(record)
+        every = torch.cat([data.edited, data.kept])
+        self._before = self._stepping.losses(every, curvature=True)
+
+    def select(self) -> Selection:
+        """Return the parameters that an edit may change."""
+        return self._select(self._linearise(at_optimum=True))
+
+    def direction(self) -> dict[str, Tensor]:
+        """Return the change that the theoretical step makes, by parameter name."""
+        linear = self._linearise(at_optimum=True)
+        solve = self._solve(linear, self._select(linear))
+        return self._weights.by_parameter(linear.scale * solve.vector)
+
+    def edit(self) -> ParameterEdit:
+        """Compute the edit; the module is as before afterwards.
+
+        Returns:
+            The edit, not applied.
+
+        Raises:
+            InfluenceError: if no step along the direction helps.
+        """
+        try:
+            return self._edit()
+        finally:
+            self._weights.restore()
+
+    def _edit(self) -> ParameterEdit:
+        kept_before = self._kept_loss(self._before)
+        originals = {name: p.detach().clone() for name, p in self._weights.parameters().items()}
+        change = torch.zeros_like(self._decay)
+        # A search minimises the objective as it is; the theory's step is for a model at its optimum.
+        linear = self._linearise(at_optimum=self._options.step != "search")
+        selection = self._select(linear)
+        steps: list[float] = []
+        solves: list[Solve] = []
+        for number in range(self._options.linearisations):
+            if number:
+                linear = self._linearise(at_optimum=False)
+            solve = self._solve(linear, selection)
+            unit = linear.scale * solve.vector
+            step = self._step(linear, change, unit)
+            if step == 0.0:
+                break
+            predicted = linear.predict(step * unit) if self._options.linearisations == 1 else (None, None)
+            change = change + step * unit
+            self._weights.move(change)
+            steps.append(step)
+            solves.append(solve)
+        if not steps:
+            raise InfluenceError(
+                "No step along the direction lowers the loss of the training set with its new targets. Try a "
+                "larger ratio or damping, another rule, or step='theory'."
+            )
+        edited, kept = self._data.edited, self._data.kept
+        after = self._stepping.losses(edited if self._validates else torch.cat([edited, kept]))
+        kept_after = self._kept_loss(after)
+        before, now = self._before.at(edited).mean(), after.at(edited).mean()
+        report = EditReport(
+            kind="forget" if self._data.targets is None else "relabel",
+            method=self._options.method,
+            rule=selection.rule if self._selects else "",
+            ratio=self._options.ratio if self._selects else 1.0,
+            layers=self._touched(selection),
+            step=steps,
+            scale=linear.scale,
+            damping=linear.damping,
+            residual=max(solve.residual for solve in solves),
+            solver_steps=sum(solve.steps for solve in solves),
+            norm=float(change.norm()),
+            edited=LossChange(len(edited), before, now, predicted[0]),
+            kept=LossChange(len(kept), kept_before, kept_after, None if self._validates else predicted[1]),
+            kept_origin="validation" if self._validates else "training",
+            seconds=time.perf_counter() - self._start,
+            notes=self._concluded(solves, kept_after - kept_before),
+        )
+        moved = {name: p.detach().clone() for name, p in self._weights.parameters().items()}
+        return ParameterEdit(
+            self._runner.module, changes_between(originals, moved, self._masks(selection)), report
+        )
+
+    @property
+    def _selects(self) -> bool:
+        return find_direction(self._options.method).selects
+
+    def _covered(self, layers: Sequence[str] | None) -> LayerPlan:
+        """Return the layers that may change, without those that the training loss does not use.
+
+        Raises:
+            UnsupportedModelError: if none is left.
+        """
+        plan = find_layers(self._runner.module, layers)
+        uncovered = plan.describe_uncovered()
+        if uncovered is not None:
+            self._notes.add(f"{uncovered} An edit leaves them as they are.")
+        listening = _Listening(plan)
+        self._runner.run(listening, self._data.subset(self._data.edited))
+        silent = listening.forward.silent
+        used = {name: layer for name, layer in plan.layers.items() if name not in silent}
+        if not used:
+            raise UnsupportedModelError(f"No layer takes part in the loss of the edited examples: {silent}.")
+        if silent:
+            self._notes.add(
+                f"Layers {sorted(silent)} take no part in the loss of the edited "
+                "examples; they stay as they are."
+            )
+        return LayerPlan(used, plan.uncovered, plan.verified)
+
+    def _weight_decay(self, record: TrainingRecord | None) -> Tensor:
+        """Return the weight decay of each covered parameter, ``(P,)``, in the unit of the mean loss."""
+        given, values = self._options.weight_decay, dict.fromkeys(self._plan.layers, 0.0)
+        if given is not None:
+            values = dict.fromkeys(values, given)
+        elif (
+            record is not None and record.family in {"sgd", "adam"} and not self._stepping.searches_forgetting
+        ):
+            for name in values:
+                if name in record.layers:
+                    values[name] = record.layers[name].weight_decay / record.loss_scale
+        return Layout.of(self._plan.layers).expand(values, self._weights.flat())
+
+    def _linearise(self, *, at_optimum: bool) -> Linearised:
+        options = self._options
+        edited, kept = self._before.at(self._data.edited), self._before.at(self._data.kept)
+        limit, seed = options.curvature_examples, options.seed
+        samples = most_curved(edited, limit, seed), most_curved(kept, limit, seed)
+        return Linearised(
+            self._runner,
+            self._plan,
+            self._data,
+            options,
+            self._weights.flat(),
+            self._decay,
+            (float(edited.weights.sum()), float(kept.weights.sum())),
+            samples,
+            at_optimum,
+        )
+
+    def _select(self, linear: Linearised) -> Selection:
+        if not self._selects:
+            masks = {
+                name: torch.ones(layer.shape, dtype=torch.bool) for name, layer in self._plan.layers.items()
+            }
+            return Selection(masks, "everything", 1.0)
+        rule = find_rule(self._options.rule)
+        return select(rule, linear.evidence(rule.source), self._options.ratio, self._options.seed)
+
+    def _solve(self, linear: Linearised, selection: Selection) -> Solve:
+        problem = linear.problem(selection.flat())
+        solve = find_direction(self._options.method).function(problem)
+        if solve.residual > max(0.1, self._options.tolerance):
+            self._notes.add(
+                f"The linear system of the edit was solved to a residual of {solve.residual:.2f} only, after "
+                f"{solve.steps} iterations. Raise max_steps or the damping."
+            )
+        return solve
+
+    def _step(self, linear: Linearised, change: Tensor, unit: Tensor) -> float:
+        edited, kept = linear.weights
+        shares = (edited / (edited + kept), kept / (edited + kept))
+        found = self._stepping.choose(change, unit, shares)
+        if not found.reached and found.step > 0:
+            self._notes.add(
+                "No step makes the model forget the edited examples; the one that comes closest was taken. "
+                "Allow more parameters with ratio=, another rule, or more linearisations."
+            )
+        return found.step
+
+    def _kept_loss(self, losses: Losses) -> float:
+        if self._validates:
+            return self._stepping.kept_loss(self._sample)
+        return losses.at(self._data.kept).mean()
+
+    def _concluded(self, solves: list[Solve], rise: float) -> list[str]:
+        """Return all notes, with a warning if the edit costs more than the bound."""
+        bound = self._options.kept_bound
+        if not rise <= bound:
+            message = (
+                f"The edit raises the mean loss on the kept examples by {rise:.3g}, more than "
+                f"kept_bound={bound:g}. It is not applied yet; after edit.apply(), edit.revert() brings the "
+                "old weights back. A smaller step=, a larger damping= or another ratio= costs less."
+            )
+            self._notes.messages.append(message)
+            warnings.warn(message, InfluenceWarning, stacklevel=6)
+        return list(self._notes.messages)
+
+    def _masks(self, selection: Selection) -> dict[str, Tensor]:
+        return {k: v > 0 for k, v in self._weights.by_parameter(selection.flat().float()).items()}
+
+    def _touched(self, selection: Selection) -> dict[str, tuple[int, int]]:
+        return {name: (int(mask.sum()), mask.numel()) for name, mask in selection.masks.items()}
+
+
+class _Listening:
+    """Finds out which layers take part in the loss."""
+
+    description = "Edit: layers"
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.forward = Forward(plan)
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Run one batch."""
+        self.forward(module, batch, len(indices))

@@ -1,0 +1,84 @@
+"""What selection rules look at, from the gradients of an edit and the curvature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_influence.edits.directions.base import Product
+from lightning_influence.edits.passes import GradientSumPass
+from lightning_influence.layers import LayerPlan
+from lightning_influence.layers.layout import Layout
+from lightning_influence.selection.base import Evidence, Source
+from lightning_influence.selection.gain import gains
+
+PROBES = 16
+
+
+def squared_column_norms(product: Product, like: Tensor, seed: int, probes: int = PROBES) -> Tensor:
+    """Estimate ``(H^2)_ii``, the squared norm of each column of ``H`` (Hutchinson 1990).
+
+    With random signs ``v``, ``(H v)_i`` has mean zero and variance ``sum_j H_ij^2``.
+
+    Args:
+        product: ``H`` on ``(V, P)``.
+        like: a vector ``(P,)``.
+        seed: of the signs.
+        probes: number of products; the relative error is about ``sqrt(2 / probes)``.
+
+    Returns:
+        ``(P,)``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (probes, len(like)), generator=generator).to(like) * 2 - 1
+    return product(signs).square().mean(dim=0)
+
+
+def collect(
+    source: Source | None,
+    plan: LayerPlan,
+    target: GradientSumPass,
+    gradient: Tensor,
+    product: Product,
+    squared_norms: Tensor,
+) -> Evidence:
+    """Compute the scores of one kind.
+
+    Args:
+        source: the kind; None for none.
+        plan: the covered layers.
+        target: the pass over the edited examples.
+        gradient: ``g``, ``(P,)``.
+        product: the curvature.
+        squared_norms: ``(H^2)_ii``, ``(P,)``.
+
+    Returns:
+        The evidence.
+    """
+    layout = Layout.of(plan.layers)
+    if source == "outputs":
+        return Evidence(layout.shapes, outputs=_pre_activations(plan, target))
+    if source == "gradients":
+        zeros = {name: gradient.new_zeros(g * o) for name, (g, o, _) in layout.shapes.items()}
+        pulled = {name: sums.flatten().abs() for name, sums in target.channels.items()}
+        return Evidence(layout.shapes, gradients={**zeros, **pulled})
+    if source == "gain":
+        gain = gains(product(gradient[None])[0], squared_norms)
+        return Evidence(layout.shapes, gain=layout.split(gain))
+    return Evidence(layout.shapes)
+
+
+def _pre_activations(plan: LayerPlan, target: GradientSumPass) -> dict[str, Tensor]:
+    """Return the absolute mean pre-activation of each channel: its row times the mean input."""
+    result = {}
+    for name, layer in plan.layers.items():
+        weight, bias = layer.rule.weight(layer.module).detach(), layer.rule.bias(layer.module)
+        matrix = layer.from_parameters(weight, None if bias is None else bias.detach())
+        fed = target.inputs.get(name)
+        if fed is None:
+            result[name] = matrix.new_zeros(layer.groups * layer.d_out)
+            continue
+        mean = torch.einsum("goi,gi->go", matrix.to(fed), fed / target.examples).flatten()
+        frozen = bias is not None and not layer.has_bias
+        result[name] = (mean + bias.detach().to(mean) if frozen and bias is not None else mean).abs()
+    return result

@@ -1,0 +1,202 @@
+"""One linearisation of a model for an edit: what has to be nullified, the curvature, and the theory's step.
+
+With ``U`` sums of losses, ``W`` sums of their weights, ``E`` the edited and ``K`` the kept examples, and a
+model at the optimum of its training objective (weight decay ``w`` included):
+
+- forgetting: the new objective is ``U_K / W_K``, its gradient there ``-(W_E / W_K) (g + w theta)`` with ``g``
+  the mean gradient of the forgotten examples;
+- relabelling: it is ``(U_K + U_E') / W``, its gradient ``-(W_E / W) (g_old - g_new)``.
+
+The factor in front is the scale of the edit, and the curvature that of the new objective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_influence.edits.curvature import Curvature
+from lightning_influence.edits.data import EditData
+from lightning_influence.edits.directions.base import Problem
+from lightning_influence.edits.evidence import collect, squared_column_norms
+from lightning_influence.edits.options import EditOptions
+from lightning_influence.edits.passes import GradientSumPass
+from lightning_influence.edits.sampling import Sample
+from lightning_influence.errors import InfluenceError
+from lightning_influence.layers import LayerPlan
+from lightning_influence.running.base import Runner
+from lightning_influence.selection import Evidence
+from lightning_influence.selection.base import Source
+from lightning_influence.solvers.normal_equations import largest_eigenvalue
+
+# Directions whose curvature is below this share of the largest are not told from noise.
+AUTO_DAMPING = 0.01
+
+
+@dataclass
+class Linearised:
+    """A model linearised at its present weights.
+
+    Attributes:
+        runner: an entered runner on the module.
+        plan: the covered layers.
+        data: the examples.
+        options: settings.
+        theta: the covered weights, ``(P,)``.
+        decay: weight decay of each of them, ``(P,)``.
+        weights: the sums ``W_E`` and ``W_K``.
+        samples: edited and kept examples that their curvature is an average over.
+        at_optimum: whether the model is taken to be at the optimum of its training objective, so that the
+            edited examples' gradient tells that of the new objective. For a relabelled objective it is
+            measured over all examples otherwise.
+    """
+
+    runner: Runner
+    plan: LayerPlan
+    data: EditData
+    options: EditOptions
+    theta: Tensor
+    decay: Tensor
+    weights: tuple[float, float]
+    samples: tuple[Sample, Sample]
+    at_optimum: bool
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the examples are removed rather than relabelled."""
+        return self.data.targets is None
+
+    @property
+    def share(self) -> float:
+        """``p``: the edited examples' share of the weight of the training data."""
+        edited, kept = self.weights
+        return edited / (edited + kept)
+
+    @property
+    def scale(self) -> float:
+        """The theory's step."""
+        edited, kept = self.weights
+        return edited / kept if self.forgets else edited / (edited + kept)
+
+    @cached_property
+    def target(self) -> GradientSumPass:
+        """The gradients of the edited examples."""
+        new = 0.0 if self.forgets else -1.0
+        one_pass = GradientSumPass(self.plan, self.data, self.data.edited, old=1.0, new=new)
+        self.runner.run(one_pass, self.data.subset(self.data.edited))
+        return one_pass
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """``g``, ``(P,)``: what the edit nullifies, so that the weights move by ``scale H^{-1} g``.
+
+        Raises:
+            InfluenceError: if it is zero.
+        """
+        gradient = self.target.total / self.weights[0]
+        if not bool(gradient.any()):
+            raise InfluenceError(
+                "The edited examples have no gradient in the covered layers: there is nothing to nullify. "
+                "They may be fitted perfectly, or their new targets may be the old ones."
+            )
+        if self.forgets:
+            return gradient + self.decay * self.theta
+        if not self.at_optimum:
+            after = GradientSumPass(self.plan, self.data, self.data.after, new=-1.0)
+            self.runner.run(after, self.data.subset(self.data.after))
+            gradient = after.total / self.weights[0] - self.decay * self.theta / self.scale
+        return gradient
+
+    @cached_property
+    def kept_curvature(self) -> Curvature:
+        """The curvature of the kept examples."""
+        return self._curvature(self.samples[1])
+
+    @cached_property
+    def edited_curvature(self) -> Curvature:
+        """The curvature of the edited examples, at their new targets if they have any."""
+        return self._curvature(self.samples[0])
+
+    def _curvature(self, sample: Sample) -> Curvature:
+        options = self.options
+        return Curvature(
+            self.runner,
+            self.plan,
+            self.data,
+            sample,
+            exact=options.curvature == "hessian",
+            memory_budget=options.memory_budget // 2,
+            seed=options.seed,
+        )
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """Return products ``(V, P)`` with the curvature of the new objective, weight decay included."""
+        kept = self.kept_curvature.product(vectors)
+        if not self.forgets:
+            kept = (1 - self.share) * kept + self.share * self.edited_curvature.product(vectors)
+        return kept + self.decay * vectors
+
+    def edited_product(self, vectors: Tensor) -> Tensor:
+        """Return products ``(V, P)`` with the curvature of the edited examples, weight decay included."""
+        return self.edited_curvature.product(vectors) + self.decay * vectors
+
+    @cached_property
+    def squared_norms(self) -> Tensor:
+        """Estimates of ``(H^2)_ii``, ``(P,)``."""
+        return squared_column_norms(self.product, self.gradient, self.options.seed)
+
+    @cached_property
+    def damping(self) -> float:
+        """What is added to the curvature."""
+        if self.options.damping != "auto":
+            return float(self.options.damping)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        noise = torch.randn(len(self.gradient), generator=generator).to(self.gradient)
+        return AUTO_DAMPING * largest_eigenvalue(lambda v: self.product(v[None])[0], noise, steps=6)
+
+    def evidence(self, source: Source | None) -> Evidence:
+        """Return scores of one kind for selection rules."""
+        norms = self.squared_norms if source == "gain" else self.gradient
+        return collect(source, self.plan, self.target, self.gradient, self.product, norms)
+
+    def problem(self, mask: Tensor) -> Problem:
+        """Return the linear problem for a selection ``(P,)``."""
+        options = self.options
+        return Problem(
+            product=self.product,
+            edited_product=self.edited_product if self.forgets else None,
+            gradient=self.gradient,
+            share=self.share,
+            mask=mask.to(self.gradient.device),
+            squared_norms=self.squared_norms,
+            damping=self.damping,
+            definite=options.curvature == "ggn",
+            solver=options.solver,
+            tolerance=options.tolerance,
+            max_steps=options.max_steps,
+            seed=options.seed,
+        )
+
+    def predict(self, change: Tensor) -> tuple[float, float]:
+        """Return what the linearised model predicts for the mean losses of edited and kept examples.
+
+        The gradient of the kept examples follows from that of the edited ones at the optimum.
+
+        Args:
+            change: of the weights, ``(P,)``.
+
+        Returns:
+            The changes of the two losses, to second order.
+        """
+        edited, kept = self.weights
+        old, new = (self.target.terms[name] for name in ("old", "new"))
+        own = (old if self.forgets else new) / edited
+        at_optimum = -(old + (edited + kept) * self.decay * self.theta) / kept
+        bend = [
+            0.5 * float(change @ curvature.product(change[None])[0])
+            for curvature in (self.edited_curvature, self.kept_curvature)
+        ]
+        return float(own @ change) + bend[0], float(at_optimum @ change) + bend[1]

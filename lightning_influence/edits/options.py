@@ -1,0 +1,100 @@
+"""Settings of an edit, checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lightning_influence.edits.directions.base import find_direction
+from lightning_influence.selection.base import SelectionRule, find_rule
+from lightning_influence.selection.selected import check_ratio
+
+Curvature = Literal["ggn", "hessian"]
+Solver = Literal["cg", "lissa", "dense"]
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """Settings of :meth:`~lightning_influence.InfluenceModule.forget` and ``relabel``.
+
+    Attributes:
+        rule: which parameters may change: a registered name or a rule of your own.
+        ratio: share of each layer's parameters, in (0, 1].
+        method: ``"gif"`` (generalized influence function), ``"if"`` (all parameters), ``"fif"`` (the others
+            are frozen), ``"pif"`` (``"if"`` cut to the selection) or ``"second_order"`` (Basu et al. 2020).
+        step: ``"search"`` for a line search on training losses (or ``validation``), ``"theory"`` for the step
+            that influence functions prescribe, or a multiple of that.
+        damping: what is added to the curvature; ``"auto"`` is 1% of its largest eigenvalue. ``"gif"`` adds
+            its square to the normal equations.
+        weight_decay: of the training objective; None for that of the recorded run, and for 0 without one and
+            in a search for a step that forgets, which would multiply the shrinkage as well.
+        curvature: ``"ggn"``, or ``"hessian"``, which may be indefinite and runs a pass for every product.
+        solver: ``"cg"``, ``"lissa"`` (the published iteration, for ``"gif"``) or ``"dense"`` (small models).
+        tolerance: relative residual at which the solver stops.
+        max_steps: most iterations of the solver.
+        linearisations: how often the model is linearised anew; 1 is one shot.
+        curvature_examples: how many edited and how many kept examples the curvature is taken from, those
+            whose outputs curve most; None for all.
+        forgotten_loss: loss from which an example counts as forgotten; None for that of outputs of zero, such
+            as ``log C`` for ``C`` classes.
+        kept_bound: largest rise of the mean loss on kept examples that passes without a warning.
+        memory_budget: bytes for curvature gradients kept in memory; beyond, every product runs a pass.
+        seed: of random choices.
+
+    Raises:
+        ValueError: if one is out of range, saying what was got and what is accepted.
+    """
+
+    rule: str | SelectionRule = "gain"
+    ratio: float = 0.05
+    method: str = "gif"
+    step: float | Literal["search", "theory"] = "search"
+    damping: float | Literal["auto"] = "auto"
+    weight_decay: float | None = None
+    curvature: Curvature = "ggn"
+    solver: Solver = "cg"
+    tolerance: float = 0.02
+    max_steps: int = 40
+    linearisations: int = 1
+    curvature_examples: int | None = 256
+    forgotten_loss: float | None = None
+    kept_bound: float = 0.1
+    memory_budget: int = 2**30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for name in ("weight_decay", "forgotten_loss", "tolerance", "kept_bound"):
+            value, optional = getattr(self, name), name in {"weight_decay", "forgotten_loss"}
+            if not (value is None and optional) and not _at_least_zero(value):
+                raise ValueError(f"Got {name}={value!r}; accepted are finite numbers of at least 0.")
+        for name in ("max_steps", "linearisations", "curvature_examples", "memory_budget", "seed"):
+            value, least = getattr(self, name), 0 if name in {"seed", "memory_budget"} else 1
+            if value is None and name == "curvature_examples":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
+                raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {least}.")
+
+    def _check_choices(self) -> None:
+        find_rule(self.rule)
+        check_ratio(self.ratio)
+        find_direction(self.method)
+        if self.step not in ("search", "theory") and not _positive(self.step):
+            raise ValueError(f"Got step={self.step!r}; accepted are 'search', 'theory' or a positive number.")
+        if self.damping != "auto" and not _at_least_zero(self.damping):
+            raise ValueError(f"Got damping={self.damping!r}; accepted are 'auto' or a number of at least 0.")
+        for name, choices in (("curvature", get_args(Curvature)), ("solver", get_args(Solver))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Got {name}={getattr(self, name)!r}; accepted are {choices}.")
+        if self.solver == "lissa" and self.method != "gif":
+            raise ValueError(f"Got solver='lissa' with method={self.method!r}; it solves method='gif' only.")
+
+
+def _at_least_zero(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and bool(value >= 0)
+
+
+def _positive(value: Any) -> bool:
+    return _at_least_zero(value) and value > 0

@@ -1,0 +1,260 @@
+"""A change of few parameters of a module that can be applied, reverted and stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import torch
+from rich.console import Group, RenderableType
+from rich.jupyter import JupyterMixin
+from torch import Tensor, nn
+
+from lightning_influence.edits.report import EditReport
+from lightning_influence.errors import CorruptFileError, EditMismatchError
+from lightning_influence.results.rendering import facts_table
+from lightning_influence.storage import PathLike, check_kind, load_tensors, save_tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """New values of some entries of one parameter.
+
+    Attributes:
+        index: positions in the flattened parameter, ``(k,)``.
+        before: their values before the edit, ``(k,)``.
+        after: their values with it, ``(k,)``.
+        shape: of the parameter.
+    """
+
+    index: Tensor
+    before: Tensor
+    after: Tensor
+    shape: tuple[int, ...]
+
+
+class ParameterEdit(JupyterMixin):
+    """An edit of a trained module; nothing of the module changes until :meth:`apply`.
+
+    Old and new values are stored as they are, so that applying and reverting are exact to the bit. Applied,
+    the module is an ordinary one: it trains, predicts and is saved by a Trainer as any other.
+
+    Args:
+        model: the module.
+        changes: by parameter name, what changes.
+        report: how it was computed and what it does.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import LightningModule
+        >>> from lightning_influence import InfluenceModule
+        >>> class Line(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(2, 3)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return torch.nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
+        >>> batch = (torch.randn(9, 2), torch.arange(9) % 3)
+        >>> edit = InfluenceModule(Line()).forget([0, 3], [batch], ratio=0.5, step="theory")
+        >>> with edit:
+        ...     edit.applied
+        True
+        >>> edit.applied
+        False
+    """
+
+    KIND: ClassVar[str] = "parameter edit"
+
+    def __init__(self, model: nn.Module, changes: Mapping[str, Change], report: EditReport) -> None:
+        self.model, self.changes, self.report = model, dict(changes), report
+
+    @property
+    def applied(self) -> bool:
+        """Whether the module has the edited values now."""
+        return self._holds("after")
+
+    def apply(self) -> Self:
+        """Give the module the edited values.
+
+        Returns:
+            The edit.
+
+        Raises:
+            EditMismatchError: if the module's weights are not those that the edit was computed for.
+        """
+        if not self._holds("before"):
+            raise EditMismatchError(self._mismatch("applied", "before"))
+        self._write("after")
+        return self
+
+    def revert(self) -> Self:
+        """Give the module the values it had before the edit, to the bit.
+
+        Returns:
+            The edit.
+
+        Raises:
+            EditMismatchError: if the module does not have the edited values, for instance after training on.
+        """
+        if not self._holds("after"):
+            raise EditMismatchError(self._mismatch("reverted", "after"))
+        self._write("before")
+        return self
+
+    def __enter__(self) -> Self:
+        """Apply the edit.
+
+        Returns:
+            The edit.
+        """
+        return self.apply()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Revert the edit, unless the block did."""
+        if not self._holds("before"):
+            self.revert()
+
+    def save(self, path: PathLike) -> Path:
+        """Write the edit to one safetensors file, atomically; the module is not in it.
+
+        Args:
+            path: the file, used as it stands; an existing one is replaced.
+
+        Returns:
+            The path.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, change in self.changes.items():
+            for key in ("index", "before", "after"):
+                tensors[f"{name}/{key}"] = getattr(change, key)
+        shapes = {name: list(change.shape) for name, change in self.changes.items()}
+        save_tensors(path, tensors, {"kind": self.KIND, "shapes": shapes, "report": self.report.to_state()})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: PathLike, model: nn.Module) -> Self:
+        """Read and verify a file that :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            model: the module to edit: with the weights that the edit was computed for, or with the edited
+                ones to revert them.
+
+        Returns:
+            The edit, applied if the module has the edited values.
+
+        Raises:
+            CorruptFileError: if the file is truncated, altered or of another kind.
+            EditMismatchError: if the module has no such parameters.
+        """
+        tensors, metadata = load_tensors(path)
+        check_kind(path, metadata, cls.KIND)
+        try:
+            changes = {
+                name: Change(
+                    tensors[f"{name}/index"],
+                    tensors[f"{name}/before"],
+                    tensors[f"{name}/after"],
+                    tuple(shape),
+                )
+                for name, shape in metadata["shapes"].items()
+            }
+            report = EditReport.from_state(metadata["report"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(f"{str(path)!r} does not hold a sound {cls.KIND}: {error}") from error
+        edit = cls(model, changes, report)
+        edit._parameters()
+        return edit
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that change.
+
+        Raises:
+            EditMismatchError: if the module lacks one, or it has another shape.
+        """
+        own = dict(self.model.named_parameters())
+        for name, change in self.changes.items():
+            if name not in own or tuple(own[name].shape) != change.shape:
+                got = f"shape {tuple(own[name].shape)}" if name in own else "no such parameter"
+                raise EditMismatchError(
+                    f"The edit changes {name!r} of shape {change.shape}; the module has {got}. Pass the "
+                    "module that the edit was computed for."
+                )
+        return {name: own[name] for name in self.changes}
+
+    def _holds(self, which: str) -> bool:
+        """Return whether the module has the values from before or after the edit."""
+        for name, parameter in self._parameters().items():
+            change = self.changes[name]
+            values = parameter.detach().reshape(-1)[change.index.to(parameter.device)].cpu()
+            wanted: Tensor = getattr(change, which)
+            if values.dtype != wanted.dtype or not torch.equal(_bits(values), _bits(wanted)):
+                return False
+        return True
+
+    @torch.no_grad()
+    def _write(self, which: str) -> None:
+        for name, parameter in self._parameters().items():
+            change = self.changes[name]
+            flat = parameter.detach().reshape(-1).clone()
+            flat[change.index.to(flat.device)] = getattr(change, which).to(flat.device)
+            parameter.copy_(flat.view(parameter.shape))
+
+    def _mismatch(self, verb: str, wanted: str) -> str:
+        if self._holds("before" if wanted == "after" else "after"):
+            state = "not applied" if wanted == "after" else "applied already"
+            return f"The edit cannot be {verb}: it is {state}."
+        return (
+            f"The edit cannot be {verb}: the module's weights differ from those {wanted} the edit. They were "
+            "trained, loaded, converted or edited otherwise in the meantime. Load the weights the edit was "
+            "computed for, or compute it anew."
+        )
+
+    def __rich__(self) -> RenderableType:
+        state = "applied" if self.applied else "not applied"
+        title = f"Edit to {self.report.kind} {self.report.edited.examples} examples ({state})"
+        return Group(
+            facts_table(self.report.facts(), title), self.report.layer_table(), self.report.loss_table()
+        )
+
+    def __repr__(self) -> str:
+        report = self.report
+        return (
+            f"ParameterEdit({report.kind!r}, method={report.method!r}, {report.touched:,} of "
+            f"{report.numel:,} parameters)"
+        )
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Return the values as integers: a comparison that tells signs of zero apart and holds for NaN."""
+    return values.contiguous().view(torch.uint8) if values.numel() else values
+
+
+def changes_between(
+    before: Mapping[str, Tensor], after: Mapping[str, Any], masks: Mapping[str, Tensor]
+) -> dict[str, Change]:
+    """Collect what differs between two sets of values.
+
+    Args:
+        before: parameters by name.
+        after: the same with the edit.
+        masks: by name, the entries that the edit may change.
+
+    Returns:
+        The changes by name; without the parameters of which nothing may change.
+    """
+    changes = {}
+    for name, old in before.items():
+        index = masks[name].reshape(-1).nonzero().flatten().cpu()
+        if len(index):
+            olds, news = (part.detach().reshape(-1).cpu()[index].clone() for part in (old, after[name]))
+            changes[name] = Change(index, olds, news, tuple(old.shape))
+    return changes

@@ -1,0 +1,117 @@
+"""Chooses the step of an edit: by theory, as given, or by evaluating the model along the direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_influence.edits.data import EditData
+from lightning_influence.edits.line_search import Found, Point, search_forgetting, search_objective
+from lightning_influence.edits.options import EditOptions
+from lightning_influence.edits.passes import Losses, LossPass
+from lightning_influence.edits.weights import Weights
+from lightning_influence.errors import LossCaptureError, NonFiniteError
+from lightning_influence.layers import LayerPlan
+from lightning_influence.running.base import Runner
+from lightning_influence.running.loaders import IndexedLoader
+
+
+class Stepping:
+    """Evaluates a module along directions, and chooses steps.
+
+    Args:
+        runner: an entered runner on the module.
+        plan: the covered layers.
+        data: the examples.
+        options: settings.
+        weights: the covered weights.
+        sample: dataset indices of the kept examples to look at.
+        validation: loaders to measure the kept loss on in place of these; None without.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        plan: LayerPlan,
+        data: EditData,
+        options: EditOptions,
+        weights: Weights,
+        sample: Tensor,
+        validation: list[IndexedLoader] | None,
+    ) -> None:
+        self._runner, self._plan, self._data, self._options = runner, plan, data, options
+        self._weights, self._sample, self._validation = weights, sample, validation
+        self._knows_chance = True
+
+    def losses(self, chosen: Tensor, *, curvature: bool = False) -> Losses:
+        """Return the losses of some training examples, at their new targets if they have any.
+
+        Args:
+            chosen: their dataset indices.
+            curvature: whether to measure the curvature in the outputs too.
+        """
+        one_pass = LossPass(self._plan, self._data, chosen, curvature=curvature)
+        return self._run(one_pass, self._data.subset(chosen)).result()
+
+    def kept_loss(self, chosen: Tensor) -> float:
+        """Return the mean loss on kept examples, or on the validation data if there is any."""
+        if self._validation is None:
+            return self.losses(chosen).mean()
+        return self._run(LossPass(self._plan, None), self._validation).result().mean()
+
+    def choose(self, start: Tensor, unit: Tensor, shares: tuple[float, float]) -> Found:
+        """Choose a multiple of a change.
+
+        Args:
+            start: change of the weights so far, ``(P,)``.
+            unit: the theoretical step, ``(P,)``.
+            shares: of the edited and the kept examples in the objective.
+
+        Returns:
+            The step.
+
+        Raises:
+            LossCaptureError: if it is not known which loss counts as forgotten.
+        """
+        asked = self._options.step
+        if asked != "search":
+            return Found(1.0 if asked == "theory" else float(asked), True, 0)
+        forgets = self._data.targets is None
+        if forgets and self._options.forgotten_loss is None and not self._knows_chance:
+            raise LossCaptureError(
+                "The outputs behind the module's `influence_loss` are not known, so neither is the loss of a "
+                "model that knows nothing. Pass forgotten_loss= (the loss from which an example counts as "
+                "forgotten), or step='theory'."
+            )
+
+        def evaluate(step: float) -> Point | None:
+            self._weights.move(start + step * unit)
+            try:
+                return self._point(shares, with_kept=not forgets)
+            except NonFiniteError:
+                return None
+            finally:
+                self._weights.move(start)
+
+        if forgets:
+            return search_forgetting(evaluate)
+        now = evaluate(0.0)
+        return search_objective(evaluate, float("inf") if now is None else now.objective)
+
+    def _point(self, shares: tuple[float, float], *, with_kept: bool) -> Point:
+        edited = self.losses(self._data.edited)
+        kept = self.kept_loss(self._sample) if with_kept else 0.0
+        given = self._options.forgotten_loss
+        chance = edited.chance if given is None else given * edited.weights
+        return Point(edited.values - chance, shares[0] * edited.mean() + shares[1] * kept)
+
+    def _run(self, one_pass: LossPass, loaders: Any) -> LossPass:
+        self._runner.run(one_pass, loaders)
+        self._knows_chance &= one_pass.knows_chance
+        return one_pass
+
+    @property
+    def searches_forgetting(self) -> bool:
+        """Whether the step is the one at which the examples are forgotten."""
+        return self._options.step == "search" and self._data.targets is None
