@@ -82,7 +82,9 @@ class Parameters:
             start += numel
 
 
-def add_hessian_products(out: Tensor, plan: LayerPlan, captured: Captured, vectors: Tensor) -> None:
+def add_hessian_products(
+    out: Tensor, plan: LayerPlan, captured: Captured, vectors: Tensor, rows: Tensor | None = None
+) -> None:
     """Add ``sum_n H_n v`` for the Hessians of the unnormalised per-example losses.
 
     Args:
@@ -90,15 +92,16 @@ def add_hessian_products(out: Tensor, plan: LayerPlan, captured: Captured, vecto
         plan: the covered layers.
         captured: a batch, from a forward pass under :func:`differentiable_twice`.
         vectors: ``(V, P)``.
+        rows: which examples of the batch are meant; all if None.
 
     Raises:
         UnsupportedModelError: if the model has no second derivatives.
     """
     parameters = Parameters(plan, captured)
+    losses = captured.per_example()
+    value = (losses if rows is None else losses[rows.to(losses.device)]).sum()
     with _explained("Hessian"):
-        first = torch.autograd.grad(
-            captured.per_example().sum(), parameters.tensors, create_graph=True, allow_unused=True
-        )
+        first = torch.autograd.grad(value, parameters.tensors, create_graph=True, allow_unused=True)
         _refuse_once_differentiable(first)
         for part in chunks(len(vectors), parameters, captured):
             products = _vjp(first, parameters.tensors, parameters.split(vectors[part]))
@@ -208,9 +211,7 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        if not any(
-            sign in text for sign in ("is not implemented", "once_differentiable", "not differentiable")
-        ):
+        if not any(sign in text for sign in _NO_DERIVATIVE):
             raise
         raise UnsupportedModelError(
             f"The {what} needs second derivatives, and an operation of the model has none ({text}). Use "

@@ -7,13 +7,14 @@ products and no forward or backward pass; where they do not fit, every product i
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.differentiation import add_hessian_products, differentiable_twice
 from lightning_influence.edits.data import EditData
-from lightning_influence.edits.hessian import hessian_products
 from lightning_influence.edits.passes import MAX_COLUMNS, rows_of
 from lightning_influence.edits.sampling import Sample
 from lightning_influence.errors import NonFiniteError
@@ -126,12 +127,12 @@ class _ProductPass:
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        captured = self.forward(module, self._data.view(batch, indices), len(indices))
+        with differentiable_twice(module) if self._exact else contextlib.nullcontext():
+            captured = self.forward(module, self._data.view(batch, indices), len(indices))
         rows = self._rows(indices)
         self.weight += float(captured.weights[rows.to(captured.weights.device)].sum())
         if self._exact:
-            value = captured.per_example()[rows.to(captured.weights.device)].sum()
-            self.total += hessian_products(value, self._plan.layers, self._vectors)
+            add_hessian_products(self.total, self._plan, captured, self._vectors, rows)
             return
         gradients = {name: layer.select(rows) for name, layer in self._gradients(captured).items()}
         self._layout.add_combination(self.total, gradients, self._layout.dot(gradients, self._vectors))
