@@ -316,3 +316,13 @@ def test_a_dataset_of_tuples():
         DataLoader(TensorDataset(torch.arange(3.0), torch.arange(3)), batch_size=2, shuffle=True)
     )
     assert [(x.tolist(), i.tolist()) for (x, _), i in loader.shard()] == [([0, 1], [0, 1]), ([2], [2])]
+
+
+def test_a_loader_is_cut_to_single_examples_or_to_batches_that_hold_any():
+    wanted = torch.tensor([1, 4, 7])
+    [loader] = prepare(DataLoader(range(9), batch_size=2, shuffle=True))
+    assert [indices.tolist() for _, indices in loader.only(wanted).shard()] == [[1, 4], [7]]
+    [own] = prepare([torch.zeros(3, 1), torch.zeros(2, 1), torch.zeros(4, 1)])
+    assert [indices.tolist() for _, indices in own.with_any(wanted[:2]).shard()] == [[0, 1, 2], [3, 4]]
+    with pytest.raises(ValueError, match="library's own order"):
+        own.only(wanted)
