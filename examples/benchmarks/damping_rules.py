@@ -61,11 +61,11 @@ class Facts:
 
 Rule = Callable[[Facts], Tensor]
 RULES: dict[str, Rule] = {
-    "w + u (auto)": lambda f: f.w + f.u,
+    "w + u": lambda f: f.w + f.u,
     "2 (w + u)": lambda f: 2 * (f.w + f.u),
     "3 (w + u)": lambda f: 3 * (f.w + f.u),
     "w + 2 u *": lambda f: f.w + 2 * f.u,
-    "w + 4 u *": lambda f: f.w + 4 * f.u,
+    "w + 4 u * (auto)": lambda f: f.w + 4 * f.u,
     "w + u/a": lambda f: f.w + f.u / f.a,
     "w + 2 u/a *": lambda f: f.w + 2 * f.u / f.a,
     "w + 3 u/a *": lambda f: f.w + 3 * f.u / f.a,

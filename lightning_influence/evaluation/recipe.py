@@ -117,7 +117,8 @@ class Recipe:
     def damping(self, num_examples: int) -> float:
         """Return the curvature that a run of SGD does not resolve, plus weight decay.
 
-        That is ``w + (1 - momentum) / sum_k lr_k`` (Bae et al. 2024).
+        That is ``w + (1 - momentum) / sum_k lr_k`` (Bae et al. 2024), before the factor on its second term
+        that ``damping="auto"`` has.
 
         Args:
             num_examples: examples the run trains on.

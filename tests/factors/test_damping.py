@@ -69,7 +69,7 @@ def test_sgd_rule() -> None:
     record = stepped(optimizer, [0.1, 0.2, 0.1])
     record.loss_scale = 4.0
     values, origin = resolve_damping("auto", factors(), record, solver="full")
-    assert values == pytest.approx(dict.fromkeys("02", (0.01 + 1 / 0.8) / 4))
+    assert values == pytest.approx(dict.fromkeys("02", (0.01 + 4 / 0.8) / 4))
     assert "3 steps of SGD" in origin
 
 
@@ -85,7 +85,7 @@ def test_adam_rules(optimizer_class) -> None:
         layer.weight_decay = 0.02
     values, origin = resolve_damping("auto", factors(), record, solver="full")
     adam = optimizer_class is torch.optim.Adam
-    expected = 0.02 + 0.501 / 0.4 if adam else 0.501 * (0.02 + 1 / 0.4)
+    expected = 0.02 + 4 * 0.501 / 0.4 if adam else 0.501 * (0.02 + 4 / 0.4)
     assert values == pytest.approx(dict.fromkeys("02", expected), rel=1e-5)
     assert f"of {optimizer_class.__name__} " in origin
 
@@ -139,7 +139,7 @@ def test_without_a_record_full_solvers_use_the_level_of_the_eigenvalues() -> Non
 def test_layer_that_no_step_updated() -> None:
     record = TrainingRecord(steps=5, layers={"0": LayerRecord(rate=2.0)})
     values, origin = resolve_damping("auto", factors(), record, solver="full")
-    assert values == {"0": 0.5, "2": LEVEL}
+    assert values == {"0": 2.0, "2": LEVEL}
     assert "for ['2'], which no step updated" in origin
 
 
