@@ -77,7 +77,8 @@ def test_the_mean_square_error_falls_below_the_stable_step(seed, share, batch):
     problem = FiniteSum(N=60, P=6, damping=0.1)
     scale = scale_of(problem)
     step = share * scale.stable_step(batch)
-    assert step >= share * 2 / (scale.top + scale.noise(batch))  # longer than the paper's
+    published = share * 2 / (scale.top + scale.noise(batch))
+    assert step >= published * (1 - 1e-12)  # at least the paper's; equal without noise, but for rounding
     identity = torch.eye(problem.P, dtype=torch.float64)
     norms = problem.rows.square().sum(dim=1, keepdim=True)
     second = (problem.rows * norms).T @ problem.rows / problem.N  # E[h^2]
