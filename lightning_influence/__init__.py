@@ -3,6 +3,7 @@
 from lightning_influence.attributions import Attributions
 from lightning_influence.callback import InfluenceCallback
 from lightning_influence.edits.parameter_edit import ParameterEdit
+from lightning_influence.ensembles import average_attributions
 from lightning_influence.module import InfluenceModule
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.labels import Labels
@@ -18,6 +19,7 @@ __all__ = [
     "Labels",
     "ParameterEdit",
     "SelfInfluence",
+    "average_attributions",
     "influence",
     "self_influence",
 ]

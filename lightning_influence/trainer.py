@@ -5,15 +5,11 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_influence.attributions import Attributions
-from lightning_influence.callback import InfluenceCallback
-from lightning_influence.collecting.store import state_from_checkpoint
-from lightning_influence.engine import Engine
 from lightning_influence.factors.factors import Factors
 from lightning_influence.loggers import log_attributions
 from lightning_influence.measurements import Measurement
@@ -22,8 +18,7 @@ from lightning_influence.passes.captured import Fisher
 from lightning_influence.question import Question
 from lightning_influence.results.labels import Labels
 from lightning_influence.results.self_influence import SelfInfluence
-from lightning_influence.running.predict import TrainerRunner
-from lightning_influence.state import InfluenceState
+from lightning_influence.session import Session, over_checkpoints
 
 
 def influence(
@@ -37,7 +32,7 @@ def influence(
     damping: Damping = "auto",
     measurement: Measurement | None = None,
     top_k: int | None = None,
-    ckpt_path: str | None = None,
+    ckpt_path: str | os.PathLike[str] | Sequence[str] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
     fisher: Fisher | None = None,
@@ -77,6 +72,8 @@ def influence(
             module's ``influence_measurement``, which is also the default if it is defined; else the loss.
         top_k: keep only the strongest ``top_k`` at either end of each ranking; all scores if None.
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
+            A list of them, such as runs that differ in the seed alone, gives the average of their answers,
+            which predicts retraining better than one (the module keeps its own weights then).
         layers: names or shell patterns of the layers to cover; all supported ones if None.
         factors: factors to use, or ``"refit"`` to fit them anew; by default the callback's, if it has any.
         fisher: what factors are made of: ``"sampled"`` labels, ``"exact"`` or ``"empirical"``; None uses
@@ -115,13 +112,22 @@ def influence(
         **further,
     )
     question = Question(method, measurement, top_k, layers, options)
-    session = _Session(trainer, model, datamodule, ckpt_path, factors)
-    with session.runner:
-        engine = session.engine(question)
-        train = session.train_loader(train_dataloaders)
-        queries = session.runner.query_dataloaders() if query_dataloaders is None else query_dataloaders
-        attributions = engine.attribute(train, queries)
-        session.keep()
+
+    def answer(path: str | None) -> Attributions:
+        session = Session(trainer, model, datamodule, path, factors)
+        with session.runner:
+            engine = session.engine(question)
+            train = session.train_loader(train_dataloaders)
+            queries = session.runner.query_dataloaders() if query_dataloaders is None else query_dataloaders
+            attributions = engine.attribute(train, queries)
+            session.keep()
+        return attributions
+
+    if ckpt_path is None or isinstance(ckpt_path, str | os.PathLike):
+        attributions = answer(None if ckpt_path is None else os.fspath(ckpt_path))
+    else:
+        _check_several(top_k, factors)
+        attributions = over_checkpoints(trainer, model, ckpt_path, answer)
     if log:
         _log(trainer, attributions, name, labels)
     return attributions
@@ -185,7 +191,7 @@ def self_influence(
         **further,
     )
     question = Question(method, layers=layers, options=options)
-    session = _Session(trainer, model, datamodule, ckpt_path, factors)
+    session = Session(trainer, model, datamodule, ckpt_path, factors)
     with session.runner:
         engine = session.engine(question)
         result = engine.self_influence(session.train_loader(train_dataloaders))
@@ -209,78 +215,21 @@ def attach(trainer: Trainer) -> None:
             setattr(trainer, function.__name__, functools.partial(function, trainer))
 
 
-class _Session:
-    """One call: the borrowed Trainer, and the state that the call starts from and leaves."""
+def _check_several(top_k: int | None, factors: Factors | Literal["refit"] | None) -> None:
+    """Refuse what has no meaning over several checkpoints.
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        model: LightningModule | None,
-        datamodule: LightningDataModule | None,
-        ckpt_path: str | None,
-        factors: Factors | Literal["refit"] | None,
-    ) -> None:
-        host: Any = trainer  # its callbacks are declared nowhere
-        self._own = next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
-        self._reader = _CheckpointReader()
-        self._factors = factors
-        restore: list[Callback] = [self._reader] if self._own is None else [self._own, self._reader]
-        self.runner = TrainerRunner(
-            trainer, model, datamodule=datamodule, ckpt_path=ckpt_path, restore=restore
+    Raises:
+        ValueError: saying what to do.
+    """
+    if top_k is not None:
+        raise ValueError(
+            f"Got top_k={top_k} with several checkpoints, whose average needs all scores; omit top_k."
         )
-        self._fitted = trainer.train_dataloader  # now: loading a checkpoint lets go of it for the time being
-
-    def engine(self, question: Question) -> Engine:
-        """Return the engine, with the state that is there once a checkpoint has been loaded.
-
-        Raises:
-            TypeError: if the factors are of a wrong type.
-        """
-        self._state = self._found()
-        if self._factors == "refit":
-            self._state = InfluenceState(record=self._state.record)
-        elif isinstance(self._factors, Factors):
-            self._state = replace(self._state, factors=self._factors, factors_key="")
-        elif self._factors is not None:
-            raise TypeError(
-                f"Got factors of type {type(self._factors).__name__}; accepted are Factors, 'refit' or None."
-            )
-        return Engine(self.runner, self._state, question, checkpoint=self.runner.ckpt_path)
-
-    def _found(self) -> InfluenceState:
-        """Return the state of this Trainer's callback, or of any callback in the checkpoint."""
-        if self._own is not None and (self._reader.state is None or self._own in self.runner.restored):
-            return self._own.influence_state
-        return self._reader.state or InfluenceState()
-
-    def train_loader(self, given: Any) -> Any:
-        """Return the loader that was given, or those of the datamodule, the last fit, or the module."""
-        if given is not None:
-            return given
-        if self._fitted is None or self.runner.datamodule is not None:
-            return self.runner.train_dataloaders()
-        return self._fitted
-
-    def keep(self) -> None:
-        """Let the callback keep what later queries can use; given factors serve this call only."""
-        if self._own is None:
-            return
-        if isinstance(self._factors, Factors):
-            known = self._found()
-            self._state = replace(self._state, factors=known.factors, factors_key=known.factors_key)
-        self._own.influence_state = self._state
-
-
-class _CheckpointReader(Callback):
-    """Finds the state of any influence callback in a checkpoint, for a Trainer that has none of the kind."""
-
-    state: InfluenceState | None = None
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Read the state."""
-        self.state = state_from_checkpoint(checkpoint)
+    if isinstance(factors, Factors):
+        raise ValueError(
+            "Got factors with several checkpoints; factors belong to one. Omit them: those in each file are "
+            "used, or fitted."
+        )
 
 
 def _log(trainer: Trainer, result: Attributions | SelfInfluence, name: str, labels: Labels | None) -> None:

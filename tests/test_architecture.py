@@ -19,8 +19,8 @@ LEVELS = [
     {"factors", "passes", "curvature", "measurements", "results", "running"},
     {"solvers", "selection", "evaluation", "attributions"},
     {"methods", "state", "collecting", "plots", "question"},
-    {"engine", "loggers", "harness", "edits"},
-    {"callback", "trainer", "module"},
+    {"engine", "ensembles", "loggers", "harness", "edits"},
+    {"callback", "session", "trainer", "module"},
     {"__init__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

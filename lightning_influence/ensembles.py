@@ -1,0 +1,99 @@
+"""Averages of attributions over several models: other seeds, or other checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_influence.attributions import Attributions
+from lightning_influence.results.diagnostics import Diagnostics
+
+
+def average_attributions(parts: Sequence[Attributions]) -> Attributions:
+    """Average the scores of several models trained alike, for the same queries and training examples.
+
+    What one run happens to learn differs between seeds; the average is nearer to what retraining does on
+    average. ``diagnostics.extra["agreement"]`` is the mean correlation of two models' scores of a query: near
+    1, one model would have told as much; near 0, no single model's ranking is to be trusted.
+
+    Args:
+        parts: attributions with all scores.
+
+    Returns:
+        Mean scores in the same unit and sign; residuals are each query's largest, dampings the mean.
+
+    Raises:
+        ValueError: if there are none, some have no full scores, or they answer different questions.
+    """
+    if not parts:
+        raise ValueError("Got no attributions; pass at least one.")
+    first = parts[0]
+    for number, part in enumerate(parts):
+        _check_alike(first, part, number)
+    scores = [part.scores for part in parts if part.scores is not None]
+    mean = torch.stack([part.double() for part in scores]).mean(dim=0).to(scores[0].dtype)
+    return dataclasses.replace(
+        first, scores=mean, diagnostics=_joined([p.diagnostics for p in parts], scores)
+    )
+
+
+def _check_alike(first: Attributions, part: Attributions, number: int) -> None:
+    """Refuse attributions that cannot be added up.
+
+    Raises:
+        ValueError: saying what differs.
+    """
+    if part.scores is None:
+        raise ValueError(f"Attributions {number} hold both ends of the rankings only; ask without top_k.")
+    pairs = {
+        "train_indices": (first.train_indices, part.train_indices),
+        "query_indices": (first.query_indices, part.query_indices),
+        "query_dataloaders": (first.query_dataloaders, part.query_dataloaders),
+    }
+    differing = [name for name, (a, b) in pairs.items() if not _equal(a, b)]
+    if first.diagnostics.measurement != part.diagnostics.measurement:
+        differing.append("the measurement")
+    if differing:
+        raise ValueError(
+            f"Attributions 0 and {number} differ in {', '.join(differing)}; accepted are answers to the same "
+            "question by different models."
+        )
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _joined(parts: Sequence[Diagnostics], scores: Sequence[Tensor]) -> Diagnostics:
+    first, count = parts[0], len(parts)
+    residuals = [part.residuals for part in parts if part.residuals is not None]
+    return dataclasses.replace(
+        first,
+        damping={
+            name: sum(part.damping.get(name, value) for part in parts) / count
+            for name, value in first.damping.items()
+        },
+        damping_origin=f"{first.damping_origin}; mean of {count} models",
+        residuals=torch.stack(residuals).amax(dim=0) if len(residuals) == count else None,
+        passes=[facts for part in parts for facts in part.passes],
+        seconds=sum(part.seconds for part in parts),
+        checkpoint=", ".join(part.checkpoint or "the weights in memory" for part in parts),
+        warnings=list(dict.fromkeys(warning for part in parts for warning in part.warnings)),
+        extra={**first.extra, "models": count, "agreement": _agreement(scores)},
+    )
+
+
+def _agreement(scores: Sequence[Tensor]) -> float | None:
+    """Return the mean correlation over queries and pairs of models; None for one model alone."""
+    if len(scores) < 2:
+        return None
+    stacked = torch.stack([part.double() for part in scores])  # (models, Q, N)
+    centred = stacked - stacked.mean(dim=2, keepdim=True)
+    norms = centred.norm(dim=2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    unit = centred / norms
+    count = len(scores)
+    together = unit.sum(dim=0).square().sum(dim=1) - unit.square().sum(dim=(0, 2))  # twice the pairs' sum
+    return float((together / (count * (count - 1))).mean())
