@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from lightning_influence.methods.context import Context
 from lightning_influence.passes.scores import Scorer
 
 Gradients = Mapping[str, LayerGradients]
+Queries = MutableMapping[str, LayerGradients]
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Method(ABC):
         """Run whatever passes do not depend on the queries."""
 
     @abstractmethod
-    def solve(self, queries: Gradients) -> Solved:
-        """Solve for query gradients, ``K = 1``."""
+    def solve(self, queries: Queries) -> Solved:
+        """Solve for query gradients, ``K = 1``; the mapping may be emptied."""
 
     @abstractmethod
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,14 @@ from lightning_influence.factors.factors import Factors
 from lightning_influence.factors.inverse import BlockInverse, EigenInverse
 from lightning_influence.factors.statistics import LayerStatistics
 from lightning_influence.layers.layout import Layout
-from lightning_influence.methods.base import Gradients, Method, Solved, identity_inverse, register_method
+from lightning_influence.methods.base import (
+    Gradients,
+    Method,
+    Queries,
+    Solved,
+    identity_inverse,
+    register_method,
+)
 from lightning_influence.methods.fitting import fitted_diagonal, fitted_factors
 from lightning_influence.solvers.scoring import PreconditionedScorer
 from lightning_influence.solvers.squares import PreconditionedSquares
@@ -22,10 +29,10 @@ class ClosedForm(Method):
 
     inverse: BlockInverse
 
-    def solve(self, queries: Gradients) -> Solved:
+    def solve(self, queries: Queries) -> Solved:
         """Return the solutions: apply the inverse, within the scores where that is cheaper."""
         tolerance = self.context.options.low_rank_tolerance
-        scorer = PreconditionedScorer(self.inverse, queries, tolerance=tolerance)
+        scorer = PreconditionedScorer(self.inverse, queries, tolerance=tolerance, consume=True)
         if scorer.ranks:
             self.context.extra["low_rank"] = dict(scorer.ranks)
         return Solved(scorer)

@@ -114,7 +114,7 @@ class Auto(Method):
 
     def _scorer(self, queries: Gradients, correction: Correction) -> PreconditionedScorer:
         tolerance = self.context.options.low_rank_tolerance
-        scorer = PreconditionedScorer(self.inverse, queries, correction=correction, tolerance=tolerance)
+        scorer = PreconditionedScorer(self.inverse, dict(queries), correction=correction, tolerance=tolerance)
         if scorer.ranks:
             self.context.extra["low_rank"] = dict(scorer.ranks)
         return scorer

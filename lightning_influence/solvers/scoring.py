@@ -8,7 +8,7 @@ checked on the first training batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,17 +65,20 @@ class PreconditionedScorer:
         queries: query gradients by layer, ``K = 1``.
         correction: directions to add.
         tolerance: largest relative error of a layer's scores from the low-rank route; 0 forbids it.
+        consume: take a layer out of ``queries`` once it is solved, so that not both have to fit in memory.
     """
 
     def __init__(
         self,
         inverse: BlockInverse,
-        queries: Mapping[str, LayerGradients],
+        queries: MutableMapping[str, LayerGradients],
         *,
         correction: Correction | None = None,
         tolerance: float = 1e-3,
+        consume: bool = False,
     ) -> None:
-        self._inverse, self._queries, self._correction = inverse, dict(queries), correction
+        self._inverse, self._correction = inverse, correction
+        self._queries = queries if consume else dict(queries)
         self._tolerance = tolerance
         self.ranks: dict[str, int] = {}
         self._dense: dict[str, Tensor] = {}
