@@ -64,7 +64,7 @@ class Engine:
         context = method.context
         asked = self._queries(context, measured, query_loaders)
         solved = method.solve(asked.gradients)
-        asked.gradients.clear()  # the scores need the memory
+        asked = replace(asked, gradients={})  # the scores need the memory
         k = self._question.top_k
         sink = Columns() if k is None else StreamingExtremes(len(asked.indices), k)
         scoring = ScorePass(context.plan, solved.scorer, sink)
