@@ -86,6 +86,20 @@ close(
     trainer.influence(module, train, DataLoader(queries), log=False, **converged).scores,
     alone.scores(train, DataLoader(queries), **converged).scores,
 )
+for method, further in (
+    ("cg", {}),
+    ("cg", {"memory_budget": 2000}),
+    ("minres", {"curvature": "hessian"}),
+    ("astra", {}),
+    ("lissa", {}),
+    ("lissa", {"batch_size": 4}),
+):
+    options = {"layers": ["body.*"], "method": method, "damping": 0.1, "tolerance": 1e-9, **exact, **further}
+    options["max_steps"] = 5000
+    ours = trainer.influence(module, train, DataLoader(queries), log=False, **options)
+    theirs = alone.scores(DataLoader(data, batch_size=13), DataLoader(queries), **options)
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-5, atol=1e-9)
+    assert ours.diagnostics.residuals.max() <= 1e-9
 first = torch.utils.data.Subset(data, [4])  # one example for two processes
 for method in ("ekfac", "diagonal", "exact", "hessian", "block_ggn", "auto", "identity"):
     options = {"method": method, "damping": 0.1, "max_steps": 0, **exact}

@@ -97,7 +97,7 @@ def render(rows: list[Row]) -> Table:
     """The table of all tasks."""
     table = Table(title="Exact Gauss-Newton scores: damping='auto' against the best of a grid")
     for column in ("task", "auto", "LDS at auto", "95% interval", "best of grid", "LDS", "gap"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+        table.add_column(column, justify="left" if column == "task" else "right", no_wrap=column == "task")
     for row in rows:
         ends = f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
         gap = row.best_score - row.auto_score

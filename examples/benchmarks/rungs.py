@@ -19,6 +19,7 @@ from torch import Tensor
 from truth import CHUNK, Truth
 
 from lightning_influence import InfluenceModule
+from lightning_influence.curvature.factored import FactoredOperator
 from lightning_influence.curvature.operator import BlockOperator, GaussNewtonOperator, HessianOperator
 from lightning_influence.evaluation import compare, random_subsets, retrain
 from lightning_influence.layers import find_layers
@@ -52,15 +53,9 @@ class Source:
     def ekfac(self) -> Tensor:
         """Return EK-FAC's matrix in float64, from exact columns."""
         factors = InfluenceModule(self.module).fit_factors(self.task.pass_loader(), fisher="exact")
-        inverse = block_inverse(
-            self.layout, factors, dict.fromkeys(self.plan.layers, 0.0), measured_eigenvalues
-        )
-        blocks = []
-        for layer in inverse.layers.values():
-            assert layer.basis is not None
-            basis = torch.kron(layer.basis.q_out[0].double(), layer.basis.q_in[0].double())
-            blocks.append((basis * layer.eigenvalues.double().flatten()) @ basis.T)
-        return torch.block_diag(*blocks)
+        undamped = dict.fromkeys(self.plan.layers, 0.0)
+        inverse = block_inverse(self.layout, factors, undamped, measured_eigenvalues)
+        return FactoredOperator(inverse, len(self.task.train)).dense()
 
 
 def scores(eigen: tuple[Tensor, Tensor], damping: float, queries: Tensor, train: Tensor) -> Tensor:

@@ -77,8 +77,9 @@ class BlockProductPass(CurvatureProductPass):
 
     def _add_by_columns(self, captured: Captured) -> None:
         gradients = self._gradients(captured)
+        dtype = next(iter(gradients.values())).outputs.dtype
         start = 0
-        for name, vectors in self.layout.split(self.vectors).items():
+        for name, vectors in self.layout.split(self.vectors.to(dtype)).items():
             end = start + self.layout.numels[name]
             if name in gradients:
                 total = self._sum[:, start:end].view(len(vectors), *self.layout.shapes[name])

@@ -213,9 +213,9 @@ def _explained(what: str) -> Iterator[None]:
         ):
             raise
         raise UnsupportedModelError(
-            f"The {what} needs second derivatives, and an operation of the model has none ({text}). Use a "
-            "method or curvature of first derivatives (method='auto', 'exact' or 'block_ggn', "
-            "curvature='ggn'), or write that operation with differentiable ones."
+            f"The {what} needs second derivatives, and an operation of the model has none ({text}). Use "
+            "what takes first derivatives only (method='auto', 'exact' or 'block_ggn', curvature='ggn', "
+            "fisher='sampled' where outputs are many), or write that operation with differentiable ones."
         ) from error
 
 

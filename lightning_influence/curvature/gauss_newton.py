@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.base import AveragingPass
 from lightning_influence.curvature.differentiation import add_gauss_newton_products, differentiable_twice
+from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.passes.captured import MAX_COLUMNS, Captured, Fisher
 from lightning_influence.passes.statistics import label_generator
@@ -108,6 +109,7 @@ class CurvatureProductPass(CurvaturePass):
         self.description = description
         self.vectors = vectors
         self._plan = plan
+        self._twice = True
         self._sum = torch.zeros_like(vectors)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
@@ -117,15 +119,36 @@ class CurvatureProductPass(CurvaturePass):
             return
         with differentiable_twice(module):
             captured = self._capture(module, batch, len(indices))
-            if self._autograd_is_cheaper(captured):
-                self._add_by_autograd(captured)
-            else:
+            if not self._autograd_is_cheaper(captured) or not self._tried_autograd(captured):
                 self._add_by_columns(captured)
 
     def _add_by_columns(self, captured: Captured) -> None:
         gradients = self._gradients(captured)
-        products = self.layout.dot(gradients, self.vectors)
-        self.layout.add_combination(self._sum, gradients, products)
+        vectors = self.vectors.to(next(iter(gradients.values())).outputs.dtype)
+        products = self.layout.dot(gradients, vectors)
+        out = self._sum if vectors.dtype == self._sum.dtype else torch.zeros_like(vectors)
+        self.layout.add_combination(out, gradients, products)
+        if out is not self._sum:
+            self._sum += out
+
+    def _tried_autograd(self, captured: Captured) -> bool:
+        """Take the way through autograd.
+
+        Returns:
+            Whether it was possible: not for a model without second derivatives.
+
+        Raises:
+            UnsupportedModelError: if it has none, and there are too many columns for the other way.
+        """
+        if not self._twice:
+            return False
+        try:
+            self._add_by_autograd(captured)
+        except UnsupportedModelError:  # raised by the first derivative of a gradient: nothing was added
+            if self.columns is None or self.columns > MAX_COLUMNS:
+                raise
+            self._twice = False
+        return self._twice
 
     def _add_by_autograd(self, captured: Captured) -> None:
         add_gauss_newton_products(self._sum, self._plan, captured, self.vectors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.estimates import Estimate, mean_of, random_vectors
-from lightning_influence.curvature.operator_base import LinearOperator
+from lightning_influence.curvature.operator_base import LinearOperator, SampledOperator
 
 
 def trace_of_square(
@@ -47,7 +47,7 @@ def trace_of_square(
 
 
 def example_variance(
-    operator: LinearOperator,
+    operator: SampledOperator,
     directions: Tensor,
     trace: float,
     *,
@@ -70,16 +70,19 @@ def example_variance(
         operator: ``H``.
         directions: ``v``, ``(V, P)``.
         trace: ``Tr(H)``.
-        count: ``b``; single examples are best. Where only whole batches can be drawn, these count as ``b``.
+        count: ``b``; single examples are best. Where only whole batches can be drawn, ``b`` is their size,
+            and the batches are taken for random ones.
         minibatches: how many are drawn.
         seed: of the minibatches.
 
     Returns:
-        The largest ratio, with its standard error over the minibatches.
+        The largest ratio, with its standard error over the minibatches. If every minibatch is all the data (a
+        single ready-made batch), what is known is ``E||h_x v||^2 >= ||H v||^2``: the ratio of that, with None
+        as error.
 
     Raises:
-        ValueError: if the minibatches are all the data, the trace is not positive, or no direction has
-            positive curvature.
+        ValueError: if ``count`` is all the data, the trace is not positive, or no direction has positive
+            curvature.
     """
     total = operator.num_examples
     if not 1 <= count < total:
@@ -90,16 +93,19 @@ def example_variance(
     along = (directions.double() * full).sum(1)
     if not bool((along > 0).any()):
         raise ValueError("None of the directions has positive curvature. Pass leading eigenvectors.")
-    squares = torch.stack([
-        operator.batch_product(directions, count, _seed(seed, number, 3)).double().square().sum(1)
-        for number in range(minibatches)
-    ])  # (minibatches, V)
     mean = full.square().sum(1)
-    factor = count * (total - 1) / (total - count)
-    singles = mean + factor * (squares - mean)
+    samples = []
+    for number in range(minibatches):
+        chosen = _seed(seed, number, 3)
+        size = operator.batch_examples(count, chosen)
+        if size < total:
+            squares = operator.batch_product(directions, count, chosen).double().square().sum(1)
+            samples.append(mean + size * (total - 1) / (total - size) * (squares - mean))
+    singles = torch.stack(samples or [mean])
     ratios = singles / (trace * along)
     best = int(torch.where(along > 0, ratios.mean(0), -torch.inf).argmax())
-    return mean_of(ratios[:, best])
+    found = mean_of(ratios[:, best])
+    return found if samples else Estimate(found.value, None)
 
 
 def _seed(seed: int, number: int, purpose: int) -> int:

@@ -62,6 +62,14 @@ class LinearOperator(Protocol):
         ...
 
 
+class SampledOperator(LinearOperator, Protocol):
+    """An operator that tells how large its minibatches are."""
+
+    def batch_examples(self, count: int, seed: int) -> int:
+        """Number of examples in the minibatch of this seed."""
+        ...
+
+
 class CurvatureOperator(ABC):
     """``H`` as products over the training data; every product is one pass whatever the number of vectors.
 
@@ -142,6 +150,10 @@ class CurvatureOperator(ABC):
         one_pass = self._run(self._product_pass(vectors.detach(), seed), self._train.sample(count, seed))
         result: Tensor = one_pass.result(self._runner.all_reduce_sum, mean_weight)
         return result
+
+    def batch_examples(self, count: int, seed: int) -> int:
+        """Return how many examples :meth:`batch_product` takes: ``count``, unless whole batches are drawn."""
+        return self._train.sample(count, seed).num_examples
 
     def dense(self, max_parameters: int = MAX_PARAMETERS) -> Tensor:
         """Return ``H``, ``(P, P)``, in float64, for small models.

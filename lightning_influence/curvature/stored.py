@@ -19,7 +19,7 @@ from lightning_influence.layers import DenseGradients, FactoredGradients, LayerG
 from lightning_influence.layers.factored import concatenate
 from lightning_influence.layers.layout import Layout
 from lightning_influence.layers.recorder import check_finite, compact
-from lightning_influence.passes.captured import Fisher
+from lightning_influence.passes.captured import MAX_COLUMNS, Fisher
 
 # Examples whose gradients are formed at once when norms of products are taken.
 _EXAMPLES = 64
@@ -37,7 +37,7 @@ class StoragePass(CurvaturePass):
         seed: see there.
 
     Attributes:
-        fits: whether everything stayed below the limit.
+        fits: whether everything stayed below the limit, with few enough columns to use each.
     """
 
     description = "Influence: curvature gradients"
@@ -63,7 +63,11 @@ class StoragePass(CurvaturePass):
         """Keep one batch."""
         if not self.fits:
             return
-        gradients = self._gradients(self._capture(module, batch, len(indices)))
+        captured = self._capture(module, batch, len(indices))
+        if captured.loss is not None and captured.loss.num_columns > MAX_COLUMNS:
+            self.fits, self._parts, self._indices = False, [], []
+            return
+        gradients = self._gradients(captured)
         check_finite(gradients)
         kept: dict[str, LayerGradients] = {name: compact(layer) for name, layer in gradients.items()}
         self._bytes += sum(layer.nbytes for layer in kept.values())
@@ -168,6 +172,10 @@ class StoredGaussNewton:
         few = {name: layer.select(mine.to(vectors.device)) for name, layer in self._gradients.items()}
         return self._product(vectors, few if len(mine) else {}, count)
 
+    def batch_examples(self, count: int, seed: int) -> int:
+        """Return the number of examples in the minibatch of this seed."""
+        return min(count, self.num_examples)
+
     def dense(self) -> Tensor:
         """Return ``G``, ``(P, P)``, in float64."""
         matrix = torch.zeros(self.numel, self.numel, dtype=torch.float64)
@@ -214,6 +222,23 @@ class StoredGaussNewton:
                 "and the weights for NaN or infinity."
             )
         return result / (count * self.mean_weight)
+
+
+def kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
+    """Return ``kappa`` of ``E[h_x^2] <= kappa Tr(H) H``, as far as some directions tell: a lower bound.
+
+    Args:
+        squares: ``v^T E[h_x^2] v`` of directions, ``(V,)``, see :meth:`StoredGaussNewton.squared_products`.
+        forms: ``v^T H v``, ``(V,)``; directions in which it vanishes say nothing.
+        trace: ``Tr(H)``.
+
+    Returns:
+        The largest ratio; 1 where there is nothing to tell from.
+    """
+    kept = forms > 1e-6 * forms.max() if len(forms) else forms > 0
+    if not bool(kept.any()) or not trace > 0:
+        return 1.0
+    return float((squares[kept] / forms[kept]).max()) / trace
 
 
 def _seeds(gradients: LayerGradients) -> int:

@@ -81,14 +81,10 @@ def eigenbasis_overlap(truth: Tensor, approximation: Tensor, k: int) -> float:
 
     Returns:
         1 if the spaces are the same, about ``k / P`` for random ones.
-
-    Raises:
-        ValueError: if ``k`` is not among ``1 .. P``.
     """
     _check_pair(truth, approximation)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(truth):
-        raise ValueError(f"Got k={k!r}; accepted are integers from 1 to {len(truth)}.")
-    return float((_leading(truth, k).T @ _leading(approximation, k)).square().sum()) / k
+    _check_count(k, len(truth))
+    return _overlap(_by_magnitude(truth)[1][:, :k], _by_magnitude(approximation)[1][:, :k])
 
 
 def diagonal_blocks(matrix: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -179,16 +175,17 @@ def compare(truth: Tensor, approximation: Tensor, layout: Layout, k: int | None 
     layers = []
     for name, block in diagonal_blocks(truth, layout).items():
         count = max(1, len(block) // 10) if k is None else min(k, len(block))
+        _check_count(count, len(block))
+        values, vectors = _by_magnitude(block)
+        other_values, other_vectors = _by_magnitude(others[name])
         layers.append(
             LayerComparison(
                 name=name,
                 numel=len(block),
                 k=count,
                 residual=relative_residual(block, others[name]),
-                eigenvalues=eigenvalue_overlap(
-                    torch.linalg.eigvalsh(block.double()), torch.linalg.eigvalsh(others[name].double())
-                ),
-                eigenbasis=eigenbasis_overlap(block, others[name], count),
+                eigenvalues=eigenvalue_overlap(values, other_values),
+                eigenbasis=_overlap(vectors[:, :count], other_vectors[:, :count]),
             )
         )
     return Comparison(
@@ -199,11 +196,21 @@ def compare(truth: Tensor, approximation: Tensor, layout: Layout, k: int | None 
     )
 
 
-def _leading(matrix: Tensor, k: int) -> Tensor:
-    """Return the eigenvectors of the ``k`` largest magnitudes in columns, ``(P, k)``."""
+def _by_magnitude(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues ``(P,)`` and eigenvectors in columns, of the largest magnitudes first."""
     values, vectors = torch.linalg.eigh(matrix.double())
-    leading: Tensor = vectors[:, values.abs().argsort(descending=True)[:k]]
-    return leading
+    order = values.abs().argsort(descending=True)
+    return values[order], vectors[:, order]
+
+
+def _overlap(first: Tensor, second: Tensor) -> float:
+    """Return the mean squared cosine between the spaces of orthonormal columns ``(P, k)``."""
+    return float((first.T @ second).square().sum()) / first.shape[1]
+
+
+def _check_count(k: int, most: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
+        raise ValueError(f"Got k={k!r}; accepted are integers from 1 to {most}.")
 
 
 def _over(part: float, whole: float) -> float:

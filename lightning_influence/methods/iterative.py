@@ -14,6 +14,7 @@ from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton
 from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.methods.base import Gradients, Method, Solved
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
+from lightning_influence.methods.dense import note_unknown_outputs
 from lightning_influence.methods.fitting import fitted_factors
 from lightning_influence.solvers.scoring import DenseScorer
 from lightning_influence.solvers.stopping import Solution
@@ -72,6 +73,8 @@ class Iterative(Method):
         residuals = torch.cat([result.residuals for result in results])
         self._report(results, residuals)
         self.mean_weight = self.curvature.mean_weight
+        if isinstance(self.curvature, GaussNewtonOperator):
+            note_unknown_outputs(self.context, self.curvature.estimated)
         return torch.cat([result.solutions for result in results]), residuals
 
     def quadratic(self) -> Callable[[Gradients], Tensor]:
@@ -118,16 +121,20 @@ class Iterative(Method):
         if context.options.curvature == "hessian":
             context.extra["curvature"] = "Hessian, a pass a product"
             return HessianOperator(context)
+        fisher = context.options.fisher or "exact"
         one_pass = StoragePass(
             context.plan,
             limit=context.options.memory_budget // 2,
             num_examples=max(1, context.train.num_examples // context.runner.world_size),
+            fisher=fisher,
+            seed=context.options.seed,
         )
         context.runner.run(one_pass, context.train)
         fits = context.runner.all_reduce_sum(torch.tensor([float(not one_pass.fits)]))
         if float(fits):
             context.extra["curvature"] = "Gauss-Newton, a pass a product"
-            return GaussNewtonOperator(context)
+            return GaussNewtonOperator(context, fisher=fisher)
+        note_unknown_outputs(context, one_pass.estimated)
         stored = one_pass.operator(context.layout, context.train.indices, context.runner.all_reduce_sum)
         context.extra["curvature"] = f"Gauss-Newton, {stored.nbytes / 2**20:.1f} MiB of gradients in memory"
         return stored

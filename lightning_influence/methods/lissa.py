@@ -7,18 +7,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.stored import StoredGaussNewton
+from lightning_influence.curvature.estimates import random_vectors
+from lightning_influence.curvature.minibatches import example_variance
+from lightning_influence.curvature.spectrum import measure_spectrum
+from lightning_influence.curvature.stored import StoredGaussNewton, kappa
 from lightning_influence.methods.base import register_method
 from lightning_influence.methods.iterative import Iterative
 from lightning_influence.solvers.lissa import lissa
 from lightning_influence.solvers.lissa_plan import Scale, plan_lissa, warning_of
-from lightning_influence.solvers.minibatch_noise import kappa, squares_from_batches
-from lightning_influence.solvers.preconditioned import preconditioned_spectrum
 from lightning_influence.solvers.stopping import Solution
 
 # Passes over all data, and steps, from which on a user is told the cost before it is spent.
 _MANY_PASSES = 200
-_PROBES = 8
+_PROBES = 4
+# Minibatches that the variance of examples is measured from where each is a pass.
+_BATCH, _BATCHES = 32, 8
 
 
 @register_method("lissa")
@@ -84,23 +87,40 @@ class LiSSA(Iterative):
     def _scale(self) -> Scale:
         """Return what the hyperparameters follow from, measured in a few products."""
         curvature, seed = self.curvature, self.context.options.seed
-        spectrum = preconditioned_spectrum(
-            self.operator.product, lambda v: v, self.damping, steps=12, probes=_PROBES, seed=seed
+        dtype, device = self.damping.dtype, self.damping.device
+        spectrum = measure_spectrum(
+            curvature.product, curvature.numel, probes=_PROBES, seed=seed, dtype=dtype, device=device
         )
-        low, high = float(self.damping.min()), float(self.damping.max())
-        generator = torch.Generator().manual_seed(seed)
-        directions = torch.randn(_PROBES, curvature.numel, generator=generator).to(self.damping)
-        directions = torch.cat([directions, curvature.product(directions)])
-        directions = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        top = spectrum.eigenvalues[0]
+        random = random_vectors(_PROBES, curvature.numel, seed + 1, dtype=dtype, device=device)
+        directions = torch.cat([spectrum.ritz.vectors(_PROBES), random])
         if isinstance(curvature, StoredGaussNewton):
             trace = curvature.trace()
             forms = (directions * curvature.product(directions)).sum(dim=1)
-            squares = curvature.squared_products(directions)
+            variance = kappa(curvature.squared_products(directions), forms, trace)
         else:
-            trace = max(spectrum.trace - float(self.damping.sum()), 0.0)
-            squares, forms = squares_from_batches(
-                curvature.product, curvature.batch_product, directions, curvature.num_examples, seed=seed
-            )
-        largest = max(spectrum.largest - low, 0.0)
-        examples = self.context.train.num_examples
-        return Scale(largest, trace, kappa(squares, forms, trace), low, high, examples)
+            trace = max(spectrum.trace.value, 0.0)
+            variance = self._variance(directions, trace)
+        return Scale(
+            largest=max(top.value + (top.error or 0.0), 0.0),
+            trace=trace,
+            kappa=variance,
+            damping_low=float(self.damping.min()),
+            damping_high=float(self.damping.max()),
+            num_examples=curvature.num_examples,
+        )
+
+    def _variance(self, directions: Tensor, trace: float) -> float:
+        """Return ``kappa`` from minibatches, which are passes, so that there are few of them."""
+        count = min(_BATCH, self.curvature.num_examples // 2)
+        if not count or not trace > 0:
+            return 1.0
+        found = example_variance(
+            self.curvature,
+            directions,
+            trace,
+            count=count,
+            minibatches=_BATCHES,
+            seed=self.context.options.seed,
+        )
+        return max(found.value, 0.0) + (found.error or 0.0)

@@ -84,7 +84,13 @@ def measured(context: Context, settings: SpectrumSettings) -> Spectrum:
     )
     note_unknown_outputs(context, operator.estimated)
     spectrum = replace(spectrum, passes=spectrum.passes + 1)
-    if not settings.minibatches or not spectrum.trace.value > 0:
+    if not settings.minibatches:
+        return spectrum
+    if operator.num_examples < 2 or not spectrum.trace.value > 0:
+        context.notes.add(
+            "The variance of examples was left out: it needs at least 2 examples and a curvature of positive "
+            f"trace, and there are {operator.num_examples} and {spectrum.trace.value:.3g}."
+        )
         return spectrum
     kappa = example_variance(
         operator,

@@ -6,14 +6,21 @@ Tr(H) H`` for the curvature ``h_x`` of one example. With the sampling noise
 
 .. math:: \nu(b) = \frac{\kappa \mathrm{Tr}(H)}{b} \frac{N - b}{N - 1}
 
-(the last factor because batches are drawn without replacement) the mean square error falls if ``eta < 2 /
-(lambda_1 + lambda + nu(b))``. Half of this is the step used here. From ``b = kappa Tr(H) / (lambda_1 +
-lambda)`` on, a larger batch gains less than a factor 2 of step; a smaller one only makes steps shorter.
+(the last factor because batches are drawn without replacement) one step takes the mean square error to at
+most ``(I - eta A)^2 + eta^2 nu H``. It falls if ``eta < 2 / (lambda_1 + lambda + nu(b))``, as in the paper;
+and, since the noise is relative to ``H`` and not to ``A = H + lambda I``, already if
+
+.. math:: \eta < \frac{2}{\lambda_1 + \lambda + \nu(b) \lambda_1 / (\lambda_1 + \lambda)},
+
+when the damping is the same for all parameters. Half of this is the step used here. Where the two terms are
+equal, at ``b = kappa Tr(H) lambda_1 / (lambda_1 + lambda)^2``, the step is half of that without noise: a
+larger batch gains less than a factor 2, a smaller one only makes steps shorter.
 
 What is predicted beforehand is the cost of both ways to the accuracy asked for: rounds of minibatch steps
-(:mod:`.sampled`), each of which leaves about ``sqrt(eta nu / 2)`` of the error as noise, or products over all
-examples with Chebyshev steps. The cheaper one is taken. When the damping is tiny relative to the largest
-eigenvalue that is the second: ``sqrt(lambda_1 / lambda)`` passes instead of ``lambda_1 / lambda`` steps.
+(:mod:`.sampled`), each of which leaves about ``sqrt(eta nu lambda_1 / (2 (lambda_1 + lambda)))`` of the error
+as noise, or products over all examples with Chebyshev steps. The cheaper one is taken. When the damping is
+tiny relative to the largest eigenvalue that is the second: ``sqrt(lambda_1 / lambda)`` passes instead of
+``lambda_1 / lambda`` steps.
 """
 
 from __future__ import annotations
@@ -64,17 +71,18 @@ class Scale:
         return self.kappa * self.trace / batch * max(0.0, left)
 
     def stable_step(self, batch: int) -> float:
-        """Return the step at and above which the mean square error does not fall."""
-        return 2.0 / (self.top + self.noise(batch))
+        """Return the step below which the mean square error falls."""
+        return 2.0 / (self.top + self.share * self.noise(batch))
+
+    @property
+    def share(self) -> float:
+        """The largest share of ``H`` in ``A`` along a direction; 1 for dampings that differ."""
+        return self.largest / self.top if self.damping_low == self.damping_high else 1.0
 
     @property
     def smallest_batch(self) -> int:
-        """The batch whose noise is ``lambda_1 + lambda``: half the best step is stable from there on.
-
-        ``kappa Tr(H) / (lambda_1 + lambda)``, but for a finite ``N``, from which batches are drawn without
-        replacement.
-        """
-        return self.batch_for(self.top)
+        """The batch from which on steps of ``1 / (lambda_1 + lambda)`` are stable."""
+        return self.batch_for(self.top / self.share) if self.share > 0 else 1
 
     def batch_for(self, noise: float) -> int:
         """Return the smallest batch with ``nu(b)`` at most this."""
@@ -162,10 +170,10 @@ def warning_of(plan: LissaPlan, scale: Scale) -> str | None:
     """Return what a user who asked for this plan's batch should know before it runs, None if nothing."""
     if plan.batch >= plan.smallest_batch:
         return None
-    best = 1.0 / (scale.top + scale.noise(plan.smallest_batch))
+    best = scale.stable_step(plan.smallest_batch) / 2
     return (
-        f"batch_size={plan.batch} is too small for steps of the usual size: kappa Tr(H) / (lambda_1 + "
-        f"damping) = {scale.kappa:.3g} * {scale.trace:.3g} / {scale.top:.3g} asks for "
+        f"batch_size={plan.batch} is too small for steps of the usual size: kappa={scale.kappa:.3g}, "
+        f"Tr(H)={scale.trace:.3g} and lambda_1 + damping={scale.top:.3g} ask for "
         f"{plan.smallest_batch}. LiSSA takes steps of {plan.step:.3g} instead of {best:.3g}, about "
         f"{plan.steps * plan.rounds} of them ({plan.cost:.3g} example products). Raise batch_size, or leave "
         "it to be derived."
@@ -204,9 +212,9 @@ def plan_minibatch(scale: Scale, tolerance: float, batch: int, step_size: float 
     Returns:
         The plan.
     """
-    step = 1.0 / (scale.top + scale.noise(batch)) if step_size is None else step_size
+    step = scale.stable_step(batch) / 2 if step_size is None else step_size
     steps = max(2, math.ceil(_TIMES / (step * scale.damping_low)))
-    left = min(0.95, math.sqrt(step * scale.noise(batch) / 2 + _BIAS**2))
+    left = min(0.95, math.sqrt(step * scale.share * scale.noise(batch) / 2 + _BIAS**2))
     rounds = max(1, math.ceil(math.log(tolerance) / math.log(left)))
     cost = float(rounds * (steps * (batch + _OVERHEAD) + scale.num_examples))
     why = (
@@ -237,9 +245,10 @@ def _check_step(scale: Scale, step: float, batch: int | None) -> None:
             f"on, whatever the batch. Accepted are smaller ones; {best / 2:.3g} is a good one."
         )
     if batch is not None and step >= scale.stable_step(batch):
-        needed = scale.batch_for(2.0 / step - scale.top)
+        needed = scale.batch_for((2.0 / step - scale.top) / scale.share)
         raise DivergenceError(
-            f"batch_size={batch} is too small for step_size={step:.3g}: LiSSA diverges with fewer than about "
-            f"kappa Tr(H) / (2 / step_size - lambda_1 - damping), here {needed}, examples a batch. Raise "
-            f"batch_size, or take steps below {scale.stable_step(batch):.3g}."
+            f"batch_size={batch} is too small for step_size={step:.3g}: with kappa={scale.kappa:.3g}, "
+            f"Tr(H)={scale.trace:.3g} and lambda_1 + damping={scale.top:.3g} it is only known to converge "
+            f"from {needed} examples a batch on. Raise batch_size, or take steps below "
+            f"{scale.stable_step(batch):.3g}."
         )

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.estimates import Product as Product
 from lightning_influence.errors import DivergenceError
-
-Product = Callable[[Tensor], Tensor]
-"""Maps vectors ``(V, P)`` to their products ``(V, P)`` with a symmetric matrix."""
 
 
 @dataclass(frozen=True)

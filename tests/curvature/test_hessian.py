@@ -115,13 +115,19 @@ def test_a_spoiled_sum_is_refused():
         pass_.result()
 
 
-def test_float32_and_vectors_of_another_precision():
+@pytest.mark.parametrize("autograd", [False, True])
+@pytest.mark.parametrize("make", [HessianProductPass, CurvatureProductPass, BlockProductPass])
+def test_float32_and_vectors_of_another_precision(make, autograd, monkeypatch):
+    monkeypatch.setattr(CurvatureProductPass, "_autograd_is_cheaper", lambda self, captured: autograd)
     setup = Setup.of("mlp_gelu", dtype=torch.float32)
     case, vectors = setup.case, draw(setup)
-    batches = [(case.x.float(), case.y)]
-    got = run(HessianProductPass(setup.plan, vectors), setup.module, batches).result()
+    kind = {} if make is HessianProductPass else {"fisher": "exact"}
+    got = run(make(setup.plan, vectors, **kind), setup.module, [(case.x.float(), case.y)]).result()
     assert got.dtype == torch.float64
-    torch.testing.assert_close(got, vectors @ hessian(setup), rtol=1e-4, atol=1e-5)
+    matrix = hessian(setup) if make is HessianProductPass else setup.ggn()
+    if make is BlockProductPass:
+        matrix = oracle.keep_blocks(matrix, case.model, case.layers)
+    torch.testing.assert_close(got, vectors @ matrix, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------- models with kernels of their own
@@ -259,19 +265,32 @@ def batch():
     return torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
 
 
-@pytest.mark.parametrize("kind", ["hessian", "ggn"])
-def test_a_model_without_second_derivatives_is_refused(kind, monkeypatch):
-    monkeypatch.setattr(CurvatureProductPass, "_autograd_is_cheaper", lambda self, captured: True)
+def once():
+    torch.manual_seed(0)
     module = mute(Step(Applied(_Once), 5).double())
     plan = find_layers(module)
-    vectors = torch.randn(2, plan.numel, dtype=torch.float64)
-    pass_ = (
-        HessianProductPass(plan, vectors)
-        if kind == "hessian"
-        else CurvatureProductPass(plan, vectors, fisher="exact")
-    )
+    return module, plan, torch.randn(2, plan.numel, dtype=torch.float64)
+
+
+def test_a_model_without_second_derivatives_has_no_hessian():
+    module, plan, vectors = once()
     with pytest.raises(UnsupportedModelError, match=r"needs second derivatives.*once_diff.*'exact'"):
-        run(pass_, module, [batch()])
+        run(HessianProductPass(plan, vectors), module, [batch()])
+
+
+@pytest.mark.parametrize("make", [CurvatureProductPass, BlockProductPass])
+def test_a_model_without_second_derivatives_has_columns(make, monkeypatch):
+    module, plan, vectors = once()
+    x, y = batch()
+    split = [(x[:2], y[:2]), (x[2:], y[2:])]
+    expected = run(make(plan, vectors, fisher="exact"), module, split).result()
+    monkeypatch.setattr("lightning_influence.curvature.gauss_newton._FEW_COLUMNS", -9)
+    got = run(make(plan, vectors, fisher="exact"), module, split)
+    torch.testing.assert_close(got.result(), expected, **TIGHT)
+    assert not got.estimated
+    monkeypatch.setattr("lightning_influence.curvature.gauss_newton.MAX_COLUMNS", 2)
+    with pytest.raises(UnsupportedModelError, match=r"needs second derivatives.*fisher='sampled'"):
+        run(make(plan, vectors, fisher="exact"), module, split)
 
 
 def test_operations_that_cannot_be_batched_take_one_vector_at_a_time():

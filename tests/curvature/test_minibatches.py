@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import oracle
@@ -10,10 +11,11 @@ import torch
 from models import CASES
 from operator_source import CaseSource
 
-from lightning_influence.curvature.estimates import random_vectors
+from lightning_influence.curvature.estimates import Estimate, random_vectors
 from lightning_influence.curvature.minibatches import example_variance, trace_of_square
 from lightning_influence.curvature.operator import GaussNewtonOperator, HessianOperator
 from lightning_influence.curvature.sketch import sketch
+from lightning_influence.running.dataloading import prepare_train
 
 NAMES = ["mlp_gelu", "mlp_relu_inplace_weighted"]
 MAKE = {"ggn": GaussNewtonOperator, "hessian": HessianOperator}
@@ -81,6 +83,32 @@ def test_every_example_alone_gives_the_ratio_itself():
     v = vector[0]
     expected = float((h @ v).square().sum(1).mean() / (H.trace() * (v @ H @ v)))
     assert found.value == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[12], [3, 3, 3, 3], [4, 4, 2, 2]])
+def test_ready_made_batches_are_drawn_whole(sizes):
+    """The formula takes the size of what was drawn, not what was asked for."""
+    h, case = singles("mlp_gelu", "ggn"), CASES["mlp_gelu"]
+    H = h.mean(0)
+    source = CaseSource.of("mlp_gelu")
+    batches = list(zip(case.x.split(sizes), case.y.split(sizes), strict=True))
+    operator = GaussNewtonOperator(replace(source, train=prepare_train(batches)))
+    v = torch.linalg.eigh(H).eigenvectors[:, -1:].T.contiguous()
+    found = example_variance(operator, v, float(H.trace()), minibatches=40)
+    along = float(H.trace() * (v[0] @ H @ v[0]))
+    if len(sizes) == 1:
+        assert found == Estimate(pytest.approx(float((H @ v[0]).square().sum()) / along), None)
+        return
+    drawn = [operator.batch_examples(1, seed) for seed in range(40)]
+    assert set(drawn) == set(sizes)
+    # Each whole batch as a sample of its size, whatever the examples in it.
+    means = [part.mean(0) @ v[0] for part in h.split(sizes)]
+    mean = float((H @ v[0]).square().sum())
+    each = [
+        (mean + size * 11 / (12 - size) * (float(m.square().sum()) - mean)) / along
+        for size, m in zip(sizes, means, strict=True)
+    ]
+    assert abs(found.value - sum(each) / len(each)) < 3 * found.error
 
 
 def test_what_is_refused():

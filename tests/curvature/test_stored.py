@@ -10,7 +10,7 @@ from operator_source import CaseSource
 from torch import nn
 
 from lightning_influence.curvature.operator import GaussNewtonOperator
-from lightning_influence.curvature.stored import StoragePass
+from lightning_influence.curvature.stored import StoragePass, kappa
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import find_layers
 from lightning_influence.layers.layout import Layout
@@ -120,3 +120,49 @@ def test_the_order_of_the_loader_does_not_matter():
         torch.testing.assert_close(
             stored(source).batch_product(vectors, 3, seed), stored(ready).batch_product(vectors, 3, seed)
         )
+
+
+class Rows:
+    """Curvatures x x^T of rank one, and the least kappa of E[h^2] <= kappa Tr(H) H."""
+
+    def __init__(self, N: int, P: int) -> None:
+        self.N, self.P = N, P
+        self.rows = torch.randn(N, P, dtype=torch.float64) * (0.5 + torch.rand(N, 1, dtype=torch.float64))
+        self.H = self.rows.T @ self.rows / N
+
+    @property
+    def kappa(self) -> float:
+        second = (self.rows * self.rows.square().sum(dim=1, keepdim=True)).T @ self.rows / self.N
+        values, vectors = torch.linalg.eigh(self.H)
+        root = vectors / values.sqrt()
+        return float(torch.linalg.eigvalsh(root.T @ second @ root)[-1] / self.H.trace())
+
+
+def forms(problem, directions):
+    products = directions @ problem.rows.T
+    squares = (products.square() * problem.rows.square().sum(dim=1)).mean(dim=1)
+    return squares, products.square().mean(dim=1)
+
+
+def test_kappa_is_reached_in_the_worst_direction_and_not_exceeded():
+    problem = Rows(200, 8)
+    trace = float(problem.H.trace())
+    second = (problem.rows * problem.rows.square().sum(dim=1, keepdim=True)).T @ problem.rows / problem.N
+    values, vectors = torch.linalg.eigh(problem.H)
+    root = vectors / values.sqrt()
+    worst = root @ torch.linalg.eigh(root.T @ second @ root).eigenvectors[:, -1:]
+    directions = torch.cat([torch.randn(20, problem.P, dtype=torch.float64), worst.T])
+    assert kappa(*forms(problem, directions), trace) == pytest.approx(problem.kappa)
+    assert kappa(*forms(problem, directions[:-1]), trace) <= problem.kappa
+
+
+def test_one_example_many_times():
+    problem = Rows(50, 5)
+    problem.rows = problem.rows[:1].expand(50, -1)
+    problem.H = problem.rows.T @ problem.rows / 50
+    assert kappa(*forms(problem, torch.randn(4, 5).double()), float(problem.H.trace())) == pytest.approx(1.0)
+
+
+def test_nothing_to_tell_from():
+    assert kappa(torch.zeros(3), torch.zeros(3), 0.0) == 1.0
+    assert kappa(torch.zeros(0), torch.zeros(0), 1.0) == 1.0

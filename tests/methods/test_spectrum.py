@@ -82,6 +82,13 @@ def test_variance_of_examples():
     assert any("kappa" in name for name, _ in found.facts())
 
 
+def test_one_example_has_no_variance():
+    batch = [(torch.randn(1, 4), torch.tensor([1]))]
+    with pytest.warns(InfluenceWarning, match="needs at least 2 examples .* there are 1"):
+        found = InfluenceModule(Net()).spectrum(batch, probes=2, steps=2, minibatches=3)
+    assert found.example_variance is None
+
+
 def test_the_model_is_left_as_it_was_and_single_precision_serves():
     model = Net()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -54,15 +54,19 @@ def test_the_cheaper_way_is_chosen():
 
 def test_the_numbers_are_those_of_the_theory():
     scale = Scale(2.0, 12.0, 1.5, 0.5, 0.5, 10**9)
-    assert scale.smallest_batch == math.ceil(1.5 * 12 / 2.5)  # kappa Tr(H) / (lambda_1 + lambda)
-    assert scale.stable_step(9) == pytest.approx(2 / (2.5 + 1.5 * 12 / 9), rel=1e-6)
+    # kappa Tr(H) lambda_1 / (lambda_1 + lambda)^2, at most the paper's kappa Tr(H) / (lambda_1 + lambda)
+    assert scale.smallest_batch == math.ceil(1.5 * 12 * 2 / 2.5**2)
+    assert scale.stable_step(9) == pytest.approx(2 / (2.5 + 1.5 * 12 / 9 * 2 / 2.5), rel=1e-6)
+    differing = Scale(2.0, 12.0, 1.5, 0.4, 0.5, 10**9)
+    assert differing.smallest_batch == math.ceil(1.5 * 12 / 2.5)
+    assert differing.stable_step(9) == pytest.approx(2 / (2.5 + 1.5 * 12 / 9), rel=1e-6)
     plan = plan_minibatch(scale, 0.05, 9)
     assert plan.step == pytest.approx(scale.stable_step(9) / 2)
     assert plan.steps == math.ceil(4 / (plan.step * 0.5))
     few = Scale(2.0, 12.0, 1.5, 0.5, 0.5, 10)
     assert few.noise(10) == 0.0
     assert few.smallest_batch < scale.smallest_batch  # drawn without replacement from few
-    assert few.noise(few.smallest_batch) <= 2.5 < few.noise(few.smallest_batch - 1)
+    assert few.noise(few.smallest_batch) * few.share <= 2.5 < few.noise(few.smallest_batch - 1) * few.share
 
 
 @settings(max_examples=50, deadline=None)
@@ -73,6 +77,7 @@ def test_the_mean_square_error_falls_below_the_stable_step(seed, share, batch):
     problem = FiniteSum(N=60, P=6, damping=0.1)
     scale = scale_of(problem)
     step = share * scale.stable_step(batch)
+    assert step >= share * 2 / (scale.top + scale.noise(batch))  # longer than the paper's
     identity = torch.eye(problem.P, dtype=torch.float64)
     norms = problem.rows.square().sum(dim=1, keepdim=True)
     second = (problem.rows * norms).T @ problem.rows / problem.N  # E[h^2]
@@ -93,7 +98,7 @@ def test_batches_below_the_smallest_are_warned_of_and_take_longer():
     assert small.step < good.step
     assert small.steps > good.steps
     message = warning_of(small, scale)
-    assert f"asks for {scale.smallest_batch}" in message
+    assert f"ask for {scale.smallest_batch}" in message
     assert "batch_size=1 is too small" in message
     result = solve(problem, small, scale, fixed=True, tolerance=0.05)
     assert problem.errors(result.solutions).max() <= 0.05
@@ -103,7 +108,11 @@ def test_batches_below_the_smallest_are_warned_of_and_take_longer():
     ("options", "error", "message"),
     [
         ({"step_size": 10.0}, DivergenceError, "step_size=10 is too large: LiSSA diverges from 2 / "),
-        ({"step_size": 0.9, "batch_size": 1}, DivergenceError, "batch_size=1 is too small for step_size=0.9"),
+        (
+            {"step_size": 0.9, "batch_size": 1},
+            DivergenceError,
+            "batch_size=1 is too small for step_size=0.9: .* from \\d+ examples a batch on",
+        ),
         ({"batch_size": 0}, ValueError, "Got batch_size=0; accepted are 1 to 400"),
         ({"batch_size": 401}, ValueError, "Got batch_size=401; accepted are 1 to 400"),
     ],
@@ -122,8 +131,8 @@ def test_the_batch_that_the_message_asks_for_would_do():
     problem = FiniteSum(N=2000, damping=0.5)
     scale = scale_of(problem)
     step = 1.5 / scale.top
-    needed = scale.batch_for(2 / step - scale.top)
-    with pytest.raises(DivergenceError, match=f"here {needed}, examples a batch"):
+    needed = scale.batch_for((2 / step - scale.top) / scale.share)
+    with pytest.raises(DivergenceError, match=f"from {needed} examples a batch on"):
         plan_lissa(scale, step_size=step, batch_size=needed // 2)
     plan_lissa(scale, step_size=step, batch_size=needed + 1)
 
