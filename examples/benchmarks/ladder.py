@@ -35,6 +35,7 @@ from ladder_report import (
     comparison_table,
     cost_table,
     grid_table,
+    multiples_table,
     plain,
     plot,
     score_table,
@@ -132,7 +133,7 @@ class Study:
             self.console.print(f"{name}: no proximal responses, embeddings are not attributed.")
             return []
         damping = PBRF_DAMPING[name]
-        rows = agree(bench, damping, PBRF_EXAMPLES)
+        rows = agree(bench, damping, min(PBRF_EXAMPLES, len(bench.entry.task.train) // 32))
         self.console.print(agreement_table(rows, f"{name}: against PBRF at damping {damping:g}"))
         return rows
 
@@ -152,9 +153,11 @@ def _truths(entry: LadderTask) -> list[tuple[float, str]]:
 
 
 def quick_task() -> LadderTask:
-    """The regression, cut down: 8 subsets, one seed, two epochs."""
+    """The regression, cut down: 64 examples, 10 queries, 8 subsets, one seed, two epochs."""
     entry = LADDER["diabetes"]()
-    task = replace(entry.task, recipe=replace(entry.task.recipe, epochs=2), train=entry.task.train.head(64))
+    recipe = replace(entry.task.recipe, epochs=2)
+    tables = entry.task.train.head(64), entry.task.queries.head(10)
+    task = replace(entry.task, recipe=recipe, train=tables[0], queries=tables[1])
     return replace(entry, task=task, fractions=(0.5,), subsets=8, seeds=1)
 
 
@@ -177,7 +180,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(LADDER), choices=list(LADDER), metavar="TASK")
-    parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS), metavar="NAME")
+    parser.add_argument(
+        "--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS), metavar="NAME"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     parser.add_argument("--fresh", action="store_true", help="answer again, whatever is cached")
     chosen = parser.parse_args(arguments)
@@ -192,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         figures[entry.name] = study.run(entry, chosen.sections)
         write({entry.name: figures[entry.name]}, folder / "results.json")
     if study.targets:
-        console.print(target_table(study.targets))
+        console.print(target_table(study.targets), multiples_table(study.targets))
     console.print(f"Figures: {folder / 'results.json'}")
 
 

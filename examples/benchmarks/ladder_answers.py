@@ -1,4 +1,4 @@
-"""Scores of every rung and solver of the ladder through the public call, kept on disk with their certificate."""
+"""Scores of every rung and solver through the public call, kept on disk with the facts of their answer."""
 
 from __future__ import annotations
 
@@ -60,8 +60,9 @@ LADDER_RUNGS = (
 SOLVERS = (
     Rung("auto", "auto", grid=COARSE),
     Rung("cg", "cg", grid=COARSE),
-    Rung("cg, hessian", "cg", {"curvature": "hessian"}, grid=COARSE),
-    Rung("minres, hessian", "minres", {"curvature": "hessian"}, grid=COARSE),
+    # Every product with the Hessian is a pass: minutes an answer.
+    Rung("cg, hessian", "cg", {"curvature": "hessian"}, grid=COARSE[2:]),
+    Rung("minres, hessian", "minres", {"curvature": "hessian"}, grid=COARSE[2:]),
     Rung("lissa", "lissa", grid=COARSE[1:]),
     Rung("astra", "astra", grid=COARSE[1:]),
 )
@@ -74,9 +75,20 @@ LARGE = (
 )
 
 
-def rungs_of(entry: LadderTask) -> tuple[Rung, ...]:
-    """Rungs and solvers that are run on a task."""
-    return (*LADDER_RUNGS, *SOLVERS) if entry.dense else LARGE
+def rungs_of(entry: LadderTask, measurement: str = "loss") -> tuple[Rung, ...]:
+    """Rungs and solvers that are run on a task.
+
+    Args:
+        entry: the task.
+        measurement: for another one than the loss, which only changes the right-hand side, ``"auto"`` stands
+            for the solvers.
+
+    Returns:
+        The rungs.
+    """
+    if not entry.dense:
+        return LARGE
+    return (*LADDER_RUNGS, *(SOLVERS if measurement == "loss" else SOLVERS[:1]))
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,19 @@ class Bench:
             _keep(self._compute(rung, damping, measurement), path)
             self._done.add(path)
         return _load(path)
+
+    def scores(self, rung: Rung, damping: Damping | None, measurement: str = "loss") -> Tensor:
+        """Scores ``(Q, N)`` of a rung at a damping that it did not refuse.
+
+        Raises:
+            ValueError: if it refused, or there is no damping that it accepted.
+        """
+        if damping is None:
+            raise ValueError(f"{rung.name} refused every damping of its grid.")
+        found = self.answer(rung, damping, measurement)
+        if found.scores is None:
+            raise ValueError(f"{rung.name} refused damping {damping}: {found.facts['error']}")
+        return found.scores
 
     def damping_of(self, rung: Rung) -> float:
         """Mean of the damping that ``"auto"`` chose for a rung."""
@@ -183,7 +208,15 @@ def _facts(diagnostics: Any, num_train: int) -> dict[str, Any]:
     """Return what the report needs of a certificate, as JSON values."""
     damping, passes = list(diagnostics.damping.values()), diagnostics.passes
     residuals, extra = diagnostics.residuals, diagnostics.extra
-    chosen = ("solver", "lissa", "astra", "krylov_steps", "krylov_queries", "coarse_space", "negative_curvature")
+    chosen = (
+        "solver",
+        "lissa",
+        "astra",
+        "krylov_steps",
+        "krylov_queries",
+        "coarse_space",
+        "negative_curvature",
+    )
     return {
         "damping": sum(damping) / len(damping) if damping else 0.0,
         "damping_layers": dict(diagnostics.damping),

@@ -162,13 +162,16 @@ def agree(bench: Bench, damping: float, count: int) -> list[Agreement]:
         count: number of training examples, spread over the training set.
 
     Returns:
-        One row a rung; those that refuse are left out.
+        One row a rung; those that refuse, and those whose grid does not hold the damping, are left out.
     """
     total = len(bench.entry.task.train)
     examples = torch.linspace(0, total - 1, count).long().tolist()
     removal, derivative = responses(bench, damping, examples)
     rows = []
     for rung in rungs_of(bench.entry):
+        if rung.grid and damping not in rung.grid:
+            continue
+        # The identity takes no damping.
         found = bench.answer(rung, damping if rung.grid else AUTO).scores
         if found is None:
             continue

@@ -41,7 +41,9 @@ def score_table(rows: list[Row], title: str) -> Table:
     table = _table(title, ("rung", "LDS at auto", "best of grid", "damping", "refused at"), caption)
     for row in rows:
         refused = ", ".join(map(_damping, row.refused))
-        table.add_row(row.rung, str(row.auto or "-"), str(row.best or "-"), _damping(row.best_damping), refused)
+        table.add_row(
+            row.rung, str(row.auto or "-"), str(row.best or "-"), _damping(row.best_damping), refused
+        )
     return table
 
 
@@ -79,6 +81,20 @@ def target_table(targets: dict[str, list[Target]]) -> Table:
     return table
 
 
+def multiples_table(targets: dict[str, list[Target]]) -> Table:
+    """LDS of ``auto`` at multiples of its own damping, less that of the exact matrix at its best."""
+    factors = next(iter(targets.values()))[0].multiples
+    table = _table(
+        "auto at multiples of its own damping, less the exact matrix at its best",
+        ("task", "kept", "of", *(f"x{factor:g}" for factor in factors)),
+    )
+    for task, rows in targets.items():
+        for row in rows:
+            differences = (f"{value - row.exact.value:+.3f}" for value in row.multiples.values())
+            table.add_row(task, f"{row.fraction:g}", row.measurement, *differences)
+    return table
+
+
 def comparison_table(pairs: dict[tuple[str, str], Comparison], title: str) -> Table:
     """Relative residuals and overlaps of approximations, layer by layer."""
     columns = ("approximation of truth", "layer", "residual", "eigenvalues", "eigenbasis (k)")
@@ -101,7 +117,9 @@ def cost_table(rows: list[Cost], title: str) -> Table:
         residual = "" if row.residual is None else f"{row.residual[0]:.1e}, {row.residual[1]:.1e}"
         products = "" if row.products is None else str(row.products)
         times = (f"{row.seconds:.2f}", f"{row.cpu_seconds:.2f}")
-        table.add_row(row.rung, str(row.passes), f"{row.epochs:.1f}", products, *times, residual, row.note[:90])
+        table.add_row(
+            row.rung, str(row.passes), f"{row.epochs:.1f}", products, *times, residual, row.note[:90]
+        )
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from ladder_answers import AUTO, Bench, Damping, Rung, rungs_of
@@ -12,6 +13,7 @@ from truth import Truth
 from lightning_influence.evaluation.lds import linear_datamodeling_score, predict_subsets
 
 DRAWS = 300
+MULTIPLES = (2.0, 3.0, 6.0, 10.0)
 # Each step drops one thing; all of them of exact columns.
 STEPS = (
     ("hessian", "ggn", "network curvature"),
@@ -121,7 +123,7 @@ def score_rung(bench: Bench, rung: Rung, truth: Truth, measurement: str, *, inte
 def score_task(bench: Bench, fraction: float, measurement: str) -> list[Row]:
     """Score every rung and solver of a task against one ground truth."""
     truth = bench.entry.truth(fraction, measurement)
-    return [score_rung(bench, rung, truth, measurement) for rung in rungs_of(bench.entry)]
+    return [score_rung(bench, rung, truth, measurement) for rung in rungs_of(bench.entry, measurement)]
 
 
 @dataclass(frozen=True)
@@ -161,17 +163,12 @@ def score_steps(bench: Bench, rows: list[Row], fraction: float, measurement: str
     rungs = {rung.name: rung for rung in rungs_of(bench.entry)}
     by_name = {row.rung: row for row in rows}
     common = by_name["ggn"].best_damping
-    assert common is not None
     common = bench.damping_of(rungs["ggn"]) if common == AUTO else common
 
     def scores(name: str, *, same: bool) -> Tensor:
-        best = by_name[name].best_damping
-        assert best is not None
         # The identity takes no damping.
-        damping: Damping = common if same and rungs[name].grid else best
-        found = bench.answer(rungs[name], damping, measurement).scores
-        assert found is not None
-        return found
+        damping = common if same and rungs[name].grid else by_name[name].best_damping
+        return bench.scores(rungs[name], damping, measurement)
 
     def best(name: str) -> float:
         row = by_name[name]
@@ -183,7 +180,7 @@ def score_steps(bench: Bench, rows: list[Row], fraction: float, measurement: str
     names = [name for name in ("hessian", "ggn", "block_ggn", "ekfac", "kfac", "diagonal", "identity")]
     present = [name for name in names if name in by_name]
     drops = {(above, below): text for above, below, text in STEPS}
-    for above, below in zip(present, present[1:], strict=False):
+    for above, below in pairwise(present):
         own, same = (paired(scores(above, same=s), scores(below, same=s), truth) for s in (False, True))
         share = own.value / fall if above in inner and below in inner and fall > 0 else None
         text = drops.get((above, below), "cross-layer terms and eigenbasis")
@@ -205,6 +202,7 @@ class Target:
         damping_part: what the damping loses: the matrix at its best less the matrix at ``"auto"``.
         solver_part: what the solver loses at the same damping: the matrix at ``"auto"`` less ``auto``.
         steps: block Krylov steps that ``auto`` took.
+        multiples: LDS of ``auto`` at multiples of its own damping.
     """
 
     fraction: float
@@ -216,6 +214,7 @@ class Target:
     damping_part: float
     solver_part: float
     steps: int
+    multiples: dict[float, float]
 
 
 def score_target(bench: Bench, rows: list[Row], fraction: float, measurement: str) -> Target:
@@ -234,18 +233,23 @@ def score_target(bench: Bench, rows: list[Row], fraction: float, measurement: st
     rungs = {rung.name: rung for rung in rungs_of(bench.entry)}
     by_name = {row.rung: row for row in rows}
     exact, auto = by_name["ggn"], by_name["auto"]
-    assert exact.best_damping is not None and exact.best is not None and auto.auto is not None
-    best = bench.answer(rungs["ggn"], exact.best_damping, measurement).scores
-    answer = bench.answer(rungs["auto"], AUTO, measurement)
-    assert best is not None and answer.scores is not None
+    if exact.best is None or exact.best_damping is None or auto.auto is None:
+        raise ValueError(f"No target for {bench.entry.name}: {exact.refused} {auto.refused}")
+    best = bench.scores(rungs["ggn"], exact.best_damping, measurement)
+    answer = bench.scores(rungs["auto"], AUTO, measurement)
+    facts = bench.answer(rungs["auto"], AUTO, measurement).facts
+    own = bench.damping_of(rungs["auto"])
+    found = {factor: bench.scores(rungs["auto"], factor * own, measurement) for factor in MULTIPLES}
+    multiples = {1.0: auto.grid[AUTO], **{f: truth.lds(s, bootstrap=2)[0] for f, s in found.items()}}
     return Target(
         fraction,
         measurement,
         auto.auto,
         exact.best,
         exact.best_damping,
-        paired(best, answer.scores, truth),
+        paired(best, answer, truth),
         exact.grid[exact.best_damping] - exact.grid[AUTO],
         exact.grid[AUTO] - auto.grid[AUTO],
-        max(answer.facts.get("krylov_steps", [0])),
+        max(facts.get("krylov_steps", [0])),
+        multiples,
     )
