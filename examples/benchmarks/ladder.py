@@ -7,9 +7,11 @@ Run ``python examples/benchmarks/ladder.py [--tasks ...] [--sections ...] [--qui
 - ``steps``: what each step down the ladder costs, paired over subsets (Hong et al. 2025, "Better Hessians
   Matter", is what this sets out to check);
 - ``target``: untuned ``auto`` against the exact Gauss-Newton matrix at its own best damping;
+- ``rules``: the exact matrix at the dampings of ``damping_rules.py``;
 - ``decomposition``: the same steps as matrices: relative residual, off-block energy, overlaps;
 - ``cost``: passes and seconds;
-- ``pbrf``: all of them against proximal Bregman responses (Bae et al. 2022).
+- ``pbrf``: all of them against proximal Bregman responses (Bae et al. 2022);
+- ``beyond``: the Hessian in a Krylov subspace, and averages over models of several seeds.
 
 Models, retrainings and answers are kept under ``.cache``; figures go to ``.cache/ladder/results.json`` and
 plots beside it. ``--fresh`` answers again: a change of the package does not by itself. ``--quick`` is a smoke
@@ -29,6 +31,7 @@ from typing import Any
 import ladder_tasks
 import torch
 from ladder_answers import Bench
+from ladder_beyond import variants
 from ladder_parts import agree, costs, decompose
 from ladder_report import (
     agreement_table,
@@ -38,17 +41,19 @@ from ladder_report import (
     multiples_table,
     plain,
     plot,
+    rule_table,
     score_table,
     step_table,
     target_table,
+    variant_table,
 )
+from ladder_rules import apply_rules
 from ladder_scores import Row, Target, score_steps, score_target, score_task
 from ladder_tasks import LADDER, LadderTask
 from rich.console import Console
 
-PBRF_DAMPING = {"digits_mlp": 1e-2, "diabetes": 1e-1, "passages": 1e-1}
+PBRF_DAMPING = {"digits_mlp": 1e-2, "diabetes": 1e-1}
 PBRF_EXAMPLES = 8
-MATRIX_TASKS = ("digits_mlp", "diabetes", "passages")
 
 
 class Study:
@@ -108,9 +113,20 @@ class Study:
         ]
         return self.targets[bench.entry.name]
 
+    def rules(self, bench: Bench) -> Any:
+        """Print what other damping rules would give."""
+        if not bench.entry.dense:
+            self.console.print(f"{bench.entry.name}: no dense matrix to try damping rules on.")
+            return []
+        rows = apply_rules(bench)
+        self.console.print(
+            rule_table(rows, f"{bench.entry.name}: exact matrix by damping rule, LDS below the best")
+        )
+        return rows
+
     def decomposition(self, bench: Bench) -> Any:
         """Print the error of each step as matrices, where there are matrices."""
-        if bench.entry.name not in MATRIX_TASKS:
+        if not bench.entry.dense:
             self.console.print(f"{bench.entry.name}: too large for dense matrices, no decomposition.")
             return {}
         found = decompose(bench)
@@ -129,12 +145,18 @@ class Study:
         if name not in PBRF_DAMPING:
             self.console.print(f"{name}: no proximal responses, they are for the dense tasks.")
             return []
-        if bench.entry.task.loss == "tokens":
-            self.console.print(f"{name}: no proximal responses, embeddings are not attributed.")
-            return []
         damping = PBRF_DAMPING[name]
         rows = agree(bench, damping, min(PBRF_EXAMPLES, len(bench.entry.task.train) // 32))
         self.console.print(agreement_table(rows, f"{name}: against PBRF at damping {damping:g}"))
+        return rows
+
+    def beyond(self, bench: Bench) -> Any:
+        """Print what goes past the exact matrix."""
+        if not bench.entry.dense:
+            self.console.print(f"{bench.entry.name}: variants are measured on the dense tasks.")
+            return []
+        rows = variants(bench)
+        self.console.print(variant_table(rows, f"{bench.entry.name}: past the Gauss-Newton matrix"))
         return rows
 
 
@@ -142,9 +164,11 @@ SECTIONS: dict[str, Callable[[Study, Bench], Any]] = {
     "scores": Study.scores,
     "steps": Study.steps,
     "target": Study.target,
+    "rules": Study.rules,
     "decomposition": Study.decomposition,
     "cost": Study.cost,
     "pbrf": Study.pbrf,
+    "beyond": Study.beyond,
 }
 
 

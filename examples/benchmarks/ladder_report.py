@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ladder_answers import AUTO
+from ladder_beyond import Variant
 from ladder_parts import Agreement, Cost
+from ladder_rules import CLOSE, RuleRow
 from ladder_scores import Row, Step, Target
 from rich.table import Table
 
@@ -95,6 +97,18 @@ def multiples_table(targets: dict[str, list[Target]]) -> Table:
     return table
 
 
+def rule_table(rows: list[RuleRow], title: str) -> Table:
+    """Every damping rule below the best damping, by ground truth."""
+    best = (f"{row.best:.3f} {row.measurement} {row.fraction:g}" for row in rows)
+    caption = f"close: within {CLOSE:g}; squared gradients over trace: {rows[0].r:.2f}"
+    table = _table(title, ("rule", "close", "worst", *best), caption)
+    for name in rows[0].gaps:
+        gaps = [row.gaps[name] for row in rows]
+        close = f"{sum(gap <= CLOSE for gap in gaps)}/{len(gaps)}"
+        table.add_row(name, close, f"{max(gaps):.3f}", *(f"{gap:.3f}" for gap in gaps))
+    return table
+
+
 def comparison_table(pairs: dict[tuple[str, str], Comparison], title: str) -> Table:
     """Relative residuals and overlaps of approximations, layer by layer."""
     columns = ("approximation of truth", "layer", "residual", "eigenvalues", "eigenbasis (k)")
@@ -130,6 +144,14 @@ def agreement_table(rows: list[Agreement], title: str) -> Table:
     for row in rows:
         figures = (row.removal, row.removal_ranks, row.derivative)
         table.add_row(row.rung, *(f"{value:.4f}" for value in figures), f"{row.error:.2e}")
+    return table
+
+
+def variant_table(rows: list[Variant], title: str) -> Table:
+    """Variants against untuned ``auto``."""
+    table = _table(title, ("variant", "LDS", "above auto"), "paired over subsets, all at auto's damping")
+    for row in rows:
+        table.add_row(row.name, str(row.lds), str(row.gain))
     return table
 
 
