@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from ladder_answers import AUTO, Bench, rungs_of
-from ladder_scores import STEPS
 from safetensors.torch import load_file
 from tasks import save_model
 from torch import Tensor
@@ -18,7 +18,7 @@ QUERIES = 40
 
 
 def decompose(bench: Bench) -> dict[tuple[str, str], Comparison]:
-    """Compare adjacent rungs as matrices, layer by layer, and every rung with the Gauss-Newton matrix.
+    """Compare rungs as matrices, layer by layer: adjacent ones, and K-FAC with the blocks it stands for.
 
     Args:
         bench: a dense task.
@@ -26,10 +26,9 @@ def decompose(bench: Bench) -> dict[tuple[str, str], Comparison]:
     Returns:
         By ``(truth, approximation)`` the comparison.
     """
-    names = ("hessian", "ggn", "block_ggn", "ekfac", "kfac", "diagonal")
+    names = ("hessian", "ggn", "block_ggn", "ekfac", "kfac")
     matrices = {name: bench.source.matrix(name) for name in names}
-    pairs = [(above, below) for above, below, _ in STEPS[:5]]
-    pairs += [("ggn", name) for name in names[3:]] + [("block_ggn", "kfac")]
+    pairs = [*pairwise(names), ("block_ggn", "kfac")]
     return {(a, b): compare(matrices[a], matrices[b], bench.source.layout) for a, b in pairs}
 
 

@@ -116,7 +116,9 @@ def score_rung(bench: Bench, rung: Rung, truth: Truth, measurement: str, *, inte
         grid[damping] = truth.lds(answer.scores, bootstrap=2)[0]
     best = max(grid, key=lambda key: grid[key]) if grid else None
     auto = interval(found[AUTO], truth) if intervals and AUTO in found else None
-    at_best = interval(found[best], truth) if intervals and best is not None else None
+    at_best = auto if best == AUTO else None
+    if intervals and best is not None and at_best is None:
+        at_best = interval(found[best], truth)
     return Row(rung.name, grid, auto, at_best, best, refused)
 
 
