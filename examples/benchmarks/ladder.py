@@ -1,6 +1,7 @@
 """The ladder of Hessians and its solvers: what each step is worth, and whether untuned ``auto`` holds.
 
-Run ``python examples/benchmarks/ladder.py [--tasks ...] [--sections ...] [--quick] [--fresh]``. Sections:
+Run ``python examples/benchmarks/ladder.py [--tasks ...] [--sections ...] [--draws M] [--quick] [--fresh]``.
+Sections:
 
 - ``scores``: linear datamodeling score (LDS) of every rung and solver over dampings and at ``"auto"``, with
   bootstrap intervals, at every subset fraction, for the loss and the margin, and a plot;
@@ -28,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ladder_scores
 import ladder_tasks
 import torch
 from ladder_answers import Bench
@@ -209,7 +211,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     parser.add_argument("--fresh", action="store_true", help="answer again, whatever is cached")
+    parser.add_argument("--draws", type=int, default=ladder_scores.DRAWS, help="bootstrap resamples")
     chosen = parser.parse_args(arguments)
+    ladder_scores.DRAWS = chosen.draws
     torch.set_num_threads(1)
     console = Console()
     if not console.is_terminal:
