@@ -85,7 +85,7 @@ def target_table(targets: dict[str, list[Target]]) -> Table:
 
 def multiples_table(targets: dict[str, list[Target]]) -> Table:
     """LDS of ``auto`` at multiples of its own damping, less that of the exact matrix at its best."""
-    factors = next(iter(targets.values()))[0].multiples
+    factors = max((rows[0].multiples for rows in targets.values()), key=len)
     table = _table(
         "auto at multiples of its own damping, less the exact matrix at its best",
         ("task", "kept", "of", *(f"x{factor:g}" for factor in factors)),

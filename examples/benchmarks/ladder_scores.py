@@ -13,7 +13,6 @@ from truth import Truth
 from lightning_influence.evaluation.lds import linear_datamodeling_score, predict_subsets
 
 DRAWS = 300
-MULTIPLES = (2.0, 3.0, 6.0, 10.0)
 # Each step drops one thing; all of them of exact columns.
 STEPS = (
     ("hessian", "ggn", "network curvature"),
@@ -241,7 +240,9 @@ def score_target(bench: Bench, rows: list[Row], fraction: float, measurement: st
     answer = bench.scores(rungs["auto"], AUTO, measurement)
     facts = bench.answer(rungs["auto"], AUTO, measurement).facts
     own = bench.damping_of(rungs["auto"])
-    found = {factor: bench.scores(rungs["auto"], factor * own, measurement) for factor in MULTIPLES}
+    found = {
+        factor: bench.scores(rungs["auto"], factor * own, measurement) for factor in bench.entry.multiples
+    }
     multiples = {1.0: auto.grid[AUTO], **{f: truth.lds(s, bootstrap=2)[0] for f, s in found.items()}}
     return Target(
         fraction,

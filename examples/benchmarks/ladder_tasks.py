@@ -51,6 +51,7 @@ class LadderTask:
         fractions: shares of the examples that retrained models keep.
         measurements: what is scored.
         dense: whether the curvature is small enough for a dense matrix.
+        multiples: of ``auto``'s own damping at which it is scored as well.
         subsets: number of subsets at each fraction.
         seeds: number of retrained models a subset.
         shared: whether the ground truth in the loss at one half is that of the other benchmarks, which is
@@ -61,6 +62,7 @@ class LadderTask:
     fractions: tuple[float, ...]
     measurements: tuple[str, ...] = ("loss",)
     dense: bool = True
+    multiples: tuple[float, ...] = (2.0, 3.0, 6.0, 10.0)
     subsets: int = 50
     seeds: int = 4
     shared: bool = False
@@ -125,7 +127,7 @@ def _digits_mlp() -> LadderTask:
 
 
 def _digits_cnn() -> LadderTask:
-    return LadderTask(digits_cnn(), (0.5,), dense=False, shared=True)
+    return LadderTask(digits_cnn(), (0.5,), dense=False, multiples=(), shared=True)
 
 
 def _diabetes() -> LadderTask:
