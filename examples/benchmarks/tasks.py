@@ -60,9 +60,17 @@ def as_batch(batch: Any) -> Any:
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each text ``(B,)``, the mean over its tokens, of logits ``(B, T, C)``."""
+    return nn.functional.cross_entropy(outputs.transpose(1, 2), targets, reduction="none").mean(1)
+
+
 # By name: the batch's loss as a user calls it, and the same loss example by example, for retraining.
 LOSSES: dict[str, tuple[Loss, Loss]] = {
     "cross_entropy": (nn.functional.cross_entropy, cross_entropy),
+    "tokens": (nn.functional.cross_entropy, token_cross_entropy),
     "mse": (nn.functional.mse_loss, squared_error),
     "bce": (nn.functional.binary_cross_entropy_with_logits, binary_cross_entropy),
 }

@@ -188,6 +188,18 @@ def test_a_diverged_run_is_named():
         train_members(lambda: mlp().float(), recipe, table(21, 6, dtype=torch.float32), members(21, 2))
 
 
+def test_an_infinite_buffer_is_no_divergence():
+    def factory():
+        model = mlp()
+        model.register_buffer("mask", torch.full((2, 2), float("-inf"), dtype=torch.float64).triu(1))
+        return model
+
+    data, runs = table(21, 6), members(21, 2)
+    trained = train_members(factory, RECIPE, data, runs)
+    assert torch.equal(trained["mask"][0], factory().mask)
+    assert torch.equal(trained["0.weight"], train_members(mlp, RECIPE, data, runs)["0.weight"])
+
+
 def test_running_statistics_are_refused_by_name():
     def factory():
         return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
