@@ -216,7 +216,9 @@ def main() -> None:
     numel, K = problem.layout.numel, POSITIONS * CLASSES
     console = Console()
     console.print(f"{numel} parameters, {K} columns, {TRAIN} examples, {ANCHORS} anchors")
-    console.print(f"EK-FAC alone: rank correlation {problem.agreement(problem.inverse.apply(problem.queries)):.3f}")
+    console.print(
+        f"EK-FAC alone: rank correlation {problem.agreement(problem.inverse.apply(problem.queries)):.3f}"
+    )
     heads = ("estimate", "gradients", "error of T", "residual", "correlation", "after 2 Krylov steps")
     table = Table(*heads)
 
@@ -232,7 +234,12 @@ def main() -> None:
         for name, make in ESTIMATES.items():
             show(name, str(count), lambda s, m=make, c=count: problem.estimate(m, c, s), arguments.seeds)
     for share in (8, 4, 2):
-        show(f"1/{share} of the examples", f"{K} of 1/{share}", lambda s, d=share: problem.subset(TRAIN // d, s), arguments.seeds)
+        show(
+            f"1/{share} of the examples",
+            f"{K} of 1/{share}",
+            lambda s, d=share: problem.subset(TRAIN // d, s),
+            arguments.seeds,
+        )
     show("exact", str(K), lambda s: problem.G, 1)
     console.print(table)
 

@@ -96,7 +96,9 @@ class OutputLoss(ABC):
 
     def column_energies(self) -> Tensor:
         """Return the squared norm of each column of each example, ``(B, K)``."""
-        return torch.stack([seed.reshape(self.num_examples, -1).square().sum(1) for seed in self.columns()], 1)
+        return torch.stack(
+            [seed.reshape(self.num_examples, -1).square().sum(1) for seed in self.columns()], 1
+        )
 
     def mix_columns(self, weights: Tensor) -> Tensor:
         """Sum each example's columns with weights of its own.

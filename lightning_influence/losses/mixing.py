@@ -38,7 +38,9 @@ def balanced_signs(energies: Tensor, count: int, generator: torch.Generator | No
     order = energies.argsort(dim=1, descending=True, stable=True)
     # Dealt out there and back, from the largest: 0 1 .. S-1 S-1 .. 1 0 0 1 ..
     place = torch.arange(energies.shape[1], device=energies.device) % (2 * count)
-    group = torch.empty_like(order).scatter_(1, order, torch.minimum(place, 2 * count - 1 - place).expand_as(order))
+    group = torch.empty_like(order).scatter_(
+        1, order, torch.minimum(place, 2 * count - 1 - place).expand_as(order)
+    )
     device = generator.device if generator is not None else energies.device
     bits = torch.randint(0, 2, energies.shape, generator=generator, device=device).to(energies.device)
     weights = energies.new_zeros(count, *energies.shape)
