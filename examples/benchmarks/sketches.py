@@ -30,12 +30,12 @@ from lightning_influence.methods.closed_form import block_inverse, measured_eige
 from lightning_influence.passes.forward import Forward
 from lightning_influence.solvers.coarse_space import CoarseSpace, directions, probes
 from lightning_influence.solvers.krylov import block_krylov
-from lightning_influence.solvers.two_level import TwoLevel
+from lightning_influence.solvers.two_level import TwoLevel, rescaled
 
 CLASSES, POSITIONS, WIDTH = 32, 12, 12
 TRAIN, QUERIES, ANCHORS = 192, 24, 96
 
-#: Weights ``(S, K)`` of an example's columns, from their probabilities, their energies, ``S`` and a generator.
+#: Weights ``(S, K)`` of an example's columns, from probabilities, energies, ``S`` and a generator.
 Estimate = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
 
 
@@ -163,8 +163,8 @@ class Problem:
         columns = self.columns[chosen].flatten(0, 1)
         return columns.T @ columns / (len(chosen) * POSITIONS)
 
-    def answers(self, G: Tensor, steps: int) -> Tensor:
-        """Return two-level answers on an estimate, after some block Krylov steps on the same estimate."""
+    def answers(self, G: Tensor, steps: int, *, rescale: bool = True) -> Tensor:
+        """Return two-level answers on an estimate, or block Krylov steps on the same estimate."""
         anchors = {
             name: DenseGradients(block[None])
             for name, block in self.layout.split(self.train[:ANCHORS]).items()
@@ -173,7 +173,8 @@ class Problem:
         W = probes(4, self.layout.numel, Q)
         space = CoarseSpace(self.layout, Q, Q @ G, W @ G, mixing, anchors, self.inverse, TRAIN)
         if not steps:
-            return TwoLevel(self.inverse, space).solve(self.queries)
+            inverse = rescaled(self.inverse, space) if rescale else self.inverse
+            return TwoLevel(inverse, space).solve(self.queries)
         return block_krylov(
             lambda v: v @ G + self.damping * v,
             self.inverse.apply,
@@ -208,8 +209,8 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--draws", type=int, nargs="*", default=[2, 8, 32])
-    parser.add_argument("--damping", type=float, default=3e-3)
+    parser.add_argument("--draws", type=int, nargs="*", default=[8, 16, 32])
+    parser.add_argument("--damping", type=float, default=1.5e-2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     problem = Problem(arguments.damping)
@@ -219,6 +220,8 @@ def main() -> None:
     console.print(
         f"EK-FAC alone: rank correlation {problem.agreement(problem.inverse.apply(problem.queries)):.3f}"
     )
+    plain = problem.agreement(problem.answers(problem.G, 0, rescale=False))
+    console.print(f"Two-level on the exact matrix without rescaling: {plain:.3f}")
     heads = ("estimate", "gradients", "error of T", "residual", "correlation", "after 2 Krylov steps")
     table = Table(*heads)
 

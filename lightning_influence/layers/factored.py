@@ -93,11 +93,11 @@ class FactoredGradients(LayerGradients):
         num = weights.shape[-1]
         seeds, groups, examples, positions, d_out = self.outputs.shape
         if self._dense_is_cheaper(num):
-            parts = self._chunks(_PRODUCT_BYTES)
-            shares = torch.split(weights.transpose(0, 1), [part.num_examples for part in parts])
+            few = self._chunks(_PRODUCT_BYTES)
+            shares = torch.split(weights.transpose(0, 1), [some.num_examples for some in few])
             total = self.inputs.new_zeros(num, groups * d_out * self.inputs.shape[-1])
-            for part, share in zip(parts, shares, strict=True):
-                total.addmm_(share.reshape(-1, num).T, part._rows().flatten(0, 1))
+            for some, share in zip(few, shares, strict=True):
+                total.addmm_(share.reshape(-1, num).T, some._rows().flatten(0, 1))
             return total.view(num, groups, d_out, -1)
         rows = self.inputs.reshape(groups, examples * positions, -1)
         result = self.inputs.new_empty(num, groups, d_out, rows.shape[-1])

@@ -24,9 +24,9 @@ from lightning_influence.solvers.two_level import TwoLevel, rescaled
 FIRST_ANCHORS = 256
 MOST_ANCHORS = 512
 PROBES = 16
-# Mixtures of the output curvature's columns where they are too many: as many gradients in all, however many
-# examples, since the error goes with their number by that of the vectors (examples/benchmarks/sketches.py: with
-# 16 gradients a vector the scores lose .07 of their correlation with exact ones, with 32 .03).
+# Where the columns of the output curvature are too many, so many mixtures of them over all examples: about 40
+# gradients a direction on the benchmark transformer. With 16 a direction, scores lose .07 of their rank
+# correlation with exact ones, with 32 .03 (examples/benchmarks/sketches.py).
 MIXTURES = 4096
 _FEWEST_MIXTURES, _MOST_MIXTURES = 4, 64
 _CHECK = 32
@@ -72,8 +72,8 @@ class Auto(Method):
             context.extra["curvature_mixtures"] = self.space.mixtures
             context.notes.add(
                 f"The Gauss-Newton matrix was estimated from {self.space.mixtures} random mixtures of the "
-                f"output curvature's columns for each of {self.space.examples} examples: the loss has too many "
-                "outputs for all columns. Queries are iterated on, which costs a pass a step, only if "
+                f"output curvature's columns for each of {self.space.examples} examples: the loss has too "
+                "many outputs for all columns. Queries are iterated on, which costs a pass a step, only if "
                 "`max_steps` is given."
             )
 
