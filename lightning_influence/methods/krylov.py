@@ -12,7 +12,7 @@ from lightning_influence.methods.two_level import Auto
 from lightning_influence.solvers.conjugate_gradients import conjugate_gradients
 from lightning_influence.solvers.minres import minres
 from lightning_influence.solvers.stopping import Product, Solution
-from lightning_influence.solvers.two_level import TwoLevel, rescaled
+from lightning_influence.solvers.two_level import TwoLevel
 
 
 class Preconditioned(Iterative):
@@ -27,8 +27,7 @@ class Preconditioned(Iterative):
         elif name == "two_level":
             auto = Auto(self.context)
             auto.prepare()
-            inverse = rescaled(self.inverse, auto.space)
-            self.precondition = TwoLevel(inverse, auto.space).precondition
+            self.precondition = TwoLevel(self.inverse, auto.space).precondition
         self.context.extra["preconditioner"] = name
 
 

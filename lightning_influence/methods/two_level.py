@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass
+from lightning_influence.factors.inverse import BlockInverse
 from lightning_influence.layers import LayerGradients
 from lightning_influence.methods.base import Gradients, Method, Solved, register_method
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
@@ -64,7 +65,7 @@ class Auto(Method):
             context.state.coarse = self._build()
             context.state.coarse_key = key
         self.space = context.state.coarse.to(context.device)
-        self.inverse = rescaled(self.inverse, self.space)
+        self.inverse = self._preconditioner(self.space)
         self.operator = TwoLevel(self.inverse, self.space)
         context.extra["coarse_space"] = self.space.size
         context.extra["curvature_examples"] = self.space.examples
@@ -151,7 +152,7 @@ class Auto(Method):
             start, size = size, min(limit, max(FIRST_ANCHORS, 2 * size))
             anchors = _select(gradients, order[start:size])
             space = self._grow(space, anchors)
-            residuals = TwoLevel(rescaled(self.inverse, space), space).correction(held_out)[1]
+            residuals = TwoLevel(self._preconditioner(space), space).correction(held_out)[1]
             if float((residuals > self.tolerance).float().mean()) <= _MOST_UNSOLVED:
                 break
         assert space is not None
@@ -188,6 +189,14 @@ class Auto(Method):
         self._examples = one_pass.examples
         self._columns, self._estimated = one_pass.columns, one_pass.estimated
         return result
+
+    def _preconditioner(self, space: CoarseSpace) -> BlockInverse:
+        """Return EK-FAC, rescaled where outputs are many.
+
+        On a character transformer that helps; on the digits MLP it lowers the rank correlation with exact
+        scores (.82 to .77 with 256 anchors), although its step is the best in the norm of ``A``.
+        """
+        return rescaled(self.inverse, space) if space.mixtures else self.inverse
 
     def _mixtures(self) -> int:
         """Return how many mixtures of columns an example has; all passes of a coarse space need the same."""
