@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,15 +28,15 @@ class CurvaturePass(AveragingPass):
     Args:
         plan: the covered layers.
         fisher: which curvature gradients to use; None for exact columns while there are few of them, and
-            sampled labels beyond.
+            random mixtures of them beyond (see :mod:`~lightning_influence.losses.mixing`).
         max_columns: largest ``K`` for which every column of the output curvature is used, if ``fisher`` is
             None.
-        draws: sampled labels per example.
-        seed: seed of the sampled labels.
+        draws: sampled labels, or mixtures, per example.
+        seed: seed of the labels or signs.
 
     Attributes:
         columns: ``K`` of the last batch; None if the outputs are unknown.
-        estimated: whether the result is an estimate, from sampled or training labels.
+        estimated: whether the result is an estimate, from mixtures, sampled or training labels.
     """
 
     def __init__(
@@ -59,19 +59,21 @@ class CurvaturePass(AveragingPass):
         """Return curvature gradients of one batch."""
         fisher = self._choose(captured)
         generator = None
-        if captured.loss is not None and fisher == "sampled":
+        if captured.loss is not None and fisher in {"sampled", "mixed"}:
             generator = label_generator(self._seed, self._batches, captured.loss.outputs.device)
         self._batches += 1
         self.estimated |= fisher != "exact"
+        if fisher == "mixed":
+            return captured.mixed_gradients(self._draws, generator)
         return captured.curvature_gradients(fisher, generator, self._draws)
 
-    def _choose(self, captured: Captured) -> Fisher:
+    def _choose(self, captured: Captured) -> Fisher | Literal["mixed"]:
         if captured.loss is None:
             return "empirical"
         self.columns = captured.loss.num_columns
         if self._fisher is not None:
             return self._fisher
-        return "exact" if self.columns <= self._max_columns else "sampled"
+        return "exact" if self.columns <= max(self._max_columns, self._draws) else "mixed"
 
 
 class CurvatureProductPass(CurvaturePass):
@@ -81,7 +83,7 @@ class CurvatureProductPass(CurvaturePass):
     curvature, whose recorded factors are contracted with the vectors, which costs about ``4 P`` operations a
     vector and example however many columns there are. By *autograd*: two batched backward passes a vector
     (Schraudolph 2002), however many columns. Without an explicit choice of ``fisher``, columns are used while
-    there are few of them and labels are sampled beyond; with ``fisher="exact"`` the cheaper exact way is
+    there are few of them and random mixtures of them beyond; with ``fisher="exact"`` the cheaper exact way is
     used.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,23 +17,28 @@ from lightning_influence.layers.layout import Layout
 
 @dataclass(frozen=True)
 class EigenInverse:
-    """``(Q (diag(eigenvalues) + damping I) Q^T)^{-1}`` of one layer.
+    """``scale (Q (diag(eigenvalues) + damping I) Q^T)^{-1}`` of one layer.
 
     Attributes:
         basis: ``Q = Q_out (x) Q_in``; None for the identity.
         eigenvalues: ``(G, D_out, D_in)``, not negative.
         damping: a number that is added to every eigenvalue.
+        scale: factor of the inverse.
     """
 
     basis: Eigenbasis | None
     eigenvalues: Tensor
     damping: float
+    scale: float = 1.0
 
     @functools.cached_property
     def weights(self) -> Tensor:
-        """``1 / (eigenvalues + damping)``, ``(G, D_out, D_in)``; zero where both vanish, a pseudo-inverse."""
+        """``scale / (eigenvalues + damping)``, ``(G, D_out, D_in)``.
+
+        It is zero where both vanish: a pseudo-inverse.
+        """
         total = self.eigenvalues + self.damping
-        return torch.where(total > 0, total.reciprocal(), torch.zeros_like(total))
+        return torch.where(total > 0, self.scale / total, torch.zeros_like(total))
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Return the inverse times vectors ``(V, G, D_out, D_in)``."""
@@ -50,7 +55,7 @@ class EigenInverse:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EigenInverse:
         """Return the inverse on another device or in another precision."""
         basis = None if self.basis is None else self.basis.to(device, dtype)
-        return EigenInverse(basis, self.eigenvalues.to(device, dtype), self.damping)
+        return EigenInverse(basis, self.eigenvalues.to(device, dtype), self.damping, self.scale)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class BlockInverse:
     def damping(self) -> dict[str, float]:
         """The damping of each layer."""
         return {name: inverse.damping for name, inverse in self.layers.items()}
+
+    def scaled(self, factor: float) -> BlockInverse:
+        """Return the inverse times a number; the damping it reports stays."""
+        layers = {name: replace(layer, scale=layer.scale * factor) for name, layer in self.layers.items()}
+        return BlockInverse(self.layout, layers)
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Return the inverse times flat vectors ``(V, P)``."""

@@ -94,6 +94,26 @@ class OutputLoss(ABC):
             total += seed * (flat * seed).sum(-1, keepdim=True)
         return total.reshape(tangents.shape)
 
+    def column_energies(self) -> Tensor:
+        """Return the squared norm of each column of each example, ``(B, K)``."""
+        return torch.stack(
+            [seed.reshape(self.num_examples, -1).square().sum(1) for seed in self.columns()], 1
+        )
+
+    def mix_columns(self, weights: Tensor) -> Tensor:
+        """Sum each example's columns with weights of its own.
+
+        Args:
+            weights: ``(B, K)``, in the order of :meth:`columns`.
+
+        Returns:
+            One seed. Losses with a closed form override this sum.
+        """
+        total = torch.zeros_like(working(self.outputs.detach())).reshape(self.num_examples, -1)
+        for k, column in enumerate(self.columns()):
+            total += weights[:, k, None] * column.reshape(self.num_examples, -1)
+        return total.reshape(self.outputs.shape)
+
     @abstractmethod
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """One random seed ``s``, ``E[s s^T]`` being the Hessian: the gradient at labels the model draws."""

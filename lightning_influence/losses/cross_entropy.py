@@ -81,6 +81,17 @@ class CrossEntropyLoss(OutputLoss):
                 seed[:, t, c] += root[:, t, c]
                 yield self._to_outputs(seed)
 
+    def column_energies(self) -> Tensor:
+        """Return ``s p_c (1 - 2 p_c + |p|^2)`` of each class of each position, ``(B, T C)``."""
+        p = self._softmax()
+        return (self._mass() * p * (1 - 2 * p + p.square().sum(-1, keepdim=True))).flatten(1)
+
+    def mix_columns(self, weights: Tensor) -> Tensor:
+        """Return ``r - p sum_c r_c`` at each position, ``r_c`` being ``sqrt(s p_c)`` times the weight."""
+        p = self._softmax()
+        rows = (self._mass() * p).sqrt() * weights.view(p.shape)
+        return self._to_outputs(rows - p * rows.sum(-1, keepdim=True))
+
     def curvature_products(self, tangents: Tensor) -> Tensor:
         """Return ``s p (t - p^T t)`` at each position, for tangents ``t (V, *outputs.shape)``."""
         p, mass = self._softmax(), self._mass()

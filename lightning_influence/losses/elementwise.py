@@ -43,6 +43,14 @@ class ElementwiseLoss(OutputLoss):
             seed[:, k] = root[:, k]
             yield seed.reshape(self.outputs.shape)
 
+    def column_energies(self) -> Tensor:
+        """Return the diagonal, ``(B, K)``."""
+        return self.curvature().reshape(self.num_examples, -1)
+
+    def mix_columns(self, weights: Tensor) -> Tensor:
+        """Return the root of the diagonal times the weights."""
+        return self.curvature().sqrt() * weights.reshape(self.outputs.shape)
+
     def curvature_products(self, tangents: Tensor) -> Tensor:
         """Return the diagonal curvature times tangents ``(V, *outputs.shape)``."""
         return working(tangents) * self.curvature()

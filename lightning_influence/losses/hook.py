@@ -69,6 +69,14 @@ class ScaledLoss(OutputLoss):
         for seed in self.inner.columns():
             yield seed * math.sqrt(self.factor)
 
+    def column_energies(self) -> Tensor:
+        """Return the inner loss's energies, times the factor."""
+        return self.inner.column_energies() * self.factor
+
+    def mix_columns(self, weights: Tensor) -> Tensor:
+        """Return the inner loss's mixture, times the square root of the factor."""
+        return self.inner.mix_columns(weights) * math.sqrt(self.factor)
+
     def curvature_products(self, tangents: Tensor) -> Tensor:
         """Return the inner loss's products, times the factor."""
         return self.inner.curvature_products(tangents) * self.factor

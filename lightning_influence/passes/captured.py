@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.layers import FactoredGradients, Recorder
 from lightning_influence.losses import OutputLoss
+from lightning_influence.losses.mixing import balanced_signs
 
 Fisher = Literal["sampled", "exact", "empirical"]
 MAX_COLUMNS = 1024
@@ -119,3 +120,21 @@ class Captured:
             }
             for start in range(0, len(seeds), draws)
         ]
+
+    def mixed_gradients(
+        self, count: int, generator: torch.Generator | None = None
+    ) -> dict[str, FactoredGradients]:
+        """Gradients at ``count`` random mixtures of the output curvature's columns.
+
+        Args:
+            count: number of mixtures; as many as there are columns make them exact.
+            generator: source of the random signs.
+
+        Returns:
+            Gradients with ``K = count`` seeds whose outer products average to the Gauss-Newton matrix, over
+            the signs; see :mod:`~lightning_influence.losses.mixing`.
+        """
+        assert self.loss is not None
+        weights = balanced_signs(self.loss.column_energies(), count, generator)
+        seeds = [self.loss.mix_columns(few) for few in weights]
+        return self.recorder.gradients(self.loss.outputs, list(seeds), self.num_examples)

@@ -34,6 +34,8 @@ class CoarseSpace:
         anchors: gradients of the ``M`` anchors by layer.
         inverse: ``P_0``.
         examples: number of curvature examples in the products.
+        mixtures: random mixtures of an example's curvature columns that stand for all in the products; 0 if
+            they are made of all columns, or of training labels.
     """
 
     layout: Layout
@@ -44,6 +46,7 @@ class CoarseSpace:
     anchors: Mapping[str, LayerGradients]
     inverse: BlockInverse
     examples: int
+    mixtures: int = 0
 
     @property
     def size(self) -> int:
@@ -69,6 +72,7 @@ class CoarseSpace:
             "version": _VERSION,
             "shapes": {name: list(shape) for name, shape in self.layout.shapes.items()},
             "examples": self.examples,
+            "mixtures": self.mixtures,
             "damping": self.inverse.damping,
             "directions": self.directions,
             "product": self.product,
@@ -119,6 +123,7 @@ class CoarseSpace:
             anchors,
             BlockInverse(layout, inverses),
             state["examples"],
+            state.get("mixtures", 0),
         )
 
 

@@ -5,7 +5,9 @@ g_m]`` for ``m`` training gradients. For a right-hand side ``v`` and ``z = P^{-1
 
 .. math:: x = z + Q T^{-1} (Q^T v - (A Q)^T z), \qquad T = Q^T A Q,
 
-a coarse correction in the sense of deflation and domain decomposition (Frank and Vuik 2001). ``G Q`` costs
+a coarse correction in the sense of deflation and domain decomposition (Frank and Vuik 2001). Where EK-FAC is
+too small as a whole, ``z`` overshoots outside the coarse space, where nothing corrects it: :func:`rescaled`
+takes out the common factor, at no cost. ``G Q`` costs
 one pass over the curvature examples, once; afterwards every right-hand side and every damping costs a few
 products.
 """
@@ -21,6 +23,9 @@ from lightning_influence.factors.inverse import BlockInverse
 from lightning_influence.layers.gradients import LayerGradients
 from lightning_influence.solvers.coarse_space import CoarseSpace, probes
 from lightning_influence.solvers.scoring import Correction
+
+# Anchors whose flat vectors are formed at once.
+_ANCHORS = 32
 
 
 class TwoLevel:
@@ -101,6 +106,41 @@ class TwoLevel:
         """Return ``T^{-1} y`` for rows ``y``, solved in float64."""
         flat = products.reshape(-1, products.shape[-1]).double().T
         return torch.cholesky_solve(flat, self._small).T.to(products.dtype).view(products.shape)
+
+
+def rescaled(inverse: BlockInverse, space: CoarseSpace) -> BlockInverse:
+    r"""Multiply the preconditioner by the step that is best for the anchors of a coarse space.
+
+    For the preconditioned anchors ``z_a``, whose products with ``G`` are known, the step
+
+    .. math:: \alpha = \sum_a z_a^T P z_a \; / \; \sum_a z_a^T A z_a
+
+    minimises the sum of ``||alpha z_a - A^{-1} P z_a||^2`` in the norm of ``A``. It is 1 if ``P = A``. Cross
+    terms between layers, which EK-FAC leaves out, make it small: 0.3 on a character transformer, where the
+    rank correlation of two-level scores with exact ones rises from .54 to .69
+    (``examples/benchmarks/sketches.py``).
+
+    Args:
+        inverse: ``P^{-1}``, with any damping.
+        space: the coarse space.
+
+    Returns:
+        ``alpha P^{-1}``; unchanged if the anchors are all zero.
+    """
+    layout, first = space.layout, space.inverse
+    change = {name: value - first.damping[name] for name, value in inverse.damping.items()}
+    shift = layout.expand(change, space.directions)
+    damping = layout.expand(inverse.damping, space.directions)
+    small = (space.product + damping * space.directions) @ space.directions.T
+    above = below = 0.0
+    for part in torch.split(torch.arange(space.mixing.shape[1]), _ANCHORS):
+        anchors = {name: layer.select(part) for name, layer in space.anchors.items()}
+        vectors = layout.dense(anchors)[0]
+        answers = first.apply(vectors)
+        coordinates = answers @ space.directions.T
+        above += float((answers * (vectors + shift * answers)).sum())
+        below += float((coordinates @ small * coordinates).sum())
+    return inverse.scaled(above / below) if above > 0 and below > 0 else inverse
 
 
 def squared_norms(gradients: Mapping[str, LayerGradients]) -> Tensor:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lightning_influence.passes.scores import Columns, ScorePass, SelfInfluenceP
 from lightning_influence.passes.statistics import CovariancePass
 from lightning_influence.solvers.coarse_space import CoarseSpace, directions, probes
 from lightning_influence.solvers.scoring import PreconditionedScorer
-from lightning_influence.solvers.two_level import TwoLevel, squared_norms
+from lightning_influence.solvers.two_level import TwoLevel, rescaled, squared_norms
 
 SOME = [
     "mlp_gelu",
@@ -260,3 +262,33 @@ def test_the_preconditioner_is_symmetric_positive_definite_and_exact_on_the_coar
     inverse = p.inverse.apply(identity)
     expected = (identity - E @ A) @ inverse @ (identity - A @ E) + E
     torch.testing.assert_close(B, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("damping", [DAMPING, 0.3, 1e-3])
+@pytest.mark.parametrize("name", SOME)
+def test_the_rescaled_preconditioner_takes_the_best_step_on_the_anchors(name, damping):
+    p = Problem(name)
+    inverse = closed_form(p.factors, p.setup.layout, damping)
+    A = p.matrix(damping)
+    Z = p.inverse.apply(p.setup.layout.dense(p.anchors)[0])
+    V = torch.linalg.solve(inverse.apply(torch.eye(len(A)).double()), Z.T).T  # P z
+    error = lambda step: step * Z - torch.linalg.solve(A, V.T).T  # noqa: E731
+    scaled = rescaled(inverse, p.space)
+    step = float((scaled.apply(Z) * Z).sum() / (inverse.apply(Z) * Z).sum())
+    errors = [float((error(t) @ A * error(t)).sum()) for t in (step, 0.999 * step, 1.001 * step)]
+    assert errors[0] < min(errors[1:])
+    assert scaled.damping == inverse.damping
+    # It goes through to the answers: the definition with the scaled preconditioner.
+    queries = p.setup.layout.dense(p.queries)[0]
+    two = TwoLevel(scaled, p.space)
+    solved = two.solve(queries)
+    torch.testing.assert_close(solved, definition(p, scaled, damping, queries), rtol=1e-7, atol=1e-7)
+    correction, _ = two.correction(p.queries)
+    got = p.scores(PreconditionedScorer(scaled, p.queries, correction=correction, tolerance=0))
+    torch.testing.assert_close(got, solved @ p.setup.gradients().T / 12, rtol=1e-8, atol=1e-9)
+
+
+def test_anchors_of_zero_leave_the_preconditioner_as_it_is():
+    p = Problem("mlp_gelu")
+    zero = {k: g.scaled(0.0) for k, g in p.anchors.items()}
+    assert rescaled(p.inverse, replace(p.space, anchors=zero)) is p.inverse
