@@ -1,4 +1,4 @@
-"""Fewer columns for the curvature of each example's outputs.
+"""Softer and fewer columns for the curvature of each example's outputs.
 
 A classifier that hesitates does so between few classes: most of the trace of an example's output curvature
 ``B B^T`` lies along its leading eigenvectors, and every column saved is a backward pass saved.
@@ -6,8 +6,33 @@ A classifier that hesitates does so between few classes: most of the trace of an
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+
+from lightning_influence.losses.base import OutputLoss
+from lightning_influence.losses.hook import ScaledLoss
+
+
+def softened(loss: OutputLoss, temperature: float) -> OutputLoss:
+    """Return the loss with its outputs divided by a temperature, for its curvature.
+
+    The curvature of a classifier's loss vanishes where it is sure, right or wrong: such examples
+    then neither pull at a step nor hold it back, and the step is good for a short way only. Softer
+    probabilities say how the outputs curve further on. Losses of constant curvature, as squared error, keep
+    theirs.
+
+    Args:
+        loss: a captured loss.
+        temperature: positive; 1 changes nothing.
+
+    Returns:
+        A detached copy.
+    """
+    if isinstance(loss, ScaledLoss):
+        return ScaledLoss.of(softened(loss.inner, temperature), loss.factor)
+    return replace(loss, outputs=loss.outputs.detach() / temperature)
 
 
 def leading_columns(columns: Tensor, rows: Tensor, share: float) -> Tensor:
@@ -43,4 +68,5 @@ def leading_columns(columns: Tensor, rows: Tensor, share: float) -> Tensor:
     factor = keep * (trace / kept.clamp_min(torch.finfo(values.dtype).tiny)).sqrt()
     rank = max(1, int(keep[rows].sum(dim=-1).max())) if len(rows) else 1
     rotated = (vectors.mT @ by_example) * factor[..., None]
-    return rotated[:, :rank].transpose(0, 1).to(columns.dtype)
+    few: Tensor = rotated[:, :rank].transpose(0, 1).to(columns.dtype)
+    return few

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.differentiation import add_hessian_products, differentiable_twice
-from lightning_influence.edits.columns import leading_columns
+from lightning_influence.edits.columns import leading_columns, softened
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.passes import MAX_COLUMNS, rows_of
 from lightning_influence.edits.sampling import Sample
@@ -41,6 +41,7 @@ class Curvature:
         memory_budget: most bytes of gradients to keep.
         seed: of sampled labels, which stand in for the columns of more than 64 outputs.
         share: of the trace of each example's output curvature that its columns hold; 1 for all columns.
+        temperature: of the outputs whose curvature is taken; 1 for the model's own.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class Curvature:
         memory_budget: int = 2**30,
         seed: int = 0,
         share: float = 1.0,
+        temperature: float = 1.0,
     ) -> None:
         self._runner, self._plan, self._data = runner, plan, data
         self._chosen, self._factor = sample.indices, sample.factor
         self._exact, self._budget, self._seed, self._share = exact, memory_budget, seed, share
+        self._temperature = temperature
         self._loader = data.subset(sample.indices)
         self._layout = Layout.of(plan.layers)
         self._kept: list[dict[str, FactoredGradients]] | None = None
@@ -98,8 +101,9 @@ class Curvature:
     def _by_pass(self, vectors: Tensor) -> Tensor:
         budget = 0 if self._exact else self._budget
         one_pass = _ProductPass(
-            self._plan, self._data, self._chosen, vectors, self._exact, budget, self._seed, self._share
+            self._plan, self._data, self._chosen, vectors, self._exact, budget, self._seed
         )
+        one_pass.share, one_pass.temperature = self._share, self._temperature
         self._runner.run(one_pass, self._loader)
         self._weight = one_pass.weight if one_pass.weight > 0 else float(len(self._chosen))
         self._kept, self._budget = one_pass.kept, 0
@@ -120,7 +124,6 @@ class _ProductPass:
         exact: bool,
         budget: int,
         seed: int,
-        share: float,
     ) -> None:
         self.forward = Forward(plan)
         self.total, self.weight = torch.zeros_like(vectors), 0.0
@@ -128,7 +131,7 @@ class _ProductPass:
         self._plan, self._layout = plan, Layout.of(plan.layers)
         self._data, self._rows, self._vectors = data, rows_of(chosen), vectors
         self._exact, self._free, self._seed, self._batches = exact, budget, seed, 0
-        self._share = share
+        self.share, self.temperature = 1.0, 1.0
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
@@ -151,11 +154,12 @@ class _ProductPass:
         """Return gradients of columns of the output curvature, or of sampled labels if it has many."""
         self._batches += 1
         if captured.loss is None or captured.loss.num_columns <= MAX_COLUMNS:
-            if captured.loss is None or self._share == 1:
+            if captured.loss is None or (self.share == 1 and self.temperature == 1):
                 return captured.curvature_gradients("exact")
             shape, count = captured.loss.outputs.shape, captured.num_examples
-            columns = torch.stack([column.reshape(count, -1) for column in captured.loss.columns()])
-            few = leading_columns(columns, rows.to(columns.device), self._share)
+            loss = softened(captured.loss, self.temperature)
+            columns = torch.stack([column.reshape(count, -1) for column in loss.columns()])
+            few = leading_columns(columns, rows.to(columns.device), self.share)
             return captured.recorder.gradients(
                 captured.loss.outputs, [column.reshape(shape) for column in few], count
             )

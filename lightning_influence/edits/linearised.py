@@ -32,8 +32,10 @@ from lightning_influence.selection import Evidence
 from lightning_influence.selection.base import Source
 from lightning_influence.solvers.normal_equations import largest_eigenvalue
 
-# Share of the trace of each example's output curvature that is kept where the step is looked for.
+# Share of the trace of each example's output curvature that is kept when relabelling in several steps.
 COLUMN_SHARE = 0.9
+# Of the outputs whose curvature such a relabelling takes: it has to reach beyond where the model is sure.
+TEMPERATURE = 3.0
 # Directions whose curvature is below this share of the largest are not told from noise.
 AUTO_DAMPING = 0.01
 
@@ -130,6 +132,7 @@ class Linearised:
 
     def _curvature(self, sample: Sample) -> Curvature:
         options = self.options
+        reaches = options.step == "search" and not self.forgets and options.linearisations != 1
         return Curvature(
             self.runner,
             self.plan,
@@ -138,7 +141,8 @@ class Linearised:
             exact=options.curvature == "hessian",
             memory_budget=options.memory_budget // 2,
             seed=options.seed,
-            share=1.0 if self.forgets or options.step != "search" else COLUMN_SHARE,
+            share=COLUMN_SHARE if reaches else 1.0,
+            temperature=TEMPERATURE if reaches else 1.0,
         )
 
     def product(self, vectors: Tensor) -> Tensor:

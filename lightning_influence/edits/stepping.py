@@ -60,7 +60,9 @@ class Stepping:
             return self.losses(chosen).mean()
         return self._run(LossPass(self._plan, None), self._validation).result().mean()
 
-    def choose(self, start: Tensor, unit: Tensor, shares: tuple[float, float], last: Found | None = None) -> Found:
+    def choose(
+        self, start: Tensor, unit: Tensor, shares: tuple[float, float], last: Found | None = None
+    ) -> Found:
         """Choose a multiple of a change.
 
         Args:
@@ -98,7 +100,7 @@ class Stepping:
         if forgets:
             return search_forgetting(evaluate)
         if last is not None:
-            return search_objective(evaluate, last.objective, 1.0, reaches=(1.0,))
+            return search_objective(evaluate, last.objective, last.step, reaches=(1.0,))
         now = evaluate(0.0)
         return search_objective(evaluate, float("inf") if now is None else now.objective)
 
