@@ -43,7 +43,7 @@ def make(seed: int, count: int | None) -> Task:
         retrain=(images, labels),
         edit=edit,
         groups=groups,
-        options={"weight_decay": WEIGHT_DECAY},
+        options={"linearisations": 1, "weight_decay": WEIGHT_DECAY},
     )
 
 

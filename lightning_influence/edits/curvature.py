@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.differentiation import add_hessian_products, differentiable_twice
+from lightning_influence.edits.columns import leading_columns, softened
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.passes import MAX_COLUMNS, rows_of
 from lightning_influence.edits.sampling import Sample
@@ -39,6 +40,8 @@ class Curvature:
         exact: the Hessian if True, the Gauss-Newton matrix otherwise.
         memory_budget: most bytes of gradients to keep.
         seed: of sampled labels, which stand in for the columns of more than 64 outputs.
+        share: of the trace of each example's output curvature that its columns hold; 1 for all columns.
+        temperature: of the outputs whose curvature is taken; 1 for the model's own.
     """
 
     def __init__(
@@ -51,10 +54,13 @@ class Curvature:
         exact: bool = False,
         memory_budget: int = 2**30,
         seed: int = 0,
+        share: float = 1.0,
+        temperature: float = 1.0,
     ) -> None:
         self._runner, self._plan, self._data = runner, plan, data
         self._chosen, self._factor = sample.indices, sample.factor
-        self._exact, self._budget, self._seed = exact, memory_budget, seed
+        self._exact, self._budget, self._seed, self._share = exact, memory_budget, seed, share
+        self._temperature = temperature
         self._loader = data.subset(sample.indices)
         self._layout = Layout.of(plan.layers)
         self._kept: list[dict[str, FactoredGradients]] | None = None
@@ -97,6 +103,7 @@ class Curvature:
         one_pass = _ProductPass(
             self._plan, self._data, self._chosen, vectors, self._exact, budget, self._seed
         )
+        one_pass.share, one_pass.temperature = self._share, self._temperature
         self._runner.run(one_pass, self._loader)
         self._weight = one_pass.weight if one_pass.weight > 0 else float(len(self._chosen))
         self._kept, self._budget = one_pass.kept, 0
@@ -124,6 +131,7 @@ class _ProductPass:
         self._plan, self._layout = plan, Layout.of(plan.layers)
         self._data, self._rows, self._vectors = data, rows_of(chosen), vectors
         self._exact, self._free, self._seed, self._batches = exact, budget, seed, 0
+        self.share, self.temperature = 1.0, 1.0
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
@@ -134,7 +142,7 @@ class _ProductPass:
         if self._exact:
             add_hessian_products(self.total, self._plan, captured, self._vectors, rows)
             return
-        gradients = {name: layer.select(rows) for name, layer in self._gradients(captured).items()}
+        gradients = {name: layer.select(rows) for name, layer in self._gradients(captured, rows).items()}
         self._layout.add_combination(self.total, gradients, self._layout.dot(gradients, self._vectors))
         if self.kept is not None:
             self._free -= sum(layer.nbytes for layer in gradients.values())
@@ -142,10 +150,18 @@ class _ProductPass:
             if self._free < 0:
                 self.kept = None
 
-    def _gradients(self, captured: Captured) -> dict[str, FactoredGradients]:
-        """Return gradients of every column of the output curvature, or of sampled labels if it has many."""
+    def _gradients(self, captured: Captured, rows: Tensor) -> dict[str, FactoredGradients]:
+        """Return gradients of columns of the output curvature, or of sampled labels if it has many."""
         self._batches += 1
         if captured.loss is None or captured.loss.num_columns <= MAX_COLUMNS:
-            return captured.curvature_gradients("exact")
+            if captured.loss is None or (self.share == 1 and self.temperature == 1):
+                return captured.curvature_gradients("exact")
+            shape, count = captured.loss.outputs.shape, captured.num_examples
+            loss = softened(captured.loss, self.temperature)
+            columns = torch.stack([column.reshape(count, -1) for column in loss.columns()])
+            few = leading_columns(columns, rows.to(columns.device), self.share)
+            return captured.recorder.gradients(
+                captured.loss.outputs, [column.reshape(shape) for column in few], count
+            )
         generator = label_generator(self._seed, self._batches, captured.loss.outputs.device)
         return captured.curvature_gradients("sampled", generator, DRAWS)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.directions.base import find_direction
+from lightning_influence.edits.line_search import Found
 from lightning_influence.edits.linearised import Linearised
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.parameter_edit import ParameterEdit, changes_between
@@ -33,6 +34,8 @@ from lightning_influence.solvers.normal_equations import Solve
 
 # Most kept examples whose loss a line search looks at.
 SEARCH_EXAMPLES = 512
+# Most linearisations of a relabelling, and the relative fall of its objective below which one is the last.
+LINEARISATIONS, LEAST_FALL = 6, 0.05
 
 
 class Editor:
@@ -103,19 +106,24 @@ class Editor:
         selection = self._select(linear)
         steps: list[float] = []
         solves: list[Solve] = []
-        for number in range(self._options.linearisations):
+        found: Found | None = None
+        count = self._linearisations
+        for number in range(count):
             if number:
-                linear = self._linearise(at_optimum=False)
-            solve = self._solve(linear, selection)
+                linear = self._linearise(at_optimum=False, previous=linear)
+            solve = self._solve(linear, selection, again=number > 0)
             unit = linear.scale * solve.vector
-            step = self._step(linear, change, unit)
+            found, last = self._step(linear, change, unit, found), found
+            step = found.step
             if step == 0.0:
                 break
-            predicted = linear.predict(step * unit) if self._options.linearisations == 1 else (None, None)
+            predicted = linear.predict(step * unit) if count == 1 else (None, None)
             change = change + step * unit
             self._weights.move(change)
             steps.append(step)
             solves.append(solve)
+            if last is not None and found.objective > (1 - LEAST_FALL) * last.objective:
+                break
         if not steps:
             raise InfluenceError(
                 "No step along the direction lowers the loss of the training set with its new targets. Try a "
@@ -188,7 +196,7 @@ class Editor:
                     values[name] = record.layers[name].weight_decay / record.loss_scale
         return Layout.of(self._plan.layers).expand(values, self._weights.flat())
 
-    def _linearise(self, *, at_optimum: bool) -> Linearised:
+    def _linearise(self, *, at_optimum: bool, previous: Linearised | None = None) -> Linearised:
         options = self._options
         edited, kept = self._before.at(self._data.edited), self._before.at(self._data.kept)
         limit, seed = options.curvature_examples, options.seed
@@ -203,6 +211,7 @@ class Editor:
             (float(edited.weights.sum()), float(kept.weights.sum())),
             samples,
             at_optimum,
+            previous,
         )
 
     def _select(self, linear: Linearised) -> Selection:
@@ -214,9 +223,23 @@ class Editor:
         rule = find_rule(self._options.rule)
         return select(rule, linear.evidence(rule.source), self._options.ratio, self._options.seed)
 
-    def _solve(self, linear: Linearised, selection: Selection) -> Solve:
+    @property
+    def _linearisations(self) -> int:
+        given, relabels = self._options.linearisations, self._data.targets is not None
+        if given is not None:
+            return given
+        return LINEARISATIONS if relabels and self._options.step == "search" else 1
+
+    def _solve(self, linear: Linearised, selection: Selection, *, again: bool = False) -> Solve:
+        """Return the vector of a linearisation.
+
+        Generalized influence finds the change that disturbs nothing else. Once it is made, what is left of
+        relabelling is to minimise the objective over the selected parameters, and a Gauss-Newton step within
+        them takes half as many products.
+        """
         problem = linear.problem(selection.flat())
-        solve = find_direction(self._options.method).function(problem)
+        descends = again and self._options.method == "gif" and self._data.targets is not None
+        solve = find_direction("fif" if descends else self._options.method).function(problem)
         if solve.residual > max(0.1, self._options.tolerance):
             self._notes.add(
                 f"The linear system of the edit was solved to a residual of {solve.residual:.2f} only, after "
@@ -224,16 +247,16 @@ class Editor:
             )
         return solve
 
-    def _step(self, linear: Linearised, change: Tensor, unit: Tensor) -> float:
+    def _step(self, linear: Linearised, change: Tensor, unit: Tensor, last: Found | None) -> Found:
         edited, kept = linear.weights
         shares = (edited / (edited + kept), kept / (edited + kept))
-        found = self._stepping.choose(change, unit, shares)
+        found = self._stepping.choose(change, unit, shares, last)
         if not found.reached and found.step > 0:
             self._notes.add(
                 "No step makes the model forget the edited examples; the one that comes closest was taken. "
                 "Allow more parameters with ratio=, another rule, or more linearisations."
             )
-        return found.step
+        return found
 
     def _kept_loss(self, losses: Losses) -> float:
         if self._validates:

@@ -53,11 +53,13 @@ class Found:
         step: a multiple of the theoretical step; 0 if no step helps.
         reached: whether the aim was reached.
         evaluations: how often the model was evaluated.
+        objective: the lowest that was found; NaN if the search was not for one.
     """
 
     step: float
     reached: bool
     evaluations: int
+    objective: float = math.nan
 
 
 def search_forgetting(evaluate: Evaluate) -> Found:
@@ -123,12 +125,16 @@ def _closest(seen: dict[float, Point | None]) -> float:
     return min(known, key=lambda step: (*known[step], step)) if known else 0.0
 
 
-def search_objective(evaluate: Evaluate, current: float) -> Found:
+def search_objective(
+    evaluate: Evaluate, current: float, start: float = 1.0, reaches: tuple[float, ...] = (1.0, 0.5)
+) -> Found:
     """Find the step with the lowest objective, on a scale of powers of two and then by parabolas.
 
     Args:
         evaluate: the losses at a step.
         current: the objective without a step.
+        start: the step to begin with.
+        reaches: octaves between the steps of each parabola.
 
     Returns:
         The step; 0 if every one makes the objective worse.
@@ -141,19 +147,20 @@ def search_objective(evaluate: Evaluate, current: float) -> Found:
             seen[step] = math.inf if point is None else point.objective
         return seen[step]
 
-    best = 1.0
+    best = start
     while value(best) >= current and best > 2.0**-_MOST_DOUBLINGS:
         best /= 2
     if value(best) >= current:
-        return Found(0.0, False, len(seen))
+        return Found(0.0, False, len(seen), current)
+    halved = False
     while value(best / 2) < value(best) and best > 2.0**-_MOST_DOUBLINGS:
-        best /= 2
-    while value(2 * best) < value(best) and best < 2.0**_MOST_DOUBLINGS:
+        best, halved = best / 2, True
+    while not halved and value(2 * best) < value(best) and best < 2.0**_MOST_DOUBLINGS:
         best *= 2
-    for reach in (1.0, 0.5):
+    for reach in reaches:
         candidate = _vertex(value, best, reach)
         best = candidate if value(candidate) < value(best) else best
-    return Found(best, True, len(seen))
+    return Found(best, True, len(seen), value(best))
 
 
 def _vertex(value: Callable[[float], float], middle: float, reach: float) -> float:

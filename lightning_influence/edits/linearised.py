@@ -32,6 +32,10 @@ from lightning_influence.selection import Evidence
 from lightning_influence.selection.base import Source
 from lightning_influence.solvers.normal_equations import largest_eigenvalue
 
+# Share of the trace of each example's output curvature that is kept when relabelling in several steps.
+COLUMN_SHARE = 0.9
+# Of the outputs whose curvature such a relabelling takes: it has to reach beyond where the model is sure.
+TEMPERATURE = 3.0
 # Directions whose curvature is below this share of the largest are not told from noise.
 AUTO_DAMPING = 0.01
 
@@ -52,6 +56,7 @@ class Linearised:
         at_optimum: whether the model is taken to be at the optimum of its training objective, so that the
             edited examples' gradient tells that of the new objective. For a relabelled objective it is
             measured over all examples otherwise.
+        previous: the linearisation before, whose damping and preconditioner still serve.
     """
 
     runner: Runner
@@ -63,6 +68,7 @@ class Linearised:
     weights: tuple[float, float]
     samples: tuple[Sample, Sample]
     at_optimum: bool
+    previous: Linearised | None = None
 
     @property
     def forgets(self) -> bool:
@@ -96,6 +102,8 @@ class Linearised:
         Raises:
             InfluenceError: if it is zero.
         """
+        if self.previous is not None and not self.forgets:
+            return self._measured()
         gradient = self.target.total / self.weights[0]
         if not bool(gradient.any()):
             raise InfluenceError(
@@ -104,11 +112,13 @@ class Linearised:
             )
         if self.forgets:
             return gradient + self.decay * self.theta
-        if not self.at_optimum:
-            after = GradientSumPass(self.plan, self.data, self.data.after, new=-1.0)
-            self.runner.run(after, self.data.subset(self.data.after))
-            gradient = after.total / self.weights[0] - self.decay * self.theta / self.scale
-        return gradient
+        return gradient if self.at_optimum else self._measured()
+
+    def _measured(self) -> Tensor:
+        """Return the descent of the relabelled objective, in the unit of the edited examples' mean."""
+        after = GradientSumPass(self.plan, self.data, self.data.after, new=-1.0, channels=False)
+        self.runner.run(after, self.data.subset(self.data.after))
+        return after.total / self.weights[0] - self.decay * self.theta / self.scale
 
     @cached_property
     def kept_curvature(self) -> Curvature:
@@ -122,6 +132,7 @@ class Linearised:
 
     def _curvature(self, sample: Sample) -> Curvature:
         options = self.options
+        reaches = options.step == "search" and not self.forgets and options.linearisations != 1
         return Curvature(
             self.runner,
             self.plan,
@@ -130,6 +141,8 @@ class Linearised:
             exact=options.curvature == "hessian",
             memory_budget=options.memory_budget // 2,
             seed=options.seed,
+            share=COLUMN_SHARE if reaches else 1.0,
+            temperature=TEMPERATURE if reaches else 1.0,
         )
 
     def product(self, vectors: Tensor) -> Tensor:
@@ -146,6 +159,8 @@ class Linearised:
     @cached_property
     def squared_norms(self) -> Tensor:
         """Estimates of ``(H^2)_ii``, ``(P,)``."""
+        if self.previous is not None:
+            return self.previous.squared_norms
         return squared_column_norms(self.product, self.gradient, self.options.seed)
 
     @cached_property
@@ -153,6 +168,8 @@ class Linearised:
         """What is added to the curvature."""
         if self.options.damping != "auto":
             return float(self.options.damping)
+        if self.previous is not None:
+            return self.previous.damping
         generator = torch.Generator().manual_seed(self.options.seed)
         noise = torch.randn(len(self.gradient), generator=generator).to(self.gradient)
         return AUTO_DAMPING * largest_eigenvalue(lambda v: self.product(v[None])[0], noise, steps=6)

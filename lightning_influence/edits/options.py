@@ -33,7 +33,8 @@ class EditOptions:
         solver: ``"cg"``, ``"lissa"`` (the published iteration, for ``"gif"``) or ``"dense"`` (small models).
         tolerance: relative residual at which the solver stops.
         max_steps: most iterations of the solver.
-        linearisations: how often the model is linearised anew; 1 is one shot.
+        linearisations: how often the model is linearised at most; 1 is one shot. None for 1, and for 6 where
+            ``relabel`` searches for its steps, which end earlier when the objective falls by less than 5%.
         curvature_examples: how many edited and how many kept examples the curvature is taken from, those
             whose outputs curve most; None for all.
         forgotten_loss: loss from which an example counts as forgotten; None for that of outputs of zero, such
@@ -56,7 +57,7 @@ class EditOptions:
     solver: Solver = "cg"
     tolerance: float = 0.02
     max_steps: int = 40
-    linearisations: int = 1
+    linearisations: int | None = None
     curvature_examples: int | None = 256
     forgotten_loss: float | None = None
     kept_bound: float = 0.1
@@ -71,7 +72,7 @@ class EditOptions:
                 raise ValueError(f"Got {name}={value!r}; accepted are finite numbers of at least 0.")
         for name in ("max_steps", "linearisations", "curvature_examples", "memory_budget", "seed"):
             value, least = getattr(self, name), 0 if name in {"seed", "memory_budget"} else 1
-            if value is None and name == "curvature_examples":
+            if value is None and name in {"curvature_examples", "linearisations"}:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
                 raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {least}.")

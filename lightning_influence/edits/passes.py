@@ -40,12 +40,20 @@ class GradientSumPass:
         chosen: dataset indices of those to sum over.
         old: factor of gradients at the training targets.
         new: factor of gradients at the new targets.
+        channels: whether to sum what channels see and what pulls at them, for selection rules.
     """
 
     description = "Edit: gradients"
 
     def __init__(
-        self, plan: LayerPlan, data: EditData, chosen: Tensor, *, old: float = 0.0, new: float = 0.0
+        self,
+        plan: LayerPlan,
+        data: EditData,
+        chosen: Tensor,
+        *,
+        old: float = 0.0,
+        new: float = 0.0,
+        channels: bool = True,
     ) -> None:
         self.forward = Forward(plan)
         self.layout = Layout.of(plan.layers)
@@ -54,7 +62,7 @@ class GradientSumPass:
         self.channels: dict[str, Tensor] = {}
         self.examples = 0
         self._factors = {"old": old, "new": new}
-        self._data, self._rows = data, rows_of(chosen)
+        self._data, self._rows, self._by_channel = data, rows_of(chosen), channels
 
     @property
     def total(self) -> Tensor:
@@ -71,7 +79,7 @@ class GradientSumPass:
                 gradients = {key: layer.select(rows) for key, layer in captured.loss_gradients().items()}
                 check_finite(gradients)
                 self._add(name, factor, gradients, len(rows))
-        if len(rows):
+        if len(rows) and self._by_channel:
             self._add_inputs(gradients)
         self.examples += len(rows)
 
@@ -80,7 +88,7 @@ class GradientSumPass:
         for key in self._factors:
             self.terms.setdefault(key, like.new_zeros(self.layout.numel))
         self.layout.add_combination(self.terms[name][None], gradients, like.new_ones(1, count, 1))
-        for key, layer in gradients.items():
+        for key, layer in gradients.items() if self._by_channel else ():
             # A mean over positions: channels are compared with others of their layer only.
             pulled = factor * layer.outputs[0].mean(dim=2).sum(dim=1)
             self.channels[key] = self.channels.get(key, torch.zeros_like(pulled)) + pulled

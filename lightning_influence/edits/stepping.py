@@ -60,13 +60,16 @@ class Stepping:
             return self.losses(chosen).mean()
         return self._run(LossPass(self._plan, None), self._validation).result().mean()
 
-    def choose(self, start: Tensor, unit: Tensor, shares: tuple[float, float]) -> Found:
+    def choose(
+        self, start: Tensor, unit: Tensor, shares: tuple[float, float], last: Found | None = None
+    ) -> Found:
         """Choose a multiple of a change.
 
         Args:
             start: change of the weights so far, ``(P,)``.
             unit: the theoretical step, ``(P,)``.
             shares: of the edited and the kept examples in the objective.
+            last: the step that led to ``start``; the search begins near it and is a coarser one.
 
         Returns:
             The step.
@@ -96,6 +99,8 @@ class Stepping:
 
         if forgets:
             return search_forgetting(evaluate)
+        if last is not None:
+            return search_objective(evaluate, last.objective, last.step, reaches=(1.0,))
         now = evaluate(0.0)
         return search_objective(evaluate, float("inf") if now is None else now.objective)
 
