@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_influence.attributions import Attributions
 from lightning_influence.curvature.spectrum import Spectrum
+from lightning_influence.ensembles import join_queries
 from lightning_influence.factors.factors import fingerprint
 from lightning_influence.layers import LayerPlan, find_layers
 from lightning_influence.measurements import ResolvedMeasurement, resolve_measurement
@@ -63,9 +64,30 @@ class Engine:
         method = self._prepare(train_loader)
         context = method.context
         asked = self._queries(context, measured, query_loaders)
+        several = len(query_loaders) > 1
+        rows = self._group_size(method, len(asked.indices))
+        parts = []
+        for start in range(0, len(asked.indices), rows):
+            group = asked.select(slice(start, start + rows))
+            if start + rows >= len(asked.indices):
+                asked = replace(asked, gradients={})  # the scores need the memory
+            parts.append(self._attribute(method, group, measured, several))
+        return join_queries(parts)
+
+    def _group_size(self, method: Method, queries: int) -> int:
+        """Return how many queries to score in one pass: as many as the memory budget holds solved."""
+        context = method.context
+        width = torch.empty((), dtype=context.dtype).element_size()
+        affordable = context.options.memory_budget // max(1, context.layout.numel * width)
+        return max(1, min(queries, affordable) if method.in_groups else queries)
+
+    def _attribute(
+        self, method: Method, asked: Gathered, measured: ResolvedMeasurement, several: bool
+    ) -> Attributions:
+        """Return scores of some queries, from one pass; their gradients are let go."""
+        context, k = method.context, self._question.top_k
         solved = method.solve(asked.gradients)
-        asked = replace(asked, gradients={})  # the scores need the memory
-        k = self._question.top_k
+        asked = replace(asked, gradients={})
         sink = Columns() if k is None else StreamingExtremes(len(asked.indices), k)
         scoring = ScorePass(context.plan, solved.scorer, sink)
         context.run_on_train(scoring)
@@ -75,8 +97,8 @@ class Engine:
             )
         scale = self._scale(scoring, _is_loss(measured))
         diagnostics = self._diagnostics(method, measured.name, solved.residuals)
-        several = asked.dataloaders if len(query_loaders) > 1 else None
-        return self._answer(sink, scale, asked.indices, several, diagnostics, context.dtype)
+        dataloaders = asked.dataloaders if several else None
+        return self._answer(sink, scale, asked.indices, dataloaders, diagnostics, context.dtype)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.

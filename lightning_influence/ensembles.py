@@ -1,4 +1,4 @@
-"""Averages of attributions over several models: other seeds, or other checkpoints."""
+"""Several attributions as one: averages over models, and groups of queries put together."""
 
 from __future__ import annotations
 
@@ -38,6 +38,36 @@ def average_attributions(parts: Sequence[Attributions]) -> Attributions:
     return dataclasses.replace(
         first, scores=mean, diagnostics=_joined([p.diagnostics for p in parts], scores)
     )
+
+
+_OF_QUERIES = (
+    "query_indices",
+    "query_dataloaders",
+    "scores",
+    "top_scores",
+    "top_indices",
+    "bottom_scores",
+    "bottom_indices",
+)
+
+
+def join_queries(parts: Sequence[Attributions]) -> Attributions:
+    """Put together what one model answered to several groups of queries.
+
+    Args:
+        parts: answers for the same training examples, in order; the last one's diagnostics hold for all.
+
+    Returns:
+        All queries, in the order of the parts.
+    """
+    last = parts[-1]
+    if len(parts) == 1:
+        return last
+    kept = [name for name in _OF_QUERIES if getattr(last, name) is not None]
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in kept}
+    residuals = [part.diagnostics.residuals for part in parts if part.diagnostics.residuals is not None]
+    diagnostics = dataclasses.replace(last.diagnostics, residuals=torch.cat(residuals) if residuals else None)
+    return dataclasses.replace(last, diagnostics=diagnostics, **joined)
 
 
 def _check_alike(first: Attributions, part: Attributions, number: int) -> None:

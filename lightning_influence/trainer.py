@@ -79,8 +79,8 @@ def influence(
         fisher: what factors are made of: ``"sampled"`` labels, ``"exact"`` or ``"empirical"``; None uses
             stored factors of any kind, sampled labels where they have to be fitted, and the exact matrix in
             ``"exact"`` and ``"block_ggn"``.
-        memory_budget: bytes for the coarse space, for iterations, and for the curvature gradients that
-            iterative methods keep between products.
+        memory_budget: bytes for solved queries of closed forms (scored in groups that fit), for the coarse
+            space, for iterations, and for the curvature gradients that iterative methods keep.
         tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved; None for
             the method's own, see :class:`~lightning_influence.methods.Options`.
         max_steps: most steps of an iterative method; None for the method's own.

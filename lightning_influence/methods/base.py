@@ -43,6 +43,8 @@ class Method(ABC):
     name: ClassVar[str]
     #: Mean loss weight of a training example, once the method knows it; 1 unless a pass or factors tell.
     mean_weight: float = 1.0
+    #: Whether queries that do not fit into the memory budget together are solved and scored in groups.
+    in_groups: ClassVar[bool] = False
     #: What an iterative method uses where the options say None.
     default_tolerance: ClassVar[float] = 0.2
     default_max_steps: ClassVar[int] = 3

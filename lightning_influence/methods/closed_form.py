@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class ClosedForm(Method):
     """Shared part: an inverse made in :meth:`prepare` answers everything."""
 
     inverse: BlockInverse
+    in_groups: ClassVar[bool] = True
 
     def solve(self, queries: Queries) -> Solved:
         """Return the solutions: apply the inverse, within the scores where that is cheaper."""

@@ -21,6 +21,11 @@ class Gathered:
     indices: Tensor
     dataloaders: Tensor
 
+    def select(self, rows: slice) -> Gathered:
+        """Return some of them."""
+        gradients = {name: layer.select(rows) for name, layer in self.gradients.items()}
+        return Gathered(gradients, self.indices[rows], self.dataloaders[rows])
+
 
 def gather(context: Context, one_pass: GradientPass, loaders: Sequence[Loader]) -> Gathered:
     """Run a pass and join what all processes have collected.
