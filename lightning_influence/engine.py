@@ -75,10 +75,10 @@ class Engine:
         return join_queries(parts)
 
     def _group_size(self, method: Method, queries: int) -> int:
-        """Return how many queries to score in one pass: as many as the memory budget holds solved."""
+        """Return how many queries to score in one pass: as many as half the memory budget holds solved."""
         context = method.context
         width = torch.empty((), dtype=context.dtype).element_size()
-        affordable = context.options.memory_budget // max(1, context.layout.numel * width)
+        affordable = context.options.memory_budget // max(1, 2 * context.layout.numel * width)
         return max(1, min(queries, affordable) if method.in_groups else queries)
 
     def _attribute(
