@@ -44,8 +44,8 @@ def check_independent(captured: Captured) -> None:
     if partial is not None:
         raise UnsupportedModelError(
             f"The loss depends on the weights of layer {partial!r} in another way than by calling the layer, "
-            "so its gradients would be wrong. Accepted are weights that are used by their own layer only: leave "
-            "out a layer whose weight is used a second time (as with tied weights, `F.linear(x, "
+            "so its gradients would be wrong. Accepted are weights that are used by their own layer only: "
+            "leave out a layer whose weight is used a second time (as with tied weights, `F.linear(x, "
             "layer.weight.T)`) with `layers=`, and leave penalties on weights out of `influence_loss`."
         )
 
