@@ -8,6 +8,7 @@ the batch in reverse order, whose losses must come in reverse order.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,15 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_influence.errors import UnsupportedModelError
+from lightning_influence.errors import InfluenceWarning, UnsupportedModelError
 from lightning_influence.host.random_states import preserved_rng
+
+_RANDOM = (
+    "The losses of one and the same batch differ from call to call: `training_step` draws noise or mixes "
+    "examples in eval mode too, or keeps a state. The scores are those of one draw. Define "
+    "`influence_loss(batch) -> (B,)` on the module without it, if it is not what you want to explain."
+)
 
 
 def check_order(values: Tensor, batch: Any, losses: Callable[[Any], Tensor], dtype: torch.dtype) -> None:
     """Check that a reversed batch has reversed losses.
 
     Nothing is concluded where that cannot be told: batches of unknown parts, steps that fail on a reversed
-    batch (as packing sorted sequences does), and losses that change from call to call.
+    batch (as packing sorted sequences does), and losses that change from call to call, which are warned of.
 
     Args:
         values: the loss of each example, ``(B,)``.
@@ -44,13 +51,17 @@ def check_order(values: Tensor, batch: Any, losses: Callable[[Any], Tensor], dty
         return
     with preserved_rng():
         other = _try(losses, _try(reverse, batch, len(values)))
-        if other is None or same(other.flip(0)) or not same(_try(losses, batch)):
+        if other is None or same(other.flip(0)):
+            return
+        if not same(_try(losses, batch)):
+            warnings.warn(_RANDOM, InfluenceWarning, stacklevel=2)
             return
     raise UnsupportedModelError(
         "The losses do not come in the order of the batch's examples: when the batch is reversed, they are "
         "not. Accepted are losses whose rows are the examples, in their order. Before the loss, bring "
         "time-first outputs (T, B, C) into the form (B, T, C), and undo the sorting or packing of sequences; "
-        "or define `influence_loss(batch) -> (B,)` on the module."
+        "or define `influence_loss(batch) -> (B,)` on the module. Batches that are time-first themselves "
+        "need a batch size that is not the number of time steps."
     )
 
 
