@@ -68,7 +68,7 @@ class Identity(ClosedForm):
 
 @register_method("diagonal")
 class Diagonal(ClosedForm):
-    """The diagonal of the Gauss-Newton matrix (or its estimate by sampled labels)."""
+    """The diagonal of the Gauss-Newton matrix (or its estimate from random mixtures)."""
 
     def prepare(self) -> None:
         """Fit second moments in one pass."""

@@ -58,7 +58,7 @@ class Options:
     @property
     def fitted_fisher(self) -> Fisher:
         """What factors that have to be fitted are made of."""
-        return self.fisher or "sampled"
+        return self.fisher or "mixed"
 
     def __post_init__(self) -> None:
         damping = self.damping
