@@ -85,8 +85,8 @@ def influence(
         tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved; None for
             the method's own, see :class:`~lightning_influence.methods.Options`.
         max_steps: most steps of an iterative method; None for the method's own.
-        low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one, None
-            for the method's own.
+        low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one,
+            None for the method's own.
         curvature_examples: at most this many training examples enter the coarse space's curvature.
         seed: of random draws, anchors and curvature examples.
         log: whether to log the answer to the Trainer's loggers, and to files in its log directory.

@@ -47,7 +47,8 @@ def _patches(module: _Conv, x: Tensor) -> Tensor:
             slice(at * dilation, at * dilation + (count - 1) * stride + 1, stride)
             for at, count, (_, _, dilation, stride) in zip(pixel, out, axes, strict=True)
         )
-        result[(..., *pixel)] = padded[(slice(None), slice(None), *window)].movedim(1, -1)
+        seen = padded[(slice(None), slice(None), *window)]
+        result[(..., *pixel)] = seen.movedim(1, -1)  # type: ignore[index]
     return result
 
 

@@ -24,9 +24,8 @@ from lightning_influence.methods.fitting import fitted_diagonal, fitted_factors
 from lightning_influence.solvers.scoring import PreconditionedScorer
 from lightning_influence.solvers.squares import PreconditionedSquares
 
-
-# Of scores, in norm. One draw an example leaves errors of .4 in them on the large MLP of the benchmarks, where
-# this takes a tenth of the operations of exact weights.
+# Of scores, in norm. One draw an example leaves errors of .4 in them on the large MLP of the benchmarks,
+# where this takes a tenth of the operations of exact weights.
 LOW_RANK_TOLERANCE = 3e-2
 
 

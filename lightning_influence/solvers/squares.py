@@ -181,7 +181,7 @@ def _row_norms(rows: Tensor, inputs: Tensor) -> Tensor:
 
 
 def exact_operations(d_out: int, d_in: int, positions: int) -> float:
-    """Multiply-adds of the exact weighted norm of one example."""
+    """Return the multiply-adds of the exact weighted norm of one example."""
     if positions == 1:
         return d_in**2 + d_out**2 + d_in * d_out
     factored = positions * (d_in**2 + d_out**2) + positions * d_in * d_out
@@ -190,7 +190,7 @@ def exact_operations(d_out: int, d_in: int, positions: int) -> float:
 
 
 def averaged_operations(p: int, q: int, d_out: int, d_in: int, positions: int) -> float:
-    """Multiply-adds of :func:`averaged_squares` for one example."""
+    """Return the multiply-adds of :func:`averaged_squares` for one example."""
     if positions == 1:
         return (p + _DEFLATED) * d_out + (q + _DEFLATED) * d_in + p * q
     norms = min(positions**2 * (d_in + d_out), positions * d_in * d_out)
@@ -199,7 +199,7 @@ def averaged_operations(p: int, q: int, d_out: int, d_in: int, positions: int) -
 
 
 def _within(errors: Tensor, tolerance: float) -> bool:
-    """Tell whether relative errors are small on average, and none is large."""
+    """Return whether relative errors are small on average, and none is large."""
     mean_square, worst = errors.square().mean(), errors.abs().max()
     return float(mean_square.sqrt()) <= tolerance and float(worst) <= _WORST * tolerance
 
@@ -210,7 +210,7 @@ def _positions(gradients: LayerGradients) -> int:
 
 
 def _simple(gradients: LayerGradients) -> bool:
-    """Tell whether the gradients are factored, with one group and one seed."""
+    """Return whether the gradients are factored, with one group and one seed."""
     return isinstance(gradients, FactoredGradients) and (
         gradients.inputs.shape[0] == gradients.outputs.shape[0] == 1
     )
