@@ -102,7 +102,7 @@ SETTINGS = {
     ),
     "damping": ("more", "Got damping='more'; accepted are 'auto', 'heuristic' or a finite number"),
     "measurement": ("accuracy", "Got measurement='accuracy'; accepted are 'loss', 'margin', 'logit', 'hook'"),
-    "fisher": ("true", "Got fisher='true'; accepted are 'sampled', 'exact', 'empirical'"),
+    "fisher": ("true", "Got fisher='true'; accepted are 'mixed', 'sampled', 'exact', 'empirical'"),
     "memory_budget": (0, "Got memory_budget=0; accepted are integers of at least 1"),
     "max_steps": (-1, "Got max_steps=-1; accepted are integers of at least 0"),
     "curvature_examples": (0, "Got curvature_examples=0; accepted are integers of at least 1"),
