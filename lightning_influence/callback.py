@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_influence.collecting.collector import Collector
+from lightning_influence.collecting.collector import Collector, FitFisher
 from lightning_influence.collecting.figures import Figures
 from lightning_influence.collecting.notices import Notices
 from lightning_influence.collecting.store import Store
@@ -37,9 +37,9 @@ from lightning_influence.state import InfluenceState
 class InfluenceCallback(Callback):
     """Collects what influence estimates need while the Trainer fits, for a few percent of its time.
 
-    On some batches the layers' inputs and the gradients of the loss at labels drawn from the model are
-    recorded on the user's own forward pass, before the user's backward pass; weights, gradients and random
-    states of the training are untouched. Sums are kept over windows that double (see
+    On some batches the layers' inputs and gradients whose outer products average to the Gauss-Newton
+    matrix are recorded on the user's own forward pass, before the user's backward pass; weights, gradients
+    and random states of the training are untouched. Sums are kept over windows that double (see
     :mod:`~lightning_influence.factors.schedule`), so that recent factors exist whenever training ends. They
     are saved in every full checkpoint and continue when training is resumed from one. A checkpoint that is
     saved after a question was asked also holds what the answer was computed from and later ones can use (the
@@ -49,11 +49,13 @@ class InfluenceCallback(Callback):
 
     Args:
         layers: names or shell patterns of the modules to cover; all supported ones if None.
-        fisher: ``"sampled"`` for labels drawn from the model, ``"empirical"`` for the training labels.
+        fisher: ``"mixed"`` for random mixtures of the columns of the loss's curvature in the outputs, which
+            are right on average and vary least; ``"sampled"`` for labels drawn from the model;
+            ``"empirical"`` for the training labels.
         every_n_steps: collect every n-th batch; by default as many as ``overhead`` pays for.
         overhead: share of the training's operations that collecting may cost, eigendecompositions included.
         log_statistics: log figures of the curvature and the gradients under ``influence/``.
-        seed: seed of the sampled labels; the global random state is never used.
+        seed: seed of the draws; the global random state is never used.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -62,14 +64,15 @@ class InfluenceCallback(Callback):
     def __init__(
         self,
         layers: Sequence[str] | None = None,
-        fisher: Literal["sampled", "empirical"] = "sampled",
+        fisher: FitFisher = "mixed",
         every_n_steps: int | None = None,
         overhead: float = 0.05,
         log_statistics: bool = True,
         seed: int = 0,
     ) -> None:
-        if fisher not in {"sampled", "empirical"}:
-            raise ValueError(f"Got fisher={fisher!r}; accepted during fit are 'sampled' and 'empirical'.")
+        if fisher not in get_args(FitFisher):
+            accepted = ", ".join(repr(choice) for choice in get_args(FitFisher))
+            raise ValueError(f"Got fisher={fisher!r}; accepted during fit are {accepted}.")
         self._layers = None if layers is None else list(layers)
         self._fisher = fisher
         self._store = Store(
@@ -119,7 +122,7 @@ class InfluenceCallback(Callback):
     @property
     def state_key(self) -> str:
         """The same for all settings that may change between a run and its continuation."""
-        if self._layers is None and self._fisher == "sampled":
+        if self._layers is None and self._fisher == "mixed":
             return type(self).__name__
         return self._generate_state_key(layers=self._layers, fisher=self._fisher)
 

@@ -39,7 +39,7 @@ def influence(
     memory_budget: int = 2**30,
     tolerance: float | None = None,
     max_steps: int | None = None,
-    low_rank_tolerance: float = 1e-3,
+    low_rank_tolerance: float | None = None,
     curvature_examples: int = 4096,
     seed: int = 0,
     log: bool = True,
@@ -76,17 +76,19 @@ def influence(
             which predicts retraining better than one (the module keeps its own weights then).
         layers: names or shell patterns of the layers to cover; all supported ones if None.
         factors: factors to use, or ``"refit"`` to fit them anew; by default the callback's, if it has any.
-        fisher: what factors are made of: ``"sampled"`` labels, ``"exact"`` or ``"empirical"``; None uses
-            stored factors of any kind, sampled labels where they have to be fitted, and the exact matrix in
-            ``"exact"`` and ``"block_ggn"``.
+        fisher: what factors are made of: random mixtures of the columns of the output curvature
+            (``"mixed"``), labels drawn from the model (``"sampled"``), all columns (``"exact"``) or the
+            training labels (``"empirical"``, biased); None uses stored factors of any kind, mixtures where
+            they have to be fitted, and the exact matrix in ``"exact"`` and ``"block_ggn"``.
         memory_budget: bytes for solved queries of closed forms (scored in groups that fit), for the coarse
             space, for iterations, and for the curvature gradients that iterative methods keep.
         tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved; None for
             the method's own, see :class:`~lightning_influence.methods.Options`.
         max_steps: most steps of an iterative method; None for the method's own.
-        low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one.
+        low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one,
+            None for the method's own.
         curvature_examples: at most this many training examples enter the coarse space's curvature.
-        seed: of sampled labels, anchors and curvature examples.
+        seed: of random draws, anchors and curvature examples.
         log: whether to log the answer to the Trainer's loggers, and to files in its log directory.
         name: prefix of what is logged, and name of the folder of files.
         labels: texts to show beside the indices.

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from lightning_influence.callback import InfluenceCallback
 from lightning_influence.errors import InfluenceWarning
-from lightning_influence.passes.statistics import label_generator
+from lightning_influence.passes.statistics import draw_generator
 
 
 class Recording(lightning.Callback):
@@ -26,11 +26,23 @@ class Recording(lightning.Callback):
         self.seen.append((batch, copy.deepcopy(pl_module.net)))
 
 
+def seed_of(fisher: str, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """What a backward pass starts from: the gradient at drawn labels, or columns of random signs."""
+    p = logits.softmax(-1)
+    if fisher == "sampled":
+        uniform = torch.rand(len(p), 1, dtype=p.dtype, generator=generator)
+        return p - functional.one_hot((p.cumsum(-1) <= uniform).sum(-1), p.shape[-1])
+    signs = 2.0 * torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8) - 1.0
+    rows = p.sqrt() * signs
+    return rows - p * rows.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("fisher", ["mixed", "sampled"])
 @pytest.mark.parametrize(
     ("reduction", "accumulate"), [("mean", 1), ("sum", 1), ("mean", 3)], ids=["mean", "sum", "accumulated"]
 )
-def test_sums_equal_those_recomputed_from_the_same_batches_and_labels(reduction, accumulate) -> None:
-    callback, recording = InfluenceCallback(every_n_steps=1, seed=5), Recording()
+def test_sums_equal_those_recomputed_from_the_same_batches_and_draws(reduction, accumulate, fisher) -> None:
+    callback, recording = InfluenceCallback(fisher=fisher, every_n_steps=1, seed=5), Recording()
     module = Classifier(reduction=reduction, p=0.0).double()
     fit(
         module,
@@ -50,10 +62,8 @@ def test_sums_equal_those_recomputed_from_the_same_batches_and_labels(reduction,
         (x, _), net = recording.seen[number]
         hidden = net[0](x)
         logits = net[3](hidden.relu())
-        uniform = torch.rand(len(x), 1, dtype=x.dtype, generator=label_generator(5, number))
-        labels = (logits.softmax(-1).cumsum(-1) <= uniform).sum(-1)
         d_hidden, d_logits = torch.autograd.grad(
-            functional.cross_entropy(logits, labels, reduction="sum"), [hidden, logits]
+            logits, [hidden, logits], seed_of(fisher, logits.detach(), draw_generator(5, number))
         )
         kind = int(number >= middle)
         counts[kind] += len(x)

@@ -55,7 +55,7 @@ def test_hook_serves_where_the_loss_is_not_found() -> None:
     callback, module = InfluenceCallback(every_n_steps=2), Hooked()
     fit(module, callback, max_epochs=2)
     assert callback.num_collected == 5
-    assert callback.factors.fisher == "sampled"
+    assert callback.factors.fisher == "mixed"
     assert clean(module)
 
 
@@ -188,7 +188,9 @@ def test_validation_is_not_collected() -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(ValueError, match="fisher='exact'; accepted during fit are 'sampled' and 'empirical'"):
+    with pytest.raises(
+        ValueError, match="fisher='exact'; accepted during fit are 'mixed', 'sampled', 'empirical'"
+    ):
         InfluenceCallback(fisher="exact")
     with pytest.raises(ValueError, match="accepted are shares of a step"):
         InfluenceCallback(overhead=0)

@@ -33,11 +33,13 @@ PEERS = {
 # This package's methods: each a Contender in a file of its own.
 OURS = {
     "ekfac": "influence_contender:EKFAC",
+    "ekfac-tight": "influence_contender:TightEKFAC",
+    "kfac": "influence_contender:KFAC",
     "ekfac-exact": "influence_contender:ExactFisher",
     "auto": "influence_contender:Auto",
 }
 CONTENDERS = {**OURS, **PEERS}
-DEFAULT = [*OURS, "kronfluence"]
+DEFAULT = ["ekfac", "kfac", "auto", "kronfluence"]
 
 
 def run_one(contender: str, task_name: str, flags: list[str], out: Path) -> None:

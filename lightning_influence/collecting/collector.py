@@ -15,8 +15,11 @@ from lightning_influence.factors.training_record import TrainingRecord
 from lightning_influence.factors.versions import check_version
 from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.layers.recorder import check_finite
-from lightning_influence.passes.captured import Captured
-from lightning_influence.passes.statistics import add_covariances, add_squares, label_generator
+from lightning_influence.passes.captured import RANDOM, Captured
+from lightning_influence.passes.statistics import add_covariances, add_squares, draw_generator
+
+#: What can be collected during a fit: one backward pass a batch.
+FitFisher = Literal["mixed", "sampled", "empirical"]
 
 _VERSION = 1
 # The noise scale takes another backward pass; it is measured on every so many collected batches.
@@ -32,7 +35,7 @@ class Collector:
         overhead: share of the training steps that collecting may cost.
         every_n_steps: collect every n-th batch instead.
         statistics: whether to measure what is only logged.
-        seed: seed of the sampled labels.
+        seed: seed of the draws.
 
     Attributes:
         schedule: decides when.
@@ -43,7 +46,7 @@ class Collector:
 
     def __init__(
         self,
-        fisher: Literal["sampled", "empirical"] = "sampled",
+        fisher: FitFisher = "mixed",
         *,
         overhead: float = 0.05,
         every_n_steps: int | None = None,
@@ -181,10 +184,10 @@ class Collector:
 
     def _gradients(self, captured: Captured) -> dict[str, FactoredGradients]:
         generator = None
-        if captured.loss is not None and self._fisher == "sampled":
+        if captured.loss is not None and self._fisher in RANDOM:
             rank, world_size = self._rank
             number = self.collected * world_size + rank
-            generator = label_generator(self._seed, number, captured.loss.outputs.device)
+            generator = draw_generator(self._seed, number, captured.loss.outputs.device)
         return captured.curvature_gradients(self._fisher, generator)
 
     def _mean_scale(self, captured: Captured) -> float:

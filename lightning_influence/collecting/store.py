@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from lightning_influence.collecting.collector import Collector, check_same_model
+from lightning_influence.collecting.collector import Collector, FitFisher, check_same_model
 from lightning_influence.errors import FactorMismatchError
 from lightning_influence.factors.factors import Factors, fingerprint_differs
 from lightning_influence.factors.generations import Generations
@@ -35,7 +35,7 @@ class Store:
         restored: whether what there is comes from a checkpoint that no fit has continued yet.
     """
 
-    def __init__(self, fisher: Literal["sampled", "empirical"] = "sampled", **settings: Any) -> None:
+    def __init__(self, fisher: FitFisher = "mixed", **settings: Any) -> None:
         self._fisher, self._settings = fisher, settings
         self.collector = self._new_collector()
         self.final: Generations | None = None

@@ -216,7 +216,7 @@ def _explained(what: str) -> Iterator[None]:
         raise UnsupportedModelError(
             f"The {what} needs second derivatives, and an operation of the model has none ({text}). Use "
             "what takes first derivatives only (method='auto', 'exact' or 'block_ggn', curvature='ggn', "
-            "fisher='sampled' where outputs are many), or write that operation with differentiable ones."
+            "fisher='mixed' where outputs are many), or write that operation with differentiable ones."
         ) from error
 
 

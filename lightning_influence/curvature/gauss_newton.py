@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from lightning_influence.curvature.base import AveragingPass
 from lightning_influence.curvature.differentiation import add_gauss_newton_products, differentiable_twice
 from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.layers import FactoredGradients, LayerPlan
-from lightning_influence.passes.captured import MAX_COLUMNS, Captured, Fisher
-from lightning_influence.passes.statistics import label_generator
+from lightning_influence.passes.captured import MAX_COLUMNS, RANDOM, Captured, Fisher
+from lightning_influence.passes.statistics import draw_generator
 
 # Largest block of dense gradients formed at once.
 _DENSE_BYTES = 2**28
@@ -59,15 +59,13 @@ class CurvaturePass(AveragingPass):
         """Return curvature gradients of one batch."""
         fisher = self._choose(captured)
         generator = None
-        if captured.loss is not None and fisher in {"sampled", "mixed"}:
-            generator = label_generator(self._seed, self._batches, captured.loss.outputs.device)
+        if captured.loss is not None and fisher in RANDOM:
+            generator = draw_generator(self._seed, self._batches, captured.loss.outputs.device)
         self._batches += 1
         self.estimated |= fisher != "exact"
-        if fisher == "mixed":
-            return captured.mixed_gradients(self._draws, generator)
         return captured.curvature_gradients(fisher, generator, self._draws)
 
-    def _choose(self, captured: Captured) -> Fisher | Literal["mixed"]:
+    def _choose(self, captured: Captured) -> Fisher:
         if captured.loss is None:
             return "empirical"
         self.columns = captured.loss.num_columns

@@ -116,7 +116,8 @@ def block_lanczos(product: Product, probes: Tensor, steps: int) -> Ritz:
         room = basis.shape[1] - len(basis)
         if step == steps - 1 or room == 0:
             break
-        fresh, _ = orthonormal_rows(remainder, eps * size * basis.shape[1] ** 0.5)
+        rounding = eps * size * max(10.0, basis.shape[1] ** 0.5)
+        fresh, _ = orthonormal_rows(remainder, rounding)
         if not len(fresh):
             break
         fresh = fresh[:room]

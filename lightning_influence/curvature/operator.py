@@ -42,9 +42,10 @@ class GaussNewtonOperator(CurvatureOperator):
 
     Args:
         source: runner, layers and training data.
-        fisher: ``"exact"`` for the matrix itself, ``"sampled"`` for labels drawn from the model (drawn anew
-            for every seed of a minibatch), ``"empirical"`` for the training labels (biased).
-        draws: sampled labels per example.
+        fisher: ``"exact"`` for the matrix itself, ``"mixed"`` for random mixtures of its columns and
+            ``"sampled"`` for labels drawn from the model (both drawn anew for every seed of a minibatch),
+            ``"empirical"`` for the training labels (biased).
+        draws: mixtures or sampled labels per example.
         mean_weight: see :class:`CurvatureOperator`.
     """
 

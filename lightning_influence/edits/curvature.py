@@ -23,7 +23,7 @@ from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.layers.layout import Layout
 from lightning_influence.passes.captured import Captured
 from lightning_influence.passes.forward import Forward
-from lightning_influence.passes.statistics import label_generator
+from lightning_influence.passes.statistics import draw_generator
 from lightning_influence.running.base import Runner
 
 DRAWS = 16
@@ -163,5 +163,5 @@ class _ProductPass:
             return captured.recorder.gradients(
                 captured.loss.outputs, [column.reshape(shape) for column in few], count
             )
-        generator = label_generator(self._seed, self._batches, captured.loss.outputs.device)
+        generator = draw_generator(self._seed, self._batches, captured.loss.outputs.device)
         return captured.curvature_gradients("sampled", generator, DRAWS)

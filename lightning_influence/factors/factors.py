@@ -30,7 +30,7 @@ class Factors:
     """
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
-    fisher: Literal["sampled", "exact", "empirical"] = "sampled"
+    fisher: Literal["mixed", "sampled", "exact", "empirical"] = "mixed"
     weight_sum: float = 0.0
     weight_examples: float = 0.0
     origin: Literal["fit", "pass"] = "pass"

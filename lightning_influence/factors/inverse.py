@@ -38,7 +38,8 @@ class EigenInverse:
         It is zero where both vanish, up to rounding: a pseudo-inverse.
         """
         total = self.eigenvalues + self.damping
-        rounding = 0.0 if self.damping > 0 else torch.finfo(total.dtype).eps * total.amax()
+        width = sum(total.shape[1:])  # what rounding grows with
+        rounding = 0.0 if self.damping > 0 else torch.finfo(total.dtype).eps * width * total.amax()
         return torch.where(total > rounding, self.scale / total, torch.zeros_like(total))
 
     def apply(self, vectors: Tensor) -> Tensor:

@@ -69,26 +69,6 @@ def low_rank(
     )
 
 
-def leading_terms(weights: Tensor, row_energy: Tensor, column_energy: Tensor, rank: int) -> LowRank:
-    """Return the leading ``rank`` terms of the factorisation of :func:`low_rank`, whatever their error.
-
-    Args:
-        weights: ``(D_out, D_in)``, positive.
-        row_energy: second moments of the output gradients, ``(D_out,)``.
-        column_energy: second moments of the inputs, ``(D_in,)``.
-        rank: number of terms, at most the smaller side.
-    """
-    # In the weights' own precision: the terms are checked against exact squares, not by their error here.
-    rows, columns = _floored(row_energy), _floored(column_energy)
-    rows, columns = rows / rows.mean(), columns / columns.mean()
-    scaled = rows[:, None] * weights * columns
-    left, values, right = _leading(scaled, rank)
-    left, values, right = left[:, :rank], values[:rank], right[:rank]
-    total = float(scaled.square().sum())
-    error = (max(total - float(values.square().sum()), 0.0) / total) ** 0.5
-    return _unscaled(left, values, right, rows, columns, error, weights.dtype)
-
-
 def _leading(scaled: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular triplets, a few more than ``rank``, from a random sketch."""
     generator = torch.Generator(device=scaled.device).manual_seed(0)

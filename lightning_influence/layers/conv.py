@@ -1,5 +1,7 @@
 """Convolutions in one, two and three dimensions: every output pixel is a position, every group a block."""
 
+import itertools
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,16 +24,8 @@ class ConvRule(LayerRule):
     def inputs(self, module: nn.Module, x: Tensor, num_examples: int) -> Tensor:
         """Return patches ``(G, B, R, D_in)``: what each output pixel sees, after padding."""
         assert isinstance(module, _Conv)
-        patches = _pad(module, x)
-        spatial = patches.ndim - 2
-        for axis in range(spatial):
-            reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
-            patches = patches.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
-        # Now (B', C, *out, *kernel); examples may have been folded into the rows with a factor of their own.
-        channels = list(range(1, 2)) + list(range(2 + spatial, 2 + 2 * spatial))
-        order = [0, *range(2, 2 + spatial), *channels]
-        flat = patches.permute(order)
-        per_group = flat.reshape(num_examples, -1, module.groups, self.shape(module)[2])
+        # Rows may be more than the examples: these may have been folded with a factor of their own.
+        per_group = _patches(module, x).view(num_examples, -1, module.groups, self.shape(module)[2])
         return per_group.permute(2, 0, 1, 3)
 
     def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
@@ -40,6 +34,22 @@ class ConvRule(LayerRule):
         pixels = _batched(module, grad).flatten(2).transpose(1, 2)
         per_group = pixels.reshape(num_examples, -1, module.groups, module.out_channels // module.groups)
         return per_group.permute(2, 0, 1, 3)
+
+
+def _patches(module: _Conv, x: Tensor) -> Tensor:
+    """Return what each output pixel sees, ``(B', *out, C, *kernel)``: one copy a pixel of the kernel."""
+    padded = _pad(module, x)
+    axes = list(zip(padded.shape[2:], module.kernel_size, module.dilation, module.stride, strict=True))
+    out = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, dilation, stride in axes]
+    result = padded.new_empty(len(padded), *out, padded.shape[1], *module.kernel_size)
+    for pixel in itertools.product(*map(range, module.kernel_size)):
+        window = tuple(
+            slice(at * dilation, at * dilation + (count - 1) * stride + 1, stride)
+            for at, count, (_, _, dilation, stride) in zip(pixel, out, axes, strict=True)
+        )
+        seen = padded[(slice(None), slice(None), *window)]
+        result[(..., *pixel)] = seen.movedim(1, -1)  # type: ignore[index]
+    return result
 
 
 def _batched(module: _Conv, x: Tensor) -> Tensor:

@@ -76,14 +76,25 @@ class Recorder:
         """Names of the layers that did not take part in the forward pass."""
         return [name for name, calls in self._calls.items() if not calls.edges]
 
-    def inputs(self, num_examples: int) -> dict[str, Tensor]:
-        """Return inputs ``(G, B, R, D_in)`` of each layer that was called; calls are further positions."""
+    def inputs(self, num_examples: int, *, release: bool = False) -> dict[str, Tensor]:
+        """Inputs of each layer that was called; calls are further positions.
+
+        Args:
+            num_examples: ``B``.
+            release: let go of what was recorded, layer by layer: it cannot be asked for again.
+
+        Returns:
+            ``(G, B, R, D_in)`` by layer.
+        """
         self._check_rows(num_examples)
-        return {
-            name: _along_positions([self.layers[name].inputs(x, num_examples) for x in calls.inputs])
-            for name, calls in self._calls.items()
-            if calls.edges
-        }
+        result = {}
+        for name, calls in self._calls.items():
+            if calls.edges:
+                parts = [self.layers[name].inputs(x, num_examples) for x in calls.inputs]
+                result[name] = _along_positions(parts)
+            if release:
+                calls.inputs.clear()
+        return result
 
     def raw_inputs(self) -> dict[str, Tensor]:
         """Return the input of each layer's first call as the module saw it, in the order of the layers."""
@@ -132,7 +143,8 @@ class Recorder:
             outputs: a tensor of the recorded forward pass.
             seeds: of one backward pass each, see :meth:`backward`.
             num_examples: ``B``.
-            keep_graph: whether further backward passes follow; without, the graph is freed on the way.
+            keep_graph: whether further backward passes follow; without, the graph is freed on the way,
+                and the recorded inputs after it.
 
         Returns:
             Gradients by layer, ``K = len(seeds)``.
@@ -143,7 +155,7 @@ class Recorder:
             self.backward(outputs, seed, num_examples, keep_graph=keep_graph or number < last)
             for number, seed in enumerate(seeds)
         ]
-        inputs = self.inputs(num_examples)  # after the graph is gone
+        inputs = self.inputs(num_examples, release=not keep_graph)  # the graph is gone
         result = {}
         for name, abar in inputs.items():
             parts = [grads.pop(name) for grads in passes]

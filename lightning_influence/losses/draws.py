@@ -1,4 +1,4 @@
-"""Random draws of labels from the model's own distributions.
+"""Random draws: labels from the model's own distributions, noise, and signs.
 
 The generator may live on another device than the probabilities: a CPU generator gives the same draws
 everywhere.
@@ -56,3 +56,18 @@ def draw_normal(like: Tensor, generator: torch.Generator | None = None) -> Tenso
     """
     device = generator.device if generator is not None else like.device
     return torch.randn(like.shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
+
+
+def draw_signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw 1 or -1 with equal probability.
+
+    Args:
+        like: gives their shape, dtype and device.
+        generator: source of the randomness; its device may differ from that of ``like``.
+
+    Returns:
+        Independent signs in the shape, dtype and device of ``like``.
+    """
+    device = generator.device if generator is not None else like.device
+    bits = torch.randint(0, 2, like.shape, generator=generator, device=device, dtype=torch.int8)
+    return (2 * bits - 1).to(like.device, like.dtype)

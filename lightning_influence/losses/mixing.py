@@ -9,13 +9,17 @@ are spread over the groups.
 
 Labels drawn from the model have the same mean, but a class of probability ``p`` enters with weight ``1 / p``
 once in ``1 / p`` draws: where the model is sure of itself, nearly all of the curvature then comes from rare
-draws. Signs give every column the same share each time (Hutchinson 1990, for traces).
+draws. Signs give every column the same share each time (Hutchinson 1990, for traces). One mixture costs one
+backward pass, as one drawn label does: on the digits MLP EK-FAC from one mixture scores .573 of the .575 that
+all columns reach, from one drawn label .542 (``examples/benchmarks/fisher.py``).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lightning_influence.losses.draws import draw_signs
 
 
 def balanced_signs(energies: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -41,7 +45,5 @@ def balanced_signs(energies: Tensor, count: int, generator: torch.Generator | No
     group = torch.empty_like(order).scatter_(
         1, order, torch.minimum(place, 2 * count - 1 - place).expand_as(order)
     )
-    device = generator.device if generator is not None else energies.device
-    bits = torch.randint(0, 2, energies.shape, generator=generator, device=device).to(energies.device)
-    weights = energies.new_zeros(count, *energies.shape)
-    return weights.scatter_(0, group[None], (2 * bits - 1).to(energies.dtype)[None])
+    signs = draw_signs(energies, generator)
+    return energies.new_zeros(count, *energies.shape).scatter_(0, group[None], signs[None])

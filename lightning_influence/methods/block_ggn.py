@@ -17,7 +17,7 @@ class BlockGGN(DenseMethod):
 
     It is what EK-FAC approximates: the blocks have their own eigenvectors here, not those of a Kronecker
     product. The option ``blocks`` is ``"layer"``, or ``"tensor"`` for a layer's weight and bias apart;
-    ``fisher="sampled"`` or ``"empirical"`` replaces the blocks by that estimate.
+    ``fisher="mixed"``, ``"sampled"`` or ``"empirical"`` replaces the blocks by that estimate.
     """
 
     def prepare(self) -> None:

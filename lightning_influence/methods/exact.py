@@ -14,7 +14,7 @@ from lightning_influence.solvers.exact import DenseSolver, check_size
 class Exact(DenseMethod):
     """``(G + lambda I)^{-1}`` with the dense Gauss-Newton matrix ``G``, in float64.
 
-    With ``fisher="sampled"`` or ``"empirical"`` the matrix is that estimate of the Fisher instead.
+    With ``fisher="mixed"``, ``"sampled"`` or ``"empirical"`` the matrix is that estimate instead.
     """
 
     def prepare(self) -> None:

@@ -33,6 +33,11 @@ class Options:
             choice, and for all examples with ASTRA.
         step_size: step of ``"lissa"`` and ``"astra"``; derived from the curvature if None.
         momentum: momentum of ``"astra"``; derived from the curvature if None.
+        low_rank_tolerance: largest relative error, in norm, of scores from low-rank forms of the inverse; 0
+            for exact ones. None stands for 0.03 with closed forms, whose eigenvalues are far less exact than
+            that themselves, and for 1e-3 with ``"auto"``.
+        self_influence_tolerance: largest root-mean-square relative error of self-influence in closed form
+            from rotating gradients onto leading eigenvectors only; 0 for the exact form.
 
     Raises:
         ValueError: if one is out of range, saying what was got and what is accepted.
@@ -48,7 +53,8 @@ class Options:
     batch_size: int | None = None
     step_size: float | None = None
     momentum: float | None = None
-    low_rank_tolerance: float = 1e-3
+    low_rank_tolerance: float | None = None
+    self_influence_tolerance: float = 1e-2
     curvature_examples: int = 4096
     max_parameters: int = 8192
     seed: int = 0
@@ -58,7 +64,7 @@ class Options:
     @property
     def fitted_fisher(self) -> Fisher:
         """What factors that have to be fitted are made of."""
-        return self.fisher or "sampled"
+        return self.fisher or "mixed"
 
     def __post_init__(self) -> None:
         damping = self.damping
@@ -101,10 +107,16 @@ class Options:
                 raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {lowest}.")
 
     def _check_numbers(self) -> None:
-        limits = {"tolerance": math.inf, "low_rank_tolerance": 1.0, "step_size": math.inf, "momentum": 1.0}
+        limits = {
+            "tolerance": math.inf,
+            "low_rank_tolerance": 1.0,
+            "self_influence_tolerance": 1.0,
+            "step_size": math.inf,
+            "momentum": 1.0,
+        }
         for name, limit in limits.items():
             value = getattr(self, name)
-            if value is None and name != "low_rank_tolerance":
+            if value is None and name != "self_influence_tolerance":
                 continue
             if not _is_number(value, limit) or (name == "step_size" and not value > 0):
                 below = "finite numbers" if math.isinf(limit) else f"numbers below {limit:g}"

@@ -22,6 +22,8 @@ from lightning_influence.solvers.krylov import block_krylov
 from lightning_influence.solvers.scoring import Correction, DenseScorer, JointScorer, PreconditionedScorer
 from lightning_influence.solvers.two_level import TwoLevel, rescaled
 
+# Of the preconditioned queries' scores: the correction is computed from exact ones.
+LOW_RANK_TOLERANCE = 1e-3
 FIRST_ANCHORS = 256
 MOST_ANCHORS = 512
 PROBES = 16
@@ -130,7 +132,8 @@ class Auto(Method):
         return lambda gradients: self.operator.quadratic(gradients)[0]
 
     def _scorer(self, queries: Gradients, correction: Correction) -> PreconditionedScorer:
-        tolerance = self.context.options.low_rank_tolerance
+        asked = self.context.options.low_rank_tolerance
+        tolerance = LOW_RANK_TOLERANCE if asked is None else asked
         scorer = PreconditionedScorer(self.inverse, dict(queries), correction=correction, tolerance=tolerance)
         if scorer.ranks:
             self.context.extra["low_rank"] = dict(scorer.ranks)

@@ -12,9 +12,13 @@ from torch import Tensor
 from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.layers import FactoredGradients, Recorder
 from lightning_influence.losses import OutputLoss
+from lightning_influence.losses.draws import draw_signs
 from lightning_influence.losses.mixing import balanced_signs
 
-Fisher = Literal["sampled", "exact", "empirical"]
+#: Which gradients stand for the output curvature, see :meth:`Captured.curvature_gradients`.
+Fisher = Literal["mixed", "sampled", "exact", "empirical"]
+#: Those that are drawn at random.
+RANDOM: tuple[Fisher, ...] = ("mixed", "sampled")
 MAX_COLUMNS = 1024
 
 
@@ -73,10 +77,11 @@ class Captured:
         """Gradients whose outer products average to the Gauss-Newton matrix or an estimate of it.
 
         Args:
-            fisher: ``"exact"`` for every column of the output curvature, ``"sampled"`` for labels drawn from
-                the model, ``"empirical"`` for the training labels (biased).
-            generator: source of the sampled labels.
-            draws: number of sampled labels per example.
+            fisher: ``"exact"`` for every column of the output curvature; ``"mixed"`` for random mixtures of
+                the columns and ``"sampled"`` for labels drawn from the model (both unbiased, mixtures with
+                less variance); ``"empirical"`` for the training labels (biased).
+            generator: source of the random signs or labels.
+            draws: number of mixtures or sampled labels per example.
 
         Returns:
             Gradients with ``K`` seeds, before division by the square root of the mean weight. A module whose
@@ -87,32 +92,34 @@ class Captured:
         """
         if self.loss is None or fisher == "empirical":
             return self.loss_gradients()
-        if fisher == "sampled":
-            return self.sampled_gradients([generator], draws)[0]
+        if fisher in RANDOM:
+            return self.random_gradients(fisher, [generator], draws)[0]
         if self.loss.num_columns > MAX_COLUMNS:
             raise UnsupportedModelError(
                 "The exact output curvature takes one backward pass for each of the "
                 f"{self.loss.num_columns:,} outputs of an example (classes times positions); at most "
-                f"{MAX_COLUMNS:,} are accepted. Use fisher='sampled', or method='auto' in place of 'exact'."
+                f"{MAX_COLUMNS:,} are accepted. Use fisher='mixed', or method='auto' in place of 'exact'."
             )
         return self.recorder.gradients(self.loss.outputs, list(self.loss.columns()), self.num_examples)
 
-    def sampled_gradients(
-        self, generators: Sequence[torch.Generator | None], draws: int = 1
+    def random_gradients(
+        self, fisher: Fisher, generators: Sequence[torch.Generator | None], draws: int = 1
     ) -> list[dict[str, FactoredGradients]]:
-        """Gradients at labels drawn from the model, once for each source, on the one set of layer inputs.
+        """Gradients at random seeds, drawn once from each source, on the one set of layer inputs.
 
         Args:
-            generators: independent sources of labels.
-            draws: number of sampled labels per example and source.
+            fisher: ``"mixed"`` or ``"sampled"``.
+            generators: independent sources of signs or labels.
+            draws: number of mixtures or labels per example and source.
 
         Returns:
-            For each source gradients with ``K = draws`` seeds.
+            For each source gradients with ``K = draws`` seeds whose outer products average to the
+            Gauss-Newton matrix over the draws. As many mixtures as there are columns make them exact.
         """
         assert self.loss is not None
-        loss = self.loss
-        seeds = [loss.sample(source) / draws**0.5 for source in generators for _ in range(draws)]
-        joint = self.recorder.gradients(loss.outputs, list(seeds), self.num_examples)
+        draw = self._mixtures if fisher == "mixed" else self._labels
+        seeds = [seed for source in generators for seed in draw(draws, source)]
+        joint = self.recorder.gradients(self.loss.outputs, list(seeds), self.num_examples)
         return [
             {
                 name: FactoredGradients(layer.inputs, layer.outputs[start : start + draws])
@@ -121,20 +128,17 @@ class Captured:
             for start in range(0, len(seeds), draws)
         ]
 
-    def mixed_gradients(
-        self, count: int, generator: torch.Generator | None = None
-    ) -> dict[str, FactoredGradients]:
-        """Gradients at ``count`` random mixtures of the output curvature's columns.
-
-        Args:
-            count: number of mixtures; as many as there are columns make them exact.
-            generator: source of the random signs.
-
-        Returns:
-            Gradients with ``K = count`` seeds whose outer products average to the Gauss-Newton matrix, over
-            the signs; see :mod:`~lightning_influence.losses.mixing`.
-        """
+    def _labels(self, count: int, generator: torch.Generator | None) -> list[Tensor]:
+        """Return seeds at labels drawn from the model."""
         assert self.loss is not None
-        weights = balanced_signs(self.loss.column_energies(), count, generator)
-        seeds = [self.loss.mix_columns(few) for few in weights]
-        return self.recorder.gradients(self.loss.outputs, list(seeds), self.num_examples)
+        return [self.loss.sample(generator) / count**0.5 for _ in range(count)]
+
+    def _mixtures(self, count: int, generator: torch.Generator | None) -> list[Tensor]:
+        """Return random mixtures of the columns, see :mod:`~lightning_influence.losses.mixing`."""
+        loss = self.loss
+        assert loss is not None
+        if count == 1:
+            weights = draw_signs(loss.ones()[:, None].expand(-1, loss.num_columns), generator)[None]
+        else:
+            weights = balanced_signs(loss.column_energies(), count, generator)
+        return [loss.mix_columns(few) for few in weights]

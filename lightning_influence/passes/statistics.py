@@ -11,7 +11,7 @@ from lightning_influence.factors.factors import Factors
 from lightning_influence.factors.statistics import LayerStatistics, eigenbasis
 from lightning_influence.layers import FactoredGradients, LayerGradients, LayerPlan
 from lightning_influence.layers.recorder import check_finite, compact
-from lightning_influence.passes.captured import Captured, Fisher
+from lightning_influence.passes.captured import RANDOM, Captured, Fisher
 from lightning_influence.passes.forward import Forward
 
 COVARIANCES, SQUARES = 0, 1
@@ -20,15 +20,15 @@ COVARIANCES, SQUARES = 0, 1
 class CovariancePass:
     """Sums ``A`` and ``S`` over a loader; keeps gradients if they fit, so that Lambda needs no pass.
 
-    With sampled labels the gradients for Lambda come from a second, independent draw: squares measured on the
-    draw that the basis was fitted to are too large along its leading vectors and too small elsewhere. The
-    second draw takes one more backward pass, and no forward pass.
+    Where gradients are drawn at random those for Lambda come from a second, independent draw: squares
+    measured on the draw that the basis was fitted to are too large along its leading vectors and too small
+    elsewhere. The second draw takes one more backward pass, and no forward pass.
 
     Args:
         plan: the covered layers.
         fisher: which output gradients to use.
-        seed: seed of the sampled labels.
-        draws: sampled labels per example.
+        seed: seed of the draws.
+        draws: mixtures or sampled labels per example.
         cache_bytes: keep gradients in memory up to this size.
         num_examples: examples that will come, to tell from the first batch whether they will fit.
     """
@@ -39,7 +39,7 @@ class CovariancePass:
         self,
         plan: LayerPlan,
         *,
-        fisher: Fisher = "sampled",
+        fisher: Fisher = "mixed",
         seed: int = 0,
         draws: int = 1,
         cache_bytes: int = 2**28,
@@ -48,14 +48,14 @@ class CovariancePass:
         self.factors = Factors(fisher=fisher)
         self.cache: list[dict[str, LayerGradients]] | None = []
         self.forward = Forward(plan)
-        self._labels = Labels(fisher, seed, draws)
+        self._draws = Draws(fisher, seed, draws)
         self._free = cache_bytes
         self._expected = num_examples
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         captured = self.forward(module, batch, len(indices))
-        gradients, others = self._labels.pair(captured, second=self.cache is not None)
+        gradients, others = self._draws.pair(captured, second=self.cache is not None)
         check_finite(gradients)
         add_covariances(self.factors, gradients, captured)
         if self.cache is not None and others is not None:
@@ -83,9 +83,9 @@ class SquaresPass:
     Args:
         plan: the covered layers.
         factors: factors whose layers have a basis; their squares are replaced.
-        seed: seed of the sampled labels; the same seed and loader give the labels of the second draw in
+        seed: seed of the draws; the same seed and loader give the second draw of
             :class:`CovariancePass`.
-        draws: sampled labels per example.
+        draws: mixtures or sampled labels per example.
     """
 
     description = "Influence: eigenvalues"
@@ -95,12 +95,12 @@ class SquaresPass:
         for layer in factors.layers.values():
             layer.set_basis(layer.basis)
         self.forward = Forward(plan)
-        self._labels = Labels(factors.fisher, seed, draws)
+        self._draws = Draws(factors.fisher, seed, draws)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         captured = self.forward(module, batch, len(indices))
-        gradients = self._labels.gradients(captured, purpose=SQUARES)
+        gradients = self._draws.gradients(captured, purpose=SQUARES)
         check_finite(gradients)
         add_squares(self.factors, gradients)
 
@@ -111,34 +111,34 @@ class DiagonalPass:
     Args:
         plan: the covered layers.
         fisher: which output gradients to use.
-        seed: seed of the sampled labels.
-        draws: sampled labels per example.
+        seed: seed of the draws.
+        draws: mixtures or sampled labels per example.
     """
 
     description = "Influence: second moments"
 
-    def __init__(self, plan: LayerPlan, *, fisher: Fisher = "sampled", seed: int = 0, draws: int = 1) -> None:
+    def __init__(self, plan: LayerPlan, *, fisher: Fisher = "mixed", seed: int = 0, draws: int = 1) -> None:
         self.factors = Factors(fisher=fisher)
         self.forward = Forward(plan)
-        self._labels = Labels(fisher, seed, draws)
+        self._draws = Draws(fisher, seed, draws)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         captured = self.forward(module, batch, len(indices))
-        gradients = self._labels.gradients(captured)
+        gradients = self._draws.gradients(captured)
         check_finite(gradients)
         add_layers(self.factors, gradients)
         add_squares(self.factors, gradients)
         add_weights(self.factors, captured)
 
 
-class Labels:
-    """Curvature gradients with reproducible labels: the draw depends on the seed and the batch's number only.
+class Draws:
+    """Reproducible curvature gradients: a draw depends on the seed and the batch's number only.
 
     Args:
         fisher: which output gradients to use.
-        seed: seed of the sampled labels.
-        draws: sampled labels per example.
+        seed: seed of the draws.
+        draws: mixtures or sampled labels per example.
     """
 
     def __init__(self, fisher: Fisher, seed: int = 0, draws: int = 1) -> None:
@@ -148,8 +148,8 @@ class Labels:
     def gradients(self, captured: Captured, purpose: int = COVARIANCES) -> dict[str, FactoredGradients]:
         """Return gradients for the next batch, of the first or the second draw."""
         generator = None
-        if captured.loss is not None and self.fisher == "sampled":
-            generator = label_generator(self.seed, self.batches, captured.loss.outputs.device, purpose)
+        if captured.loss is not None and self.fisher in RANDOM:
+            generator = draw_generator(self.seed, self.batches, captured.loss.outputs.device, purpose)
         self.batches += 1
         return captured.curvature_gradients(self.fisher, generator, self.draws)
 
@@ -162,25 +162,25 @@ class Labels:
             captured: the batch.
             second: whether the second draw is wanted.
         """
-        if captured.loss is None or self.fisher != "sampled" or not second:
+        if captured.loss is None or self.fisher not in RANDOM or not second:
             gradients = self.gradients(captured)
             return gradients, gradients if second else None
         device = captured.loss.outputs.device
-        sources = [label_generator(self.seed, self.batches, device, p) for p in (COVARIANCES, SQUARES)]
+        sources = [draw_generator(self.seed, self.batches, device, p) for p in (COVARIANCES, SQUARES)]
         self.batches += 1
-        first, others = captured.sampled_gradients(sources, self.draws)
+        first, others = captured.random_gradients(self.fisher, sources, self.draws)
         return first, others
 
 
-def label_generator(
+def draw_generator(
     seed: int, batch: int, device: torch.device | str = "cpu", purpose: int = COVARIANCES
 ) -> torch.Generator:
-    """Return the source of labels for one batch, which leaves the global random state alone.
+    """Return the source of signs or labels for one batch, which leaves the global random state alone.
 
     Args:
         seed: of the whole pass or fit.
         batch: number of the batch.
-        device: where labels are drawn.
+        device: where to draw.
         purpose: :data:`COVARIANCES` or :data:`SQUARES`: independent draws for the two.
     """
     return torch.Generator(device=device).manual_seed((2 * (seed * 1_000_003 + batch) + purpose) % 2**63)

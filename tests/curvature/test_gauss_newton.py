@@ -72,7 +72,9 @@ def test_as_many_mixtures_as_columns_are_exact(name):
     captured = Forward(setup.plan)(setup.module, [setup.case.x, setup.case.y], 12)
     total = torch.zeros_like(setup.ggn())
     generator = torch.Generator().manual_seed(1)
-    add_gram(total, captured.mixed_gradients(captured.loss.num_columns, generator), setup.layout.dense)
+    add_gram(
+        total, captured.curvature_gradients("mixed", generator, captured.loss.num_columns), setup.layout.dense
+    )
     torch.testing.assert_close(total / captured.weights.sum(), setup.ggn(), **TIGHT)
 
 

@@ -289,7 +289,7 @@ def test_a_model_without_second_derivatives_has_columns(make, monkeypatch):
     torch.testing.assert_close(got.result(), expected, **TIGHT)
     assert not got.estimated
     monkeypatch.setattr("lightning_influence.curvature.gauss_newton.MAX_COLUMNS", 2)
-    with pytest.raises(UnsupportedModelError, match=r"needs second derivatives.*fisher='sampled'"):
+    with pytest.raises(UnsupportedModelError, match=r"needs second derivatives.*fisher='mixed'"):
         run(make(plan, vectors, fisher="exact"), module, split)
 
 

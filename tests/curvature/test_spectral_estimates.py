@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_influence.curvature.estimates import (
@@ -152,6 +152,7 @@ def test_eigenvalues_lie_within_their_bounds(values, dtype):
 
 @settings(deadline=None, max_examples=25)
 @given(size=st.integers(2, 14), probes=st.integers(1, 20), seed=st.integers(0, 10**6), copies=st.booleans())
+@example(size=4, probes=1, seed=1, copies=True)
 def test_a_space_that_is_exhausted_gives_the_spectrum_itself(size, probes, seed, copies):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(size, dtype=DOUBLE, generator=generator)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_influence.losses.draws import draw_bits, draw_labels, draw_normal
+from lightning_influence.losses.draws import draw_bits, draw_labels, draw_normal, draw_signs
 
 N = 40_000
 # With a correct sampler a frequency over N draws is off by more than 6 standard deviations once in 5e8
@@ -60,3 +60,17 @@ def test_generator_decides():
     for draw in (draw_labels, draw_bits, draw_normal):
         assert torch.equal(draw(p, seeded(1)), draw(p, seeded(1)))
         assert not torch.equal(draw(p, seeded(1)), draw(p, seeded(2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_signs_are_even_independent_and_reproducible(dtype):
+    like = torch.empty(N, 2, dtype=dtype)
+    before = torch.get_rng_state()
+    signs = draw_signs(like, seeded(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert signs.dtype == dtype
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert signs.mean(0).abs().max() < SIGMAS / N**0.5
+    assert signs.prod(1).mean().abs() < SIGMAS / N**0.5
+    assert torch.equal(draw_signs(like, seeded(3)), signs)
+    assert not torch.equal(draw_signs(like, seeded(4)), signs)

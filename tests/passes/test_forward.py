@@ -206,7 +206,7 @@ def test_values_of_an_unknown_loss_have_empirical_curvature():
     assert captured.loss is None
     assert captured.weights.tolist() == [1] * 12
     loss = setup.layout.dense(captured.loss_gradients())
-    for fisher in ("exact", "sampled", "empirical"):
+    for fisher in ("exact", "mixed", "sampled", "empirical"):
         assert torch.equal(setup.layout.dense(captured.curvature_gradients(fisher)), loss)
 
 
