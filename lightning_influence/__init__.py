@@ -4,6 +4,7 @@ from lightning_influence.attributions import Attributions
 from lightning_influence.callback import InfluenceCallback
 from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.ensembles import average_attributions
+from lightning_influence.errors import InfluenceError, InfluenceWarning
 from lightning_influence.module import InfluenceModule
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.labels import Labels
@@ -14,8 +15,10 @@ __all__ = [
     "Attributions",
     "Diagnostics",
     "InfluenceCallback",
+    "InfluenceError",
     "InfluenceModule",
     "InfluenceTrainer",
+    "InfluenceWarning",
     "Labels",
     "ParameterEdit",
     "SelfInfluence",

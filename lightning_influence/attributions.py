@@ -18,8 +18,16 @@ from rich.console import Group, RenderableType
 from torch import Tensor
 
 from lightning_influence.errors import NonFiniteError
-from lightning_influence.results.base import Result, check_k, check_shape, distinct, load_pandas, some
-from lightning_influence.results.labels import Labels
+from lightning_influence.results.base import (
+    Result,
+    as_indices,
+    check_k,
+    check_shape,
+    distinct,
+    load_pandas,
+    some,
+)
+from lightning_influence.results.labels import Labels, checked
 from lightning_influence.results.ranking import Ranking
 from lightning_influence.results.rendering import facts_table, score_caption
 from lightning_influence.results.streaming import Extremes
@@ -183,7 +191,7 @@ class Attributions(Result):
             query_dataloaders=self.query_dataloaders,
             title=_title(self.diagnostics.measurement, largest),
             caption=score_caption(self.diagnostics.measurement),
-            labels=labels or Labels(),
+            labels=checked(labels),
             max_queries=max_queries,
         )
 
@@ -219,19 +227,21 @@ class Attributions(Result):
         """Predicted change of each query's measurement when a group of training examples is removed.
 
         Args:
-            train_indices: the group's distinct dataset indices.
+            train_indices: the group's distinct dataset indices, or a boolean mask ``(N,)`` over
+                :attr:`train_indices`.
 
         Returns:
             ``(Q,)``, the sum of the members' scores, in the measurement's unit.
 
         Raises:
-            ValueError: if only the ends of the rankings are stored, or an example is unknown or repeated.
+            ValueError: if only the ends of the rankings are stored, an example is unknown or repeated, or the
+                group is neither indices nor a mask.
         """
         if self.scores is None:
             raise ValueError(
                 f"a group needs all scores, but only {self.stored} at either end are stored: omit top_k"
             )
-        wanted = torch.as_tensor(train_indices, dtype=torch.long).cpu()
+        wanted = as_indices(train_indices, self.train_indices)
         unknown = wanted[~torch.isin(wanted, self.train_indices)]
         if len(unknown) or not distinct(wanted):
             what = f"unknown examples: {some(unknown)}" if len(unknown) else "an example twice"

@@ -22,7 +22,7 @@ class Question:
 
     Raises:
         ValueError: if a setting is out of range, saying what was got and what is accepted.
-        TypeError: if ``layers`` is a text, or the measurement is of a wrong type.
+        TypeError: if ``layers`` is no list of texts, or the measurement is of a wrong type.
     """
 
     method: str = "auto"
@@ -41,6 +41,8 @@ class Question:
                 f"Got layers={self.layers!r}; accepted is a list of names or patterns: "
                 f"layers=[{self.layers!r}]."
             )
+        if self.layers is not None and not all(isinstance(name, str) for name in self.layers):
+            raise TypeError(f"Got layers={self.layers!r}; accepted is a list of names or patterns.")
         if (
             self.measurement is not None and self.measurement != "hook"
         ):  # whether there is a hook is known with the module only

@@ -16,7 +16,7 @@ from lightning_influence.measurements import Measurement
 from lightning_influence.methods import Damping, Options
 from lightning_influence.passes.captured import Fisher
 from lightning_influence.question import Question
-from lightning_influence.results.labels import Labels
+from lightning_influence.results.labels import Labels, checked
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.session import Session, over_checkpoints
 
@@ -114,6 +114,7 @@ def influence(
         **further,
     )
     question = Question(method, measurement, top_k, layers, options)
+    checked(labels)
 
     def answer(path: str | None) -> Attributions:
         session = Session(trainer, model, datamodule, path, factors)
@@ -143,7 +144,7 @@ def self_influence(
     *,
     method: str = "ekfac",
     damping: Damping = "auto",
-    ckpt_path: str | None = None,
+    ckpt_path: str | os.PathLike[str] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
     fisher: Fisher | None = None,
@@ -165,7 +166,7 @@ def self_influence(
         method: as in :func:`influence`; EK-FAC by default, which needs two small products an example and
             layer.
         damping: as in :func:`influence`.
-        ckpt_path: as in :func:`influence`.
+        ckpt_path: ``"best"``, ``"last"`` or one path, as in :func:`influence`.
         layers: as in :func:`influence`.
         factors: as in :func:`influence`.
         fisher: as in :func:`influence`.
@@ -183,6 +184,7 @@ def self_influence(
     Raises:
         InfluenceError: a subclass that says what is not supported and what to do.
         ValueError: if a setting is out of range.
+        TypeError: if there are several checkpoints, or ``labels`` are of a wrong type.
     """
     options = Options(
         damping=damping,
@@ -193,7 +195,14 @@ def self_influence(
         **further,
     )
     question = Question(method, layers=layers, options=options)
-    session = Session(trainer, model, datamodule, ckpt_path, factors)
+    checked(labels)
+    if ckpt_path is not None and not isinstance(ckpt_path, str | os.PathLike):
+        raise TypeError(
+            f"Got ckpt_path of type {type(ckpt_path).__name__}; self-influence takes one checkpoint. Ask at "
+            "each, and average the scores."
+        )
+    path = None if ckpt_path is None else os.fspath(ckpt_path)
+    session = Session(trainer, model, datamodule, path, factors)
     with session.runner:
         engine = session.engine(question)
         result = engine.self_influence(session.train_loader(train_dataloaders))

@@ -142,6 +142,15 @@ def test_groups_that_cannot_be_summed_are_refused():
         full().group([20, 21, 22])
     with pytest.raises(ValueError, match="an example twice"):
         full().group([20, 20])
+    for group in ([20.5], [[20, 50]], {20, 50}, "20", 20, [True, False], None):
+        with pytest.raises(ValueError, match=rf"Got a group of .*boolean mask of shape \({len(TRAIN)},\)"):
+            full().group(group)
+
+
+def test_a_group_may_be_a_mask():
+    mask = torch.isin(TRAIN, torch.tensor([20, 60, 50]))
+    for group in (mask, mask.numpy(), mask.tolist()):
+        assert torch.equal(full().group(group), full().group([20, 50, 60]))
 
 
 @pytest.mark.parametrize("make", [full, ends])

@@ -134,6 +134,16 @@ def test_settings_out_of_range():
             UnsupportedModelError, match=r"layers='head.\*' selects no supported, trainable layer"
         ):
             user.ask(layers=["head.*"])
+        with pytest.raises(UnsupportedModelError, match=r"layers=\[\] selects nothing"):
+            user.ask(layers=[])
+        with pytest.raises(TypeError, match=r"Got layers=\[1\]; accepted is a list of names"):
+            user.ask(layers=[1])
+        with pytest.raises(TypeError, match=r"labels of type list; accepted are Labels\(train="):
+            user.ask(labels=["zero", "one"])
+        with pytest.raises(TypeError, match="labels of type dict"):
+            user.host.self_influence(labels={}, log=False)
+        with pytest.raises(TypeError, match="type list; self-influence takes one checkpoint"):
+            user.host.self_influence(ckpt_path=["a", "b"], log=False)
         with pytest.raises(ValueError, match=r"Net defines no `influence_measurement"):
             user.ask(measurement="hook")
         with pytest.raises(TypeError, match="Got a measurement of type int"):
@@ -177,6 +187,8 @@ def test_data_that_cannot_be_used():
                     user.ask(loader, asked, method=method, factors="refit")
         with pytest.raises(TypeError, match="Expected a DataLoader over a map-style dataset"):
             user.ask(3)
+        with pytest.raises(TypeError, match=r"tuple of 2 tensors, which looks like one batch.*\[batch\]"):
+            user.ask(asked=dataset(4).tensors)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +303,34 @@ def test_limits_do_not_truncate():
         ):
             found = user.ask()
         assert len(found.train_indices) == 22
+
+
+@pytest.mark.parametrize("limits", [{"limit_train_batches": 2}, {"overfit_batches": 1}])
+def test_fits_on_part_of_the_data_are_pointed_out(limits):
+    [(name, value)] = limits.items()
+    with (
+        Untouched(**limits) as user,
+        pytest.warns(InfluenceWarning, match=f"{name}={value} lets a fit see part"),
+    ):
+        user.ask(train())
+
+
+def test_no_damping_of_a_singular_curvature():
+    """A softmax has a direction without curvature, whose rounding errors must not be divided by."""
+    torch.manual_seed(0)
+    module = InfluenceModule(Net().double())
+    data = [tuple(t.double() if t.is_floating_point() else t for t in dataset().tensors)]
+    for method in ("ekfac", "kfac"):
+        tiny, none = (
+            module.scores(
+                data, data, method=method, damping=damping, fisher="exact", low_rank_tolerance=0.0
+            ).scores
+            for damping in (1e-11, 0.0)
+        )
+        torch.testing.assert_close(none, tiny, rtol=1e-5, atol=1e-7)
+    exact = module.scores(data, data, method="exact", damping=0.0).scores
+    solved = module.scores(data, data, damping=0.0, fisher="exact", tolerance=1e-8, max_steps=30).scores
+    torch.testing.assert_close(solved, exact, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("size", [1, 21, 4])

@@ -35,10 +35,12 @@ class EigenInverse:
     def weights(self) -> Tensor:
         """``scale / (eigenvalues + damping)``, ``(G, D_out, D_in)``.
 
-        It is zero where both vanish: a pseudo-inverse.
+        It is zero where both vanish, up to rounding: a pseudo-inverse.
         """
         total = self.eigenvalues + self.damping
-        return torch.where(total > 0, self.scale / total, torch.zeros_like(total))
+        width = sum(total.shape[1:])  # what rounding grows with
+        rounding = 0.0 if self.damping > 0 else torch.finfo(total.dtype).eps * width * total.amax()
+        return torch.where(total > rounding, self.scale / total, torch.zeros_like(total))
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Return the inverse times vectors ``(V, G, D_out, D_in)``."""

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from lightning_influence.errors import LossCaptureError
-from lightning_influence.host.module import muted
+from lightning_influence.host.module import muted, preserved_states
 from lightning_influence.host.processes import sum_over_processes
 from lightning_influence.host.random_states import preserved_rng
 from lightning_influence.host.trainer import splits_parameters
@@ -101,16 +101,11 @@ def all_reduce(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
 def aside(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """A context for a forward pass of our own, and what is computed from it, before the user's step.
 
-    Random states and buffers are put back, nothing is logged, and autocast is that of the training step.
+    Random states, buffers and metrics are put back, nothing is logged, and autocast is that of the training
+    step.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        with preserved_rng(), muted(module), torch.enable_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
+    with preserved_states(module), preserved_rng(), muted(module), torch.enable_grad():
+        yield
 
 
 def forward_context(trainer: Trainer) -> contextlib.AbstractContextManager[None]:

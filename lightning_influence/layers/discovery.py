@@ -125,6 +125,8 @@ def _check_patterns(include: Sequence[str] | None, layers: dict[str, Layer], mod
     Raises:
         UnsupportedModelError: naming what could be selected.
     """
+    if include is not None and not include:
+        raise UnsupportedModelError("layers=[] selects nothing; pass names or patterns, or None for all.")
     for pattern in include or ():
         if not fnmatch.filter(layers, pattern):
             supported = [name for name, module in model.named_modules() if find_rule(module) is not None]

@@ -39,7 +39,7 @@ class Recorder:
     """
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
-        self._layers = dict(layers)
+        self.layers = dict(layers)
         self._handles: list[RemovableHandle] = []
         self._calls: dict[str, _Calls] = {}
 
@@ -49,8 +49,8 @@ class Recorder:
         Returns:
             The recorder itself.
         """
-        self._calls = {name: _Calls() for name in self._layers}
-        for name, layer in self._layers.items():
+        self._calls = {name: _Calls() for name in self.layers}
+        for name, layer in self.layers.items():
             # Before the user's own hooks, which may replace the output that the weights made.
             hook = layer.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
             self._handles.append(hook)
@@ -90,7 +90,7 @@ class Recorder:
         result = {}
         for name, calls in self._calls.items():
             if calls.edges:
-                parts = [self._layers[name].inputs(x, num_examples) for x in calls.inputs]
+                parts = [self.layers[name].inputs(x, num_examples) for x in calls.inputs]
                 result[name] = _along_positions(parts)
             if release:
                 calls.inputs.clear()
@@ -125,7 +125,7 @@ class Recorder:
         )
         result, start = {}, 0
         for name in names:
-            calls, layer = self._calls[name], self._layers[name]
+            calls, layer = self._calls[name], self.layers[name]
             parts: list[Tensor | None] = [
                 None if grad is None else layer.output_gradients(grad, num_examples)
                 for grad in grads[start : start + len(calls.edges)]
@@ -190,7 +190,7 @@ class Recorder:
 
     def _fill(self, name: str, parts: list[Tensor | None], num_examples: int) -> Tensor:
         """Return zeros for calls that the outputs do not depend on, then all calls along the positions."""
-        layer = self._layers[name]
+        layer = self.layers[name]
         filled = []
         for x, part in zip(self._calls[name].inputs, parts, strict=True):
             if part is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_influence.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
@@ -12,6 +13,14 @@ from lightning_influence.layers import LayerPlan, Recorder
 from lightning_influence.losses import LossCapture, OutputLoss, check_per_example, per_example_capture
 from lightning_influence.passes.captured import Captured
 from lightning_influence.passes.independence import check_independent, check_loss
+from lightning_influence.passes.order import check_order, missing_positions
+
+_OUTSIDE_FIT = (
+    "This was raised by the module's `training_step`, which influence runs on training and query batches, in "
+    "eval mode and outside of a fit. If it needs what only a fit has (optimizers, a logger), or query "
+    "batches are of another form, define `influence_loss(batch) -> (B,)` on the module: the loss of each "
+    "example of the batch."
+)
 
 
 class Measure(Protocol):
@@ -72,6 +81,8 @@ class Forward:
             check_independent(captured)
             if num_examples > 1:  # one example alone shows no coupling
                 self.plan.verified.add(subject)
+        if measure is None and num_examples > 1:
+            self._check_order(captured, module, batch)
         return captured
 
     def _run(
@@ -106,6 +117,26 @@ class Forward:
             captured = Captured(num_examples, None, values, recorder)
         return captured
 
+    def _check_order(self, captured: Captured, module: Any, batch: Any) -> None:
+        """Check that the losses come in the order of the examples, for each way in which their rows do."""
+
+        def losses(other: Any) -> Tensor:
+            # Nothing is differentiated here, so the graph need not hold activations.
+            dropped = torch.autograd.graph.saved_tensors_hooks(lambda t: t.new_empty(0), lambda t: t)
+            with dropped, LossCapture() as capture:
+                hooked, batch_loss = _call(module, other)
+            if batch_loss is None:
+                assert hooked is not None
+                return hooked.detach()
+            return capture.resolve(batch_loss, captured.num_examples).per_example().detach()
+
+        values = captured.per_example()
+        outputs = values if captured.loss is None else captured.loss.outputs
+        subject = f"order {missing_positions(batch, captured.num_examples, len(outputs))}"
+        if subject not in self.plan.verified:
+            check_order(values, batch, losses, outputs.dtype)
+            self.plan.verified.add(subject)
+
 
 def _call(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
     """Run the hook ``influence_loss`` if there is one, else ``training_step``.
@@ -126,7 +157,12 @@ def _call(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
             "weights. Define `influence_loss(self, batch)`, which returns the per-example training loss as a "
             "tensor of shape (B,)."
         )
-    result = module.training_step(*_step_arguments(module, batch))
+    arguments = _step_arguments(module, batch)
+    try:
+        result = module.training_step(*arguments)
+    except Exception as error:
+        error.add_note(_OUTSIDE_FIT)
+        raise
     loss = result.get("loss") if isinstance(result, dict) else result
     if not isinstance(loss, Tensor):
         raise LossCaptureError(
@@ -157,4 +193,6 @@ def _step_arguments(module: Any, batch: Any) -> tuple[Any, ...]:
         for p in parameters[1:]
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return (batch, *(0 for _ in required))
+    # Lightning gives the batch's number to `training_step(self, *args)` as well.
+    variadic = bool(parameters) and parameters[0].kind is parameters[0].VAR_POSITIONAL
+    return (batch, *(0 for _ in required), *((0,) if variadic else ()))

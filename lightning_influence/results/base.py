@@ -106,6 +106,32 @@ def check_k(k: int, stored: int, how: str) -> None:
         raise ValueError(f"k={k}, but {stored} examples per query are stored ({how}); k is 1 to {stored}")
 
 
+def as_indices(group: Any, every: Tensor) -> Tensor:
+    """Read a group of training examples.
+
+    Args:
+        group: integers ``(n,)``, or a boolean mask over ``every``.
+        every: ``(N,)`` the indices that there are.
+
+    Returns:
+        The group's indices ``(n,)``, as they were given.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    accepted = f"accepted are dataset indices (n,), or a boolean mask of shape ({len(every)},)"
+    try:
+        found = torch.as_tensor(group).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Got a group of type {type(group).__name__}; {accepted}.") from error
+    if found.dtype == torch.bool and found.shape == every.shape:
+        return every[found]
+    integers = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if found.ndim != 1 or not (integers or found.numel() == 0):
+        raise ValueError(f"Got a group of shape {tuple(found.shape)} and {found.dtype}; {accepted}.")
+    return found.long()
+
+
 def distinct(indices: Tensor) -> bool:
     """Return whether no index comes twice."""
     return not bool((indices.sort().values.diff() == 0).any())

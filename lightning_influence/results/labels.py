@@ -35,6 +35,20 @@ class Labels:
         return _lookup(texts, index)
 
 
+def checked(labels: Labels | None) -> Labels:
+    """Return the labels, or none.
+
+    Raises:
+        TypeError: if they are something else.
+    """
+    if labels is None or isinstance(labels, Labels):
+        return labels or Labels()
+    raise TypeError(
+        f"Got labels of type {type(labels).__name__}; accepted are Labels(train=..., query=...), each "
+        "anything that an index finds its text in."
+    )
+
+
 def _lookup(texts: Any, index: int) -> str:
     if texts is None:
         return ""

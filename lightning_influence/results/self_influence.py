@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from torch import Tensor
 
 from lightning_influence.results.base import Result, check_k, check_shape, load_pandas
-from lightning_influence.results.labels import Labels
+from lightning_influence.results.labels import Labels, checked
 from lightning_influence.results.ranking import Ranking
 from lightning_influence.results.rendering import facts_table
 from lightning_influence.results.topk import check_finite, select_topk
@@ -84,7 +84,7 @@ class SelfInfluence(Result):
         scores, indices = select_topk(self.scores[None], self.train_indices, k, largest=largest)
         caption = "Score: predicted rise of the example's own loss when it is removed."
         title = f"{'Highest' if largest else 'Lowest'} self-influence"
-        return Ranking(indices, scores, title=title, caption=caption, labels=labels or Labels())
+        return Ranking(indices, scores, title=title, caption=caption, labels=checked(labels))
 
     def to_pandas(self) -> pd.DataFrame:
         """The scores as a pandas DataFrame.

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_influence.errors import InfluenceError
+from lightning_influence.host.module import preserved_states
 from lightning_influence.host.processes import sum_over_processes
 from lightning_influence.host.random_states import preserved_rng
 from lightning_influence.running.dataloading import prepare
@@ -96,8 +97,8 @@ class Runner(ABC):
     def run(self, one_pass: Pass, dataloaders: Any) -> PassRecord:
         """Run a pass over loaders.
 
-        Random states are the same after the pass as before it. Every pass of a runner therefore sees the same
-        random augmentations, if there are any.
+        Random states, buffers and metrics are the same after the pass as before it. Every pass of a runner
+        therefore sees the same random augmentations, if there are any.
 
         Args:
             one_pass: what to do with each batch.
@@ -117,7 +118,7 @@ class Runner(ABC):
         expected = Count()
         done = Count()
         start = time.perf_counter()
-        with preserved_rng(), torch.compiler.set_stance("force_eager"):
+        with preserved_states(self.module), preserved_rng(), torch.compiler.set_stance("force_eager"):
             self._run(one_pass, loaders, expected, done)
         seconds = time.perf_counter() - start
         if (done.batches, done.examples) != (expected.batches, expected.examples):

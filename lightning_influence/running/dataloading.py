@@ -44,7 +44,7 @@ def prepare(dataloaders: Any) -> list[IndexedLoader]:
 
     Raises:
         UnsupportedDataError: if a loader is empty or its examples have no index in a dataset.
-        TypeError: if ``dataloaders`` is none of the accepted kinds.
+        TypeError: if ``dataloaders`` is none of the accepted kinds, such as one batch that is in no list.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -66,6 +66,11 @@ def prepare(dataloaders: Any) -> list[IndexedLoader]:
         dataloaders = [dataloaders]
     if not isinstance(dataloaders, list | tuple):
         raise TypeError(f"Expected {ACCEPTED}; got {type(dataloaders).__name__}.")
+    if isinstance(dataloaders, tuple) and all(isinstance(item, torch.Tensor) for item in dataloaders):
+        raise TypeError(
+            f"Got a tuple of {len(dataloaders)} tensors, which looks like one batch. Pass a list of batches, "
+            f"[batch], or {ACCEPTED}."
+        )
     if not dataloaders:
         raise UnsupportedDataError(f"The list of loaders is empty. Pass {ACCEPTED}.")
     if _are_loaders(dataloaders):

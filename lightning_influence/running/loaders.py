@@ -14,6 +14,7 @@ from torch.utils.data import (
 )
 
 from lightning_influence.errors import UnsupportedDataError
+from lightning_influence.running.collating import OrderedCollate
 
 ACCEPTED = (
     "a DataLoader over a map-style dataset, a list or dict of them, CombinedLoader(..., 'sequential'), "
@@ -190,7 +191,7 @@ def rebuilt(loader: DataLoader[Any], plan: Sequence[Tensor]) -> DataLoader[Any]:
         loader.dataset,
         batch_sampler=_Lists(plan),
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=OrderedCollate(loader.collate_fn),
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,

@@ -114,6 +114,7 @@ class TrainerRunner(Runner):
     def _borrow(self, stack: contextlib.ExitStack) -> None:
         check_trainer(self.trainer)
         self._warn_of_limit()
+        self._warn_of_partial_training()
         host: Any = self.trainer
         known = host.lightning_module is self.module
         bar = labelled_bar(self.trainer)
@@ -148,6 +149,20 @@ class TrainerRunner(Runner):
             warnings.warn(
                 f"The Trainer's {origin} limits prediction to {limit} of the batches; influence visits whole "
                 "loaders all the same. Pass a loader over a torch.utils.data.Subset to use fewer examples.",
+                InfluenceWarning,
+                stacklevel=2,
+            )
+
+    def _warn_of_partial_training(self) -> None:
+        host: Any = self.trainer
+        overfit, limit = host.overfit_batches, host.limit_train_batches
+        name, value = ("overfit_batches", overfit) if overfit else ("limit_train_batches", limit)
+        quick = getattr(host, "fast_dev_run", False)  # said already
+        if not quick and (isinstance(value, int) or value != 1.0):
+            warnings.warn(
+                f"The Trainer's {name}={value} lets a fit see part of the training loader; influence takes "
+                "every example of it for a training example. If the model was not trained on all, pass a "
+                "loader over a torch.utils.data.Subset of those that it was trained on.",
                 InfluenceWarning,
                 stacklevel=2,
             )

@@ -163,7 +163,7 @@ def test_manual_optimization_and_iterators_are_refused():
         Forward(find_layers(module))(module, batch(), B)
 
 
-@pytest.mark.parametrize("kind", ["only", "keyword", "more", "default"])
+@pytest.mark.parametrize("kind", ["only", "keyword", "more", "default", "variadic"])
 def test_arguments_of_the_step(kind):
     module = mute(Module(plain))
     seen = []
@@ -177,9 +177,11 @@ def test_arguments_of_the_step(kind):
         "keyword": lambda batch, *, other=1: step(batch),
         "more": lambda batch, batch_idx, dataloader_idx: step(batch, batch_idx, dataloader_idx),
         "default": lambda batch, batch_idx=7: step(batch, batch_idx),
+        "variadic": lambda *args: step(*args),  # Lightning passes two
     }[kind]
     Forward(find_layers(module))(module, batch(), B)
-    assert seen == [{"only": (), "keyword": (), "more": (0, 0), "default": (7,)}[kind]]
+    expected = {"only": (), "keyword": (), "more": (0, 0), "default": (7,), "variadic": (0,)}
+    assert set(seen) == {expected[kind]}
 
 
 def test_influence_loss_takes_the_place_of_the_step():
@@ -215,3 +217,44 @@ def test_gradients_that_are_not_finite_are_not_taken_for_coupling():
 
     gradients = forward(step).loss_gradients()
     assert not torch.isfinite(gradients["first"].dense()).all()
+
+
+def tied(module, x, y):
+    return F.mse_loss(F.linear(torch.tanh(module.first(x)), module.first.weight.T), x)
+
+
+def tied_bias(module, x, y):
+    return F.cross_entropy(module.last(torch.tanh(module.first(x)) + module.first.bias), y)
+
+
+@pytest.mark.parametrize("step", [tied, tied_bias])
+@pytest.mark.parametrize("size", [1, B])
+def test_weights_that_are_used_outside_their_layer_are_refused(step, size):
+    with pytest.raises(UnsupportedModelError, match=r"weights of layer 'first' in another way.*`layers=`"):
+        forward(step, batch(size, 3), size)
+
+
+def test_a_penalty_in_the_hook_is_refused():
+    module = mute(Module(plain))
+    module.influence_loss = lambda b: (
+        F.cross_entropy(module.last(module.first(b[0])), b[1], reduction="none")
+        + 0.1 * module.last.weight.square().sum()
+    )
+    with pytest.raises(UnsupportedModelError, match=r"layer 'last' .*leave penalties on weights out"):
+        Forward(find_layers(module))(module, batch(), B)
+
+
+def test_a_hook_of_the_users_on_a_weight_is_no_second_use():
+    module = mute(Module(plain))
+    module.first.weight.register_hook(lambda grad: 0 * grad)
+    assert Forward(find_layers(module))(module, batch(), B).num_examples == B
+
+
+def test_errors_of_the_step_say_where_it_ran():
+    def step(module, x, y):
+        return module.trainer.optimizers[0]
+
+    with pytest.raises(AttributeError) as info:
+        forward(step)
+    assert "outside of a fit" in info.value.__notes__[0]
+    assert "influence_loss(batch)" in info.value.__notes__[0]

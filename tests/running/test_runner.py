@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
+from torchmetrics import Accuracy, CatMetric, MeanMetric
 
 from lightning_influence.errors import (
     InfluenceError,
@@ -857,3 +858,42 @@ def test_two_processes_share_every_pass(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "rank 0 is fine" in result.stdout
     assert "rank 1 is fine" in result.stdout
+
+
+class Counting(pl.LightningModule):
+    """A step that keeps metrics and a buffer, as users' steps do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.metrics = nn.ModuleList([MeanMetric(), CatMetric(), Accuracy("multiclass", num_classes=2)])
+
+    def count(self, x):
+        self.seen += len(x)
+        self.metrics[0].update(x)
+        self.metrics[1].update(x)
+        self.metrics[2](self.layer(x), torch.zeros(len(x)))
+
+
+@pytest.mark.parametrize("kind", ["trainer", "loop"])
+def test_metrics_and_buffers_are_as_before(tmp_path, kind):
+    class Step:
+        description = "count"
+
+        def step(self, module, batch, indices, dataloader_idx):
+            module.count(batch[0])
+
+    def values():
+        metrics = module.metrics
+        return [float(module.seen), *(float(m.compute().sum()) for m in metrics), metrics[2]._update_count]
+
+    module = Counting()
+    module.count(torch.ones(3, 2))
+    before = values()
+    host = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    runner = TrainerRunner(host, module) if kind == "trainer" else LoopRunner(module)
+    with runner:
+        for _ in range(2):
+            runner.run(Step(), DataLoader(TensorDataset(torch.rand(5, 2)), 2))
+    assert values() == before

@@ -1,0 +1,81 @@
+"""A collate function that sorts the examples would have scores given to others."""
+
+import random
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from lightning_influence.errors import UnsupportedDataError
+from lightning_influence.running.dataloading import prepare
+
+LENGTHS = (2, 5, 3, 4, 1, 6)
+SEQUENCES = [(torch.full((length,), float(length)), torch.tensor(n)) for n, length in enumerate(LENGTHS)]
+
+
+def in_order(items):
+    return {
+        "x": pad_sequence([x for x, _ in items], batch_first=True),
+        "y": torch.stack([y for _, y in items]),
+    }
+
+
+def time_first(items):
+    return pad_sequence([x for x, _ in items]), torch.stack([y for _, y in items])
+
+
+def by_length(items):
+    return in_order(sorted(items, key=lambda item: -len(item[0])))
+
+
+def by_length_in_place(items):
+    items.sort(key=lambda item: -len(item[0]))
+    return time_first(items)
+
+
+def with_positions(items):  # a part that is the same for every batch
+    return {"position": torch.arange(len(items)), **in_order(items)}
+
+
+def noisy(items):
+    return torch.stack([y for _, y in items]) + torch.rand(len(items)), random.random()
+
+
+def fails_in_reverse(items):
+    if int(items[0][1]) > int(items[-1][1]):
+        raise ValueError
+    return in_order(items)
+
+
+def consumes(items):
+    return in_order([(item.pop("x"), item.pop("y")) for item in items])
+
+
+def batches(collate, data=SEQUENCES, **options):
+    loader = DataLoader(data, 3, collate_fn=collate, **options)
+    return [batch for batch, _ in prepare(loader)[0].shard()]
+
+
+@pytest.mark.parametrize("collate", [by_length, by_length_in_place])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collate_function_that_sorts_is_refused(collate, workers):
+    with pytest.raises(
+        UnsupportedDataError, match=rf"collate_fn={collate.__name__} brings the examples.*keeps"
+    ):
+        batches(collate, num_workers=workers)
+
+
+@pytest.mark.parametrize("collate", [in_order, time_first, with_positions, noisy, fails_in_reverse])
+def test_others_are_not(collate):
+    torch.manual_seed(0)
+    random.seed(0)
+    direct = [batch for batch in DataLoader(SEQUENCES, 3, collate_fn=collate)]
+    torch.manual_seed(0)
+    random.seed(0)
+    assert repr(batches(collate)) == repr(direct)
+
+
+def test_items_that_are_consumed_are_given_once():
+    items = [{"x": x, "y": y} for x, y in SEQUENCES]
+    assert len(batches(consumes, items)) == 2
