@@ -207,17 +207,21 @@ def test_ekfac_is_multiplied_as_it_is_inverted(bench, problem):
 
 
 def test_worst_directions_are_where_ekfac_is_most_wrong(bench, problem):
-    numel = problem.layout.numel
+    numel, choices = problem.layout.numel, bench.choices
     matrix = problem.system(torch.eye(numel)).double()
-    inverse = problem.inverse.apply(torch.eye(numel)).double()
-    root = torch.linalg.cholesky(inverse)
+    root = torch.linalg.cholesky(problem.inverse.apply(torch.eye(numel)).double())
     values, vectors = torch.linalg.eigh(root.T @ matrix @ root - torch.eye(numel))
     leading = (root @ vectors[:, values.abs().argmax()]).float()
-    space = problem.grown(None, bench.choices.worst_directions(problem, None, 0, 16))
-    leading = leading / leading.norm()
-    assert float((space.directions @ leading).norm()) > 0.99
-    random = problem.grown(None, bench.choices.training(0)(problem, None, 0, 16))
-    assert float((random.directions @ leading).norm()) < 0.99
+
+    def missing(choose):
+        space = problem.grown(None, choose(problem, None, 0, 16))
+        return float((leading - leading @ space.directions.T @ space.directions).norm() / leading.norm())
+
+    none, one, two = (
+        missing(choose)
+        for choose in (choices.mixtures(None), choices.worst_directions(1), choices.worst_directions(2))
+    )
+    assert two < 0.1 < one < none / 2
 
 
 def test_every_kind_fills_a_space_and_more_of_it_answers_better(bench, problem):

@@ -154,17 +154,26 @@ def residual(problem: Problem, space: CoarseSpace | None, start: int, stop: int)
     return problem.train[(relative * problem.train.norm(dim=1)).argsort(descending=True)[: stop - start]]
 
 
-def worst_directions(problem: Problem, space: CoarseSpace | None, start: int, stop: int) -> Tensor:
-    """Where EK-FAC is most wrong: leading eigenvectors of ``P^{-1} A - I``, by two subspace iterations."""
-    generator = torch.Generator().manual_seed(start)
-    change = torch.randn(stop - start, problem.layout.numel, generator=generator)
-    for _ in range(2):
-        kept = problem.inverse.apply(change)
-        if space is not None:
-            kept = kept - (kept @ space.directions.T) @ space.directions
-        kept = torch.linalg.qr(kept.T).Q.T.contiguous()
-        change = problem.system(kept) - _precondition(problem, kept)
-    return change  # the space applies P^{-1} itself
+def worst_directions(iterations: int) -> Chooser:
+    """Where EK-FAC is most wrong: leading eigenvectors of ``P^{-1} A - I``, by subspace iteration.
+
+    A single iteration starts from mixtures of all training gradients, two of them from random vectors.
+    """
+
+    def choose(problem: Problem, space: CoarseSpace | None, start: int, stop: int) -> Tensor:
+        generator = torch.Generator().manual_seed(start)
+        change = torch.randn(stop - start, problem.layout.numel, generator=generator)
+        if iterations == 1:
+            change = mixtures(None)(problem, space, start, stop)
+        for _ in range(iterations):
+            kept = problem.inverse.apply(change)
+            if space is not None:
+                kept = kept - (kept @ space.directions.T) @ space.directions
+            kept = torch.linalg.qr(kept.T).Q.T.contiguous()
+            change = problem.system(kept) - _precondition(problem, kept)
+        return change  # the space applies P^{-1} itself
+
+    return choose
 
 
 def _precondition(problem: Problem, vectors: Tensor) -> Tensor:
@@ -193,7 +202,8 @@ KINDS: dict[str, tuple[Chooser, int]] = {
     "highest leverage": (leverage, 0),
     "drawn by leverage": (leverage_sampled, 0),
     "largest residual": (residual, 0),
-    "EK-FAC's worst": (worst_directions, 2),
+    "EK-FAC's worst, 1 step": (worst_directions(1), 1),
+    "EK-FAC's worst": (worst_directions(2), 2),
     "previous queries first": (queries_first("previous"), 0),
     "the asked queries first": (queries_first("asked"), 0),
 }

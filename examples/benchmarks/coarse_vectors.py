@@ -1,18 +1,18 @@
 """Which vectors make the best coarse space of two-level EK-FAC: kinds compared at the same size ``m``.
 
-Run ``python examples/benchmarks/coarse_vectors.py [task ...] [--sizes m ...] [--draws M] [--small]``. Half of
-the queries are held out and answered without any iteration; the others are the "previous" ones. Each row has
-the median relative residual of the held-out queries, their LDS (loss, half of the data kept), and what that
-is above random training gradients at the same size, paired over subsets. Spaces are nested: a larger one
-holds the smaller. "another draw" says how much of a difference is luck. "products" are those that choosing a
-direction takes besides its own. The damping is that of ``damping="auto"``. The kinds are in
+Run ``python examples/benchmarks/coarse_vectors.py [task ...] [--sizes m ...] [--kinds ...] [--small]``. Half
+of the queries are held out and answered without any iteration; the others are the "previous" ones. Each row
+has the median relative residual of the held-out queries, their LDS (loss, half of the data kept), and what
+that is above random training gradients at the same size, paired over subsets. Spaces are nested: a larger
+one holds the smaller. "another draw" says how much of a difference is luck. "products" are those that
+choosing a direction takes besides its own. The damping is that of ``damping="auto"``. The kinds are in
 ``coarse_choices.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import ladder_scores
 import torch
@@ -30,21 +30,24 @@ from lightning_influence.solvers.two_level import TwoLevel
 SIZES = (64, 128, 256, 512)
 
 
-def answers(problem: Problem, sizes: tuple[int, ...]) -> Iterator[tuple[int, str, Tensor]]:
+def answers(
+    problem: Problem, sizes: tuple[int, ...], kinds: Sequence[str]
+) -> Iterator[tuple[int, str, Tensor]]:
     """Answers ``(Q, P)`` to the held-out queries by size and kind; one space at a time is in memory."""
-    for name, (choose, _) in KINDS.items():
-        space, start = None, 0
+    for name in kinds:
+        choose, space, start = KINDS[name][0], None, 0
         for size in sizes:
             space, start = problem.grown(space, choose(problem, space, start, size)), size
             yield size, name, TwoLevel(problem.inverse, space).solve(problem.asked)
 
 
-def compare(entry: LadderTask, sizes: tuple[int, ...]) -> Table:
-    """Measure every kind at every size.
+def compare(entry: LadderTask, sizes: tuple[int, ...], kinds: Sequence[str]) -> Table:
+    """Measure kinds at every size.
 
     Args:
         entry: the task.
         sizes: of the spaces; those above half of the parameters or all training examples are left out.
+        kinds: of ``KINDS``; the first is what others are compared with.
 
     Returns:
         A table.
@@ -53,14 +56,15 @@ def compare(entry: LadderTask, sizes: tuple[int, ...]) -> Table:
     sizes = tuple(size for size in sizes if size <= most)
     problem = Problem(entry, sizes[-1])
     found = {
-        (size, name): (problem.residual(x), problem.scores(x)) for size, name, x in answers(problem, sizes)
+        (size, name): (problem.residual(x), problem.scores(x))
+        for size, name, x in answers(problem, sizes, kinds)
     }
     columns = ("m", "vectors", "products", "residual", "LDS", "above training gradients")
     table = Table(*columns, title=f"{entry.name}: two-level EK-FAC without iteration, held-out queries")
     for size in sizes:
-        for name, (_, extra) in KINDS.items():
-            relative, scores = found[size, name]
-            first = found[size, next(iter(KINDS))][1]
+        for name in kinds:
+            extra, (relative, scores) = KINDS[name][1], found[size, name]
+            first = found[size, kinds[0]][1]
             gain = "" if scores is first else str(paired(scores, first, problem.truth))
             lds = str(interval(scores, problem.truth))
             table.add_row(str(size), name, f"{extra}", f"{relative:.3f}", lds, gain)
@@ -84,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=["diabetes", "digits_mlp", "digits_cnn"])
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="of the spaces")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
     parser.add_argument("--draws", type=int, default=300, help="bootstrap resamples")
     parser.add_argument("--small", action="store_true", help="a smoke run, whose figures mean nothing")
     options = parser.parse_args(arguments)
@@ -93,8 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not console.is_terminal:
         console.width = 110
     sizes = (8, 16) if options.small else tuple(sorted(options.sizes))
+    baseline = next(iter(KINDS))
+    kinds = [baseline, *(name for name in options.kinds if name != baseline)]
     for entry in [small_task()] if options.small else [LADDER[name]() for name in options.tasks]:
-        console.print(compare(entry, sizes))
+        console.print(compare(entry, sizes, kinds))
 
 
 if __name__ == "__main__":
