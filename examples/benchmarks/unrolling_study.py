@@ -1,8 +1,8 @@
 """Past the final Gauss-Newton matrix: unrolling the run in segments, and exponential filters, in LDS.
 
-Run ``python examples/benchmarks/unrolling_study.py [task ...] [--draws M] [--small]``. All rows of a task are
-scored on the same retrained models (loss, half of the data kept), with differences to untuned ``auto`` under
-one resampling of the subsets:
+Run ``python examples/benchmarks/unrolling_study.py [task ...] [--subspace] [--draws M] [--small]``. All rows
+of a task are scored on the same retrained models (loss, half of the data kept), with differences to untuned
+``auto`` under one resampling of the subsets:
 
 - ``auto``, ``ekfac`` (all classes): the public calls with nothing tuned;
 - ``inverse``: the final matrix at the best damping of a grid, and ``filter``: the exponential filter on it;
@@ -11,7 +11,8 @@ one resampling of the subsets:
 The matrix is the exact Gauss-Newton matrix, dense, or for the CNN in a subspace that holds the queries' and
 training gradients and their preconditioned images; or that of EK-FAC. ``T`` is the run's own effective time;
 rows at a fraction of it are there because retrained models take fewer steps. The best of several rows is
-chosen on the truth that it is scored on.
+chosen on the truth that it is scored on. ``--subspace`` uses the subspace where the matrix would fit, too: it
+tells what the projection loses.
 """
 
 from __future__ import annotations
@@ -200,6 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=["diabetes", "digits_mlp", "digits_cnn"])
     parser.add_argument("--draws", type=int, default=300, help="bootstrap resamples")
+    parser.add_argument("--subspace", action="store_true", help="no dense matrices: what the subspace costs")
     parser.add_argument("--small", action="store_true", help="a smoke run, whose figures mean nothing")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -208,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not console.is_terminal:
         console.width = 110
     for entry in [small_task()] if chosen.small else [LADDER[name]() for name in chosen.tasks]:
+        entry = replace(entry, dense=entry.dense and not chosen.subspace)
         found = candidates(entry, checkpoint_epochs(entry))
         console.print(render(measure(found, entry.truth(0.5, "loss")), f"{entry.name}, half kept, loss"))
 
