@@ -2,7 +2,8 @@
 
 ``python examples/benchmarks/krylov.py`` solves the queries of each task from the coarse space that ``auto``
 builds, with 0 to 3 steps, in groups of several sizes, and in three precisions: float32 with inner products
-summed in float64 (what the library does), float32 throughout, and float64 throughout. ``--small`` takes an
+summed in float64 (what the library does), float32 throughout, and float64 (from the same
+coarse space, which was made in float32). ``--small`` takes an
 untrained model, few examples and no ground truth.
 """
 
