@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -62,24 +63,25 @@ class Engine:
         measured = resolve_measurement(self._question.measurement, self._runner.module)
         train_loader, query_loaders = prepare_train(train), prepare(queries)
         method = self._prepare(train_loader)
-        context = method.context
-        asked = self._queries(context, measured, query_loaders)
         several = len(query_loaders) > 1
-        rows = self._group_size(method, len(asked.indices))
-        parts = []
-        for start in range(0, len(asked.indices), rows):
-            group = asked.select(slice(start, start + rows))
-            if start + rows >= len(asked.indices):
-                asked = replace(asked, gradients={})  # the scores need the memory
-            parts.append(self._attribute(method, group, measured, several))
-        return join_queries(parts)
+        groups = self._groups(method, query_loaders, measured)
+        return join_queries([self._attribute(method, group, measured, several) for group in groups])
 
-    def _group_size(self, method: Method, queries: int) -> int:
-        """Return how many queries to score in one pass: as many as half the memory budget holds solved."""
-        context = method.context
-        width = torch.empty((), dtype=context.dtype).element_size()
-        affordable = context.options.memory_budget // max(1, 2 * context.layout.numel * width)
-        return max(1, min(queries, affordable) if method.in_groups else queries)
+    def _groups(
+        self, method: Method, loaders: list[IndexedLoader], measured: ResolvedMeasurement
+    ) -> Iterator[Gathered]:
+        """Yield the queries, as many at a time as the method takes under the memory budget."""
+        context, count = method.context, sum(loader.num_examples for loader in loaders)
+        rows = method.group_size() if method.in_groups else count
+        if rows >= count:
+            yield self._queries(context, measured, loaders)
+            return
+        for number, loader in enumerate(loaders):
+            for part in loader.parts(rows):
+                found = self._queries(context, measured, [part])
+                found = replace(found, dataloaders=torch.full_like(found.dataloaders, number))
+                groups = [slice(start, start + rows) for start in range(0, len(found.indices), rows)]
+                yield from [found] if len(groups) == 1 else map(found.select, groups)
 
     def _attribute(
         self, method: Method, asked: Gathered, measured: ResolvedMeasurement, several: bool
@@ -87,7 +89,7 @@ class Engine:
         """Return scores of some queries, from one pass; their gradients are let go."""
         context, k = method.context, self._question.top_k
         solved = method.solve(asked.gradients)
-        asked = replace(asked, gradients={})
+        asked = replace(asked, gradients={})  # methods let go of what the scores do not need
         sink = Columns() if k is None else StreamingExtremes(len(asked.indices), k)
         scoring = ScorePass(context.plan, solved.scorer, sink)
         context.run_on_train(scoring)

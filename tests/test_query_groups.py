@@ -33,3 +33,47 @@ def test_groups_of_queries_keep_both_ends():
     whole, parts = asked("ekfac", top_k=2), asked("ekfac", top_k=2, memory_budget=1)
     for name in ("top_scores", "top_indices", "bottom_scores", "bottom_indices"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("batches", [False, True])
+def test_auto_answers_groups_as_it_answers_all(steps, batches):
+    torch.manual_seed(0)
+    module = InfluenceModule(Net().double())
+    data = [[x.double() if x.is_floating_point() else x for x in batch] for batch in train(shuffle=False)]
+    asked_for = [[x.double() if x.is_floating_point() else x for x in batch] for batch in queries()]
+    options = {"method": "auto", "damping": 0.1, "low_rank_tolerance": 0.0, "tolerance": 1e-9 if steps else 9}
+    options["max_steps"] = 30 * steps
+    given = asked_for if batches else loader_of(asked_for)
+    whole = module.scores(data, given, **options)
+    assert names(whole).count("scores") == 1
+    parameters, held = sum(whole.diagnostics.layers.values()), module.state.coarse
+    assert held is not None
+    # What the coarse space holds, and (with steps) its damped product, leaves memory for two queries.
+    room = held.nbytes + (held.directions.nbytes if steps else 0) + (4 if steps else 2) * 2 * 8 * parameters
+    parts = module.scores(data, given, memory_budget=room, **options)
+    assert len(whole.query_indices) == 4
+    assert names(parts).count("scores") == (3 if batches else 2)  # a batch of three is cut after it is read
+    torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-6, atol=1e-10)
+    assert parts.query_indices.tolist() == whole.query_indices.tolist()
+    assert parts.diagnostics.residuals.shape == whole.diagnostics.residuals.shape
+
+
+def test_queries_are_read_in_groups_from_every_loader():
+    torch.manual_seed(0)
+    module = InfluenceModule(Net())
+    loaders = [queries(), queries()]
+    options = {"method": "ekfac", "damping": 0.1, "low_rank_tolerance": 0.0}
+    whole = module.scores(train(shuffle=False), loaders, **options)
+    parts = module.scores(train(shuffle=False), loaders, memory_budget=1, **options)
+    count = len(whole.query_indices)
+    assert names(whole).count("query gradients") == 1
+    assert names(parts).count("query gradients") == count
+    torch.testing.assert_close(parts.scores, whole.scores)
+    assert parts.query_indices.tolist() == whole.query_indices.tolist()
+    assert parts.query_dataloaders.tolist() == whole.query_dataloaders.tolist()
+
+
+def loader_of(batches):
+    tensors = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors), 3)

@@ -163,8 +163,12 @@ class Problem:
         columns = self.columns[chosen].flatten(0, 1)
         return columns.T @ columns / (len(chosen) * POSITIONS)
 
-    def answers(self, G: Tensor, steps: int, *, rescale: bool = True) -> Tensor:
-        """Return two-level answers on an estimate, or block Krylov steps on the same estimate."""
+    def answers(self, G: Tensor, steps: int, *, rescale: bool = True, exact: bool = False) -> Tensor:
+        """Return two-level answers on an estimate, or block Krylov steps.
+
+        The steps are on the same estimate, from the coarse space; or, if ``exact``, on the matrix itself,
+        preconditioned by the two-level operator that the estimate made.
+        """
         anchors = {
             name: DenseGradients(block[None])
             for name, block in self.layout.split(self.train[:ANCHORS]).items()
@@ -175,6 +179,15 @@ class Problem:
         if not steps:
             inverse = rescaled(self.inverse, space) if rescale else self.inverse
             return TwoLevel(inverse, space).solve(self.queries)
+        if exact:
+            operator = TwoLevel(rescaled(self.inverse, space), space)
+            return block_krylov(
+                lambda v: v @ self.G + self.damping * v,
+                operator.solve,
+                self.queries,
+                max_steps=steps,
+                tolerance=0.0,
+            ).solutions
         return block_krylov(
             lambda v: v @ G + self.damping * v,
             self.inverse.apply,
@@ -222,14 +235,25 @@ def main() -> None:
     )
     plain = problem.agreement(problem.answers(problem.G, 0, rescale=False))
     console.print(f"Two-level on the exact matrix without rescaling: {plain:.3f}")
-    heads = ("estimate", "gradients", "error of T", "residual", "correlation", "after 2 Krylov steps")
+    heads = (
+        "estimate",
+        "gradients",
+        "error of T",
+        "residual",
+        "correlation",
+        "after 2 Krylov steps",
+        "1 exact step",
+        "2",
+        "3",
+    )
     table = Table(*heads)
 
     def show(name: str, gradients: str, make: Callable[[int], Tensor], seeds: int) -> None:
         found = []
         for seed in range(seeds):
             G = make(seed)
-            found.append((*problem.figures(G), problem.figures(G, 2)[2]))
+            exact = [problem.agreement(problem.answers(G, steps, exact=True)) for steps in (1, 2, 3)]
+            found.append((*problem.figures(G), problem.figures(G, 2)[2], *exact))
         mean = torch.tensor(found).mean(0).tolist()
         table.add_row(name, gradients, *(f"{value:.3f}" for value in mean))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,25 +58,43 @@ class AveragingPass:
         """Average over the examples, of all processes if their sum is given.
 
         Args:
-            sums: the sums of this process.
+            sums: the sums of this process, changed in place.
             all_reduce_sum: sums a tensor over the processes.
             mean_weight: mean loss weight of an example; that of the examples seen if None.
 
         Returns:
             The average.
+        """
+        return self._totals([sums], all_reduce_sum, mean_weight)[0]
+
+    def _totals(
+        self,
+        sums: Sequence[Tensor],
+        all_reduce_sum: Callable[[Tensor], Tensor] | None,
+        mean_weight: float | None = None,
+    ) -> list[Tensor]:
+        """Average several sums over the same examples, as :meth:`_total` does one.
+
+        Args:
+            sums: the sums of this process, changed in place.
+            all_reduce_sum: sums a tensor over the processes.
+            mean_weight: mean loss weight of an example; that of the examples seen if None.
+
+        Returns:
+            The averages.
 
         Raises:
             NonFiniteError: if an entry is NaN or infinite: one bad batch spoils the sum.
         """
         if all_reduce_sum is not None:
-            sums = all_reduce_sum(sums)
+            sums = [all_reduce_sum(part) for part in sums]
             counts = all_reduce_sum(torch.tensor([float(self.examples), self._weight], dtype=torch.float64))
             self.examples, self._weight = int(counts[0]), float(counts[1])
-        if not bool(torch.isfinite(sums.sum())):
+        if not all(bool(torch.isfinite(part.sum())) for part in sums):
             raise NonFiniteError(
                 "The curvature of the training loss is not finite. Check the training examples and the "
                 "model's weights for NaN or infinity."
             )
         if mean_weight is not None:
-            return sums / (mean_weight * max(self.examples, 1))
-        return sums / self.normaliser
+            return [part.div_(mean_weight * max(self.examples, 1)) for part in sums]
+        return [part.div_(self.normaliser) for part in sums]

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.columns import CurvaturePass
 from lightning_influence.curvature.differentiation import add_gauss_newton_products
-from lightning_influence.curvature.gauss_newton import CurvaturePass, CurvatureProductPass, add_gram
+from lightning_influence.curvature.gauss_newton import CurvatureProductPass, add_gram
 from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.passes.captured import Captured, Fisher
 
@@ -55,9 +56,9 @@ class BlockProductPass(CurvatureProductPass):
         vectors: ``(V, P)``.
         blocks: see :func:`block_indices`.
         description: label of the progress bar.
-        fisher: see :class:`~.gauss_newton.CurvaturePass`; the cheaper exact way by default.
-        draws: see :class:`~.gauss_newton.CurvaturePass`.
-        seed: see :class:`~.gauss_newton.CurvaturePass`.
+        fisher: see :class:`~.columns.CurvaturePass`; the cheaper exact way by default.
+        draws: see :class:`~.columns.CurvaturePass`.
+        seed: see :class:`~.columns.CurvaturePass`.
     """
 
     def __init__(
@@ -76,26 +77,28 @@ class BlockProductPass(CurvatureProductPass):
         self._blocks = blocks
 
     def _add_by_columns(self, captured: Captured) -> None:
-        gradients = self._gradients(captured)
-        dtype = next(iter(gradients.values())).outputs.dtype
-        start = 0
-        for name, vectors in self.layout.split(self.vectors.to(dtype)).items():
-            end = start + self.layout.numels[name]
-            if name in gradients:
-                total = self._sum[:, start:end].view(len(vectors), *self.layout.shapes[name])
-                for part in self._parts(name):
-                    own = torch.zeros_like(vectors)
-                    own[..., part] = vectors[..., part]
-                    weights = gradients[name].dot(own)
-                    total[..., part] += gradients[name].combine(weights)[..., part]
-            start = end
+        [vectors], [total] = self.vectors, self._sums
+        for gradients in self._runs(captured):
+            dtype = next(iter(gradients.values())).outputs.dtype
+            start = 0
+            for name, block in self.layout.split(vectors.to(dtype)).items():
+                end = start + self.layout.numels[name]
+                if name in gradients:
+                    out = total[:, start:end].view(len(block), *self.layout.shapes[name])
+                    for part in self._parts(name):
+                        own = torch.zeros_like(block)
+                        own[..., part] = block[..., part]
+                        weights = gradients[name].dot(own)
+                        out[..., part] += gradients[name].combine(weights)[..., part]
+                start = end
 
     def _add_by_autograd(self, captured: Captured) -> None:
+        [vectors], [total] = self.vectors, self._sums
         for index in self._indices:
-            own, products = torch.zeros_like(self.vectors), torch.zeros_like(self.vectors)
-            own[:, index] = self.vectors[:, index]
+            own, products = torch.zeros_like(vectors), torch.zeros_like(vectors)
+            own[:, index] = vectors[:, index]
             add_gauss_newton_products(products, self._plan, captured, own)
-            self._sum[:, index] += products[:, index]
+            total[:, index] += products[:, index]
 
     def _parts(self, name: str) -> Sequence[slice]:
         """Return the input coordinates of each block within a layer's matrix."""
@@ -114,9 +117,9 @@ class DenseBlockPass(CurvaturePass):
     Args:
         plan: the covered layers.
         blocks: see :func:`block_indices`.
-        fisher: see :class:`~.gauss_newton.CurvaturePass`; every column by default.
-        draws: see :class:`~.gauss_newton.CurvaturePass`.
-        seed: see :class:`~.gauss_newton.CurvaturePass`.
+        fisher: see :class:`~.columns.CurvaturePass`; every column by default.
+        draws: see :class:`~.columns.CurvaturePass`.
+        seed: see :class:`~.columns.CurvaturePass`.
     """
 
     description = "Influence: dense curvature blocks"

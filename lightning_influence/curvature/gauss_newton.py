@@ -2,76 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.base import AveragingPass
+from lightning_influence.curvature.columns import CurvaturePass
 from lightning_influence.curvature.differentiation import add_gauss_newton_products, differentiable_twice
 from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.layers import FactoredGradients, LayerPlan
-from lightning_influence.passes.captured import MAX_COLUMNS, RANDOM, Captured, Fisher
-from lightning_influence.passes.statistics import draw_generator
+from lightning_influence.passes.captured import MAX_COLUMNS, Captured, Fisher
 
 # Largest block of dense gradients formed at once.
 _DENSE_BYTES = 2**28
 # Up to this many columns, and one more for each vector, backward passes take less time than products through
 # autograd (examples/benchmarks/products.py: at most twice the better way's).
 _FEW_COLUMNS = 6
-
-
-class CurvaturePass(AveragingPass):
-    """What passes over curvature gradients share: which ones, and counting.
-
-    Args:
-        plan: the covered layers.
-        fisher: which curvature gradients to use; None for exact columns while there are few of them, and
-            random mixtures of them beyond (see :mod:`~lightning_influence.losses.mixing`).
-        max_columns: largest ``K`` for which every column of the output curvature is used, if ``fisher`` is
-            None.
-        draws: sampled labels, or mixtures, per example.
-        seed: seed of the labels or signs.
-
-    Attributes:
-        columns: ``K`` of the last batch; None if the outputs are unknown.
-        estimated: whether the result is an estimate, from mixtures, sampled or training labels.
-    """
-
-    def __init__(
-        self,
-        plan: LayerPlan,
-        *,
-        fisher: Fisher | None = None,
-        max_columns: int = 64,
-        draws: int = 16,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(plan)
-        self.columns: int | None = None
-        self.estimated = False
-        self._fisher = fisher
-        self._max_columns, self._draws, self._seed = max_columns, draws, seed
-        self._batches = 0
-
-    def _gradients(self, captured: Captured) -> dict[str, FactoredGradients]:
-        """Return curvature gradients of one batch."""
-        fisher = self._choose(captured)
-        generator = None
-        if captured.loss is not None and fisher in RANDOM:
-            generator = draw_generator(self._seed, self._batches, captured.loss.outputs.device)
-        self._batches += 1
-        self.estimated |= fisher != "exact"
-        return captured.curvature_gradients(fisher, generator, self._draws)
-
-    def _choose(self, captured: Captured) -> Fisher:
-        if captured.loss is None:
-            return "empirical"
-        self.columns = captured.loss.num_columns
-        if self._fisher is not None:
-            return self._fisher
-        return "exact" if self.columns <= max(self._max_columns, self._draws) else "mixed"
 
 
 class CurvatureProductPass(CurvaturePass):
@@ -86,18 +33,18 @@ class CurvatureProductPass(CurvaturePass):
 
     Args:
         plan: the covered layers.
-        vectors: ``(V, P)``.
+        vectors: ``(V, P)``, or several such blocks, which are never copied together.
         description: label of the progress bar.
-        fisher: see :class:`CurvaturePass`.
-        max_columns: see :class:`CurvaturePass`.
-        draws: see :class:`CurvaturePass`.
-        seed: see :class:`CurvaturePass`.
+        fisher: see :class:`~.columns.CurvaturePass`.
+        max_columns: see :class:`~.columns.CurvaturePass`.
+        draws: see :class:`~.columns.CurvaturePass`.
+        seed: see :class:`~.columns.CurvaturePass`.
     """
 
     def __init__(
         self,
         plan: LayerPlan,
-        vectors: Tensor,
+        vectors: Tensor | Sequence[Tensor],
         *,
         description: str = "Influence: curvature products",
         fisher: Fisher | None = None,
@@ -107,10 +54,9 @@ class CurvatureProductPass(CurvaturePass):
     ) -> None:
         super().__init__(plan, fisher=fisher, max_columns=max_columns, draws=draws, seed=seed)
         self.description = description
-        self.vectors = vectors
-        self._plan = plan
+        self.vectors = [vectors] if isinstance(vectors, Tensor) else list(vectors)
         self._twice = True
-        self._sum = torch.zeros_like(vectors)
+        self._sums = [torch.zeros_like(block) for block in self.vectors]
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
@@ -123,13 +69,30 @@ class CurvatureProductPass(CurvaturePass):
                 self._add_by_columns(captured)
 
     def _add_by_columns(self, captured: Captured) -> None:
-        gradients = self._gradients(captured)
-        vectors = self.vectors.to(next(iter(gradients.values())).outputs.dtype)
-        products = self.layout.dot(gradients, vectors)
-        out = self._sum if vectors.dtype == self._sum.dtype else torch.zeros_like(vectors)
-        self.layout.add_combination(out, gradients, products)
-        if out is not self._sum:
-            self._sum += out
+        for gradients in self._runs(captured):
+            blocks = self._layer_vectors(next(iter(gradients.values())).outputs.dtype)
+            products = torch.stack([layer.dot(blocks[name]()) for name, layer in gradients.items()]).sum(
+                dim=0
+            )
+            start = 0
+            for name, numel in self.layout.numels.items():
+                if name in gradients:
+                    self._add(gradients[name].combine(products).flatten(1), slice(start, start + numel))
+                start += numel
+            del gradients  # before the next ones are made
+
+    def _layer_vectors(self, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+        """Return what makes each layer's part of all vectors, ``(V, G, D_out, D_in)``."""
+        views = [self.layout.split(block) for block in self.vectors]
+        return {
+            name: lambda name=name: torch.cat([view[name] for view in views]).to(dtype)  # type: ignore[misc]
+            for name in self.layout.shapes
+        }
+
+    def _add(self, parts: Tensor, columns: slice) -> None:
+        shares = torch.split(parts, [len(out) for out in self._sums])
+        for out, part in zip(self._sums, shares, strict=True):
+            out[:, columns] += part
 
     def _tried_autograd(self, captured: Captured) -> bool:
         """Take the way through autograd.
@@ -151,13 +114,14 @@ class CurvatureProductPass(CurvaturePass):
         return self._twice
 
     def _add_by_autograd(self, captured: Captured) -> None:
-        add_gauss_newton_products(self._sum, self._plan, captured, self.vectors)
+        for out, block in zip(self._sums, self.vectors, strict=True):
+            add_gauss_newton_products(out, self._plan, captured, block)
 
     def _autograd_is_cheaper(self, captured: Captured) -> bool:
         if captured.loss is None:  # the outputs are unknown
             return False
         self.columns = captured.loss.num_columns
-        return self.columns > min(MAX_COLUMNS, _FEW_COLUMNS + len(self.vectors))
+        return self.columns > min(MAX_COLUMNS, _FEW_COLUMNS + sum(map(len, self.vectors)))
 
     def result(
         self,
@@ -170,7 +134,22 @@ class CurvatureProductPass(CurvaturePass):
             all_reduce_sum: sums a tensor over the processes.
             mean_weight: mean loss weight of an example; that of the examples seen if None.
         """
-        return self._total(self._sum, all_reduce_sum, mean_weight)
+        parts = self.results(all_reduce_sum, mean_weight)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def results(
+        self,
+        all_reduce_sum: Callable[[Tensor], Tensor] | None = None,
+        mean_weight: float | None = None,
+    ) -> list[Tensor]:
+        """Return the products of each block of vectors, in the memory that their sums were made in.
+
+        Args:
+            all_reduce_sum: see :meth:`result`.
+            mean_weight: see :meth:`result`.
+        """
+        sums, self._sums = self._sums, []
+        return self._totals(sums, all_reduce_sum, mean_weight)
 
 
 class DenseCurvaturePass(CurvaturePass):
@@ -178,10 +157,10 @@ class DenseCurvaturePass(CurvaturePass):
 
     Args:
         plan: the covered layers.
-        fisher: see :class:`CurvaturePass`.
-        max_columns: see :class:`CurvaturePass`; every column is used by default.
-        draws: see :class:`CurvaturePass`.
-        seed: see :class:`CurvaturePass`.
+        fisher: see :class:`~.columns.CurvaturePass`.
+        max_columns: see :class:`~.columns.CurvaturePass`; every column is used by default.
+        draws: see :class:`~.columns.CurvaturePass`.
+        seed: see :class:`~.columns.CurvaturePass`.
     """
 
     description = "Influence: dense curvature"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.gauss_newton import CurvaturePass
+from lightning_influence.curvature.columns import CurvaturePass
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import DenseGradients, FactoredGradients, LayerGradients, LayerPlan
 from lightning_influence.layers.factored import concatenate
@@ -32,7 +32,7 @@ class StoragePass(CurvaturePass):
         plan: the covered layers.
         limit: most bytes to keep; beyond, everything is let go, and what is left of the pass does nothing.
         num_examples: how many examples there will be: what cannot fit is given up after the first batch.
-        fisher: see :class:`~.gauss_newton.CurvaturePass`.
+        fisher: see :class:`~.columns.CurvaturePass`.
         draws: see there.
         seed: see there.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_influence.factors.inverse import BlockInverse, EigenInverse
@@ -71,6 +72,15 @@ class Method(ABC):
     @abstractmethod
     def solve(self, queries: Queries) -> Solved:
         """Solve for query gradients, ``K = 1``; the mapping may be emptied."""
+
+    def group_size(self) -> int:
+        """Return how many queries are solved and scored at once, if :attr:`in_groups`.
+
+        As many as half of the memory budget holds solved: solving needs the other half.
+        """
+        context = self.context
+        width = torch.empty((), dtype=context.dtype).element_size()
+        return max(1, context.options.memory_budget // max(1, 2 * context.layout.numel * width))
 
     @abstractmethod
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:

@@ -40,7 +40,7 @@ def gather(context: Context, one_pass: GradientPass, loaders: Sequence[Loader]) 
     """
     runner = context.runner
     runner.run(one_pass, list(loaders))
-    gradients, indices, dataloaders = one_pass.gradients, one_pass.indices, one_pass.dataloaders
+    gradients, indices, dataloaders = one_pass.collect(), one_pass.indices, one_pass.dataloaders
     if runner.world_size == 1:
         return Gathered(gradients, indices, dataloaders)
     forms = _forms(context, gradients, len(indices))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_influence.curvature.operator import Damped, GaussNewtonOperator, HessianOperator
 from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton
 from lightning_influence.errors import UnsupportedModelError
-from lightning_influence.methods.base import Gradients, Method, Solved
+from lightning_influence.methods.base import Gradients, Method, Queries, Solved
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
 from lightning_influence.methods.dense import note_unknown_outputs
 from lightning_influence.methods.fitting import fitted_factors
@@ -60,9 +60,10 @@ class Iterative(Method):
     def iterate(self, vectors: Tensor) -> Solution:
         """Solve for a group of right-hand sides ``(V, P)``."""
 
-    def solve(self, queries: Gradients) -> Solved:
+    def solve(self, queries: Queries) -> Solved:
         """Return scores of the solutions."""
         solutions, residuals = self.solutions(queries)
+        queries.clear()
         return Solved(DenseScorer(self.context.layout.split(solutions)), residuals)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,15 +92,40 @@ class Captured:
         """
         if self.loss is None or fisher == "empirical":
             return self.loss_gradients()
-        if fisher in RANDOM:
-            return self.random_gradients(fisher, [generator], draws)[0]
-        if self.loss.num_columns > MAX_COLUMNS:
+        seeds: list[Tensor | None] = list(self.curvature_seeds(fisher, generator, draws))
+        return self.recorder.gradients(self.loss.outputs, seeds, self.num_examples)
+
+    def curvature_seeds(
+        self, fisher: Fisher, generator: torch.Generator | None = None, draws: int = 1
+    ) -> Iterator[Tensor]:
+        """What the backward passes of :meth:`curvature_gradients` start from, made one at a time.
+
+        Args:
+            fisher: as there, of a loss whose outputs are known.
+            generator: as there.
+            draws: as there.
+
+        Returns:
+            The seeds.
+
+        Raises:
+            UnsupportedModelError: as there.
+        """
+        loss = self.loss
+        assert loss is not None
+        if fisher == "empirical":
+            return iter([loss.gradient()])
+        if fisher == "mixed":
+            return self._mixtures(draws, generator)
+        if fisher == "sampled":
+            return (loss.sample(generator) / draws**0.5 for _ in range(draws))
+        if loss.num_columns > MAX_COLUMNS:
             raise UnsupportedModelError(
                 "The exact output curvature takes one backward pass for each of the "
-                f"{self.loss.num_columns:,} outputs of an example (classes times positions); at most "
+                f"{loss.num_columns:,} outputs of an example (classes times positions); at most "
                 f"{MAX_COLUMNS:,} are accepted. Use fisher='mixed', or method='auto' in place of 'exact'."
             )
-        return self.recorder.gradients(self.loss.outputs, list(self.loss.columns()), self.num_examples)
+        return loss.columns()
 
     def random_gradients(
         self, fisher: Fisher, generators: Sequence[torch.Generator | None], draws: int = 1
@@ -117,8 +142,7 @@ class Captured:
             Gauss-Newton matrix over the draws. As many mixtures as there are columns make them exact.
         """
         assert self.loss is not None
-        draw = self._mixtures if fisher == "mixed" else self._labels
-        seeds = [seed for source in generators for seed in draw(draws, source)]
+        seeds = [seed for source in generators for seed in self.curvature_seeds(fisher, source, draws)]
         joint = self.recorder.gradients(self.loss.outputs, list(seeds), self.num_examples)
         return [
             {
@@ -128,12 +152,7 @@ class Captured:
             for start in range(0, len(seeds), draws)
         ]
 
-    def _labels(self, count: int, generator: torch.Generator | None) -> list[Tensor]:
-        """Return seeds at labels drawn from the model."""
-        assert self.loss is not None
-        return [self.loss.sample(generator) / count**0.5 for _ in range(count)]
-
-    def _mixtures(self, count: int, generator: torch.Generator | None) -> list[Tensor]:
+    def _mixtures(self, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
         """Return random mixtures of the columns, see :mod:`~lightning_influence.losses.mixing`."""
         loss = self.loss
         assert loss is not None
@@ -141,4 +160,4 @@ class Captured:
             weights = draw_signs(loss.ones()[:, None].expand(-1, loss.num_columns), generator)[None]
         else:
             weights = balanced_signs(loss.column_energies(), count, generator)
-        return [loss.mix_columns(few) for few in weights]
+        return (loss.mix_columns(few) for few in weights)

@@ -22,6 +22,7 @@ class GradientPass:
         measure: what to differentiate; None for the training loss.
         description: label of the progress bar.
         dtype: precision the gradients are kept in; that of the model if None.
+        only: dataset indices of the examples to keep, ``(M,)``; all of them if None.
     """
 
     def __init__(
@@ -31,12 +32,13 @@ class GradientPass:
         *,
         description: str = "Influence: query gradients",
         dtype: torch.dtype | None = None,
+        only: Tensor | None = None,
     ) -> None:
         self.description = description
         self._indices: list[Tensor] = []
         self._dataloaders: list[Tensor] = []
         self._measure = measure
-        self._dtype = dtype
+        self._dtype, self._only = dtype, only
         self._parts: list[dict[str, LayerGradients]] = []
         self.forward = Forward(plan)
         self._plan = plan
@@ -60,6 +62,12 @@ class GradientPass:
                 "these examples and the model's weights for NaN or infinity."
             )
         check_finite(gradients)
+        if self._only is not None:
+            rows = torch.isin(indices, self._only).nonzero().flatten()
+            if not len(rows):
+                return
+            indices = indices[rows]
+            gradients = {name: layer.select(rows.to(values.device)) for name, layer in gradients.items()}
         self._parts.append({name: compact(layer).to(dtype=self._dtype) for name, layer in gradients.items()})
         self._indices.append(indices)
         self._dataloaders.append(torch.full_like(indices, dataloader_idx))
@@ -67,13 +75,24 @@ class GradientPass:
     @property
     def gradients(self) -> dict[str, LayerGradients]:
         """Gradients of all examples in the order seen, ``K = 1``, by layer; zero where it took no part."""
-        names = [name for name in self._plan.layers if any(name in part for part in self._parts)]
-        return {name: concatenate(self._blocks(name)) for name in names}
+        return {name: concatenate(self._blocks(name)) for name in self._names()}
+
+    def collect(self) -> dict[str, LayerGradients]:
+        """Return :attr:`gradients` and keep none: never two copies of more than one layer in memory."""
+        result: dict[str, LayerGradients] = {}
+        for name in self._names():
+            result[name] = concatenate(self._blocks(name))
+            for part in self._parts:
+                part.pop(name, None)
+        return result
+
+    def _names(self) -> list[str]:
+        return [name for name in self._plan.layers if any(name in part for part in self._parts)]
 
     def _blocks(self, name: str) -> list[LayerGradients]:
         """Return a layer's gradients batch by batch."""
         shape = self._plan.layers[name].shape
-        like = next(part[name] for part in self._parts if name in part).select(slice(0, 1)).dense()
+        like = next(part[name] for part in self._parts if name in part).select(slice(0, 0)).dense()
         return [
             part[name] if name in part else DenseGradients(like.new_zeros(1, len(indices), *shape))
             for part, indices in zip(self._parts, self._indices, strict=True)

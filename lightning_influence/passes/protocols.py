@@ -24,6 +24,10 @@ class Loader(Protocol):
         """About ``count`` examples drawn at random, the same for the same seed."""
         ...
 
+    def holding(self, indices: Tensor) -> Loader:
+        """These examples, and others where single examples cannot be asked for."""
+        ...
+
 
 class Passes(Protocol):
     """Runs passes over loaders, on one process or several."""

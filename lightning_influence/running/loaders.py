@@ -110,6 +110,24 @@ class IndexedLoader:
             raise ValueError("Only a loader in the library's own order can be cut to single examples.")
         return IndexedLoader(list(torch.split(indices, len(self._plan[0]))), self._build, ordered=True)
 
+    def parts(self, count: int) -> list[IndexedLoader]:
+        """Return loaders of at most ``count`` examples each, in the order of visiting.
+
+        Batches stay whole where only the user's own can be collated: a larger one is a part alone.
+        """
+        pieces = list(torch.split(self.indices, count)) if self.ordered else self._plan
+        plans: list[list[Tensor]] = []
+        for piece in pieces:
+            if not self.ordered and plans and sum(map(len, [*plans[-1], piece])) <= count:
+                plans[-1].append(piece)
+            else:
+                plans.append(list(torch.split(piece, len(self._plan[0]))) if self.ordered else [piece])
+        return [IndexedLoader(plan, self._build, ordered=self.ordered) for plan in plans]
+
+    def holding(self, indices: Tensor) -> IndexedLoader:
+        """Return a loader of these examples, or of the batches that hold them if it is not ordered."""
+        return self.only(indices.sort().values) if self.ordered else self.with_any(indices)
+
     def with_any(self, indices: Tensor) -> IndexedLoader:
         """Return a loader of the batches that hold any of these examples."""
         plan = [part for part in self._plan if bool(torch.isin(part, indices).any())]

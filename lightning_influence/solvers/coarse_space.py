@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning_influence.layers.dense import DenseGradients
 from lightning_influence.layers.factored import FactoredGradients, concatenate
 from lightning_influence.layers.gradients import LayerGradients
 from lightning_influence.layers.layout import Layout
+from lightning_influence.solvers.orthonormal import normalise, orthonormal, whitened
 
 _VERSION = 1
 _PROBE_SEED = 20_240_601
@@ -31,7 +32,8 @@ class CoarseSpace:
         product: ``G Q``, ``(m, P)``.
         probe_product: ``G`` times the random probes of :func:`probes`, ``(s, P)``; it prices residuals.
         mixing: ``(m, M)``: ``Q = mixing @ P_0^{-1} anchors``.
-        anchors: gradients of the ``M`` anchors by layer.
+        anchors: gradients of the ``M`` anchors by layer, for scores in factored form; of a layer whose
+            gradients are no single product, :func:`scored` leaves none.
         inverse: ``P_0``.
         examples: number of curvature examples in the products.
         mixtures: random mixtures of an example's curvature columns that stand for all in the products; 0 if
@@ -155,67 +157,87 @@ def directions(
         ``Q (m, P)`` and ``mixing (m, M)`` with ``Q = mixing @ P^{-1} anchors``; ``m < M`` if the anchors are
         dependent.
     """
-    vectors = inverse.apply(layout.dense(anchors)[0])
-    scale = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-    vectors = vectors / scale
-    # Twice: the conditioning of the Gram matrix costs the first step orthogonality; the second restores it.
-    first = _whitening(vectors)
-    second = _whitening(first @ vectors)
-    mixing = second @ first
-    return mixing @ vectors, mixing / scale.T
+    return orthonormal(preconditioned(layout, inverse, anchors))
+
+
+def preconditioned(layout: Layout, inverse: BlockInverse, gradients: Mapping[str, LayerGradients]) -> Tensor:
+    """Return ``P^{-1}`` times gradients with ``K = 1``, ``(B, P)``, made layer by layer."""
+    first = next(iter(gradients.values()))
+    result, start = first.select(slice(0, 0)).dense().new_zeros(first.num_examples, layout.numel), 0
+    for name, numel in layout.numels.items():
+        if name in gradients:
+            solved = inverse.layers[name].apply(gradients[name].dense()[0])
+            result[:, start : start + numel] = solved.flatten(1)
+        start += numel
+    return result
+
+
+def scored(parts: Sequence[Mapping[str, LayerGradients]]) -> dict[str, LayerGradients]:
+    """Join gradients of several groups of examples, but keep only those that are scored in factored form.
+
+    Args:
+        parts: by layer; a layer without an entry is zero.
+
+    Returns:
+        By layer that has an entry anywhere: factored gradients, or dense ones of no example.
+    """
+    result: dict[str, LayerGradients] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        layers = [part[name] for part in parts if name in part]
+        forms = {layer.inputs.shape[2] if isinstance(layer, FactoredGradients) else 0 for layer in layers}
+        if len(layers) == len(parts) and len(forms) == 1 and 0 not in forms:
+            result[name] = concatenate(layers)
+        else:  # a copy, not a view that holds what is let go
+            result[name] = DenseGradients(layers[0].select(slice(0, 0)).dense().clone())
+    return result
 
 
 def extended(
-    space: CoarseSpace, anchors: Mapping[str, LayerGradients], product: Callable[[Tensor], Tensor]
+    space: CoarseSpace,
+    vectors: Tensor,
+    anchors: Mapping[str, LayerGradients],
+    product: Callable[[Tensor], Tensor],
 ) -> CoarseSpace:
     """A larger coarse space, with products computed for what is new only.
 
     Args:
         space: the space so far.
-        anchors: gradients of further anchors.
+        vectors: ``P_0^{-1}`` times further anchors, ``(k, P)``; overwritten.
+        anchors: their gradients as in the space.
         product: maps vectors ``(V, P)`` to ``G V``, over the same curvature examples as in ``space``.
 
     Returns:
         The space that all anchors span.
     """
-    vectors = space.inverse.apply(space.layout.dense(anchors)[0])
-    scale = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-    vectors = vectors / scale
+    count, scale = len(vectors), normalise(vectors)
     # Rows of ``inside`` say what was taken out along the old directions, so that the mixing stays exact.
     inside = vectors @ space.directions.T
-    vectors = vectors - inside @ space.directions
+    vectors.addmm_(inside, space.directions, alpha=-1)
     again = vectors @ space.directions.T
-    vectors, inside = vectors - again @ space.directions, inside + again
-    first = _whitening(vectors)
-    second = _whitening(first @ vectors)
-    whitening = second @ first
-    fresh = whitening @ vectors
+    vectors.addmm_(again, space.directions, alpha=-1)
+    inside += again
+    fresh, whitening = whitened(vectors)
     old = -(whitening @ inside) @ space.mixing
-    top = torch.cat([space.mixing, space.mixing.new_zeros(len(space.mixing), len(vectors))], dim=1)
+    top = torch.cat([space.mixing, space.mixing.new_zeros(len(space.mixing), count)], dim=1)
     bottom = torch.cat([old, whitening / scale.T], dim=1)
-    joined = {name: concatenate([layer, anchors[name]]) for name, layer in space.anchors.items()}
     return replace(
         space,
         directions=torch.cat([space.directions, fresh]),
         product=torch.cat([space.product, product(fresh)]),
         mixing=torch.cat([top, bottom]),
-        anchors=joined,
+        anchors=scored([space.anchors, anchors]),
     )
-
-
-def _whitening(vectors: Tensor) -> Tensor:
-    """Return ``W`` with orthonormal ``W V``, leaving out directions that are numerically dependent."""
-    gram = (vectors @ vectors.T).double()
-    values, basis = torch.linalg.eigh(gram)
-    floor = values.amax() * gram.shape[0] * 4 * torch.finfo(vectors.dtype).eps if len(values) else 0.0
-    keep = values > floor
-    whitened: Tensor = (basis[:, keep] / values[keep].sqrt()).T.to(vectors.dtype)
-    return whitened
 
 
 def probes(count: int, numel: int, like: Tensor) -> Tensor:
     """Return random signs ``(count, numel)``, the same at every call: ``E[(w^T r)^2] = ||r||^2``."""
-    # Drawn on the CPU: a coarse space that was built on one kind of device may be used on another.
+    return probe_bits(count, numel).to(like.device, like.dtype)
+
+
+def probe_bits(count: int, numel: int) -> Tensor:
+    """Return the signs of :func:`probes` in a byte each.
+
+    They are drawn on the CPU: a coarse space that was built on one kind of device may be used on another.
+    """
     generator = torch.Generator().manual_seed(_PROBE_SEED)
-    bits = torch.randint(0, 2, (count, numel), generator=generator, dtype=torch.int8)
-    return bits.to(like.device, like.dtype).mul_(2).sub_(1)
+    return torch.randint(0, 2, (count, numel), generator=generator, dtype=torch.int8).mul_(2).sub_(1)

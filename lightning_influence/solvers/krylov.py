@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_influence.solvers.inner_products import inner
 from lightning_influence.solvers.stopping import Product, Progress, Solution
-
-# Columns that are converted to float64 at once: inner products are summed in float64 without a copy of all.
-_COLUMNS = 2**15
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class _Subspace:
 
     def add(self, fresh: Tensor, image: Tensor) -> None:
         """Take in directions ``(k, P)``, orthonormal and outside, with their products; solve anew."""
-        cross = torch.cat([_inner(block, image) for block in [*self._basis, fresh]])  # (m + k, k)
+        cross = torch.cat([inner(block, image) for block in [*self._basis, fresh]])  # (m + k, k)
         size = self.size
         small = cross.new_zeros(len(cross), len(cross))
         small[:size, :size] = self._small
@@ -123,7 +121,7 @@ class _Subspace:
         small[size:, size:] = (cross[size:] + cross[size:].T) / 2
         self._basis.append(fresh)
         self._products.append(image)
-        self._small, self._right = small, torch.cat([self._right, _inner(fresh, self._vectors)])
+        self._small, self._right = small, torch.cat([self._right, inner(fresh, self._vectors)])
         coordinates: Tensor = torch.linalg.solve(small, self._right)
         self._coordinates = coordinates.T.to(self._vectors.dtype)
 
@@ -133,7 +131,7 @@ class _Subspace:
         directions = directions / scale.clamp_min(torch.finfo(directions.dtype).tiny)
         # Twice: a single projection leaves rounding errors of the size of what it removed.
         directions = self._project_out(self._project_out(directions))
-        values, vectors = torch.linalg.eigh(_inner(directions, directions))
+        values, vectors = torch.linalg.eigh(inner(directions, directions))
         keep = values > 1e4 * torch.finfo(directions.dtype).eps
         fresh = (vectors[:, keep] / values[keep].sqrt()).T.to(directions.dtype) @ directions
         fresh = self._project_out(fresh)
@@ -164,12 +162,3 @@ class _Subspace:
             result += self._coordinates[:, start : start + len(block)] @ block
             start += len(block)
         return result
-
-
-def _inner(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right.T`` in float64."""
-    result = left.new_zeros(len(left), len(right), dtype=torch.float64)
-    for start in range(0, left.shape[1], _COLUMNS):
-        columns = slice(start, start + _COLUMNS)
-        result += left[:, columns].double() @ right[:, columns].double().T
-    return result

@@ -14,18 +14,21 @@ products.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.factored import FactoredOperator
 from lightning_influence.factors.inverse import BlockInverse
 from lightning_influence.layers.gradients import LayerGradients
-from lightning_influence.solvers.coarse_space import CoarseSpace, probes
+from lightning_influence.solvers.coarse_space import CoarseSpace, probe_bits
+from lightning_influence.solvers.inner_products import inner
 from lightning_influence.solvers.scoring import Correction
 
-# Anchors whose flat vectors are formed at once.
-_ANCHORS = 32
+# Flat vectors that are formed at once where only products with them are wanted.
+_FORMED_BYTES = 2**25
 
 
 class TwoLevel:
@@ -33,7 +36,8 @@ class TwoLevel:
 
     Everything a query needs is linear in its gradient ``v``: the coefficients ``c = C v`` of the correction,
     and ``s`` random projections of the residual, which estimate its norm to a relative error of about ``1 /
-    sqrt(2 s)``.
+    sqrt(2 s)``. What stands for ``C`` is as large as the coarse space: it is made layer by layer and let go,
+    but for :meth:`quadratic`, which is asked again and again.
 
     Args:
         inverse: ``P``, with the damping of ``A``.
@@ -42,16 +46,41 @@ class TwoLevel:
 
     def __init__(self, inverse: BlockInverse, space: CoarseSpace) -> None:
         self.inverse, self.space = inverse, space
-        damping = space.layout.expand(inverse.damping, space.directions)
-        product = space.product + damping * space.directions  # A Q
-        small = (space.directions.double() @ product.double().T).to(torch.float64)
+        self._names = list(space.layout.shapes)
+        self._blocks = [space.layout.split(x) for x in (space.directions, space.product, space.probe_product)]
+        self._signs = space.layout.split(probe_bits(len(space.probe_product), space.layout.numel))
+        small = space.directions.new_zeros(space.size, space.size, dtype=torch.float64)
+        coarse = space.directions.new_zeros(len(space.probe_product), space.size)
+        for name in self._names:
+            directions = self._blocks[0][name].flatten(1)
+            small += inner(directions, self._image(name).flatten(1))
+            coarse += self._probe_image(name)[1].flatten(1) @ directions.T
         self._small = torch.linalg.cholesky((small + small.T) / 2)
-        self._product = product
-        self._right = space.directions - inverse.apply(product)  # Q - P^{-1} A Q, (m, P)
-        signs = probes(space.probe_product.shape[0], space.layout.numel, product)
-        probe_product = space.probe_product + damping * signs  # A W
-        self._residual = signs - inverse.apply(probe_product)  # W - P^{-1} A W
-        self._residual_coarse = probe_product @ space.directions.T  # (s, m)
+        self._residual_coarse = coarse  # W^T A Q, (s, m)
+
+    @functools.cached_property
+    def _product(self) -> Tensor:
+        """``A Q``, ``(m, P)``."""
+        return self.space.layout.join({name: self._image(name) for name in self._names})
+
+    @functools.cached_property
+    def _rights(self) -> dict[str, Tensor]:
+        """``Q - P^{-1} A Q`` by layer."""
+        return {name: self._right(name) for name in self._names}
+
+    def _image(self, name: str) -> Tensor:
+        """Return ``A Q`` in one layer, ``(m, G, D_out, D_in)``."""
+        return self._blocks[1][name] + self.inverse.layers[name].damping * self._blocks[0][name]
+
+    def _right(self, name: str) -> Tensor:
+        """Return ``Q - P^{-1} A Q`` in one layer."""
+        return self._blocks[0][name] - self.inverse.layers[name].apply(self._image(name))
+
+    def _probe_image(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the probes ``W`` and ``A W`` in one layer, ``(s, G, D_out, D_in)``."""
+        product = self._blocks[2][name]
+        signs = self._signs[name].to(product.device, product.dtype)
+        return signs, product + self.inverse.layers[name].damping * signs
 
     def correction(self, queries: Mapping[str, LayerGradients]) -> tuple[Correction, Tensor]:
         """What to add to the preconditioned queries, and how far from solved they are then.
@@ -63,19 +92,26 @@ class TwoLevel:
             The correction, and the estimated relative residual ``||v - A x|| / ||v||`` of each query,
             ``(Q,)``.
         """
-        space = self.space
-        products = space.layout.dot(queries, torch.cat([self._right, self._residual]))[0]
-        coefficients, projected = self._coordinates(products[:, : space.size]), products[:, space.size :]
+        space, products = self.space, []
+        for name in self._names:
+            if name in queries:
+                signs, image = self._probe_image(name)
+                residual = signs - self.inverse.layers[name].apply(image)  # W - P^{-1} A W
+                products.append(queries[name].dot(torch.cat([self._right(name), residual]))[0])
+        total = torch.stack(products).sum(dim=0)
+        coefficients, projected = self._coordinates(total[:, : space.size]), total[:, space.size :]
         projected = projected - coefficients @ self._residual_coarse.T
         norms = squared_norms(queries).sqrt()
-        residual = projected.square().mean(dim=1).sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        residuals = projected.square().mean(dim=1).sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         correction = Correction(coefficients, space.directions, space.mixing, space.anchors, space.inverse)
-        return correction, residual
+        return correction, residuals
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Return ``x`` for flat right-hand sides ``(V, P)``."""
-        coarse = self._coordinates(vectors @ self._right.T) @ self.space.directions
-        return self.inverse.apply(vectors) + coarse
+        blocks = self.space.layout.split(vectors)
+        parts = [blocks[name].flatten(1) @ self._right(name).flatten(1).T for name in self._names]
+        result = self.inverse.apply(vectors)
+        return result.addmm_(self._coordinates(torch.stack(parts).sum(dim=0)), self.space.directions)
 
     def precondition(self, vectors: Tensor) -> Tensor:
         """Apply the coarse correction before and after ``P^{-1}``: symmetric positive definite.
@@ -97,8 +133,13 @@ class TwoLevel:
 
     def quadratic(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return ``g^T x(g)`` of each gradient, ``(K, B)``."""
-        layout, size = self.space.layout, self.space.size
-        products = layout.dot(gradients, torch.cat([self.space.directions, self._right]))
+        size = self.space.size
+        parts = [
+            gradients[name].dot(torch.cat([self._blocks[0][name], self._rights[name]]))
+            for name in self._names
+            if name in gradients
+        ]
+        products = torch.stack(parts).sum(dim=0)
         corrected = (products[..., :size] * self._coordinates(products[..., size:])).sum(dim=-1)
         return self.inverse.quadratic(gradients) + corrected
 
@@ -128,18 +169,18 @@ def rescaled(inverse: BlockInverse, space: CoarseSpace) -> BlockInverse:
         ``alpha P^{-1}``; unchanged if the anchors are all zero.
     """
     layout, first = space.layout, space.inverse
-    change = {name: value - first.damping[name] for name, value in inverse.damping.items()}
-    shift = layout.expand(change, space.directions)
-    damping = layout.expand(inverse.damping, space.directions)
-    small = (space.product + damping * space.directions) @ space.directions.T
+    operator = FactoredOperator(first, space.examples)
+    shift = layout.expand(inverse.damping, space.directions)  # P_0 less its damping, and the new one
+    small = inner(space.directions, space.product).to(space.mixing.dtype)
+    # Anchors are not all kept: what they became lies in the span, z = mixing^{-1} Q.
+    mixtures = torch.linalg.pinv(space.mixing.double()).to(space.mixing.dtype)
     above = below = 0.0
-    for part in torch.split(torch.arange(space.mixing.shape[1]), _ANCHORS):
-        anchors = {name: layer.select(part) for name, layer in space.anchors.items()}
-        vectors = layout.dense(anchors)[0]
-        answers = first.apply(vectors)
-        coordinates = answers @ space.directions.T
-        above += float((answers * (vectors + shift * answers)).sum())
-        below += float((coordinates @ small * coordinates).sum())
+    rows = max(1, _FORMED_BYTES // (space.directions.element_size() * layout.numel))
+    for coordinates in torch.split(mixtures, rows):
+        answers = coordinates @ space.directions
+        damped = float((answers.square() @ shift).sum())
+        above += float((answers * operator.product(answers)).sum()) + damped
+        below += float((coordinates @ small * coordinates).sum()) + damped
     return inverse.scaled(above / below) if above > 0 and below > 0 else inverse
 
 

@@ -85,7 +85,7 @@ def test_the_sum_over_processes_is_what_is_averaged():
         run(CurvatureProductPass(setup.plan, vectors), setup.module, [(case.x[part], case.y[part])])
         for part in (slice(0, 5), slice(5, 12))
     ]
-    others = [passes[1]._sum, torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
+    others = [passes[1]._sums[0], torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
     total = passes[0].result(lambda own: own + others.pop(0))
     torch.testing.assert_close(total, vectors @ setup.ggn(), **TIGHT)
 
@@ -96,3 +96,24 @@ def test_a_spoiled_sum_is_refused():
     pass_._sum[0, 1] = float("nan")
     with pytest.raises(NonFiniteError, match="curvature of the training loss is not finite"):
         pass_.result()
+
+
+@pytest.mark.parametrize("name", ["tokens_weighted", "conv2d_reflect_groups", "mlp_gelu"])
+@pytest.mark.parametrize("limit", [1, 10_000])
+def test_blocks_of_vectors_and_few_seeds_at_a_time(name, limit, monkeypatch):
+    from lightning_influence.curvature import columns
+
+    monkeypatch.setattr(columns, "_SEED_BYTES", limit)
+    setup = Setup.of(name)
+    vectors = draw(setup)
+    blocks = [vectors[:1], vectors[1:]]
+    first, rest = setup.run(CurvatureProductPass(setup.plan, blocks)).results()
+    expected = vectors @ setup.ggn()
+    torch.testing.assert_close(first, expected[:1], **TIGHT)
+    torch.testing.assert_close(rest, expected[1:], **TIGHT)
+    mixed = {"max_columns": 1, "draws": 2, "seed": 5}
+    got = setup.run(CurvatureProductPass(setup.plan, vectors, **mixed)).result()
+    monkeypatch.setattr(columns, "_SEED_BYTES", 2**30)
+    torch.testing.assert_close(
+        got, setup.run(CurvatureProductPass(setup.plan, vectors, **mixed)).result(), **TIGHT
+    )

@@ -96,3 +96,13 @@ def test_a_measurement_that_is_not_finite_is_refused_with_its_examples():
     measure = resolve_measurement(lambda module, batch: module.model(batch[0]).sum(1), setup.module)
     with pytest.raises(NonFiniteError, match=r"1 (NaN|examples)"):
         run(GradientPass(setup.plan, measure), setup.module, zip(x.split(5), y.split(5), strict=True))
+
+
+@pytest.mark.parametrize("name", ["mlp_gelu", "tokens_weighted"])
+def test_only_some_examples_are_kept_and_handed_over_once(name):
+    setup = Setup.of(name)
+    pass_ = setup.run(GradientPass(setup.plan, only=torch.tensor([10, 1, 2])), batch_size=3)
+    assert pass_.indices.tolist() == [1, 2, 10]
+    got = setup.layout.dense(pass_.collect())[0]
+    torch.testing.assert_close(got / setup.wbar, setup.gradients()[[1, 2, 10]], **TIGHT)
+    assert pass_.gradients == {}

@@ -326,3 +326,20 @@ def test_a_loader_is_cut_to_single_examples_or_to_batches_that_hold_any():
     assert [indices.tolist() for _, indices in own.with_any(wanted[:2]).shard()] == [[0, 1, 2], [3, 4]]
     with pytest.raises(ValueError, match="library's own order"):
         own.only(wanted)
+
+
+def test_parts_of_a_loader_hold_few_examples_in_order():
+    [loader] = prepare(DataLoader(range(11), batch_size=4, shuffle=True))
+    parts = loader.parts(5)
+    assert [part.indices.tolist() for part in parts] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10]]
+    assert [len(indices) for _, indices in parts[0].shard()] == [4, 1]
+    [ready] = prepare([torch.zeros(2), torch.zeros(1), torch.zeros(3), torch.zeros(1)])
+    assert [part.indices.tolist() for part in ready.parts(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [part.indices.tolist() for part in ready.parts(1)] == [[0, 1], [2], [3, 4, 5], [6]]
+
+
+def test_loaders_that_hold_some_examples():
+    [loader] = prepare(DataLoader(range(11), batch_size=4))
+    assert loader.holding(torch.tensor([9, 2, 5])).indices.tolist() == [2, 5, 9]
+    [ready] = prepare([torch.zeros(2), torch.zeros(1), torch.zeros(3)])
+    assert ready.holding(torch.tensor([5, 0])).indices.tolist() == [0, 1, 3, 4, 5]

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import oracle
 import pytest
 import torch
@@ -12,7 +10,14 @@ from lightning_influence.layers.dense import DenseGradients
 from lightning_influence.passes.gradients import GradientPass
 from lightning_influence.passes.scores import Columns, ScorePass, SelfInfluencePass
 from lightning_influence.passes.statistics import CovariancePass
-from lightning_influence.solvers.coarse_space import CoarseSpace, directions, probes
+from lightning_influence.solvers.coarse_space import (
+    CoarseSpace,
+    directions,
+    extended,
+    preconditioned,
+    probes,
+    scored,
+)
 from lightning_influence.solvers.scoring import PreconditionedScorer
 from lightning_influence.solvers.two_level import TwoLevel, rescaled, squared_norms
 
@@ -290,5 +295,48 @@ def test_the_rescaled_preconditioner_takes_the_best_step_on_the_anchors(name, da
 
 def test_anchors_of_zero_leave_the_preconditioner_as_it_is():
     p = Problem("mlp_gelu")
-    zero = {k: g.scaled(0.0) for k, g in p.anchors.items()}
-    assert rescaled(p.inverse, replace(p.space, anchors=zero)) is p.inverse
+    p.anchors = {k: g.scaled(0.0) for k, g in p.anchors.items()}
+    assert rescaled(p.inverse, p.build(8)) is p.inverse
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_space_grows_to_what_all_anchors_span(name):
+    p = Problem(name, anchors=5)
+    more = {k: g.select(slice(5, 9)) for k, g in p.train.items()}
+    vectors = preconditioned(p.setup.layout, p.inverse, more)
+    G = p.setup.ggn()
+    grown = extended(p.space, vectors, scored([more]), lambda fresh: fresh @ G)
+    whole = Problem(name, anchors=9).space
+    Q = grown.directions
+    torch.testing.assert_close(Q @ Q.T, torch.eye(grown.size).double(), **TIGHT)
+    torch.testing.assert_close(Q.T @ Q, whole.directions.T @ whole.directions, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(grown.product, Q @ G, **TIGHT)
+    nine = {k: g.select(slice(0, 9)) for k, g in p.train.items()}
+    mixed = grown.mixing @ preconditioned(p.setup.layout, p.inverse, nine)
+    torch.testing.assert_close(mixed, Q, rtol=1e-6, atol=1e-8)
+
+
+def test_only_factored_gradients_of_anchors_are_kept():
+    p = Problem("mlp_gelu")
+    first, *_, last = p.train
+    halves = [{k: g.select(part) for k, g in p.train.items()} for part in (slice(0, 6), slice(6, 12))]
+    joined = scored(halves)
+    torch.testing.assert_close(joined[first].dense(), p.train[first].dense(), **TIGHT)
+    halves[1][first] = DenseGradients(halves[1][first].dense())
+    del halves[0][last]
+    kept = scored(halves)
+    assert kept[first].num_examples == kept[last].num_examples == 0
+    assert kept[first].dense().shape[2:] == p.train[first].dense().shape[2:]
+    # The dense route is taken for such layers, and the scores stay what they are.
+    space = p.build(8)
+    bare = CoarseSpace(
+        space.layout, space.directions, space.product, space.probe_product, space.mixing, kept,
+        space.inverse, space.examples,
+    )  # fmt: skip
+    expected = (
+        TwoLevel(p.inverse, space).solve(p.setup.layout.dense(p.queries)[0]) @ p.setup.gradients().T / 12
+    )
+    correction, _ = TwoLevel(p.inverse, bare).correction(p.queries)
+    for tolerance in (0.0, 1e-6):
+        got = p.scores(PreconditionedScorer(p.inverse, p.queries, correction=correction, tolerance=tolerance))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
