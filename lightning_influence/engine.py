@@ -115,13 +115,10 @@ class Engine:
         method = self._prepare(train_loader)
         one_pass = SelfInfluencePass(method.context.plan, method.quadratic())
         method.context.run_on_train(one_pass)
-        gather_cat, like = self._runner.all_gather_cat, torch.empty(0, dtype=method.context.dtype)
-        indices = gather_cat(torch.cat([torch.empty(0, dtype=torch.int64), *one_pass.indices]))
-        values = gather_cat(torch.cat([like, *(part.to(like.dtype) for part in one_pass.values)]))
-        order = indices.argsort(stable=True)
+        indices, values = one_pass.gathered(self._runner.all_gather_cat, method.context.dtype)
         return SelfInfluence(
-            train_indices=indices[order],
-            scores=values[order] * self._scale(one_pass, True),
+            train_indices=indices,
+            scores=values * self._scale(one_pass, True),
             diagnostics=self._diagnostics(method, "loss", None),
         )
 

@@ -11,6 +11,7 @@ from lightning_influence.layers import LayerGradients
 from lightning_influence.methods.context import Context, Loader
 from lightning_influence.methods.gathering import gather
 from lightning_influence.passes.gradients import GradientPass
+from lightning_influence.passes.scores import SelfInfluencePass
 from lightning_influence.solvers.coarse_space import (
     CoarseSpace,
     extended,
@@ -19,9 +20,12 @@ from lightning_influence.solvers.coarse_space import (
     scored,
 )
 from lightning_influence.solvers.orthonormal import orthonormal
+from lightning_influence.solvers.squares import PreconditionedSquares
 from lightning_influence.solvers.two_level import TwoLevel, rescaled
 
-FIRST_ANCHORS = 256
+# Anchors are training gradients drawn by their leverage: 128 of them are worth twice (digits MLP) to four times
+# (CNN) as many drawn evenly (examples/benchmarks/coarse_vectors.py).
+FIRST_ANCHORS = 128
 MOST_ANCHORS = 512
 PROBES = 16
 # Where the columns of the output curvature are too many, so many mixtures of them over all examples: about 40
@@ -55,13 +59,12 @@ class CoarseBuilder:
         """Return the coarse space, grown until held-out gradients are solved well enough."""
         context = self.context
         limit = max(1, min(self._affordable(), context.train.num_examples, context.layout.numel // 2))
-        check = min(_CHECK, context.train.num_examples)
-        sample = context.train.sample(limit + check, context.options.seed + 2)
+        wanted = max(limit + _CHECK, context.options.curvature_examples)
+        sample = context.train.sample(wanted, context.options.seed + 2)
         total = sample.num_examples
-        generator = torch.Generator().manual_seed(context.options.seed + 3)
-        order = sample.indices[torch.randperm(total, generator=generator)]
-        limit = max(1, min(limit, total - 1)) if total > 1 else 1
-        held_out = order[limit : limit + check] if total > 1 else order
+        limit = max(1, min(limit, total - 1))
+        order = self._draw(sample, limit)
+        held_out = order[limit : limit + _CHECK] if total > 1 else order
         size, space = 0, None
         while size < limit:
             start, size = size, min(limit, max(FIRST_ANCHORS, 2 * size))
@@ -70,6 +73,26 @@ class CoarseBuilder:
                 break
         assert space is not None
         return space
+
+    def _draw(self, sample: Loader, count: int) -> Tensor:
+        """Return dataset indices: ``count`` anchors drawn by leverage, then all others in random order.
+
+        The leverage of an example is ``g^T P^{-1} g``.
+        """
+        squares = PreconditionedSquares(self.inverse)
+        one_pass = SelfInfluencePass(
+            self.context.plan, lambda gradients: squares(gradients)[0], description="Influence: leverages"
+        )
+        self.context.runner.run(one_pass, sample)
+        indices, leverages = one_pass.gathered(self.context.runner.all_gather_cat, self.context.dtype)
+        generator = torch.Generator().manual_seed(self.context.options.seed + 3)
+        order = torch.randperm(len(indices), generator=generator)
+        shares = leverages[order].double().clamp_min(0)
+        shares += shares.mean() * 1e-6 + torch.finfo(torch.float64).tiny  # so that there are enough
+        drawn = torch.multinomial(shares, count, generator=generator)
+        rest = torch.ones_like(order, dtype=torch.bool)
+        rest[drawn] = False
+        return indices[torch.cat([order[drawn], order[rest]])]
 
     def _suffices(self, space: CoarseSpace, sample: Loader, held_out: Tensor) -> bool:
         """Return whether most held-out training gradients have a residual below the tolerance."""

@@ -28,10 +28,11 @@ _MOST_GROUPS = 4
 class Auto(Method):
     """Two-level EK-FAC: a coarse space of training gradients, Krylov steps where needed.
 
-    The coarse space is built in one pass over the curvature examples and kept. It starts with 256 anchors
-    (:data:`~.coarse_building.FIRST_ANCHORS`) and doubles, in one more pass over what is new, while more than
-    a quarter of held-out training gradients have a residual above the tolerance, as far as the memory budget
-    and :data:`~.coarse_building.MOST_ANCHORS` allow. Queries are answered in groups under what it leaves.
+    The coarse space is built in one pass over the curvature examples and kept. It starts with 128 anchors
+    (:data:`~.coarse_building.FIRST_ANCHORS`), drawn by leverage in a pass of their own. It doubles, in one
+    more pass over what is new, while more than a quarter of held-out training gradients have a residual above
+    the tolerance, as far as the memory budget and :data:`~.coarse_building.MOST_ANCHORS` allow. Queries are
+    answered in groups under what it leaves.
     """
 
     in_groups: ClassVar[bool] = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -90,11 +90,13 @@ class SelfInfluencePass:
     Args:
         plan: the covered layers.
         quadratic: maps gradients of a batch to ``(B,)``.
+        description: label of the progress bar.
     """
 
-    description = "Influence: self-influence"
-
-    def __init__(self, plan: LayerPlan, quadratic: Any) -> None:
+    def __init__(
+        self, plan: LayerPlan, quadratic: Any, *, description: str = "Influence: self-influence"
+    ) -> None:
+        self.description = description
         self.values: list[Tensor] = []
         self.indices: list[Tensor] = []
         self.examples = 0
@@ -111,6 +113,24 @@ class SelfInfluencePass:
         self.indices.append(indices.cpu())
         self.examples += len(indices)
         self.weight += weight
+
+    def gathered(
+        self, all_gather_cat: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Join what all processes have seen.
+
+        Args:
+            all_gather_cat: concatenates a tensor's rows over the processes.
+            dtype: of the values; a process without examples knows none.
+
+        Returns:
+            Dataset indices, ascending, and their values, each ``(N,)``.
+        """
+        indices = all_gather_cat(torch.cat([torch.empty(0, dtype=torch.int64), *self.indices]))
+        empty = torch.empty(0, dtype=dtype)
+        values = all_gather_cat(torch.cat([empty, *(part.to(dtype) for part in self.values)]))
+        order = indices.argsort(stable=True)
+        return indices[order], values[order]
 
     @property
     def mean_weight(self) -> float:
