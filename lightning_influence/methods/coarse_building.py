@@ -23,17 +23,17 @@ from lightning_influence.solvers.orthonormal import orthonormal
 from lightning_influence.solvers.squares import PreconditionedSquares
 from lightning_influence.solvers.two_level import TwoLevel, rescaled
 
-# Anchors are training gradients drawn by their leverage: 128 of them are worth twice (digits MLP) to four times
-# (CNN) as many drawn evenly (examples/benchmarks/coarse_vectors.py).
+# Anchors are training gradients drawn by leverage: 128 are worth twice (digits MLP) to four times (CNN) as
+# many drawn evenly (examples/benchmarks/coarse_vectors.py).
 FIRST_ANCHORS = 128
 MOST_ANCHORS = 512
 PROBES = 16
 # Where the columns of the output curvature are too many, so many mixtures of them over all examples: about 40
 # gradients a direction on the benchmark transformer. With 16 a direction, scores lose .07 of their rank
 # correlation with exact ones, with 32 .03 (examples/benchmarks/sketches.py). Queries are not iterated on by
-# default: there, one block step with exact products brings nothing (.62 to .63, from 8 mixtures). Two bring
-# .77 and three .85, but a step is two batched backward passes a query over all examples: two steps for 50
-# queries would cost several times all the rest.
+# default: there, block steps with exact products take the correlation from .67 to .67, .80 and .87 (one, two,
+# three steps), but a step is two batched backward passes a query over all examples; two steps on the same
+# mixtures (max_steps=2) reach .75.
 MIXTURES = 4096
 _FEWEST_MIXTURES, _MOST_MIXTURES = 4, 64
 # Anchors' gradients that are formed at once.

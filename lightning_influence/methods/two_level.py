@@ -21,6 +21,11 @@ from lightning_influence.solvers.two_level import TwoLevel
 
 # Of the preconditioned queries' scores: the correction is computed from exact ones.
 LOW_RANK_TOLERANCE = 1e-3
+# Measured (examples/benchmarks/krylov.py) after 0, 1, 2 steps on all queries: digits MLP, median
+# residual .14, .12, .05, LDS .715, .715, .711; digits CNN, .18, .15, .06, LDS .529, .534, .538. So steps
+# are taken above the tolerance of .2 only, and at most three. In groups of 20 the MLP's residuals after
+# 1, 2, 3 steps are .14, .08, .05, against .12, .05, .03 together. In float32 its bases stay orthogonal to
+# 4e-6 (CNN 7e-6), and eight steps reach a residual of 1e-6 (4e-7 in float64), which changes no LDS.
 _MOST_GROUPS = 4
 
 
