@@ -14,6 +14,7 @@ from lightning_influence.edits.data import EditData
 from lightning_influence.edits.directions.base import find_direction
 from lightning_influence.edits.line_search import Found
 from lightning_influence.edits.linearised import Linearised
+from lightning_influence.edits.objective import Objective
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.parameter_edit import ParameterEdit, changes_between
 from lightning_influence.edits.passes import Losses
@@ -31,11 +32,12 @@ from lightning_influence.running.base import Runner
 from lightning_influence.running.dataloading import prepare
 from lightning_influence.selection import Selection, find_rule, select
 from lightning_influence.solvers.normal_equations import Solve
+from lightning_influence.solvers.quasi_newton import descend
 
-# Most kept examples whose loss a line search looks at.
-SEARCH_EXAMPLES = 512
+# Most kept examples that a relabelling's objective is measured on: those whose outputs curve most.
+OBJECTIVE_EXAMPLES = 256
 # Most linearisations of a relabelling, and the relative fall of its objective below which one is the last.
-LINEARISATIONS, LEAST_FALL = 6, 0.05
+LINEARISATIONS, LEAST_FALL = 16, 0.05
 
 
 class Editor:
@@ -64,14 +66,23 @@ class Editor:
         self._runner, self._data, self._options, self._notes = runner, data, options, Notes()
         self._plan = self._covered(layers)
         self._weights = Weights(self._plan.layers)
-        order = torch.randperm(len(data.kept), generator=torch.Generator().manual_seed(options.seed))
-        self._sample = data.kept[order[:SEARCH_EXAMPLES]].sort().values
         self._validates = validation is not None
         loaders = prepare(validation) if self._validates else None
-        self._stepping = Stepping(runner, self._plan, data, options, self._weights, self._sample, loaders)
+        self._stepping = Stepping(runner, self._plan, data, options, self._weights, loaders)
         self._decay = self._weight_decay(record)
         every = torch.cat([data.edited, data.kept])
         self._before = self._stepping.losses(every, curvature=True)
+        edited, kept = self._before.at(data.edited), self._before.at(data.kept)
+        self._sums = float(edited.weights.sum()), float(kept.weights.sum())
+        limit, seed = options.curvature_examples, options.seed
+        self._samples = most_curved(edited, limit, seed), most_curved(kept, limit, seed)
+        if data.targets is not None:
+            most = None if limit is None else max(limit, OBJECTIVE_EXAMPLES)
+            sample = most_curved(kept, most, seed)
+            weight = float(kept.at(sample.indices).weights.sum())
+            self._stepping.objective = Objective(
+                runner, self._plan, data, self._weights, self._decay, self._sums, sample, weight
+            )
 
     def select(self) -> Selection:
         """Return the parameters that an edit may change."""
@@ -102,18 +113,18 @@ class Editor:
         originals = {name: p.detach().clone() for name, p in self._weights.parameters().items()}
         change = torch.zeros_like(self._decay)
         # A search minimises the objective as it is; the theory's step is for a model at its optimum.
-        linear = self._linearise(at_optimum=self._options.step != "search")
+        linear = self._linearise(at_optimum=self._options.step != "search", change=change)
         selection = self._select(linear)
         steps: list[float] = []
         solves: list[Solve] = []
         found: Found | None = None
         count = self._linearisations
-        for number in range(count):
+        for number in range(1 if self._descends else count):
             if number:
-                linear = self._linearise(at_optimum=False, previous=linear)
+                linear = self._linearise(at_optimum=False, change=change, previous=linear)
             solve = self._solve(linear, selection, again=number > 0)
             unit = linear.scale * solve.vector
-            found, last = self._step(linear, change, unit, found), found
+            found = self._step(linear, change, unit, found)
             step = found.step
             if step == 0.0:
                 break
@@ -122,8 +133,9 @@ class Editor:
             self._weights.move(change)
             steps.append(step)
             solves.append(solve)
-            if last is not None and found.objective > (1 - LEAST_FALL) * last.objective:
-                break
+        if steps and self._descends and count > 1:
+            change, lengths = self._descend(linear, change, selection, count - 1)
+            steps += lengths
         if not steps:
             raise InfluenceError(
                 "No step along the direction lowers the loss of the training set with its new targets. Try a "
@@ -196,20 +208,20 @@ class Editor:
                     values[name] = record.layers[name].weight_decay / record.loss_scale
         return Layout.of(self._plan.layers).expand(values, self._weights.flat())
 
-    def _linearise(self, *, at_optimum: bool, previous: Linearised | None = None) -> Linearised:
-        options = self._options
-        edited, kept = self._before.at(self._data.edited), self._before.at(self._data.kept)
-        limit, seed = options.curvature_examples, options.seed
-        samples = most_curved(edited, limit, seed), most_curved(kept, limit, seed)
+    def _linearise(
+        self, *, at_optimum: bool, change: Tensor | None = None, previous: Linearised | None = None
+    ) -> Linearised:
         return Linearised(
             self._runner,
             self._plan,
             self._data,
-            options,
+            self._options,
             self._weights.flat(),
+            torch.zeros_like(self._decay) if change is None else change,
             self._decay,
-            (float(edited.weights.sum()), float(kept.weights.sum())),
-            samples,
+            self._stepping.objective,
+            self._sums,
+            self._samples,
             at_optimum,
             previous,
         )
@@ -225,17 +237,16 @@ class Editor:
 
     @property
     def _linearisations(self) -> int:
-        given, relabels = self._options.linearisations, self._data.targets is not None
+        given = self._options.linearisations
         if given is not None:
             return given
-        return LINEARISATIONS if relabels and self._options.step == "search" else 1
+        return LINEARISATIONS if self._descends else 1
 
     def _solve(self, linear: Linearised, selection: Selection, *, again: bool = False) -> Solve:
         """Return the vector of a linearisation.
 
         Generalized influence finds the change that disturbs nothing else. Once it is made, what is left of
-        relabelling is to minimise the objective over the selected parameters, and a Gauss-Newton step within
-        them takes half as many products.
+        relabelling is to minimise the objective over the selected parameters.
         """
         problem = linear.problem(selection.flat())
         descends = again and self._options.method == "gif" and self._data.targets is not None
@@ -246,6 +257,31 @@ class Editor:
                 f"{solve.steps} iterations. Raise max_steps or the damping."
             )
         return solve
+
+    @property
+    def _descends(self) -> bool:
+        """Whether all linearisations after the first one are quasi-Newton steps."""
+        return self._options.step == "search" and self._data.targets is not None
+
+    def _descend(
+        self, linear: Linearised, change: Tensor, selection: Selection, most: int
+    ) -> tuple[Tensor, list[float]]:
+        """Lower the objective of a relabelling over the selected parameters, from the first step on.
+
+        Returns:
+            The change and the share of each further step that was taken.
+        """
+        assert self._stepping.objective is not None
+        descent = descend(
+            self._stepping.objective,
+            change,
+            linear.problem(selection.flat()).inverse_diagonal,
+            most=most,
+            least_fall=LEAST_FALL,
+            learned=[(torch.zeros_like(change), -linear.scale * linear.gradient)],
+        )
+        self._weights.move(descent.point)
+        return descent.point, descent.lengths
 
     def _step(self, linear: Linearised, change: Tensor, unit: Tensor, last: Found | None) -> Found:
         edited, kept = linear.weights
@@ -259,9 +295,8 @@ class Editor:
         return found
 
     def _kept_loss(self, losses: Losses) -> float:
-        if self._validates:
-            return self._stepping.kept_loss(self._sample)
-        return losses.at(self._data.kept).mean()
+        kept = self._data.kept
+        return self._stepping.kept_loss(kept) if self._validates else losses.at(kept).mean()
 
     def _concluded(self, solves: list[Solve], rise: float) -> list[str]:
         """Return all notes, with a warning if the edit costs more than the bound."""
