@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.edits.covered import covered_layers
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.directions.base import find_direction
 from lightning_influence.edits.line_search import Found
@@ -22,12 +23,10 @@ from lightning_influence.edits.report import EditReport, LossChange
 from lightning_influence.edits.sampling import most_curved
 from lightning_influence.edits.stepping import Stepping
 from lightning_influence.edits.weights import Weights
-from lightning_influence.errors import InfluenceError, InfluenceWarning, UnsupportedModelError
+from lightning_influence.errors import InfluenceError, InfluenceWarning
 from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.layers import LayerPlan, find_layers
 from lightning_influence.layers.layout import Layout
 from lightning_influence.methods.context import Notes
-from lightning_influence.passes.forward import Forward
 from lightning_influence.running.base import Runner
 from lightning_influence.running.dataloading import prepare
 from lightning_influence.selection import Selection, find_rule, select
@@ -64,7 +63,7 @@ class Editor:
     ) -> None:
         self._start = time.perf_counter()
         self._runner, self._data, self._options, self._notes = runner, data, options, Notes()
-        self._plan = self._covered(layers)
+        self._plan = covered_layers(runner, data, layers, self._notes)
         self._weights = Weights(self._plan.layers)
         self._validates = validation is not None
         loaders = prepare(validation) if self._validates else None
@@ -160,6 +159,7 @@ class Editor:
             edited=LossChange(len(edited), before, now, predicted[0]),
             kept=LossChange(len(kept), kept_before, kept_after, None if self._validates else predicted[1]),
             kept_origin="validation" if self._validates else "training",
+            descended=self._descends and len(steps) > 1,
             seconds=time.perf_counter() - self._start,
             notes=self._concluded(solves, kept_after - kept_before),
         )
@@ -171,29 +171,6 @@ class Editor:
     @property
     def _selects(self) -> bool:
         return find_direction(self._options.method).selects
-
-    def _covered(self, layers: Sequence[str] | None) -> LayerPlan:
-        """Return the layers that may change, without those that the training loss does not use.
-
-        Raises:
-            UnsupportedModelError: if none is left.
-        """
-        plan = find_layers(self._runner.module, layers)
-        uncovered = plan.describe_uncovered()
-        if uncovered is not None:
-            self._notes.add(f"{uncovered} An edit leaves them as they are.")
-        listening = _Listening(plan)
-        self._runner.run(listening, self._data.subset(self._data.edited))
-        silent = listening.forward.silent
-        used = {name: layer for name, layer in plan.layers.items() if name not in silent}
-        if not used:
-            raise UnsupportedModelError(f"No layer takes part in the loss of the edited examples: {silent}.")
-        if silent:
-            self._notes.add(
-                f"Layers {sorted(silent)} take no part in the loss of the edited "
-                "examples; they stay as they are."
-            )
-        return LayerPlan(used, plan.uncovered, plan.verified)
 
     def _weight_decay(self, record: TrainingRecord | None) -> Tensor:
         """Return the weight decay of each covered parameter, ``(P,)``, in the unit of the mean loss."""
@@ -316,16 +293,3 @@ class Editor:
 
     def _touched(self, selection: Selection) -> dict[str, tuple[int, int]]:
         return {name: (int(mask.sum()), mask.numel()) for name, mask in selection.masks.items()}
-
-
-class _Listening:
-    """Finds out which layers take part in the loss."""
-
-    description = "Edit: layers"
-
-    def __init__(self, plan: LayerPlan) -> None:
-        self.forward = Forward(plan)
-
-    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
-        """Run one batch."""
-        self.forward(module, batch, len(indices))

@@ -28,9 +28,11 @@ from lightning_influence.edits.passes import GradientSumPass
 from lightning_influence.edits.sampling import Sample
 from lightning_influence.errors import InfluenceError, NonFiniteError
 from lightning_influence.layers import LayerPlan
+from lightning_influence.layers.layout import Layout
 from lightning_influence.running.base import Runner
 from lightning_influence.selection import Evidence
 from lightning_influence.selection.base import Source
+from lightning_influence.selection.gain import gains
 from lightning_influence.solvers.normal_equations import largest_eigenvalue
 
 # Share of the trace of each example's output curvature that is kept when relabelling in several steps.
@@ -187,8 +189,12 @@ class Linearised:
 
     def evidence(self, source: Source | None) -> Evidence:
         """Return scores of one kind for selection rules."""
-        norms = self.squared_norms if source == "gain" else self.gradient
-        return collect(source, self.plan, self.target, self.gradient, self.product, norms)
+        if source != "gain":
+            return collect(source, self.plan, self.target, self.gradient)
+        hg = self.product(self.gradient[None])[0]
+        gain = gains(hg, self.squared_norms, 0.0 if self.forgets else self.damping**2)
+        layout = Layout.of(self.plan.layers)
+        return Evidence(layout.shapes, gain=layout.split(gain))
 
     def problem(self, mask: Tensor) -> Problem:
         """Return the linear problem for a selection ``(P,)``."""

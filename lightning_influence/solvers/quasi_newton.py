@@ -6,6 +6,7 @@ steps before. Shapes: points, gradients and diagonals are flat, ``(P,)``.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ def descend(
     point, (value, gradient), evaluations = start, now, 1
     inverse = InverseHessian(diagonal)
     seen = [*learned, (start, gradient)]
-    for (before, old), (after, new) in zip(seen, seen[1:], strict=False):
+    for (before, old), (after, new) in itertools.pairwise(seen):
         inverse.learn(after - before, new - old)
     lengths: list[float] = []
     values = [value]
