@@ -127,9 +127,10 @@ def _edit(
     Raises:
         UnsupportedTrainerError: if the Trainer has several processes.
     """
-    if trainer.world_size > 1:
+    processes = max(trainer.world_size, trainer.num_devices * trainer.num_nodes)
+    if processes > 1:
         raise UnsupportedTrainerError(
-            f"The Trainer has {trainer.world_size} processes; edits run on one. Pass a Trainer with "
+            f"The Trainer has {processes} processes; edits run on one. Pass a Trainer with "
             "devices=1 (and num_nodes=1), such as Trainer(devices=1), and the same model or ckpt_path."
         )
     path = None if ckpt_path is None else os.fspath(ckpt_path)

@@ -125,7 +125,7 @@ class Editor:
             unit = linear.scale * solve.vector
             found = self._step(linear, change, unit, found)
             step = found.step
-            if step == 0.0:
+            if step == 0.0 and not (self._descends and count > 1):
                 break
             predicted = linear.predict(step * unit) if count == 1 else (None, None)
             change = change + step * unit

@@ -127,7 +127,7 @@ class _ObjectivePass:
         place = torch.searchsorted(self._chosen, indices).clamp_max(len(self._chosen) - 1)
         factors = torch.where(self._chosen[place] == indices, self._shares[place], 0.0).to(values)
         total = values @ factors
-        self.value += float(total)
+        self.value += float(total.detach())
         if not self.differentiates:
             return
         gradients = torch.autograd.grad(total, list(self._parameters.values()), allow_unused=True)

@@ -2,8 +2,8 @@ r"""The parameters that lower the edit's residual most, each on its own.
 
 Generalized influence minimises :math:`\|H_{:,S} x - g\|^2 + r \|x\|^2`. With one parameter :math:`i` alone
 the minimum is :math:`\|g\|^2 - (Hg)_i^2 / ((H^2)_{ii} + r)`: the second term is the gain of that parameter,
-the first step of an orthogonal matching pursuit. It looks at parameters and not at channels, counts the curvature
-that a change meets, and needs no notion of a channel's activity. Own rule of this library.
+the first step of an orthogonal matching pursuit. It looks at parameters and not at channels, counts the
+curvature that a change meets, and needs no notion of a channel's activity. Own rule of this library.
 
 Relabelling counts the ridge, the damping's square; without it the rule prefers parameters with hardly any
 curvature, which are of little use to a descent. Forgetting goes a long way along one direction and is better
