@@ -75,9 +75,10 @@ class EditsParameters:
     ) -> ParameterEdit:
         """Compute an edit after which the model has learned other targets for some training examples.
 
-        The default step is the one with the lowest loss on the training data with its new targets. The
-        model is linearised up to six times, which pays where it is sure of the old targets;
-        ``linearisations=1`` is one shot, and takes a fraction of the time.
+        The default step is the one with the lowest loss on the training data with its new targets. Up to 15
+        quasi-Newton steps (L-BFGS) within the selected parameters follow, each as much work as one gradient
+        of a few hundred examples. They pay where the model is sure of the old targets; ``linearisations=1``
+        is one shot without them.
 
         Args:
             examples: dataset indices of the examples, or a boolean mask over the dataset.

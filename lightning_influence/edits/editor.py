@@ -116,14 +116,13 @@ class Editor:
         selection = self._select(linear)
         steps: list[float] = []
         solves: list[Solve] = []
-        found: Found | None = None
         count = self._linearisations
         for number in range(1 if self._descends else count):
             if number:
                 linear = self._linearise(at_optimum=False, change=change, previous=linear)
             solve = self._solve(linear, selection, again=number > 0)
             unit = linear.scale * solve.vector
-            found = self._step(linear, change, unit, found)
+            found = self._step(linear, change, unit)
             step = found.step
             if step == 0.0 and not (self._descends and count > 1):
                 break
@@ -260,10 +259,12 @@ class Editor:
         self._weights.move(descent.point)
         return descent.point, descent.lengths
 
-    def _step(self, linear: Linearised, change: Tensor, unit: Tensor, last: Found | None) -> Found:
+    def _step(self, linear: Linearised, change: Tensor, unit: Tensor) -> Found:
         edited, kept = linear.weights
         shares = (edited / (edited + kept), kept / (edited + kept))
-        found = self._stepping.choose(change, unit, shares, last)
+        found = self._stepping.choose(
+            change, unit, shares, precise=not self._descends or self._linearisations == 1
+        )
         if not found.reached and found.step > 0:
             self._notes.add(
                 "No step makes the model forget the edited examples; the one that comes closest was taken. "

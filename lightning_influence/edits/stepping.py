@@ -65,7 +65,12 @@ class Stepping:
         return self._run(LossPass(self._plan, None), self._validation).result().mean()
 
     def choose(
-        self, start: Tensor, unit: Tensor, shares: tuple[float, float], last: Found | None = None
+        self,
+        start: Tensor,
+        unit: Tensor,
+        shares: tuple[float, float],
+        *,
+        precise: bool = True,
     ) -> Found:
         """Choose a multiple of a change.
 
@@ -73,7 +78,7 @@ class Stepping:
             start: change of the weights so far, ``(P,)``.
             unit: the theoretical step, ``(P,)``.
             shares: of the edited and the kept examples in the objective.
-            last: the step that led to ``start``; the search begins near it and is a coarser one.
+            precise: whether a search for the lowest objective goes on below powers of two.
 
         Returns:
             The step.
@@ -105,9 +110,8 @@ class Stepping:
             return search_forgetting(evaluate)
         now = evaluate(0.0)
         current = float("inf") if now is None else now.objective
-        if last is not None:
-            return search_objective(evaluate, current, last.step, reaches=(1.0,))
-        return search_objective(evaluate, current)
+        # A power of two will do where a descent follows.
+        return search_objective(evaluate, current, reaches=(1.0, 0.5) if precise else ())
 
     def _excess(self) -> Point:
         edited, given = self.losses(self._data.edited), self._options.forgotten_loss

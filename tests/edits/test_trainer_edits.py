@@ -45,7 +45,9 @@ def test_every_way_to_ask_gives_the_same_edit(kind):
     before = {name: value.clone() for name, value in module.state_dict().items()}
     alone = InfluenceModule(module)
     with quiet():
-        same(forget(host, of_class(0), module, train(), **FORGET), alone.forget(of_class(0), train(), **FORGET))
+        same(
+            forget(host, of_class(0), module, train(), **FORGET), alone.forget(of_class(0), train(), **FORGET)
+        )
         same(
             relabel(host, of_class(2), 0, module, train(), **RELABEL),
             alone.relabel(of_class(2), 0, train(), **RELABEL),
