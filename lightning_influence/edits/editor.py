@@ -134,7 +134,7 @@ class Editor:
         if steps and self._descends and count > 1:
             change, lengths = self._descend(linear, change, selection, count - 1)
             steps += lengths
-        if not steps:
+        if not any(steps):
             raise InfluenceError(
                 "No step along the direction lowers the loss of the training set with its new targets. Try a "
                 "larger ratio or damping, another rule, or step='theory'."

@@ -1,4 +1,4 @@
-"""``trainer.forget`` and ``trainer.relabel``: the same edits as without a Trainer, and what a Trainer adds."""
+"""``trainer.forget`` and ``trainer.relabel``: the edits made without a Trainer, and what a Trainer adds."""
 
 import csv
 
