@@ -94,12 +94,16 @@ def asked(reference, **options):
     dense = Dense.of("mlp_gelu")
     with quiet():
         edit = dense.asked().relabel(EDITED, NEW, loader(reference.case, 5), **{**EXACT, **options})
-    zeros = {name: torch.zeros_like(p) for name, p in edit.model.named_parameters()}
-    masks = {name: torch.zeros_like(p) for name, p in edit.model.named_parameters()}
+    return edit, *changed(edit, reference.case)
+
+
+def changed(edit, case):
+    """The change of an edit and the parameters that it may change, as flat vectors."""
+    deltas, masks = ({n: torch.zeros_like(p) for n, p in edit.model.named_parameters()} for _ in range(2))
     for name, change in edit.changes.items():
-        zeros[name].view(-1)[change.index] = change.after - change.before
+        deltas[name].view(-1)[change.index] = change.after - change.before
         masks[name].view(-1)[change.index] = 1.0
-    return edit, flat(zeros, reference.case), flat(masks, reference.case) > 0
+    return flat(deltas, case), flat(masks, case) > 0
 
 
 @pytest.mark.parametrize(
@@ -134,6 +138,31 @@ def test_every_quasi_newton_step_is_that_of_the_dense_matrix(rule, count):
         assert after <= before + 1e-4 * length * gradients[-1] @ direction
         points.append(points[-1] + step)
     torch.testing.assert_close(found, points[-1] - theta, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_the_gain_counts_the_ridge_of_a_relabelling(forgets):
+    """The parameters that lower ``||H x - g||^2 + r ||x||^2`` most one by one, with r = 0 to forget."""
+    reference, dense = Reference(), Dense.of("mlp_gelu", DECAY)
+    theta = reference.theta
+    if forgets:
+        options = {**EXACT, "rule": "gain"}
+        with quiet():
+            edit = dense.asked().forget(EDITED, loader(reference.case, 5), **options)
+        H, g = dense.curvature(~dense.edited), dense.gradient
+        _, mask = changed(edit, reference.case)
+    else:
+        _, _, mask = asked(reference, rule="gain", linearisations=2)
+        H, g = reference.curvature(theta, 3.0, 0.9), -reference.gradient(theta)
+    signs = torch.randint(0, 2, (16, len(theta)), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    gain = (H @ g).square() / ((signs @ H).square().mean(0) + (0.0 if forgets else DAMPING**2))
+    sizes = [reference.case.model.get_submodule(name).weight.shape for name in reference.case.layers]
+    expected = []
+    for part in torch.split(gain, [rows * (columns + 1) for rows, columns in sizes]):
+        chosen = torch.zeros(len(part), dtype=torch.bool)
+        chosen[part.argsort(descending=True)[: round(RATIO * len(part))]] = True
+        expected.append(chosen)
+    assert torch.equal(mask, torch.cat(expected))
 
 
 def test_one_shot_is_a_multiple_of_generalized_influence():
