@@ -60,7 +60,7 @@ class EditOptions:
     tolerance: float = 0.02
     max_steps: int = 40
     linearisations: int | None = None
-    curvature_examples: int | None = 128
+    curvature_examples: int | None = 256
     forgotten_loss: float | None = None
     kept_bound: float = 0.1
     memory_budget: int = 2**30
