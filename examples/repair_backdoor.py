@@ -1,8 +1,8 @@
 """Repair a backdoor: teach a digits CNN that a patch in the corner does not make an image a zero.
 
 A tenth of the training images carries a white patch and the label 0. The model learns both the digits and the
-patch; then these images get their true labels by an edit of few parameters, in several linearisations because
-the model is sure of the wrong labels. Compared with a model that was trained on the true labels.
+patch; then these images get their true labels by an edit of few parameters, in several steps because the
+model is sure of the wrong labels. Compared with a model that was trained on the true labels.
 
     python examples/repair_backdoor.py [--seeds 10] [--rules gain random] [--ratios 0.05] [--quick]
 """
@@ -52,7 +52,7 @@ def make(seed: int, count: int | None) -> Task:
         retrain=(poisoned, labels),
         edit=edit,
         groups=((triggered(test), answers), (test, answers)),
-        options={"weight_decay": WEIGHT_DECAY},
+        options={"weight_decay": WEIGHT_DECAY, "curvature_examples": 128},
     )
 
 

@@ -2,6 +2,7 @@
 
 from lightning_influence.attributions import Attributions
 from lightning_influence.callback import InfluenceCallback
+from lightning_influence.editing import forget, relabel
 from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.ensembles import average_attributions
 from lightning_influence.errors import InfluenceError, InfluenceWarning
@@ -23,6 +24,8 @@ __all__ = [
     "ParameterEdit",
     "SelfInfluence",
     "average_attributions",
+    "forget",
     "influence",
+    "relabel",
     "self_influence",
 ]

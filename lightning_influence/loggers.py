@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_influence.attributions import Attributions
+from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.results.labels import Labels
 from lightning_influence.results.ranking import Ranking
 from lightning_influence.results.rendering import markdown_table
@@ -98,6 +99,43 @@ def log_attributions(
         who = f"{type(logger).__name__} could not log the attributions'"
         _attempt(f"{who} metrics", partial(logger.log_metrics, metrics, step=step))
         _attempt(f"{who} tables and figures", partial(log_media, logger, media))
+    return files
+
+
+def log_edit(
+    loggers: Iterable[Any],
+    edit: ParameterEdit,
+    *,
+    step: int,
+    name: str = "edit",
+    directory: PathLike | None = None,
+) -> list[Path]:
+    """Log an edit's report to loggers, and the edit to a file, on the process of rank zero.
+
+    A logger or a file that fails is named in an :class:`InfluenceWarning`; the others still get theirs.
+
+    Args:
+        loggers: Lightning loggers; none is fine.
+        edit: what to log.
+        step: the Trainer's global step.
+        name: prefix of all keys, and name of the file's folder.
+        directory: where to write the folder; None writes nothing.
+
+    Returns:
+        The files written.
+    """
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return []
+    files: list[Path] = []
+    if directory is not None:
+        path = Path(directory) / name / "edit.safetensors"
+        files = [path] if _attempt(f"{path} could not be written", partial(edit.save, path)) else []
+    media = Media(name, step, {}, list(edit.report.facts()), files=files)
+    metrics = {f"{name}/{key}": value for key, value in edit.report.metrics().items()}
+    for logger in loggers:
+        who = f"{type(logger).__name__} could not log the edit's"
+        _attempt(f"{who} metrics", partial(logger.log_metrics, metrics, step=step))
+        _attempt(f"{who} report", partial(log_media, logger, media))
     return files
 
 

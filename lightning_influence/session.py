@@ -15,6 +15,7 @@ from lightning_influence.collecting.store import state_from_checkpoint
 from lightning_influence.engine import Engine
 from lightning_influence.ensembles import average_attributions
 from lightning_influence.factors.factors import Factors
+from lightning_influence.factors.training_record import TrainingRecord
 from lightning_influence.question import Question
 from lightning_influence.running.predict import TrainerRunner
 from lightning_influence.state import InfluenceState
@@ -63,6 +64,11 @@ class Session:
         if self._own is not None and (self._reader.state is None or self._own in self.runner.restored):
             return self._own.influence_state
         return self._reader.state or InfluenceState()
+
+    @property
+    def record(self) -> TrainingRecord | None:
+        """The training run on record, once a checkpoint has been loaded."""
+        return self._found().record
 
     def train_loader(self, given: Any) -> Any:
         """Return the loader that was given, or those of the datamodule, the last fit, or the module."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_influence.attributions import Attributions
+from lightning_influence.editing import forget, relabel
 from lightning_influence.factors.factors import Factors
 from lightning_influence.loggers import log_attributions
 from lightning_influence.measurements import Measurement
@@ -213,15 +214,17 @@ def self_influence(
 
 
 class InfluenceTrainer(Trainer):
-    """A Lightning ``Trainer`` with ``influence`` and ``self_influence``; everything else is as it was."""
+    """A Lightning ``Trainer`` that can be asked for influence and edits; everything else is as it was."""
 
     influence = influence
     self_influence = self_influence
+    forget = forget
+    relabel = relabel
 
 
 def attach(trainer: Trainer) -> None:
-    """Give a plain Trainer the two methods, in a form that survives pickling."""
-    for function in (influence, self_influence):
+    """Give a plain Trainer these methods, in a form that survives pickling."""
+    for function in (influence, self_influence, forget, relabel):
         if not hasattr(trainer, function.__name__):
             setattr(trainer, function.__name__, functools.partial(function, trainer))
 

@@ -20,7 +20,7 @@ LEVELS = [
     {"solvers", "selection", "evaluation", "attributions"},
     {"methods", "state", "collecting", "plots", "question"},
     {"engine", "ensembles", "loggers", "harness", "edits"},
-    {"callback", "session", "trainer", "module"},
+    {"callback", "session", "editing", "trainer", "module"},
     {"__init__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}

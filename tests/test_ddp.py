@@ -121,6 +121,17 @@ theirs = InfluenceModule.from_checkpoint(sys.argv[1] + "/a.ckpt", module).scores
     train, DataLoader(queries), method="ekfac"
 )
 close(ours.scores, theirs.scores)
+
+from lightning_influence.errors import UnsupportedTrainerError
+before = module.body[0].weight.clone()
+for ask in (lambda t: t.forget([0], module, train), lambda t: t.relabel([0], 1, module, train)):
+    try:
+        ask(fitted)
+    except UnsupportedTrainerError as error:
+        assert "has 2 processes; edits run on one. Pass a Trainer with devices=1" in str(error)
+    else:
+        raise AssertionError("an edit on two processes was not refused")
+assert torch.equal(before, module.body[0].weight)
 print(f"rank {trainer.global_rank} is fine")
 """
 

@@ -9,18 +9,15 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_influence.edits.data import EditData, SetTargets, split
+from lightning_influence.edits.data import SetTargets
 from lightning_influence.edits.editor import Editor
-from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.parameter_edit import ParameterEdit
+from lightning_influence.edits.request import EditRequest, Examples, check_targets
 from lightning_influence.running.base import Runner
-from lightning_influence.running.dataloading import prepare_train
 from lightning_influence.running.loop import LoopRunner
 from lightning_influence.selection import Selection
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.state import InfluenceState
-
-Examples = Sequence[int] | Tensor
 
 
 class EditsParameters:
@@ -78,9 +75,10 @@ class EditsParameters:
     ) -> ParameterEdit:
         """Compute an edit after which the model has learned other targets for some training examples.
 
-        The default step is the one with the lowest loss on the training data with its new targets. The
-        model is linearised up to six times, which pays where it is sure of the old targets;
-        ``linearisations=1`` is one shot, and takes a fraction of the time.
+        The default step is the one with the lowest loss on the training data with its new targets. Up to 15
+        quasi-Newton steps (L-BFGS) within the selected parameters follow, each as much work as one gradient
+        of a few hundred examples. They pay where the model is sure of the old targets; ``linearisations=1``
+        is one shot without them.
 
         Args:
             examples: dataset indices of the examples, or a boolean mask over the dataset.
@@ -100,8 +98,7 @@ class EditsParameters:
                 an option is out of range.
             InfluenceError: if the selected parameters cannot serve; the message says what to change.
         """
-        if new_targets is None:
-            raise ValueError("Got new_targets=None; pass one target for each example, or one for all.")
+        check_targets(new_targets)
         with self._editor(
             examples, train_dataloaders, new_targets, set_targets, validation, layers, options
         ) as editor:
@@ -170,19 +167,9 @@ class EditsParameters:
         layers: Sequence[str] | None,
         options: dict[str, Any],
     ) -> Iterator[Editor]:
-        """Yield an editor on the borrowed module, once all that can be checked beforehand was.
-
-        Raises:
-            TypeError: if ``layers`` is a text.
-        """
-        settings = EditOptions(**options)
-        if isinstance(layers, str):
-            raise TypeError(
-                f"Got layers={layers!r}; accepted is a list of names or patterns: layers=[{layers!r}]."
-            )
-        data: EditData = split(prepare_train(train), examples, targets, set_targets)
+        """Yield an editor on the borrowed module, once all that can be checked beforehand was."""
+        request = EditRequest(examples, targets, set_targets, validation, layers, options)
+        data = request.split(train)
         runner: Runner = self._runner()
         with runner:
-            yield Editor(
-                runner, data, settings, layers=layers, record=self.state.record, validation=validation
-            )
+            yield request.editor(runner, data, self.state.record)

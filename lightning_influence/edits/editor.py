@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.edits.covered import covered_layers
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.directions.base import find_direction
 from lightning_influence.edits.line_search import Found
 from lightning_influence.edits.linearised import Linearised
+from lightning_influence.edits.objective import Objective
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.parameter_edit import ParameterEdit, changes_between
 from lightning_influence.edits.passes import Losses
@@ -21,21 +23,20 @@ from lightning_influence.edits.report import EditReport, LossChange
 from lightning_influence.edits.sampling import most_curved
 from lightning_influence.edits.stepping import Stepping
 from lightning_influence.edits.weights import Weights
-from lightning_influence.errors import InfluenceError, InfluenceWarning, UnsupportedModelError
+from lightning_influence.errors import InfluenceError, InfluenceWarning
 from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.layers import LayerPlan, find_layers
 from lightning_influence.layers.layout import Layout
 from lightning_influence.methods.context import Notes
-from lightning_influence.passes.forward import Forward
 from lightning_influence.running.base import Runner
 from lightning_influence.running.dataloading import prepare
 from lightning_influence.selection import Selection, find_rule, select
 from lightning_influence.solvers.normal_equations import Solve
+from lightning_influence.solvers.quasi_newton import descend
 
-# Most kept examples whose loss a line search looks at.
-SEARCH_EXAMPLES = 512
+# Most kept examples that a relabelling's objective is measured on: those whose outputs curve most.
+OBJECTIVE_EXAMPLES = 256
 # Most linearisations of a relabelling, and the relative fall of its objective below which one is the last.
-LINEARISATIONS, LEAST_FALL = 6, 0.05
+LINEARISATIONS, LEAST_FALL = 16, 0.05
 
 
 class Editor:
@@ -62,16 +63,25 @@ class Editor:
     ) -> None:
         self._start = time.perf_counter()
         self._runner, self._data, self._options, self._notes = runner, data, options, Notes()
-        self._plan = self._covered(layers)
+        self._plan = covered_layers(runner, data, layers, self._notes)
         self._weights = Weights(self._plan.layers)
-        order = torch.randperm(len(data.kept), generator=torch.Generator().manual_seed(options.seed))
-        self._sample = data.kept[order[:SEARCH_EXAMPLES]].sort().values
         self._validates = validation is not None
         loaders = prepare(validation) if self._validates else None
-        self._stepping = Stepping(runner, self._plan, data, options, self._weights, self._sample, loaders)
+        self._stepping = Stepping(runner, self._plan, data, options, self._weights, loaders)
         self._decay = self._weight_decay(record)
         every = torch.cat([data.edited, data.kept])
         self._before = self._stepping.losses(every, curvature=True)
+        edited, kept = self._before.at(data.edited), self._before.at(data.kept)
+        self._sums = float(edited.weights.sum()), float(kept.weights.sum())
+        limit, seed = options.curvature_examples, options.seed
+        self._samples = most_curved(edited, limit, seed), most_curved(kept, limit, seed)
+        if data.targets is not None:
+            most = None if limit is None else max(limit, OBJECTIVE_EXAMPLES)
+            sample = most_curved(kept, most, seed)
+            weight = float(kept.at(sample.indices).weights.sum())
+            self._stepping.objective = Objective(
+                runner, self._plan, data, self._weights, self._decay, self._sums, sample, weight
+            )
 
     def select(self) -> Selection:
         """Return the parameters that an edit may change."""
@@ -102,29 +112,29 @@ class Editor:
         originals = {name: p.detach().clone() for name, p in self._weights.parameters().items()}
         change = torch.zeros_like(self._decay)
         # A search minimises the objective as it is; the theory's step is for a model at its optimum.
-        linear = self._linearise(at_optimum=self._options.step != "search")
+        linear = self._linearise(at_optimum=self._options.step != "search", change=change)
         selection = self._select(linear)
         steps: list[float] = []
         solves: list[Solve] = []
-        found: Found | None = None
         count = self._linearisations
-        for number in range(count):
+        for number in range(1 if self._descends else count):
             if number:
-                linear = self._linearise(at_optimum=False, previous=linear)
+                linear = self._linearise(at_optimum=False, change=change, previous=linear)
             solve = self._solve(linear, selection, again=number > 0)
             unit = linear.scale * solve.vector
-            found, last = self._step(linear, change, unit, found), found
+            found = self._step(linear, change, unit)
             step = found.step
-            if step == 0.0:
+            if step == 0.0 and not (self._descends and count > 1):
                 break
             predicted = linear.predict(step * unit) if count == 1 else (None, None)
             change = change + step * unit
             self._weights.move(change)
             steps.append(step)
             solves.append(solve)
-            if last is not None and found.objective > (1 - LEAST_FALL) * last.objective:
-                break
-        if not steps:
+        if steps and self._descends and count > 1:
+            change, lengths = self._descend(linear, change, selection, count - 1)
+            steps += lengths
+        if not any(steps):
             raise InfluenceError(
                 "No step along the direction lowers the loss of the training set with its new targets. Try a "
                 "larger ratio or damping, another rule, or step='theory'."
@@ -148,6 +158,7 @@ class Editor:
             edited=LossChange(len(edited), before, now, predicted[0]),
             kept=LossChange(len(kept), kept_before, kept_after, None if self._validates else predicted[1]),
             kept_origin="validation" if self._validates else "training",
+            descended=self._descends and len(steps) > 1,
             seconds=time.perf_counter() - self._start,
             notes=self._concluded(solves, kept_after - kept_before),
         )
@@ -159,29 +170,6 @@ class Editor:
     @property
     def _selects(self) -> bool:
         return find_direction(self._options.method).selects
-
-    def _covered(self, layers: Sequence[str] | None) -> LayerPlan:
-        """Return the layers that may change, without those that the training loss does not use.
-
-        Raises:
-            UnsupportedModelError: if none is left.
-        """
-        plan = find_layers(self._runner.module, layers)
-        uncovered = plan.describe_uncovered()
-        if uncovered is not None:
-            self._notes.add(f"{uncovered} An edit leaves them as they are.")
-        listening = _Listening(plan)
-        self._runner.run(listening, self._data.subset(self._data.edited))
-        silent = listening.forward.silent
-        used = {name: layer for name, layer in plan.layers.items() if name not in silent}
-        if not used:
-            raise UnsupportedModelError(f"No layer takes part in the loss of the edited examples: {silent}.")
-        if silent:
-            self._notes.add(
-                f"Layers {sorted(silent)} take no part in the loss of the edited "
-                "examples; they stay as they are."
-            )
-        return LayerPlan(used, plan.uncovered, plan.verified)
 
     def _weight_decay(self, record: TrainingRecord | None) -> Tensor:
         """Return the weight decay of each covered parameter, ``(P,)``, in the unit of the mean loss."""
@@ -196,20 +184,20 @@ class Editor:
                     values[name] = record.layers[name].weight_decay / record.loss_scale
         return Layout.of(self._plan.layers).expand(values, self._weights.flat())
 
-    def _linearise(self, *, at_optimum: bool, previous: Linearised | None = None) -> Linearised:
-        options = self._options
-        edited, kept = self._before.at(self._data.edited), self._before.at(self._data.kept)
-        limit, seed = options.curvature_examples, options.seed
-        samples = most_curved(edited, limit, seed), most_curved(kept, limit, seed)
+    def _linearise(
+        self, *, at_optimum: bool, change: Tensor | None = None, previous: Linearised | None = None
+    ) -> Linearised:
         return Linearised(
             self._runner,
             self._plan,
             self._data,
-            options,
+            self._options,
             self._weights.flat(),
+            torch.zeros_like(self._decay) if change is None else change,
             self._decay,
-            (float(edited.weights.sum()), float(kept.weights.sum())),
-            samples,
+            self._stepping.objective,
+            self._sums,
+            self._samples,
             at_optimum,
             previous,
         )
@@ -225,17 +213,16 @@ class Editor:
 
     @property
     def _linearisations(self) -> int:
-        given, relabels = self._options.linearisations, self._data.targets is not None
+        given = self._options.linearisations
         if given is not None:
             return given
-        return LINEARISATIONS if relabels and self._options.step == "search" else 1
+        return LINEARISATIONS if self._descends else 1
 
     def _solve(self, linear: Linearised, selection: Selection, *, again: bool = False) -> Solve:
         """Return the vector of a linearisation.
 
         Generalized influence finds the change that disturbs nothing else. Once it is made, what is left of
-        relabelling is to minimise the objective over the selected parameters, and a Gauss-Newton step within
-        them takes half as many products.
+        relabelling is to minimise the objective over the selected parameters.
         """
         problem = linear.problem(selection.flat())
         descends = again and self._options.method == "gif" and self._data.targets is not None
@@ -247,10 +234,37 @@ class Editor:
             )
         return solve
 
-    def _step(self, linear: Linearised, change: Tensor, unit: Tensor, last: Found | None) -> Found:
+    @property
+    def _descends(self) -> bool:
+        """Whether all linearisations after the first one are quasi-Newton steps."""
+        return self._options.step == "search" and self._data.targets is not None
+
+    def _descend(
+        self, linear: Linearised, change: Tensor, selection: Selection, most: int
+    ) -> tuple[Tensor, list[float]]:
+        """Lower the objective of a relabelling over the selected parameters, from the first step on.
+
+        Returns:
+            The change and the share of each further step that was taken.
+        """
+        assert self._stepping.objective is not None
+        descent = descend(
+            self._stepping.objective,
+            change,
+            linear.problem(selection.flat()).inverse_diagonal,
+            most=most,
+            least_fall=LEAST_FALL,
+            learned=[(torch.zeros_like(change), -linear.scale * linear.gradient)],
+        )
+        self._weights.move(descent.point)
+        return descent.point, descent.lengths
+
+    def _step(self, linear: Linearised, change: Tensor, unit: Tensor) -> Found:
         edited, kept = linear.weights
         shares = (edited / (edited + kept), kept / (edited + kept))
-        found = self._stepping.choose(change, unit, shares, last)
+        found = self._stepping.choose(
+            change, unit, shares, precise=not self._descends or self._linearisations == 1
+        )
         if not found.reached and found.step > 0:
             self._notes.add(
                 "No step makes the model forget the edited examples; the one that comes closest was taken. "
@@ -259,9 +273,8 @@ class Editor:
         return found
 
     def _kept_loss(self, losses: Losses) -> float:
-        if self._validates:
-            return self._stepping.kept_loss(self._sample)
-        return losses.at(self._data.kept).mean()
+        kept = self._data.kept
+        return self._stepping.kept_loss(kept) if self._validates else losses.at(kept).mean()
 
     def _concluded(self, solves: list[Solve], rise: float) -> list[str]:
         """Return all notes, with a warning if the edit costs more than the bound."""
@@ -281,16 +294,3 @@ class Editor:
 
     def _touched(self, selection: Selection) -> dict[str, tuple[int, int]]:
         return {name: (int(mask.sum()), mask.numel()) for name, mask in selection.masks.items()}
-
-
-class _Listening:
-    """Finds out which layers take part in the loss."""
-
-    description = "Edit: layers"
-
-    def __init__(self, plan: LayerPlan) -> None:
-        self.forward = Forward(plan)
-
-    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
-        """Run one batch."""
-        self.forward(module, batch, len(indices))

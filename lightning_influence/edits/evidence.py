@@ -10,7 +10,6 @@ from lightning_influence.edits.passes import GradientSumPass
 from lightning_influence.layers import LayerPlan
 from lightning_influence.layers.layout import Layout
 from lightning_influence.selection.base import Evidence, Source
-from lightning_influence.selection.gain import gains
 
 PROBES = 16
 
@@ -39,18 +38,14 @@ def collect(
     plan: LayerPlan,
     target: GradientSumPass,
     gradient: Tensor,
-    product: Product,
-    squared_norms: Tensor,
 ) -> Evidence:
-    """Compute the scores of one kind.
+    """Compute the scores of channels of one kind.
 
     Args:
         source: the kind; None for none.
         plan: the covered layers.
         target: the pass over the edited examples.
         gradient: ``g``, ``(P,)``.
-        product: the curvature.
-        squared_norms: ``(H^2)_ii``, ``(P,)``.
 
     Returns:
         The evidence.
@@ -62,9 +57,6 @@ def collect(
         zeros = {name: gradient.new_zeros(g * o) for name, (g, o, _) in layout.shapes.items()}
         pulled = {name: sums.flatten().abs() for name, sums in target.channels.items()}
         return Evidence(layout.shapes, gradients={**zeros, **pulled})
-    if source == "gain":
-        gain = gains(product(gradient[None])[0], squared_norms)
-        return Evidence(layout.shapes, gain=layout.split(gain))
     return Evidence(layout.shapes)
 
 

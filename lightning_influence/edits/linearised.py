@@ -22,14 +22,17 @@ from lightning_influence.edits.curvature import Curvature
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.directions.base import Problem
 from lightning_influence.edits.evidence import collect, squared_column_norms
+from lightning_influence.edits.objective import Objective
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.passes import GradientSumPass
 from lightning_influence.edits.sampling import Sample
-from lightning_influence.errors import InfluenceError
+from lightning_influence.errors import InfluenceError, NonFiniteError
 from lightning_influence.layers import LayerPlan
+from lightning_influence.layers.layout import Layout
 from lightning_influence.running.base import Runner
 from lightning_influence.selection import Evidence
 from lightning_influence.selection.base import Source
+from lightning_influence.selection.gain import gains
 from lightning_influence.solvers.normal_equations import largest_eigenvalue
 
 # Share of the trace of each example's output curvature that is kept when relabelling in several steps.
@@ -50,12 +53,14 @@ class Linearised:
         data: the examples.
         options: settings.
         theta: the covered weights, ``(P,)``.
+        change: of the weights so far, ``(P,)``.
         decay: weight decay of each of them, ``(P,)``.
+        objective: the training objective after a relabelling; None to forget.
         weights: the sums ``W_E`` and ``W_K``.
         samples: edited and kept examples that their curvature is an average over.
         at_optimum: whether the model is taken to be at the optimum of its training objective, so that the
             edited examples' gradient tells that of the new objective. For a relabelled objective it is
-            measured over all examples otherwise.
+            measured otherwise.
         previous: the linearisation before, whose damping and preconditioner still serve.
     """
 
@@ -64,7 +69,9 @@ class Linearised:
     data: EditData
     options: EditOptions
     theta: Tensor
+    change: Tensor
     decay: Tensor
+    objective: Objective | None
     weights: tuple[float, float]
     samples: tuple[Sample, Sample]
     at_optimum: bool
@@ -115,10 +122,16 @@ class Linearised:
         return gradient if self.at_optimum else self._measured()
 
     def _measured(self) -> Tensor:
-        """Return the descent of the relabelled objective, in the unit of the edited examples' mean."""
-        after = GradientSumPass(self.plan, self.data, self.data.after, new=-1.0, channels=False)
-        self.runner.run(after, self.data.subset(self.data.after))
-        return after.total / self.weights[0] - self.decay * self.theta / self.scale
+        """Return the descent of the relabelled objective, in the unit of the edited examples' mean.
+
+        Raises:
+            NonFiniteError: if it is NaN or infinite.
+        """
+        assert self.objective is not None
+        found = self.objective(self.change)
+        if found is None:
+            raise NonFiniteError("A loss or gradient is NaN or infinite. Check the examples and the weights.")
+        return found[1] / -self.scale
 
     @cached_property
     def kept_curvature(self) -> Curvature:
@@ -176,8 +189,12 @@ class Linearised:
 
     def evidence(self, source: Source | None) -> Evidence:
         """Return scores of one kind for selection rules."""
-        norms = self.squared_norms if source == "gain" else self.gradient
-        return collect(source, self.plan, self.target, self.gradient, self.product, norms)
+        if source != "gain":
+            return collect(source, self.plan, self.target, self.gradient)
+        hg = self.product(self.gradient[None])[0]
+        gain = gains(hg, self.squared_norms, 0.0 if self.forgets else self.damping**2)
+        layout = Layout.of(self.plan.layers)
+        return Evidence(layout.shapes, gain=layout.split(gain))
 
     def problem(self, mask: Tensor) -> Problem:
         """Return the linear problem for a selection ``(P,)``."""

@@ -33,10 +33,12 @@ class EditOptions:
         solver: ``"cg"``, ``"lissa"`` (the published iteration, for ``"gif"``) or ``"dense"`` (small models).
         tolerance: relative residual at which the solver stops.
         max_steps: most iterations of the solver.
-        linearisations: how often the model is linearised at most; 1 is one shot. None for 1, and for 6 where
-            ``relabel`` searches for its steps, which end earlier when the objective falls by less than 5%.
+        linearisations: how often the model is linearised at most; 1 is one shot. None for 1, and for 16 where
+            ``relabel`` searches for its steps. Those after the first are quasi-Newton steps (L-BFGS) of the
+            objective within the selected parameters, and end when three of them lower it by less than 5%.
         curvature_examples: how many edited and how many kept examples the curvature is taken from, those
-            whose outputs curve most; None for all.
+            whose outputs curve most; None for all. The objective of a relabelling is measured on all edited
+            examples and at least 256 kept ones.
         forgotten_loss: loss from which an example counts as forgotten; None for that of outputs of zero, such
             as ``log C`` for ``C`` classes.
         kept_bound: largest rise of the mean loss on kept examples that passes without a warning.

@@ -42,7 +42,8 @@ class EditReport:
         rule: name of the selection rule; empty if all parameters may change.
         ratio: share of each layer's parameters that the rule was given.
         layers: by layer the number of parameters that change and that it has.
-        step: multiples of the theoretical step, one for each linearisation.
+        step: multiples of the theoretical step, one for each linearisation; after the first of a searched
+            relabelling, shares of quasi-Newton steps.
         scale: the theoretical step: the edited examples' weight over that of the others (``"forget"``) or of
             all (``"relabel"``).
         damping: what was added to the curvature.
@@ -52,6 +53,7 @@ class EditReport:
         edited: loss on the edited examples, at their new targets if they have any.
         kept: loss on the kept examples, or on the validation data.
         kept_origin: ``"training"`` or ``"validation"``.
+        descended: whether the steps after the first are quasi-Newton steps.
         seconds: wall-clock time.
         notes: what was assumed or did not hold.
     """
@@ -70,6 +72,7 @@ class EditReport:
     edited: LossChange
     kept: LossChange
     kept_origin: str = "training"
+    descended: bool = False
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -88,13 +91,31 @@ class EditReport:
         how = f"{self.method}, rule {self.rule!r} at {self.ratio:.1%}" if self.rule else self.method
         yield "method", how
         steps = ", ".join(f"{step:.3g}" for step in self.step)
-        yield "step", f"{steps} times the theoretical {self.scale:.3g}"
+        if self.descended:
+            further = f", then {len(self.step) - 1} quasi-Newton steps"
+            yield "step", f"{self.step[0]:.3g} times the theoretical {self.scale:.3g}{further}"
+        else:
+            yield "step", f"{steps} times the theoretical {self.scale:.3g}"
         yield "change", f"{self.touched:,} of {self.numel:,} parameters, norm {self.norm:.3g}"
         yield "damping", f"{self.damping:.3g}"
         yield "residual", f"{self.residual:.2g} after {self.solver_steps} iterations"
         yield "seconds", f"{self.seconds:.2f}"
         for note in self.notes:
             yield "note", note
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers for a logger."""
+        numbers = {
+            "parameters_changed": float(self.touched),
+            "norm": self.norm,
+            "damping": self.damping,
+            "residual": self.residual,
+            "linearisations": float(len(self.step)),
+            "seconds": self.seconds,
+        }
+        for name, change in (("edited", self.edited), ("kept", self.kept)):
+            numbers |= {f"loss_{name}_before": change.before, f"loss_{name}_after": change.after}
+        return numbers
 
     def loss_table(self) -> Table:
         """Return the losses before and after, and what was predicted."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.line_search import Found, Point, search_forgetting, search_objective
+from lightning_influence.edits.objective import Objective
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.passes import Losses, LossPass
 from lightning_influence.edits.weights import Weights
@@ -26,8 +28,10 @@ class Stepping:
         data: the examples.
         options: settings.
         weights: the covered weights.
-        sample: dataset indices of the kept examples to look at.
-        validation: loaders to measure the kept loss on in place of these; None without.
+        validation: loaders to measure the kept loss on in place of the kept examples; None without.
+
+    Attributes:
+        objective: the training objective after a relabelling, which a search for it needs.
     """
 
     def __init__(
@@ -37,11 +41,11 @@ class Stepping:
         data: EditData,
         options: EditOptions,
         weights: Weights,
-        sample: Tensor,
         validation: list[IndexedLoader] | None,
     ) -> None:
         self._runner, self._plan, self._data, self._options = runner, plan, data, options
-        self._weights, self._sample, self._validation = weights, sample, validation
+        self._weights, self._validation = weights, validation
+        self.objective: Objective | None = None
         self._knows_chance = True
 
     def losses(self, chosen: Tensor, *, curvature: bool = False) -> Losses:
@@ -61,7 +65,12 @@ class Stepping:
         return self._run(LossPass(self._plan, None), self._validation).result().mean()
 
     def choose(
-        self, start: Tensor, unit: Tensor, shares: tuple[float, float], last: Found | None = None
+        self,
+        start: Tensor,
+        unit: Tensor,
+        shares: tuple[float, float],
+        *,
+        precise: bool = True,
     ) -> Found:
         """Choose a multiple of a change.
 
@@ -69,7 +78,7 @@ class Stepping:
             start: change of the weights so far, ``(P,)``.
             unit: the theoretical step, ``(P,)``.
             shares: of the edited and the kept examples in the objective.
-            last: the step that led to ``start``; the search begins near it and is a coarser one.
+            precise: whether a search for the lowest objective goes on below powers of two.
 
         Returns:
             The step.
@@ -91,7 +100,7 @@ class Stepping:
         def evaluate(step: float) -> Point | None:
             self._weights.move(start + step * unit)
             try:
-                return self._point(shares, with_kept=not forgets)
+                return self._excess() if forgets else self._objective(start + step * unit, shares)
             except NonFiniteError:
                 return None
             finally:
@@ -99,17 +108,24 @@ class Stepping:
 
         if forgets:
             return search_forgetting(evaluate)
-        if last is not None:
-            return search_objective(evaluate, last.objective, last.step, reaches=(1.0,))
         now = evaluate(0.0)
-        return search_objective(evaluate, float("inf") if now is None else now.objective)
+        current = float("inf") if now is None else now.objective
+        # A power of two will do where a descent follows.
+        return search_objective(evaluate, current, reaches=(1.0, 0.5) if precise else ())
 
-    def _point(self, shares: tuple[float, float], *, with_kept: bool) -> Point:
-        edited = self.losses(self._data.edited)
-        kept = self.kept_loss(self._sample) if with_kept else 0.0
-        given = self._options.forgotten_loss
+    def _excess(self) -> Point:
+        edited, given = self.losses(self._data.edited), self._options.forgotten_loss
         chance = edited.chance if given is None else given * edited.weights
-        return Point(edited.values - chance, shares[0] * edited.mean() + shares[1] * kept)
+        return Point(edited.values - chance, 0.0)
+
+    def _objective(self, change: Tensor, shares: tuple[float, float]) -> Point:
+        """Return the objective of a relabelling, its kept part from the validation data if there are any."""
+        nothing = torch.zeros(0)
+        if self._validation is None:
+            assert self.objective is not None
+            return Point(nothing, self.objective.value(change))
+        edited, kept = self.losses(self._data.edited).mean(), self.kept_loss(self._data.kept)
+        return Point(nothing, shares[0] * edited + shares[1] * kept)
 
     def _run(self, one_pass: LossPass, loaders: Any) -> LossPass:
         self._runner.run(one_pass, loaders)

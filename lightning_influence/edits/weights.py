@@ -36,11 +36,14 @@ class Weights:
 
     def flat(self) -> Tensor:
         """Return the weights as they are now, ``(P,)``."""
+        return self.join({name: parameter.detach() for name, parameter in self.parameters().items()})
+
+    def join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return values in the shapes of the parameters, by name, as a flat vector ``(P,)``."""
         blocks = {}
         for name, layer in self._layers.items():
-            bias = layer.rule.bias(layer.module)
-            weight = layer.rule.weight(layer.module).detach()
-            blocks[name] = layer.from_parameters(weight, None if bias is None else bias.detach())
+            prefix = f"{name}." if name else ""
+            blocks[name] = layer.from_parameters(values[f"{prefix}weight"], values.get(f"{prefix}bias"))
         flat = self._layout.join(blocks)
         return flat if flat.dtype in {torch.float32, torch.float64} else flat.float()
 

@@ -15,6 +15,7 @@ from torch.utils.data import (
 
 from lightning_influence.errors import UnsupportedDataError
 from lightning_influence.running.collating import OrderedCollate
+from lightning_influence.running.held import Held
 
 ACCEPTED = (
     "a DataLoader over a map-style dataset, a list or dict of them, CombinedLoader(..., 'sequential'), "
@@ -132,6 +133,10 @@ class IndexedLoader:
         """Return a loader of the batches that hold any of these examples."""
         plan = [part for part in self._plan if bool(torch.isin(part, indices).any())]
         return IndexedLoader(plan, self._build, ordered=self.ordered)
+
+    def held(self, limit: int) -> IndexedLoader:
+        """Return the same loader, but one that keeps its batches once read, up to a limit in bytes."""
+        return IndexedLoader(self._plan, lambda plan: Held(self._build(plan), limit), ordered=self.ordered)
 
     def shard(self, rank: int = 0, world_size: int = 1) -> Shard:
         """Return every ``world_size``-th example (or batch, for ready-made ones), starting at ``rank``."""

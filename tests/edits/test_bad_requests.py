@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceModule
-from lightning_influence.edits import EditOptions
+from lightning_influence.edits import EditOptions, register_direction
+from lightning_influence.edits.directions import base as directions
 from lightning_influence.errors import (
     InfluenceError,
     InfluenceWarning,
@@ -20,7 +21,7 @@ from lightning_influence.errors import (
     UnsupportedDataError,
 )
 from lightning_influence.selection import SelectionRule
-from lightning_influence.solvers.normal_equations import SingularSubsetError
+from lightning_influence.solvers.normal_equations import SingularSubsetError, Solve
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,19 @@ def test_an_edit_that_cannot_forget(asking):
         asking.forget(of_class(0), train(), rule=Bias(), layers=["body.0"])
 
 
+def test_a_direction_that_does_not_help(asking, monkeypatch):
+    """One shot is refused; in several steps the descent starts from where the model is."""
+    monkeypatch.setattr(directions, "_DIRECTIONS", dict(directions._DIRECTIONS))
+    register_direction("uphill")(lambda problem: Solve(-problem.gradient * problem.mask, 0.0, 1))
+    request = (of_class(2)[:5], 0, train())
+    with quiet():
+        with pytest.raises(InfluenceError, match=r"No step along .* lowers the loss .*larger ratio"):
+            asking.relabel(*request, method="uphill", ratio=0.3, linearisations=1)
+        report = asking.relabel(*request, method="uphill", ratio=0.3).report
+    assert report.step[0] == 0
+    assert report.edited.after < report.edited.before
+
+
 def test_a_solver_that_stops_early_says_so(asking):
     with pytest.warns(InfluenceWarning, match=r"residual of 0\.\d\d only, after 1 iterations"):
         asking.forget(
@@ -295,8 +309,9 @@ def test_values_that_are_not_finite(asking):
     x, y = blobs().tensors
     x = x.clone()
     x[7] = float("nan")
-    with pytest.raises(NonFiniteError):
-        asking.forget([0], DataLoader(TensorDataset(x, y), 16))
+    for ask in (asking.forget, lambda *given: asking.relabel(given[0], 1, given[1])):
+        with pytest.raises(NonFiniteError, match=r"loss .*not finite|loss is NaN or infinite"):
+            ask([0], DataLoader(TensorDataset(x, y), 16))
 
 
 def test_layers_that_take_no_part():

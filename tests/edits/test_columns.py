@@ -89,7 +89,7 @@ def test_relabelling_in_several_steps_ends_when_it_no_longer_pays():
     with quiet():
         edit = asked(source).relabel(of_class(2)[:5], 0, train(), ratio=0.3)
         single = asked(source).relabel(of_class(2)[:5], 0, train(), ratio=0.3, linearisations=1)
-    assert 1 < len(edit.report.step) <= 6
+    assert 1 < len(edit.report.step) < 16
     assert len(single.report.step) == 1
     share = 5 / len(blobs())
 

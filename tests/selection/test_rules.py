@@ -112,16 +112,18 @@ def test_random_is_uniform_over_parameters():
     assert (frequency - 0.2).abs().max() < 0.07  # four standard deviations of 600 draws
 
 
-def test_gain_takes_the_parameters_that_lower_the_residual_most():
+@pytest.mark.parametrize("ridge", [0.0, 2.5])
+def test_gain_takes_the_parameters_that_lower_the_residual_most(ridge):
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(12, 12, generator=generator, dtype=torch.float64)
     H, g = half + half.T, torch.randn(12, generator=generator, dtype=torch.float64)
     drops = []
     for i in range(12):
-        column = H[:, i : i + 1]
-        x = torch.linalg.lstsq(column, g[:, None]).solution
-        drops.append(float(g @ g - (column @ x - g[:, None]).square().sum()))
-    got = gains(H @ g, (H @ H).diagonal())
+        # ||H_i x - g||^2 + r x^2 is a plain least-squares problem with one more row.
+        column, target = torch.cat([H[:, i], H.new_tensor([ridge**0.5])]), torch.cat([g, g.new_zeros(1)])
+        x = torch.linalg.lstsq(column[:, None], target[:, None]).solution
+        drops.append(float(g @ g - (column * x.item() - target).square().sum()))
+    got = gains(H @ g, (H @ H).diagonal(), ridge)
     torch.testing.assert_close(got, torch.tensor(drops, dtype=torch.float64))
     shape = (1, 3, 4)
     chosen = select(find_rule("gain"), Evidence({"a": shape}, gain={"a": got.view(shape)}), 0.25).flat()

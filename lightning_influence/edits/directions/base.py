@@ -59,6 +59,14 @@ class Problem:
     max_steps: int = 40
     seed: int = 0
 
+    @property
+    def inverse_diagonal(self) -> Tensor:
+        """A rough inverse of the diagonal of ``H + damping I``, zero outside ``S``, ``(P,)``."""
+        return self._inverse_diagonal(self.mask)
+
+    def _inverse_diagonal(self, mask: Tensor) -> Tensor:
+        return mask.to(self.gradient) / (self.squared_norms.sqrt() + self.damping).clamp_min(_TINY)
+
     def solve(self, right: Tensor, mask: Tensor | None = None, product: Product | None = None) -> Solve:
         """Solve ``(H_SS + damping I) x = b_S``; by least squares where ``H`` is indefinite.
 
@@ -85,7 +93,7 @@ class Problem:
             return dense_least_squares(damped, right, mask)
         limits: dict[str, Any] = {"tolerance": self.tolerance, "max_steps": self.max_steps}
         if self.definite:
-            inverse = keep / (self.squared_norms.sqrt() + self.damping).clamp_min(_TINY)
+            inverse = self._inverse_diagonal(mask)
             solve = conjugate_gradients(partial(_single, damped), right, inverse_diagonal=inverse, **limits)
             if solve.definite:
                 return resolved(solve, self.damping)
