@@ -103,13 +103,13 @@ def test_top_k_is_what_sorting_gives(method):
 def test_a_second_question_takes_one_scoring_pass():
     host, module = fitted()
     first = host.influence(query_dataloaders=queries())
-    assert names(first) == ["anchors", "curvature products", "query gradients", "scores"]
+    assert names(first) == ["leverages", "anchors", "curvature products", "query gradients", "scores"]
     second = host.influence(query_dataloaders=queries())
     assert names(second) == ["query gradients", "scores"]
     torch.testing.assert_close(first.scores, second.scores)
     assert names(host.influence(query_dataloaders=queries(), damping=0.3)) == ["query gradients", "scores"]
     assert names(host.influence(query_dataloaders=queries(), seed=5)) == names(first)
-    assert names(host.influence(query_dataloaders=queries(), layers=["body.0"]))[0] == "anchors"
+    assert names(host.influence(query_dataloaders=queries(), layers=["body.0"]))[0] == "leverages"
     assert names(host.self_influence()) == ["self-influence"]
     assert names(host.influence(query_dataloaders=queries(), method="ekfac")) == ["query gradients", "scores"]
     host.fit_loop.max_epochs += 1
@@ -190,7 +190,9 @@ def test_a_checkpoint_holds_all_that_a_question_needs(tmp_path):
         torch.testing.assert_close(dict(fresh.state_dict()), dict(module.state_dict()))
     resumed = trainer(InfluenceCallback(every_n_steps=1), max_epochs=7)
     resumed.fit(Net(), train(), ckpt_path=str(path))
-    assert names(resumed.influence(query_dataloaders=queries()))[0] == "anchors"  # the weights have moved on
+    assert (
+        names(resumed.influence(query_dataloaders=queries()))[0] == "leverages"
+    )  # the weights have moved on
 
 
 def test_a_checkpoint_of_a_callback_with_other_settings_is_found(tmp_path):
@@ -212,7 +214,7 @@ def test_results_that_are_too_large_are_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_influence.state.InfluenceState.stored_results.__defaults__", (100,))
     _, _, answer, path = saved(tmp_path)
     found = InfluenceModule.from_checkpoint(path, Net).scores(train(), queries())
-    assert names(found) == ["anchors", "curvature products", "query gradients", "scores"]
+    assert names(found) == ["leverages", "anchors", "curvature products", "query gradients", "scores"]
     torch.testing.assert_close(found.scores, answer.scores)
 
 

@@ -68,10 +68,12 @@ class Problem:
     def grown(self, space: CoarseSpace | None, anchors: Tensor) -> CoarseSpace:
         """Return the space with further anchors ``(k, P)``."""
         if space is not None:
-            return extended(space, self.gradients(anchors), self.operator.product)
-        basis, mixing = directions(self.layout, self.inverse, self.gradients(anchors))
-        product, count = self.operator.product(basis), len(self.task.train)
+            return extended(
+                space, self.inverse.apply(anchors), self.gradients(anchors), self.operator.product
+            )
         named = self.gradients(anchors)
+        basis, mixing = directions(self.layout, self.inverse, named)
+        product, count = self.operator.product(basis), len(self.task.train)
         return CoarseSpace(
             self.layout, basis, product, self.probe_product, mixing, named, self.inverse, count
         )

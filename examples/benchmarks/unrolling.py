@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.factors.inverse import BlockInverse, EigenInverse
+from lightning_influence.layers.dense import rotate_matrices
 from lightning_influence.layers.layout import Layout
 
 Function = Callable[[Tensor], Tensor]
@@ -79,13 +80,16 @@ class FactoredCurvature:
         self.inverse = BlockInverse(inverse.layout, layers)
 
     def apply(self, function: Function, vectors: Tensor) -> Tensor:
-        """Return ``f(G) V``; ``f`` must not be negative, and ``V`` of float64."""
-        # An inverse whose eigenvalues are 1 / f: a value of 0 stands for an infinite eigenvalue.
-        layers = {
-            name: EigenInverse(layer.basis, 1 / function(layer.eigenvalues), 0.0)
-            for name, layer in self.inverse.layers.items()
-        }
-        return BlockInverse(self.inverse.layout, layers).apply(vectors)
+        """Return ``f(G) V``, for ``V`` of float64."""
+        layout = self.inverse.layout
+        blocks = {}
+        for name, block in layout.split(vectors).items():
+            layer = self.inverse.layers[name]
+            assert layer.basis is not None
+            q_in, q_out = layer.basis.q_in, layer.basis.q_out
+            scaled = rotate_matrices(block, q_in, q_out) * function(layer.eigenvalues)
+            blocks[name] = rotate_matrices(scaled, q_in.mT, q_out.mT)
+        return layout.join(blocks)
 
 
 @dataclass(frozen=True)
