@@ -35,7 +35,7 @@ def covered_layers(runner: Runner, data: EditData, layers: Sequence[str] | None,
     if uncovered is not None:
         notes.add(f"{uncovered} An edit leaves them as they are.")
     listening = _Listening(plan)
-    runner.run(listening, data.subset(data.edited))
+    runner.run(listening, data.edited_loader)
     silent = listening.forward.silent
     used = {name: layer for name, layer in plan.layers.items() if name not in silent}
     if not used:

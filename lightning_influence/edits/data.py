@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from lightning_influence.running.loaders import IndexedLoader
 
 SetTargets = Callable[[Any, Tensor, Tensor], Any]
 """Maps ``(batch, rows, targets)`` to a copy of the batch whose examples ``rows`` have these targets."""
+
+
+# Examples that are read again and again are kept in memory up to this size.
+HELD_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,11 @@ class EditData:
     kept: Tensor
     targets: Tensor | None = None
     set_targets: SetTargets | None = None
+
+    @cached_property
+    def edited_loader(self) -> IndexedLoader:
+        """A loader of the edited examples, which is gone through once for every step that is tried."""
+        return self.subset(self.edited).held(HELD_BYTES)
 
     @property
     def after(self) -> Tensor:

@@ -99,7 +99,7 @@ class Linearised:
         """The gradients of the edited examples."""
         new = 0.0 if self.forgets else -1.0
         one_pass = GradientSumPass(self.plan, self.data, self.data.edited, old=1.0, new=new)
-        self.runner.run(one_pass, self.data.subset(self.data.edited))
+        self.runner.run(one_pass, self.data.edited_loader)
         return one_pass
 
     @cached_property

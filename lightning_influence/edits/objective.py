@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.edits.data import EditData
+from lightning_influence.edits.data import HELD_BYTES, EditData
 from lightning_influence.edits.sampling import Sample
 from lightning_influence.edits.weights import Weights
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import LayerPlan
 from lightning_influence.passes.forward import Forward
 from lightning_influence.running.base import Runner
-
-# The examples are read in every step of a descent; kept in memory up to this size.
-_HELD_BYTES = 256 * 2**20
 
 
 class Objective:
@@ -58,7 +55,7 @@ class Objective:
         shares[len(data.edited) :] *= kept.factor * others / kept_weight
         order = indices.argsort()
         self._indices, self._shares = indices[order], shares[order]
-        self._loader = data.subset(self._indices).held(_HELD_BYTES)
+        self._loader = data.subset(self._indices).held(HELD_BYTES)
         self._known: tuple[Tensor, float] | None = None
 
     def value(self, change: Tensor) -> float:

@@ -56,7 +56,9 @@ class Stepping:
             curvature: whether to measure the curvature in the outputs too.
         """
         one_pass = LossPass(self._plan, self._data, chosen, curvature=curvature)
-        return self._run(one_pass, self._data.subset(chosen)).result()
+        data = self._data
+        loader = data.edited_loader if chosen is data.edited else data.subset(chosen)
+        return self._run(one_pass, loader).result()
 
     def kept_loss(self, chosen: Tensor) -> float:
         """Return the mean loss on kept examples, or on the validation data if there is any."""
