@@ -212,9 +212,15 @@ class PreconditionedScorer:
 
     def _exact(self, name: str, layer: LayerGradients) -> Tensor:
         """Return one layer's exact scores of the first queries."""
+        few = slice(0, _CHECK_QUERIES)
         if name in self._dense:
-            return self._rotated(name, layer).dot(self._dense[name][:_CHECK_QUERIES])[0].T
-        return layer.dot(self._solve(name, slice(0, _CHECK_QUERIES)))[0].T
+            return self._rotated(name, layer).dot(self._dense[name][few])[0].T
+        inverse, basis = self._inverse.layers[name], self._inverse.layers[name].basis
+        if self._correction is not None or basis is None:
+            return layer.dot(self._solve(name, few))[0].T
+        # In the eigenbasis factors are rotated, which takes less than rotating solutions back.
+        queries = self._queries[name].select(few).rotate(basis.q_in, basis.q_out).dense()[0]
+        return layer.rotate(basis.q_in, basis.q_out).dot(queries * inverse.weights)[0].T
 
     def _approximate(self, name: str, layer: LayerGradients) -> Tensor:
         """Return one layer's low-rank scores of the first queries."""
