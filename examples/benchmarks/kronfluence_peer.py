@@ -44,19 +44,30 @@ class CrossEntropyTask(KronfluenceTask):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Batch sizes, and the two training-set sizes at which stages too long for a real run are measured."""
+    """Batch sizes, and the two training-set sizes at which stages too long for a real run are measured.
+
+    Scores have a large part that does not depend on the training set: the line needs points further apart.
+    """
 
     factor_batch: int
     query_batch: int
     train_batch: int
     self_batch: int
     part: tuple[int, ...] = ()
+    score_part: tuple[int, ...] = ()
 
 
 SIZES = {
     "digits_mlp": Sizes(factor_batch=1024, query_batch=180, train_batch=1024, self_batch=1024),
     "digits_cnn": Sizes(factor_batch=64, query_batch=180, train_batch=128, self_batch=64),
-    "large_mlp": Sizes(factor_batch=64, query_batch=100, train_batch=64, self_batch=64, part=(64, 128)),
+    "large_mlp": Sizes(
+        factor_batch=64,
+        query_batch=100,
+        train_batch=64,
+        self_batch=64,
+        part=(64, 128),
+        score_part=(128, 512),
+    ),
     "transformer": Sizes(factor_batch=16, query_batch=50, train_batch=50, self_batch=50),
 }
 
@@ -147,12 +158,15 @@ class Kronfluence(Contender):
     def stages(self) -> list[Stage]:
         """Covariances, eigendecompositions, eigenvalues, scores and self-influence."""
         whole = (len(self.task.train),)
-        part = self.sizes.part if self.sizes.part and max(self.sizes.part) < whole[0] else whole
+        part, score_part = (
+            sizes if sizes and max(sizes) < whole[0] else whole
+            for sizes in (self.sizes.part, self.sizes.score_part)
+        )
         return [
             Stage("covariance", "factors", self._covariance, whole),
             Stage("eigh", "factors", self._eigh, whole),
             Stage("lambda", "factors", self._lambda, part),
-            Stage("scores", "scores", self._scores, part),
+            Stage("scores", "scores", self._scores, score_part),
             Stage("self-influence", "self-influence", self._self_influence, part),
         ]
 
