@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from two_processes import check_script
 
 SCRIPT = """
 import sys, warnings
@@ -80,21 +77,8 @@ for curvature in ("ggn", "hessian"):
             assert abs(own.value - value) < 1e-9
         assert abs(spectrum.smallest.value - float(truth[-1])) < 1e-9
         assert abs(spectrum.example_variance.value - found[0].example_variance.value) < 1e-8
-print(f"rank {trainer.global_rank} is fine")
 """
 
 
 def test_two_processes_find_the_spectrum_of_all_examples(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "rank 0 is fine" in result.stdout
-    assert "rank 1 is fine" in result.stdout
+    check_script(SCRIPT, tmp_path)

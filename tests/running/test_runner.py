@@ -1,10 +1,7 @@
 """Passes do what they say, and leave the Trainer and the module as they were."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -17,6 +14,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics import Accuracy, CatMetric, MeanMetric
+from two_processes import check_script
 
 from lightning_influence.errors import (
     InfluenceError,
@@ -840,24 +838,11 @@ with TrainerRunner(trainer) as runner:
 trainer.fit_loop.max_epochs = 2
 trainer.fit(module, DataLoader(data, batch_size=4))
 assert trainer.current_epoch == 2
-print(f"rank {trainer.global_rank} is fine")
 """
 
 
 def test_two_processes_share_every_pass(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "rank 0 is fine" in result.stdout
-    assert "rank 1 is fine" in result.stdout
+    check_script(SCRIPT, tmp_path)
 
 
 class Counting(pl.LightningModule):
