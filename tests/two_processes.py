@@ -1,4 +1,4 @@
-"""Runs a script that starts a Trainer on two processes, and says what it printed where it fails."""
+"""Runs a script that starts a Trainer on two processes, and reports what it printed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ torch.distributed.destroy_process_group()
 
 
 def check_script(script: str, folder: Path) -> None:
-    """Run a script that names its ``trainer``; it gets the folder as its argument and asserts on each rank."""
+    """Run a script that names its ``trainer``; it gets the folder as argument and asserts on each rank."""
     path = folder / "script.py"
     path.write_text(script + FAREWELL)
     result = subprocess.run(
