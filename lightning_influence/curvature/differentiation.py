@@ -108,7 +108,9 @@ def add_hessian_products(
             parameters.add(out[part], products)
 
 
-def add_gauss_newton_products(out: Tensor, plan: LayerPlan, captured: Captured, vectors: Tensor) -> None:
+def add_gauss_newton_products(
+    out: Tensor, plan: LayerPlan, captured: Captured, vectors: Tensor, rows: Tensor | None = None
+) -> None:
     """Add ``sum_n J_n^T H_n J_n v`` for the output Hessians ``H_n`` of the unnormalised losses.
 
     ``J v`` is the derivative, by ``u``, of the inner product of ``J^T u`` with ``v``.
@@ -118,6 +120,7 @@ def add_gauss_newton_products(out: Tensor, plan: LayerPlan, captured: Captured, 
         plan: the covered layers.
         captured: a batch with a known loss, from a forward pass under :func:`differentiable_twice`.
         vectors: ``(V, P)``.
+        rows: which examples of the batch are meant; all if None.
 
     Raises:
         UnsupportedModelError: if the model has no second derivatives.
@@ -134,6 +137,11 @@ def add_gauss_newton_products(out: Tensor, plan: LayerPlan, captured: Captured, 
         for part in chunks(len(vectors), parameters, captured):
             tangents = _vjp(pulled, [cotangent], parameters.split(vectors[part]))[0]
             bent = captured.loss.curvature_products(tangents).to(outputs.dtype)
+            if rows is not None:
+                by_example = bent.reshape(len(bent), captured.num_examples, -1)
+                meant = torch.zeros_like(by_example)
+                meant[:, rows] = by_example[:, rows]
+                bent = meant.view(bent.shape)
             parameters.add(out[part], _vjp([outputs], parameters.tensors, [bent]))
 
 

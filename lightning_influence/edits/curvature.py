@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.differentiation import add_hessian_products, differentiable_twice
+from lightning_influence.curvature.differentiation import (
+    add_gauss_newton_products,
+    add_hessian_products,
+    differentiable_twice,
+)
 from lightning_influence.edits.columns import leading_columns, softened
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.passes import MAX_COLUMNS, rows_of
 from lightning_influence.edits.sampling import Sample
-from lightning_influence.errors import NonFiniteError
+from lightning_influence.errors import NonFiniteError, UnsupportedModelError
 from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.layers.layout import Layout
 from lightning_influence.passes.captured import Captured
@@ -39,7 +43,7 @@ class Curvature:
         sample: those whose curvature it is, or that stand for them.
         exact: the Hessian if True, the Gauss-Newton matrix otherwise.
         memory_budget: most bytes of gradients to keep.
-        seed: of sampled labels, which stand in for the columns of more than 64 outputs.
+        seed: of random mixtures, which stand in for the columns of more than 64 outputs.
         share: of the trace of each example's output curvature that its columns hold; 1 for all columns.
         temperature: of the outputs whose curvature is taken; 1 for the model's own.
     """
@@ -65,17 +69,11 @@ class Curvature:
         self._layout = Layout.of(plan.layers)
         self._kept: list[dict[str, FactoredGradients]] | None = None
         self._weight = 0.0
-        self.products = 0
 
     @property
     def definite(self) -> bool:
         """Whether no eigenvalue is negative, whatever the model."""
         return not self._exact
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether products run without a pass."""
-        return self._kept is not None
 
     def product(self, vectors: Tensor) -> Tensor:
         """Return ``H V``, ``(V, P)``.
@@ -83,7 +81,6 @@ class Curvature:
         Raises:
             NonFiniteError: if the result is NaN or infinite.
         """
-        self.products += 1
         if self._kept is None:
             result = self._by_pass(vectors)
         else:
@@ -91,22 +88,39 @@ class Curvature:
             for gradients in self._kept:
                 products = self._layout.dot(gradients, vectors)
                 self._layout.add_combination(result, gradients, products)
-        if not bool(torch.isfinite(result.sum())):
+        return self._scaled(result)
+
+    def _scaled(self, total: Tensor) -> Tensor:
+        if not bool(torch.isfinite(total.sum())):
             raise NonFiniteError(
                 "A curvature product is not finite. Check the training examples and the model's weights for "
                 "NaN or infinity."
             )
-        return result * (self._factor / self._weight)
+        return total * (self._factor / self._weight)
 
-    def _by_pass(self, vectors: Tensor) -> Tensor:
-        budget = 0 if self._exact else self._budget
+    def energy(self, vector: Tensor) -> float:
+        """Return ``v^T H v`` of a vector ``(P,)``.
+
+        Raises:
+            NonFiniteError: if it is NaN or infinite.
+        """
+        plain = self._share == 1 and self._temperature == 1
+        if self._kept is None and plain and not self._exact:
+            # Where no other product was asked for, keeping gradients would not pay.
+            with contextlib.suppress(UnsupportedModelError):
+                return float(vector @ self._scaled(self._by_pass(vector[None], autograd=True))[0])
+        return float(vector @ self.product(vector[None])[0])
+
+    def _by_pass(self, vectors: Tensor, *, autograd: bool = False) -> Tensor:
+        budget = 0 if self._exact or autograd else self._budget
         one_pass = _ProductPass(
             self._plan, self._data, self._chosen, vectors, self._exact, budget, self._seed
         )
-        one_pass.share, one_pass.temperature = self._share, self._temperature
+        one_pass.share, one_pass.temperature, one_pass.autograd = self._share, self._temperature, autograd
         self._runner.run(one_pass, self._loader)
         self._weight = one_pass.weight if one_pass.weight > 0 else float(len(self._chosen))
-        self._kept, self._budget = one_pass.kept, 0
+        if not autograd:
+            self._kept, self._budget = one_pass.kept, 0
         return one_pass.total
 
 
@@ -131,16 +145,20 @@ class _ProductPass:
         self._plan, self._layout = plan, Layout.of(plan.layers)
         self._data, self._rows, self._vectors = data, rows_of(chosen), vectors
         self._exact, self._free, self._seed, self._batches = exact, budget, seed, 0
-        self.share, self.temperature = 1.0, 1.0
+        self.share, self.temperature, self.autograd = 1.0, 1.0, False
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        with differentiable_twice(module) if self._exact else contextlib.nullcontext():
+        twice = self._exact or self.autograd
+        with differentiable_twice(module) if twice else contextlib.nullcontext():
             captured = self.forward(module, self._data.view(batch, indices), len(indices))
         rows = self._rows(indices)
         self.weight += float(captured.weights[rows.to(captured.weights.device)].sum())
         if self._exact:
             add_hessian_products(self.total, self._plan, captured, self._vectors, rows)
+            return
+        if self.autograd and captured.loss is not None:
+            add_gauss_newton_products(self.total, self._plan, captured, self._vectors, rows)
             return
         gradients = {name: layer.select(rows) for name, layer in self._gradients(captured, rows).items()}
         self._layout.add_combination(self.total, gradients, self._layout.dot(gradients, self._vectors))
@@ -151,7 +169,7 @@ class _ProductPass:
                 self.kept = None
 
     def _gradients(self, captured: Captured, rows: Tensor) -> dict[str, FactoredGradients]:
-        """Return gradients of columns of the output curvature, or of sampled labels if it has many."""
+        """Return gradients of columns of the output curvature, or random mixtures of them if it has many."""
         self._batches += 1
         if captured.loss is None or captured.loss.num_columns <= MAX_COLUMNS:
             if captured.loss is None or (self.share == 1 and self.temperature == 1):
@@ -164,4 +182,4 @@ class _ProductPass:
                 captured.loss.outputs, [column.reshape(shape) for column in few], count
             )
         generator = draw_generator(self._seed, self._batches, captured.loss.outputs.device)
-        return captured.curvature_gradients("sampled", generator, DRAWS)
+        return captured.curvature_gradients("mixed", generator, DRAWS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_influence.edits.directions.base import Product
 from lightning_influence.edits.passes import GradientSumPass
 from lightning_influence.layers import LayerPlan
 from lightning_influence.layers.layout import Layout
@@ -14,23 +13,19 @@ from lightning_influence.selection.base import Evidence, Source
 PROBES = 16
 
 
-def squared_column_norms(product: Product, like: Tensor, seed: int, probes: int = PROBES) -> Tensor:
-    """Estimate ``(H^2)_ii``, the squared norm of each column of ``H`` (Hutchinson 1990).
-
-    With random signs ``v``, ``(H v)_i`` has mean zero and variance ``sum_j H_ij^2``.
+def random_signs(like: Tensor, seed: int, probes: int = PROBES) -> Tensor:
+    """Draw vectors of random signs, whose products with a matrix tell its diagonal (Hutchinson 1990).
 
     Args:
-        product: ``H`` on ``(V, P)``.
         like: a vector ``(P,)``.
         seed: of the signs.
-        probes: number of products; the relative error is about ``sqrt(2 / probes)``.
+        probes: how many; what is estimated from them has a relative error of about ``sqrt(2 / probes)``.
 
     Returns:
-        ``(P,)``.
+        ``(probes, P)``.
     """
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (probes, len(like)), generator=generator).to(like) * 2 - 1
-    return product(signs).square().mean(dim=0)
+    return torch.randint(0, 2, (probes, len(like)), generator=generator).to(like) * 2 - 1
 
 
 def collect(

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_influence.edits.curvature import Curvature
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.directions.base import Problem
-from lightning_influence.edits.evidence import collect, squared_column_norms
+from lightning_influence.edits.evidence import collect, random_signs
 from lightning_influence.edits.objective import Objective
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.passes import GradientSumPass
@@ -33,7 +33,7 @@ from lightning_influence.running.base import Runner
 from lightning_influence.selection import Evidence
 from lightning_influence.selection.base import Source
 from lightning_influence.selection.gain import gains
-from lightning_influence.solvers.normal_equations import largest_eigenvalue
+from lightning_influence.solvers.normal_equations import largest_eigenvalue, leading_direction
 
 # Share of the trace of each example's output curvature that is kept when relabelling in several steps.
 COLUMN_SHARE = 0.9
@@ -170,11 +170,23 @@ class Linearised:
         return self.edited_curvature.product(vectors) + self.decay * vectors
 
     @cached_property
+    def _images(self) -> tuple[Tensor, Tensor]:
+        """The products with random signs ``(K, P)`` and with the gradient ``(P,)``, computed together."""
+        signs = random_signs(self.gradient, self.options.seed)
+        images = self.product(torch.cat([signs, self.gradient[None]]))
+        return images[:-1], images[-1]
+
+    @cached_property
+    def image(self) -> Tensor:
+        """``H g``, ``(P,)``."""
+        return self._images[1] if self.previous is None else self.product(self.gradient[None])[0]
+
+    @cached_property
     def squared_norms(self) -> Tensor:
-        """Estimates of ``(H^2)_ii``, ``(P,)``."""
+        """Estimates of ``(H^2)_ii``, ``(P,)``: with random signs ``v``, means of ``(H v)_i^2``."""
         if self.previous is not None:
             return self.previous.squared_norms
-        return squared_column_norms(self.product, self.gradient, self.options.seed)
+        return self._images[0].square().mean(dim=0)
 
     @cached_property
     def damping(self) -> float:
@@ -183,16 +195,15 @@ class Linearised:
             return float(self.options.damping)
         if self.previous is not None:
             return self.previous.damping
-        generator = torch.Generator().manual_seed(self.options.seed)
-        noise = torch.randn(len(self.gradient), generator=generator).to(self.gradient)
-        return AUTO_DAMPING * largest_eigenvalue(lambda v: self.product(v[None])[0], noise, steps=6)
+        # Along the leading direction of what the products at hand have reached, Lanczos is halfway there.
+        start = leading_direction(self._images[0])
+        return AUTO_DAMPING * largest_eigenvalue(lambda v: self.product(v[None])[0], start, steps=3)
 
     def evidence(self, source: Source | None) -> Evidence:
         """Return scores of one kind for selection rules."""
         if source != "gain":
             return collect(source, self.plan, self.target, self.gradient)
-        hg = self.product(self.gradient[None])[0]
-        gain = gains(hg, self.squared_norms, 0.0 if self.forgets else self.damping**2)
+        gain = gains(self.image, self.squared_norms, 0.0 if self.forgets else self.damping**2)
         layout = Layout.of(self.plan.layers)
         return Evidence(layout.shapes, gain=layout.split(gain))
 
@@ -203,6 +214,7 @@ class Linearised:
             product=self.product,
             edited_product=self.edited_product if self.forgets else None,
             gradient=self.gradient,
+            image=self.image,
             share=self.share,
             mask=mask.to(self.gradient.device),
             squared_norms=self.squared_norms,
@@ -229,8 +241,5 @@ class Linearised:
         old, new = (self.target.terms[name] for name in ("old", "new"))
         own = (old if self.forgets else new) / edited
         at_optimum = -(old + (edited + kept) * self.decay * self.theta) / kept
-        bend = [
-            0.5 * float(change @ curvature.product(change[None])[0])
-            for curvature in (self.edited_curvature, self.kept_curvature)
-        ]
+        bend = [0.5 * curvature.energy(change) for curvature in (self.edited_curvature, self.kept_curvature)]
         return float(own @ change) + bend[0], float(at_optimum @ change) + bend[1]

@@ -20,7 +20,7 @@ from lightning_influence.passes.captured import Captured
 from lightning_influence.passes.forward import Forward
 
 MAX_COLUMNS = 64
-"""Largest number of output columns of which each is used; beyond, labels are sampled."""
+"""Largest number of output columns of which each is used; beyond, random ones stand for all."""
 
 Rows = Callable[[Tensor], Tensor]
 """Maps the dataset indices of a batch to the rows that a pass is about."""

@@ -184,6 +184,8 @@ def largest_eigenvalue(product: Vector, start: Tensor, steps: int = 10) -> float
     Returns:
         Its absolute value; 0 if the matrix maps ``start`` to zero.
     """
+    if not bool(start.any()):
+        return 0.0
     basis, images = [start / start.norm().clamp_min(torch.finfo(start.dtype).tiny)], []
     for step in range(min(steps, int((start != 0).sum()))):
         image = product(basis[-1])
@@ -201,3 +203,13 @@ def largest_eigenvalue(product: Vector, start: Tensor, steps: int = 10) -> float
     left, right = torch.stack(basis[: len(images)]).double(), torch.stack(images).double()
     small = left @ right.T
     return float(torch.linalg.eigvalsh((small + small.T) / 2).abs().max())
+
+
+def leading_direction(images: Tensor) -> Tensor:
+    """Return the direction ``(P,)`` along which some vectors ``(K, P)`` reach furthest.
+
+    Of random vectors' products with a symmetric matrix it is an estimate of the leading eigenvector (Halko,
+    Martinsson & Tropp 2011).
+    """
+    _, vectors = torch.linalg.eigh((images @ images.T).double())
+    return vectors[:, -1].to(images) @ images

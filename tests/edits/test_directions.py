@@ -163,6 +163,7 @@ def test_second_order_is_second_order_in_the_share():
             product=lambda v, H=after: v @ H,
             edited_product=lambda v: v @ removed,
             gradient=g,
+            image=after @ g,
             share=p,
             mask=torch.ones(6, dtype=torch.bool),
             squared_norms=(after @ after).diagonal(),

@@ -35,6 +35,7 @@ class Problem:
         product: ``H``, the curvature of the objective after the edit, weight decay included.
         edited_product: the curvature of the removed examples; None if examples are relabelled.
         gradient: ``g``, ``(P,)``: what has to be nullified, a mean over the edited examples.
+        image: ``H g``, ``(P,)``.
         share: ``p``, the edited examples' share of the training data's weight.
         mask: ``S``, the parameters that may change, boolean, ``(P,)``.
         squared_norms: estimates of ``(H^2)_ii``, ``(P,)``, for preconditioning.
@@ -49,6 +50,7 @@ class Problem:
     product: Product
     edited_product: Product | None
     gradient: Tensor
+    image: Tensor
     share: float
     mask: Tensor
     squared_norms: Tensor

@@ -31,7 +31,7 @@ def generalized(problem: Problem) -> Solve:
     """
     ridge = problem.damping**2
     inside = problem.mask.to(problem.gradient)
-    right = problem.product(problem.gradient[None])[0] * inside
+    right = problem.image * inside
     if not bool(right.any()):
         raise InfluenceError(nothing_to_gain(int(problem.mask.sum())))
     if problem.solver == "dense":
