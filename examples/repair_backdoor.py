@@ -52,7 +52,7 @@ def make(seed: int, count: int | None) -> Task:
         retrain=(poisoned, labels),
         edit=edit,
         groups=((triggered(test), answers), (test, answers)),
-        options={"weight_decay": WEIGHT_DECAY, "curvature_examples": 128},
+        options={"weight_decay": WEIGHT_DECAY},
     )
 
 

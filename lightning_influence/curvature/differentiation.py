@@ -83,23 +83,27 @@ class Parameters:
 
 
 def add_hessian_products(
-    out: Tensor, plan: LayerPlan, captured: Captured, vectors: Tensor, rows: Tensor | None = None
+    out: Tensor,
+    plan: LayerPlan,
+    captured: Captured,
+    vectors: Tensor,
+    coefficients: Tensor | None = None,
 ) -> None:
-    """Add ``sum_n H_n v`` for the Hessians of the unnormalised per-example losses.
+    """Add ``sum_n c_n H_n v`` for the Hessians of the unnormalised per-example losses.
 
     Args:
         out: ``(V, P)``, changed in place.
         plan: the covered layers.
         captured: a batch, from a forward pass under :func:`differentiable_twice`.
         vectors: ``(V, P)``.
-        rows: which examples of the batch are meant; all if None.
+        coefficients: ``c (B,)``; ones if None.
 
     Raises:
         UnsupportedModelError: if the model has no second derivatives.
     """
     parameters = Parameters(plan, captured)
     losses = captured.per_example()
-    value = (losses if rows is None else losses[rows.to(losses.device)]).sum()
+    value = losses.sum() if coefficients is None else losses @ coefficients.to(losses)
     with _explained("Hessian"):
         first = torch.autograd.grad(value, parameters.tensors, create_graph=True, allow_unused=True)
         _refuse_once_differentiable(first)
@@ -109,9 +113,13 @@ def add_hessian_products(
 
 
 def add_gauss_newton_products(
-    out: Tensor, plan: LayerPlan, captured: Captured, vectors: Tensor, rows: Tensor | None = None
+    out: Tensor,
+    plan: LayerPlan,
+    captured: Captured,
+    vectors: Tensor,
+    coefficients: Tensor | None = None,
 ) -> None:
-    """Add ``sum_n J_n^T H_n J_n v`` for the output Hessians ``H_n`` of the unnormalised losses.
+    """Add ``sum_n c_n J_n^T H_n J_n v`` for the output Hessians ``H_n`` of the unnormalised losses.
 
     ``J v`` is the derivative, by ``u``, of the inner product of ``J^T u`` with ``v``.
 
@@ -120,7 +128,7 @@ def add_gauss_newton_products(
         plan: the covered layers.
         captured: a batch with a known loss, from a forward pass under :func:`differentiable_twice`.
         vectors: ``(V, P)``.
-        rows: which examples of the batch are meant; all if None.
+        coefficients: ``c (B,)``; ones if None.
 
     Raises:
         UnsupportedModelError: if the model has no second derivatives.
@@ -137,11 +145,9 @@ def add_gauss_newton_products(
         for part in chunks(len(vectors), parameters, captured):
             tangents = _vjp(pulled, [cotangent], parameters.split(vectors[part]))[0]
             bent = captured.loss.curvature_products(tangents).to(outputs.dtype)
-            if rows is not None:
+            if coefficients is not None:
                 by_example = bent.reshape(len(bent), captured.num_examples, -1)
-                meant = torch.zeros_like(by_example)
-                meant[:, rows] = by_example[:, rows]
-                bent = meant.view(bent.shape)
+                bent = (by_example * coefficients.to(bent)[:, None]).view(bent.shape)
             parameters.add(out[part], _vjp([outputs], parameters.tensors, [bent]))
 
 

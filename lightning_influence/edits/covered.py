@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence.edits.data import EditData
-from lightning_influence.errors import UnsupportedModelError
+from lightning_influence.edits.data import EditData, same
+from lightning_influence.errors import InfluenceError, UnsupportedModelError
 from lightning_influence.layers import LayerPlan, find_layers
 from lightning_influence.methods.context import Notes
 from lightning_influence.passes.forward import Forward
@@ -28,14 +28,20 @@ def covered_layers(runner: Runner, data: EditData, layers: Sequence[str] | None,
         The layers.
 
     Raises:
-        UnsupportedModelError: if none is left.
+        InfluenceError: if the edited examples have their new targets already.
+        UnsupportedModelError: if no layer is left.
     """
     plan = find_layers(runner.module, layers)
     uncovered = plan.describe_uncovered()
     if uncovered is not None:
         notes.add(f"{uncovered} An edit leaves them as they are.")
-    listening = _Listening(plan)
+    listening = _Listening(plan, data)
     runner.run(listening, data.edited_loader)
+    if data.targets is not None and not listening.changes:
+        raise InfluenceError(
+            "The new targets are the old ones: there is nothing to change. Pass the targets that the "
+            "examples should have had; set_targets=, if given, has to put them into the batch."
+        )
     silent = listening.forward.silent
     used = {name: layer for name, layer in plan.layers.items() if name not in silent}
     if not used:
@@ -48,13 +54,16 @@ def covered_layers(runner: Runner, data: EditData, layers: Sequence[str] | None,
 
 
 class _Listening:
-    """Finds out which layers take part in the loss."""
+    """Finds out which layers take part in the loss, and whether an example gets another target."""
 
     description = "Edit: layers"
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerPlan, data: EditData) -> None:
         self.forward = Forward(plan)
+        self.changes = False
+        self._data = data
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Run one batch."""
+        self.changes = self.changes or not same(batch, self._data.view(batch, indices))
         self.forward(module, batch, len(indices))

@@ -8,6 +8,7 @@ products and no forward or backward pass; where they do not fit, every product i
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lightning_influence.curvature.differentiation import (
 )
 from lightning_influence.edits.columns import leading_columns, softened
 from lightning_influence.edits.data import EditData
-from lightning_influence.edits.passes import MAX_COLUMNS, rows_of
+from lightning_influence.edits.passes import MAX_COLUMNS
 from lightning_influence.edits.sampling import Sample
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
 from lightning_influence.layers import FactoredGradients, LayerPlan
@@ -34,13 +35,13 @@ DRAWS = 16
 
 
 class Curvature:
-    """``V -> H V`` of the mean loss of some examples, at their new targets if they have any.
+    """``V -> H V`` of a sum of losses, at the new targets of the examples that have any.
 
     Args:
         runner: an entered runner on the module.
         plan: the covered layers.
         data: the examples.
-        sample: those whose curvature it is, or that stand for them.
+        sample: whose losses, and what they are multiplied with.
         exact: the Hessian if True, the Gauss-Newton matrix otherwise.
         memory_budget: most bytes of gradients to keep.
         seed: of random mixtures, which stand in for the columns of more than 64 outputs.
@@ -62,13 +63,12 @@ class Curvature:
         temperature: float = 1.0,
     ) -> None:
         self._runner, self._plan, self._data = runner, plan, data
-        self._chosen, self._factor = sample.indices, sample.factor
+        self._sample = sample
         self._exact, self._budget, self._seed, self._share = exact, memory_budget, seed, share
         self._temperature = temperature
         self._loader = data.subset(sample.indices)
         self._layout = Layout.of(plan.layers)
-        self._kept: list[dict[str, FactoredGradients]] | None = None
-        self._weight = 0.0
+        self._kept: list[_Part] | None = None
 
     @property
     def definite(self) -> bool:
@@ -85,18 +85,9 @@ class Curvature:
             result = self._by_pass(vectors)
         else:
             result = torch.zeros_like(vectors)
-            for gradients in self._kept:
-                products = self._layout.dot(gradients, vectors)
-                self._layout.add_combination(result, gradients, products)
-        return self._scaled(result)
-
-    def _scaled(self, total: Tensor) -> Tensor:
-        if not bool(torch.isfinite(total.sum())):
-            raise NonFiniteError(
-                "A curvature product is not finite. Check the training examples and the model's weights for "
-                "NaN or infinity."
-            )
-        return total * (self._factor / self._weight)
+            for part in self._kept:
+                part.add_products(result, self._layout, vectors)
+        return _finite(result)
 
     def energy(self, vector: Tensor) -> float:
         """Return ``v^T H v`` of a vector ``(P,)``.
@@ -108,20 +99,49 @@ class Curvature:
         if self._kept is None and plain and not self._exact:
             # Where no other product was asked for, keeping gradients would not pay.
             with contextlib.suppress(UnsupportedModelError):
-                return float(vector @ self._scaled(self._by_pass(vector[None], autograd=True))[0])
+                return float(vector @ _finite(self._by_pass(vector[None], autograd=True))[0])
         return float(vector @ self.product(vector[None])[0])
 
     def _by_pass(self, vectors: Tensor, *, autograd: bool = False) -> Tensor:
         budget = 0 if self._exact or autograd else self._budget
         one_pass = _ProductPass(
-            self._plan, self._data, self._chosen, vectors, self._exact, budget, self._seed
+            self._plan, self._data, self._sample, vectors, self._exact, budget, self._seed
         )
         one_pass.share, one_pass.temperature, one_pass.autograd = self._share, self._temperature, autograd
         self._runner.run(one_pass, self._loader)
-        self._weight = one_pass.weight if one_pass.weight > 0 else float(len(self._chosen))
         if not autograd:
             self._kept, self._budget = one_pass.kept, 0
         return one_pass.total
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Gradients whose outer products, times coefficients, add up to the curvature of one batch.
+
+    Attributes:
+        gradients: by layer.
+        coefficients: of the examples, ``(B,)``.
+    """
+
+    gradients: dict[str, FactoredGradients]
+    coefficients: Tensor
+
+    def add_products(self, out: Tensor, layout: Layout, vectors: Tensor) -> None:
+        products = layout.dot(self.gradients, vectors)
+        layout.add_combination(out, self.gradients, products * self.coefficients[:, None])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.gradients.values())
+
+
+def _finite(total: Tensor) -> Tensor:
+    if not bool(torch.isfinite(total.sum())):
+        raise NonFiniteError(
+            "A curvature product is not finite. Check the training examples and the model's weights for NaN "
+            "or infinity."
+        )
+    return total
 
 
 class _ProductPass:
@@ -133,17 +153,17 @@ class _ProductPass:
         self,
         plan: LayerPlan,
         data: EditData,
-        chosen: Tensor,
+        sample: Sample,
         vectors: Tensor,
         exact: bool,
         budget: int,
         seed: int,
     ) -> None:
         self.forward = Forward(plan)
-        self.total, self.weight = torch.zeros_like(vectors), 0.0
-        self.kept: list[dict[str, FactoredGradients]] | None = [] if budget else None
+        self.total = torch.zeros_like(vectors)
+        self.kept: list[_Part] | None = [] if budget else None
         self._plan, self._layout = plan, Layout.of(plan.layers)
-        self._data, self._rows, self._vectors = data, rows_of(chosen), vectors
+        self._data, self._sample, self._vectors = data, sample, vectors
         self._exact, self._free, self._seed, self._batches = exact, budget, seed, 0
         self.share, self.temperature, self.autograd = 1.0, 1.0, False
 
@@ -152,19 +172,18 @@ class _ProductPass:
         twice = self._exact or self.autograd
         with differentiable_twice(module) if twice else contextlib.nullcontext():
             captured = self.forward(module, self._data.view(batch, indices), len(indices))
-        rows = self._rows(indices)
-        self.weight += float(captured.weights[rows.to(captured.weights.device)].sum())
-        if self._exact:
-            add_hessian_products(self.total, self._plan, captured, self._vectors, rows)
-            return
-        if self.autograd and captured.loss is not None:
-            add_gauss_newton_products(self.total, self._plan, captured, self._vectors, rows)
+        rows, coefficients = self._sample.rows(indices)
+        if self._exact or (self.autograd and captured.loss is not None):
+            add = add_hessian_products if self._exact else add_gauss_newton_products
+            every = coefficients.new_zeros(len(indices)).index_put((rows,), coefficients)
+            add(self.total, self._plan, captured, self._vectors, every)
             return
         gradients = {name: layer.select(rows) for name, layer in self._gradients(captured, rows).items()}
-        self._layout.add_combination(self.total, gradients, self._layout.dot(gradients, self._vectors))
+        part = _Part(gradients, coefficients.to(self.total))
+        part.add_products(self.total, self._layout, self._vectors)
         if self.kept is not None:
-            self._free -= sum(layer.nbytes for layer in gradients.values())
-            self.kept.append(gradients)
+            self._free -= part.nbytes
+            self.kept.append(part)
             if self._free < 0:
                 self.kept = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,6 +44,11 @@ class EditData:
     def edited_loader(self) -> IndexedLoader:
         """A loader of the edited examples, which is gone through once for every step that is tried."""
         return self.subset(self.edited).held(HELD_BYTES)
+
+    @cached_property
+    def every_loader(self) -> IndexedLoader:
+        """A loader of all examples, whose losses are taken before an edit and after it."""
+        return self.subset(torch.cat([self.edited, self.kept])).held(HELD_BYTES)
 
     @property
     def after(self) -> Tensor:
@@ -176,3 +181,16 @@ def replace_second(batch: Any, rows: Tensor, targets: Tensor) -> Any:
         )
     changed[rows.to(changed.device)] = targets.to(changed)
     return batch[0], changed
+
+
+def same(batch: Any, other: Any) -> bool:
+    """Return whether two batches hold equal tensors, numbers and texts, and otherwise the same objects."""
+    if batch is other:
+        return True
+    if isinstance(batch, Tensor) and isinstance(other, Tensor):
+        return torch.equal(batch, other)
+    if isinstance(batch, Mapping) and isinstance(other, Mapping):
+        return batch.keys() == other.keys() and all(same(batch[key], other[key]) for key in batch)
+    if isinstance(batch, list | tuple) and isinstance(other, list | tuple):
+        return len(batch) == len(other) and all(map(same, batch, other))
+    return isinstance(batch, int | float | str | bytes) and bool(batch == other)

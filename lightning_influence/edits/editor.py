@@ -34,9 +34,11 @@ from lightning_influence.solvers.normal_equations import Solve
 from lightning_influence.solvers.quasi_newton import descend
 
 # Most kept examples that a relabelling's objective is measured on: those whose outputs curve most.
-OBJECTIVE_EXAMPLES = 256
+OBJECTIVE_EXAMPLES = 128
+# Examples that curvature is taken from: for one step, and for the first of many, which need not be as good.
+CURVATURE_EXAMPLES, FIRST_EXAMPLES = 256, 64
 # Most linearisations of a relabelling, and the relative fall of its objective below which one is the last.
-LINEARISATIONS, LEAST_FALL = 16, 0.05
+LINEARISATIONS, LEAST_FALL = 16, 0.03
 
 
 class Editor:
@@ -69,19 +71,16 @@ class Editor:
         loaders = prepare(validation) if self._validates else None
         self._stepping = Stepping(runner, self._plan, data, options, self._weights, loaders)
         self._decay = self._weight_decay(record)
-        every = torch.cat([data.edited, data.kept])
-        self._before = self._stepping.losses(every, curvature=True)
+        self._before = self._stepping.losses(curvature=True)
         edited, kept = self._before.at(data.edited), self._before.at(data.kept)
         self._sums = float(edited.weights.sum()), float(kept.weights.sum())
-        limit, seed = options.curvature_examples, options.seed
+        limit, seed = self._curvature_examples, options.seed
         self._samples = most_curved(edited, limit, seed), most_curved(kept, limit, seed)
         if data.targets is not None:
             most = None if limit is None else max(limit, OBJECTIVE_EXAMPLES)
-            sample = most_curved(kept, most, seed)
-            weight = float(kept.at(sample.indices).weights.sum())
-            self._stepping.objective = Objective(
-                runner, self._plan, data, self._weights, self._decay, self._sums, sample, weight
-            )
+            share = self._sums[0] / sum(self._sums)
+            sample = most_curved(kept, most, seed).mixed(most_curved(edited, None, seed), share)
+            self._stepping.objective = Objective(runner, self._plan, data, self._weights, self._decay, sample)
 
     def select(self) -> Selection:
         """Return the parameters that an edit may change."""
@@ -140,7 +139,7 @@ class Editor:
                 "larger ratio or damping, another rule, or step='theory'."
             )
         edited, kept = self._data.edited, self._data.kept
-        after = self._stepping.losses(edited if self._validates else torch.cat([edited, kept]))
+        after = self._stepping.losses(edited if self._validates else None)
         kept_after = self._kept_loss(after)
         before, now = self._before.at(edited).mean(), after.at(edited).mean()
         report = EditReport(
@@ -217,6 +216,13 @@ class Editor:
         if given is not None:
             return given
         return LINEARISATIONS if self._descends else 1
+
+    @property
+    def _curvature_examples(self) -> int | None:
+        given = self._options.curvature_examples
+        if given != "auto":
+            return given
+        return FIRST_EXAMPLES if self._descends and self._linearisations > 1 else CURVATURE_EXAMPLES
 
     def _solve(self, linear: Linearised, selection: Selection, *, again: bool = False) -> Solve:
         """Return the vector of a linearisation.

@@ -109,17 +109,14 @@ class Linearised:
         Raises:
             InfluenceError: if it is zero.
         """
-        if self.previous is not None and not self.forgets:
-            return self._measured()
-        gradient = self.target.total / self.weights[0]
+        measured = not (self.forgets or (self.at_optimum and self.previous is None))
+        gradient = self._measured() if measured else self.target.total / self.weights[0]
         if not bool(gradient.any()):
             raise InfluenceError(
                 "The edited examples have no gradient in the covered layers: there is nothing to nullify. "
-                "They may be fitted perfectly, or their new targets may be the old ones."
+                "They may be fitted perfectly, or no covered layer may reach their loss."
             )
-        if self.forgets:
-            return gradient + self.decay * self.theta
-        return gradient if self.at_optimum else self._measured()
+        return gradient + self.decay * self.theta if self.forgets else gradient
 
     def _measured(self) -> Tensor:
         """Return the descent of the relabelled objective, in the unit of the edited examples' mean.
@@ -134,9 +131,15 @@ class Linearised:
         return found[1] / -self.scale
 
     @cached_property
+    def curvature(self) -> Curvature:
+        """The curvature of the new objective, without weight decay."""
+        edited, kept = self.samples
+        return self._curvature(kept if self.forgets else kept.mixed(edited, self.share))
+
+    @property
     def kept_curvature(self) -> Curvature:
         """The curvature of the kept examples."""
-        return self._curvature(self.samples[1])
+        return self.curvature if self.forgets else self._curvature(self.samples[1])
 
     @cached_property
     def edited_curvature(self) -> Curvature:
@@ -160,10 +163,7 @@ class Linearised:
 
     def product(self, vectors: Tensor) -> Tensor:
         """Return products ``(V, P)`` with the curvature of the new objective, weight decay included."""
-        kept = self.kept_curvature.product(vectors)
-        if not self.forgets:
-            kept = (1 - self.share) * kept + self.share * self.edited_curvature.product(vectors)
-        return kept + self.decay * vectors
+        return self.curvature.product(vectors) + self.decay * vectors
 
     def edited_product(self, vectors: Tensor) -> Tensor:
         """Return products ``(V, P)`` with the curvature of the edited examples, weight decay included."""

@@ -31,9 +31,7 @@ class Objective:
         data: the examples.
         weights: the covered weights.
         decay: weight decay ``w`` of each of them, ``(P,)``.
-        sums: the sums ``W_E`` and ``W_K`` of the examples' weights.
-        kept: the sample, and what its mean loss is multiplied with.
-        kept_weight: sum of the weights of the sample.
+        sample: examples whose losses, times their coefficients, stand for the first term.
     """
 
     def __init__(
@@ -43,19 +41,11 @@ class Objective:
         data: EditData,
         weights: Weights,
         decay: Tensor,
-        sums: tuple[float, float],
-        kept: Sample,
-        kept_weight: float,
+        sample: Sample,
     ) -> None:
         self._runner, self._plan, self._data, self._weights = runner, plan, data, weights
-        self._decay = decay
-        edited, others = sums
-        indices = torch.cat([data.edited, kept.indices])
-        shares = torch.full((len(indices),), 1 / (edited + others), dtype=torch.float64)
-        shares[len(data.edited) :] *= kept.factor * others / kept_weight
-        order = indices.argsort()
-        self._indices, self._shares = indices[order], shares[order]
-        self._loader = data.subset(self._indices).held(HELD_BYTES)
+        self._decay, self._sample = decay, sample
+        self._loader = data.subset(sample.indices).held(HELD_BYTES)
         self._known: tuple[Tensor, float] | None = None
 
     def value(self, change: Tensor) -> float:
@@ -70,7 +60,7 @@ class Objective:
         if self._known is not None and torch.equal(self._known[0], change):
             return self._known[1]
         one_pass = self._run(change, gradient=False)
-        return math.inf if one_pass is None else one_pass.value + self._shrinkage()
+        return math.inf if one_pass is None else one_pass.value + self._shrinkage(self._weights.flat())
 
     def __call__(self, change: Tensor) -> tuple[float, Tensor] | None:
         """Return the objective and its gradient at a change of the weights; the module keeps the change.
@@ -86,12 +76,12 @@ class Objective:
             return None
         theta = self._weights.flat()
         gradient = self._weights.join(one_pass.gradients).to(theta) + self._decay * theta
-        self._known = change, one_pass.value + self._shrinkage()
+        self._known = change, one_pass.value + self._shrinkage(theta)
         return (self._known[1], gradient) if bool(torch.isfinite(gradient.sum())) else None
 
     def _run(self, change: Tensor, *, gradient: bool) -> _ObjectivePass | None:
         self._weights.move(change)
-        one_pass = _ObjectivePass(self._plan, self._data, self._indices, self._shares, self._weights)
+        one_pass = _ObjectivePass(self._plan, self._data, self._sample, self._weights)
         one_pass.differentiates = gradient
         try:
             self._runner.run(one_pass, self._loader)
@@ -99,8 +89,7 @@ class Objective:
             return None
         return one_pass if math.isfinite(one_pass.value) else None
 
-    def _shrinkage(self) -> float:
-        theta = self._weights.flat()
+    def _shrinkage(self, theta: Tensor) -> float:
         return 0.5 * float(theta @ (self._decay * theta))
 
 
@@ -109,11 +98,9 @@ class _ObjectivePass:
 
     description = "Edit: objective"
 
-    def __init__(
-        self, plan: LayerPlan, data: EditData, chosen: Tensor, shares: Tensor, weights: Weights
-    ) -> None:
+    def __init__(self, plan: LayerPlan, data: EditData, sample: Sample, weights: Weights) -> None:
         self.forward = Forward(plan)
-        self._data, self._chosen, self._shares = data, chosen, shares
+        self._data, self._sample = data, sample
         self._parameters = weights.parameters()
         self.value, self.differentiates = 0.0, True
         self.gradients = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
@@ -121,9 +108,8 @@ class _ObjectivePass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         values = self.forward(module, self._data.view(batch, indices), len(indices)).per_example()
-        place = torch.searchsorted(self._chosen, indices).clamp_max(len(self._chosen) - 1)
-        factors = torch.where(self._chosen[place] == indices, self._shares[place], 0.0).to(values)
-        total = values @ factors
+        rows, coefficients = self._sample.rows(indices)
+        total = values[rows.to(values.device)] @ coefficients.to(values)
         self.value += float(total.detach())
         if not self.differentiates:
             return

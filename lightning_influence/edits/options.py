@@ -35,10 +35,11 @@ class EditOptions:
         max_steps: most iterations of the solver.
         linearisations: how often the model is linearised at most; 1 is one shot. None for 1, and for 16 where
             ``relabel`` searches for its steps. Those after the first are quasi-Newton steps (L-BFGS) of the
-            objective within the selected parameters, and end when three of them lower it by less than 5%.
+            objective within the selected parameters, and end when three of them lower it by less than 3%.
         curvature_examples: how many edited and how many kept examples the curvature is taken from, those
-            whose outputs curve most; None for all. The objective of a relabelling is measured on all edited
-            examples and at least 256 kept ones.
+            whose outputs curve most; None for all. ``"auto"`` is 256, and 64 where ``relabel`` goes on from
+            its first step. The objective of a relabelling is measured on all edited examples and at least 128
+            kept ones.
         forgotten_loss: loss from which an example counts as forgotten; None for that of outputs of zero, such
             as ``log C`` for ``C`` classes.
         kept_bound: largest rise of the mean loss on kept examples that passes without a warning.
@@ -60,7 +61,7 @@ class EditOptions:
     tolerance: float = 0.02
     max_steps: int = 40
     linearisations: int | None = None
-    curvature_examples: int | None = 256
+    curvature_examples: int | Literal["auto"] | None = "auto"
     forgotten_loss: float | None = None
     kept_bound: float = 0.1
     memory_budget: int = 2**30
@@ -75,6 +76,8 @@ class EditOptions:
         for name in ("max_steps", "linearisations", "curvature_examples", "memory_budget", "seed"):
             value, least = getattr(self, name), 0 if name in {"seed", "memory_budget"} else 1
             if value is None and name in {"curvature_examples", "linearisations"}:
+                continue
+            if value == "auto" and name == "curvature_examples":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
                 raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {least}.")

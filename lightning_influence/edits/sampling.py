@@ -21,11 +21,35 @@ class Sample:
 
     Attributes:
         indices: of the dataset, ascending, ``(n,)``.
-        factor: what the mean curvature over them is multiplied with.
+        coefficients: ``c``, ``(n,)``: the sum ``sum_n c_n H_n`` over them estimates a mean curvature.
     """
 
     indices: Tensor
-    factor: float
+    coefficients: Tensor
+
+    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the sample's examples in a batch.
+
+        Args:
+            indices: dataset indices of the batch, ``(B,)``.
+
+        Returns:
+            Their rows and coefficients, ``(b,)`` each.
+        """
+        rows = torch.isin(indices, self.indices).nonzero().flatten()
+        return rows, self.coefficients[torch.searchsorted(self.indices, indices[rows])]
+
+    def mixed(self, other: Sample, share: float) -> Sample:
+        """Return the sample for ``1 - share`` times this mean curvature and ``share`` times another.
+
+        Args:
+            other: a sample of other examples.
+            share: in [0, 1].
+        """
+        indices = torch.cat([self.indices, other.indices])
+        coefficients = torch.cat([(1 - share) * self.coefficients, share * other.coefficients])
+        order = indices.argsort()
+        return Sample(indices[order], coefficients[order])
 
 
 def most_curved(losses: Losses, limit: int | None, seed: int) -> Sample:
@@ -40,14 +64,17 @@ def most_curved(losses: Losses, limit: int | None, seed: int) -> Sample:
         seed: of the order among equals.
 
     Returns:
-        The sample; all examples with factor 1 if there are no more than the limit.
+        The sample; all examples with one over their total weight if there are no more than the limit.
     """
-    count = len(losses.indices)
+    count, total = len(losses.indices), float(losses.weights.sum())
+    scale = 1.0 / (total if total > 0 else count)
     if limit is None or count <= limit:
-        return Sample(losses.indices, 1.0)
+        return Sample(losses.indices, torch.full((count,), scale, dtype=torch.float64))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     chosen = order[losses.curvature[order].argsort(descending=True, stable=True)[:limit]].sort().values
-    weight = float(losses.weights[chosen].sum() / losses.weights.sum())
-    trace = float(losses.curvature[chosen].sum())
-    factor = weight * float(losses.curvature.sum()) / trace if trace > 0 else 1.0
-    return Sample(losses.indices[chosen], factor)
+    trace, weight = float(losses.curvature[chosen].sum()), float(losses.weights[chosen].sum())
+    if trace > 0:
+        scale *= float(losses.curvature.sum()) / trace
+    else:
+        scale = 1.0 / (weight if weight > 0 else limit)
+    return Sample(losses.indices[chosen], torch.full((limit,), scale, dtype=torch.float64))

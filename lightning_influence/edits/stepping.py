@@ -48,16 +48,19 @@ class Stepping:
         self.objective: Objective | None = None
         self._knows_chance = True
 
-    def losses(self, chosen: Tensor, *, curvature: bool = False) -> Losses:
-        """Return the losses of some training examples, at their new targets if they have any.
+    def losses(self, chosen: Tensor | None = None, *, curvature: bool = False) -> Losses:
+        """Return the losses of training examples, at their new targets if they have any.
 
         Args:
-            chosen: their dataset indices.
+            chosen: their dataset indices; all examples if None.
             curvature: whether to measure the curvature in the outputs too.
         """
         one_pass = LossPass(self._plan, self._data, chosen, curvature=curvature)
         data = self._data
-        loader = data.edited_loader if chosen is data.edited else data.subset(chosen)
+        if chosen is None:
+            loader = data.every_loader
+        else:
+            loader = data.edited_loader if chosen is data.edited else data.subset(chosen)
         return self._run(one_pass, loader).result()
 
     def kept_loss(self, chosen: Tensor) -> float:

@@ -22,8 +22,11 @@ _CHUNK_BYTES = 4 * 2**20
 # The same where each block goes through many vectors, which do not fit into the cache with it: few rows at a
 # time would read all vectors again and again.
 _PRODUCT_BYTES = 32 * 2**20
-# Gradients with one position are formed for products if so many of them fit into so much memory.
-_DENSE_BYTES, _DENSE_ROWS = 32 * 2**20, 64
+# Gradients with one position are formed for products if so many of them fit into so much memory, and for so
+# many vectors: both ways take the same operations, and the one that reads and writes less wins.
+_DENSE_BYTES, _DENSE_ROWS, _DENSE_VECTORS = 32 * 2**20, 64, 128
+# What writing and reading a formed number costs, in multiplications.
+_FORMED = 12
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class FactoredGradients(LayerGradients):
         num, groups, d_out, d_in = vectors.shape
         examples, positions = self.inputs.shape[1:3]
         if (
-            num
+            num >= _DENSE_VECTORS
             and self.outputs.shape[0] == positions == 1
             and vectors[0].nbytes <= _DENSE_BYTES // _DENSE_ROWS
         ):
@@ -79,7 +82,8 @@ class FactoredGradients(LayerGradients):
     def _dense_is_cheaper(self, num: int) -> bool:
         """Return whether products with ``num`` vectors should form the matrices first, by operations."""
         seeds, positions, d_in = self.outputs.shape[0], self.inputs.shape[2], self.inputs.shape[-1]
-        return positions > 1 and seeds * (positions + num) * d_in < num * positions * (d_in + seeds)
+        formed = seeds * (positions + num + _FORMED) * d_in
+        return positions > 1 and formed < num * positions * (d_in + seeds)
 
     def _dense_dot(self, vectors: Tensor) -> Tensor:
         """Return ``(1, B, V)`` from dense gradients, by one square product."""

@@ -212,4 +212,5 @@ def leading_direction(images: Tensor) -> Tensor:
     Martinsson & Tropp 2011).
     """
     _, vectors = torch.linalg.eigh((images @ images.T).double())
-    return vectors[:, -1].to(images) @ images
+    direction: Tensor = vectors[:, -1].to(images) @ images
+    return direction

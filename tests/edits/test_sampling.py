@@ -7,7 +7,7 @@ from drive import TIGHT, Setup
 from edit_models import asked, fitted, of_class, train
 
 from lightning_influence.edits.passes import Losses, LossPass
-from lightning_influence.edits.sampling import most_curved
+from lightning_influence.edits.sampling import Sample, most_curved
 
 
 def losses(curvature):
@@ -38,21 +38,34 @@ def test_traces_losses_and_chance(name):
 def test_all_examples_stand_for_themselves(limit):
     sample = most_curved(losses([1.0, 2, 3, 4, 5]), limit, 0)
     assert sample.indices.tolist() == [10, 11, 12, 13, 14]
-    assert sample.factor == 1.0
+    assert sample.coefficients.tolist() == [1 / 5] * 5
 
 
 def test_the_most_curved_are_taken_and_scaled_to_the_whole_trace():
     sample = most_curved(losses([1.0, 5, 0, 3, 1]), 2, 0)
     assert sample.indices.tolist() == [11, 13]
     # The mean over the two has trace 4, the mean over all 2.
-    assert sample.factor == pytest.approx(0.5)
+    assert sample.coefficients.tolist() == pytest.approx([0.5 / 2] * 2)
 
 
 def test_among_equals_the_choice_is_random_and_the_scale_one():
     chosen = {tuple(most_curved(losses([2.0] * 20), 5, seed).indices.tolist()) for seed in range(5)}
     assert len(chosen) == 5
-    assert most_curved(losses([2.0] * 20), 5, 0).factor == pytest.approx(1.0)
-    assert most_curved(losses([0.0] * 20), 5, 0).factor == 1.0
+    for curvature in (0.0, 2.0):
+        sample = most_curved(losses([curvature] * 20), 5, 0)
+        assert sample.coefficients.tolist() == pytest.approx([1 / 5] * 5)
+
+
+def test_mixed_samples_stand_for_the_mixed_mean():
+    first, second = (
+        Sample(torch.tensor([2, 5]), torch.tensor([0.5, 1.0])),
+        Sample(torch.tensor([3]), torch.tensor([4.0])),
+    )
+    mixed = first.mixed(second, 0.25)
+    assert mixed.indices.tolist() == [2, 3, 5]
+    assert mixed.coefficients.tolist() == [0.375, 1.0, 0.75]
+    rows, coefficients = mixed.rows(torch.tensor([5, 9, 3]))
+    assert (rows.tolist(), coefficients.tolist()) == ([0, 2], [0.75, 1.0])
 
 
 def test_a_sample_changes_the_edit_little():

@@ -157,7 +157,7 @@ def test_what_is_refused(tmp_path):
         host.forget(range(60))
     with pytest.raises(UnsupportedDataError, match="Examples 99 are not among"):
         host.forget([99])
-    with pytest.raises(InfluenceError, match=r"new targets may be the old ones"):
+    with pytest.raises(InfluenceError, match=r"new targets are the old ones"):
         host.relabel(of_class(0), 0, step="theory")
     assert host.lightning_module is module
 
