@@ -10,7 +10,7 @@ from lightning_influence.layers import LayerPlan
 from lightning_influence.layers.layout import Layout
 from lightning_influence.selection.base import Evidence, Source
 
-PROBES = 8
+PROBES = 16
 
 
 def random_signs(like: Tensor, seed: int, probes: int = PROBES) -> Tensor:

@@ -120,7 +120,7 @@ def test_every_quasi_newton_step_is_that_of_the_dense_matrix(rule, count):
     # Generalized influence first, from the curvature of softened outputs.
     H = reference.curvature(theta, 3.0, 0.9)
     point = theta + edit.report.step[0] * generalized(H, -reference.gradient(theta), mask)
-    signs = torch.randint(0, 2, (8, len(theta)), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    signs = torch.randint(0, 2, (16, len(theta)), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     diagonal = 1 / ((signs @ H).square().mean(0).sqrt() + DAMPING)
     points = [theta, point]
     for length in edit.report.step[1:]:
@@ -154,7 +154,7 @@ def test_the_gain_counts_the_ridge_of_a_relabelling(forgets):
     else:
         _, _, mask = asked(reference, rule="gain", linearisations=2)
         H, g = reference.curvature(theta, 3.0, 0.9), -reference.gradient(theta)
-    signs = torch.randint(0, 2, (8, len(theta)), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    signs = torch.randint(0, 2, (16, len(theta)), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     gain = (H @ g).square() / ((signs @ H).square().mean(0) + (0.0 if forgets else DAMPING**2))
     sizes = [reference.case.model.get_submodule(name).weight.shape for name in reference.case.layers]
     expected = []
