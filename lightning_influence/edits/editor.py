@@ -25,7 +25,6 @@ from lightning_influence.edits.stepping import Stepping
 from lightning_influence.edits.weights import Weights
 from lightning_influence.errors import InfluenceError, InfluenceWarning
 from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.layers.layout import Layout
 from lightning_influence.methods.context import Notes
 from lightning_influence.running.base import Runner
 from lightning_influence.running.dataloading import prepare
@@ -70,7 +69,8 @@ class Editor:
         self._validates = validation is not None
         loaders = prepare(validation) if self._validates else None
         self._stepping = Stepping(runner, self._plan, data, options, self._weights, loaders)
-        self._decay = self._weight_decay(record)
+        recorded = None if self._stepping.searches_forgetting else record
+        self._decay = self._weights.decay(options.weight_decay, recorded)
         self._before = self._stepping.losses(curvature=True)
         edited, kept = self._before.at(data.edited), self._before.at(data.kept)
         self._sums = float(edited.weights.sum()), float(kept.weights.sum())
@@ -169,19 +169,6 @@ class Editor:
     @property
     def _selects(self) -> bool:
         return find_direction(self._options.method).selects
-
-    def _weight_decay(self, record: TrainingRecord | None) -> Tensor:
-        """Return the weight decay of each covered parameter, ``(P,)``, in the unit of the mean loss."""
-        given, values = self._options.weight_decay, dict.fromkeys(self._plan.layers, 0.0)
-        if given is not None:
-            values = dict.fromkeys(values, given)
-        elif (
-            record is not None and record.family in {"sgd", "adam"} and not self._stepping.searches_forgetting
-        ):
-            for name in values:
-                if name in record.layers:
-                    values[name] = record.layers[name].weight_decay / record.loss_scale
-        return Layout.of(self._plan.layers).expand(values, self._weights.flat())
 
     def _linearise(
         self, *, at_optimum: bool, change: Tensor | None = None, previous: Linearised | None = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.factors.training_record import TrainingRecord
 from lightning_influence.layers import Layer
 from lightning_influence.layers.layout import Layout
 
@@ -57,6 +58,19 @@ class Weights:
             if bias is not None:
                 found[f"{prefix}bias"] = bias
         return found
+
+    def decay(self, given: float | None, record: TrainingRecord | None) -> Tensor:
+        """Return the weight decay of each weight, ``(P,)``, in the unit of the mean loss.
+
+        Args:
+            given: that of all weights; None for what the record says.
+            record: of the training run; None, or one of an optimizer without such a decay, for zero.
+        """
+        values = dict.fromkeys(self._layers, given or 0.0)
+        if given is None and record is not None and record.family in {"sgd", "adam"}:
+            for name in values.keys() & record.layers.keys():
+                values[name] = record.layers[name].weight_decay / record.loss_scale
+        return self._layout.expand(values, self.flat())
 
     @torch.no_grad()
     def move(self, change: Tensor) -> None:
