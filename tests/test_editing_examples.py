@@ -58,3 +58,17 @@ def test_two_seeds_make_a_standard_error():
     editing = importlib.import_module("_editing")
     assert editing.cell([1.0], 1) == "1.0"
     assert editing.cell([1.0, 3.0], 1) == "2.0 ± 1.0"
+
+
+def test_study_of_steps(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    study = importlib.import_module("edit_steps")
+    monkeypatch.setattr(study, "METHODS", ("fif", "gif"))
+    monkeypatch.setattr(study, "MULTIPLES", {"forget_class": (1.0, 200.0), "change_labels": (1.0,)})
+    study.main(["--quick"])
+    text = capsys.readouterr().out
+    assert "forget_class: % forgotten / % kept (before: 100.0" in text
+    assert "change_labels: % sevens / % others" in text
+    longest = [line for line in text.splitlines() if line.startswith(("│ fif", "│ gif"))]
+    assert len(longest) == 4
+    assert all(line.split("│")[-2].split("/")[0].strip() == "0.0" for line in longest[:2])
