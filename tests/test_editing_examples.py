@@ -67,8 +67,9 @@ def test_study_of_steps(capsys, monkeypatch):
     monkeypatch.setattr(study, "MULTIPLES", {"forget_class": (1.0, 200.0), "change_labels": (1.0,)})
     study.main(["--quick"])
     text = capsys.readouterr().out
-    assert "forget_class: % forgotten / % kept (before: 100.0" in text
-    assert "change_labels: % sevens / % others" in text
+    words = " ".join(text.split())
+    assert "forget_class: % forgotten / % kept (before: 100.0 /" in words
+    assert "change_labels: % sevens / % others" in words
     longest = [line for line in text.splitlines() if line.startswith(("│ fif", "│ gif"))]
     assert len(longest) == 4
     assert all(line.split("│")[-2].split("/")[0].strip() == "0.0" for line in longest[:2])
