@@ -14,7 +14,7 @@ from lightning_influence.factors.schedule import Costs, Schedule
 from lightning_influence.factors.training_record import TrainingRecord
 from lightning_influence.factors.versions import check_version
 from lightning_influence.layers import FactoredGradients, LayerPlan
-from lightning_influence.layers.recorder import check_finite
+from lightning_influence.layers.forms import check_finite
 from lightning_influence.passes.captured import RANDOM, Captured
 from lightning_influence.passes.statistics import add_covariances, add_squares, draw_generator
 

@@ -17,8 +17,8 @@ from lightning_influence.curvature.columns import CurvaturePass
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import DenseGradients, FactoredGradients, LayerGradients, LayerPlan
 from lightning_influence.layers.factored import concatenate
+from lightning_influence.layers.forms import check_finite, compact
 from lightning_influence.layers.layout import Layout
-from lightning_influence.layers.recorder import check_finite, compact
 from lightning_influence.passes.captured import MAX_COLUMNS, Fisher
 
 # Examples whose gradients are formed at once when norms of products are taken.

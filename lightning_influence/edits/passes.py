@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_influence.edits.data import EditData
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import FactoredGradients, LayerPlan
+from lightning_influence.layers.forms import check_finite
 from lightning_influence.layers.layout import Layout
-from lightning_influence.layers.recorder import check_finite
 from lightning_influence.losses.base import OutputLoss
 from lightning_influence.losses.hook import ScaledLoss
 from lightning_influence.passes.captured import Captured

@@ -69,7 +69,7 @@ class Aggregation:
         energy, weights = inverse.eigenvalues[0], inverse.weights[0]
         rows = energy.sum(1).argsort(descending=True, stable=True)
         columns = energy.sum(0).argsort(descending=True, stable=True)
-        self._q_out, self._q_in = inverse.basis.q_out[0][:, rows], inverse.basis.q_in[0][:, columns]
+        self._basis, self._rows, self._columns = inverse.basis, rows, columns
         self._energy, self._weights = energy[rows][:, columns], weights[rows][:, columns]
 
     def at(self, p: int, q: int) -> Aggregated:
@@ -84,8 +84,8 @@ class Aggregation:
         """
         weights, energy = self._weights, self._energy
         return Aggregated(
-            self._q_out[:, :p].contiguous(),
-            self._q_in[:, :q].contiguous(),
+            self._basis.q_out[0][:, self._rows[:p]],
+            self._basis.q_in[0][:, self._columns[:q]],
             weights[:p, :q].contiguous(),
             _average(weights[:p, q:], energy[:p, q:], 1),
             _average(weights[p:, :q], energy[p:, :q], 0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from lightning_influence.errors import NonFiniteError, UnsupportedModelError
+from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.layers.base import Layer
-from lightning_influence.layers.dense import DenseGradients
 from lightning_influence.layers.factored import FactoredGradients
-from lightning_influence.layers.gradients import LayerGradients
+
+# Unfolded inputs of so many bytes are made at once where they are used once, to be still in the cache then;
+# but products want a number of rows.
+_PART_BYTES, _PART_EXAMPLES = 2 * 2**20, 64
 
 
 @dataclass
@@ -162,6 +164,52 @@ class Recorder:
             result[name] = FactoredGradients(abar, parts[0][None] if len(parts) == 1 else torch.stack(parts))
         return result
 
+    def gradient_parts(
+        self, outputs: Tensor, seed: Tensor | None, num_examples: int
+    ) -> Iterator[dict[str, FactoredGradients]]:
+        """The gradients of one seed in runs of consecutive examples, for those who use each once.
+
+        Inputs that have to be unfolded, as those of convolutions, are so run by run. The graph is freed.
+
+        Args:
+            outputs: a tensor of the recorded forward pass.
+            seed: of the backward pass, see :meth:`backward`.
+            num_examples: ``B``.
+
+        Yields:
+            Gradients by layer, ``K = 1``, of the next examples.
+        """
+        self._check_rows(num_examples)
+        grads = self.backward(outputs, seed, num_examples, keep_graph=False)
+        step = self._examples_at_once(grads, num_examples)
+        for start in range(0, num_examples, step):
+            run = slice(start, min(start + step, num_examples))
+            yield {
+                name: FactoredGradients(self._inputs_of(name, run, num_examples), grad[None, :, run])
+                for name, grad in grads.items()
+            }
+
+    def _examples_at_once(self, grads: Mapping[str, Tensor], num_examples: int) -> int:
+        """Return how many examples' inputs to unfold at once: all of them where nothing grows by it."""
+        largest = 0
+        for name, grad in grads.items():
+            groups, _, positions, _ = grad.shape
+            unfolded = groups * positions * self.layers[name].d_in * grad.element_size()
+            if unfolded * num_examples > 2 * sum(x.nbytes for x in self._calls[name].inputs):
+                largest = max(largest, unfolded)
+        return max(_PART_EXAMPLES, _PART_BYTES // largest) if largest else num_examples
+
+    def _inputs_of(self, name: str, run: slice, num_examples: int) -> Tensor:
+        """Return one layer's inputs ``(G, B', R, D_in)`` of a run of the examples."""
+        layer, calls, count = self.layers[name], self._calls[name], run.stop - run.start
+        if count == num_examples:
+            return _along_positions([layer.inputs(x, num_examples) for x in calls.inputs])
+        parts = []
+        for x in calls.inputs:
+            rows = len(x) // num_examples  # of one example
+            parts.append(layer.inputs(x[run.start * rows : run.stop * rows], count))
+        return _along_positions(parts)
+
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
@@ -202,39 +250,3 @@ class Recorder:
 
 def _along_positions(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def compact(gradients: FactoredGradients) -> LayerGradients:
-    """Return the cheaper form: factored for one position per example, else dense."""
-    return gradients if gradients.inputs.shape[2] == 1 else DenseGradients(gradients.dense())
-
-
-def check_finite(gradients: Mapping[str, LayerGradients]) -> None:
-    """Refuse NaN and infinite gradients.
-
-    Args:
-        gradients: gradients by layer name.
-
-    Raises:
-        NonFiniteError: naming the layers whose inputs or output gradients are not finite.
-    """
-    sums = [
-        torch.stack([tensor.sum() for tensor in _tensors(layer)]).sum(0, keepdim=True)
-        for layer in gradients.values()
-    ]
-    if not sums or bool(torch.isfinite(torch.cat(sums).sum())):  # one wait for the device in all
-        return
-    bad = [
-        name
-        for name, layer in gradients.items()
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(layer))
-    ]
-    if bad:
-        raise NonFiniteError(
-            f"Non-finite inputs or gradients in layers {bad}; nothing was stored. Check the weights and the "
-            "batch for NaN or infinity, or train with a smaller learning rate."
-        )
-
-
-def _tensors(layer: LayerGradients) -> list[Tensor]:
-    return [layer.inputs, layer.outputs] if isinstance(layer, FactoredGradients) else [layer.dense()]

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import DenseGradients, LayerGradients, LayerPlan
 from lightning_influence.layers.factored import concatenate
-from lightning_influence.layers.recorder import check_finite, compact
+from lightning_influence.layers.forms import check_finite, compact
 from lightning_influence.passes.forward import Forward, Measure
 
 

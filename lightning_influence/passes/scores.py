@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -71,8 +71,8 @@ class ScorePass:
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
-        gradients, weight = _loss_gradients(self.forward, module, batch, len(indices))
-        scores = self._scorer(gradients)
+        parts, weight = _loss_gradients(self.forward, module, batch, len(indices))
+        scores = _joined([self._scorer(gradients) for gradients in parts])
         refuse_non_finite(scores, indices)
         self._sink.update(scores, indices)
         self.examples += len(indices)
@@ -106,8 +106,8 @@ class SelfInfluencePass:
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
-        gradients, weight = _loss_gradients(self.forward, module, batch, len(indices))
-        values = self._quadratic(gradients)
+        parts, weight = _loss_gradients(self.forward, module, batch, len(indices))
+        values = _joined([self._quadratic(gradients) for gradients in parts])
         refuse_non_finite(values, indices)
         self.values.append(values.detach().cpu())
         self.indices.append(indices.cpu())
@@ -140,11 +140,15 @@ class SelfInfluencePass:
 
 def _loss_gradients(
     forward: Forward, module: Any, batch: Any, num_examples: int
-) -> tuple[dict[str, FactoredGradients], float]:
-    """Return the gradients and the summed loss weight of a batch, without its graph, which is large."""
+) -> tuple[Iterator[dict[str, FactoredGradients]], float]:
+    """Return the gradients of a batch, in runs of its examples, and its summed loss weight."""
     captured = forward(module, batch, num_examples)
     weight = float(captured.weights.sum())
-    return captured.loss_gradients(keep_graph=False), weight
+    return captured.loss_gradient_parts(), weight
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def refuse_non_finite(scores: Tensor, indices: Tensor) -> None:

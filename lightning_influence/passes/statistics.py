@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_influence.factors.factors import Factors
 from lightning_influence.factors.statistics import LayerStatistics, eigenbasis
 from lightning_influence.layers import FactoredGradients, LayerGradients, LayerPlan
-from lightning_influence.layers.recorder import check_finite, compact
+from lightning_influence.layers.forms import check_finite, compact
 from lightning_influence.passes.captured import RANDOM, Captured, Fisher
 from lightning_influence.passes.forward import Forward
 

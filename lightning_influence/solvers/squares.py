@@ -23,8 +23,8 @@ from lightning_influence.layers.gradients import LayerGradients
 _CHECK_EXAMPLES, _CHECK_LONG = 64, 16
 # How many times the tolerance one example may be off.
 _WORST = 5.0
-# Smaller layers are not worth the search, nor are forms that save less than a fifth of the operations.
-_SMALLEST = 4096
+# Layers of fewer multiply-adds an example are not worth the search, nor are forms that save less than this.
+_SMALLEST = 2**15
 _WORTH = 0.2
 # Leading vectors whose part is taken out before norms are measured: the norm of what is left would otherwise
 # be the small difference of large numbers.
@@ -81,7 +81,12 @@ class PreconditionedSquares:
         }
         if not searches:
             return {}
-        total = self._inverse.quadratic(few)
+        exact = [
+            searches[name].exact if name in searches else inverse.quadratic(few[name])
+            for name, inverse in self._inverse.layers.items()
+            if name in few
+        ]
+        total = torch.stack(exact).sum(dim=0)
         total = total.clamp_min(torch.finfo(total.dtype).tiny)
         while errors := {name: s.error / total for name, s in searches.items() if s.form is not None}:
             sums = torch.stack(list(errors.values())).sum(dim=0)
@@ -96,7 +101,7 @@ class _Search:
 
     def __init__(self, inverse: EigenInverse, gradients: LayerGradients) -> None:
         assert isinstance(gradients, FactoredGradients)
-        self._gradients, self._exact = gradients, inverse.quadratic(gradients)
+        self._gradients, self.exact = gradients, inverse.quadratic(gradients)
         self._aggregation = Aggregation(inverse)
         d_out, d_in = inverse.eigenvalues.shape[1:]
         positions = _positions(gradients)
@@ -107,16 +112,16 @@ class _Search:
             if averaged_operations(*size, d_out, d_in, positions) < limit
         ]
         self.form: Aggregated | None = None
-        self.error = torch.zeros_like(self._exact)
+        self.error = torch.zeros_like(self.exact)
         self.refine()
 
     def refine(self) -> None:
         """Go on to the next form; there is none after the last."""
         if not self._sizes:
-            self.form, self.error = None, torch.zeros_like(self._exact)
+            self.form, self.error = None, torch.zeros_like(self.exact)
             return
         self.form = self._aggregation.at(*self._sizes.pop(0))
-        self.error = averaged_squares(self._gradients, self.form) - self._exact
+        self.error = averaged_squares(self._gradients, self.form) - self.exact
 
 
 def averaged_squares(gradients: FactoredGradients, form: Aggregated) -> Tensor:
@@ -218,4 +223,7 @@ def _simple(gradients: LayerGradients) -> bool:
 
 def _worth_a_search(inverse: EigenInverse, gradients: LayerGradients) -> bool:
     """Return whether averaged weights may serve a layer."""
-    return inverse.basis is not None and _simple(gradients) and inverse.eigenvalues.numel() >= _SMALLEST
+    if inverse.basis is None or not _simple(gradients):
+        return False
+    d_out, d_in = inverse.eigenvalues.shape[1:]
+    return exact_operations(d_out, d_in, _positions(gradients)) >= _SMALLEST

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
-from lightning_influence.layers import DenseGradients, FactoredGradients, Recorder, find_layers
-from lightning_influence.layers.recorder import check_finite, compact
+from lightning_influence.layers import DenseGradients, FactoredGradients, LayerPlan, Recorder, find_layers
+from lightning_influence.layers import recorder as recorder_module
+from lightning_influence.layers.forms import check_finite, compact
 
 B = 4
 
@@ -29,7 +30,43 @@ def check(net: nn.Module, x: Tensor, include=None, forward=None) -> dict[str, Te
                 layer.from_parameters(*grads) if bias is not None else layer.from_parameters(*grads, None)
             )
             torch.testing.assert_close(matrices[n], expected, **TIGHT)
+    check_parts(plan, forward, x, got)
     return got
+
+
+def check_parts(plan: LayerPlan, forward, x: Tensor, whole: dict[str, Tensor]) -> None:
+    """The same in runs of three examples, where inputs are unfolded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder_module, "_PART_BYTES", 1)
+        patch.setattr(recorder_module, "_PART_EXAMPLES", 3)
+        with Recorder(plan.layers) as recorder:
+            values = forward(x).square().reshape(len(x), -1).sum(1)
+        parts = list(recorder.gradient_parts(values.sum(), None, len(x)))
+    for name, matrices in whole.items():
+        joined = torch.cat([part[name].dense()[0] for part in parts])
+        torch.testing.assert_close(joined, matrices, **TIGHT)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(4, [3, 1]), (3, [3]), (1, [1])])
+def test_convolutions_come_in_runs(monkeypatch, count, sizes):
+    monkeypatch.setattr(recorder_module, "_PART_BYTES", 1)
+    monkeypatch.setattr(recorder_module, "_PART_EXAMPLES", 3)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(32, 2)).double()
+    with Recorder(find_layers(net).layers) as recorder:
+        total = net(draw(count, 1, 4, 4)).sum()
+    parts = list(recorder.gradient_parts(total, None, count))
+    assert [part["0"].num_examples for part in parts] == sizes
+    assert [part["2"].num_examples for part in parts] == sizes
+
+
+def test_layers_that_unfold_nothing_come_at_once(monkeypatch):
+    monkeypatch.setattr(recorder_module, "_PART_BYTES", 1)
+    monkeypatch.setattr(recorder_module, "_PART_EXAMPLES", 1)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    with Recorder(find_layers(net).layers) as recorder:
+        total = net(draw(B, 3)).sum()
+    (part,) = recorder.gradient_parts(total, None, B)
+    assert part["0"].num_examples == B
 
 
 def draw(*shape: int) -> Tensor:

@@ -5,6 +5,7 @@ from drive import TIGHT, Setup, closed_form, run
 from models import CASES
 
 from lightning_influence.errors import NonFiniteError
+from lightning_influence.layers import recorder
 from lightning_influence.passes.gradients import GradientPass
 from lightning_influence.passes.scores import Columns, ScorePass, SelfInfluencePass, refuse_non_finite
 from lightning_influence.passes.statistics import CovariancePass
@@ -39,6 +40,14 @@ def blocks(setup: Setup, factors, kind: str) -> torch.Tensor:
     return oracle.block_diagonal([getattr(layer, kind)() for layer in layers.values()])
 
 
+@pytest.fixture
+def short_runs(monkeypatch):
+    """Gradients of convolutions come in runs of two examples."""
+    monkeypatch.setattr(recorder, "_PART_BYTES", 1)
+    monkeypatch.setattr(recorder, "_PART_EXAMPLES", 2)
+
+
+@pytest.mark.usefixtures("short_runs")
 @pytest.mark.parametrize("kind", ["ekfac", "kfac"])
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_factored_scores(name, kind):
@@ -71,6 +80,7 @@ def test_exact_scores(name, batch_size, reduction):
     torch.testing.assert_close(got, expected, **TIGHT)
 
 
+@pytest.mark.usefixtures("short_runs")
 @pytest.mark.parametrize("batch_size", [2, 5])
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_self_influence_is_the_diagonal_of_the_scores(name, batch_size):
