@@ -24,6 +24,7 @@ from lightning_influence.question import Question
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.running.loop import LoopRunner
+from lightning_influence.settings import settings_of
 from lightning_influence.state import InfluenceState
 
 
@@ -115,7 +116,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         Returns:
             The module; :attr:`state` holds what was computed.
         """
-        question = Question(method, layers=layers, options=Options(**options))
+        question = Question(method, layers=layers, options=settings_of(Options, options))
         with self._runner() as runner:
             Engine(runner, self.state, question).prepare(train_dataloaders)
         return self
@@ -164,7 +165,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n``
             is removed.
         """
-        question = Question(method, measurement, top_k, layers, Options(**options))
+        question = Question(method, measurement, top_k, layers, settings_of(Options, options))
         with self._runner() as runner:
             return Engine(runner, self.state, question).attribute(train_dataloaders, query_dataloaders)
 
@@ -187,7 +188,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         Returns:
             One score a training example.
         """
-        question = Question(method, layers=layers, options=Options(**options))
+        question = Question(method, layers=layers, options=settings_of(Options, options))
         with self._runner() as runner:
             return Engine(runner, self.state, question).self_influence(train_dataloaders)
 
@@ -215,7 +216,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the
             residuals.
         """
-        question = Question(method, measurement, layers=layers, options=Options(**options))
+        question = Question(method, measurement, layers=layers, options=settings_of(Options, options))
         with self._runner() as runner:
             return Engine(runner, self.state, question).ihvp(train_dataloaders, query_dataloaders)
 
@@ -241,7 +242,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         """
         question = Question(layers=layers)
         with self._runner() as runner:
-            chosen = SpectrumSettings(curvature, **settings)
+            chosen = settings_of(SpectrumSettings, {"curvature": curvature, **settings})
             return Engine(runner, self.state, question).spectrum(train_dataloaders, chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

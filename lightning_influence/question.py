@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lightning_influence.measurements import Measurement, resolve_measurement
 from lightning_influence.methods import Options, find_method
+from lightning_influence.settings import plain_number
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Question:
 
     def __post_init__(self) -> None:
         find_method(self.method)
-        top_k = self.top_k
+        top_k = plain_number(self.top_k)
+        object.__setattr__(self, "top_k", top_k)
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"Got top_k={top_k!r}; accepted are positive integers, or None for all scores.")
         if isinstance(self.layers, str):

@@ -20,6 +20,7 @@ from lightning_influence.question import Question
 from lightning_influence.results.labels import Labels, checked
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.session import Session, over_checkpoints
+from lightning_influence.settings import settings_of
 
 
 def influence(
@@ -103,18 +104,17 @@ def influence(
         InfluenceError: a subclass that says what is not supported and what to do.
         ValueError: if a setting is out of range.
     """
-    options = Options(
-        damping=damping,
-        fisher=fisher,
-        memory_budget=memory_budget,
-        tolerance=tolerance,
-        max_steps=max_steps,
-        low_rank_tolerance=low_rank_tolerance,
-        curvature_examples=curvature_examples,
-        seed=seed,
-        **further,
-    )
-    question = Question(method, measurement, top_k, layers, options)
+    further |= {
+        "damping": damping,
+        "fisher": fisher,
+        "memory_budget": memory_budget,
+        "tolerance": tolerance,
+        "max_steps": max_steps,
+        "low_rank_tolerance": low_rank_tolerance,
+        "curvature_examples": curvature_examples,
+        "seed": seed,
+    }
+    question = Question(method, measurement, top_k, layers, settings_of(Options, further))
     checked(labels)
 
     def answer(path: str | None) -> Attributions:
@@ -187,15 +187,14 @@ def self_influence(
         ValueError: if a setting is out of range.
         TypeError: if there are several checkpoints, or ``labels`` are of a wrong type.
     """
-    options = Options(
-        damping=damping,
-        fisher=fisher,
-        memory_budget=memory_budget,
-        curvature_examples=curvature_examples,
-        seed=seed,
-        **further,
-    )
-    question = Question(method, layers=layers, options=options)
+    further |= {
+        "damping": damping,
+        "fisher": fisher,
+        "memory_budget": memory_budget,
+        "curvature_examples": curvature_examples,
+        "seed": seed,
+    }
+    question = Question(method, layers=layers, options=settings_of(Options, further))
     checked(labels)
     if ckpt_path is not None and not isinstance(ckpt_path, str | os.PathLike):
         raise TypeError(

@@ -15,7 +15,7 @@ MOST_LINES = 300
 # Every unit (a subpackage, or a module at the top) may import units of its own level and of lower ones.
 LEVELS = [
     {"errors"},
-    {"losses", "layers", "storage", "host"},
+    {"losses", "layers", "storage", "host", "settings"},
     {"factors", "passes", "curvature", "measurements", "results", "running"},
     {"solvers", "selection", "evaluation", "attributions"},
     {"methods", "state", "collecting", "plots", "question"},
@@ -39,6 +39,7 @@ CORE = {
     "passes",
     "results",
     "selection",
+    "settings",
     "solvers",
     "state",
     "storage",

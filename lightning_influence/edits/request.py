@@ -14,6 +14,7 @@ from lightning_influence.edits.options import EditOptions
 from lightning_influence.factors.training_record import TrainingRecord
 from lightning_influence.running.base import Runner
 from lightning_influence.running.dataloading import prepare_train
+from lightning_influence.settings import settings_of
 
 Examples = Sequence[int] | Tensor
 
@@ -68,7 +69,7 @@ class EditRequest:
 
     def settings(self) -> EditOptions:
         """Return the options, checked."""
-        return EditOptions(**self.options)
+        return settings_of(EditOptions, self.options)
 
 
 def check_targets(new_targets: Any) -> None:

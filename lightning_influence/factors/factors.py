@@ -36,6 +36,14 @@ class Factors:
     origin: Literal["fit", "pass"] = "pass"
     fingerprint: dict[str, list[float]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return what they are of; the tensors would fill the screen."""
+        count, measured = len(self.layers), "with" if self.has_squares else "without"
+        return (
+            f"{type(self).__name__}({count} layer{'s' * (count != 1)}, {self.fisher} Fisher, "
+            f"{self.weight_examples:g} examples, {measured} eigenvalues, from a {self.origin})"
+        )
+
     @property
     def mean_weight(self) -> float:
         """``wbar``: mean loss weight of an example; curvature sums are to be divided by it."""

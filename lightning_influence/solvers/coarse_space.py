@@ -50,6 +50,11 @@ class CoarseSpace:
     examples: int
     mixtures: int = 0
 
+    def __repr__(self) -> str:
+        """Return its size; the tensors would fill the screen."""
+        size, numel = self.directions.shape
+        return f"{type(self).__name__}({size} directions of {numel:,}, {self.examples:,} curvature examples)"
+
     @property
     def size(self) -> int:
         """``m``."""

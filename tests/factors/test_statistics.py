@@ -148,3 +148,10 @@ def test_fingerprint_notices_other_weights():
         net.weight[0, 0] += 1e-3
     assert fingerprint_differs(stored, net) == ["weight"]
     assert fingerprint_differs(stored, torch.nn.Linear(3, 2, bias=False)) == ["bias", "weight"]
+
+
+def test_factors_print_what_they_are_of():
+    assert repr(Factors()) == "Factors(0 layers, mixed Fisher, 0 examples, without eigenvalues, from a pass)"
+    layer = LayerStatistics(torch.zeros(1, 3, 3), torch.zeros(1, 2, 2), examples=5.0, positions=5.0)
+    some = Factors({"a": layer}, weight_examples=5.0, origin="fit")
+    assert repr(some) == "Factors(1 layer, mixed Fisher, 5 examples, without eigenvalues, from a fit)"
