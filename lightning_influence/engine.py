@@ -167,6 +167,7 @@ class Engine:
     def _prepare(self, train: IndexedLoader) -> Method:
         """Return the method, after its query-independent passes."""
         method = find_method(self._question.method)(self._context(train))
+        method.note_unused()
         method.prepare()
         return method
 

@@ -17,6 +17,7 @@ from lightning_influence.solvers.stopping import Solution
 class Astra(Iterative):
     """ASTRA (Wang et al. 2025)."""
 
+    uses: ClassVar[frozenset[str]] = Iterative.uses | {"batch_size", "step_size", "momentum"}
     default_tolerance: ClassVar[float] = 1e-2
     default_max_steps: ClassVar[int] = 300
     refuses_hessian: ClassVar[str] = "a fixed step diverges along directions of negative curvature"

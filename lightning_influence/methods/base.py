@@ -14,7 +14,21 @@ from lightning_influence.factors.inverse import BlockInverse, EigenInverse
 from lightning_influence.layers import LayerGradients
 from lightning_influence.layers.layout import Layout
 from lightning_influence.methods.context import Context
+from lightning_influence.methods.options import Options
 from lightning_influence.passes.scores import Scorer
+
+#: Options that only some methods use, and that change what is computed.
+SPECIFIC = (
+    "tolerance",
+    "max_steps",
+    "curvature",
+    "preconditioner",
+    "batch_size",
+    "step_size",
+    "momentum",
+    "blocks",
+    "negative_curvature",
+)
 
 Gradients = Mapping[str, LayerGradients]
 Queries = MutableMapping[str, LayerGradients]
@@ -46,12 +60,22 @@ class Method(ABC):
     mean_weight: float = 1.0
     #: Whether queries that do not fit into the memory budget together are solved and scored in groups.
     in_groups: ClassVar[bool] = False
+    #: Which of :data:`SPECIFIC` the method uses.
+    uses: ClassVar[frozenset[str]] = frozenset()
     #: What an iterative method uses where the options say None.
     default_tolerance: ClassVar[float] = 0.2
     default_max_steps: ClassVar[int] = 3
 
     def __init__(self, context: Context) -> None:
         self.context = context
+
+    def note_unused(self) -> None:
+        """Say which options were given that the method does not use."""
+        options, default = self.context.options, Options()
+        given = [name for name in SPECIFIC if getattr(options, name) != getattr(default, name)]
+        unused = [f"{name}={getattr(options, name)!r}" for name in given if name not in self.uses]
+        if unused:
+            self.context.notes.add(f"The method {self.name!r} does not use {', '.join(unused)}.")
 
     @property
     def tolerance(self) -> float:
@@ -118,7 +142,7 @@ def find_method(name: str) -> type[Method]:
     Raises:
         ValueError: listing the registered names.
     """
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise ValueError(f"Got method={name!r}; accepted are {', '.join(sorted(_METHODS))}.")
     return _METHODS[name]
 

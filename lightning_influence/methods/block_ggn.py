@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from lightning_influence.curvature.blocks import DenseBlockPass, block_indices
 from lightning_influence.methods.base import register_method
-from lightning_influence.methods.dense import DenseMethod, as_factors, note_unknown_outputs
+from lightning_influence.methods.context import note_estimate
+from lightning_influence.methods.dense import DenseMethod, as_factors
 from lightning_influence.solvers.exact import BlockSolver, check_size
 
 
@@ -19,6 +22,8 @@ class BlockGGN(DenseMethod):
     product. The option ``blocks`` is ``"layer"``, or ``"tensor"`` for a layer's weight and bias apart;
     ``fisher="mixed"``, ``"sampled"`` or ``"empirical"`` replaces the blocks by that estimate.
     """
+
+    uses: ClassVar[frozenset[str]] = frozenset({"blocks"})
 
     def prepare(self) -> None:
         """Sum the blocks in one pass; a model that is too large is refused before it."""
@@ -35,7 +40,7 @@ class BlockGGN(DenseMethod):
             block for block, name in zip(found, one_pass.owners, strict=True) if name in context.plan.layers
         ]
         self.mean_weight = one_pass.mean_weight
-        note_unknown_outputs(context, one_pass.estimated)
+        note_estimate(context, one_pass.estimated)
         indices = [index.to(found[0].device) for index in block_indices(context.plan, options.blocks)]
         diagonal = _joined([torch.diagonal(block) for block in blocks], indices)
         damping = context.resolve_damping(as_factors(context.layout, diagonal), "closed")

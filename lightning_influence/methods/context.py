@@ -118,6 +118,26 @@ class Context:
         self.plan = plan
 
 
+def note_unknown_outputs(context: Context) -> None:
+    """Say that the Gauss-Newton matrix is the empirical Fisher although nobody asked for it."""
+    context.notes.add(
+        "The values of `influence_loss` are those of no known loss function, so the Gauss-Newton matrix "
+        "is not known; the empirical Fisher of the training labels, which is biased, stands in for it. "
+        "The Hessian needs no known loss: method='hessian', or 'cg' with curvature='hessian'."
+    )
+
+
+def note_estimate(context: Context, estimated: bool) -> None:
+    """Say so if a Gauss-Newton matrix is an estimate although nobody asked for one: the loss is unknown.
+
+    Args:
+        context: takes the note.
+        estimated: whether it is one.
+    """
+    if estimated and (context.options.fisher or "exact") == "exact":
+        note_unknown_outputs(context)
+
+
 def digest(*parts: object) -> str:
     """Return a short text that changes with any of the values."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

@@ -12,7 +12,6 @@ from lightning_influence.factors.factors import Factors
 from lightning_influence.factors.statistics import LayerStatistics
 from lightning_influence.layers.layout import Layout
 from lightning_influence.methods.base import Gradients, Method, Solved
-from lightning_influence.methods.context import Context
 from lightning_influence.solvers.scoring import DenseScorer
 
 
@@ -63,21 +62,6 @@ class DenseMethod(Method):
         names = self.context.plan.layers
         kept = layout.expand({name: float(name in names) for name in layout.shapes}, matrix) > 0
         return matrix if bool(kept.all()) else matrix[kept][:, kept]
-
-
-def note_unknown_outputs(context: Context, estimated: bool) -> None:
-    """Say so if a Gauss-Newton matrix is an estimate although nobody asked for one.
-
-    Args:
-        context: takes the note.
-        estimated: whether it is one.
-    """
-    if estimated and (context.options.fisher or "exact") == "exact":
-        context.notes.add(
-            "The values of `influence_loss` are those of no known loss function, so the Gauss-Newton matrix "
-            "is not known; the empirical Fisher of the training labels, which is biased, stands in for it. "
-            "The Hessian needs no known loss: method='hessian', curvature='hessian'."
-        )
 
 
 def as_factors(layout: Layout, diagonal: Tensor) -> Factors:

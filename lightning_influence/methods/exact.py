@@ -6,7 +6,8 @@ import torch
 
 from lightning_influence.curvature.gauss_newton import DenseCurvaturePass
 from lightning_influence.methods.base import register_method
-from lightning_influence.methods.dense import DenseMethod, as_factors, note_unknown_outputs
+from lightning_influence.methods.context import note_estimate
+from lightning_influence.methods.dense import DenseMethod, as_factors
 from lightning_influence.solvers.exact import DenseSolver, check_size
 
 
@@ -26,6 +27,6 @@ class Exact(DenseMethod):
         context.run_on_train(one_pass)
         matrix = self._covered(one_pass.result(context.runner.all_reduce_sum), layout)
         self.mean_weight = one_pass.mean_weight
-        note_unknown_outputs(context, one_pass.estimated)
+        note_estimate(context, one_pass.estimated)
         damping = context.resolve_damping(as_factors(context.layout, torch.diagonal(matrix)), "full")
         self.solver = DenseSolver(matrix, context.layout.expand(damping, matrix))

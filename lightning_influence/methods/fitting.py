@@ -10,7 +10,7 @@ import torch
 from lightning_influence.factors.factors import Factors, fingerprint_differs
 from lightning_influence.factors.statistics import LayerStatistics, eigenbasis
 from lightning_influence.layers import LayerPlan, find_layers
-from lightning_influence.methods.context import Context, digest
+from lightning_influence.methods.context import Context, digest, note_unknown_outputs
 from lightning_influence.passes.captured import Fisher
 from lightning_influence.passes.statistics import CovariancePass, DiagonalPass, SquaresPass
 
@@ -35,6 +35,7 @@ def fitted_factors(context: Context) -> Factors:
     else:
         state.factors = _adopt(context, state.factors)
     factors = state.factors
+    _note_empirical(context, factors)
     context.leave_out(
         [name for name in context.plan.layers if name not in factors.layers],
         "have no factors, because no training step used them or they were not selected when factors were "
@@ -53,7 +54,15 @@ def fitted_diagonal(context: Context) -> Factors:
         _fill(context, factors)
         factors.reduce_counts(context.runner.all_reduce_sum)
     _reduce_squares(context, factors)
+    _note_empirical(context, factors)
     return factors
+
+
+def _note_empirical(context: Context, factors: Factors) -> None:
+    """Say so if factors are made of training labels because the loss is unknown."""
+    unknown = callable(getattr(context.runner.module, "influence_loss", None))
+    if unknown and factors.fisher == "empirical" and context.options.fisher != "empirical":
+        note_unknown_outputs(context)
 
 
 def _key(context: Context, fisher: Fisher) -> str:

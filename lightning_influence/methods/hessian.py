@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from lightning_influence.curvature.hessian import DenseHessianPass
@@ -22,6 +24,8 @@ class Hessian(DenseMethod):
     not positive definite. What was found is in ``diagnostics.extra``. Without negative curvature, all give
     the same.
     """
+
+    uses: ClassVar[frozenset[str]] = frozenset({"curvature", "negative_curvature"})
 
     def prepare(self) -> None:
         """Sum the matrix in one pass; a model that is too large is refused before it.

@@ -14,7 +14,7 @@ from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton
 from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.methods.base import Gradients, Method, Queries, Solved
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.methods.dense import note_unknown_outputs
+from lightning_influence.methods.context import note_estimate
 from lightning_influence.methods.fitting import fitted_factors
 from lightning_influence.solvers.scoring import DenseScorer
 from lightning_influence.solvers.stopping import Solution
@@ -32,6 +32,7 @@ class Iterative(Method):
     passes. Groups are as large as what is left of the budget allows.
     """
 
+    uses: ClassVar[frozenset[str]] = frozenset({"tolerance", "max_steps", "curvature"})
     default_tolerance: ClassVar[float] = 1e-3
     default_max_steps: ClassVar[int] = 100
     #: Vectors of the size of the parameters that a right-hand side takes while it is iterated on.
@@ -75,7 +76,7 @@ class Iterative(Method):
         self._report(results, residuals)
         self.mean_weight = self.curvature.mean_weight
         if isinstance(self.curvature, GaussNewtonOperator):
-            note_unknown_outputs(self.context, self.curvature.estimated)
+            note_estimate(self.context, self.curvature.estimated)
         return torch.cat([result.solutions for result in results]), residuals
 
     def quadratic(self) -> Callable[[Gradients], Tensor]:
@@ -135,7 +136,7 @@ class Iterative(Method):
         if float(fits):
             context.extra["curvature"] = "Gauss-Newton, a pass a product"
             return GaussNewtonOperator(context, fisher=fisher)
-        note_unknown_outputs(context, one_pass.estimated)
+        note_estimate(context, one_pass.estimated)
         stored = one_pass.operator(context.layout, context.train.indices, context.runner.all_reduce_sum)
         context.extra["curvature"] = f"Gauss-Newton, {stored.nbytes / 2**20:.1f} MiB of gradients in memory"
         return stored

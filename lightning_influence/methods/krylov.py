@@ -18,6 +18,8 @@ from lightning_influence.solvers.two_level import TwoLevel
 class Preconditioned(Iterative):
     """A Krylov method with the preconditioner that the options name."""
 
+    uses: ClassVar[frozenset[str]] = Iterative.uses | {"preconditioner"}
+
     def set_up(self) -> None:
         """Choose the preconditioner."""
         name = self.context.options.preconditioner

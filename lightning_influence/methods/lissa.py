@@ -28,6 +28,7 @@ _BATCH, _BATCHES = 32, 8
 class LiSSA(Iterative):
     """LiSSA (Agarwal et al. 2017), with the hyperparameters of Klochkov and Liu (2024)."""
 
+    uses: ClassVar[frozenset[str]] = Iterative.uses | {"batch_size", "step_size"}
     default_tolerance: ClassVar[float] = 0.02
     refuses_hessian: ClassVar[str] = "the derivation needs a positive semidefinite curvature"
 

@@ -68,7 +68,7 @@ class Options:
 
     def __post_init__(self) -> None:
         damping = self.damping
-        if damping not in {"auto", "heuristic"} and not _is_number(damping, math.inf):
+        if damping not in ("auto", "heuristic") and not _is_number(damping, math.inf):
             raise ValueError(
                 f"Got damping={damping!r}; accepted are 'auto', 'heuristic' or a finite number of at least 0."
             )

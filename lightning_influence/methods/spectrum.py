@@ -11,8 +11,7 @@ from lightning_influence.curvature.minibatches import example_variance
 from lightning_influence.curvature.operator import CurvatureOperator, GaussNewtonOperator, HessianOperator
 from lightning_influence.curvature.operator_base import WeightPass
 from lightning_influence.curvature.spectrum import Spectrum, measure_spectrum
-from lightning_influence.methods.context import Context
-from lightning_influence.methods.dense import note_unknown_outputs
+from lightning_influence.methods.context import Context, note_estimate
 
 CurvatureName = Literal["ggn", "hessian"]
 # Directions that the variance of examples is measured along: leading eigenvectors.
@@ -82,7 +81,7 @@ def measured(context: Context, settings: SpectrumSettings) -> Spectrum:
         dtype=context.dtype,
         device=context.device,
     )
-    note_unknown_outputs(context, operator.estimated)
+    note_estimate(context, operator.estimated)
     spectrum = replace(spectrum, passes=spectrum.passes + 1)
     if not settings.minibatches:
         return spectrum

@@ -41,6 +41,7 @@ class Auto(Method):
     """
 
     in_groups: ClassVar[bool] = True
+    uses: ClassVar[frozenset[str]] = frozenset({"tolerance", "max_steps"})
 
     def prepare(self) -> None:
         """Use or fit the factors; use or build the coarse space."""
@@ -179,7 +180,19 @@ class Auto(Method):
         extra = context.extra
         extra["krylov_queries"] = extra.get("krylov_queries", 0) + sum(len(r.residuals) for r in results)
         extra["krylov_steps"] = extra.get("krylov_steps", []) + [result.steps for result in results]
-        return torch.cat([result.solutions for result in results]), torch.cat([r.residuals for r in results])
+        residuals = torch.cat([result.residuals for result in results])
+        self._note_unsolved(residuals)
+        return torch.cat([result.solutions for result in results]), residuals
+
+    def _note_unsolved(self, residuals: Tensor) -> None:
+        """Say so if queries that were iterated on are still above the tolerance."""
+        above = int((residuals > self.tolerance).sum())
+        if above:
+            self.context.notes.add(
+                f"{above} of {len(residuals)} queries that were iterated on still have a residual above the "
+                f"tolerance {self.tolerance:g} (largest {float(residuals.max()):.2g}). Raise `max_steps` "
+                f"(now {self.max_steps}) or the damping."
+            )
 
 
 def _select(gradients: Gradients, index: Tensor) -> dict[str, LayerGradients]:

@@ -120,7 +120,7 @@ class Forward:
     def _check_order(self, captured: Captured, module: Any, batch: Any) -> None:
         """Check that the losses come in the order of the examples, for each way in which their rows do."""
 
-        def losses(other: Any) -> Tensor:
+        def losses(other: Any, count: int) -> Tensor:
             # Nothing is differentiated here, so the graph need not hold activations.
             dropped = torch.autograd.graph.saved_tensors_hooks(lambda t: t.new_empty(0), lambda t: t)
             with dropped, LossCapture() as capture:
@@ -128,7 +128,7 @@ class Forward:
             if batch_loss is None:
                 assert hooked is not None
                 return hooked.detach()
-            return capture.resolve(batch_loss, captured.num_examples).per_example().detach()
+            return capture.resolve(batch_loss, count).per_example().detach()
 
         values = captured.per_example()
         outputs = values if captured.loss is None else captured.loss.outputs

@@ -2,14 +2,15 @@
 
 The rows of a loss tell nothing of the examples they are about: after ``(T, B, C)`` is flattened, or sequences
 are sorted or packed, every row is taken for another example's, and no gradient shows it. What does show it is
-the batch in reverse order, whose losses must come in reverse order.
+the batch in another order, whose losses must come in that order: in reverse, and shifted by one, since copies
+of the batch behind one another look alike in reverse.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,44 +26,54 @@ _RANDOM = (
     "`influence_loss(batch) -> (B,)` on the module without it, if it is not what you want to explain."
 )
 
+_ORDER = (
+    "The losses do not come in the order of the batch's examples: when the examples change places, they do "
+    "not. Accepted are losses whose rows are the examples, in their order. Before the loss, bring "
+    "time-first outputs (T, B, C) into the form (B, T, C), and undo the sorting or packing of sequences; "
+    "several views of an example have to stand together (`x.repeat_interleave(2, 0)`, not `cat([x, x])`); or "
+    "define `influence_loss(batch) -> (B,)` on the module. Batches that are time-first themselves need a "
+    "batch size that is not the number of time steps."
+)
 
-def check_order(values: Tensor, batch: Any, losses: Callable[[Any], Tensor], dtype: torch.dtype) -> None:
-    """Check that a reversed batch has reversed losses.
 
-    Nothing is concluded where that cannot be told: batches of unknown parts, steps that fail on a reversed
+def check_order(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor], dtype: torch.dtype) -> None:
+    """Check that a batch in another order has its losses in that order.
+
+    Nothing is concluded where that cannot be told: batches of unknown parts, steps that fail on a reordered
     batch (as packing sorted sequences does), and losses that change from call to call, which are warned of.
 
     Args:
         values: the loss of each example, ``(B,)``.
         batch: the batch they are of.
-        losses: maps a batch to the losses of its examples.
+        losses: maps a batch and its number of examples to their losses.
         dtype: precision of the model's outputs.
 
     Raises:
         UnsupportedModelError: if the losses come in another order.
     """
-    values = values.detach()
+    values, count = values.detach(), len(values)
     limit = (1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4) * values.abs().max()
 
-    def same(others: Tensor | None) -> bool:
-        return others is not None and bool(((others - values).abs() <= limit).all())
+    def same(others: Tensor | None, order: list[int]) -> bool:
+        return others is not None and bool(((others - values[order]).abs() <= limit).all())
 
-    if same(values.flip(0)):
-        return
     with preserved_rng():
-        other = _try(losses, _try(reverse, batch, len(values)))
-        if other is None or same(other.flip(0)):
-            return
-        if not same(_try(losses, batch)):
-            warnings.warn(_RANDOM, InfluenceWarning, stacklevel=2)
-            return
-    raise UnsupportedModelError(
-        "The losses do not come in the order of the batch's examples: when the batch is reversed, they are "
-        "not. Accepted are losses whose rows are the examples, in their order. Before the loss, bring "
-        "time-first outputs (T, B, C) into the form (B, T, C), and undo the sorting or packing of sequences; "
-        "or define `influence_loss(batch) -> (B,)` on the module. Batches that are time-first themselves "
-        "need a batch size that is not the number of time steps."
-    )
+        for order in _orders(values, limit):
+            other = _try(losses, _try(rearranged, batch, order, count), len(order))
+            if other is None or same(other, order):
+                continue
+            if not same(_try(losses, batch, count), list(range(count))):
+                warnings.warn(_RANDOM, InfluenceWarning, stacklevel=2)
+                return
+            raise UnsupportedModelError(_ORDER)
+
+
+def _orders(values: Tensor, limit: Tensor) -> list[list[int]]:
+    """Return the orders to try; the first example alone where no order would show anything."""
+    count = len(values)
+    if count == 2 or bool(values.max() - values.min() <= limit):
+        return [list(range(count))[::-1], [0]]
+    return [list(range(count))[::-1], [count - 1, *range(count - 1)]]
 
 
 def missing_positions(batch: Any, count: int, rows: int) -> int:
@@ -97,55 +108,56 @@ class UnknownPartError(Exception):
     """A part of a batch of which it is not known how it belongs to the examples."""
 
 
-def reverse(part: Any, count: int) -> Any:
-    """Return a copy of a batch, or of a part of one, with its examples in reverse order.
+def rearranged(part: Any, order: Sequence[int], count: int) -> Any:
+    """Return a copy of a batch, or of a part of one, with its examples in another order.
 
     Args:
         part: tensors of ``count`` rows, or else of ``count`` columns (time-first ones), numbers and texts,
-            in any nesting of lists, tuples and mappings; a list of one thing an example is reversed itself.
+            in any nesting of lists, tuples and mappings; a list of one thing an example is rearranged itself.
+        order: positions of the examples; may be fewer than there are.
         count: number of examples ``B``.
 
     Returns:
-        The reversed part.
+        The rearranged part.
 
     Raises:
         UnknownPartError: if there is anything else in it.
     """
     if isinstance(part, Tensor):
-        return _reverse_tensor(part, count)
+        return _rearranged_tensor(part, order, count)
     if part is None or isinstance(part, str | bytes | int | float):
         return part
     if isinstance(part, Mapping):
         result: Any = copy.copy(part)
         for key, value in part.items():
-            result[key] = reverse(value, count)
+            result[key] = rearranged(value, order, count)
         return result
     if isinstance(part, list | tuple) and not isinstance(part, PackedSequence):
-        return _reverse_items(part, count)
+        return _rearranged_items(part, order, count)
     raise UnknownPartError
 
 
-def _reverse_tensor(part: Tensor, count: int) -> Tensor:
+def _rearranged_tensor(part: Tensor, order: Sequence[int], count: int) -> Tensor:
     if part.layout != torch.strided:
         raise UnknownPartError
     for dim in (0, 1):
         if part.ndim > dim and part.shape[dim] == count:
-            return part.flip(dim)
+            return part.index_select(dim, torch.tensor(order, device=part.device))
     if part.ndim:
         raise UnknownPartError
     return part
 
 
-def _reverse_items(part: Any, count: int) -> Any:
+def _rearranged_items(part: Any, order: Sequence[int], count: int) -> Any:
     plain = all(item is None or isinstance(item, str | bytes | int | float) for item in part)
     try:
-        items = list(part) if plain else [reverse(item, count) for item in part]
+        items = list(part) if plain else [rearranged(item, order, count) for item in part]
     except UnknownPartError:
         plain, items = True, list(part)
         if len(items) != count:
             raise
     if plain and len(items) == count:
-        items.reverse()
+        items = [items[position] for position in order]
     return type(part)(*items) if hasattr(part, "_fields") else type(part)(items)
 
 

@@ -117,3 +117,12 @@ def test_refusals():
     for measure in (loss.margin, loss.true_score):
         with pytest.raises(UnsupportedModelError, match="squared error, which has no labels"):
             measure()
+
+
+def test_one_output_that_squeeze_left_no_dimension():
+    x = normal(5).requires_grad_()
+    loss = parse_mse_loss((2 * x[:1]).squeeze(), torch.ones(1, dtype=torch.float64))
+    assert loss.outputs.shape == loss.gradient().shape == (1,)
+    (grad,) = torch.autograd.grad(loss.outputs, x, loss.gradient())
+    assert grad[0] == pytest.approx(4 * (2 * x[0].item() - 1))
+    assert loss.per_example().tolist() == pytest.approx([(2 * x[0].item() - 1) ** 2])

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lightning_influence.errors import InfluenceWarning, UnsupportedModelError
 from lightning_influence.layers import find_layers
 from lightning_influence.passes.forward import Forward
-from lightning_influence.passes.order import UnknownPartError, missing_positions, reverse
+from lightning_influence.passes.order import UnknownPartError, missing_positions, rearranged
 
 B, T = 4, 8
 
@@ -83,6 +83,25 @@ def test_losses_in_another_order_are_refused(step, batches):
         run(step, *batches)
 
 
+def copies(count: int, together: bool):
+    def step(module, x, y):
+        def more(t):
+            return t.repeat_interleave(count, 0) if together else torch.cat([t] * count)
+
+        return F.cross_entropy(module(more(x)), more(y))
+
+    return step
+
+
+@pytest.mark.parametrize("batch", [2, 4, 5])
+@pytest.mark.parametrize("count", [2, 3])
+def test_copies_of_the_batch_must_stand_together(count, batch):
+    data = torch.randn(batch, 3), torch.randint(2, (batch,))
+    run(copies(count, True), data)
+    with pytest.raises(UnsupportedModelError, match=r"repeat_interleave\(2, 0\)"):
+        run(copies(count, False), data)
+
+
 def test_nothing_is_concluded_from_random_or_failing_steps():
     def noisy(module, x, y, mask):
         return F.cross_entropy(module(x + torch.randn_like(x)).flatten(0, 1), y.flatten())
@@ -98,19 +117,23 @@ def test_nothing_is_concluded_from_random_or_failing_steps():
         run(noisy, sequences(2, 5, 3, 4))
 
 
-def test_batches_in_reverse():
+def test_batches_in_another_order():
     x, square, text = torch.arange(3), torch.arange(9).view(3, 3), ["a", "b", "c"]
     part = {"x": (x, None), "time": square[:2], "text": text, "size": [1, 2], "ragged": [x[:1], x[:2], x]}
-    found = reverse(part, 3)
+    found = rearranged(part, [2, 1, 0], 3)
     assert found["x"][0].tolist() == [2, 1, 0]
     assert found["time"].tolist() == [[2, 1, 0], [5, 4, 3]]
     assert (found["text"], found["size"]) == (["c", "b", "a"], [1, 2])
     assert [len(t) for t in found["ragged"]] == [3, 2, 1]
     assert part["text"] == ["a", "b", "c"]
-    assert reverse(square, 3).tolist() == [[6, 7, 8], [3, 4, 5], [0, 1, 2]]  # rows, if both could be
+    assert rearranged(square, [2, 1, 0], 3).tolist() == [
+        [6, 7, 8],
+        [3, 4, 5],
+        [0, 1, 2],
+    ]  # rows, if both could be
     for unknown in (torch.zeros(5, 7), object(), {"a": {1, 2}}, torch.eye(3).to_sparse()):
         with pytest.raises(UnknownPartError):
-            reverse(unknown, 3)
+            rearranged(unknown, [2, 1, 0], 3)
 
 
 def test_positions_that_the_loss_leaves_out():
