@@ -18,9 +18,11 @@ from lightning_influence.layers import LayerPlan, find_layers
 from lightning_influence.measurements import ResolvedMeasurement, resolve_measurement
 from lightning_influence.methods import Context, Method, Notes, find_method
 from lightning_influence.methods.context import digest
-from lightning_influence.methods.gathering import Gathered, gather
+from lightning_influence.methods.currency import check_current, current
+from lightning_influence.methods.gathering import Gathered, gather, joined
 from lightning_influence.methods.spectrum import SpectrumSettings, measured
 from lightning_influence.passes.gradients import GradientPass
+from lightning_influence.passes.losses import LossPass
 from lightning_influence.passes.scores import Columns, ScorePass, SelfInfluencePass
 from lightning_influence.question import Question
 from lightning_influence.results.diagnostics import Diagnostics, PassFacts
@@ -62,7 +64,12 @@ class Engine:
         """
         measured = resolve_measurement(self._question.measurement, self._runner.module)
         train_loader, query_loaders = prepare_train(train), prepare(queries)
-        method = self._prepare(train_loader)
+        return current(self._state, lambda: self._attributed(train_loader, query_loaders, measured))
+
+    def _attributed(
+        self, train: IndexedLoader, query_loaders: list[IndexedLoader], measured: ResolvedMeasurement
+    ) -> Attributions:
+        method = self._prepare(train)
         several = len(query_loaders) > 1
         groups = self._groups(method, query_loaders, measured)
         return join_queries([self._attribute(method, group, measured, several) for group in groups])
@@ -97,10 +104,11 @@ class Engine:
             sink.update(
                 torch.empty(len(asked.indices), 0, dtype=context.dtype), torch.empty(0, dtype=torch.int64)
             )
+        check_current(method.context, scoring.losses)
         scale = self._scale(scoring, _is_loss(measured))
         diagnostics = self._diagnostics(method, measured.name, solved.residuals)
         dataloaders = asked.dataloaders if several else None
-        return self._answer(sink, scale, asked.indices, dataloaders, diagnostics, context.dtype)
+        return joined(context, sink, scale, asked.indices, dataloaders, diagnostics)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.
@@ -112,9 +120,13 @@ class Engine:
             The scores by dataset index.
         """
         train_loader = prepare_train(train)
-        method = self._prepare(train_loader)
+        return current(self._state, lambda: self._self_influence(train_loader))
+
+    def _self_influence(self, train: IndexedLoader) -> SelfInfluence:
+        method = self._prepare(train)
         one_pass = SelfInfluencePass(method.context.plan, method.quadratic())
         method.context.run_on_train(one_pass)
+        check_current(method.context, one_pass.losses)
         indices, values = one_pass.gathered(self._runner.all_gather_cat, method.context.dtype)
         return SelfInfluence(
             train_indices=indices,
@@ -134,7 +146,7 @@ class Engine:
             certificate.
         """
         measured = resolve_measurement(self._question.measurement, self._runner.module)
-        method = self._prepare(prepare_train(train))
+        method = self._prepare_alone(train)
         asked = self._queries(method.context, measured, prepare(queries))
         plan = method.context.plan
         solutions, residuals = method.solutions(asked.gradients)
@@ -162,7 +174,21 @@ class Engine:
 
     def prepare(self, train: Any) -> None:
         """Run the passes that do not depend on queries; what they give is kept in the state."""
-        self._prepare(prepare_train(train))
+        self._prepare_alone(train)
+
+    def _prepare_alone(self, train: Any) -> Method:
+        """Return the prepared method where no pass over the training data follows that checks its state."""
+        loader = prepare_train(train)
+
+        def prepared() -> Method:
+            method = self._prepare(loader)
+            if method.context.made or method.context.reused:
+                one_pass = LossPass(method.context.plan)
+                self._runner.run(one_pass, loader)
+                check_current(method.context, one_pass.losses)
+            return method
+
+        return current(self._state, prepared)
 
     def _prepare(self, train: IndexedLoader) -> Method:
         """Return the method, after its query-independent passes."""
@@ -216,45 +242,6 @@ class Engine:
         examples, weight = self._runner.all_reduce_sum(counts).tolist()
         mean_weight = weight / examples if weight > 0 else 1.0
         return float(1.0 / (examples * mean_weight ** (2 if of_loss else 1)))
-
-    def _answer(
-        self,
-        sink: Columns | StreamingExtremes,
-        scale: float,
-        query_indices: Tensor,
-        dataloaders: Tensor | None,
-        diagnostics: Diagnostics,
-        dtype: torch.dtype,
-    ) -> Attributions:
-        """Return all scores, or both ends of the rankings, of all processes."""
-        if isinstance(sink, Columns):
-            scores, indices = sink.result()
-            if self._runner.world_size > 1:
-                scores = self._runner.all_gather_cat(scores.T.contiguous()).T
-                indices = self._runner.all_gather_cat(indices)
-                order = indices.argsort(stable=True)
-                scores, indices = scores[:, order], indices[order]
-            return Attributions(
-                scores=scores * scale,
-                train_indices=indices,
-                query_indices=query_indices,
-                query_dataloaders=dataloaders,
-                diagnostics=diagnostics,
-            )
-        extremes = sink.result()
-        if self._runner.world_size > 1:
-            # A process without examples knows no precision.
-            top, bottom = (
-                end._replace(scores=end.scores.to(dtype)) for end in (extremes.top, extremes.bottom)
-            )
-            extremes = extremes._replace(top=top, bottom=bottom)
-            extremes = extremes.gathered(self._runner.all_gather_cat, self._question.top_k or 1)
-        return Attributions.from_extremes(
-            extremes.scaled(scale),
-            query_indices=query_indices,
-            query_dataloaders=dataloaders,
-            diagnostics=diagnostics,
-        )
 
     def _diagnostics(self, method: Method, measurement: str, residuals: Tensor | None) -> Diagnostics:
         """Return the certificate that goes with an answer."""

@@ -101,7 +101,7 @@ def parse_mse_loss(
     constant("target", target)
     if weight is not None:
         constant("weight", weight, non_negative=True)
-    if input.dim() == 0 and target.numel() == 1 and weight is None:  # one output of one example, whatever `squeeze()` left of it
+    if input.dim() == 0 and target.numel() == 1 and weight is None:  # `squeeze()` on one example
         with torch.enable_grad():
             input, target = input.reshape(1), target.reshape(1)
     if input.dim() == 0 or not _fits(target.shape, input.shape):

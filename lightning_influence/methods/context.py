@@ -55,6 +55,8 @@ class Context:
         weights_key: a short text that changes with them.
         notes: what was left out or assumed.
         extra: further diagnostics.
+        made: whether this call computed something that later calls use again.
+        reused: whether it used something that an earlier call computed.
         damping: the damping of each layer once it is decided.
         damping_origin: where it comes from.
     """
@@ -70,6 +72,8 @@ class Context:
     weights_key: str = ""
     notes: Notes = field(default_factory=Notes)
     extra: dict[str, Any] = field(default_factory=dict)
+    made: bool = False
+    reused: bool = False
     damping: dict[str, float] = field(default_factory=dict)
     damping_origin: str = "not used"
 

@@ -31,8 +31,9 @@ def fitted_factors(context: Context) -> Factors:
     if state.factors is None or not state.factors.layers or _is_stale(context):
         key = _key(context, context.options.fitted_fisher)
         state.factors = _fit(context)
-        state.factors_key = key
+        state.factors_key, context.made = key, True
     else:
+        context.reused |= bool(state.factors_key)
         state.factors = _adopt(context, state.factors)
     factors = state.factors
     _note_empirical(context, factors)

@@ -1,4 +1,4 @@
-"""Gradients of small sets of examples, of all processes and in the order of their loaders."""
+"""Gradients of small sets of examples, and scores of all: of all processes, in the order of the data."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_influence.attributions import Attributions
 from lightning_influence.layers import DenseGradients, FactoredGradients, Layer, LayerGradients
 from lightning_influence.methods.context import Context, Loader, Passes
 from lightning_influence.passes.gradients import GradientPass
+from lightning_influence.passes.scores import Columns
+from lightning_influence.results.diagnostics import Diagnostics
+from lightning_influence.results.streaming import StreamingExtremes
 
 
 @dataclass(frozen=True)
@@ -114,3 +118,55 @@ def _visiting_order(loaders: Sequence[Loader], indices: Tensor, dataloaders: Ten
         place[mine] = start + by_index[torch.searchsorted(visited[by_index], indices[mine])]
         start += len(visited)
     return place.argsort()
+
+
+def joined(
+    context: Context,
+    sink: Columns | StreamingExtremes,
+    scale: float,
+    query_indices: Tensor,
+    dataloaders: Tensor | None,
+    diagnostics: Diagnostics,
+) -> Attributions:
+    """Join what all processes have seen: all scores, or both ends of the rankings.
+
+    Args:
+        context: its runner knows the processes.
+        sink: what took the scores on this process.
+        scale: factor of the scores.
+        query_indices: dataset indices of the queries, ``(Q,)``.
+        dataloaders: the loader that each query is from, or None.
+        diagnostics: the certificate.
+
+    Returns:
+        The attributions.
+    """
+    runner = context.runner
+    if isinstance(sink, Columns):
+        scores, indices = sink.result()
+        if runner.world_size > 1:
+            scores = runner.all_gather_cat(scores.T.contiguous()).T
+            indices = runner.all_gather_cat(indices)
+            order = indices.argsort(stable=True)
+            scores, indices = scores[:, order], indices[order]
+        return Attributions(
+            scores=scores * scale,
+            train_indices=indices,
+            query_indices=query_indices,
+            query_dataloaders=dataloaders,
+            diagnostics=diagnostics,
+        )
+    extremes = sink.result()
+    if runner.world_size > 1:
+        # A process without examples knows no precision.
+        top, bottom = (
+            end._replace(scores=end.scores.to(context.dtype)) for end in (extremes.top, extremes.bottom)
+        )
+        extremes = extremes._replace(top=top, bottom=bottom)
+        extremes = extremes.gathered(runner.all_gather_cat, sink.k)
+    return Attributions.from_extremes(
+        extremes.scaled(scale),
+        query_indices=query_indices,
+        query_dataloaders=dataloaders,
+        diagnostics=diagnostics,
+    )

@@ -61,7 +61,9 @@ class Auto(Method):
         )
         if context.state.coarse is None or context.state.coarse_key != key:
             context.state.coarse = builder.build()
-            context.state.coarse_key = key
+            context.state.coarse_key, context.made = key, True
+        else:
+            context.reused = True
         self.space = context.state.coarse.to(context.device)
         self._products = builder.products
         self.inverse = builder.preconditioner(self.space)

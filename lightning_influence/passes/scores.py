@@ -12,6 +12,7 @@ from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.layers.gradients import LayerGradients
 from lightning_influence.passes.forward import Forward
+from lightning_influence.passes.losses import LossSum
 
 
 class Scorer(Protocol):
@@ -66,12 +67,12 @@ class ScorePass:
     def __init__(self, plan: LayerPlan, scorer: Scorer, sink: Sink) -> None:
         self.examples = 0
         self.weight = 0.0
-        self.forward = Forward(plan)
+        self.forward, self.losses = Forward(plan), LossSum()
         self._scorer, self._sink = scorer, sink
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
-        parts, weight = _loss_gradients(self.forward, module, batch, len(indices))
+        parts, weight = _loss_gradients(self, module, batch, len(indices))
         scores = _joined([self._scorer(gradients) for gradients in parts])
         refuse_non_finite(scores, indices)
         self._sink.update(scores, indices)
@@ -101,12 +102,12 @@ class SelfInfluencePass:
         self.indices: list[Tensor] = []
         self.examples = 0
         self.weight = 0.0
-        self.forward = Forward(plan)
+        self.forward, self.losses = Forward(plan), LossSum()
         self._quadratic = quadratic
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
-        parts, weight = _loss_gradients(self.forward, module, batch, len(indices))
+        parts, weight = _loss_gradients(self, module, batch, len(indices))
         values = _joined([self._quadratic(gradients) for gradients in parts])
         refuse_non_finite(values, indices)
         self.values.append(values.detach().cpu())
@@ -139,10 +140,11 @@ class SelfInfluencePass:
 
 
 def _loss_gradients(
-    forward: Forward, module: Any, batch: Any, num_examples: int
+    one_pass: ScorePass | SelfInfluencePass, module: Any, batch: Any, num_examples: int
 ) -> tuple[Iterator[dict[str, FactoredGradients]], float]:
-    """Return the gradients of a batch, in runs of its examples, and its summed loss weight."""
-    captured = forward(module, batch, num_examples)
+    """Return the gradients of a batch, in runs, and its summed loss weight; the pass notes the losses."""
+    captured = one_pass.forward(module, batch, num_examples)
+    one_pass.losses.add(captured)
     weight = float(captured.weights.sum())
     return captured.loss_gradient_parts(), weight
 

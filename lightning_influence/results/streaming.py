@@ -160,6 +160,7 @@ class StreamingExtremes:
     """
 
     def __init__(self, num_queries: int, k: int) -> None:
+        self.k = k
         self._top = StreamingTopK(num_queries, k, largest=True)
         self._bottom = StreamingTopK(num_queries, k, largest=False)
         self._seen = _SeenIndices()
