@@ -35,11 +35,12 @@ class EigenInverse:
     def weights(self) -> Tensor:
         """``scale / (eigenvalues + damping)``, ``(G, D_out, D_in)``.
 
-        It is zero where both vanish, up to rounding: a pseudo-inverse.
+        It is zero where both vanish, up to rounding: a pseudo-inverse. A damping below that is none.
         """
         total = self.eigenvalues + self.damping
         width = sum(total.shape[1:])  # what rounding grows with
-        rounding = 0.0 if self.damping > 0 else torch.finfo(total.dtype).eps * width * total.amax()
+        rounding = torch.finfo(total.dtype).eps * width * float(total.amax())
+        rounding = 0.0 if self.damping > rounding else rounding
         return torch.where(total > rounding, self.scale / total, torch.zeros_like(total))
 
     def apply(self, vectors: Tensor) -> Tensor:

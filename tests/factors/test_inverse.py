@@ -87,3 +87,13 @@ def test_weights_are_positive_and_bounded_by_the_damping(damping):
     weights = draw(2, 3, 4, damping).weights
     assert weights.min() >= 0
     assert damping == 0 or weights.max() <= 1 / damping
+
+
+def test_a_damping_below_rounding_is_none():
+    inverse = draw(1, 3, 4, 0.0)
+    inverse.eigenvalues[0, 1] = 0
+    tiny = EigenInverse(inverse.basis, inverse.eigenvalues, 1e-30)
+    torch.testing.assert_close(tiny.weights, inverse.weights, **TIGHT)
+    assert (inverse.weights[0, 1] == 0).all()
+    small = EigenInverse(inverse.basis, inverse.eigenvalues, 1e-12)
+    torch.testing.assert_close(small.weights[0, 1], torch.full((4,), 1e12, dtype=torch.float64))
