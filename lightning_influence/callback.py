@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from lightning_influence.collecting.collector import Collector, FitFisher
 from lightning_influence.collecting.figures import Figures
+from lightning_influence.collecting.guarded import Guarded
 from lightning_influence.collecting.notices import Notices
+from lightning_influence.collecting.settings import Settings
 from lightning_influence.collecting.store import Store
-from lightning_influence.errors import LossCaptureError, NonFiniteError
 from lightning_influence.factors.factors import Factors, fingerprint
+from lightning_influence.factors.generations import Generations
 from lightning_influence.factors.training_record import TrainingRecord
 from lightning_influence.host.fit import (
     LOSS_NOT_SEEN,
@@ -30,7 +33,7 @@ from lightning_influence.host.fit import (
 )
 from lightning_influence.layers import LayerPlan, find_layers
 from lightning_influence.passes.captured import Captured
-from lightning_influence.passes.live import LiveCapture, check_first, describe_coupling
+from lightning_influence.passes.live import LiveCapture, describe_coupling
 from lightning_influence.state import InfluenceState
 
 
@@ -45,6 +48,11 @@ class InfluenceCallback(Callback):
     saved after a question was asked also holds what the answer was computed from and later ones can use (the
     coarse space of two-level EK-FAC, factors from a pass), each unless it takes more than 256 MiB.
 
+    A fit that cannot be collected goes on as without the callback: a warning gives the reason, and whatever
+    was collected until then is dropped, so that factors are never those of an unknown part of a run. Errors
+    are raised only before anything is trained: for a model without a covered layer, and at the first batch
+    for a loss that is not found or examples that depend on each other.
+
     The sums are those of the training itself: dropout and augmentations are on, and BatchNorm uses the batch.
 
     Args:
@@ -58,7 +66,8 @@ class InfluenceCallback(Callback):
         seed: seed of the draws; the global random state is never used.
 
     Raises:
-        ValueError: if a setting is out of range.
+        TypeError: if ``layers`` is no list of texts.
+        ValueError: if another setting is out of range.
     """
 
     def __init__(
@@ -70,19 +79,20 @@ class InfluenceCallback(Callback):
         log_statistics: bool = True,
         seed: int = 0,
     ) -> None:
-        if fisher not in get_args(FitFisher):
-            accepted = ", ".join(repr(choice) for choice in get_args(FitFisher))
-            raise ValueError(f"Got fisher={fisher!r}; accepted during fit are {accepted}.")
-        self._layers = None if layers is None else list(layers)
-        self._fisher = fisher
+        settings = Settings(layers, fisher, every_n_steps, overhead, seed)
+        self._layers, self._fisher = settings.layers, settings.fisher
         self._store = Store(
-            fisher, every_n_steps=every_n_steps, overhead=overhead, statistics=log_statistics, seed=seed
+            settings.fisher,
+            every_n_steps=settings.every_n_steps,
+            overhead=settings.overhead,
+            statistics=log_statistics,
+            seed=settings.seed,
         )
         self._plan: LayerPlan | None = None
-        self._live: LiveCapture | None = None
         self._backwards = 0
         self._figures = Figures(log_statistics)
         self._say = Notices()
+        self._guarded = Guarded(self._store, self._say)
         self._batch_size = 0
         self._from_backward = False
 
@@ -120,6 +130,10 @@ class InfluenceCallback(Callback):
         return self._store.collector
 
     @property
+    def _live(self) -> LiveCapture | None:
+        return self._guarded.live
+
+    @property
     def state_key(self) -> str:
         """The same for all settings that may change between a run and its continuation."""
         if self._layers is None and self._fisher == "mixed":
@@ -134,11 +148,11 @@ class InfluenceCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and continue what was collected before if it belongs to these weights."""
-        self._live = None
+        self._guarded.live = None
         self._store.begin_fit()
         reason = why_not_collect(trainer)
         if reason is not None:
-            self._refuse(reason)
+            self._guarded.stop(reason)
             return
         self._plan = plan = find_layers(pl_module, self._layers)
         self._say(plan.describe_uncovered())
@@ -152,16 +166,17 @@ class InfluenceCallback(Callback):
         self._store.restored = False
         collector.generations = collector.generations.to(pl_module.device)
         collector.start(plan, trainer.global_rank, trainer.world_size, all_reduce(trainer))
-        self._live = LiveCapture(plan)
+        self._guarded.live = LiveCapture(plan)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the record, and sum over processes."""
+        final = self._summed(trainer)
         self._finish(trainer, pl_module)
-        if self._live is not None and trainer.world_size > 1:
-            self._store.final = self._collector.summed()
+        self._store.final = final
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove all hooks."""
+        self._guarded.interrupt()
         self._finish(trainer, pl_module)
 
     def on_train_batch_start(
@@ -170,17 +185,20 @@ class InfluenceCallback(Callback):
         """Decide whether this batch is collected, and put hooks in place."""
         self._figures.clear()
         self._backwards = 0
-        if self._live is None or not self._begins():
+        live = self._live
+        if live is None or not self._begins(batch):
             return
-        live, size = self._live, batch_size_of(batch)
-        if not callable(getattr(pl_module, "influence_loss", None)):
-            self._batch_size = size
-            live.open()
-            return
-        with aside(trainer, pl_module):
+        size = self._batch_size
+        if callable(getattr(pl_module, "influence_loss", None)):
             self._collect(
-                trainer, pl_module, lambda: live.run_hook(pl_module, batch, size, forward_context(trainer))
+                trainer,
+                pl_module,
+                lambda: live.run_hook(pl_module, batch, size, forward_context(trainer)),
+                aside(trainer, pl_module),
             )
+            return
+        with self._guarded.contained():
+            live.open()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Collect from the graph that the user's step has just built."""
@@ -197,7 +215,7 @@ class InfluenceCallback(Callback):
             )
             self._from_backward = True
         elif self._from_backward and self._backwards > 1:
-            self._refuse(SEVERAL_BACKWARDS)
+            self._guarded.stop(SEVERAL_BACKWARDS)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -205,8 +223,9 @@ class InfluenceCallback(Callback):
         """Add the step to the training record, and measure the gradients on collected steps."""
         if self._live is None or self._plan is None:
             return
-        self._collector.record.add_step(optimizer, self._plan.layers)
-        self._figures.add_step(pl_module, self._plan.layers, optimizer)
+        with self._guarded.contained():
+            self._collector.record.add_step(optimizer, self._plan.layers)
+            self._figures.add_step(pl_module, self._plan.layers, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -214,9 +233,10 @@ class InfluenceCallback(Callback):
         """Log, and clean up after a step without a backward pass."""
         self._from_backward = False
         if self._live is not None and self._live.is_open:
-            self._close()
+            self._guarded.close()
             if not (pl_module.automatic_optimization or self._collector.resolved):
-                self._refuse(LOSS_NOT_SEEN)
+                self._guarded.stop(LOSS_NOT_SEEN)
+        self._guarded.end_batch()
         self._figures.log(trainer.loggers, self._collector.schedule.steps, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -233,65 +253,45 @@ class InfluenceCallback(Callback):
         """Complete the saved state with what only the Trainer knows: all processes' sums, and the weights."""
         if self.state_key not in checkpoint.get("callbacks", {}):
             return
-        self._read_metric(trainer)
-        sums = self._store.final
-        if sums is None and self._live is not None and trainer.world_size > 1:
-            sums = self._collector.summed()
+        with self._guarded.contained():
+            self._read_metric(trainer)
+        sums = self._store.final or self._summed(trainer)
         weights = self._store.fingerprint or fingerprint(pl_module)
         checkpoint["callbacks"][self.state_key] = self._store.state_dict(sums, weights)
 
-    def _begins(self) -> bool:
-        try:
-            return self._collector.begin_batch()
-        except NonFiniteError as error:
-            self._say(str(error))
-            return False
+    def _begins(self, batch: Any) -> bool:
+        """Return whether to collect a batch; its size is known then."""
+        begins = self._guarded.begin_batch()
+        if begins:
+            begins = False
+            with self._guarded.contained():
+                self._batch_size, begins = batch_size_of(batch), True
+        return begins
 
-    def _collect(self, trainer: Trainer, module: LightningModule, capture: Callable[[], Captured]) -> None:
-        """Capture the batch and add it; the first one has to succeed, later ones are left out with a warning.
-
-        Raises:
-            LossCaptureError: if the first batch's loss is not found.
-        """
-        first, steps = not self._collector.resolved, self._collector.schedule.steps
-        measure = self._figures.due(trainer.loggers, steps, log_every(trainer))
-        try:
-            with torch.enable_grad():
-                captured = capture()
-                if first:
-                    check_first(captured, module)
-                self._figures.take(self._collector.add(captured, module, measure=measure))
-        except NonFiniteError as error:
-            self._say(f"A batch was left out of the factors: {error}", "non-finite")
-        except LossCaptureError as error:
-            if first:
-                raise
-            self._say(f"A batch was left out of the factors: {error}", "loss")
-        finally:
-            self._close()
+    def _collect(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        capture: Callable[[], Captured],
+        around: contextlib.AbstractContextManager[None] | None = None,
+    ) -> None:
+        measure = self._figures.due(trainer.loggers, self._collector.schedule.steps, log_every(trainer))
+        self._figures.take(self._guarded.collect(capture, module, around=around, measure=measure))
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close()
-        if self._live is None:
-            self._store.end_fit()
-        else:
-            self._read_metric(trainer)
-            self._store.end_fit(fingerprint(module))
+        self._guarded.close()
+        weights = None
+        if self._live is not None:
+            with self._guarded.contained():
+                self._read_metric(trainer)
+                weights = fingerprint(module)
+        self._store.end_fit(weights)
+
+    def _summed(self, trainer: Trainer) -> Generations | None:
+        return self._guarded.summed() if trainer.world_size > 1 else None
 
     def _read_metric(self, trainer: Trainer) -> None:
         if self._plan is None:
             return
         for optimizer in trainer.optimizers:
             self._collector.record.read_metric(optimizer, self._plan.layers)
-
-    def _close(self) -> None:
-        if self._live is not None:
-            self._live.close()
-            self._live.clear()
-
-    def _refuse(self, reason: str) -> None:
-        """Stop collecting for the rest of this fit."""
-        self._close()
-        self._live = None
-        self._store.reset()
-        self._say(f"Nothing is collected during this fit: {reason}")

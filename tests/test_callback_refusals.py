@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import lightning
+import numpy as np
 import pytest
 import torch
-from callback_models import Classifier, fit, loader
+from callback_models import Classifier, fit, loader, same
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -194,3 +196,44 @@ def test_bad_settings() -> None:
         InfluenceCallback(fisher="exact")
     with pytest.raises(ValueError, match="accepted are shares of a step"):
         InfluenceCallback(overhead=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("every_n_steps", 2.5, "integers of at least 1, or None for as many batches as overhead pays for"),
+        ("every_n_steps", 0, "integers of at least 1, or None"),
+        ("every_n_steps", True, "integers of at least 1, or None"),
+        ("every_n_steps", "2", "integers of at least 1, or None"),
+        ("seed", -1, "integers of at least 0"),
+        ("seed", "a", "integers of at least 0"),
+        ("seed", None, "integers of at least 0"),
+        ("seed", 0.5, "integers of at least 0"),
+        ("overhead", "5%", r"shares of a step in \(0, 1\]"),
+        ("overhead", None, r"shares of a step in \(0, 1\]"),
+        ("overhead", float("nan"), r"shares of a step in \(0, 1\]"),
+        ("overhead", 1.5, r"shares of a step in \(0, 1\]"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_the_fit(name, value, accepted) -> None:
+    with pytest.raises(ValueError, match=f"Got {name}={re.escape(repr(value))}; accepted are {accepted}"):
+        InfluenceCallback(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    settings = {"every_n_steps": np.int64(2), "overhead": np.float32(0.5), "seed": np.uint8(3)}
+    callback, plain = InfluenceCallback(**settings), InfluenceCallback(None, "mixed", 2, 0.5, seed=3)
+    fit(Classifier(), callback, max_epochs=2)
+    fit(Classifier(), plain, max_epochs=2)
+    assert same(callback.state_dict(), plain.state_dict())
+    assert type(callback.state_dict()["collector"]["schedule"]["every_n_steps"]) is int
+
+
+@pytest.mark.parametrize(
+    ("layers", "hint"),
+    [("net.0", r": layers=\['net.0'\]\."), ([0], r"\."), (3, r"\."), (["net.0", None], r"\.")],
+)
+def test_layers_are_a_list_of_texts(layers, hint) -> None:
+    got = re.escape(repr(layers))
+    with pytest.raises(TypeError, match=f"Got layers={got}; accepted is a list of names or patterns{hint}"):
+        InfluenceCallback(layers=layers)

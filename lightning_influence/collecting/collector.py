@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from lightning_influence.collecting.failures import ON_ANOTHER_PROCESS, CollectingError, contained
 from lightning_influence.collecting.gradient_statistics import noise_and_signal, spectrum, squared_norms
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.factors.generations import Generations
@@ -42,6 +45,8 @@ class Collector:
         generations: the sums.
         record: what the optimizer did.
         collected: number of batches collected.
+        failure: why nothing more is collected in this fit, None if all is well. Among several processes one
+            that fails goes on counting, for the sums that all of them take part in, until the others know.
     """
 
     def __init__(
@@ -58,6 +63,8 @@ class Collector:
         self.generations.current.fisher = fisher
         self.record = TrainingRecord()
         self.collected = 0
+        self.failure: str | None = None
+        self._pending = False  # whether the batch is to be collected and not counted yet
         self._fisher, self._statistics, self._seed = fisher, statistics, seed
         self._scale = 0.0
         self._noise = [0.0, 0.0, 0.0]
@@ -66,8 +73,13 @@ class Collector:
 
     @property
     def resolved(self) -> bool:
-        """Whether a batch was collected: later ones may fail, the first must not."""
+        """Whether a batch was collected: the first one's loss has to be found, later ones may be left out."""
         return self.schedule.costs is not None
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes collect along."""
+        return self._share is not None
 
     def start(
         self, plan: LayerPlan, rank: int, world_size: int, share: Callable[[Tensor], Tensor] | None
@@ -80,7 +92,7 @@ class Collector:
             world_size: number of processes.
             share: sums a tensor over the processes in place, None for one process.
         """
-        self.plan = plan
+        self.plan, self.failure = plan, None
         self.record.start()
         self._rank, self._share = (rank, world_size), share
         if share is not None:
@@ -94,7 +106,17 @@ class Collector:
 
         Raises:
             NonFiniteError: if the covariances could not be decomposed; they are dropped.
+            CollectingError: if anything else failed, on any process.
         """
+        # Among several, the others would wait for the sums of one that fails in between: let it end the run.
+        with contextlib.nullcontext() if self.shared else contained(NonFiniteError):
+            self._pending = self._begin_batch()
+        if self._pending and self.failure is not None:
+            self._count()
+            return False
+        return self._pending
+
+    def _begin_batch(self) -> bool:
         self.schedule.advance()
         if self.schedule.starts_window():
             self.generations.start_window()
@@ -105,6 +127,7 @@ class Collector:
         return self.schedule.should_collect()
 
     def _make_bases(self) -> None:
+        self.agree()
         try:
             self.generations.make_bases(self._share)
         except NonFiniteError:
@@ -130,10 +153,7 @@ class Collector:
         """
         gradients = self._gradients(captured)
         self.schedule.note_costs(_costs(gradients, captured, module))
-        phase, noisy = self.schedule.phase, self._statistics and self.collected % _NOISE_EVERY == 0
-        assert self.schedule.costs is not None
-        self.schedule.note_collected(self.schedule.costs.covariances if noisy else 0.0)
-        self.collected += 1
+        phase, noisy = self.schedule.phase, self._count()
         check_finite(gradients)
         self.record.loss_scale = self._mean_scale(captured)
         current = self.generations.current
@@ -146,8 +166,49 @@ class Collector:
             self._add_noise(captured)
         return self._figures(gradients, captured) if measure else {}
 
+    def fail(self, error: CollectingError) -> None:
+        """Collect nothing more in this fit.
+
+        Args:
+            error: why.
+
+        Raises:
+            CollectingError: the same, if this one of several processes cannot go on counting: the others know
+                what a batch costs and it does not.
+        """
+        self.failure = str(error)
+        if self.resolved and self._pending:
+            self._count()
+        elif self.shared and not self.resolved and self.schedule.steps > 1:
+            raise error
+
+    def agree(self) -> None:
+        """Find out whether collecting failed on any process; every process has to call it.
+
+        Raises:
+            CollectingError: with the reason, if it did.
+        """
+        if self._share is None:
+            return
+        if float(self._share(torch.tensor([float(self.failure is not None)]))):
+            raise CollectingError(self.failure or ON_ANOTHER_PROCESS)
+
+    def end_batch(self) -> None:
+        """Let the processes agree on the first batch: one that fails in it does not know what a batch costs.
+
+        Raises:
+            CollectingError: if it failed on any.
+        """
+        if self.schedule.steps == 1:
+            self.agree()
+
     def summed(self) -> Generations:
-        """Return the sums over all processes; every process has to call it."""
+        """Return the sums over all processes; every process has to call it.
+
+        Raises:
+            CollectingError: if collecting failed on any.
+        """
+        self.agree()
         return self.generations if self._share is None else self.generations.summed(self._share)
 
     def state_dict(self, generations: Generations | None = None) -> dict[str, Any]:
@@ -190,6 +251,19 @@ class Collector:
             generator = draw_generator(self._seed, number, captured.loss.outputs.device)
         return captured.curvature_gradients(self._fisher, generator)
 
+    def _count(self) -> bool:
+        """Count a batch as collected.
+
+        Returns:
+            Whether its noise scale is to be measured.
+        """
+        noisy = self._statistics and self.collected % _NOISE_EVERY == 0
+        assert self.schedule.costs is not None
+        self.schedule.note_collected(self.schedule.costs.covariances if noisy else 0.0)
+        self.collected += 1
+        self._pending = False
+        return noisy
+
     def _mean_scale(self, captured: Captured) -> float:
         """Return the average of the factor between batch loss and mean loss over collected batches."""
         self._scale += 1.0 if captured.loss is None else captured.loss.scale
@@ -221,16 +295,3 @@ def _costs(gradients: Mapping[str, FactoredGradients], captured: Captured, modul
     ]
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return Costs.count(shapes, captured.num_examples, parameters)
-
-
-def check_same_model(generations: Generations, plan: LayerPlan) -> None:
-    """Refuse sums of other layers.
-
-    Raises:
-        FactorMismatchError: listing what differs.
-    """
-    shapes = {name: layer.shape for name, layer in plan.layers.items()}
-    for factors in (generations.current, generations.previous):
-        if factors is not None:
-            known = {name: shape for name, shape in shapes.items() if name in factors.layers}
-            factors.check_fits(known)

@@ -66,7 +66,7 @@ def spectrum(factors: Factors) -> dict[str, float]:
 
 def gradient_norms(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, float]:
     """Return norms of the gradients that are there: of all parameters together, and of each layer."""
-    named = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
+    named = [(name, _dense(p.grad)) for name, p in module.named_parameters() if p.grad is not None]
     if not named:
         return {}
     norms = torch.stack([g.norm().float() for g in torch._foreach_norm([g for _, g in named])]).tolist()
@@ -77,3 +77,8 @@ def gradient_norms(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, 
         if own:
             result[f"grad_norm/{name}"] = sum(n * n for n in own) ** 0.5
     return result
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return the entries that a gradient stores; those of sparse embeddings are few of many."""
+    return gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_influence.collecting.collector import Collector, FitFisher, check_same_model
+from lightning_influence.collecting.collector import Collector, FitFisher
 from lightning_influence.errors import FactorMismatchError
 from lightning_influence.factors.factors import Factors, fingerprint_differs
 from lightning_influence.factors.generations import Generations
@@ -96,7 +96,7 @@ class Store:
         if not self.collector.schedule.steps:
             return None
         try:
-            check_same_model(self.collector.generations, plan)
+            _check_same_model(self.collector.generations, plan)
             differ = fingerprint_differs(self.fingerprint, module)
             why = f"the weights differ from those at its end, in {differ[:3]}" if differ else ""
         except FactorMismatchError as error:
@@ -161,3 +161,16 @@ def state_from_checkpoint(checkpoint: Mapping[str, Any]) -> InfluenceState | Non
     store = Store()
     store.load_state_dict(saved[_DEFAULT_KEY if _DEFAULT_KEY in saved else next(iter(saved))])
     return store.influence_state
+
+
+def _check_same_model(generations: Generations, plan: LayerPlan) -> None:
+    """Refuse sums of other layers.
+
+    Raises:
+        FactorMismatchError: listing what differs.
+    """
+    shapes = {name: layer.shape for name, layer in plan.layers.items()}
+    for factors in (generations.current, generations.previous):
+        if factors is not None:
+            known = {name: shape for name, shape in shapes.items() if name in factors.layers}
+            factors.check_fits(known)

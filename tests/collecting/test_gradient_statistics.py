@@ -64,3 +64,12 @@ def test_gradient_norms() -> None:
         p.grad = torch.full_like(p, 2.0)
     found = gradient_norms(model, layers)
     assert found == pytest.approx({"grad_norm": 24**0.5, "grad_norm/0": 12**0.5, "grad_norm/2": 2.0})
+
+
+def test_norms_of_sparse_gradients() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(5, 3, sparse=True), "out": nn.Linear(3, 2)})
+    model["out"](model["table"](torch.tensor([1, 1, 4]))).square().sum().backward()
+    whole = torch.cat([p.grad.to_dense().flatten() for p in model.parameters()])
+    assert model["table"].weight.grad.is_sparse
+    norms = gradient_norms(model, find_layers(model, ["out"]).layers)
+    assert norms["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-6)

@@ -1,0 +1,61 @@
+"""Settings of the callback, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from lightning_influence.collecting.collector import FitFisher
+from lightning_influence.settings import plain_number
+
+
+@dataclass
+class Settings:
+    """What a user asks for, with what it means in :class:`~lightning_influence.InfluenceCallback`.
+
+    Raises:
+        TypeError: if ``layers`` is no list of texts.
+        ValueError: if another setting is out of range, saying what was got and what is accepted.
+    """
+
+    layers: Sequence[str] | None
+    fisher: FitFisher
+    every_n_steps: int | None
+    overhead: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._check_layers()
+        if self.fisher not in get_args(FitFisher):
+            accepted = ", ".join(repr(choice) for choice in get_args(FitFisher))
+            raise ValueError(f"Got fisher={self.fisher!r}; accepted during fit are {accepted}.")
+        for name in ("every_n_steps", "overhead", "seed"):
+            setattr(self, name, plain_number(getattr(self, name)))
+        self._check_numbers()
+
+    def _check_layers(self) -> None:
+        layers: object = self.layers
+        if layers is None:
+            return
+        known = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else None
+        if known is None or not all(isinstance(name, str) for name in known):
+            hint = f": layers=[{layers!r}]" if isinstance(layers, str) else ""
+            raise TypeError(f"Got layers={layers!r}; accepted is a list of names or patterns{hint}.")
+        self.layers = known
+
+    def _check_numbers(self) -> None:
+        if self.every_n_steps is not None and not _is_count(self.every_n_steps, 1):
+            raise ValueError(
+                f"Got every_n_steps={self.every_n_steps!r}; accepted are integers of at least 1, or None for "
+                "as many batches as overhead pays for."
+            )
+        if not _is_count(self.seed, 0):
+            raise ValueError(f"Got seed={self.seed!r}; accepted are integers of at least 0.")
+        share: object = self.overhead
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(f"Got overhead={share!r}; accepted are shares of a step in (0, 1].")
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**62
