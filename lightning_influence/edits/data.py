@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import UnsupportedDataError
+from lightning_influence.host.random_states import preserved_rng
 from lightning_influence.results.base import some
 from lightning_influence.running.loaders import IndexedLoader
 
@@ -18,6 +19,7 @@ SetTargets = Callable[[Any, Tensor, Tensor], Any]
 """Maps ``(batch, rows, targets)`` to a copy of the batch whose examples ``rows`` have these targets."""
 
 
+_NOTHING = "There is nothing to edit: `examples` is empty. Pass dataset indices or a mask."
 # Examples that are read again and again are kept in memory up to this size.
 HELD_BYTES = 256 * 2**20
 
@@ -49,6 +51,11 @@ class EditData:
     def every_loader(self) -> IndexedLoader:
         """A loader of all examples, whose losses are taken before an edit and after it."""
         return self.subset(torch.cat([self.edited, self.kept])).held(HELD_BYTES)
+
+    @cached_property
+    def chance(self) -> Tensor:
+        """Losses of the edited examples at outputs of zero, ``(E,)``; NaN until a pass has found them."""
+        return torch.full((len(self.edited),), torch.nan, dtype=torch.float64)
 
     @property
     def after(self) -> Tensor:
@@ -84,6 +91,7 @@ def split(
     examples: Sequence[int] | Tensor,
     targets: Any = None,
     set_targets: SetTargets | None = None,
+    size: int | None = None,
 ) -> EditData:
     """Find the examples of an edit among the training examples.
 
@@ -92,6 +100,7 @@ def split(
         examples: dataset indices, or a boolean mask over the dataset.
         targets: new targets, one for each example or one for all.
         set_targets: how they get into a batch; None for batches that are pairs ending in the targets.
+        size: length of the loader's dataset, of which it may draw a part; None if that is not known.
 
     Returns:
         The split data.
@@ -101,43 +110,76 @@ def split(
             targets differs.
         UnsupportedDataError: if an example is not among the training examples.
     """
-    chosen = _as_indices(examples, loader.indices)
+    every = loader.indices.sort().values
+    chosen = _as_indices(examples, every, int(every[-1]) + 1 if size is None else size)
     order = chosen.argsort(stable=True)
     edited = chosen[order]
-    if bool((edited.diff() == 0).any()):
-        raise ValueError(f"Examples {some(edited[1:][edited.diff() == 0])} come twice; name each one once.")
-    every = loader.indices.sort().values
-    missing = edited[~torch.isin(edited, every)]
-    if len(missing):
-        raise UnsupportedDataError(
-            f"Examples {some(missing)} are not among the {len(every)} training examples. Pass indices of the "
-            "training loader's dataset."
-        )
+    _check_once(edited)
     kept = every[~torch.isin(every, edited)]
     if not len(kept):
         raise ValueError(
             f"All {len(every)} training examples are to be edited, which leaves nothing to keep the rest of "
             "the model for. Train a new model, or name fewer examples."
         )
-    new = None if targets is None else _as_targets(targets, len(edited))[order]
+    new = None if targets is None else _as_targets(targets, len(edited), loader, set_targets)[order]
     return EditData(loader, edited, kept, new, set_targets)
 
 
-def _as_indices(examples: Any, every: Tensor) -> Tensor:
+def _as_indices(examples: Any, every: Tensor, size: int) -> Tensor:
     accepted = "accepted are dataset indices (n,) or a boolean mask over the dataset"
     chosen = _as_tensor(examples, f"examples of type {type(examples).__name__}; {accepted}")
     if chosen.dtype == torch.bool:
-        if chosen.ndim != 1 or len(chosen) not in {len(every), int(every.max()) + 1}:
-            raise ValueError(
-                f"Got a mask of shape {tuple(chosen.shape)} over {len(every)} training examples; pass one "
-                "entry for each example of the dataset."
-            )
-        chosen = chosen.nonzero().flatten()
+        return _of_mask(chosen, every, size)
     if chosen.numel() == 0:
-        raise ValueError("There is nothing to edit: `examples` is empty. Pass dataset indices or a mask.")
+        raise ValueError(_NOTHING)
     if chosen.ndim != 1 or chosen.is_floating_point() or chosen.is_complex():
         raise ValueError(f"Got examples of shape {tuple(chosen.shape)} and {chosen.dtype}; {accepted}.")
+    missing = chosen[~torch.isin(chosen, every)]
+    if len(missing):
+        raise UnsupportedDataError(
+            f"Examples {some(missing.sort().values)} are not among the {len(every)} training examples. Pass "
+            "indices of the training loader's dataset."
+        )
     return chosen.long()
+
+
+def _of_mask(mask: Tensor, every: Tensor, size: int) -> Tensor:
+    """Return the indices at which a mask over the dataset is true.
+
+    Raises:
+        ValueError: if it is over something else, or true nowhere.
+        UnsupportedDataError: if it is true at an example that the loader does not draw.
+    """
+    if mask.shape != (size,):
+        drawn = "" if len(every) == size else f", whether or not the loader draws it ({len(every)} are)"
+        raise ValueError(
+            f"Got a mask of shape {tuple(mask.shape)} over {size} training examples; pass one entry for each "
+            f"example of the dataset{drawn}."
+        )
+    chosen = mask.nonzero().flatten()
+    if not len(chosen):
+        raise ValueError(_NOTHING)
+    missing = chosen[~torch.isin(chosen, every)]
+    if len(missing):
+        raise UnsupportedDataError(
+            f"The mask is True at examples {some(missing)} of the dataset, which the training loader does "
+            f"not draw: it draws {len(every)} of {size}. Set the mask to False there, or pass a loader that "
+            "draws them."
+        )
+    return chosen
+
+
+def _check_once(edited: Tensor) -> None:
+    """Refuse indices, ascending, that name an example twice.
+
+    Raises:
+        ValueError: naming it; says so if they look like a mask.
+    """
+    again = torch.unique(edited[1:][edited.diff() == 0])
+    if len(again):
+        mask = len(edited) > 2 and bool((edited <= 1).all())
+        hint = " Zeros and ones are no mask unless they are booleans: pass mask.bool()." if mask else ""
+        raise ValueError(f"Examples {some(again)} come twice; name each one once.{hint}")
 
 
 def _as_tensor(values: Any, what: str) -> Tensor:
@@ -147,13 +189,36 @@ def _as_tensor(values: Any, what: str) -> Tensor:
         raise ValueError(f"Got {what}. ({error})") from error
 
 
-def _as_targets(targets: Any, count: int) -> Tensor:
+def _as_targets(targets: Any, count: int, loader: IndexedLoader, set_targets: SetTargets | None) -> Tensor:
+    """Return new targets ``(count, ...)``, of which one may have been given for all.
+
+    Raises:
+        ValueError: if their number is another.
+    """
     new = _as_tensor(targets, f"new targets of type {type(targets).__name__}; pass numbers or a tensor")
+    # As many integers as examples are labels; all else may be one target that is a vector.
+    unclear = set_targets is None and new.ndim > 0 and (len(new) != count or new.is_floating_point())
     if new.ndim == 0:
         new = new.expand(count)
+    elif unclear and new.shape == _target_shape(loader):
+        new = new.expand(count, *new.shape)
     if len(new) != count:
-        raise ValueError(f"Got {len(new)} new targets for {count} examples; pass one each, or one for all.")
+        raise ValueError(
+            f"Got {len(new)} new targets for {count} examples; pass one each, or one for all, of the shape "
+            "of a single one."
+        )
     return new
+
+
+def _target_shape(loader: IndexedLoader) -> torch.Size | None:
+    """Return the shape of one example's target, from the first batch; None if that is no pair."""
+    with preserved_rng():
+        batch, _ = next(iter(loader.shard()))
+    return batch[1].shape[1:] if _is_pair(batch) else None
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)
 
 
 def replace_second(batch: Any, rows: Tensor, targets: Tensor) -> Any:
@@ -162,15 +227,14 @@ def replace_second(batch: Any, rows: Tensor, targets: Tensor) -> Any:
     Raises:
         UnsupportedDataError: if the batch is no such pair, or the targets do not fit in.
     """
-    pair = isinstance(batch, tuple | list) and len(batch) == 2
-    if not (pair and isinstance(batch[1], Tensor)):
+    if not _is_pair(batch):
         raise UnsupportedDataError(
             f"New targets go into batches that are pairs (inputs, targets); this one is a "
             f"{type(batch).__name__}. Pass set_targets=f, where f(batch, rows, targets) returns a copy of "
             "the batch with these targets at these rows."
         )
     changed = batch[1].clone()
-    if targets.shape[1:] != changed.shape[1:]:
+    if _sizes(targets) != _sizes(changed):
         raise UnsupportedDataError(
             f"A new target has shape {tuple(targets.shape[1:])}, those of the training data "
             f"{tuple(changed.shape[1:])}. Pass targets of the same shape."
@@ -179,8 +243,13 @@ def replace_second(batch: Any, rows: Tensor, targets: Tensor) -> Any:
         raise UnsupportedDataError(
             f"The new targets are {targets.dtype}, those of the training data {changed.dtype}. Pass integers."
         )
-    changed[rows.to(changed.device)] = targets.to(changed)
+    changed[rows.to(changed.device)] = targets.to(changed).reshape(-1, *changed.shape[1:])
     return batch[0], changed
+
+
+def _sizes(targets: Tensor) -> list[int]:
+    """Return the shape of one target without ones, which say nothing."""
+    return [size for size in targets.shape[1:] if size != 1]
 
 
 def same(batch: Any, other: Any) -> bool:

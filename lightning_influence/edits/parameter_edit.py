@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from rich.jupyter import JupyterMixin
 from torch import Tensor, nn
 
 from lightning_influence.edits.report import EditReport
-from lightning_influence.errors import CorruptFileError, EditMismatchError
-from lightning_influence.results.rendering import facts_table
+from lightning_influence.errors import CorruptFileError, EditMismatchError, InfluenceWarning
+from lightning_influence.results.rendering import facts_table, plain
 from lightning_influence.storage import PathLike, check_kind, load_tensors, save_tensors
 
 
@@ -118,9 +119,19 @@ class ParameterEdit(JupyterMixin):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Revert the edit, unless the block did."""
-        if not self._holds("before"):
-            self.revert()
+        """Revert the edit, unless the block did.
+
+        Raises:
+            EditMismatchError: if the block changed the weights otherwise; a warning if it raised an error.
+        """
+        try:
+            if not self._holds("before"):
+                self.revert()
+        except EditMismatchError as mismatch:
+            if error is None:
+                raise
+            error.add_note(str(mismatch))
+            warnings.warn(str(mismatch), InfluenceWarning, stacklevel=2)
 
     def save(self, path: PathLike) -> Path:
         """Write the edit to one safetensors file, atomically; the module is not in it.
@@ -224,6 +235,10 @@ class ParameterEdit(JupyterMixin):
         return Group(
             facts_table(self.report.facts(), title), self.report.layer_table(), self.report.loss_table()
         )
+
+    def __str__(self) -> str:
+        """Return the tables as text."""
+        return plain(self)
 
     def __repr__(self) -> str:
         report = self.report

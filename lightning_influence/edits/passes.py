@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from lightning_influence.edits.data import EditData
-from lightning_influence.errors import NonFiniteError
+from lightning_influence.errors import LossCaptureError, NonFiniteError
 from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.layers.forms import check_finite
 from lightning_influence.layers.layout import Layout
 from lightning_influence.losses.base import OutputLoss
+from lightning_influence.losses.calls import LossCall
+from lightning_influence.losses.capture import LossCapture
 from lightning_influence.losses.hook import ScaledLoss
 from lightning_influence.passes.captured import Captured
 from lightning_influence.passes.forward import Forward
+from lightning_influence.results.base import some
 
 MAX_COLUMNS = 64
 """Largest number of output columns of which each is used; beyond, random ones stand for all."""
@@ -29,6 +32,38 @@ Rows = Callable[[Tensor], Tensor]
 def rows_of(chosen: Tensor) -> Rows:
     """Return the function that finds the rows of these examples."""
     return lambda indices: torch.isin(indices, chosen).nonzero().flatten()
+
+
+def forward_if_weighted(forward: Forward, module: Any, batch: Any, num_examples: int) -> Captured | None:
+    """Forward a batch, if any of its examples has weight in the loss: the mean over none of them is NaN.
+
+    Args:
+        forward: what runs the batch.
+        module: the user's module.
+        batch: the batch.
+        num_examples: ``B``.
+
+    Returns:
+        The captured batch; None if all of its labels are ignored or of classes of weight zero.
+
+    Raises:
+        NonFiniteError: if a loss is NaN or infinite for another reason.
+    """
+    with LossCapture() as capture:
+        try:
+            return forward(module, batch, num_examples)
+        except NonFiniteError:
+            if any(_is_weightless(call, num_examples) for call in capture.calls):
+                return None
+            raise
+
+
+def _is_weightless(call: LossCall, num_examples: int) -> bool:
+    try:
+        loss = call.read(num_examples)
+    except LossCaptureError:
+        return False
+    return not bool(replace(loss, reduction="mean").weights().any())
 
 
 class GradientSumPass:
@@ -75,7 +110,9 @@ class GradientSumPass:
         for name, factor in self._factors.items():
             if factor:
                 seen = self._data.view(batch, indices) if name == "new" else batch
-                captured = self.forward(module, seen, len(indices))
+                captured = forward_if_weighted(self.forward, module, seen, len(indices))
+                if captured is None:  # its examples had no part in training: relabelling gives them one
+                    continue
                 gradients = {key: layer.select(rows) for key, layer in captured.loss_gradients().items()}
                 check_finite(gradients)
                 self._add(name, factor, gradients, len(rows))
@@ -123,6 +160,7 @@ class LossPass:
         self._data, self._chosen, self._curvature = data, chosen, curvature
         self._parts: list[tuple[Tensor, ...]] = []
         self.knows_chance = True
+        """Whether the loss of outputs of zero is known of all edited examples that were seen."""
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
@@ -130,11 +168,32 @@ class LossPass:
         captured = self.forward(module, seen, len(indices))
         rows = torch.arange(len(indices)) if self._chosen is None else rows_of(self._chosen)(indices)
         losses, weights = captured.per_example().detach().cpu(), captured.weights.cpu()
-        chance = chance_losses(captured)
-        self.knows_chance &= chance is not None
-        chance = torch.zeros_like(losses) if chance is None else chance.cpu()
+        chance = self._chance(captured, indices)
         traces = output_traces(captured).cpu() if self._curvature else torch.zeros_like(losses)
         self._parts.append((indices[rows], losses[rows], weights[rows], chance[rows], traces[rows]))
+
+    def _chance(self, captured: Captured, indices: Tensor) -> Tensor:
+        """Return losses at outputs of zero, ``(B,)``, those of edited examples from any pass.
+
+        What `influence_loss` computes is told from its values. Where they are all zero nothing is, but the
+        loss at outputs of zero depends on the targets alone: that of an earlier pass still holds.
+
+        Returns:
+            The losses; NaN where they are not known.
+        """
+        found = chance_losses(captured)
+        if found is None:
+            chance = torch.full((len(indices),), torch.nan, dtype=torch.float64)
+        else:
+            chance = found.cpu().double()
+        if self._data is not None:
+            rows = rows_of(self._data.edited)(indices)
+            places = torch.searchsorted(self._data.edited, indices[rows])
+            if found is not None:
+                self._data.chance[places] = chance[rows]
+            chance[rows] = self._data.chance[places]
+            self.knows_chance &= not bool(torch.isnan(chance[rows]).any())
+        return chance
 
     def result(self) -> Losses:
         """Return the losses in the order of the dataset.
@@ -157,7 +216,6 @@ class Losses:
         indices: of the dataset, ascending, ``(n,)``.
         values: before division by the mean weight, ``(n,)``.
         weights: each example's weight in the mean, ``(n,)``.
-        chance: losses at outputs of zero, in the unit of ``values``.
         curvature: trace of the Hessian of each example's loss in its outputs; zero if it was not asked for.
     """
 
@@ -165,7 +223,22 @@ class Losses:
         self, indices: Tensor, values: Tensor, weights: Tensor, chance: Tensor, curvature: Tensor
     ) -> None:
         self.indices, self.values, self.weights = indices, values.double(), weights.double()
-        self.chance, self.curvature = chance.double(), curvature.double()
+        self._chance, self.curvature = chance.double(), curvature.double()
+
+    @property
+    def chance(self) -> Tensor:
+        """Losses at outputs of zero, in the unit of ``values``, ``(n,)``.
+
+        Raises:
+            NonFiniteError: if one is not known, so that nothing can be said of these weights.
+        """
+        unknown = self.indices[torch.isnan(self._chance)]
+        if len(unknown):
+            raise NonFiniteError(
+                f"The outputs behind `influence_loss` are not known at these weights, for examples "
+                f"{some(unknown)}. Pass forgotten_loss= (the loss from which an example counts as forgotten)."
+            )
+        return self._chance
 
     def mean(self) -> float:
         """Return the mean loss as training weighs it."""
@@ -174,7 +247,7 @@ class Losses:
     def at(self, chosen: Tensor) -> Losses:
         """Return the losses of some of the examples."""
         keep = torch.isin(self.indices, chosen)
-        columns = (self.indices, self.values, self.weights, self.chance, self.curvature)
+        columns = (self.indices, self.values, self.weights, self._chance, self.curvature)
         return Losses(*(column[keep] for column in columns))
 
 

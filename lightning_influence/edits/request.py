@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_influence.edits.data import EditData, SetTargets, split
+from lightning_influence.edits.directions.base import direction_names
 from lightning_influence.edits.editor import Editor
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.factors.training_record import TrainingRecord
@@ -53,7 +56,8 @@ class EditRequest:
 
     def split(self, train: Any) -> EditData:
         """Return the training examples, split into edited and kept ones."""
-        return split(prepare_train(train), self.examples, self.targets, self.set_targets)
+        loader = prepare_train(train)
+        return split(loader, self.examples, self.targets, self.set_targets, _dataset_size(train))
 
     def editor(self, runner: Runner, data: EditData, record: TrainingRecord | None) -> Editor:
         """Return an editor on a module that an entered runner borrows.
@@ -68,8 +72,29 @@ class EditRequest:
         )
 
     def settings(self) -> EditOptions:
-        """Return the options, checked."""
+        """Return the options, checked.
+
+        Raises:
+            TypeError: if there is no such option.
+            ValueError: if one is out of range.
+        """
+        method = self.options.get("method", "gif")
+        if not isinstance(method, str):
+            names = ", ".join(map(repr, direction_names()))
+            raise ValueError(f"Got method={method!r}; accepted are {names}.")
         return settings_of(EditOptions, self.options)
+
+
+def _dataset_size(train: Any) -> int | None:
+    """Return how many examples the dataset of the one training loader has; None for ready-made batches."""
+    if isinstance(train, CombinedLoader):
+        train = train.flattened
+    if isinstance(train, Mapping):
+        train = list(train.values())
+    if isinstance(train, list | tuple) and len(train) == 1:
+        train = train[0]
+    dataset = train.dataset if isinstance(train, DataLoader) else None
+    return len(dataset) if isinstance(dataset, Sized) else None
 
 
 def check_targets(new_targets: Any) -> None:

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -110,9 +110,24 @@ def register_rule(name: str) -> Callable[[_Rule], _Rule]:
 
     Returns:
         The decorator; it returns the class with its ``name`` set.
+
+    Raises:
+        TypeError: if there is no name, or what is decorated is no rule.
+        ValueError: if the rule needs scores that there are not.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"Got register_rule({name!r}); accepted is the name that users pass as rule=: "
+            f"@register_rule('my_rule')."
+        )
 
     def decorate(rule: _Rule) -> _Rule:
+        if not (isinstance(rule, type) and issubclass(rule, SelectionRule)):
+            raise TypeError(
+                f"Got {rule!r} to register as rule {name!r}; accepted is a subclass of SelectionRule with a "
+                "method mask(scores, shape, ratio, generator)."
+            )
+        check_source(rule, name)
         rule.name = name
         _RULES[name] = rule
         return rule
@@ -120,13 +135,27 @@ def register_rule(name: str) -> Callable[[_Rule], _Rule]:
     return decorate
 
 
+def check_source(rule: SelectionRule | type[SelectionRule], name: str) -> None:
+    """Refuse a rule that needs scores of an unknown kind.
+
+    Raises:
+        ValueError: saying what it asks for.
+    """
+    known = get_args(Source)
+    if rule.source is not None and rule.source not in known:
+        raise ValueError(
+            f"Rule {name!r} has source={rule.source!r}; accepted are {', '.join(map(repr, known))} or None."
+        )
+
+
 def find_rule(rule: str | SelectionRule) -> SelectionRule:
     """Return a rule by name, or the rule itself.
 
     Raises:
-        ValueError: listing the registered names.
+        ValueError: listing the registered names, or the kinds of scores if it needs others.
     """
     if isinstance(rule, SelectionRule):
+        check_source(rule, rule.name)
         return rule
     if not isinstance(rule, str) or rule not in _RULES:
         names = ", ".join(repr(name) for name in rule_names())

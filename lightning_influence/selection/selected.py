@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from rich.jupyter import JupyterMixin
 from rich.table import Table
 from torch import Tensor
 
 from lightning_influence.layers.layout import Layout
-from lightning_influence.selection.base import Evidence, SelectionRule
+from lightning_influence.selection.base import Evidence, SelectionRule, Shape, check_source
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,15 +72,57 @@ def select(rule: SelectionRule, evidence: Evidence, ratio: float, seed: int = 0)
         The masks.
 
     Raises:
-        ValueError: if the ratio is outside (0, 1].
+        TypeError: if the rule returns something else than a boolean mask.
+        ValueError: if the ratio is outside (0, 1], a mask has another shape or selects more than the ratio
+            allows, or nothing is selected.
     """
     check_ratio(ratio)
+    check_source(rule, rule.name)
     generator = torch.Generator().manual_seed(seed)
     scores = {} if rule.source is None else evidence.scores(rule.source)
-    masks = {
-        name: rule.mask(scores.get(name), shape, ratio, generator) for name, shape in evidence.shapes.items()
-    }
+    masks = {}
+    for name, shape in evidence.shapes.items():
+        mask = _as_mask(rule.mask(scores.get(name), shape, ratio, generator), rule.name, shape)
+        _check_share(mask, rule.name, name, ratio)
+        masks[name] = mask
+    if not any(bool(mask.any()) for mask in masks.values()):
+        raise ValueError(f"Rule {rule.name!r} selects no parameter in any layer; nothing could be edited.")
     return Selection(masks, rule.name, ratio)
+
+
+def _as_mask(mask: Any, rule: str, shape: Shape) -> Tensor:
+    """Return what a rule returned as a boolean tensor on the CPU.
+
+    Raises:
+        TypeError: if it is no boolean tensor or array.
+        ValueError: if its shape is not the layer's.
+    """
+    accepted = f"accepted is a boolean tensor of shape {shape}, True at the parameters that may change"
+    if isinstance(mask, np.ndarray):
+        mask = torch.as_tensor(mask)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"Rule {rule!r} returned {type(mask).__name__}; {accepted}.")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"Rule {rule!r} returned {mask.dtype}; {accepted}. Compare scores with a level to get one."
+        )
+    if mask.shape != shape:
+        raise ValueError(f"Rule {rule!r} returned a mask of shape {tuple(mask.shape)}; {accepted}.")
+    return mask.cpu()
+
+
+def _check_share(mask: Tensor, rule: str, layer: str, ratio: float) -> None:
+    """Refuse a mask of more parameters than the ratio stands for, rounded up.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    count, most = int(mask.sum()), max(1, math.ceil(ratio * mask.numel()))
+    if count > most:
+        raise ValueError(
+            f"Rule {rule!r} selects {count:,} of the {mask.numel():,} parameters of layer {layer!r}; "
+            f"ratio={ratio:g} allows {most:,}. Pass a larger ratio= (up to 1.0), or select fewer in mask()."
+        )
 
 
 def check_ratio(ratio: object) -> None:

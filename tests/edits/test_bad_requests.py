@@ -166,7 +166,9 @@ def test_a_selection_that_misses_all_gradient(method):
         pytest.raises(InfluenceError, match=r"8 selected parameters miss the gradient .* Use another rule"),
         quiet(),
     ):
-        asked(Dead()).forget(of_class(0), train(), rule=DeadUnits(), method=method, layers=["body.0"])
+        asked(Dead()).forget(
+            of_class(0), train(), rule=DeadUnits(), ratio=1.0, method=method, layers=["body.0"]
+        )
 
 
 class DeadAndOne(DeadUnits):
@@ -177,7 +179,7 @@ class DeadAndOne(DeadUnits):
 
 
 def test_a_singular_subset():
-    options = {"rule": DeadAndOne(), "layers": ["body.0"], "solver": "dense"}
+    options = {"rule": DeadAndOne(), "ratio": 1.0, "layers": ["body.0"], "solver": "dense"}
     with quiet():
         with pytest.raises(
             SingularSubsetError, match=r"12 selected parameters are singular.*positive damping"

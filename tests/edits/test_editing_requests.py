@@ -1,0 +1,387 @@
+"""Masks, new targets and losses of the user's own: what an edit makes of them, and what it refuses."""
+
+import warnings
+
+import pytest
+import torch
+from edit_models import asked, blobs, fitted, of_class, quiet, train
+from influence_models import Net
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+
+from lightning_influence import InfluenceModule
+from lightning_influence.edits import EditOptions, data
+from lightning_influence.edits.asking import EditsParameters
+from lightning_influence.errors import (
+    EditMismatchError,
+    InfluenceWarning,
+    NonFiniteError,
+    UnsupportedDataError,
+)
+from lightning_influence.running.dataloading import prepare_train
+
+
+@pytest.fixture(scope="module")
+def source():
+    return fitted()
+
+
+@pytest.fixture
+def asking(source):
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    yield asked(source)
+    assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
+    assert not any(m._forward_hooks for m in source.modules())
+
+
+def values(edit):
+    return {name: change.after for name, change in edit.changes.items()}
+
+
+def same_edits(first, second):
+    return all(torch.equal(value, values(second)[name]) for name, value in values(first).items())
+
+
+# The loss of a model that knows nothing, with `influence_loss`
+
+
+class Sure(Net):
+    """A module that knows its examples to the bit a long way along the direction that forgets them."""
+
+    def __init__(self):
+        super().__init__(8)
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+class Hooked(Sure):
+    def influence_loss(self, batch):
+        return functional.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+
+def known(kind):
+    """A module trained on 120 examples, which belong to three classes."""
+    torch.manual_seed(0)
+    x = torch.randn(120, 6)
+    y = (x @ torch.randn(6, 3)).argmax(1)
+    module = kind()
+    optimizer = torch.optim.Adam(module.parameters(), 0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        functional.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    return InfluenceModule(module), TensorDataset(x, y), y
+
+
+@pytest.mark.parametrize("batch_size", [16, 120])
+def test_forgetting_with_a_loss_of_ones_own_is_that_without(batch_size):
+    edits = []
+    for kind in (Sure, Hooked):
+        module, dataset, y = known(kind)
+        with quiet():
+            edits.append(module.forget(y == 0, DataLoader(dataset, batch_size), ratio=0.3))
+    plain, hooked = (edit.report for edit in edits)
+    assert hooked.step == pytest.approx(plain.step)
+    assert hooked.edited.after == pytest.approx(plain.edited.after)
+    assert hooked.edited.after > 1.1  # log 3
+
+
+def test_where_the_loss_of_knowing_nothing_is_unknown_nothing_counts_as_forgotten():
+    module, dataset, y = known(Hooked)
+    loader = DataLoader(dataset, 16)
+    split = data.split(prepare_train(loader), y == 0)
+    with module._editor(y == 0, loader, None, None, None, None, {}) as editor:
+        losses = editor._before.at(split.edited)
+    assert losses.chance.tolist() == pytest.approx([1.0986] * len(split.edited), rel=1e-3)
+    losses._chance[0] = torch.nan
+    with pytest.raises(NonFiniteError, match=rf"not known .* {split.edited[0]}\. Pass forgotten_loss="):
+        _ = losses.chance
+
+
+def test_kept_examples_that_are_known_to_the_bit_do_not_matter():
+    """Losses of zero tell nothing of the function behind them, but only the edited ones have to be known."""
+
+    class Zero(Hooked):
+        def influence_loss(self, batch):
+            return super().influence_loss(batch) * (batch[1] < 2)
+
+    module, dataset, y = known(Zero)
+    order = y.argsort()
+    grouped = TensorDataset(*(part[order] for part in dataset.tensors))
+    with quiet():
+        report = module.forget(y[order] == 0, DataLoader(grouped, 1), ratio=0.3).report
+    assert report.edited.after > 1.1
+
+
+# Masks
+
+
+def drawn(sampler=None):
+    return train(shuffle=False, sampler=sampler or SubsetRandomSampler(range(0, 60, 2)))
+
+
+def test_a_mask_is_over_the_dataset_also_where_the_loader_draws_a_part(asking):
+    mask = torch.zeros(60, dtype=torch.bool)
+    mask[[4, 20]] = True
+    for given in (mask, mask.numpy(), mask.tolist()):
+        by_mask = asking.forget(given, drawn(), step="theory", ratio=0.3)
+        assert same_edits(by_mask, asking.forget([4, 20], drawn(), step="theory", ratio=0.3))
+
+
+@pytest.mark.parametrize("length", [30, 59, 61])
+def test_a_mask_over_the_drawn_examples_is_refused(asking, length):
+    with pytest.raises(
+        ValueError, match=rf"mask of shape \({length},\) over 60 .*each example of the dataset, .*\(30 are\)"
+    ):
+        asking.forget(torch.ones(length, dtype=torch.bool), drawn())
+
+
+@pytest.mark.parametrize(
+    "sampler", [SubsetRandomSampler(range(50)), WeightedRandomSampler([1.0] * 50 + [0.0] * 10, 60)]
+)
+def test_a_mask_at_examples_that_are_not_drawn(asking, sampler):
+    with pytest.raises(
+        UnsupportedDataError, match=r"True at examples 51, 54, 57 .* does not draw: it draws 50 of 60"
+    ):
+        asking.forget(blobs().tensors[1] == 0, drawn(sampler))
+
+
+@pytest.mark.parametrize("wrap", [lambda loader: [loader], lambda loader: {"a": loader}])
+def test_the_dataset_of_a_loader_in_a_list(asking, wrap):
+    with pytest.raises(ValueError, match=r"shape \(30,\) over 60"):
+        asking.forget(torch.ones(30, dtype=torch.bool), wrap(drawn()))
+
+
+def test_a_mask_over_ready_made_batches(asking):
+    mask = blobs().tensors[1] == 0
+    batches = list(train(shuffle=False))
+    one, other = (asking.forget(mask, given, step="theory", ratio=0.3) for given in (batches, train()))
+    assert len(one.changes) == len(other.changes)
+    with pytest.raises(ValueError, match=r"shape \(16,\) over 60"):
+        asking.forget(mask[:16], batches)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.int, torch.Tensor.byte, lambda mask: mask.int().numpy()])
+def test_a_mask_of_integers(asking, convert):
+    with pytest.raises(ValueError, match=r"Examples 0, 1 come twice.*pass mask\.bool\(\)"):
+        asking.forget(convert(blobs().tensors[1] == 0), train())
+
+
+# New targets
+
+
+@pytest.mark.parametrize(("targets", "wrong"), [([7, 1], "7"), ([1, -1], "-1"), (3, "3")])
+def test_targets_that_are_no_classes(asking, targets, wrong):
+    says = rf"of examples 1, 2 cannot be computed .* Target {wrong} is out of bounds.* {wrong}\b.*C - 1"
+    with pytest.raises(UnsupportedDataError, match=says):
+        asking.relabel([1, 2], targets, train(), step="theory")
+
+
+def test_one_label_for_all_is_no_list(asking):
+    options = {"step": "theory", "ratio": 0.3}
+    examples = of_class(0)[:4]
+    one, each = (asking.relabel(examples, given, train(), **options) for given in (1, [1] * 4))
+    assert same_edits(one, each)
+    with pytest.raises(
+        ValueError, match=r"Got 1 new targets for 4 examples; .* one for all, of the shape of"
+    ):
+        asking.relabel(examples, [1], train())
+
+
+class Regressor(Net):
+    def __init__(self, outputs):
+        super().__init__(8)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+    def training_step(self, batch, batch_idx):
+        return functional.mse_loss(self(batch[0]), batch[1])
+
+
+def regression(outputs):
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(torch.randn(30, 4), torch.randn(30, outputs)), 8)
+    return InfluenceModule(Regressor(outputs)), loader
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+@pytest.mark.parametrize("count", [3, 4])
+def test_one_target_for_all_has_the_shape_of_one_of_an_example(outputs, count):
+    module, loader = regression(outputs)
+    state = torch.get_rng_state()
+    options = {"step": "theory", "ratio": 0.5}
+    examples = list(range(count))[::-1]
+    target = torch.arange(outputs) / 2
+    expected = module.relabel(examples, target.expand(count, -1), loader, **options)
+    given = [target, target.tolist()]
+    given += [0.0, [0.0] * count] if outputs == 1 else []
+    for one in given:
+        assert same_edits(expected, module.relabel(examples, one, loader, **options))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_targets_of_other_shapes_are_refused():
+    module, loader = regression(4)
+    with pytest.raises(UnsupportedDataError, match=r"new target has shape \(\), .* \(4,\)"):
+        module.relabel([0, 1], 0.0, loader)
+    with pytest.raises(ValueError, match="Got 3 new targets for 2 examples"):
+        module.relabel([0, 1], torch.zeros(3), loader)
+
+
+@pytest.mark.parametrize("method", [["gif"], {"gif"}, None, 3])
+def test_methods_that_are_no_text(asking, method):
+    with pytest.raises(ValueError, match=r"Got method=.*'gif'"):
+        asking.forget([0], train(), method=method)
+
+
+# Examples without weight
+
+
+def partly_ignored(batch_size=16):
+    x, y = blobs().tensors
+    y = y.clone()
+    y[:5] = -100
+    return DataLoader(TensorDataset(x, y), batch_size)
+
+
+@pytest.mark.parametrize("examples", [[0, 1], [0, 1, 30]])
+@pytest.mark.parametrize("step", ["theory", "search"])
+def test_ignored_examples_cannot_be_forgotten(asking, examples, step):
+    with pytest.raises(UnsupportedDataError, match=r"Examples 0, 1 have no weight .* Leave them out"):
+        asking.forget(examples, partly_ignored(), step=step)
+
+
+def test_a_class_of_weight_zero_cannot_be_forgotten(source):
+    class Weighted(Net):
+        def training_step(self, batch, batch_idx):
+            return functional.cross_entropy(self(batch[0]), batch[1], weight=torch.tensor([0.0, 1.0, 1.0]))
+
+    module = Weighted(16)
+    module.load_state_dict(source.state_dict())
+    with pytest.raises(UnsupportedDataError, match=r"no weight .*classes of weight zero"):
+        asked(module).forget(of_class(0), train())
+
+
+@pytest.mark.parametrize("step", ["theory", "search"])
+def test_labels_cannot_become_ignored(asking, step):
+    with pytest.raises(UnsupportedDataError, match=r"new targets, examples 20, 21 have no weight .* forget"):
+        asking.relabel([20, 21], [-100, -100], train(), step=step)
+    with pytest.raises(UnsupportedDataError, match=r"new targets, examples 21 have no weight"):
+        asking.relabel([20, 21], [1, -100], train(), step=step)
+
+
+@pytest.mark.parametrize(
+    "options", [{"step": "theory"}, {}, {"linearisations": 1}, {"rule": "highest_gradients"}]
+)
+@pytest.mark.parametrize("examples", [[0, 1], [0, 1, 30]])
+def test_ignored_examples_can_be_given_labels(source, asking, options, examples):
+    labels = (blobs().tensors[1][examples] + 1) % 3
+    with quiet():
+        edit = asking.relabel(examples, labels, partly_ignored(), ratio=0.3, **options)
+    assert edit.report.edited.after < edit.report.edited.before
+    with edit, torch.no_grad():
+        loss = functional.cross_entropy(source.eval()(blobs().tensors[0][examples]), labels)
+    source.train()
+    assert float(loss) == pytest.approx(edit.report.edited.after, rel=1e-4)
+
+
+def test_the_theory_for_ignored_examples_counts_their_new_gradient_alone():
+    """At a linear model's optimum the change is that of a Newton step on the new objective."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4).double(), torch.randint(0, 3, (30,))
+    y[:3] = -100
+
+    class Linear(Net):
+        def __init__(self):
+            super().__init__(2)
+            self.body = nn.Linear(4, 3).double()
+
+    module = Linear()
+    optimizer = torch.optim.LBFGS(
+        module.parameters(), 1.0, 500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(module(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    theta = torch.cat([module.body.weight, module.body.bias[:, None]], 1).detach().flatten()
+    new = y.clone()
+    new[:2] = torch.tensor([0, 2])
+
+    def objective(flat):
+        matrix = flat.view(3, 5)
+        return functional.cross_entropy(x @ matrix[:, :4].T + matrix[:, 4], new)
+
+    gradient = torch.autograd.functional.jacobian(objective, theta)
+    hessian = torch.autograd.functional.hessian(objective, theta)
+    expected = -torch.linalg.solve(hessian + 0.1 * torch.eye(15).double(), gradient)
+    with quiet():
+        edit = InfluenceModule(module).relabel(
+            [0, 1],
+            [0, 2],
+            DataLoader(TensorDataset(x, y), 2),
+            step="theory",
+            method="if",
+            damping=0.1,
+            curvature="ggn",
+            solver="dense",
+        )
+    found = [change.after - change.before for change in edit.changes.values()]
+    got = torch.cat([found[0].view(3, 4), found[1].view(3, 1)], 1).flatten()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_that_is_nan_for_another_reason_says_so(asking):
+    x, y = blobs().tensors
+    x = x.clone()
+    x[0] = float("nan")
+    with pytest.raises(NonFiniteError):
+        asking.forget([0], DataLoader(TensorDataset(x, y), 16))
+
+
+# Errors inside the context, and printing
+
+
+def test_an_error_inside_the_context_is_not_replaced(source):
+    module = Net(16)
+    module.load_state_dict(source.state_dict())
+    edit = asked(module).forget(of_class(0), train(), ratio=0.2)
+
+    def fail():
+        with edit, torch.no_grad():
+            module.body[0].weight.add_(1)
+            raise KeyError("boom")
+
+    with warnings.catch_warnings(record=True, action="always") as warned, pytest.raises(KeyError) as caught:
+        fail()
+    assert [found.category for found in warned] == [InfluenceWarning]
+    assert warned[0].filename == __file__
+    assert any("cannot be reverted: the module's weights differ" in note for note in caught.value.__notes__)
+    module.load_state_dict(source.state_dict())
+    with pytest.raises(EditMismatchError), edit, torch.no_grad():
+        module.body[0].weight.add_(1)
+    module.load_state_dict(source.state_dict())
+    with warnings.catch_warnings(action="error"), pytest.raises(KeyError) as caught, edit:
+        raise KeyError("boom")
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_printing_shows_the_tables(asking, capsys):
+    edit = asking.forget(of_class(0), train(), ratio=0.2, kept_bound=1e9)
+    print(edit)
+    shown = capsys.readouterr().out
+    for part in ("forget 20 examples (not applied)", "Parameters that change", "Mean loss", "predicted"):
+        assert part in shown
+    assert "\x1b" not in shown
+    assert "\n" not in repr(edit)
+
+
+def test_every_way_to_ask_is_checked_alike(asking):
+    assert EditOptions().method == "gif"
+    for name in ("forget", "select_parameters", "generalized_influence"):
+        with pytest.raises(ValueError, match=r"Got method="):
+            getattr(EditsParameters, name)(asking, [0], train(), method=["gif"])
