@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.errors import InfluenceError, NonFiniteError
+from lightning_influence.evaluation.arguments import example_indices
 from lightning_influence.evaluation.losses import cross_entropy
 from lightning_influence.evaluation.proximal import ProximalObjective
 from lightning_influence.evaluation.stacked import ExampleLoss
@@ -52,7 +53,7 @@ def proximal_response(
     model: nn.Module,
     data: tuple[Tensor, Tensor],
     queries: tuple[Tensor, Tensor],
-    examples: Sequence[int],
+    examples: Sequence[int] | Tensor,
     *,
     damping: float,
     loss: ExampleLoss = cross_entropy,
@@ -72,7 +73,7 @@ def proximal_response(
         model: the trained model, ``forward`` takes a batch of inputs; it runs in eval mode.
         data: training inputs ``(N, ...)`` and targets ``(N, ...)``.
         queries: query inputs ``(Q, ...)`` and targets ``(Q, ...)``.
-        examples: ``M`` indices of training examples.
+        examples: ``M`` indices of training examples, or a boolean mask ``(N,)`` over them.
         damping: ``lambda``, positive.
         loss: per-example loss of outputs and targets, convex in the outputs.
         measurement: what is measured on a query; the loss if None.
@@ -85,7 +86,8 @@ def proximal_response(
         Scores, and how well each problem was solved.
 
     Raises:
-        ValueError: if a number is out of range or shapes do not fit.
+        ValueError: if a number or an index is out of range, shapes do not fit, or the loss or the measurement
+            is not per example.
         InfluenceError: if a problem did not converge.
         NonFiniteError: if the model's loss is not finite.
 
@@ -98,12 +100,13 @@ def proximal_response(
     """
     count = len(data[0])
     weight = -1.0 / count if epsilon is None else epsilon
-    _check(data, queries, examples, damping, weight, tolerance)
+    _check(data, queries, damping, weight, tolerance)
+    chosen = example_indices(examples, count)
     objective = ProximalObjective(model, data, loss, damping)
     measure = measurement or loss
     before = objective.measure(objective.start, queries, measure)
     scores, residuals, distances = [], [], []
-    for example in examples:
+    for example in chosen:
         solution, residual = _minimise(objective.at(example, weight), objective.start, tolerance, max_steps)
         if residual > tolerance:
             raise InfluenceError(
@@ -179,7 +182,6 @@ def _search(
 def _check(
     data: tuple[Tensor, Tensor],
     queries: tuple[Tensor, Tensor],
-    examples: Sequence[int],
     damping: float,
     epsilon: float,
     tolerance: float,
@@ -195,9 +197,6 @@ def _check(
             f"Got {count} training inputs with {len(data[1])} targets and {len(queries[0])} query inputs "
             f"with {len(queries[1])} targets; accepted are as many targets as inputs."
         )
-    wrong = [example for example in examples if not 0 <= example < count]
-    if wrong or not len(examples):
-        raise ValueError(f"examples must be indices of the {count} training examples, got {list(examples)}.")
     if not (damping > 0 and math.isfinite(damping)) or not tolerance > 0:
         raise ValueError(f"damping and tolerance must be positive and finite, got {damping} and {tolerance}.")
     if not math.isfinite(epsilon) or epsilon == 0 or epsilon < -1.0 / count * (1 + 1e-9):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, jvp
 
+from lightning_influence.evaluation.arguments import check_losses
 from lightning_influence.evaluation.stacked import ExampleLoss
 
 
@@ -20,6 +21,9 @@ class ProximalObjective:
         data: training inputs ``(N, ...)`` and targets ``(N, ...)``.
         loss: per-example loss, convex in the outputs.
         damping: ``lambda``.
+
+    Raises:
+        ValueError: if the loss is not per example.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class ProximalObjective:
         self._shapes = {name: value.shape for name, value in values.items()}
         self.start = torch.cat([value.reshape(-1) for value in values.values()])
         self._anchor = self.outputs(self.start, self._inputs)
+        check_losses(loss(self._anchor, self._targets), len(self._inputs), "loss")
         self._slope = grad(lambda f: loss(f, self._targets).sum())(self._anchor)
         # Average over the examples and, once `at` has been called, the example's own weight on top.
         self._weights = self._anchor.new_full((len(self._inputs),), 1.0 / len(self._inputs))
@@ -59,8 +64,10 @@ class ProximalObjective:
 
     @torch.no_grad()
     def measure(self, theta: Tensor, queries: tuple[Tensor, Tensor], measurement: ExampleLoss) -> Tensor:
-        """Return the measurement of every query at ``theta``, ``(Q,)``."""
-        return measurement(self.outputs(theta, queries[0]), queries[1])
+        """Return the measurement of every query at ``theta``, ``(Q,)``, refused if it is not per example."""
+        values = measurement(self.outputs(theta, queries[0]), queries[1])
+        check_losses(values, len(queries[0]), "measurement")
+        return values
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the objective and its gradient ``(P,)`` at ``theta``."""

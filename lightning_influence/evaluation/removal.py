@@ -14,12 +14,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.evaluation.arguments import example_indices, integers
+
 Retrain = Callable[[Tensor], Tensor]
 Order = Literal["proponents", "opponents", "random"]
 _ORDERS = ("proponents", "opponents", "random")
 
 
-def leave_one_out(retrain: Retrain, num_examples: int, examples: Sequence[int] | None = None) -> Tensor:
+def leave_one_out(
+    retrain: Retrain, num_examples: int, examples: Sequence[int] | Tensor | None = None
+) -> Tensor:
     """Change of every query's measurement on training without one example.
 
     This is what an attribution score predicts, in its unit and with its sign. It is small beside the noise of
@@ -28,7 +32,7 @@ def leave_one_out(retrain: Retrain, num_examples: int, examples: Sequence[int] |
     Args:
         retrain: trains on subsets ``(M, N)`` and measures the queries, ``(M, Q)`` or ``(M, S, Q)``.
         num_examples: ``N``.
-        examples: which to leave out, one at a time; all of them if None.
+        examples: which to leave out, one at a time: indices, or a boolean mask ``(N,)``; all of them if None.
 
     Returns:
         ``m(q)`` without an example minus ``m(q)`` with all, ``(Q, M)``.
@@ -40,12 +44,9 @@ def leave_one_out(retrain: Retrain, num_examples: int, examples: Sequence[int] |
         >>> leave_one_out(lambda masks: masks.float() @ torch.tensor([[1.0], [2.0]]), 2)
         tensor([[-1., -2.]])
     """
-    chosen = list(range(num_examples)) if examples is None else list(examples)
-    if num_examples < 2 or not chosen or not all(0 <= example < num_examples for example in chosen):
-        raise ValueError(
-            f"examples must be indices of the training examples, of which there are {num_examples} (accepted "
-            f"are 2 or more), got {chosen[:8]}."
-        )
+    if num_examples < 2:
+        raise ValueError(f"Leaving one example out needs 2 or more of them, got num_examples={num_examples}.")
+    chosen = example_indices(range(num_examples) if examples is None else examples, num_examples)
     masks = torch.ones(1 + len(chosen), num_examples, dtype=torch.bool)
     masks[torch.arange(1, len(masks)), torch.tensor(chosen)] = False
     values = _measure(retrain, masks)
@@ -70,7 +71,7 @@ class RemovalCurve:
 def removal_curve(
     scores: Tensor,
     retrain: Retrain,
-    counts: Sequence[int],
+    counts: Sequence[int] | Tensor,
     *,
     order: Order = "proponents",
     seed: int = 0,
@@ -96,6 +97,7 @@ def removal_curve(
     """
     masks = removal_masks(scores, counts, order=order, seed=seed)
     queries = len(scores)
+    steps = masks.shape[0]
     removed = masks.flatten(0, 1)
     # Queries that agree share a model.
     wanted = torch.cat([torch.ones_like(removed[:1]), removed])
@@ -103,14 +105,14 @@ def removal_curve(
     values = _measure(retrain, distinct)[places]
     if values.shape[1] != queries:
         raise ValueError(f"scores have {queries} queries, the retraining measured {values.shape[1]}.")
-    own = torch.arange(queries).repeat(len(counts))
-    changes = (values[1:] - values[0]).gather(1, own[:, None].to(values.device)).view(len(counts), queries)
+    own = torch.arange(queries).repeat(steps)
+    changes = (values[1:] - values[0]).gather(1, own[:, None].to(values.device)).view(steps, queries)
     predicted = torch.einsum("qn,kqn->kq", scores, (~masks).to(scores))
-    return RemovalCurve(torch.tensor(list(counts)), changes, predicted)
+    return RemovalCurve(torch.tensor(integers(counts)), changes, predicted)
 
 
 def removal_masks(
-    scores: Tensor, counts: Sequence[int], *, order: Order = "proponents", seed: int = 0
+    scores: Tensor, counts: Sequence[int] | Tensor, *, order: Order = "proponents", seed: int = 0
 ) -> Tensor:
     """Examples that each query keeps.
 
@@ -135,14 +137,18 @@ def removal_masks(
     if order not in _ORDERS:
         raise ValueError(f"Unknown order {order!r}; choose one of {_ORDERS}.")
     size = scores.shape[1]
-    if not len(counts) or not all(1 <= count < size for count in counts):
-        raise ValueError(f"counts must be from 1 to N - 1 = {size - 1}, got {list(counts)}.")
+    numbers = integers(counts)
+    if not numbers or not all(1 <= count < size for count in numbers):
+        got = counts if numbers is None else numbers
+        raise ValueError(
+            f"counts must be from 1 to N - 1 = {size - 1}, got {got!r}: accepted are integers, one or more."
+        )
     keys = scores.cpu()
     if order == "random":
         keys = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed))
     ranked = keys.argsort(dim=1, descending=order != "opponents", stable=True)
-    kept = torch.ones(len(counts), *scores.shape, dtype=torch.bool)
-    for row, count in zip(kept, counts, strict=True):
+    kept = torch.ones(len(numbers), *scores.shape, dtype=torch.bool)
+    for row, count in zip(kept, numbers, strict=True):
         row.scatter_(1, ranked[:, :count], value=False)
     return kept
 

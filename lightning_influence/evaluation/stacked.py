@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
+from lightning_influence.evaluation.arguments import check_losses
+from lightning_influence.evaluation.fresh import check_distinct_models
 from lightning_influence.evaluation.losses import cross_entropy
 from lightning_influence.evaluation.optimizers import StackedOptimizer
 from lightning_influence.evaluation.recipe import Recipe, batch_orders, run_seed
@@ -86,6 +88,16 @@ def stacked_outputs(model: nn.Module, parameters: Stacked, inputs: Tensor, *, sh
     return result
 
 
+def _build_all(factory: Factory, members: Sequence[Member]) -> list[nn.Module]:
+    """Return every member's model, of a factory that gives each run parameters of its own."""
+    models = [build(factory, member) for member in members]
+    # One model alone cannot tell. What is frozen the runs may share: training works on copies.
+    others = models[1:] or [build(factory, members[0])]
+    for model, other in zip(models, others, strict=False):
+        check_distinct_models(model, other, frozen=False)
+    return models
+
+
 def _schedule(members: Sequence[Member], recipe: Recipe) -> Tensor:
     """Return the indices of every step, ``(K, steps, B)``; -1 where a batch is short or a run is over."""
     rows = []
@@ -128,12 +140,13 @@ def train_members(
         The trained parameters, frozen ones and buffers with them, each stacked to ``(K, ...)``.
 
     Raises:
-        ValueError: if there is no member, or one keeps nothing.
+        ValueError: if there is no member, one keeps nothing, or the loss is not per example.
+        UnsupportedModelError: if the factory does not make a model of its own for each run.
         NonFiniteError: if a run diverged.
     """
     if not members or not all(bool(member.mask.any()) for member in members):
         raise ValueError("Retraining needs at least one run, and every run at least one kept example.")
-    models = [build(factory, member) for member in members]
+    models = _build_all(factory, members)
     state, template = stack_state(models), models[0]
     leaves = {
         name: state[name].requires_grad_() for name, p in template.named_parameters() if p.requires_grad
@@ -145,6 +158,7 @@ def train_members(
         for step, (index, weight) in enumerate(_batches(_schedule(members, recipe))):
             outputs = stacked_outputs(template, state, data[0][index], shared=False)
             losses = loss(outputs.flatten(0, 1), data[1][index].flatten(0, 1))
+            check_losses(losses, index.numel(), "loss")
             total = losses @ weight.to(losses).flatten()
             rates = torch.tensor([recipe.rate(step, steps) for steps in totals], dtype=torch.float64)
             optimizer.step(torch.autograd.grad(total, list(leaves.values())), rates)

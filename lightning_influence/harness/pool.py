@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from lightning_influence.errors import InfluenceError
+from lightning_influence.evaluation.arguments import check_masks, seed_list
 from lightning_influence.harness.retraining import Retraining
 from lightning_influence.harness.run import Runs, seed_all
 from lightning_influence.harness.store import RunStore, fingerprint
@@ -29,7 +30,7 @@ _store: RunStore | None = None
 def retrain_subsets(
     retraining: Retraining,
     masks: Tensor,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | Tensor,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     processes: int | None = None,
@@ -42,13 +43,13 @@ def retrain_subsets(
     of one seed start from the same point whatever their subset. A run is written to ``cache_dir`` by the
     process that finished it: a computation that was interrupted, or whose worker was killed, goes on where it
     stopped when it is called again. A run is found again while the functions and all of the user's code they
-    name, the data, the subset, the seed and the versions of torch, Lightning, NumPy and this library are the
-    same.
+    name, the values of globals, defaults, closures and objects among it, the data, the subset, the seed and
+    the versions of torch, Lightning, NumPy and this library are the same.
 
     Args:
         retraining: the factories, importable by name; see :class:`Retraining`.
         masks: kept examples of each subset, boolean, ``(M, N)``.
-        seeds: ``S`` different seeds.
+        seeds: ``S`` different seeds, a sequence, a tensor or an array.
         cache_dir: where finished runs are kept; nothing is kept without it.
         processes: worker processes, each with one torch thread; as many as CPUs if None, 0 for this process.
         data_key: a string that stands for the content of the data, for data that are too large to be hashed.
@@ -60,12 +61,13 @@ def retrain_subsets(
     Raises:
         InfluenceError: if a worker process died, or the factories do not give fresh objects.
         ValueError: if arguments do not fit together, or a function cannot be imported by a worker.
+        TypeError: if runs are kept, and the functions or the data are made of what cannot be hashed.
     """
-    count = _cpus() if processes is None else processes
+    chosen, count = seed_list(seeds), _cpus() if processes is None else processes
     size, mark = _prepare(retraining, data_key, wanted=cache_dir is not None, parallel=count > 0)
-    _check(masks, seeds, size, count)
+    _check(masks, size, count)
     store = None if cache_dir is None else RunStore(Path(cache_dir) / mark)
-    runs = [(mask, seed) for mask in masks.cpu() for seed in seeds]
+    runs = [(mask, seed) for mask in masks.cpu() for seed in chosen]
     found: dict[tuple[bytes, int], Tensor] = {}
     missing: dict[tuple[bytes, int], Run] = {}
     for run in runs:
@@ -79,7 +81,7 @@ def retrain_subsets(
         for run, values in _execute(retraining, list(missing.values()), store, count):
             found[_key(run)] = values
             report(len(found))
-    return torch.stack([found[_key(run)] for run in runs]).view(len(masks), len(seeds), -1)
+    return torch.stack([found[_key(run)] for run in runs]).view(len(masks), len(chosen), -1)
 
 
 def _cpus() -> int:
@@ -198,18 +200,8 @@ def _key(run: Run) -> tuple[bytes, int]:
     return run[0].numpy().tobytes(), run[1]
 
 
-def _check(masks: Tensor, seeds: Sequence[int], size: int, processes: int) -> None:
-    if masks.ndim != 2 or masks.dtype != torch.bool or masks.shape[1] != size or not len(masks):
-        raise ValueError(
-            f"masks must be boolean of shape (M, N) with N = {size} training examples, got {masks.dtype} of "
-            f"shape {tuple(masks.shape)}."
-        )
-    if not bool(masks.any(1).all()):
-        raise ValueError(
-            f"Subset {int((~masks.any(1)).nonzero()[0])} keeps no example; accepted is at least 1."
-        )
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be a non-empty sequence of different integers, got {list(seeds)}.")
+def _check(masks: Tensor, size: int, processes: int) -> None:
+    check_masks(masks, size)
     if processes < 0:
         raise ValueError(f"processes must be at least 0, got {processes}.")
 

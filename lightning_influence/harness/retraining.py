@@ -11,7 +11,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import Dataset
 
-from lightning_influence.errors import UnsupportedModelError, UnsupportedTrainerError
+from lightning_influence.errors import UnsupportedTrainerError
+from lightning_influence.evaluation.fresh import check_distinct_models
 from lightning_influence.measurements import Measurement
 
 
@@ -112,19 +113,7 @@ def check_distinct(
         UnsupportedModelError: if modules are one object, or share parameters.
         UnsupportedTrainerError: if Trainers are one object.
     """
-    if module is last_module:
-        raise UnsupportedModelError(
-            "`module()` returned the same object twice: a second run would go on training the first run's "
-            "parameters. Build the module inside the function."
-        )
-    known = {id(parameter) for parameter in last_module.parameters()}
-    known |= {parameter.data_ptr() for parameter in last_module.parameters() if parameter.numel()}
-    for name, parameter in module.named_parameters():
-        if id(parameter) in known or parameter.data_ptr() in known:
-            raise UnsupportedModelError(
-                f"Two modules of `module()` share the parameter {name!r}: a run would change another "
-                "run's model. Build every layer inside the function."
-            )
+    check_distinct_models(module, last_module, "module")
     if trainer is last_trainer:
         raise UnsupportedTrainerError(
             "`trainer()` returned the same object twice: a Trainer that has fitted once does no further "

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_influence.errors import CorruptFileError
-from lightning_influence.evaluation.sources import content, describe, digest, versions
+from lightning_influence.evaluation.content import content
+from lightning_influence.evaluation.sources import describe, digest, versions
 from lightning_influence.harness.retraining import Retraining
 from lightning_influence.storage import check_kind, load_tensors, save_tensors
 
@@ -66,13 +67,16 @@ def fingerprint(retraining: Retraining, data: Any, queries: Any, data_key: str |
     """Hash of what decides a run's result, subset and seed aside.
 
     Args:
-        retraining: the functions: by name and by the source of all they are made of.
+        retraining: the functions: by name and by the source and the values of all they are made of.
         data: the training set, by content.
         queries: the query batches, by content.
         data_key: stands for the content of both if given.
 
     Returns:
         24 hexadecimal digits.
+
+    Raises:
+        TypeError: if the functions or the data are made of what cannot be hashed.
     """
     words = versions()
     for name, function in sorted(retraining.functions().items()):

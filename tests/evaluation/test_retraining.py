@@ -130,7 +130,7 @@ def test_an_interrupted_computation_goes_on(tmp_path, counted):
 
 
 def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
-    def fail(values, path):
+    def fail(values, path, metadata):
         raise OSError("disk full")
 
     monkeypatch.setattr(retraining, "save_file", fail)
