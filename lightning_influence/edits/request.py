@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence.edits.data import EditData, SetTargets, split
-from lightning_influence.edits.directions.base import direction_names
 from lightning_influence.edits.editor import Editor
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.factors.training_record import TrainingRecord
@@ -78,10 +77,6 @@ class EditRequest:
             TypeError: if there is no such option.
             ValueError: if one is out of range.
         """
-        method = self.options.get("method", "gif")
-        if not isinstance(method, str):
-            names = ", ".join(map(repr, direction_names()))
-            raise ValueError(f"Got method={method!r}; accepted are {names}.")
         return settings_of(EditOptions, self.options)
 
 

@@ -171,7 +171,7 @@ def find_direction(name: str) -> Direction:
     Raises:
         ValueError: listing the registered names.
     """
-    if name not in _DIRECTIONS:
+    if not isinstance(name, str) or name not in _DIRECTIONS:
         names = ", ".join(repr(known) for known in direction_names())
         raise ValueError(f"Got method={name!r}; accepted are {names}.")
     return _DIRECTIONS[name]
