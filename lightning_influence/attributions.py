@@ -89,8 +89,7 @@ class Attributions(Result):
         super().__post_init__()
         Q, N = len(self.query_indices), len(self.train_indices)
         ends = [self.top_scores, self.top_indices, self.bottom_scores, self.bottom_indices]
-        given = [end for end in ends if end is not None]
-        if len(given) != (4 if self.scores is None else 0):
+        if sum(end is not None for end in ends) != (4 if self.scores is None else 0):
             raise ValueError(
                 "give either scores, or top and bottom scores and indices; got both, neither or a part"
             )
@@ -155,7 +154,7 @@ class Attributions(Result):
             Indices ``(Q, k)`` and scores ``(Q, k)`` that print as a table.
 
         Raises:
-            ValueError: if fewer than ``k`` are stored.
+            ValueError: if fewer than ``k`` are stored, or ``max_queries`` is below 1.
         """
         return self._ranking(k, True, labels, max_queries)
 
@@ -171,14 +170,15 @@ class Attributions(Result):
             Indices ``(Q, k)`` and scores ``(Q, k)``, the lowest first, that print as a table.
 
         Raises:
-            ValueError: if fewer than ``k`` are stored.
+            ValueError: if fewer than ``k`` are stored, or ``max_queries`` is below 1.
         """
         return self._ranking(k, False, labels, max_queries)
 
     def _ranking(self, k: int, largest: bool, labels: Labels | None, max_queries: int) -> Ranking:
-        check_k(
-            k, self.stored, "all scores are stored" if self.scores is not None else f"top_k={self.stored}"
-        )
+        how = "all scores are stored" if self.top_scores is None else f"top_k={self.stored}"
+        check_k(k, self.stored, how)
+        if max_queries < 1:
+            raise ValueError(f"Got max_queries={max_queries}; accepted are integers of at least 1.")
         if self.scores is not None:
             scores, indices = select_topk(self.scores, self.train_indices, k, largest=largest)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from lightning_influence.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics
 
 
-def average_attributions(parts: Sequence[Attributions]) -> Attributions:
+def average_attributions(parts: Iterable[Attributions]) -> Attributions:
     """Average the scores of several models trained alike, for the same queries and training examples.
 
     What one run happens to learn differs between seeds; the average is nearer to what retraining does on
@@ -27,7 +27,9 @@ def average_attributions(parts: Sequence[Attributions]) -> Attributions:
 
     Raises:
         ValueError: if there are none, some have no full scores, or they answer different questions.
+        TypeError: if they are no attributions, or one that is in no list.
     """
+    parts = _listed(parts)
     if not parts:
         raise ValueError("Got no attributions; pass at least one.")
     first = parts[0]
@@ -68,6 +70,22 @@ def join_queries(parts: Sequence[Attributions]) -> Attributions:
     residuals = [part.diagnostics.residuals for part in parts if part.diagnostics.residuals is not None]
     diagnostics = dataclasses.replace(last.diagnostics, residuals=torch.cat(residuals) if residuals else None)
     return dataclasses.replace(last, diagnostics=diagnostics, **joined)
+
+
+def _listed(parts: object) -> list[Attributions]:
+    """Return what was passed as a list.
+
+    Raises:
+        TypeError: if it is something else than several attributions.
+    """
+    accepted = "pass several answers to the same question: average_attributions([first, second])."
+    if isinstance(parts, Attributions) or not isinstance(parts, Iterable):
+        raise TypeError(f"Got one {type(parts).__name__}; {accepted}")
+    listed = list(parts)
+    for number, part in enumerate(listed):
+        if not isinstance(part, Attributions):
+            raise TypeError(f"Got a {type(part).__name__} at position {number}; {accepted}")
+    return listed
 
 
 def _check_alike(first: Attributions, part: Attributions, number: int) -> None:

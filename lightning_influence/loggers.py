@@ -92,7 +92,11 @@ def log_attributions(
         "top": attributions.top(k, labels=labels),
         "bottom": attributions.bottom(k, labels=labels),
     }
-    files = [] if directory is None else _write_files(Path(directory), attributions, rankings, figures)
+    files = (
+        []
+        if directory is None
+        else _write_files(Path(directory).expanduser(), attributions, rankings, figures)
+    )
     media = Media(name, step, rankings, attributions.diagnostics.facts(), figures, files)
     metrics = {f"{name}/{key}": value for key, value in summary_metrics(attributions).items()}
     for logger in loggers:
@@ -128,7 +132,7 @@ def log_edit(
         return []
     files: list[Path] = []
     if directory is not None:
-        path = Path(directory) / name / "edit.safetensors"
+        path = Path(directory).expanduser() / name / "edit.safetensors"
         files = [path] if _attempt(f"{path} could not be written", partial(edit.save, path)) else []
     media = Media(name, step, {}, list(edit.report.facts()), files=files)
     metrics = {f"{name}/{key}": value for key, value in edit.report.metrics().items()}
@@ -169,7 +173,6 @@ def summary_metrics(attributions: Attributions | SelfInfluence) -> dict[str, flo
 
 
 def _score_metrics(attributions: Attributions | SelfInfluence) -> dict[str, float]:
-
     highest, lowest = attributions.top(1).scores, attributions.bottom(1).scores
     metrics = {"score_max": float(highest.max()), "score_min": float(lowest.min())}
     if attributions.scores is not None:

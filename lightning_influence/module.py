@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, Self
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -15,8 +14,9 @@ from lightning_influence.collecting.store import state_from_checkpoint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.edits.asking import EditsParameters
 from lightning_influence.engine import Engine
-from lightning_influence.errors import CorruptFileError
-from lightning_influence.factors.factors import Factors
+from lightning_influence.factors.factors import Factors, fingerprint, fingerprint_differs
+from lightning_influence.host.checkpoints import read_checkpoint, with_weights
+from lightning_influence.host.module import unwrap_compiled
 from lightning_influence.measurements import Measurement
 from lightning_influence.methods import Options
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
@@ -35,10 +35,14 @@ class InfluenceModule(EditsParameters, LightningModule):
     module is used where it is (its device, its precision) and left as it was.
 
     Args:
-        model: the trained LightningModule.
+        model: the trained LightningModule. Of another InfluenceModule the wrapped module is taken, and what
+            it keeps unless factors or a state are given.
         factors: its factors; fitted on the first call that needs them if None.
         state: everything a callback keeps (factors, training record, coarse space); overrides ``factors``.
         progress: whether passes show a progress bar.
+
+    Raises:
+        TypeError: if an argument is of a wrong type.
 
     Example:
         >>> import torch
@@ -63,6 +67,14 @@ class InfluenceModule(EditsParameters, LightningModule):
         progress: bool = False,
     ) -> None:
         super().__init__()
+        _check_state(factors, state)
+        self._checkpoint: str | None = None
+        self._loaded: dict[str, list[float]] = {}
+        if isinstance(model, InfluenceModule):
+            self._checkpoint, self._loaded = model._checkpoint, model._loaded
+            state = model.state if state is None and factors is None else state
+            model = model.model
+        unwrap_compiled(model)  # refuses what is no module
         self.model = model
         self.state = InfluenceState(factors=factors) if state is None else state
         self._progress = progress
@@ -70,7 +82,7 @@ class InfluenceModule(EditsParameters, LightningModule):
     @classmethod
     def from_checkpoint(
         cls,
-        path: str,
+        path: str | os.PathLike[str],
         model: LightningModule | type[LightningModule],
         *,
         progress: bool = False,
@@ -85,17 +97,21 @@ class InfluenceModule(EditsParameters, LightningModule):
             **kwargs: passed to ``load_from_checkpoint`` of the class.
 
         Returns:
-            The module; without factors in the file they are fitted on first use.
+            The module; without factors in the file they are fitted on first use. Its answers name the
+            checkpoint, as long as the weights are those that were loaded.
 
         Raises:
             CorruptFileError: if the file is truncated or damaged, or no Lightning checkpoint.
+            InfluenceError: if the file holds objects that are not unpickled; the message says what to do.
+            TypeError: if the model is neither, or there are ``kwargs`` for an instance.
         """
-        checkpoint = _load(path)
-        if isinstance(model, LightningModule):
-            model.load_state_dict(checkpoint["state_dict"])
-        else:
-            model = model.load_from_checkpoint(path, map_location="cpu", **kwargs)
-        return cls(model, state=state_from_checkpoint(checkpoint), progress=progress)
+        checkpoint = read_checkpoint(path)
+        state = state_from_checkpoint(checkpoint)
+        inner = model.model if isinstance(model, InfluenceModule) else model
+        loaded = with_weights(inner, path, checkpoint, kwargs)
+        module = cls(loaded, state=state, progress=progress)
+        module._checkpoint, module._loaded = os.fspath(path), fingerprint(loaded)
+        return module
 
     def prepare(
         self,
@@ -118,7 +134,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         """
         question = Question(method, layers=layers, options=settings_of(Options, options))
         with self._runner() as runner:
-            Engine(runner, self.state, question).prepare(train_dataloaders)
+            self._engine(runner, question).prepare(train_dataloaders)
         return self
 
     def fit_factors(
@@ -133,11 +149,22 @@ class InfluenceModule(EditsParameters, LightningModule):
 
         Returns:
             The factors, which are also in :attr:`state`.
+
+        Raises:
+            TypeError: if there is no such option.
         """
-        self.state = InfluenceState(record=self.state.record)
-        self.prepare(train_dataloaders, method="ekfac", layers=layers, **options)
-        assert self.state.factors is not None
-        return self.state.factors
+        if "method" in options:
+            raise TypeError(
+                f"Got method={options['method']!r}; fit_factors has no method: its factors serve 'kfac', "
+                "'ekfac', 'auto' and all others. Pass the method to scores or self_influence."
+            )
+        question = Question("ekfac", layers=layers, options=settings_of(Options, options))
+        state = InfluenceState(record=self.state.record)
+        with self._runner() as runner:
+            self._engine(runner, question, state).prepare(train_dataloaders)
+        self.state = state
+        assert state.factors is not None
+        return state.factors
 
     def scores(
         self,
@@ -167,7 +194,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         """
         question = Question(method, measurement, top_k, layers, settings_of(Options, options))
         with self._runner() as runner:
-            return Engine(runner, self.state, question).attribute(train_dataloaders, query_dataloaders)
+            return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)
 
     def self_influence(
         self,
@@ -190,7 +217,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         """
         question = Question(method, layers=layers, options=settings_of(Options, options))
         with self._runner() as runner:
-            return Engine(runner, self.state, question).self_influence(train_dataloaders)
+            return self._engine(runner, question).self_influence(train_dataloaders)
 
     def ihvp(
         self,
@@ -218,7 +245,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         """
         question = Question(method, measurement, layers=layers, options=settings_of(Options, options))
         with self._runner() as runner:
-            return Engine(runner, self.state, question).ihvp(train_dataloaders, query_dataloaders)
+            return self._engine(runner, question).ihvp(train_dataloaders, query_dataloaders)
 
     def spectrum(
         self,
@@ -243,7 +270,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         question = Question(layers=layers)
         with self._runner() as runner:
             chosen = settings_of(SpectrumSettings, {"curvature": curvature, **settings})
-            return Engine(runner, self.state, question).spectrum(train_dataloaders, chosen)
+            return self._engine(runner, question).spectrum(train_dataloaders, chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the wrapped module computes."""
@@ -252,28 +279,22 @@ class InfluenceModule(EditsParameters, LightningModule):
     def _runner(self) -> LoopRunner:
         return LoopRunner(self.model, progress=self._progress)
 
+    def _engine(self, runner: LoopRunner, question: Question, state: InfluenceState | None = None) -> Engine:
+        """Return the engine; answers name the checkpoint while the weights are those that it held."""
+        changed = self._checkpoint is None or fingerprint_differs(self._loaded, self.model)
+        checkpoint = None if changed else self._checkpoint
+        return Engine(runner, self.state if state is None else state, question, checkpoint=checkpoint)
 
-def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return a Lightning checkpoint as it was saved.
+
+def _check_state(factors: object, state: object) -> None:
+    """Refuse what is neither factors nor a state.
 
     Raises:
-        CorruptFileError: if it cannot be read.
-        FileNotFoundError: if there is none.
+        TypeError: saying what is accepted.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # depends on where the damage is
-        raise CorruptFileError(
-            f"{str(path)!r} cannot be read as a Lightning checkpoint with weights_only=True: it is "
-            "truncated, damaged, or "
-            f"holds objects other than tensors and primitives ({type(error).__name__}: {error}). Write "
-            "it again."
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CorruptFileError(
-            f"{str(path)!r} is no Lightning checkpoint: it has no 'state_dict'. Pass a file that "
-            "Trainer.save_checkpoint or ModelCheckpoint wrote."
-        )
-    return checkpoint
+    for name, value, kind in (("factors", factors, Factors), ("state", state, InfluenceState)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(
+                f"Got {name} of type {type(value).__name__}; accepted are {kind.__name__}, or None to "
+                "compute what is needed (fit_factors does so anew)."
+            )

@@ -50,11 +50,12 @@ def montage(
         scores (framed in orange).
 
     Raises:
-        ValueError: if fewer than ``k`` training examples per query are stored, or an item is no image.
+        ValueError: if fewer than ``k`` training examples per query are stored, ``max_queries`` is below 1, or
+            an item is no image.
         ImportError: if matplotlib is not installed.
     """
     labels = labels or Labels()
-    ends = [attributions.top(k), attributions.bottom(k)]
+    ends = [end(k, max_queries=max_queries) for end in (attributions.top, attributions.bottom)]
     shown = min(max_queries, len(attributions.query_indices))
     figure = _new_figure(1.3 * (2 * k + 1), 1.7 * shown + 0.8)
     axes = figure.subplots(shown, 2 * k + 1, squeeze=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lightning_influence.attributions import Attributions
@@ -16,13 +16,19 @@ from lightning_influence.engine import Engine
 from lightning_influence.ensembles import average_attributions
 from lightning_influence.factors.factors import Factors
 from lightning_influence.factors.training_record import TrainingRecord
+from lightning_influence.host.checkpoints import held_weights
+from lightning_influence.host.module import unwrap_compiled
 from lightning_influence.question import Question
 from lightning_influence.running.predict import TrainerRunner
 from lightning_influence.state import InfluenceState
 
 
 class Session:
-    """One call: the borrowed Trainer, and the state that the call starts from and leaves."""
+    """One call: the borrowed Trainer, and the state that the call starts from and leaves.
+
+    Raises:
+        TypeError: if an argument is of a wrong type.
+    """
 
     def __init__(
         self,
@@ -32,8 +38,10 @@ class Session:
         ckpt_path: str | None,
         factors: Factors | Literal["refit"] | None,
     ) -> None:
-        host: Any = trainer  # its callbacks are declared nowhere
-        self._own = next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
+        _check_trainer(trainer)
+        _check_datamodule(datamodule)
+        _check_factors(factors)
+        self._own = _influence_callback(trainer)
         self._reader = _CheckpointReader()
         self._factors = factors
         restore: list[Callback] = [self._reader] if self._own is None else [self._own, self._reader]
@@ -43,20 +51,12 @@ class Session:
         self._fitted = trainer.train_dataloader  # now: loading a checkpoint lets go of it for the time being
 
     def engine(self, question: Question) -> Engine:
-        """Return the engine, with the state that is there once a checkpoint has been loaded.
-
-        Raises:
-            TypeError: if the factors are of a wrong type.
-        """
+        """Return the engine, with the state that is there once a checkpoint has been loaded."""
         self._state = self._found()
         if self._factors == "refit":
             self._state = InfluenceState(record=self._state.record)
         elif isinstance(self._factors, Factors):
             self._state = replace(self._state, factors=self._factors, factors_key="")
-        elif self._factors is not None:
-            raise TypeError(
-                f"Got factors of type {type(self._factors).__name__}; accepted are Factors, 'refit' or None."
-            )
         return Engine(self.runner, self._state, question, checkpoint=self.runner.ckpt_path)
 
     def _found(self) -> InfluenceState:
@@ -120,18 +120,98 @@ def over_checkpoints(
     Raises:
         ValueError: if there is no path, or no module to load them into.
     """
-    host: Any = trainer
+    _check_trainer(trainer)
     module = trainer.lightning_module if model is None else model
     if not paths or module is None:
         what = "no module" if paths else "an empty ckpt_path"
         raise ValueError(f"Got {what}; pass at least one checkpoint, and the module to load it into.")
-    own = next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
+    own = _influence_callback(trainer)
     state = None if own is None else own.influence_state
-    with torch.no_grad():
-        weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    put_back = held_weights(unwrap_compiled(module))
     try:
         return average_attributions([answer(path) for path in paths])
     finally:
-        module.load_state_dict(weights)
+        put_back()
         if own is not None and state is not None:
             own.influence_state = state
+
+
+def paths_of(ckpt_path: Any) -> str | list[str] | None:
+    """Return one checkpoint or several as texts, None for the weights in memory.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if ckpt_path is None:
+        return None
+    if isinstance(ckpt_path, str | os.PathLike):
+        return os.fspath(ckpt_path)
+    several = isinstance(ckpt_path, Iterable) and not isinstance(ckpt_path, bytes | bytearray)
+    paths = list(ckpt_path) if several else [ckpt_path]
+    if not several or not all(isinstance(path, str | os.PathLike) for path in paths):
+        raise TypeError(
+            f"Got ckpt_path={ckpt_path!r}; accepted are 'best', 'last', a path, a list of them, or None for "
+            "the weights that the model has now."
+        )
+    return [os.fspath(path) for path in paths]
+
+
+def check_name(name: object) -> None:
+    """Refuse a name that cannot be a prefix of keys and a folder, before the work that it is for.
+
+    Raises:
+        TypeError: if it is no text.
+        ValueError: if it is empty.
+    """
+    accepted = "accepted is a text: the prefix of what is logged, and the name of the folder of files."
+    if not isinstance(name, str):
+        raise TypeError(f"Got name={name!r}; {accepted}")
+    if not name:
+        raise ValueError(f"Got an empty name; {accepted}")
+
+
+def _influence_callback(trainer: Trainer) -> InfluenceCallback | None:
+    host: Any = trainer  # its callbacks are declared nowhere
+    return next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
+
+
+def _check_trainer(trainer: object) -> None:
+    """Refuse what is no Trainer, such as a model in its place.
+
+    Raises:
+        TypeError: saying what to pass.
+    """
+    if isinstance(trainer, Trainer):
+        return
+    what = "a LightningModule" if isinstance(trainer, LightningModule) else type(trainer).__name__
+    raise TypeError(
+        f"Got {what} as trainer; accepted is a Trainer of lightning.pytorch, which comes first: "
+        "influence(trainer, model, ...), or trainer.influence(model, ...)."
+    )
+
+
+def _check_datamodule(datamodule: object) -> None:
+    """Refuse what is no datamodule.
+
+    Raises:
+        TypeError: saying what to pass.
+    """
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        raise TypeError(
+            f"Got datamodule of type {type(datamodule).__name__}; accepted is a LightningDataModule of "
+            "lightning.pytorch, or None. Loaders go to train_dataloaders and query_dataloaders."
+        )
+
+
+def _check_factors(factors: object) -> None:
+    """Refuse factors that are none.
+
+    Raises:
+        TypeError: saying what is accepted.
+    """
+    if isinstance(factors, str) and factors != "refit":
+        raise TypeError(f"Got factors={factors!r}; accepted are Factors, 'refit' or None.")
+    if factors is not None and not isinstance(factors, Factors | str):
+        raise TypeError(
+            f"Got factors of type {type(factors).__name__}; accepted are Factors, 'refit' or None."
+        )

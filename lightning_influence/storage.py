@@ -41,7 +41,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
 
     Until then a reader of ``path`` sees the old content, and after an error it still does. Missing parent
     directories are made. A symbolic link stays one: the file it points to is replaced. The new file has the
-    permissions that the process gives to new files.
+    permissions that the process gives to new files. A leading ``~`` is the home directory.
 
     Args:
         path: the file to write.
@@ -49,7 +49,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     Yields:
         The temporary path to write to.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(os.path.expanduser(path)))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -69,7 +69,8 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappin
     """Write tensors and metadata to one file, atomically.
 
     Args:
-        path: the file, used as it stands (no suffix is added). An existing file is replaced.
+        path: the file, used as it stands (no suffix is added) but for a leading ``~``. An existing file is
+            replaced.
         tensors: dense tensors of any shape, on any device; they are read back on the CPU.
         metadata: JSON values: None, bool, int, float (infinite and NaN too), str, and lists and dicts (with
             str keys) of them. Tuples come back as lists.
@@ -113,8 +114,9 @@ def load_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: if there is no such file.
         CorruptFileError: if the file is truncated, altered, of an unknown version or not of this format.
     """
+    path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file {os.fspath(path)!r}")
+        raise FileNotFoundError(f"no file {path!r}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}

@@ -19,7 +19,7 @@ from lightning_influence.passes.captured import Fisher
 from lightning_influence.question import Question
 from lightning_influence.results.labels import Labels, checked
 from lightning_influence.results.self_influence import SelfInfluence
-from lightning_influence.session import Session, over_checkpoints
+from lightning_influence.session import Session, check_name, over_checkpoints, paths_of
 from lightning_influence.settings import settings_of
 
 
@@ -34,7 +34,7 @@ def influence(
     damping: Damping = "auto",
     measurement: Measurement | None = None,
     top_k: int | None = None,
-    ckpt_path: str | os.PathLike[str] | Sequence[str] | None = None,
+    ckpt_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
     fisher: Fisher | None = None,
@@ -103,6 +103,7 @@ def influence(
     Raises:
         InfluenceError: a subclass that says what is not supported and what to do.
         ValueError: if a setting is out of range.
+        TypeError: if an argument is of a wrong type.
     """
     further |= {
         "damping": damping,
@@ -116,6 +117,8 @@ def influence(
     }
     question = Question(method, measurement, top_k, layers, settings_of(Options, further))
     checked(labels)
+    check_name(name)
+    paths = paths_of(ckpt_path)
 
     def answer(path: str | None) -> Attributions:
         session = Session(trainer, model, datamodule, path, factors)
@@ -127,11 +130,11 @@ def influence(
             session.keep()
         return attributions
 
-    if ckpt_path is None or isinstance(ckpt_path, str | os.PathLike):
-        attributions = answer(None if ckpt_path is None else os.fspath(ckpt_path))
-    else:
+    if isinstance(paths, list):
         _check_several(top_k, factors)
-        attributions = over_checkpoints(trainer, model, ckpt_path, answer)
+        attributions = over_checkpoints(trainer, model, paths, answer)
+    else:
+        attributions = answer(paths)
     if log:
         _log(trainer, attributions, name, labels)
     return attributions
@@ -185,7 +188,7 @@ def self_influence(
     Raises:
         InfluenceError: a subclass that says what is not supported and what to do.
         ValueError: if a setting is out of range.
-        TypeError: if there are several checkpoints, or ``labels`` are of a wrong type.
+        TypeError: if there are several checkpoints, or an argument is of a wrong type.
     """
     further |= {
         "damping": damping,
@@ -196,12 +199,13 @@ def self_influence(
     }
     question = Question(method, layers=layers, options=settings_of(Options, further))
     checked(labels)
-    if ckpt_path is not None and not isinstance(ckpt_path, str | os.PathLike):
+    check_name(name)
+    path = paths_of(ckpt_path)
+    if isinstance(path, list):
         raise TypeError(
             f"Got ckpt_path of type {type(ckpt_path).__name__}; self-influence takes one checkpoint. Ask at "
             "each, and average the scores."
         )
-    path = None if ckpt_path is None else os.fspath(ckpt_path)
     session = Session(trainer, model, datamodule, path, factors)
     with session.runner:
         engine = session.engine(question)

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from lightning_influence.errors import UnsupportedTrainerError
 from lightning_influence.host.attributes import preserved
+from lightning_influence.host.checkpoints import ExplainingCheckpointIO
 
 LOGGER_CONNECTOR = (
     "_progress_bar_metrics",
@@ -124,6 +125,7 @@ def borrowed_trainer(trainer: Trainer, callbacks: list[Callback]) -> Iterator[No
         trainer.limit_predict_batches = 1.0
         trainer.predict_loop = type(trainer.predict_loop)(trainer, inference_mode=False)
         trainer.state = TrainerState()
+        trainer.strategy.checkpoint_io = ExplainingCheckpointIO(trainer.strategy.checkpoint_io)
         trainer._checkpoint_connector._ckpt_path = None
         trainer._checkpoint_connector._user_managed = False
         trainer._callback_connector._pending_litmodels_tip = False
