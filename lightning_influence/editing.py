@@ -13,7 +13,7 @@ from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditRequest, Examples, check_targets
 from lightning_influence.errors import UnsupportedTrainerError
 from lightning_influence.loggers import log_edit
-from lightning_influence.session import Session
+from lightning_influence.session import Session, check_name, check_trainer, paths_of
 
 
 def forget(
@@ -58,6 +58,7 @@ def forget(
         ValueError: if there is nothing or everything to forget, or an option is out of range.
         InfluenceError: a subclass that says what is not supported and what to do.
     """
+    check_name(name)
     request = EditRequest(examples, None, None, validation, layers, options)
     return _edit(trainer, request, model, train_dataloaders, datamodule, ckpt_path, name if log else None)
 
@@ -106,6 +107,7 @@ def relabel(
         InfluenceError: a subclass that says what is not supported and what to do.
     """
     check_targets(new_targets)
+    check_name(name)
     request = EditRequest(examples, new_targets, set_targets, validation, layers, options)
     return _edit(trainer, request, model, train_dataloaders, datamodule, ckpt_path, name if log else None)
 
@@ -125,16 +127,20 @@ def _edit(
         The edit.
 
     Raises:
+        TypeError: if an argument is of a wrong type.
         UnsupportedTrainerError: if the Trainer has several processes.
     """
+    check_trainer(trainer)
+    paths = paths_of(ckpt_path)
+    if isinstance(paths, list):
+        raise TypeError(f"Got ckpt_path={ckpt_path!r}; an edit is of one checkpoint.")
     processes = max(trainer.world_size, trainer.num_devices * trainer.num_nodes)
     if processes > 1:
         raise UnsupportedTrainerError(
             f"The Trainer has {processes} processes; edits run on one. Pass a Trainer with "
             "devices=1 (and num_nodes=1), such as Trainer(devices=1), and the same model or ckpt_path."
         )
-    path = None if ckpt_path is None else os.fspath(ckpt_path)
-    session = Session(trainer, model, datamodule, path, None)
+    session = Session(trainer, model, datamodule, paths, None)
     with session.runner:
         data = request.split(session.train_loader(train_dataloaders))
         edit = request.editor(session.runner, data, session.record).edit()

@@ -45,5 +45,9 @@ class CorruptFileError(InfluenceError):
     """A saved file is truncated, altered or of another format."""
 
 
+class UnsafeCheckpointError(InfluenceError):
+    """A checkpoint holds objects that are not unpickled, because that can run code from the file."""
+
+
 class InfluenceWarning(UserWarning):
     """Something was left out or assumed; the message says what and what to do."""

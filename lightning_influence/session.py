@@ -38,7 +38,7 @@ class Session:
         ckpt_path: str | None,
         factors: Factors | Literal["refit"] | None,
     ) -> None:
-        _check_trainer(trainer)
+        check_trainer(trainer)
         _check_datamodule(datamodule)
         _check_factors(factors)
         self._own = _influence_callback(trainer)
@@ -120,7 +120,7 @@ def over_checkpoints(
     Raises:
         ValueError: if there is no path, or no module to load them into.
     """
-    _check_trainer(trainer)
+    check_trainer(trainer)
     module = trainer.lightning_module if model is None else model
     if not paths or module is None:
         what = "no module" if paths else "an empty ckpt_path"
@@ -175,7 +175,7 @@ def _influence_callback(trainer: Trainer) -> InfluenceCallback | None:
     return next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
 
 
-def _check_trainer(trainer: object) -> None:
+def check_trainer(trainer: object) -> None:
     """Refuse what is no Trainer, such as a model in its place.
 
     Raises:

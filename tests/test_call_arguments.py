@@ -12,7 +12,14 @@ from influence_models import Net, fitted, queries, train, trainer
 from lightning.pytorch.loggers import CSVLogger
 from test_attributions import full, self_influence
 
-from lightning_influence import Attributions, InfluenceModule, average_attributions, influence
+from lightning_influence import (
+    Attributions,
+    InfluenceModule,
+    average_attributions,
+    forget,
+    influence,
+    relabel,
+)
 from lightning_influence import self_influence as ask_self_influence
 from lightning_influence.loggers import log_attributions
 from lightning_influence.plots import montage
@@ -161,3 +168,15 @@ def test_a_fitted_trainer_logs_under_a_name(tmp_path):
     with quiet():
         host.influence(query_dataloaders=queries(), name="mine", **QUICK)
     assert (Path(host.log_dir) / "mine" / "attributions.safetensors").is_file()
+
+
+def test_arguments_of_edits_through_a_trainer():
+    own, model = trainer(), Net()
+    with pytest.raises(TypeError, match="Got ckpt_path=3"):
+        forget(own, [0], model, ckpt_path=3)
+    with pytest.raises(TypeError, match="an edit is of one checkpoint"):
+        relabel(own, [0], 1, model, ckpt_path=["a", "b"])
+    with pytest.raises(TypeError, match="Got a LightningModule as trainer"):
+        forget(model, [0], own)
+    with pytest.raises(TypeError, match="Got name=None"):
+        forget(own, [0], model, name=None)

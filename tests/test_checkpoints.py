@@ -15,8 +15,8 @@ from influence_models import Net, fitted, queries, train, trainer
 from torch import nn
 
 from lightning_influence import InfluenceModule, influence
-from lightning_influence.errors import CorruptFileError, InfluenceError
-from lightning_influence.host.checkpoints import UnsafeCheckpointError, held_weights, read_checkpoint
+from lightning_influence.errors import CorruptFileError, InfluenceError, UnsafeCheckpointError
+from lightning_influence.host.checkpoints import held_weights, read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*logging interval")
 QUICK = {"method": "kfac", "damping": 0.1}

@@ -148,7 +148,7 @@ class ParameterEdit(JupyterMixin):
                 tensors[f"{name}/{key}"] = getattr(change, key)
         shapes = {name: list(change.shape) for name, change in self.changes.items()}
         save_tensors(path, tensors, {"kind": self.KIND, "shapes": shapes, "report": self.report.to_state()})
-        return Path(path)
+        return Path(path).expanduser()
 
     @classmethod
     def load(cls, path: PathLike, model: nn.Module) -> Self:

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_influence.errors import CorruptFileError, InfluenceError
+from lightning_influence.errors import CorruptFileError, InfluenceError, UnsafeCheckpointError
 from lightning_influence.host.attributes import defines
 from lightning_influence.host.module import unwrap_compiled
 from lightning_influence.storage import PathLike
@@ -27,10 +27,6 @@ _REFUSED = (
     r"unsupported GLOBAL (\S+) whose module",
     r"add_safe_globals`,? but got <class '([^']+)'>",
 )
-
-
-class UnsafeCheckpointError(InfluenceError):
-    """A checkpoint holds objects that are not unpickled, because that can run code from the file."""
 
 
 def read_checkpoint(path: PathLike) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Result(JupyterMixin):
         more, values = self.diagnostics.to_state()
         more = {f"diagnostics.{name}": tensor for name, tensor in more.items()}
         save_tensors(path, {**own, **more}, {"kind": self.KIND, "diagnostics": values})
-        return Path(path)
+        return Path(path).expanduser()
 
     @classmethod
     def load(cls, path: PathLike) -> Self:
