@@ -25,7 +25,8 @@ class LossSum:
 
     def add(self, captured: Captured) -> None:
         """Add a batch."""
-        self._sum += float(captured.per_example().detach().double().sum())
+        with torch.no_grad():  # no graph of its own
+            self._sum += float(captured.per_example().double().sum())
         self._examples += captured.num_examples
 
     def mean(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> float:
