@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,12 +26,20 @@ from lightning_influence.edits.sampling import Sample
 from lightning_influence.errors import NonFiniteError, UnsupportedModelError
 from lightning_influence.layers import FactoredGradients, LayerPlan
 from lightning_influence.layers.layout import Layout
+from lightning_influence.methods.context import Notes
 from lightning_influence.passes.captured import Captured
 from lightning_influence.passes.forward import Forward
 from lightning_influence.passes.statistics import draw_generator
 from lightning_influence.running.base import Runner
 
 DRAWS = 16
+MIXED = (
+    f"The curvature of outputs, of which an example has more than {MAX_COLUMNS}, was estimated from {DRAWS} "
+    "random mixtures. curvature_examples=None or solver='dense' takes it exactly, with a pass for every "
+    "product, where the model has second derivatives."
+)
+Autograd = Literal["never", "many", "always"]
+"""Whether products are taken by differentiating twice: where outputs are many, for instance."""
 
 
 class Curvature:
@@ -45,8 +53,11 @@ class Curvature:
         exact: the Hessian if True, the Gauss-Newton matrix otherwise.
         memory_budget: most bytes of gradients to keep.
         seed: of random mixtures, which stand in for the columns of more than 64 outputs.
+        mixes: whether they may; if not, every product is a pass where there are so many, and exact.
         share: of the trace of each example's output curvature that its columns hold; 1 for all columns.
-        temperature: of the outputs whose curvature is taken; 1 for the model's own.
+        temperature: of the outputs whose curvature is taken; 1 for the model's own, and of more than 64
+            outputs.
+        notes: where to say that there are mixtures.
     """
 
     def __init__(
@@ -61,9 +72,12 @@ class Curvature:
         seed: int = 0,
         share: float = 1.0,
         temperature: float = 1.0,
+        mixes: bool = True,
+        notes: Notes | None = None,
     ) -> None:
         self._runner, self._plan, self._data = runner, plan, data
-        self._sample = sample
+        self._sample, self._notes = sample, notes or Notes()
+        self._autograd: Autograd = "never" if mixes else "many"
         self._exact, self._budget, self._seed, self._share = exact, memory_budget, seed, share
         self._temperature = temperature
         self._loader = data.subset(sample.indices)
@@ -99,18 +113,27 @@ class Curvature:
         if self._kept is None and plain and not self._exact:
             # Where no other product was asked for, keeping gradients would not pay.
             with contextlib.suppress(UnsupportedModelError):
-                return float(vector @ _finite(self._by_pass(vector[None], autograd=True))[0])
+                return float(vector @ _finite(self._by_pass(vector[None], "always"))[0])
         return float(vector @ self.product(vector[None])[0])
 
-    def _by_pass(self, vectors: Tensor, *, autograd: bool = False) -> Tensor:
-        budget = 0 if self._exact or autograd else self._budget
+    def _by_pass(self, vectors: Tensor, autograd: Autograd | None = None) -> Tensor:
+        asked = self._autograd if autograd is None else autograd
+        budget = 0 if self._exact or asked == "always" else self._budget
         one_pass = _ProductPass(
             self._plan, self._data, self._sample, vectors, self._exact, budget, self._seed
         )
-        one_pass.share, one_pass.temperature, one_pass.autograd = self._share, self._temperature, autograd
-        self._runner.run(one_pass, self._loader)
-        if not autograd:
-            self._kept, self._budget = one_pass.kept, 0
+        one_pass.share, one_pass.temperature, one_pass.autograd = self._share, self._temperature, asked
+        try:
+            self._runner.run(one_pass, self._loader)
+        except UnsupportedModelError:  # an operation without second derivatives
+            if asked == "never" or autograd is not None:
+                raise
+            self._autograd = "never"
+            return self._by_pass(vectors)
+        if autograd is None:
+            self._kept, self._budget, self._autograd = one_pass.kept, 0, one_pass.autograd
+        if one_pass.mixed and MIXED not in self._notes.messages:
+            self._notes.messages.append(MIXED)  # for the report: nothing is wrong
         return one_pass.total
 
 
@@ -165,15 +188,18 @@ class _ProductPass:
         self._plan, self._layout = plan, Layout.of(plan.layers)
         self._data, self._sample, self._vectors = data, sample, vectors
         self._exact, self._free, self._seed, self._batches = exact, budget, seed, 0
-        self.share, self.temperature, self.autograd = 1.0, 1.0, False
+        self.share, self.temperature, self.mixed = 1.0, 1.0, False
+        self.autograd: Autograd = "never"
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        twice = self._exact or self.autograd
-        with differentiable_twice(module) if twice else contextlib.nullcontext():
-            captured = self.forward(module, self._data.view(batch, indices), len(indices))
+        twice = self._exact or self.autograd == "always"
+        captured = self._captured(module, batch, indices, twice)
+        if self.autograd == "many" and not twice and _many(captured):
+            self.kept, self.autograd, twice = None, "always", True
+            captured = self._captured(module, batch, indices, twice)
         rows, coefficients = self._sample.rows(indices)
-        if self._exact or (self.autograd and captured.loss is not None):
+        if self._exact or (twice and captured.loss is not None):
             add = add_hessian_products if self._exact else add_gauss_newton_products
             every = coefficients.new_zeros(len(indices)).index_put((rows,), coefficients)
             add(self.total, self._plan, captured, self._vectors, every)
@@ -187,10 +213,14 @@ class _ProductPass:
             if self._free < 0:
                 self.kept = None
 
+    def _captured(self, module: Any, batch: Any, indices: Tensor, twice: bool) -> Captured:
+        with differentiable_twice(module) if twice else contextlib.nullcontext():
+            return self.forward(module, self._data.view(batch, indices), len(indices))
+
     def _gradients(self, captured: Captured, rows: Tensor) -> dict[str, FactoredGradients]:
         """Return gradients of columns of the output curvature, or random mixtures of them if it has many."""
         self._batches += 1
-        if captured.loss is None or captured.loss.num_columns <= MAX_COLUMNS:
+        if not _many(captured):
             if captured.loss is None or (self.share == 1 and self.temperature == 1):
                 return captured.curvature_gradients("exact")
             shape, count = captured.loss.outputs.shape, captured.num_examples
@@ -200,5 +230,11 @@ class _ProductPass:
             return captured.recorder.gradients(
                 captured.loss.outputs, [column.reshape(shape) for column in few], count
             )
+        assert captured.loss is not None
+        self.mixed = True
         generator = draw_generator(self._seed, self._batches, captured.loss.outputs.device)
         return captured.curvature_gradients("mixed", generator, DRAWS)
+
+
+def _many(captured: Captured) -> bool:
+    return captured.loss is not None and captured.loss.num_columns > MAX_COLUMNS

@@ -12,32 +12,31 @@ from torch import Tensor
 
 from lightning_influence.edits.covered import covered_layers
 from lightning_influence.edits.data import EditData
+from lightning_influence.edits.departure import Departure
 from lightning_influence.edits.directions.base import find_direction
-from lightning_influence.edits.line_search import Found
+from lightning_influence.edits.line_search import UNREACHED, Found
 from lightning_influence.edits.linearised import Linearised
-from lightning_influence.edits.objective import Objective
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.parameter_edit import ParameterEdit, changes_between
 from lightning_influence.edits.passes import Losses
 from lightning_influence.edits.report import EditReport, LossChange
 from lightning_influence.edits.sampling import most_curved
-from lightning_influence.edits.stepping import Stepping
+from lightning_influence.edits.stepping import Outcome, Stepping
 from lightning_influence.edits.weights import Weights
 from lightning_influence.errors import InfluenceError, InfluenceWarning
 from lightning_influence.factors.training_record import TrainingRecord
 from lightning_influence.methods.context import Notes
 from lightning_influence.running.base import Runner
 from lightning_influence.running.dataloading import prepare
+from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.selection import Selection, find_rule, select
 from lightning_influence.solvers.normal_equations import Solve
 from lightning_influence.solvers.quasi_newton import descend
 
-# Most kept examples that a relabelling's objective is measured on: those whose outputs curve most.
+# Kept examples that a relabelling's objective is measured on, once it has set out from all.
 OBJECTIVE_EXAMPLES = 128
-# Examples that curvature is taken from: for one step, and for the first of many, which need not be as good.
-CURVATURE_EXAMPLES, FIRST_EXAMPLES = 256, 64
-# Most linearisations of a relabelling, and the relative fall of its objective below which one is the last.
-LINEARISATIONS, LEAST_FALL = 16, 0.03
+# Relative fall of a relabelling's objective in three steps below which one is the last.
+LEAST_FALL = 0.03
 
 
 class Editor:
@@ -64,6 +63,11 @@ class Editor:
     ) -> None:
         self._start = time.perf_counter()
         self._runner, self._data, self._options, self._notes = runner, data, options, Notes()
+        relabels = data.targets is not None
+        # Whether all linearisations after the first one are quasi-Newton steps.
+        self._descends = relabels and options.step == "search"
+        self._linearisations = options.most_linearisations(relabels)
+        self._curvature_examples = options.most_examples(relabels)
         self._plan = covered_layers(runner, data, layers, self._notes)
         self._weights = Weights(self._plan.layers)
         self._validates = validation is not None
@@ -71,16 +75,25 @@ class Editor:
         self._stepping = Stepping(runner, self._plan, data, options, self._weights, loaders)
         recorded = None if self._stepping.searches_forgetting else record
         self._decay = self._weights.decay(options.weight_decay, recorded)
-        self._before = self._stepping.losses(curvature=True)
+        self._before = self._depart(loaders)
         edited, kept = self._before.at(data.edited), self._before.at(data.kept)
         self._sums = float(edited.weights.sum()), float(kept.weights.sum())
         limit, seed = self._curvature_examples, options.seed
         self._samples = most_curved(edited, limit, seed), most_curved(kept, limit, seed)
-        if data.targets is not None:
-            most = None if limit is None else max(limit, OBJECTIVE_EXAMPLES)
-            share = self._sums[0] / sum(self._sums)
-            sample = most_curved(kept, most, seed).mixed(most_curved(edited, None, seed), share)
-            self._stepping.objective = Objective(runner, self._plan, data, self._weights, self._decay, sample)
+
+    def _depart(self, held_out: list[IndexedLoader] | None) -> Losses:
+        """Return the losses of all examples, and make the objective where one is needed."""
+        options, stepping, searches = self._options, self._stepping, self._options.step == "search"
+        where = Departure(self._runner, self._plan, self._data, self._weights, self._decay)
+        if self._data.targets is None:
+            losses = stepping.losses(curvature=True)
+            if not searches and self._linearisations > 1:
+                stepping.objective = where.forgetting(losses)
+            return losses
+        given = 0 if options.curvature_examples == "auto" else options.curvature_examples
+        most = None if given is None else max(given, OBJECTIVE_EXAMPLES)
+        losses, stepping.objective = where.relabelling(most, options.seed, held_out if searches else None)
+        return losses
 
     def select(self) -> Selection:
         """Return the parameters that an edit may change."""
@@ -107,29 +120,32 @@ class Editor:
             self._weights.restore()
 
     def _edit(self) -> ParameterEdit:
-        kept_before = self._kept_loss(self._before)
+        before = self._stepping.measure(self._sums[0] / sum(self._sums), self._before)
         originals = {name: p.detach().clone() for name, p in self._weights.parameters().items()}
         change = torch.zeros_like(self._decay)
         # A search minimises the objective as it is; the theory's step is for a model at its optimum.
-        linear = self._linearise(at_optimum=self._options.step != "search", change=change)
+        linear = first = self._linearise(at_optimum=self._options.step != "search", change=change)
         selection = self._select(linear)
         steps: list[float] = []
         solves: list[Solve] = []
-        count = self._linearisations
+        count, found = self._linearisations, Found(0.0, False, 0)
         for number in range(1 if self._descends else count):
             if number:
                 linear = self._linearise(at_optimum=False, change=change, previous=linear)
+                if not bool((linear.gradient * selection.flat().to(linear.gradient)).any()):
+                    break
             solve = self._solve(linear, selection, again=number > 0)
             unit = linear.scale * solve.vector
-            found = self._step(linear, change, unit)
-            step = found.step
-            if step == 0.0 and not (self._descends and count > 1):
+            rough = self._descends and count > 1
+            found = self._stepping.choose(change, unit, again=number > 0, precise=not rough)
+            if found.step == 0.0 and not rough:
                 break
-            predicted = linear.predict(step * unit) if count == 1 else (None, None)
-            change = change + step * unit
+            change = change + found.step * unit
             self._weights.move(change)
-            steps.append(step)
+            steps.append(found.step)
             solves.append(solve)
+            if self._stepping.searches_forgetting and found.reached:
+                break
         if steps and self._descends and count > 1:
             change, lengths = self._descend(linear, change, selection, count - 1)
             steps += lengths
@@ -138,10 +154,10 @@ class Editor:
                 "No step along the direction lowers the loss of the training set with its new targets. Try a "
                 "larger ratio or damping, another rule, or step='theory'."
             )
-        edited, kept = self._data.edited, self._data.kept
-        after = self._stepping.losses(edited if self._validates else None)
-        kept_after = self._kept_loss(after)
-        before, now = self._before.at(edited).mean(), after.at(edited).mean()
+        if self._stepping.searches_forgetting and not found.reached:
+            self._notes.add(UNREACHED)
+        change, after = self._settle(change, before)
+        predicted = self._predict(first, change) if count == 1 else (None, None)
         report = EditReport(
             kind="forget" if self._data.targets is None else "relabel",
             method=self._options.method,
@@ -154,17 +170,38 @@ class Editor:
             residual=max(solve.residual for solve in solves),
             solver_steps=sum(solve.steps for solve in solves),
             norm=float(change.norm()),
-            edited=LossChange(len(edited), before, now, predicted[0]),
-            kept=LossChange(len(kept), kept_before, kept_after, None if self._validates else predicted[1]),
+            edited=LossChange(len(self._data.edited), before.edited, after.edited, predicted[0]),
+            kept=LossChange(
+                len(self._data.kept), before.kept, after.kept, None if self._validates else predicted[1]
+            ),
             kept_origin="validation" if self._validates else "training",
             descended=self._descends and len(steps) > 1,
             seconds=time.perf_counter() - self._start,
-            notes=self._concluded(solves, kept_after - kept_before),
+            notes=self._concluded(before, after),
         )
         moved = {name: p.detach().clone() for name, p in self._weights.parameters().items()}
         return ParameterEdit(
             self._runner.module, changes_between(originals, moved, self._masks(selection)), report
         )
+
+    def _settle(self, change: Tensor, before: Outcome) -> tuple[Tensor, Outcome]:
+        """Return what is made of the change, and the losses with it; a search never ends above its start."""
+        if not self._descends:
+            return change, self._stepping.measure(before.share)
+        share, after = self._stepping.settle(change, before)
+        if share < 1:
+            self._notes.add(
+                f"The change as it was found raises the loss of the training set; {share:.1%} of it, which "
+                "lowers the loss, is taken. curvature_examples=None measures every step on all examples."
+            )
+        return share * change, after
+
+    def _predict(self, linear: Linearised, change: Tensor) -> tuple[float, float]:
+        """Return what the first linearisation says of a change; the module is at the change afterwards."""
+        self._weights.move(torch.zeros_like(change))
+        predicted = linear.predict(change)
+        self._weights.move(change)
+        return predicted
 
     @property
     def _selects(self) -> bool:
@@ -185,6 +222,7 @@ class Editor:
             self._sums,
             self._samples,
             at_optimum,
+            self._notes,
             previous,
         )
 
@@ -197,40 +235,23 @@ class Editor:
         rule = find_rule(self._options.rule)
         return select(rule, linear.evidence(rule.source), self._options.ratio, self._options.seed)
 
-    @property
-    def _linearisations(self) -> int:
-        given = self._options.linearisations
-        if given is not None:
-            return given
-        return LINEARISATIONS if self._descends else 1
-
-    @property
-    def _curvature_examples(self) -> int | None:
-        given = self._options.curvature_examples
-        if given != "auto":
-            return given
-        return FIRST_EXAMPLES if self._descends and self._linearisations > 1 else CURVATURE_EXAMPLES
-
     def _solve(self, linear: Linearised, selection: Selection, *, again: bool = False) -> Solve:
         """Return the vector of a linearisation.
 
-        Generalized influence finds the change that disturbs nothing else. Once it is made, what is left of
-        relabelling is to minimise the objective over the selected parameters.
+        Generalized influence finds the change that disturbs nothing else, the second-order one counts what is
+        removed. Once it is made, what is left is to minimise the objective over the parameters that may move.
         """
         problem = linear.problem(selection.flat())
-        descends = again and self._options.method == "gif" and self._data.targets is not None
-        solve = find_direction("fif" if descends else self._options.method).function(problem)
+        method = self._options.method
+        if again and self._stepping.objective is not None:
+            method = {"gif": "fif", "second_order": "if"}.get(method, method)
+        solve = find_direction(method).function(problem)
         if solve.residual > max(0.1, self._options.tolerance):
             self._notes.add(
                 f"The linear system of the edit was solved to a residual of {solve.residual:.2f} only, after "
                 f"{solve.steps} iterations. Raise max_steps or the damping."
             )
         return solve
-
-    @property
-    def _descends(self) -> bool:
-        """Whether all linearisations after the first one are quasi-Newton steps."""
-        return self._options.step == "search" and self._data.targets is not None
 
     def _descend(
         self, linear: Linearised, change: Tensor, selection: Selection, most: int
@@ -252,35 +273,25 @@ class Editor:
         self._weights.move(descent.point)
         return descent.point, descent.lengths
 
-    def _step(self, linear: Linearised, change: Tensor, unit: Tensor) -> Found:
-        edited, kept = linear.weights
-        shares = (edited / (edited + kept), kept / (edited + kept))
-        found = self._stepping.choose(
-            change, unit, shares, precise=not self._descends or self._linearisations == 1
-        )
-        if not found.reached and found.step > 0:
-            self._notes.add(
-                "No step makes the model forget the edited examples; the one that comes closest was taken. "
-                "Allow more parameters with ratio=, another rule, or more linearisations."
-            )
-        return found
-
-    def _kept_loss(self, losses: Losses) -> float:
-        kept = self._data.kept
-        return self._stepping.kept_loss(kept) if self._validates else losses.at(kept).mean()
-
-    def _concluded(self, solves: list[Solve], rise: float) -> list[str]:
-        """Return all notes, with a warning if the edit costs more than the bound."""
-        bound = self._options.kept_bound
+    def _concluded(self, before: Outcome, after: Outcome) -> list[str]:
+        """Return all notes, with a warning if the edit costs more than the bound or misses its aim."""
+        rise, bound = after.kept - before.kept, self._options.kept_bound
         if not rise <= bound:
-            message = (
+            self._warn(
                 f"The edit raises the mean loss on the kept examples by {rise:.3g}, more than "
                 f"kept_bound={bound:g}. It is not applied yet; after edit.apply(), edit.revert() brings the "
                 "old weights back. A smaller step=, a larger damping= or another ratio= costs less."
             )
-            self._notes.messages.append(message)
-            warnings.warn(message, InfluenceWarning, stacklevel=6)
+        if self._data.targets is not None and not after.objective <= before.objective:
+            self._warn(
+                "The edit raises the mean loss of relabelled and kept examples together, from "
+                f"{before.objective:.4g} to {after.objective:.4g}. step='search' finds a step that lowers it."
+            )
         return list(self._notes.messages)
+
+    def _warn(self, message: str) -> None:
+        self._notes.messages.append(message)
+        warnings.warn(message, InfluenceWarning, stacklevel=6)
 
     def _masks(self, selection: Selection) -> dict[str, Tensor]:
         return {k: v > 0 for k, v in self._weights.by_parameter(selection.flat().float()).items()}

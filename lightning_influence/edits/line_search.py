@@ -16,6 +16,11 @@ from torch import Tensor
 # One-sided 99% of a normal distribution: so many examples of the same kind are expected to be forgotten too.
 _QUANTILE = 2.326
 _MOST_DOUBLINGS, _BISECTIONS = 14, 3
+UNREACHED = (
+    "No step makes the model forget the edited examples; the one that comes closest was taken. Allow more "
+    "parameters with ratio=, or try another rule. Single examples that others resemble a retrained model "
+    "would not forget either: use step='theory' for those."
+)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from lightning_influence.edits.sampling import Sample
 from lightning_influence.errors import InfluenceError, NonFiniteError
 from lightning_influence.layers import LayerPlan
 from lightning_influence.layers.layout import Layout
+from lightning_influence.methods.context import Notes
 from lightning_influence.running.base import Runner
 from lightning_influence.selection import Evidence
 from lightning_influence.selection.base import Source
@@ -55,12 +56,13 @@ class Linearised:
         theta: the covered weights, ``(P,)``.
         change: of the weights so far, ``(P,)``.
         decay: weight decay of each of them, ``(P,)``.
-        objective: the training objective after a relabelling; None to forget.
+        objective: the training objective after the edit; None where a search for forgetting goes without.
         weights: the sums ``W_E`` and ``W_K``.
         samples: edited and kept examples that their curvature is an average over.
         at_optimum: whether the model is taken to be at the optimum of its training objective, so that the
-            edited examples' gradient tells that of the new objective. For a relabelled objective it is
-            measured otherwise.
+            edited examples' gradient tells that of the new objective. It is measured otherwise, and after a
+            first step, which has left the optimum.
+        notes: where to say what was estimated.
         previous: the linearisation before, whose damping and preconditioner still serve.
     """
 
@@ -75,6 +77,7 @@ class Linearised:
     weights: tuple[float, float]
     samples: tuple[Sample, Sample]
     at_optimum: bool
+    notes: Notes
     previous: Linearised | None = None
 
     @property
@@ -109,9 +112,10 @@ class Linearised:
         Raises:
             InfluenceError: if it is zero.
         """
-        measured = not (self.forgets or (self.at_optimum and self.previous is None))
-        gradient = self._measured() if measured else self.target.total / self.weights[0]
-        if not bool(gradient.any()):
+        if self.objective is not None and not (self.at_optimum and self.previous is None):
+            return self._measured()
+        gradient = self.target.total / self.weights[0]
+        if self.previous is None and not bool(gradient.any()):
             raise InfluenceError(
                 "The edited examples have no gradient in the covered layers: there is nothing to nullify. "
                 "They may be fitted perfectly, or no covered layer may reach their loss."
@@ -119,7 +123,7 @@ class Linearised:
         return gradient + self.decay * self.theta if self.forgets else gradient
 
     def _measured(self) -> Tensor:
-        """Return the descent of the relabelled objective, in the unit of the edited examples' mean.
+        """Return the descent of the new objective, in the unit of the edited examples' mean.
 
         Raises:
             NonFiniteError: if it is NaN or infinite.
@@ -159,6 +163,8 @@ class Linearised:
             seed=options.seed,
             share=COLUMN_SHARE if reaches else 1.0,
             temperature=TEMPERATURE if reaches else 1.0,
+            mixes=options.curvature_examples is not None and options.solver != "dense",
+            notes=self.notes,
         )
 
     def product(self, vectors: Tensor) -> Tensor:

@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_influence.edits.data import HELD_BYTES, EditData
+from lightning_influence.edits.passes import LossPass
 from lightning_influence.edits.sampling import Sample
 from lightning_influence.edits.weights import Weights
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import LayerPlan
+from lightning_influence.passes.captured import Captured
 from lightning_influence.passes.forward import Forward
 from lightning_influence.running.base import Runner
+from lightning_influence.running.loaders import IndexedLoader
+
+
+@dataclass(frozen=True)
+class Source:
+    """Examples of one loader that an objective is about.
+
+    Attributes:
+        loader: the loader.
+        sample: whose losses, times their coefficients, count.
+        data: of which they are, with new targets of the edited ones; None for other data.
+    """
+
+    loader: IndexedLoader
+    sample: Sample
+    data: EditData | None = None
+
+    def view(self, batch: Any, indices: Tensor) -> Any:
+        """Return the batch as the objective sees it."""
+        return batch if self.data is None else self.data.view(batch, indices)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What an objective is over all examples, at the weights as they were and without weight decay.
+
+    Attributes:
+        value: the value.
+        gradient: the gradient, ``(P,)``.
+    """
+
+    value: float
+    gradient: Tensor
 
 
 class Objective:
@@ -22,31 +58,35 @@ class Objective:
 
     .. math:: (U_{E'} + W_K \bar\ell_K) / (W_E + W_K) + \tfrac12 \sum_i w_i \theta_i^2
 
-    where the mean loss of the kept examples comes from a sample of them. One pass of forward and backward
-    over as many examples; gradients of single examples are never formed.
+    One pass of forward and backward; gradients of single examples are never formed. Where a sample of the
+    kept examples stands for all, value and gradient at the weights as they were are those of all, and the
+    sample tells how they change from there: with few examples a model that is at its optimum would not be
+    at the optimum of the sample, and be trained on it. The correction is linear in the weights, as in
+    stochastic variance-reduced gradients (Johnson & Zhang 2013).
 
     Args:
         runner: an entered runner on the module.
         plan: the covered layers.
-        data: the examples.
         weights: the covered weights.
         decay: weight decay ``w`` of each of them, ``(P,)``.
-        sample: examples whose losses, times their coefficients, stand for the first term.
+        sources: examples whose losses, times their coefficients, stand for the first term.
+        whole: the first term over all examples at the weights as they were; None if the sources are all.
     """
 
     def __init__(
         self,
         runner: Runner,
         plan: LayerPlan,
-        data: EditData,
         weights: Weights,
         decay: Tensor,
-        sample: Sample,
+        sources: list[Source],
+        whole: Whole | None = None,
     ) -> None:
-        self._runner, self._plan, self._data, self._weights = runner, plan, data, weights
-        self._decay, self._sample = decay, sample
-        self._loader = data.subset(sample.indices).held(HELD_BYTES)
-        self._known: tuple[Tensor, float] | None = None
+        self._runner, self._plan, self._weights = runner, plan, weights
+        self._decay, self._sources, self._whole = decay, sources, whole
+        self._loaders = [_held(source) for source in sources]
+        self._missing, self._departure = Whole(0.0, torch.zeros_like(decay)), torch.zeros_like(decay)
+        self._last: tuple[Tensor, _ObjectivePass] | None = None
 
     def value(self, change: Tensor) -> float:
         """Return the objective at a change of the weights; the module keeps the change.
@@ -57,10 +97,9 @@ class Objective:
         Returns:
             The value; infinity if it is not finite.
         """
-        if self._known is not None and torch.equal(self._known[0], change):
-            return self._known[1]
+        self._compare()
         one_pass = self._run(change, gradient=False)
-        return math.inf if one_pass is None else one_pass.value + self._shrinkage(self._weights.flat())
+        return math.inf if one_pass is None else self._corrected(one_pass.value, change)
 
     def __call__(self, change: Tensor) -> tuple[float, Tensor] | None:
         """Return the objective and its gradient at a change of the weights; the module keeps the change.
@@ -71,26 +110,73 @@ class Objective:
         Returns:
             The value and the gradient ``(P,)``; None if they are not finite.
         """
+        self._compare()
         one_pass = self._run(change, gradient=True)
         if one_pass is None:
             return None
         theta = self._weights.flat()
-        gradient = self._weights.join(one_pass.gradients).to(theta) + self._decay * theta
-        self._known = change, one_pass.value + self._shrinkage(theta)
-        return (self._known[1], gradient) if bool(torch.isfinite(gradient.sum())) else None
+        own = self._weights.join(one_pass.gradients).to(theta)
+        gradient = own + self._missing.gradient + self._decay * theta
+        value = self._corrected(one_pass.value, change)
+        return (value, gradient) if bool(torch.isfinite(gradient.sum())) else None
+
+    def slope(self, change: Tensor) -> float:
+        """Return the derivative along a change at the weights as they were; 0 if no sample stands for all."""
+        return float(self._departure @ change)
+
+    def shrinkage(self) -> float:
+        """Return the term of the weight decay at the weights that the module has now."""
+        theta = self._weights.flat()
+        return 0.5 * float(theta @ (self._decay * theta))
+
+    def _corrected(self, value: float, change: Tensor) -> float:
+        missing = self._missing
+        return value + missing.value + float(missing.gradient @ change) + self.shrinkage()
+
+    def _compare(self) -> None:
+        """Find out, once, what the sources miss where the weights are as they were."""
+        whole, self._whole = self._whole, None
+        if whole is None:
+            return
+        one_pass = self._run(torch.zeros_like(self._decay), gradient=True)
+        if one_pass is not None:
+            own = self._weights.join(one_pass.gradients).to(whole.gradient)
+            self._missing = Whole(whole.value - one_pass.value, whole.gradient - own)
+            self._departure = whole.gradient + self._decay * self._weights.flat()
 
     def _run(self, change: Tensor, *, gradient: bool) -> _ObjectivePass | None:
         self._weights.move(change)
-        one_pass = _ObjectivePass(self._plan, self._data, self._sample, self._weights)
+        if self._last is not None and torch.equal(self._last[0], change):
+            return self._last[1]
+        one_pass = _ObjectivePass(self._plan, self._sources, self._weights)
         one_pass.differentiates = gradient
         try:
-            self._runner.run(one_pass, self._loader)
+            self._runner.run(one_pass, self._loaders)
         except NonFiniteError:
             return None
-        return one_pass if math.isfinite(one_pass.value) else None
+        if not math.isfinite(one_pass.value):
+            return None
+        if gradient:
+            self._last = change, one_pass
+        return one_pass
 
-    def _shrinkage(self, theta: Tensor) -> float:
-        return 0.5 * float(theta @ (self._decay * theta))
+
+def _held(source: Source) -> IndexedLoader:
+    return source.loader.holding(source.sample.indices).held(HELD_BYTES)
+
+
+class _Gradients:
+    """Sums gradients of the covered parameters, by name."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._parameters = weights.parameters()
+        self.sums = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+
+    def add(self, total: Tensor) -> None:
+        gradients = torch.autograd.grad(total, list(self._parameters.values()), allow_unused=True)
+        for name, gradient in zip(self._parameters, gradients, strict=True):
+            if gradient is not None:
+                self.sums[name] += gradient
 
 
 class _ObjectivePass:
@@ -98,22 +184,63 @@ class _ObjectivePass:
 
     description = "Edit: objective"
 
-    def __init__(self, plan: LayerPlan, data: EditData, sample: Sample, weights: Weights) -> None:
+    def __init__(self, plan: LayerPlan, sources: list[Source], weights: Weights) -> None:
         self.forward = Forward(plan)
-        self._data, self._sample = data, sample
-        self._parameters = weights.parameters()
+        self._sources, self._gradients = sources, _Gradients(weights)
         self.value, self.differentiates = 0.0, True
-        self.gradients = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        return self._gradients.sums
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        values = self.forward(module, self._data.view(batch, indices), len(indices)).per_example()
-        rows, coefficients = self._sample.rows(indices)
+        source = self._sources[dataloader_idx]
+        values = self.forward(module, source.view(batch, indices), len(indices)).per_example()
+        rows, coefficients = source.sample.rows(indices)
         total = values[rows.to(values.device)] @ coefficients.to(values)
         self.value += float(total.detach())
-        if not self.differentiates:
-            return
-        gradients = torch.autograd.grad(total, list(self._parameters.values()), allow_unused=True)
-        for name, gradient in zip(self._parameters, gradients, strict=True):
-            if gradient is not None:
-                self.gradients[name] += gradient
+        if self.differentiates:
+            self._gradients.add(total)
+
+
+class _Keeping(Forward):
+    """Keeps the batch it captured last."""
+
+    captured: Captured
+
+    def __call__(self, *arguments: Any, **options: Any) -> Captured:
+        self.captured = super().__call__(*arguments, **options)
+        return self.captured
+
+
+class DepartingPass(LossPass):
+    """Losses where an edit sets out, with their curvature in the outputs and the gradient of their sum.
+
+    Args:
+        plan: the covered layers.
+        data: the examples, whose new targets count; None for other data.
+        weights: the covered weights.
+        chosen: dataset indices of those to look at; all examples if None.
+    """
+
+    def __init__(
+        self, plan: LayerPlan, data: EditData | None, weights: Weights, chosen: Tensor | None = None
+    ) -> None:
+        super().__init__(plan, data, chosen, curvature=True)
+        self.forward = self._keeping = _Keeping(plan)
+        self._weights, self._gradients, self._looks = weights, _Gradients(weights), chosen
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Add one batch."""
+        super().step(module, batch, indices, dataloader_idx)
+        values = self._keeping.captured.per_example()
+        if self._looks is not None:
+            values = values[torch.isin(indices, self._looks).to(values.device)]
+        if len(values):
+            self._gradients.add(values.sum())
+
+    @property
+    def gradient(self) -> Tensor:
+        """The sum of the gradients, ``(P,)``."""
+        return self._weights.join(self._gradients.sums)

@@ -13,6 +13,11 @@ from lightning_influence.selection.selected import check_ratio
 Curvature = Literal["ggn", "hessian"]
 Solver = Literal["cg", "lissa", "dense"]
 
+# Examples that curvature is taken from: for one step, and for the first of many, which need not be as good.
+CURVATURE_EXAMPLES, FIRST_EXAMPLES = 256, 64
+# Most linearisations of a relabelling.
+LINEARISATIONS = 16
+
 
 @dataclass(frozen=True)
 class EditOptions:
@@ -23,8 +28,10 @@ class EditOptions:
         ratio: share of each layer's parameters, in (0, 1].
         method: ``"gif"`` (generalized influence function), ``"if"`` (all parameters), ``"fif"`` (the others
             are frozen), ``"pif"`` (``"if"`` cut to the selection) or ``"second_order"`` (Basu et al. 2020).
-        step: ``"search"`` for a line search on training losses (or ``validation``), ``"theory"`` for the step
-            that influence functions prescribe, or a multiple of that.
+        step: ``"search"`` for a line search on training losses, ``"theory"`` for the step that influence
+            functions prescribe, or a multiple of that. Where ``relabel`` searches, ``validation`` data, if
+            there are any, take the place of the kept training examples in what is minimised; a search for
+            forgetting looks at the edited examples only.
         damping: what is added to the curvature; ``"auto"`` is 1% of its largest eigenvalue. ``"gif"`` adds
             its square to the normal equations.
         weight_decay: of the training objective; None for that of the recorded run, and for 0 without one and
@@ -35,11 +42,16 @@ class EditOptions:
         max_steps: most iterations of the solver.
         linearisations: how often the model is linearised at most; 1 is one shot. None for 1, and for 16 where
             ``relabel`` searches for its steps. Those after the first are quasi-Newton steps (L-BFGS) of the
-            objective within the selected parameters, and end when three of them lower it by less than 3%.
+            objective within the selected parameters, and end when three of them lower it by less than 3%. At
+            a given step they are that multiple of Newton steps of the training objective after the edit,
+            halved until they lower it, and end where they do not. A search for forgetting takes another only
+            where the one before does not reach it.
         curvature_examples: how many edited and how many kept examples the curvature is taken from, those
             whose outputs curve most; None for all. ``"auto"`` is 256, and 64 where ``relabel`` goes on from
             its first step. The objective of a relabelling is measured on all edited examples and at least 128
-            kept ones.
+            kept ones, drawn without bias, after value and gradient were measured on all; that the edit lowers
+            it is checked on all. The curvature of more than 64 outputs an example is estimated from random
+            mixtures of them, unless this is None or the solver ``"dense"``.
         forgotten_loss: loss from which an example counts as forgotten; None for that of outputs of zero, such
             as ``log C`` for ``C`` classes.
         kept_bound: largest rise of the mean loss on kept examples that passes without a warning.
@@ -81,6 +93,19 @@ class EditOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
                 raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {least}.")
+
+    def most_linearisations(self, relabels: bool) -> int:
+        """Return how often the model is linearised at most, to relabel or else to forget."""
+        if self.linearisations is not None:
+            return self.linearisations
+        return LINEARISATIONS if relabels and self.step == "search" else 1
+
+    def most_examples(self, relabels: bool) -> int | None:
+        """Return how many edited and kept examples curvature is taken from; None for all."""
+        if self.curvature_examples != "auto":
+            return self.curvature_examples
+        goes_on = relabels and self.step == "search" and self.most_linearisations(relabels) > 1
+        return FIRST_EXAMPLES if goes_on else CURVATURE_EXAMPLES
 
     def _check_choices(self) -> None:
         find_rule(self.rule)

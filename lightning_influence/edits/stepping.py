@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,37 @@ from lightning_influence.edits.objective import Objective
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.passes import Losses, LossPass
 from lightning_influence.edits.weights import Weights
-from lightning_influence.errors import LossCaptureError, NonFiniteError
+from lightning_influence.errors import InfluenceError, LossCaptureError, NonFiniteError
 from lightning_influence.layers import LayerPlan
 from lightning_influence.running.base import Runner
 from lightning_influence.running.loaders import IndexedLoader
+from lightning_influence.solvers.quasi_newton import shorter
+
+_MOST_SHORTENINGS = 8
+# Relative differences of losses in single precision that mean nothing.
+_NOISE = 1e-6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Mean losses at some weights, over all examples.
+
+    Attributes:
+        edited: of the edited examples, at their new targets if they have any.
+        kept: of the kept ones, or of the validation data.
+        share: of the edited examples in the weight of the training data.
+        shrinkage: the term of the weight decay.
+    """
+
+    edited: float
+    kept: float
+    share: float
+    shrinkage: float
+
+    @property
+    def objective(self) -> float:
+        """The training objective after a relabelling."""
+        return self.share * self.edited + (1 - self.share) * self.kept + self.shrinkage
 
 
 class Stepping:
@@ -31,7 +59,7 @@ class Stepping:
         validation: loaders to measure the kept loss on in place of the kept examples; None without.
 
     Attributes:
-        objective: the training objective after a relabelling, which a search for it needs.
+        objective: the training objective after the edit, where steps depend on it.
     """
 
     def __init__(
@@ -63,26 +91,60 @@ class Stepping:
             loader = data.edited_loader if chosen is data.edited else data.subset(chosen)
         return self._run(one_pass, loader).result()
 
-    def kept_loss(self, chosen: Tensor) -> float:
-        """Return the mean loss on kept examples, or on the validation data if there is any."""
-        if self._validation is None:
-            return self.losses(chosen).mean()
-        return self._run(LossPass(self._plan, None), self._validation).result().mean()
+    def measure(self, share: float, known: Losses | None = None) -> Outcome:
+        """Return the losses of all examples at the weights that the module has now.
 
-    def choose(
-        self,
-        start: Tensor,
-        unit: Tensor,
-        shares: tuple[float, float],
-        *,
-        precise: bool = True,
-    ) -> Found:
+        Args:
+            share: of the edited examples in the weight of the training data.
+            known: losses of the training examples at these weights.
+        """
+        data, validates = self._data, self._validation is not None
+        losses = known or self.losses(data.edited if validates else None)
+        if validates:
+            kept = self._run(LossPass(self._plan, None), self._validation).result().mean()
+        else:
+            kept = losses.at(data.kept).mean()
+        shrinkage = 0.0 if self.objective is None else self.objective.shrinkage()
+        return Outcome(losses.at(data.edited).mean(), kept, share, shrinkage)
+
+    def settle(self, change: Tensor, before: Outcome) -> tuple[float, Outcome]:
+        """Shorten the change of a relabelling until its objective over all examples is not above the old one.
+
+        Args:
+            change: of the weights, ``(P,)``; the module keeps what is left of it.
+            before: the losses without it.
+
+        Returns:
+            The share of the change that is left, and the losses with it.
+
+        Raises:
+            InfluenceError: if no share of it helps.
+        """
+        assert self.objective is not None
+        share, slope = 1.0, self.objective.slope(change)
+        for _ in range(_MOST_SHORTENINGS):
+            self._weights.move(share * change)
+            try:
+                now = self.measure(before.share)
+            except NonFiniteError:
+                share *= 0.25
+                continue
+            if now.objective <= before.objective + _NOISE * abs(before.objective):
+                return share, now
+            share *= shorter(before.objective, slope, share, now.objective) if slope < 0 else 0.5
+        raise InfluenceError(
+            "The change that lowers the loss of a sample of the training set raises that of all of it. Pass "
+            "curvature_examples=None, which measures every step on all examples, or try a larger ratio or "
+            "damping."
+        )
+
+    def choose(self, start: Tensor, unit: Tensor, *, again: bool = False, precise: bool = True) -> Found:
         """Choose a multiple of a change.
 
         Args:
             start: change of the weights so far, ``(P,)``.
             unit: the theoretical step, ``(P,)``.
-            shares: of the edited and the kept examples in the objective.
+            again: whether a step was made before.
             precise: whether a search for the lowest objective goes on below powers of two.
 
         Returns:
@@ -93,7 +155,8 @@ class Stepping:
         """
         asked = self._options.step
         if asked != "search":
-            return Found(1.0 if asked == "theory" else float(asked), True, 0)
+            step = 1.0 if asked == "theory" else float(asked)
+            return self._lowering(start, unit, step) if again else Found(step, True, 0)
         forgets = self._data.targets is None
         if forgets and self._options.forgotten_loss is None and not self._knows_chance:
             raise LossCaptureError(
@@ -105,7 +168,7 @@ class Stepping:
         def evaluate(step: float) -> Point | None:
             self._weights.move(start + step * unit)
             try:
-                return self._excess() if forgets else self._objective(start + step * unit, shares)
+                return self._excess() if forgets else self._relabelled(start + step * unit)
             except NonFiniteError:
                 return None
             finally:
@@ -118,19 +181,25 @@ class Stepping:
         # A power of two will do where a descent follows.
         return search_objective(evaluate, current, reaches=(1.0, 0.5) if precise else ())
 
+    def _lowering(self, start: Tensor, unit: Tensor, step: float) -> Found:
+        """Return the step, halved until it lowers the objective, as a Newton step of a network need not."""
+        assert self.objective is not None
+        current = self.objective.value(start)
+        for halvings in range(_MOST_SHORTENINGS):
+            if self.objective.value(start + step * unit) < current:
+                return Found(step, True, halvings + 1)
+            step /= 2
+        self._weights.move(start)
+        return Found(0.0, False, _MOST_SHORTENINGS)
+
     def _excess(self) -> Point:
         edited, given = self.losses(self._data.edited), self._options.forgotten_loss
         chance = edited.chance if given is None else given * edited.weights
         return Point(edited.values - chance, 0.0)
 
-    def _objective(self, change: Tensor, shares: tuple[float, float]) -> Point:
-        """Return the objective of a relabelling, its kept part from the validation data if there are any."""
-        nothing = torch.zeros(0)
-        if self._validation is None:
-            assert self.objective is not None
-            return Point(nothing, self.objective.value(change))
-        edited, kept = self.losses(self._data.edited).mean(), self.kept_loss(self._data.kept)
-        return Point(nothing, shares[0] * edited + shares[1] * kept)
+    def _relabelled(self, change: Tensor) -> Point:
+        assert self.objective is not None
+        return Point(torch.zeros(0), self.objective.value(change))
 
     def _run(self, one_pass: LossPass, loaders: Any) -> LossPass:
         self._runner.run(one_pass, loaders)

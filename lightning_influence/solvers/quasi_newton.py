@@ -127,7 +127,7 @@ def descend(
             evaluations += 1
             if found is not None and found[0] <= value + _SUFFICIENT * length * slope:
                 break
-            length *= 0.25 if found is None else _shorter(value, slope, length, found[0])
+            length *= 0.25 if found is None else shorter(value, slope, length, found[0])
         else:
             break
         inverse.learn(length * direction, found[1] - gradient)
@@ -135,11 +135,18 @@ def descend(
         lengths.append(length)
         values.append(value)
         # A single step may be short because it only learns the curvature.
-        if len(values) > 3 and value > (1 - least_fall) * values[-4]:
+        if len(values) > 3 and values[-4] - value < least_fall * abs(values[-4]):
             break
     return Descent(point, value, lengths, evaluations)
 
 
-def _shorter(value: float, slope: float, length: float, reached: float) -> float:
-    """Return the factor that leads to the minimum of the parabola through what was seen, in [.1, .5]."""
+def shorter(value: float, slope: float, length: float, reached: float) -> float:
+    """Return the factor that leads to the minimum of the parabola through what was seen, in [.1, .5].
+
+    Args:
+        value: at the start.
+        slope: there, per unit of length; negative.
+        length: of the step that was too long.
+        reached: the value at its end.
+    """
     return min(0.5, max(0.1, -slope * length / (2 * (reached - value - slope * length))))

@@ -209,4 +209,4 @@ def test_the_sample_of_kept_examples_stands_for_all(monkeypatch):
     for edit in (whole, part):
         with edit:
             assert accuracy(source, 2, fresh) < 0.05
-            assert min(accuracy(source, label, fresh) for label in (0, 1)) > 0.9
+            assert min(accuracy(source, label, fresh) for label in (0, 1)) > 0.85
