@@ -90,7 +90,8 @@ def relabel(
         datamodule: as in :func:`forget`.
         set_targets: puts targets into a batch: ``(batch, rows, targets) -> batch``, a copy. Not needed for
             batches that are pairs ``(inputs, targets)``.
-        validation: as in :func:`forget`.
+        validation: data that take the place of the kept examples in what a search for the step minimises,
+            and in the report; with a given step they are only reported. Do not pass test data.
         ckpt_path: as in :func:`forget`.
         layers: as in :func:`forget`.
         log: as in :func:`forget`.

@@ -78,7 +78,9 @@ class EditsParameters:
         The default step is the one with the lowest loss on the training data with its new targets. Up to 15
         quasi-Newton steps (L-BFGS) within the selected parameters follow, each as much work as one gradient
         of a few hundred examples. They pay where the model is sure of the old targets; ``linearisations=1``
-        is one shot without them.
+        is one shot without them. The losses of a few kept examples tell how the loss changes from its exact
+        value and gradient; the finished edit is checked on all training examples, and shortened, with a note,
+        if their loss did not fall.
 
         Args:
             examples: dataset indices of the examples, or a boolean mask over the dataset.
@@ -86,7 +88,8 @@ class EditsParameters:
             train_dataloaders: the training examples: a loader, or ready-made batches.
             set_targets: puts targets into a batch: ``(batch, rows, targets) -> batch``, a copy. Not needed
                 for batches that are pairs ``(inputs, targets)``.
-            validation: data whose loss stands for that of the kept examples. Do not pass test data.
+            validation: data that take the place of the kept examples in what a search for the step
+                minimises, and in the report; with a given step they are only reported. Do not pass test data.
             layers: names or patterns of the layers that may change.
             **options: fields of :class:`~lightning_influence.edits.EditOptions`.
 

@@ -29,7 +29,8 @@ class EditRequest:
         examples: dataset indices, or a boolean mask over the dataset.
         targets: new targets; None to forget the examples.
         set_targets: how they get into a batch.
-        validation: data whose loss is reported as that of the kept examples.
+        validation: data whose loss is reported as that of the kept examples, and which a search for a
+            relabelling minimises in their place.
         layers: names or patterns of the layers that may change.
         options: fields of :class:`~lightning_influence.edits.EditOptions`.
 

@@ -195,7 +195,7 @@ def test_given_steps_are_linearised_anew_each_time(method, count):
 
 
 def test_the_sample_of_kept_examples_stands_for_all(monkeypatch):
-    """With no limit nothing is estimated; with 16 of 40 kept examples the edit does the same."""
+    """With no limit nothing is estimated; with 16 of 40 kept examples the edit does the same on average."""
     from edit_models import accuracy, blobs, fitted, of_class, train
 
     from lightning_influence.edits import editor
@@ -204,9 +204,17 @@ def test_the_sample_of_kept_examples_stands_for_all(monkeypatch):
     with quiet():
         whole = InfluenceModule(source).relabel(of_class(2), 0, train(), ratio=0.3, curvature_examples=None)
         monkeypatch.setattr(editor, "OBJECTIVE_EXAMPLES", 16)
-        part = InfluenceModule(source).relabel(of_class(2), 0, train(), ratio=0.3, curvature_examples=16)
+        parts = [
+            InfluenceModule(source).relabel(
+                of_class(2), 0, train(), ratio=0.3, curvature_examples=16, seed=seed
+            )
+            for seed in range(6)
+        ]
     fresh = blobs(300, seed=5)
-    for edit in (whole, part):
+    lowest = []
+    for edit in (whole, *parts):
         with edit:
             assert accuracy(source, 2, fresh) < 0.05
-            assert min(accuracy(source, label, fresh) for label in (0, 1)) > 0.85
+            lowest.append(min(accuracy(source, label, fresh) for label in (0, 1)))
+    assert lowest[0] > 0.9
+    assert sum(lowest[1:]) / len(parts) > 0.9
