@@ -35,12 +35,13 @@ class EigenInverse:
     def weights(self) -> Tensor:
         """``scale / (eigenvalues + damping)``, ``(G, D_out, D_in)``.
 
-        It is zero where both vanish, up to rounding: a pseudo-inverse. A damping below that is none.
+        It is zero where both vanish, up to rounding: a pseudo-inverse. A damping that rounding errors of
+        gradients outweigh, in products of two of them, is none.
         """
         total = self.eigenvalues + self.damping
         width = sum(total.shape[1:])  # what rounding grows with
-        rounding = torch.finfo(total.dtype).eps * width * float(total.amax())
-        rounding = 0.0 if self.damping > rounding else rounding
+        eps, largest = torch.finfo(total.dtype).eps, float(total.amax())
+        rounding = 0.0 if self.damping > eps**2 * width * largest else eps * width * largest
         return torch.where(total > rounding, self.scale / total, torch.zeros_like(total))
 
     def apply(self, vectors: Tensor) -> Tensor:

@@ -92,8 +92,15 @@ def test_weights_are_positive_and_bounded_by_the_damping(damping):
 def test_a_damping_below_rounding_is_none():
     inverse = draw(1, 3, 4, 0.0)
     inverse.eigenvalues[0, 1] = 0
-    tiny = EigenInverse(inverse.basis, inverse.eigenvalues, 1e-30)
+    tiny = EigenInverse(inverse.basis, inverse.eigenvalues, 1e-33)
     torch.testing.assert_close(tiny.weights, inverse.weights, **TIGHT)
     assert (inverse.weights[0, 1] == 0).all()
-    small = EigenInverse(inverse.basis, inverse.eigenvalues, 1e-12)
-    torch.testing.assert_close(small.weights[0, 1], torch.full((4,), 1e12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [1e-3, 1e-7, 1e-10])
+def test_small_dampings_count(dtype, damping):
+    """Eigenvalues of a layer spread over many orders of magnitude, and its damping follows their mean."""
+    eigenvalues = torch.logspace(0, -12, 600, dtype=dtype)[None, None]
+    weights = EigenInverse(None, eigenvalues, damping).weights
+    torch.testing.assert_close(weights, 1 / (eigenvalues + damping))
