@@ -22,7 +22,7 @@ from lightning_influence.methods.currency import check_current, current
 from lightning_influence.methods.gathering import Gathered, gather, joined
 from lightning_influence.methods.spectrum import SpectrumSettings, measured
 from lightning_influence.passes.gradients import GradientPass
-from lightning_influence.passes.losses import LossPass
+from lightning_influence.passes.losses import LossPass, LossSum
 from lightning_influence.passes.scores import Columns, ScorePass, SelfInfluencePass
 from lightning_influence.question import Question
 from lightning_influence.results.diagnostics import Diagnostics, PassFacts
@@ -183,12 +183,16 @@ class Engine:
         def prepared() -> Method:
             method = self._prepare(loader)
             if method.context.made or method.context.reused:
-                one_pass = LossPass(method.context.plan)
-                self._runner.run(one_pass, loader)
-                check_current(method.context, one_pass.losses)
+                check_current(method.context, method.context.losses or self._losses(method, loader))
             return method
 
         return current(self._state, prepared)
+
+    def _losses(self, method: Method, loader: IndexedLoader) -> LossSum:
+        """Return the losses of the training examples, from a pass of their own."""
+        one_pass = LossPass(method.context.plan)
+        self._runner.run(one_pass, loader)
+        return one_pass.losses
 
     def _prepare(self, train: IndexedLoader) -> Method:
         """Return the method, after its query-independent passes."""

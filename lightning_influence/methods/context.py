@@ -16,6 +16,7 @@ from lightning_influence.factors.factors import Factors
 from lightning_influence.layers import LayerPlan
 from lightning_influence.layers.layout import Layout
 from lightning_influence.methods.options import Options
+from lightning_influence.passes.losses import LossSum
 from lightning_influence.passes.protocols import Loader as Loader
 from lightning_influence.passes.protocols import Passes as Passes
 from lightning_influence.state import InfluenceState
@@ -56,6 +57,7 @@ class Context:
         notes: what was left out or assumed.
         extra: further diagnostics.
         made: whether this call computed something that later calls use again.
+        losses: of all training examples, if a pass of this call has summed them.
         reused: whether it used something that an earlier call computed.
         damping: the damping of each layer once it is decided.
         damping_origin: where it comes from.
@@ -74,6 +76,7 @@ class Context:
     extra: dict[str, Any] = field(default_factory=dict)
     made: bool = False
     reused: bool = False
+    losses: LossSum | None = None
     damping: dict[str, float] = field(default_factory=dict)
     damping_origin: str = "not used"
 

@@ -116,6 +116,7 @@ def _fit(context: Context) -> Factors:
         num_examples=context.train.num_examples,
     )
     context.run_on_train(covariance)
+    context.losses = covariance.losses
     factors = covariance.factors
     if runner.world_size > 1:
         _fill(context, factors)

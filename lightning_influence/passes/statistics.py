@@ -13,6 +13,7 @@ from lightning_influence.layers import FactoredGradients, LayerGradients, LayerP
 from lightning_influence.layers.forms import check_finite, compact
 from lightning_influence.passes.captured import RANDOM, Captured, Fisher
 from lightning_influence.passes.forward import Forward
+from lightning_influence.passes.losses import LossSum
 
 COVARIANCES, SQUARES = 0, 1
 
@@ -48,6 +49,7 @@ class CovariancePass:
         self.factors = Factors(fisher=fisher)
         self.cache: list[dict[str, LayerGradients]] | None = []
         self.forward = Forward(plan)
+        self.losses = LossSum()
         self._draws = Draws(fisher, seed, draws)
         self._free = cache_bytes
         self._expected = num_examples
@@ -55,6 +57,7 @@ class CovariancePass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         captured = self.forward(module, batch, len(indices))
+        self.losses.add(captured)
         gradients, others = self._draws.pair(captured, second=self.cache is not None)
         check_finite(gradients)
         add_covariances(self.factors, gradients, captured)
