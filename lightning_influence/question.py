@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lightning_influence.measurements import Measurement, resolve_measurement
 from lightning_influence.methods import Options, find_method
-from lightning_influence.settings import plain_number
+from lightning_influence.settings import check_layers, plain_number
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,7 @@ class Question:
         object.__setattr__(self, "top_k", top_k)
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"Got top_k={top_k!r}; accepted are positive integers, or None for all scores.")
-        if isinstance(self.layers, str):
-            raise TypeError(
-                f"Got layers={self.layers!r}; accepted is a list of names or patterns: "
-                f"layers=[{self.layers!r}]."
-            )
-        if self.layers is not None and not all(isinstance(name, str) for name in self.layers):
-            raise TypeError(f"Got layers={self.layers!r}; accepted is a list of names or patterns.")
+        check_layers(self.layers)
         if (
             self.measurement is not None and self.measurement != "hook"
         ):  # whether there is a hook is known with the module only

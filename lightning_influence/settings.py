@@ -1,10 +1,10 @@
-"""Settings from keyword arguments: what is misspelt is refused by name, NumPy's numbers become Python's."""
+"""What settings of all kinds share: reading them from keyword arguments, and checks of their values."""
 
 from __future__ import annotations
 
 import difflib
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -36,6 +36,29 @@ def settings_of(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"Got an unknown option {name!r}.{hint} Accepted are {', '.join(known)}.")
     return kind(**{name: plain_number(value) for name, value in given.items()})
+
+
+def is_count(value: object, least: int) -> bool:
+    """Return whether a value is an integer of at least so much that fits into 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**62
+
+
+def check_layers(layers: Any) -> None:
+    """Refuse what is no list of layers' names.
+
+    Args:
+        layers: names or patterns; None for all layers.
+
+    Raises:
+        TypeError: saying what was got; of a text, how it is meant to be passed.
+    """
+    if layers is None:
+        return
+    accepted = f"Got layers={layers!r}; accepted is a list of names or patterns"
+    if isinstance(layers, str):
+        raise TypeError(f"{accepted}: layers=[{layers!r}].")
+    if not isinstance(layers, Iterable) or not all(isinstance(name, str) for name in layers):
+        raise TypeError(f"{accepted}.")
 
 
 def plain_number(value: Any) -> Any:

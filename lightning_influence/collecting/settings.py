@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from lightning_influence.collecting.collector import FitFisher
-from lightning_influence.settings import plain_number
+from lightning_influence.settings import check_layers, is_count, plain_number
 
 
 @dataclass
@@ -26,7 +26,9 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        self._check_layers()
+        if isinstance(self.layers, Iterable) and not isinstance(self.layers, str):
+            self.layers = list(self.layers)  # it may be passed over once only
+        check_layers(self.layers)
         if self.fisher not in get_args(FitFisher):
             accepted = ", ".join(repr(choice) for choice in get_args(FitFisher))
             raise ValueError(f"Got fisher={self.fisher!r}; accepted during fit are {accepted}.")
@@ -34,28 +36,14 @@ class Settings:
             setattr(self, name, plain_number(getattr(self, name)))
         self._check_numbers()
 
-    def _check_layers(self) -> None:
-        layers: object = self.layers
-        if layers is None:
-            return
-        known = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else None
-        if known is None or not all(isinstance(name, str) for name in known):
-            hint = f": layers=[{layers!r}]" if isinstance(layers, str) else ""
-            raise TypeError(f"Got layers={layers!r}; accepted is a list of names or patterns{hint}.")
-        self.layers = known
-
     def _check_numbers(self) -> None:
-        if self.every_n_steps is not None and not _is_count(self.every_n_steps, 1):
+        if self.every_n_steps is not None and not is_count(self.every_n_steps, 1):
             raise ValueError(
                 f"Got every_n_steps={self.every_n_steps!r}; accepted are integers of at least 1, or None for "
                 "as many batches as overhead pays for."
             )
-        if not _is_count(self.seed, 0):
+        if not is_count(self.seed, 0):
             raise ValueError(f"Got seed={self.seed!r}; accepted are integers of at least 0.")
         share: object = self.overhead
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(f"Got overhead={share!r}; accepted are shares of a step in (0, 1].")
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**62

@@ -71,8 +71,9 @@ class _Listening:
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Run one batch."""
-        captured = forward_if_weighted(self.forward, module, batch, len(indices))
-        if self._data.targets is not None:
+        if self._data.targets is None:
+            captured = forward_if_weighted(self.forward, module, batch, len(indices))
+        else:
             captured = self._relabelled(module, batch, indices)
         rows = rows_of(self._data.edited)(indices)
         if captured is not None:
@@ -80,14 +81,14 @@ class _Listening:
         self._weightless = torch.cat([self._weightless, indices[rows]])
 
     def _relabelled(self, module: Any, batch: Any, indices: Tensor) -> Captured | None:
-        """Run one batch, which the module can run as it is, with its new targets.
+        """Run one batch with its new targets.
 
         Returns:
             The captured batch; None if none of its examples has weight.
 
         Raises:
             InfluenceError: if a loss is not finite or not found.
-            UnsupportedDataError: if the module cannot.
+            UnsupportedDataError: if the module cannot, though it can with the old ones.
         """
         seen = self._data.view(batch, indices)
         self.changes = self.changes or not same(batch, seen)
@@ -96,6 +97,7 @@ class _Listening:
         except InfluenceError:
             raise
         except (IndexError, RuntimeError, ValueError) as error:
+            forward_if_weighted(self.forward, module, batch, len(indices))
             examples = some(indices[rows_of(self._data.edited)(indices)])
             raise UnsupportedDataError(
                 f"The training loss of examples {examples} cannot be computed with their new targets, as it "

@@ -91,7 +91,6 @@ def split(
     examples: Sequence[int] | Tensor,
     targets: Any = None,
     set_targets: SetTargets | None = None,
-    size: int | None = None,
 ) -> EditData:
     """Find the examples of an edit among the training examples.
 
@@ -100,7 +99,6 @@ def split(
         examples: dataset indices, or a boolean mask over the dataset.
         targets: new targets, one for each example or one for all.
         set_targets: how they get into a batch; None for batches that are pairs ending in the targets.
-        size: length of the loader's dataset, of which it may draw a part; None if that is not known.
 
     Returns:
         The split data.
@@ -111,7 +109,7 @@ def split(
         UnsupportedDataError: if an example is not among the training examples.
     """
     every = loader.indices.sort().values
-    chosen = _as_indices(examples, every, int(every[-1]) + 1 if size is None else size)
+    chosen = _as_indices(examples, every, int(every[-1]) + 1 if loader.size is None else loader.size)
     order = chosen.argsort(stable=True)
     edited = chosen[order]
     _check_once(edited)

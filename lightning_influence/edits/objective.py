@@ -15,7 +15,6 @@ from lightning_influence.edits.sampling import Sample
 from lightning_influence.edits.weights import Weights
 from lightning_influence.errors import NonFiniteError
 from lightning_influence.layers import LayerPlan
-from lightning_influence.passes.captured import Captured
 from lightning_influence.passes.forward import Forward
 from lightning_influence.running.base import Runner
 from lightning_influence.running.loaders import IndexedLoader
@@ -172,8 +171,9 @@ class _Gradients:
         self._parameters = weights.parameters()
         self.sums = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
 
-    def add(self, total: Tensor) -> None:
-        gradients = torch.autograd.grad(total, list(self._parameters.values()), allow_unused=True)
+    def add(self, total: Tensor, *, keep_graph: bool = False) -> None:
+        parameters = list(self._parameters.values())
+        gradients = torch.autograd.grad(total, parameters, retain_graph=keep_graph, allow_unused=True)
         for name, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is not None:
                 self.sums[name] += gradient
@@ -204,16 +204,6 @@ class _ObjectivePass:
             self._gradients.add(total)
 
 
-class _Keeping(Forward):
-    """Keeps the batch it captured last."""
-
-    captured: Captured
-
-    def __call__(self, *arguments: Any, **options: Any) -> Captured:
-        self.captured = super().__call__(*arguments, **options)
-        return self.captured
-
-
 class DepartingPass(LossPass):
     """Losses where an edit sets out, with their curvature in the outputs and the gradient of their sum.
 
@@ -228,17 +218,12 @@ class DepartingPass(LossPass):
         self, plan: LayerPlan, data: EditData | None, weights: Weights, chosen: Tensor | None = None
     ) -> None:
         super().__init__(plan, data, chosen, curvature=True)
-        self.forward = self._keeping = _Keeping(plan)
-        self._weights, self._gradients, self._looks = weights, _Gradients(weights), chosen
+        self._weights, self._gradients = weights, _Gradients(weights)
 
-    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
-        """Add one batch."""
-        super().step(module, batch, indices, dataloader_idx)
-        values = self._keeping.captured.per_example()
-        if self._looks is not None:
-            values = values[torch.isin(indices, self._looks).to(values.device)]
+    def take(self, values: Tensor) -> None:
+        """Add the gradient of the losses."""
         if len(values):
-            self._gradients.add(values.sum())
+            self._gradients.add(values.sum(), keep_graph=True)  # what they curve in the outputs is asked next
 
     @property
     def gradient(self) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from lightning_influence.edits.directions.base import find_direction
 from lightning_influence.selection.base import SelectionRule, find_rule
 from lightning_influence.selection.selected import check_ratio
+from lightning_influence.settings import is_count
 
 Curvature = Literal["ggn", "hessian"]
 Solver = Literal["cg", "lissa", "dense"]
@@ -91,7 +92,7 @@ class EditOptions:
                 continue
             if value == "auto" and name == "curvature_examples":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
+            if not is_count(value, least):
                 raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {least}.")
 
     def most_linearisations(self, relabels: bool) -> int:

@@ -167,10 +167,15 @@ class LossPass:
         seen = batch if self._data is None else self._data.view(batch, indices)
         captured = self.forward(module, seen, len(indices))
         rows = torch.arange(len(indices)) if self._chosen is None else rows_of(self._chosen)(indices)
-        losses, weights = captured.per_example().detach().cpu(), captured.weights.cpu()
+        values = captured.per_example()
+        self.take(values[rows.to(values.device)])
+        losses, weights = values.detach().cpu(), captured.weights.cpu()
         chance = self._chance(captured, indices)
         traces = output_traces(captured).cpu() if self._curvature else torch.zeros_like(losses)
         self._parts.append((indices[rows], losses[rows], weights[rows], chance[rows], traces[rows]))
+
+    def take(self, values: Tensor) -> None:
+        """Take in the losses ``(b,)`` of the examples to look at, their graph alive."""
 
     def _chance(self, captured: Captured, indices: Tensor) -> Tensor:
         """Return losses at outputs of zero, ``(B,)``, those of edited examples from any pass.

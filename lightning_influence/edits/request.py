@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_influence.edits.data import EditData, SetTargets, split
 from lightning_influence.edits.editor import Editor
@@ -16,7 +14,7 @@ from lightning_influence.edits.options import EditOptions
 from lightning_influence.factors.training_record import TrainingRecord
 from lightning_influence.running.base import Runner
 from lightning_influence.running.dataloading import prepare_train
-from lightning_influence.settings import settings_of
+from lightning_influence.settings import check_layers, settings_of
 
 Examples = Sequence[int] | Tensor
 
@@ -35,7 +33,7 @@ class EditRequest:
         options: fields of :class:`~lightning_influence.edits.EditOptions`.
 
     Raises:
-        TypeError: if ``layers`` is a text.
+        TypeError: if ``layers`` is no list of texts.
         ValueError: if an option is out of range.
     """
 
@@ -48,16 +46,11 @@ class EditRequest:
 
     def __post_init__(self) -> None:
         self.settings()
-        if isinstance(self.layers, str):
-            raise TypeError(
-                f"Got layers={self.layers!r}; accepted is a list of names or patterns: "
-                f"layers=[{self.layers!r}]."
-            )
+        check_layers(self.layers)
 
     def split(self, train: Any) -> EditData:
         """Return the training examples, split into edited and kept ones."""
-        loader = prepare_train(train)
-        return split(loader, self.examples, self.targets, self.set_targets, _dataset_size(train))
+        return split(prepare_train(train), self.examples, self.targets, self.set_targets)
 
     def editor(self, runner: Runner, data: EditData, record: TrainingRecord | None) -> Editor:
         """Return an editor on a module that an entered runner borrows.
@@ -79,18 +72,6 @@ class EditRequest:
             ValueError: if one is out of range.
         """
         return settings_of(EditOptions, self.options)
-
-
-def _dataset_size(train: Any) -> int | None:
-    """Return how many examples the dataset of the one training loader has; None for ready-made batches."""
-    if isinstance(train, CombinedLoader):
-        train = train.flattened
-    if isinstance(train, Mapping):
-        train = list(train.values())
-    if isinstance(train, list | tuple) and len(train) == 1:
-        train = train[0]
-    dataset = train.dataset if isinstance(train, DataLoader) else None
-    return len(dataset) if isinstance(dataset, Sized) else None
 
 
 def check_targets(new_targets: Any) -> None:

@@ -92,10 +92,7 @@ class Recorder:
         result = {}
         for name, calls in self._calls.items():
             if calls.edges:
-                parts = [self.layers[name].inputs(x, num_examples) for x in calls.inputs]
-                result[name] = _along_positions(parts)
-            if release:
-                calls.inputs.clear()
+                result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
         return result
 
     def raw_inputs(self) -> dict[str, Tensor]:
@@ -185,7 +182,10 @@ class Recorder:
         for start in range(0, num_examples, step):
             run = slice(start, min(start + step, num_examples))
             yield {
-                name: FactoredGradients(self._inputs_of(name, run, num_examples), grad[None, :, run])
+                name: FactoredGradients(
+                    self._inputs_of(name, run, num_examples, release=run.stop == num_examples),
+                    grad[None, :, run],
+                )
                 for name, grad in grads.items()
             }
 
@@ -199,15 +199,17 @@ class Recorder:
                 largest = max(largest, unfolded)
         return max(_PART_EXAMPLES, _PART_BYTES // largest) if largest else num_examples
 
-    def _inputs_of(self, name: str, run: slice, num_examples: int) -> Tensor:
-        """Return one layer's inputs ``(G, B', R, D_in)`` of a run of the examples."""
+    def _inputs_of(self, name: str, run: slice, num_examples: int, *, release: bool) -> Tensor:
+        """Return one layer's inputs ``(G, B', R, D_in)`` of a run of the examples, and let go of all."""
         layer, calls, count = self.layers[name], self._calls[name], run.stop - run.start
-        if count == num_examples:
-            return _along_positions([layer.inputs(x, num_examples) for x in calls.inputs])
         parts = []
         for x in calls.inputs:
-            rows = len(x) // num_examples  # of one example
-            parts.append(layer.inputs(x[run.start * rows : run.stop * rows], count))
+            if count < num_examples:
+                rows = len(x) // num_examples  # of one example
+                x = x[run.start * rows : run.stop * rows]
+            parts.append(layer.inputs(x, count))
+        if release:
+            calls.inputs.clear()
         return _along_positions(parts)
 
     def _hook(self, name: str) -> Callable[..., None]:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from lightning_influence.curvature.blocks import Blocks
 from lightning_influence.passes.captured import Fisher
+from lightning_influence.settings import is_count
 from lightning_influence.solvers.definite import NegativeCurvature
 
 Damping = float | Literal["auto", "heuristic"]
@@ -103,7 +104,7 @@ class Options:
             value = getattr(self, name)
             if value is None and name in {"max_steps", "batch_size"}:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 2**62:
+            if not is_count(value, lowest):
                 raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {lowest}.")
 
     def _check_numbers(self) -> None:

@@ -15,7 +15,7 @@ Indices are those of ``loader.dataset``, whatever that is: a ``Subset`` has its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -114,7 +114,8 @@ def read_loader(loader: DataLoader[Any]) -> IndexedLoader:
         raise UnsupportedDataError(
             f"The loader over {type(loader.dataset).__name__} has no examples. Pass one that has some."
         )
-    return IndexedLoader(plan, lambda part: rebuilt(loader, part), ordered=ordered)
+    total = len(loader.dataset) if isinstance(loader.dataset, Sized) else None
+    return IndexedLoader(plan, lambda part: rebuilt(loader, part), ordered=ordered, size=total)
 
 
 def _check_loader(loader: DataLoader[Any]) -> None:

@@ -56,14 +56,21 @@ class IndexedLoader:
 
     Attributes:
         ordered: whether the indices ascend and every process would find the same ones.
+        size: length of the dataset, of which the loader may draw a part; None for ready-made batches, and of
+            a part of another loader.
     """
 
     def __init__(
-        self, plan: Sequence[Tensor], build: Callable[[Sequence[Tensor]], Iterable[Any]], *, ordered: bool
+        self,
+        plan: Sequence[Tensor],
+        build: Callable[[Sequence[Tensor]], Iterable[Any]],
+        *,
+        ordered: bool,
+        size: int | None = None,
     ) -> None:
         self._plan = list(plan)
         self._build = build
-        self.ordered = ordered
+        self.ordered, self.size = ordered, size
         self._shards: dict[tuple[int, int], Shard] = {}
 
     @property

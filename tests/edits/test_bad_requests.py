@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from edit_models import asked, blobs, fitted, of_class, quiet, train
+from edit_models import asked, blobs, of_class, quiet, train
 from influence_models import Net
 from models import CASES, lightning_module, loader
 from torch import nn
@@ -22,20 +22,6 @@ from lightning_influence.errors import (
 )
 from lightning_influence.selection import SelectionRule
 from lightning_influence.solvers.normal_equations import SingularSubsetError, Solve
-
-
-@pytest.fixture(scope="module")
-def source():
-    return fitted()
-
-
-@pytest.fixture
-def asking(source):
-    """A module whose weights and modes have to be the same after the test."""
-    before = {name: value.clone() for name, value in source.state_dict().items()}
-    yield asked(source)
-    assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
-    assert not any(m._forward_hooks for m in source.modules())
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 1.5, float("nan"), "5%", True])

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from edit_models import asked, blobs, fitted, of_class, quiet, train
+from edit_models import asked, blobs, of_class, quiet, train
 from influence_models import Net
 from torch import nn
 from torch.nn import functional
@@ -20,19 +20,6 @@ from lightning_influence.errors import (
     UnsupportedDataError,
 )
 from lightning_influence.running.dataloading import prepare_train
-
-
-@pytest.fixture(scope="module")
-def source():
-    return fitted()
-
-
-@pytest.fixture
-def asking(source):
-    before = {name: value.clone() for name, value in source.state_dict().items()}
-    yield asked(source)
-    assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
-    assert not any(m._forward_hooks for m in source.modules())
 
 
 def values(edit):
