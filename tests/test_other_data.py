@@ -101,6 +101,29 @@ def test_batches_of_another_size_are_the_same_data(model, data):
         module.scores(other, loader(data, range(4)), damping=0.01)
 
 
+@pytest.mark.parametrize(("dtype", "again"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_a_model_in_half_precision_rounds_its_losses(model, data, dtype, again):
+    model.to(dtype).weights = torch.ones(3, dtype=dtype)
+    data = TensorDataset(data.tensors[0].to(dtype), data.tensors[1])
+    module = InfluenceModule(model)
+    ask(module, data, FIRST, "ekfac")
+    module.state.mean_loss *= 1.005
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InfluenceWarning)
+        ask(module, data, FIRST, "ekfac")
+    assert any("other training data" in str(w.message) for w in caught) is again
+
+
+def test_what_was_prepared_is_of_the_data_it_was_prepared_on(model, data):
+    for method in ("ekfac", "auto"):
+        module = InfluenceModule(model).prepare(loader(data, FIRST), method=method, damping=0.01)
+        kept = module.state.factors
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", InfluenceWarning)
+            ask(module, data, FIRST, method)
+        assert module.state.factors.layers["net.0"].inputs is kept.layers["net.0"].inputs
+
+
 def test_methods_that_keep_nothing_do_not_care(model, data):
     module = InfluenceModule(model)
     ask(module, data, FIRST)

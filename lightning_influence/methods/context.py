@@ -57,8 +57,8 @@ class Context:
         notes: what was left out or assumed.
         extra: further diagnostics.
         made: whether this call computed something that later calls use again.
-        losses: of all training examples, if a pass of this call has summed them.
         reused: whether it used something that an earlier call computed.
+        losses: of all training examples, if a pass of this call has summed them.
         damping: the damping of each layer once it is decided.
         damping_origin: where it comes from.
     """

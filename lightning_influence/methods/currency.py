@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from lightning_influence.methods.context import Context
 from lightning_influence.passes.losses import LossSum, same_mean
 from lightning_influence.state import InfluenceState
@@ -50,10 +52,16 @@ def check_current(context: Context, losses: LossSum) -> None:
     state, mean = context.state, losses.mean(context.runner.all_reduce_sum)
     if not context.reused or state.mean_loss is None:
         state.mean_loss = mean
-    elif not same_mean(state.mean_loss, mean, context.dtype):
+    elif not same_mean(state.mean_loss, mean, _precision(context)):
         context.notes.add(
             "What an earlier call computed was for other training data, another loss or other buffers (mean "
             f"loss {state.mean_loss:.6g} then, {mean:.6g} now); it is computed again. Where the data are "
             "augmented at random, that is so in every call: switch the augmentation off."
         )
         raise OtherDataError
+
+
+def _precision(context: Context) -> torch.dtype:
+    """Return the precision of the model; gradients of one in half precision are in single precision."""
+    layer = next(iter(context.plan.layers.values()))
+    return layer.rule.weight(layer.module).dtype
