@@ -119,6 +119,15 @@ theirs = InfluenceModule.from_checkpoint(sys.argv[1] + "/a.ckpt", module).scores
 )
 close(ours.scores, theirs.scores)
 
+# Both processes find that the coarse space is of other data, and make it again.
+options = {"damping": 0.1, "max_steps": 0, "low_rank_tolerance": 0.0, "layers": ["body.*"]}
+other = DataLoader(TensorDataset(1.5 * x.flip(1), data.tensors[1]), batch_size=4)
+fitted.influence(module, train, DataLoader(queries), log=False, **options)
+ours = fitted.influence(module, other, DataLoader(queries), log=False, **options)
+assert any("other training data" in note for note in ours.diagnostics.warnings), ours.diagnostics.warnings
+theirs = InfluenceModule.from_checkpoint(sys.argv[1] + "/a.ckpt", module).scores(other, DataLoader(queries), **options)
+close(ours.scores, theirs.scores)
+
 from lightning_influence.errors import UnsupportedTrainerError
 before = module.body[0].weight.clone()
 for ask in (lambda t: t.forget([0], module, train), lambda t: t.relabel([0], 1, module, train)):
