@@ -24,10 +24,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceModule
-from lightning_influence.edits import ParameterEdit
-from lightning_influence.errors import InfluenceWarning
+from lightning_influence.edits.parameter_edit import ParameterEdit
+from lightning_influence.edits.rules import rule_names
 from lightning_influence.results.rendering import markdown_table
-from lightning_influence.selection import rule_names
+from lightning_influence.support.errors import InfluenceWarning
 
 RATIOS = (0.02, 0.05, 0.10, 0.30)
 METRICS = ("accuracy", "accuracy_kept", "loss", "loss_kept", "kl", "seconds")

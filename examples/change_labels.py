@@ -15,7 +15,7 @@ from _editing import Batch, Rows, Task, digits, main
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceModule
-from lightning_influence.edits import ParameterEdit
+from lightning_influence.edits.parameter_edit import ParameterEdit
 
 TRUE, WRONG, WEIGHT_DECAY = 7, 1, 1e-3
 RULES = ["gain", "highest_gradients", "highest_outputs", "random", "lowest_gradients"]

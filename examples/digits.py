@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from lightning_influence import Attributions, InfluenceCallback, InfluenceTrainer, Labels
 from lightning_influence.evaluation import mislabel_auroc
-from lightning_influence.loggers import log_attributions
-from lightning_influence.plots import montage
+from lightning_influence.results.loggers import log_attributions
+from lightning_influence.results.plots import montage
 
 QUERIES = 4  # of either kind
 console = Console()

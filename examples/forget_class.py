@@ -14,8 +14,8 @@ from _editing import Batch, Rows, Task, digits, main
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceModule
-from lightning_influence.edits import ParameterEdit
-from lightning_influence.selection import rule_names
+from lightning_influence.edits.parameter_edit import ParameterEdit
+from lightning_influence.edits.rules import rule_names
 
 FORGOTTEN = 0
 

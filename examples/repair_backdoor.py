@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceModule
-from lightning_influence.edits import ParameterEdit
+from lightning_influence.edits.parameter_edit import ParameterEdit
 
 TARGET, SHARE, WEIGHT_DECAY = 0, 0.1, 1e-3
 RULES = ["gain", "highest_gradients", "random"]  # others with --rules

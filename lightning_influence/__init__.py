@@ -1,16 +1,16 @@
 """Influence of training data on the predictions of models trained with Lightning."""
 
-from lightning_influence.attributions import Attributions
-from lightning_influence.callback import InfluenceCallback
-from lightning_influence.editing import forget, relabel
+from lightning_influence.api.editing import forget, relabel
+from lightning_influence.api.module import InfluenceModule
+from lightning_influence.api.trainer import InfluenceTrainer, influence, self_influence
+from lightning_influence.collecting.callback import InfluenceCallback
 from lightning_influence.edits.parameter_edit import ParameterEdit
-from lightning_influence.ensembles import average_attributions
-from lightning_influence.errors import InfluenceError, InfluenceWarning
-from lightning_influence.module import InfluenceModule
+from lightning_influence.results.attributions import Attributions
+from lightning_influence.results.averages import average_attributions
 from lightning_influence.results.diagnostics import Diagnostics
-from lightning_influence.results.labels import Labels
+from lightning_influence.results.ranking import Labels
 from lightning_influence.results.self_influence import SelfInfluence
-from lightning_influence.trainer import InfluenceTrainer, influence, self_influence
+from lightning_influence.support.errors import InfluenceError, InfluenceWarning
 
 __all__ = [
     "Attributions",

@@ -14,12 +14,12 @@ from truth import Truth
 from unrolling import FactoredCurvature
 
 from lightning_influence import InfluenceModule
-from lightning_influence.curvature.operator import GaussNewtonOperator
-from lightning_influence.factors.damping import resolve_damping
-from lightning_influence.layers.dense import DenseGradients
+from lightning_influence.curvature.coarse_space import CoarseSpace, directions, extended, probes
+from lightning_influence.curvature.damping import resolve_damping
+from lightning_influence.curvature.operators import GaussNewtonOperator
+from lightning_influence.curvature.two_level import TwoLevel
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.solvers.coarse_space import CoarseSpace, directions, extended, probes
-from lightning_influence.solvers.two_level import TwoLevel
+from lightning_influence.model.gradients import DenseGradients
 
 PROBES = 16
 MIXED = 8

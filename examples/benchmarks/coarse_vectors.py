@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor
 from unrolling_study import small_task
 
-from lightning_influence.solvers.krylov import block_krylov
-from lightning_influence.solvers.two_level import TwoLevel
+from lightning_influence.curvature.two_level import TwoLevel
+from lightning_influence.linalg.block_krylov import block_krylov
 
 SIZES = (64, 128, 256, 512)
 

@@ -27,7 +27,7 @@ import change_labels
 import forget_class
 
 from lightning_influence import InfluenceModule
-from lightning_influence.errors import InfluenceWarning
+from lightning_influence.support.errors import InfluenceWarning
 
 METHODS = ("if", "pif", "fif", "gif")
 MULTIPLES = {

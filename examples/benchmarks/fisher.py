@@ -20,7 +20,7 @@ from truth import SIZES, Truth, truth
 
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.collecting.collector import FitFisher
-from lightning_influence.passes.captured import RANDOM, Fisher
+from lightning_influence.model.captured import RANDOM, Fisher
 
 METHODS = "kfac", "ekfac"
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceModule
-from lightning_influence.attributions import Attributions
-from lightning_influence.factors.training_record import LayerRecord, TrainingRecord
-from lightning_influence.layers import find_layers
-from lightning_influence.passes.captured import Fisher
-from lightning_influence.state import InfluenceState
+from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.curvature.training_record import LayerRecord, TrainingRecord
+from lightning_influence.model.captured import Fisher
+from lightning_influence.model.plan import find_layers
+from lightning_influence.results.attributions import Attributions
 
 # The exact dense route costs 2 P operations a pair; beyond this many it is compared on fewer queries.
 _ERROR_OPERATIONS = 1e12

@@ -27,17 +27,16 @@ from rich.table import Table
 from tasks import TensorTable
 from torch import Tensor
 
-from lightning_influence.curvature.operator import GaussNewtonOperator
-from lightning_influence.layers import LayerPlan, find_layers
-from lightning_influence.layers.layout import Layout
+from lightning_influence.curvature.operators import GaussNewtonOperator
+from lightning_influence.curvature.two_level import TwoLevel
+from lightning_influence.linalg import block_krylov as krylov
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.passes.gradients import GradientPass
-from lightning_influence.running.base import Runner
-from lightning_influence.running.dataloading import prepare_train
+from lightning_influence.methods.gathering import GradientPass
+from lightning_influence.model.plan import LayerPlan, Layout, find_layers
 from lightning_influence.running.loaders import IndexedLoader
-from lightning_influence.running.loop import LoopRunner
-from lightning_influence.solvers import krylov
-from lightning_influence.solvers.two_level import TwoLevel
+from lightning_influence.running.loop_runner import LoopRunner
+from lightning_influence.running.reading import prepare_train
+from lightning_influence.running.runner import Runner
 
 STEPS = (0, 1, 2, 3)
 GROUPS = (1, 8, 20, 60, 0)

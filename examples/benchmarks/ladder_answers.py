@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_influence import InfluenceModule
-from lightning_influence.errors import InfluenceError
-from lightning_influence.state import InfluenceState
+from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.support.errors import InfluenceError
 
 Damping = float | str
 GRID = tuple(10 ** (power / 2) for power in range(-8, 1))

@@ -20,10 +20,10 @@ from tasks import save_model
 from torch import Tensor
 
 from lightning_influence import InfluenceModule
-from lightning_influence.curvature.operator import GaussNewtonOperator, HessianOperator
+from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
+from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.linalg.block_krylov import block_krylov
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.solvers.krylov import block_krylov
-from lightning_influence.state import InfluenceState
 
 SEEDS = 3
 STEPS = 3

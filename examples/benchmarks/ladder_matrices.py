@@ -12,20 +12,19 @@ from tasks import Task, TensorTable, save_model
 from torch import Tensor
 
 from lightning_influence import InfluenceModule
-from lightning_influence.curvature.factored import FactoredOperator
-from lightning_influence.curvature.operator import BlockOperator, GaussNewtonOperator, HessianOperator
-from lightning_influence.evaluation.decomposition import diagonal_blocks
-from lightning_influence.layers import find_layers
-from lightning_influence.layers.layout import Layout
-from lightning_influence.measurements import resolve_measurement
-from lightning_influence.methods.closed_form import (
-    block_inverse,
-    kronecker_eigenvalues,
-    measured_eigenvalues,
+from lightning_influence.curvature.operators import (
+    BlockOperator,
+    FactoredOperator,
+    GaussNewtonOperator,
+    HessianOperator,
 )
-from lightning_influence.passes.gradients import GradientPass
-from lightning_influence.running.dataloading import prepare_train
-from lightning_influence.running.loop import LoopRunner
+from lightning_influence.evaluation.decomposition import diagonal_blocks
+from lightning_influence.methods.closed_form import block_inverse, kronecker_eigenvalues, measured_eigenvalues
+from lightning_influence.methods.gathering import GradientPass
+from lightning_influence.model.measurements import resolve_measurement
+from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.running.loop_runner import LoopRunner
+from lightning_influence.running.reading import prepare_train
 
 OPERATORS = {"hessian": HessianOperator, "ggn": GaussNewtonOperator, "block_ggn": BlockOperator}
 FACTORED = {"ekfac": measured_eigenvalues, "kfac": kronecker_eigenvalues}

@@ -29,10 +29,9 @@ from torch.nn import functional
 
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton
-from lightning_influence.layers import find_layers
-from lightning_influence.layers.layout import Layout
-from lightning_influence.running.dataloading import prepare_train
-from lightning_influence.running.loop import LoopRunner
+from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.running.loop_runner import LoopRunner
+from lightning_influence.running.reading import prepare_train
 
 DAMPINGS = (1e-2, 0.3, 5.0)
 RUNS, STARTS = 4, 4

@@ -25,7 +25,7 @@ from snapshots import Snapshot, snapshots
 from unrolling_study import small_task
 
 from lightning_influence import Attributions, InfluenceModule, average_attributions
-from lightning_influence.state import InfluenceState
+from lightning_influence.curvature.state import InfluenceState
 
 SHARES = (0.4, 0.7, 1.0)
 

@@ -19,15 +19,18 @@ from torch import Tensor
 from truth import CHUNK, Truth
 
 from lightning_influence import InfluenceModule
-from lightning_influence.curvature.factored import FactoredOperator
-from lightning_influence.curvature.operator import BlockOperator, GaussNewtonOperator, HessianOperator
+from lightning_influence.curvature.operators import (
+    BlockOperator,
+    FactoredOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+)
 from lightning_influence.evaluation import compare, random_subsets, retrain
-from lightning_influence.layers import find_layers
-from lightning_influence.layers.layout import Layout
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.passes.gradients import GradientPass
-from lightning_influence.running.dataloading import prepare_train
-from lightning_influence.running.loop import LoopRunner
+from lightning_influence.methods.gathering import GradientPass
+from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.running.loop_runner import LoopRunner
+from lightning_influence.running.reading import prepare_train
 
 DAMPINGS = (1e-4, 3e-4, 1e-3, 1.8e-3, 3e-3, 1e-2)
 

@@ -21,16 +21,15 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceModule
-from lightning_influence.factors.inverse import BlockInverse
-from lightning_influence.layers import LayerPlan, find_layers
-from lightning_influence.layers.dense import DenseGradients
-from lightning_influence.layers.layout import Layout
-from lightning_influence.losses.mixing import balanced_signs
+from lightning_influence.curvature.coarse_space import CoarseSpace, directions, probes
+from lightning_influence.curvature.inverse import BlockInverse
+from lightning_influence.curvature.two_level import TwoLevel, rescaled
+from lightning_influence.linalg.block_krylov import block_krylov
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.passes.forward import Forward
-from lightning_influence.solvers.coarse_space import CoarseSpace, directions, probes
-from lightning_influence.solvers.krylov import block_krylov
-from lightning_influence.solvers.two_level import TwoLevel, rescaled
+from lightning_influence.model.forward import Forward
+from lightning_influence.model.gradients import DenseGradients
+from lightning_influence.model.losses.draws import balanced_signs
+from lightning_influence.model.plan import LayerPlan, Layout, find_layers
 
 CLASSES, POSITIONS, WIDTH = 32, 12, 12
 TRAIN, QUERIES, ANCHORS = 192, 24, 96

@@ -16,14 +16,13 @@ from tasks import Task, TaskModule, fit, save_model
 from torch import Tensor
 
 from lightning_influence import InfluenceCallback, InfluenceModule
-from lightning_influence.factors.inverse import BlockInverse
-from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.layers import find_layers
-from lightning_influence.layers.layout import Layout
+from lightning_influence.curvature.inverse import BlockInverse
+from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.running.dataloading import prepare_train
-from lightning_influence.running.loop import LoopRunner
-from lightning_influence.state import InfluenceState
+from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.running.loop_runner import LoopRunner
+from lightning_influence.running.reading import prepare_train
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from lightning_influence import InfluenceCallback
 from lightning_influence.curvature.gauss_newton import DenseCurvaturePass
-from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.layers import find_layers
-from lightning_influence.layers.layout import Layout
-from lightning_influence.passes.gradients import GradientPass
-from lightning_influence.running.loop import LoopRunner
+from lightning_influence.curvature.training_record import TrainingRecord
+from lightning_influence.methods.gathering import GradientPass
+from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.running.loop_runner import LoopRunner
 
 
 def recorded(task: Task, seed: int = 0) -> tuple[TaskModule, TrainingRecord]:

@@ -20,9 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_influence.factors.inverse import BlockInverse, EigenInverse
-from lightning_influence.layers.dense import rotate_matrices
-from lightning_influence.layers.layout import Layout
+from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
+from lightning_influence.model.gradients import rotate_matrices
+from lightning_influence.model.plan import Layout
 
 Function = Callable[[Tensor], Tensor]
 

@@ -41,7 +41,7 @@ from unrolling import (
     unroll,
 )
 
-from lightning_influence.curvature.operator import GaussNewtonOperator
+from lightning_influence.curvature.operators import GaussNewtonOperator
 
 SEGMENTS, EACH = 3, 2
 TIMES = (1.0, 0.5, 0.25)

@@ -1,1 +1,1 @@
-"""Collecting: sums and figures taken during ``fit``, and when they are taken."""
+"""Collecting: the callback, and what it sums up during ``fit``."""

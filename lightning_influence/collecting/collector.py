@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.collecting.failures import ON_ANOTHER_PROCESS, CollectingError, contained
-from lightning_influence.collecting.gradient_statistics import noise_and_signal, spectrum, squared_norms
-from lightning_influence.errors import NonFiniteError
-from lightning_influence.factors.generations import Generations
-from lightning_influence.factors.schedule import Costs, Schedule
-from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.factors.versions import check_version
-from lightning_influence.layers import FactoredGradients, LayerPlan
-from lightning_influence.layers.forms import check_finite
-from lightning_influence.passes.captured import RANDOM, Captured
-from lightning_influence.passes.statistics import add_covariances, add_squares, draw_generator
+from lightning_influence.collecting.figures import noise_and_signal, spectrum, squared_norms
+from lightning_influence.collecting.generations import Generations
+from lightning_influence.collecting.schedule import Costs, Schedule
+from lightning_influence.curvature.factor_passes import add_covariances, add_squares
+from lightning_influence.curvature.training_record import TrainingRecord
+from lightning_influence.model.captured import RANDOM, Captured
+from lightning_influence.model.gradients import FactoredGradients, check_finite
+from lightning_influence.model.losses.draws import draw_generator
+from lightning_influence.model.plan import LayerPlan
+from lightning_influence.support.errors import NonFiniteError
+from lightning_influence.support.storage import check_version
 
 #: What can be collected during a fit: one backward pass a batch.
 FitFisher = Literal["mixed", "sampled", "empirical"]

@@ -6,7 +6,7 @@ import contextlib
 import textwrap
 from collections.abc import Iterator
 
-from lightning_influence.errors import InfluenceError
+from lightning_influence.support.errors import InfluenceError
 
 # Those of torch may run to pages.
 _LONGEST = 400

@@ -6,11 +6,85 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_influence.collecting.gradient_statistics import gradient_norms
-from lightning_influence.factors.training_record import effective_rate
-from lightning_influence.layers import Layer
+from lightning_influence.curvature.factors import Factors
+from lightning_influence.curvature.training_record import effective_rate
+from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.layers import Layer
+
+
+def squared_norms(gradients: Mapping[str, FactoredGradients]) -> Tensor:
+    """Return the squared norm of each example's gradient over all layers, summed over seeds, ``(B,)``."""
+    parts = []
+    for layer in gradients.values():
+        if layer.inputs.shape[2] == 1 and layer.inputs.shape[0] == 1:
+            inputs, outputs = layer.inputs[0, :, 0], layer.outputs[:, 0, :, 0]
+            parts.append(inputs.square().sum(-1) * outputs.square().sum((0, 2)))
+        else:
+            ones = layer.inputs.new_ones(
+                layer.inputs.shape[0], layer.outputs.shape[-1], layer.inputs.shape[-1]
+            )
+            parts.append(layer.weighted_squares(ones).sum(0))
+    return torch.stack(parts).sum(0)
+
+
+def noise_and_signal(gradients: Mapping[str, FactoredGradients]) -> tuple[float, float] | None:
+    """Estimate the two parts of the gradient noise scale from one batch of per-example gradients.
+
+    Args:
+        gradients: of the training loss, ``K = 1``.
+
+    Returns:
+        Unbiased estimates of the trace of the per-example gradients' covariance and of the squared norm of
+        their expectation; None for fewer than two examples. The ratio of their averages over batches is the
+        simple noise scale in examples (McCandlish, Kaplan, Amodei et al. 2018).
+    """
+    each = squared_norms(gradients)
+    count = each.shape[0]
+    if count < 2:
+        return None
+    mean = torch.zeros((), dtype=each.dtype, device=each.device)
+    for layer in gradients.values():
+        ones = layer.outputs.new_ones(1, count, 1)
+        mean = mean + (layer.combine(ones) / count).square().sum()
+    noise = (each.mean() - mean) * count / (count - 1)
+    return float(noise), float(mean - noise / count)
+
+
+def spectrum(factors: Factors) -> dict[str, float]:
+    """Return trace, largest eigenvalue and stable rank of EK-FAC; nothing without eigenvalues.
+
+    The stable rank is that of the Jacobian whose Gram matrix the curvature is: trace over largest eigenvalue.
+    """
+    if not factors.has_squares:
+        return {}
+    moments = [layer.second_moment() for layer in factors.layers.values()]
+    pairs = torch.stack([torch.stack([m.sum(), m.max()]) for m in moments if m is not None])
+    trace, largest = float(pairs[:, 0].sum()), float(pairs[:, 1].max())
+    scale = factors.mean_weight
+    result = {"trace": trace / scale, "top_eigenvalue": largest / scale}
+    return {**result, "stable_rank": trace / largest} if largest > 0 else result
+
+
+def gradient_norms(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, float]:
+    """Return norms of the gradients that are there: of all parameters together, and of each layer."""
+    named = [(name, _dense(p.grad)) for name, p in module.named_parameters() if p.grad is not None]
+    if not named:
+        return {}
+    norms = torch.stack([g.norm().float() for g in torch._foreach_norm([g for _, g in named])]).tolist()
+    by_name = dict(zip((name for name, _ in named), norms, strict=True))
+    result = {"grad_norm": sum(n * n for n in norms) ** 0.5}
+    for name in layers:
+        own = [norm for key, norm in by_name.items() if key.rpartition(".")[0] == name]
+        if own:
+            result[f"grad_norm/{name}"] = sum(n * n for n in own) ** 0.5
+    return result
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return the entries that a gradient stores; those of sparse embeddings are few of many."""
+    return gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient
 
 
 class Figures:

@@ -11,12 +11,12 @@ from torch import nn
 
 from lightning_influence.collecting.collector import Collector
 from lightning_influence.collecting.failures import CollectingError, contained
-from lightning_influence.collecting.notices import Notices
+from lightning_influence.collecting.generations import Generations
 from lightning_influence.collecting.store import Store
-from lightning_influence.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
-from lightning_influence.factors.generations import Generations
-from lightning_influence.passes.captured import Captured
-from lightning_influence.passes.live import LiveCapture, check_first
+from lightning_influence.model.captured import Captured
+from lightning_influence.model.live_capture import LiveCapture, check_first
+from lightning_influence.support.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
+from lightning_influence.support.notes import Notices
 
 Result = TypeVar("Result")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from lightning_influence.collecting.collector import FitFisher
-from lightning_influence.settings import check_layers, is_count, plain_number
+from lightning_influence.support.arguments import check_layers, is_count, plain_number
 
 
 @dataclass

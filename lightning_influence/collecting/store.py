@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from lightning_influence.collecting.collector import Collector, FitFisher
-from lightning_influence.errors import FactorMismatchError
-from lightning_influence.factors.factors import Factors, fingerprint_differs
-from lightning_influence.factors.generations import Generations
-from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.layers import LayerPlan
-from lightning_influence.state import InfluenceState
+from lightning_influence.collecting.generations import Generations
+from lightning_influence.curvature.factors import Factors, fingerprint_differs
+from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.curvature.training_record import TrainingRecord
+from lightning_influence.model.plan import LayerPlan
+from lightning_influence.support.errors import FactorMismatchError
 
 _QUERIES = "queries"
 _DEFAULT_KEY = "InfluenceCallback"  # of a callback with the default settings

@@ -1,1 +1,1 @@
-"""Curvature: passes for the Gauss-Newton matrix, as products on many vectors at once or dense."""
+"""Curvature: Kronecker factors, operators of Gauss-Newton matrix and Hessian, coarse space, damping."""

@@ -8,11 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.columns import CurvaturePass
 from lightning_influence.curvature.differentiation import add_gauss_newton_products
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass, add_gram
-from lightning_influence.layers import FactoredGradients, LayerPlan
-from lightning_influence.passes.captured import Captured, Fisher
+from lightning_influence.curvature.passes import CurvaturePass
+from lightning_influence.model.captured import Captured, Fisher
+from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.plan import LayerPlan
 
 #: One block a layer (weight and bias together), or one a parameter tensor.
 Blocks = Literal["layer", "tensor"]

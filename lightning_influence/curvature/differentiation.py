@@ -1,7 +1,7 @@
 """Second derivatives through autograd, for many vectors at once.
 
 The network is differentiated with respect to the covered parameters, as flat vectors in the order of a
-:class:`~lightning_influence.layers.layout.Layout`. A product with ``V`` vectors is one batched backward pass
+:class:`~lightning_influence.model.plan.Layout`. A product with ``V`` vectors is one batched backward pass
 (Pearlmutter 1994 for the Hessian; Schraudolph 2002 for the Gauss-Newton matrix) and costs a small multiple of
 ``V`` ordinary ones, whatever the number of outputs.
 """
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_influence.errors import UnsupportedModelError
-from lightning_influence.layers import LayerPlan
-from lightning_influence.layers.base import Layer
-from lightning_influence.layers.layout import Layout
-from lightning_influence.passes.captured import Captured
+from lightning_influence.model.captured import Captured
+from lightning_influence.model.layers import Layer
+from lightning_influence.model.plan import LayerPlan, Layout
+from lightning_influence.support.errors import UnsupportedModelError
 
 # Memory for the gradients that flow back at once; a batched pass holds a copy of everything a vector.
 _BATCHED_BYTES = 2**28

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.columns import CurvaturePass
 from lightning_influence.curvature.differentiation import add_gauss_newton_products, differentiable_twice
-from lightning_influence.errors import UnsupportedModelError
-from lightning_influence.layers import FactoredGradients, LayerPlan
-from lightning_influence.passes.captured import MAX_COLUMNS, Captured, Fisher
+from lightning_influence.curvature.passes import CurvaturePass
+from lightning_influence.model.captured import MAX_COLUMNS, Captured, Fisher
+from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.plan import LayerPlan
+from lightning_influence.support.errors import UnsupportedModelError
 
 # Largest block of dense gradients formed at once.
 _DENSE_BYTES = 2**28

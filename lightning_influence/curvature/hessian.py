@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.base import AveragingPass
 from lightning_influence.curvature.differentiation import add_hessian_products, differentiable_twice
-from lightning_influence.layers import LayerPlan
+from lightning_influence.curvature.passes import AveragingPass
+from lightning_influence.model.plan import LayerPlan
 
 # Rows of the identity that are formed at once.
 _ROWS = 1024

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.estimates import Estimate, mean_of, random_vectors
-from lightning_influence.curvature.operator_base import LinearOperator, SampledOperator
+from lightning_influence.curvature.operators import LinearOperator, SampledOperator
+from lightning_influence.linalg.estimates import Estimate, mean_of, random_vectors
 
 
 def trace_of_square(

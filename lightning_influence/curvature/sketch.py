@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.estimates import Estimate, Product, random_vectors
+from lightning_influence.linalg.estimates import Estimate, Product, random_vectors
 
 
 @dataclass(frozen=True)

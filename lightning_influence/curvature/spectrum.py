@@ -8,10 +8,10 @@ import torch
 from rich.console import Group, RenderableType
 from torch import Tensor
 
-from lightning_influence.curvature.estimates import Estimate, Product, random_vectors, ratio_of
-from lightning_influence.curvature.lanczos import Ritz, block_lanczos
-from lightning_influence.curvature.trace import deflated
-from lightning_influence.factors.factors import Factors
+from lightning_influence.curvature.factors import Factors
+from lightning_influence.linalg.estimates import Estimate, Product, random_vectors, ratio_of
+from lightning_influence.linalg.lanczos import Ritz, block_lanczos
+from lightning_influence.linalg.traces import deflated
 from lightning_influence.results.rendering import facts_table
 
 _SHOWN = 8

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.columns import CurvaturePass
-from lightning_influence.errors import NonFiniteError
-from lightning_influence.layers import DenseGradients, FactoredGradients, LayerGradients, LayerPlan
-from lightning_influence.layers.factored import concatenate
-from lightning_influence.layers.forms import check_finite, compact
-from lightning_influence.layers.layout import Layout
-from lightning_influence.passes.captured import MAX_COLUMNS, Fisher
+from lightning_influence.curvature.passes import CurvaturePass
+from lightning_influence.model.captured import MAX_COLUMNS, Fisher
+from lightning_influence.model.gradients import (
+    DenseGradients,
+    FactoredGradients,
+    LayerGradients,
+    check_finite,
+    compact,
+    concatenate,
+)
+from lightning_influence.model.plan import LayerPlan, Layout
+from lightning_influence.support.errors import NonFiniteError
 
 # Examples whose gradients are formed at once when norms of products are taken.
 _EXAMPLES = 64

@@ -3,5 +3,14 @@
 from lightning_influence.edits.directions import direction_names, register_direction
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.parameter_edit import ParameterEdit
+from lightning_influence.edits.rules import SelectionRule, register_rule, rule_names
 
-__all__ = ["EditOptions", "ParameterEdit", "direction_names", "register_direction"]
+__all__ = [
+    "EditOptions",
+    "ParameterEdit",
+    "SelectionRule",
+    "direction_names",
+    "register_direction",
+    "register_rule",
+    "rule_names",
+]

@@ -1,4 +1,9 @@
-"""Curvature of the loss on some examples, as a function of flat vectors.
+"""Softer and fewer columns for the curvature of each example's outputs.
+
+A classifier that hesitates does so between few classes: most of the trace of an example's output curvature
+``B B^T`` lies along its leading eigenvectors, and every column saved is a backward pass saved.
+
+Curvature of the loss on some examples, as a function of flat vectors.
 
 Edits multiply one vector at a time with the curvature, dozens of times at the same weights. The gradients
 that make up the Gauss-Newton matrix are therefore kept in memory, where a product costs a few matrix
@@ -8,7 +13,7 @@ products and no forward or backward pass; where they do not fit, every product i
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,18 +24,77 @@ from lightning_influence.curvature.differentiation import (
     add_hessian_products,
     differentiable_twice,
 )
-from lightning_influence.edits.columns import leading_columns, softened
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.passes import MAX_COLUMNS
 from lightning_influence.edits.sampling import Sample
-from lightning_influence.errors import NonFiniteError, UnsupportedModelError
-from lightning_influence.layers import FactoredGradients, LayerPlan
-from lightning_influence.layers.layout import Layout
-from lightning_influence.methods.context import Notes
-from lightning_influence.passes.captured import Captured
-from lightning_influence.passes.forward import Forward
-from lightning_influence.passes.statistics import draw_generator
-from lightning_influence.running.base import Runner
+from lightning_influence.model.captured import Captured
+from lightning_influence.model.forward import Forward
+from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.losses.draws import draw_generator
+from lightning_influence.model.losses.hook import ScaledLoss
+from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.model.plan import LayerPlan, Layout
+from lightning_influence.running.runner import Runner
+from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
+from lightning_influence.support.notes import Notes
+
+
+def softened(loss: OutputLoss, temperature: float) -> OutputLoss:
+    """Return the loss with its outputs divided by a temperature, for its curvature.
+
+    The curvature of a classifier's loss vanishes where it is sure, right or wrong: such examples
+    then neither pull at a step nor hold it back, and the step is good for a short way only. Softer
+    probabilities say how the outputs curve further on. Losses of constant curvature, as squared error, keep
+    theirs.
+
+    Args:
+        loss: a captured loss.
+        temperature: positive; 1 changes nothing.
+
+    Returns:
+        A detached copy.
+    """
+    if isinstance(loss, ScaledLoss):
+        return ScaledLoss.of(softened(loss.inner, temperature), loss.factor)
+    return replace(loss, outputs=loss.outputs.detach() / temperature)
+
+
+def leading_columns(columns: Tensor, rows: Tensor, share: float) -> Tensor:
+    """Replace a square root of each example's output curvature by its leading part.
+
+    With ``Z_n (K, m)`` the columns of example ``n``, the eigenvectors of ``Z_n Z_n^T`` rotate them into
+    orthogonal ones. Each example keeps the fewest that hold the share of its trace, scaled so that the trace
+    is as before; what it keeps does not depend on the other examples of its batch.
+
+    Args:
+        columns: the columns of all examples, ``(K, B, m)``.
+        rows: the examples that count, whose ranks decide how many columns are returned, ``(b,)``.
+        share: of the trace, in (0, 1].
+
+    Returns:
+        ``(r, B, m)`` with ``r <= K``, zero where an example needs fewer.
+
+    Raises:
+        ValueError: if the share is outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"Got share={share!r}; accepted are numbers above 0 and up to 1.")
+    count = len(columns)
+    if count < 2 or share == 1:
+        return columns
+    by_example = columns.transpose(0, 1).double()  # (B, K, m)
+    values, vectors = torch.linalg.eigh(by_example @ by_example.mT)
+    values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
+    trace = values.sum(dim=-1, keepdim=True)
+    held = values.cumsum(dim=-1) - values  # by the columns before each one
+    keep = (held < share * trace) & (values > 0)
+    kept = (values * keep).sum(dim=-1, keepdim=True)
+    factor = keep * (trace / kept.clamp_min(torch.finfo(values.dtype).tiny)).sqrt()
+    rank = max(1, int(keep[rows].sum(dim=-1).max())) if len(rows) else 1
+    rotated = (vectors.mT @ by_example) * factor[..., None]
+    few: Tensor = rotated[:, :rank].transpose(0, 1).to(columns.dtype)
+    return few
+
 
 DRAWS = 16
 MIXED = (

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.errors import UnsupportedDataError
-from lightning_influence.host.random_states import preserved_rng
-from lightning_influence.results.base import some
 from lightning_influence.running.loaders import IndexedLoader
+from lightning_influence.support.arguments import some
+from lightning_influence.support.errors import UnsupportedDataError
+from lightning_influence.support.random_states import preserved_rng
 
 SetTargets = Callable[[Any, Tensor, Tensor], Any]
 """Maps ``(batch, rows, targets)`` to a copy of the batch whose examples ``rows`` have these targets."""

@@ -12,9 +12,9 @@ from lightning_influence.edits.objective import DepartingPass, Objective, Source
 from lightning_influence.edits.passes import Losses, LossPass
 from lightning_influence.edits.sampling import drawn, most_curved
 from lightning_influence.edits.weights import Weights
-from lightning_influence.layers import LayerPlan
-from lightning_influence.running.base import Runner
+from lightning_influence.model.plan import LayerPlan
 from lightning_influence.running.loaders import IndexedLoader
+from lightning_influence.running.runner import Runner
 
 
 @dataclass(frozen=True)

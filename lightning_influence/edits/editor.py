@@ -10,28 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.edits.covered import covered_layers
+from lightning_influence.curvature.training_record import TrainingRecord
+from lightning_influence.edits.covered_layers import covered_layers
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.departure import Departure
-from lightning_influence.edits.directions.base import find_direction
+from lightning_influence.edits.directions import find_direction
 from lightning_influence.edits.line_search import UNREACHED, Found
 from lightning_influence.edits.linearised import Linearised
 from lightning_influence.edits.options import EditOptions
-from lightning_influence.edits.parameter_edit import ParameterEdit, changes_between
+from lightning_influence.edits.parameter_edit import EditReport, LossChange, ParameterEdit, changes_between
 from lightning_influence.edits.passes import Losses
-from lightning_influence.edits.report import EditReport, LossChange
+from lightning_influence.edits.rules import find_rule
 from lightning_influence.edits.sampling import most_curved
+from lightning_influence.edits.selection import Selection, select
 from lightning_influence.edits.stepping import Outcome, Stepping
 from lightning_influence.edits.weights import Weights
-from lightning_influence.errors import InfluenceError, InfluenceWarning
-from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.methods.context import Notes
-from lightning_influence.running.base import Runner
-from lightning_influence.running.dataloading import prepare
+from lightning_influence.linalg.descent import descend
+from lightning_influence.linalg.normal_equations import Solve
 from lightning_influence.running.loaders import IndexedLoader
-from lightning_influence.selection import Selection, find_rule, select
-from lightning_influence.solvers.normal_equations import Solve
-from lightning_influence.solvers.quasi_newton import descend
+from lightning_influence.running.reading import prepare
+from lightning_influence.running.runner import Runner
+from lightning_influence.support.errors import InfluenceError, InfluenceWarning
+from lightning_influence.support.notes import Notes
 
 # Kept examples that a relabelling's objective is measured on, once it has set out from all.
 OBJECTIVE_EXAMPLES = 128

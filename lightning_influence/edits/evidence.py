@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.edits.passes import GradientSumPass
-from lightning_influence.layers import LayerPlan
-from lightning_influence.layers.layout import Layout
-from lightning_influence.selection.base import Evidence, Source
+from lightning_influence.edits.rules import Evidence, Source
+from lightning_influence.model.plan import LayerPlan, Layout
 
 PROBES = 16
 

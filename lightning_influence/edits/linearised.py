@@ -20,21 +20,18 @@ from torch import Tensor
 
 from lightning_influence.edits.curvature import Curvature
 from lightning_influence.edits.data import EditData
-from lightning_influence.edits.directions.base import Problem
+from lightning_influence.edits.directions import Problem
 from lightning_influence.edits.evidence import collect, random_signs
 from lightning_influence.edits.objective import Objective
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.passes import GradientSumPass
+from lightning_influence.edits.rules import Evidence, Source, gains
 from lightning_influence.edits.sampling import Sample
-from lightning_influence.errors import InfluenceError, NonFiniteError
-from lightning_influence.layers import LayerPlan
-from lightning_influence.layers.layout import Layout
-from lightning_influence.methods.context import Notes
-from lightning_influence.running.base import Runner
-from lightning_influence.selection import Evidence
-from lightning_influence.selection.base import Source
-from lightning_influence.selection.gain import gains
-from lightning_influence.solvers.normal_equations import largest_eigenvalue, leading_direction
+from lightning_influence.linalg.normal_equations import largest_eigenvalue, leading_direction
+from lightning_influence.model.plan import LayerPlan, Layout
+from lightning_influence.running.runner import Runner
+from lightning_influence.support.errors import InfluenceError, NonFiniteError
+from lightning_influence.support.notes import Notes
 
 # Share of the trace of each example's output curvature that is kept when relabelling in several steps.
 COLUMN_SHARE = 0.9

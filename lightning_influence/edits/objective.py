@@ -13,11 +13,11 @@ from lightning_influence.edits.data import HELD_BYTES, EditData
 from lightning_influence.edits.passes import LossPass
 from lightning_influence.edits.sampling import Sample
 from lightning_influence.edits.weights import Weights
-from lightning_influence.errors import NonFiniteError
-from lightning_influence.layers import LayerPlan
-from lightning_influence.passes.forward import Forward
-from lightning_influence.running.base import Runner
+from lightning_influence.model.forward import Forward
+from lightning_influence.model.plan import LayerPlan
 from lightning_influence.running.loaders import IndexedLoader
+from lightning_influence.running.runner import Runner
+from lightning_influence.support.errors import NonFiniteError
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lightning_influence.edits.directions.base import find_direction
-from lightning_influence.selection.base import SelectionRule, find_rule
-from lightning_influence.selection.selected import check_ratio
-from lightning_influence.settings import is_count
+from lightning_influence.edits.directions import find_direction
+from lightning_influence.edits.rules import SelectionRule, find_rule
+from lightning_influence.edits.selection import check_ratio
+from lightning_influence.support.arguments import is_count
 
 Curvature = Literal["ggn", "hessian"]
 Solver = Literal["cg", "lissa", "dense"]

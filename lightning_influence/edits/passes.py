@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 
 from lightning_influence.edits.data import EditData
-from lightning_influence.errors import LossCaptureError, NonFiniteError
-from lightning_influence.layers import FactoredGradients, LayerPlan
-from lightning_influence.layers.forms import check_finite
-from lightning_influence.layers.layout import Layout
-from lightning_influence.losses.base import OutputLoss
-from lightning_influence.losses.calls import LossCall
-from lightning_influence.losses.capture import LossCapture
-from lightning_influence.losses.hook import ScaledLoss
-from lightning_influence.passes.captured import Captured
-from lightning_influence.passes.forward import Forward
-from lightning_influence.results.base import some
+from lightning_influence.model.captured import Captured
+from lightning_influence.model.forward import Forward
+from lightning_influence.model.gradients import FactoredGradients, check_finite
+from lightning_influence.model.losses.capture import LossCall, LossCapture
+from lightning_influence.model.losses.hook import ScaledLoss
+from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.model.plan import LayerPlan, Layout
+from lightning_influence.support.arguments import some
+from lightning_influence.support.errors import LossCaptureError, NonFiniteError
 
 MAX_COLUMNS = 64
 """Largest number of output columns of which each is used; beyond, random ones stand for all."""

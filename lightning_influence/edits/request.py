@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.edits.data import EditData, SetTargets, split
 from lightning_influence.edits.editor import Editor
 from lightning_influence.edits.options import EditOptions
-from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.running.base import Runner
-from lightning_influence.running.dataloading import prepare_train
-from lightning_influence.settings import check_layers, settings_of
+from lightning_influence.running.reading import prepare_train
+from lightning_influence.running.runner import Runner
+from lightning_influence.support.arguments import check_layers, settings_of
 
 Examples = Sequence[int] | Tensor
 

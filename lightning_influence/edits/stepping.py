@@ -14,11 +14,11 @@ from lightning_influence.edits.objective import Objective
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.passes import Losses, LossPass
 from lightning_influence.edits.weights import Weights
-from lightning_influence.errors import InfluenceError, LossCaptureError, NonFiniteError
-from lightning_influence.layers import LayerPlan
-from lightning_influence.running.base import Runner
+from lightning_influence.linalg.descent import shorter
+from lightning_influence.model.plan import LayerPlan
 from lightning_influence.running.loaders import IndexedLoader
-from lightning_influence.solvers.quasi_newton import shorter
+from lightning_influence.running.runner import Runner
+from lightning_influence.support.errors import InfluenceError, LossCaptureError, NonFiniteError
 
 _MOST_SHORTENINGS = 8
 # Relative differences of losses in single precision that mean nothing.

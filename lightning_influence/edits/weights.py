@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.factors.training_record import TrainingRecord
-from lightning_influence.layers import Layer
-from lightning_influence.layers.layout import Layout
+from lightning_influence.curvature.training_record import TrainingRecord
+from lightning_influence.model.layers import Layer
+from lightning_influence.model.plan import Layout
 
 
 class Weights:

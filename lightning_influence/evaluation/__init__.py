@@ -13,12 +13,7 @@ from lightning_influence.evaluation.losses import binary_cross_entropy, cross_en
 from lightning_influence.evaluation.mislabels import mislabel_auroc
 from lightning_influence.evaluation.pbrf import Response, proximal_response
 from lightning_influence.evaluation.recipe import Recipe
-from lightning_influence.evaluation.removal import (
-    RemovalCurve,
-    leave_one_out,
-    removal_curve,
-    removal_masks,
-)
+from lightning_influence.evaluation.removal import RemovalCurve, leave_one_out, removal_curve, removal_masks
 from lightning_influence.evaluation.retraining import retrain
 from lightning_influence.evaluation.stacked import Member, train_members
 

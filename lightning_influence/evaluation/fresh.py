@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_influence.errors import UnsupportedModelError
+from lightning_influence.support.errors import UnsupportedModelError
 
 
 def check_distinct_models(

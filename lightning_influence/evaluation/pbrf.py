@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.errors import InfluenceError, NonFiniteError
-from lightning_influence.evaluation.arguments import example_indices
 from lightning_influence.evaluation.losses import cross_entropy
 from lightning_influence.evaluation.proximal import ProximalObjective
 from lightning_influence.evaluation.stacked import ExampleLoss
+from lightning_influence.support.arguments import example_indices
+from lightning_influence.support.errors import InfluenceError, NonFiniteError
 
 _BACKTRACKS = 30
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, jvp
 
-from lightning_influence.evaluation.arguments import check_losses
 from lightning_influence.evaluation.stacked import ExampleLoss
+from lightning_influence.support.arguments import check_losses
 
 
 class ProximalObjective:

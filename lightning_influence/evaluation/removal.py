@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.evaluation.arguments import example_indices, integers
+from lightning_influence.support.arguments import example_indices, integers
 
 Retrain = Callable[[Tensor], Tensor]
 Order = Literal["proponents", "opponents", "random"]

@@ -22,11 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_influence.errors import CorruptFileError
-from lightning_influence.evaluation.arguments import check_masks, check_measured, seed_list
+from lightning_influence.evaluation.fingerprints import beyond_source, describe, digest
 from lightning_influence.evaluation.losses import cross_entropy
 from lightning_influence.evaluation.recipe import Recipe
-from lightning_influence.evaluation.sources import beyond_source, describe, digest
 from lightning_influence.evaluation.stacked import (
     ExampleLoss,
     Factory,
@@ -34,6 +32,8 @@ from lightning_influence.evaluation.stacked import (
     stacked_outputs,
     train_members,
 )
+from lightning_influence.support.arguments import check_masks, check_measured, seed_list
+from lightning_influence.support.errors import CorruptFileError
 
 Measurement = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int], None]

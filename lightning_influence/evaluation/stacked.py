@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from lightning_influence.errors import NonFiniteError, UnsupportedModelError
-from lightning_influence.evaluation.arguments import check_losses
 from lightning_influence.evaluation.fresh import check_distinct_models
 from lightning_influence.evaluation.losses import cross_entropy
 from lightning_influence.evaluation.optimizers import StackedOptimizer
 from lightning_influence.evaluation.recipe import Recipe, batch_orders, run_seed
+from lightning_influence.support.arguments import check_losses
+from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
 
 Factory = Callable[[], nn.Module]
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]

@@ -1,25 +1,12 @@
-"""Methods of attribution: each solves against one approximation of the curvature, one file a kind."""
+"""Methods of attribution: each solves against one approximation of the curvature, one file a family."""
 
-from lightning_influence.methods import astra as astra
-from lightning_influence.methods import block_ggn as block_ggn
+from lightning_influence.methods import auto as auto
 from lightning_influence.methods import closed_form as closed_form
-from lightning_influence.methods import exact as exact
-from lightning_influence.methods import hessian as hessian
+from lightning_influence.methods import dense as dense
 from lightning_influence.methods import krylov as krylov
-from lightning_influence.methods import lissa as lissa
-from lightning_influence.methods import two_level as two_level
-from lightning_influence.methods.base import Method, find_method, register_method
-from lightning_influence.methods.context import Context, Notes
-from lightning_influence.methods.options import Curvature, Damping, Options, Preconditioner
+from lightning_influence.methods import stationary as stationary
+from lightning_influence.methods.context import Context
+from lightning_influence.methods.method import Method, find_method, register_method
+from lightning_influence.methods.options import Options
 
-__all__ = [
-    "Context",
-    "Curvature",
-    "Damping",
-    "Method",
-    "Notes",
-    "Options",
-    "Preconditioner",
-    "find_method",
-    "register_method",
-]
+__all__ = ["Context", "Method", "Options", "find_method", "register_method"]

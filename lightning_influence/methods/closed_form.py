@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.factors.factors import Factors
-from lightning_influence.factors.inverse import BlockInverse, EigenInverse
-from lightning_influence.factors.statistics import LayerStatistics
-from lightning_influence.layers.layout import Layout
-from lightning_influence.methods.base import (
+from lightning_influence.curvature.factors import Factors, LayerStatistics
+from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
+from lightning_influence.methods.fitting import fitted_diagonal, fitted_factors
+from lightning_influence.methods.method import (
     Gradients,
     Method,
     Queries,
@@ -20,9 +19,9 @@ from lightning_influence.methods.base import (
     identity_inverse,
     register_method,
 )
-from lightning_influence.methods.fitting import fitted_diagonal, fitted_factors
-from lightning_influence.solvers.scoring import PreconditionedScorer
-from lightning_influence.solvers.squares import PreconditionedSquares
+from lightning_influence.methods.scorers import PreconditionedScorer
+from lightning_influence.methods.weighted_squares import PreconditionedSquares
+from lightning_influence.model.plan import Layout
 
 # Of scores, in norm. One draw an example leaves errors of .4 in them on the large MLP of the benchmarks,
 # where this takes a tenth of the operations of exact weights.

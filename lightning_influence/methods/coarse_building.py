@@ -5,23 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.coarse_space import CoarseSpace, extended, preconditioned, probes, scored
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass
-from lightning_influence.factors.inverse import BlockInverse
-from lightning_influence.layers import LayerGradients
-from lightning_influence.methods.context import Context, Loader
-from lightning_influence.methods.gathering import gather
-from lightning_influence.passes.gradients import GradientPass
-from lightning_influence.passes.scores import SelfInfluencePass
-from lightning_influence.solvers.coarse_space import (
-    CoarseSpace,
-    extended,
-    preconditioned,
-    probes,
-    scored,
-)
-from lightning_influence.solvers.orthonormal import orthonormal
-from lightning_influence.solvers.squares import PreconditionedSquares
-from lightning_influence.solvers.two_level import TwoLevel, rescaled
+from lightning_influence.curvature.inverse import BlockInverse
+from lightning_influence.curvature.two_level import TwoLevel, rescaled
+from lightning_influence.linalg.orthonormal import orthonormal
+from lightning_influence.methods.context import Context
+from lightning_influence.methods.gathering import GradientPass, gather
+from lightning_influence.methods.scoring_passes import SelfInfluencePass
+from lightning_influence.methods.weighted_squares import PreconditionedSquares
+from lightning_influence.model.gradients import LayerGradients
+from lightning_influence.support.passes import Loader
 
 # Anchors are training gradients drawn by leverage: 128 are worth twice (digits MLP) to four times (CNN) as
 # many drawn evenly (examples/benchmarks/coarse_vectors.py).

@@ -1,18 +1,24 @@
-"""What methods with an explicit matrix share: solving densely, in float64, for small models."""
+"""Methods with an explicit dense matrix in float64, for small models: GGN, its blocks, the Hessian."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
-from lightning_influence.factors.factors import Factors
-from lightning_influence.factors.statistics import LayerStatistics
-from lightning_influence.layers.layout import Layout
-from lightning_influence.methods.base import Gradients, Method, Solved
-from lightning_influence.solvers.scoring import DenseScorer
+from lightning_influence.curvature.blocks import DenseBlockPass, block_indices
+from lightning_influence.curvature.factors import Factors, LayerStatistics
+from lightning_influence.curvature.gauss_newton import DenseCurvaturePass
+from lightning_influence.curvature.hessian import DenseHessianPass
+from lightning_influence.linalg.dense_solve import BlockSolver, DenseSolver, check_size, definite
+from lightning_influence.methods.context import note_estimate
+from lightning_influence.methods.method import Gradients, Method, Solved, register_method
+from lightning_influence.methods.scorers import DenseScorer
+from lightning_influence.model.plan import Layout
+from lightning_influence.support.errors import UnsupportedModelError
 
 
 class Solver(Protocol):
@@ -73,3 +79,111 @@ def as_factors(layout: Layout, diagonal: Tensor) -> Factors:
         statistics.squares, statistics.squares_examples = blocks[name].clone(), 1.0
         layers[name] = statistics
     return Factors(layers=layers)
+
+
+@register_method("exact")
+class Exact(DenseMethod):
+    """``(G + lambda I)^{-1}`` with the dense Gauss-Newton matrix ``G``, in float64.
+
+    With ``fisher="mixed"``, ``"sampled"`` or ``"empirical"`` the matrix is that estimate instead.
+    """
+
+    def prepare(self) -> None:
+        """Sum the matrix in one pass; a model that is too large is refused before it."""
+        context, options = self.context, self.context.options
+        check_size(context.layout.numel, options.max_parameters)
+        layout = context.layout
+        one_pass = DenseCurvaturePass(context.plan, fisher=options.fisher or "exact", seed=options.seed)
+        context.run_on_train(one_pass)
+        matrix = self._covered(one_pass.result(context.runner.all_reduce_sum), layout)
+        self.mean_weight = one_pass.mean_weight
+        note_estimate(context, one_pass.estimated)
+        damping = context.resolve_damping(as_factors(context.layout, torch.diagonal(matrix)), "full")
+        self.solver = DenseSolver(matrix, context.layout.expand(damping, matrix))
+
+
+@register_method("block_ggn")
+class BlockGGN(DenseMethod):
+    """``(G + lambda I)^{-1}`` without the cross terms between layers, or between tensors, in float64.
+
+    It is what EK-FAC approximates: the blocks have their own eigenvectors here, not those of a Kronecker
+    product. The option ``blocks`` is ``"layer"``, or ``"tensor"`` for a layer's weight and bias apart;
+    ``fisher="mixed"``, ``"sampled"`` or ``"empirical"`` replaces the blocks by that estimate.
+    """
+
+    uses: ClassVar[frozenset[str]] = frozenset({"blocks"})
+
+    def prepare(self) -> None:
+        """Sum the blocks in one pass; a model that is too large is refused before it."""
+        context, options = self.context, self.context.options
+        sizes = [len(index) for index in block_indices(context.plan, options.blocks)]
+        # As many entries as the largest dense matrix that is accepted.
+        check_size(int(sum(size**2 for size in sizes) ** 0.5), options.max_parameters, "block_ggn")
+        one_pass = DenseBlockPass(
+            context.plan, blocks=options.blocks, fisher=options.fisher or "exact", seed=options.seed
+        )
+        context.run_on_train(one_pass)
+        found = one_pass.result(context.runner.all_reduce_sum)
+        blocks = [
+            block for block, name in zip(found, one_pass.owners, strict=True) if name in context.plan.layers
+        ]
+        self.mean_weight = one_pass.mean_weight
+        note_estimate(context, one_pass.estimated)
+        indices = [index.to(found[0].device) for index in block_indices(context.plan, options.blocks)]
+        diagonal = _joined([torch.diagonal(block) for block in blocks], indices)
+        damping = context.resolve_damping(as_factors(context.layout, diagonal), "closed")
+        self.solver = BlockSolver(blocks, indices, context.layout.expand(damping, diagonal))
+
+
+def _joined(parts: list[Tensor], indices: list[Tensor]) -> Tensor:
+    result = parts[0].new_empty(sum(map(len, indices)))
+    for part, index in zip(parts, indices, strict=True):
+        result[index] = part
+    return result
+
+
+@register_method("hessian")
+class Hessian(DenseMethod):
+    """``(|H| + lambda I)^{-1}`` with the dense Hessian ``H`` of the average training loss, in float64.
+
+    The option ``negative_curvature`` says what becomes of negative eigenvalues, which a trained network's
+    Hessian has as a rule: ``"absolute"`` (the default, see :func:`~..solvers.definite.definite`), ``"clip"``,
+    ``"keep"`` for ``(H + lambda I)^{-1}`` as it is, or ``"refuse"`` for an error where ``H + lambda I`` is
+    not positive definite. What was found is in ``diagnostics.extra``. Without negative curvature, all give
+    the same.
+    """
+
+    uses: ClassVar[frozenset[str]] = frozenset({"curvature", "negative_curvature"})
+
+    def prepare(self) -> None:
+        """Sum the matrix in one pass; a model that is too large is refused before it.
+
+        Raises:
+            UnsupportedModelError: if the damped Hessian is not positive definite and was to be refused.
+        """
+        context, options = self.context, self.context.options
+        check_size(context.layout.numel, options.max_parameters, "hessian")
+        layout = context.layout
+        one_pass = DenseHessianPass(context.plan)
+        context.run_on_train(one_pass)
+        matrix = self._covered(one_pass.result(context.runner.all_reduce_sum), layout)
+        self.mean_weight = one_pass.mean_weight
+        found = definite(matrix, options.negative_curvature)
+        factors = as_factors(context.layout, torch.diagonal(found.magnitude))
+        damping = context.layout.expand(context.resolve_damping(factors, "full"), found.matrix)
+        self.solver = DenseSolver(found.matrix, damping)
+        if not self.solver.is_definite and options.negative_curvature in {"refuse", "keep"}:
+            message = (
+                f"The Hessian plus the damping ({float(damping.min()):.3g}) is not positive definite: its "
+                f"smallest eigenvalue without damping is {found.smallest:.3g}. "
+            )
+            if options.negative_curvature == "refuse":
+                raise UnsupportedModelError(
+                    f"{message}Use negative_curvature='absolute', more damping, or method='exact', whose "
+                    "Gauss-Newton matrix has no negative curvature."
+                )
+            context.notes.add(
+                f"{message}Scores may be dominated by directions of hardly any curvature; "
+                "negative_curvature='absolute' avoids that."
+            )
+        context.extra["negative_curvature"] = found.describe(options.negative_curvature)

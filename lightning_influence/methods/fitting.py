@@ -7,12 +7,11 @@ from typing import get_args
 
 import torch
 
-from lightning_influence.factors.factors import Factors, fingerprint_differs
-from lightning_influence.factors.statistics import LayerStatistics, eigenbasis
-from lightning_influence.layers import LayerPlan, find_layers
+from lightning_influence.curvature.factor_passes import CovariancePass, DiagonalPass, SquaresPass
+from lightning_influence.curvature.factors import Factors, LayerStatistics, eigenbasis, fingerprint_differs
 from lightning_influence.methods.context import Context, digest, note_unknown_outputs
-from lightning_influence.passes.captured import Fisher
-from lightning_influence.passes.statistics import CovariancePass, DiagonalPass, SquaresPass
+from lightning_influence.model.captured import Fisher
+from lightning_influence.model.plan import LayerPlan, find_layers
 
 # Memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
 CACHE_BYTES = 2**28

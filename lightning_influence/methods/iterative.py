@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.operator import Damped, GaussNewtonOperator, HessianOperator
+from lightning_influence.curvature.operators import Damped, GaussNewtonOperator, HessianOperator
 from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton
-from lightning_influence.errors import UnsupportedModelError
-from lightning_influence.methods.base import Gradients, Method, Queries, Solved
+from lightning_influence.linalg.stopping import Solution
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
 from lightning_influence.methods.context import note_estimate
 from lightning_influence.methods.fitting import fitted_factors
-from lightning_influence.solvers.scoring import DenseScorer
-from lightning_influence.solvers.stopping import Solution
+from lightning_influence.methods.method import Gradients, Method, Queries, Solved
+from lightning_influence.methods.scorers import DenseScorer
+from lightning_influence.support.errors import UnsupportedModelError
 
 Operator = GaussNewtonOperator | HessianOperator | StoredGaussNewton
 

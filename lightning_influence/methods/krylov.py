@@ -6,13 +6,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_influence.methods.base import register_method
+from lightning_influence.curvature.two_level import TwoLevel
+from lightning_influence.linalg.conjugate_gradients import conjugate_gradients
+from lightning_influence.linalg.estimates import Product
+from lightning_influence.linalg.minres import minres
+from lightning_influence.linalg.stopping import Solution
+from lightning_influence.methods.auto import Auto
 from lightning_influence.methods.iterative import Iterative
-from lightning_influence.methods.two_level import Auto
-from lightning_influence.solvers.conjugate_gradients import conjugate_gradients
-from lightning_influence.solvers.minres import minres
-from lightning_influence.solvers.stopping import Product, Solution
-from lightning_influence.solvers.two_level import TwoLevel
+from lightning_influence.methods.method import register_method
 
 
 class Preconditioned(Iterative):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_influence.curvature.blocks import Blocks
-from lightning_influence.passes.captured import Fisher
-from lightning_influence.settings import is_count
-from lightning_influence.solvers.definite import NegativeCurvature
+from lightning_influence.linalg.dense_solve import NegativeCurvature
+from lightning_influence.model.captured import Fisher
+from lightning_influence.support.arguments import is_count
 
 Damping = float | Literal["auto", "heuristic"]
 Curvature = Literal["ggn", "hessian"]
@@ -18,7 +18,7 @@ Preconditioner = Literal["ekfac", "two_level", "none"]
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of one call, with what they mean in :func:`~lightning_influence.trainer.influence`.
+    """Settings of one call, with what they mean in :func:`~lightning_influence.api.trainer.influence`.
 
     Attributes:
         tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved. None

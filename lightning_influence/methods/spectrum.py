@@ -8,8 +8,12 @@ from typing import Literal, get_args
 import torch
 
 from lightning_influence.curvature.minibatches import example_variance
-from lightning_influence.curvature.operator import CurvatureOperator, GaussNewtonOperator, HessianOperator
-from lightning_influence.curvature.operator_base import WeightPass
+from lightning_influence.curvature.operators import (
+    CurvatureOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    WeightPass,
+)
 from lightning_influence.curvature.spectrum import Spectrum, measure_spectrum
 from lightning_influence.methods.context import Context, note_estimate
 

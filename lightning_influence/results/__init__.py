@@ -1,1 +1,1 @@
-"""Results: the parts of what a query returns, how they are ranked and how they are shown."""
+"""Results: what questions return, how it is ranked, shown, averaged, logged and stored."""

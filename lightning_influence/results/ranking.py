@@ -1,9 +1,9 @@
-"""One end of every query's ranking, as a rich table, Markdown and rows."""
+"""One end of every query's ranking, as a rich table, Markdown and rows, with texts beside the indices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -12,8 +12,61 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_influence.results.labels import Labels
 from lightning_influence.results.rendering import markdown_table, plain
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Texts to show beside dataset indices, such as class names.
+
+    Attributes:
+        train: anything indexed by the training dataset's indices: a mapping, a sequence, a tensor of targets.
+            An index it does not have gets no text.
+        query: the same for queries; with several query dataloaders, a sequence with one of them for each.
+
+    Example:
+        >>> Labels(train={3: "cat"}).train_text(3)
+        'cat'
+    """
+
+    train: Any = None
+    query: Any = None
+
+    def train_text(self, index: int) -> str:
+        """Returns the text of training example ``index``, or an empty one."""
+        return _lookup(self.train, index)
+
+    def query_text(self, index: int, dataloader: int | None = None) -> str:
+        """Returns the text of query ``index`` (of query dataloader ``dataloader``), or an empty one."""
+        texts = self.query
+        if texts is not None and dataloader is not None:
+            texts = texts[dataloader]
+        return _lookup(texts, index)
+
+
+def checked(labels: Labels | None) -> Labels:
+    """Return the labels, or none.
+
+    Raises:
+        TypeError: if they are something else.
+    """
+    if labels is None or isinstance(labels, Labels):
+        return labels or Labels()
+    raise TypeError(
+        f"Got labels of type {type(labels).__name__}; accepted are Labels(train=..., query=...), each "
+        "anything that an index finds its text in."
+    )
+
+
+def _lookup(texts: Any, index: int) -> str:
+    if texts is None:
+        return ""
+    try:
+        value = texts[index]
+    except (KeyError, IndexError):
+        return ""
+    return str(value.item() if hasattr(value, "item") else value)
+
 
 Cell: TypeAlias = int | float | str
 

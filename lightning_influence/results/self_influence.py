@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 from rich.console import Group, RenderableType
 from torch import Tensor
 
-from lightning_influence.results.base import Result, check_k, check_shape, load_pandas
-from lightning_influence.results.labels import Labels, checked
-from lightning_influence.results.ranking import Ranking
+from lightning_influence.results.ranking import Labels, Ranking, checked
 from lightning_influence.results.rendering import facts_table
-from lightning_influence.results.topk import check_finite, select_topk
+from lightning_influence.results.result import Result, load_pandas
+from lightning_influence.results.top_k import check_finite, select_topk
+from lightning_influence.support.arguments import check_k, check_shape
 
 if TYPE_CHECKING:
     import pandas as pd

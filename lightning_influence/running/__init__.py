@@ -1,1 +1,1 @@
-"""Running: loaders that visit every example once with its index, and passes over them."""
+"""Running: loaders that visit every example once with its index, and the runners that pass over them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,11 +12,149 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
+    default_collate,
 )
 
-from lightning_influence.errors import UnsupportedDataError
-from lightning_influence.running.collating import OrderedCollate
-from lightning_influence.running.held import Held
+from lightning_influence.support.errors import UnsupportedDataError
+from lightning_influence.support.random_states import preserved_rng
+
+
+class Held:
+    """An iterable of batches that reads its source once.
+
+    Only batches made of tensors, numbers and texts are kept, because only of these is it known whether a step
+    changed them in place; after one that did, and beyond the limit, they are read anew each time.
+
+    Args:
+        source: an iterable of batches that may be repeated.
+        limit: most bytes to keep.
+    """
+
+    def __init__(self, source: Iterable[Any], limit: int) -> None:
+        self._source, self._limit = source, limit
+        self._kept: list[Any] | None = None
+        self._versions: list[int] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield every batch."""
+        if self._kept is not None and self._versions == _versions(self._kept):
+            yield from self._kept
+            return
+        self._kept = None
+        batches: list[Any] = []
+        versions: list[int] = []
+        free = self._limit
+        for batch in self._source:
+            tensors = _tensors(batch)
+            free = free - sum(tensor.nbytes for tensor in tensors) if tensors is not None else -1
+            if free >= 0:
+                batches.append(batch)
+                versions += [tensor._version for tensor in tensors or []]
+            else:
+                batches = []
+            yield batch
+        if free >= 0:
+            self._kept, self._versions = batches, versions
+
+
+def _versions(batches: list[Any]) -> list[int]:
+    return [tensor._version for batch in batches for tensor in _tensors(batch) or []]
+
+
+def _tensors(item: Any) -> list[Tensor] | None:
+    """Return the tensors of a batch; None if it holds anything whose changes are not seen."""
+    if isinstance(item, Tensor):
+        return [item]
+    if isinstance(item, int | float | str | bytes | None):
+        return []
+    if isinstance(item, Mapping):
+        item = list(item.values())
+    if not isinstance(item, list | tuple):
+        return None
+    found: list[Tensor] = []
+    for part in item:
+        tensors = _tensors(part)
+        if tensors is None:
+            return None
+        found += tensors
+    return found
+
+
+class OrderedCollate:
+    """A user's collate function that is also given its first batch in reverse order.
+
+    Args:
+        collate: the function.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+        self._checked = collate is default_collate
+
+    def __call__(self, items: Any) -> Any:
+        """Collate a batch.
+
+        Returns:
+            What the user's function returns.
+
+        Raises:
+            UnsupportedDataError: if the function puts the examples into an order of its own.
+        """
+        if self._checked or not isinstance(items, list) or len(items) < 2:
+            return self._collate(items)
+        reverse = self._reversed(items)
+        batch = self._collate(items)
+        self._checked = True
+        if _has_own_order(batch, reverse, len(items)):
+            name = getattr(self._collate, "__name__", type(self._collate).__name__)
+            raise UnsupportedDataError(
+                f"collate_fn={name} brings the examples of a batch into an order of its own: which row is "
+                "which example of the dataset cannot be told. Pass a loader whose collate_fn keeps the order "
+                "(to pack sequences, use pack_padded_sequence(enforce_sorted=False))."
+            )
+        return batch
+
+    def _reversed(self, items: list[Any]) -> Any:
+        """Return the batch of the items in reverse order, None if that cannot be had."""
+        try:
+            with preserved_rng():
+                return self._collate(copy.deepcopy(items[::-1]))
+        except Exception:  # whatever the user's code may raise
+            return None
+
+
+def _has_own_order(batch: Any, reverse: Any, count: int) -> bool:
+    """Return whether the reverse batch holds the same rows, and in no part in reverse order."""
+    moved = False
+    for rows, others in zip(_parts(batch, count), _parts(reverse, count), strict=False):
+        if rows.shape != others.shape or torch.equal(rows, rows.flip(0)):
+            continue
+        if torch.equal(others, rows.flip(0)):
+            return False
+        moved |= _contents(rows) == _contents(others)
+    return moved
+
+
+def _parts(batch: Any, count: int) -> Iterator[Tensor]:
+    """The tensors of a batch with one row for each example; columns of a time-first one become its rows."""
+    if isinstance(batch, Tensor) and batch.layout == torch.strided:
+        for dim in (0, 1):
+            if batch.ndim > dim and batch.shape[dim] == count:
+                yield batch.transpose(0, dim)
+                return
+    elif isinstance(batch, Mapping):
+        for part in batch.values():
+            yield from _parts(part, count)
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            yield from _parts(part, count)
+
+
+def _contents(rows: Tensor) -> list[bytes]:
+    """Return the rows as bytes, in an order that depends on them alone."""
+    flat = rows.detach().cpu().reshape(len(rows), -1).contiguous()
+    return sorted(row.view(torch.uint8).numpy().tobytes() for row in flat)
+
 
 ACCEPTED = (
     "a DataLoader over a map-style dataset, a list or dict of them, CombinedLoader(..., 'sequential'), "

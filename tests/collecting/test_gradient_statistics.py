@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_influence.collecting.gradient_statistics import (
-    gradient_norms,
-    noise_and_signal,
-    spectrum,
-    squared_norms,
-)
-from lightning_influence.factors.factors import Factors
-from lightning_influence.factors.statistics import LayerStatistics
-from lightning_influence.layers import FactoredGradients, find_layers
+from lightning_influence.collecting.figures import gradient_norms, noise_and_signal, spectrum, squared_norms
+from lightning_influence.curvature.factors import Factors, LayerStatistics
+from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.plan import find_layers
 
 G = torch.Generator().manual_seed(0)
 

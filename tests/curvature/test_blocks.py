@@ -7,7 +7,7 @@ from operator_source import CaseSource
 
 from lightning_influence.curvature.blocks import BlockProductPass, DenseBlockPass, block_indices, join_blocks
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass
-from lightning_influence.curvature.operator import BlockOperator
+from lightning_influence.curvature.operators import BlockOperator
 
 
 def owners(case, blocks):

@@ -3,9 +3,8 @@ import pytest
 import torch
 from drive import TIGHT, Setup, closed_form
 
-from lightning_influence.curvature.factored import FactoredOperator
-from lightning_influence.curvature.operator import Damped
-from lightning_influence.passes.statistics import CovariancePass, DiagonalPass
+from lightning_influence.curvature.factor_passes import CovariancePass, DiagonalPass
+from lightning_influence.curvature.operators import Damped, FactoredOperator
 
 SOME = ["mlp_relu_inplace_weighted", "conv2d_reflect_groups", "tokens"]
 

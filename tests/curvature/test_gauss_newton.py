@@ -4,8 +4,8 @@ from drive import TIGHT, Setup, run
 from models import CASES
 
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass, DenseCurvaturePass, add_gram
-from lightning_influence.errors import NonFiniteError
-from lightning_influence.passes.forward import Forward
+from lightning_influence.model.forward import Forward
+from lightning_influence.support.errors import NonFiniteError
 
 SOME = [
     "mlp_softplus_weighted_smoothing",
@@ -101,7 +101,7 @@ def test_a_spoiled_sum_is_refused():
 @pytest.mark.parametrize("name", ["tokens_weighted", "conv2d_reflect_groups", "mlp_gelu"])
 @pytest.mark.parametrize("limit", [1, 10_000])
 def test_blocks_of_vectors_and_few_seeds_at_a_time(name, limit, monkeypatch):
-    from lightning_influence.curvature import columns
+    from lightning_influence.curvature import passes as columns
 
     monkeypatch.setattr(columns, "_SEED_BYTES", limit)
     setup = Setup.of(name)

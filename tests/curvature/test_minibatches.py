@@ -11,11 +11,11 @@ import torch
 from models import CASES
 from operator_source import CaseSource
 
-from lightning_influence.curvature.estimates import Estimate, random_vectors
 from lightning_influence.curvature.minibatches import example_variance, trace_of_square
-from lightning_influence.curvature.operator import GaussNewtonOperator, HessianOperator
+from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_influence.curvature.sketch import sketch
-from lightning_influence.running.dataloading import prepare_train
+from lightning_influence.linalg.estimates import Estimate, random_vectors
+from lightning_influence.running.reading import prepare_train
 
 NAMES = ["mlp_gelu", "mlp_relu_inplace_weighted"]
 MAKE = {"ggn": GaussNewtonOperator, "hessian": HessianOperator}

@@ -5,8 +5,8 @@ from drive import TIGHT
 from models import CASES
 from operator_source import CaseSource
 
-from lightning_influence.curvature.operator import Damped, GaussNewtonOperator, HessianOperator
-from lightning_influence.errors import UnsupportedModelError
+from lightning_influence.curvature.operators import Damped, GaussNewtonOperator, HessianOperator
+from lightning_influence.support.errors import UnsupportedModelError
 
 KINDS = {"hessian": (HessianOperator, oracle.hessian), "ggn": (GaussNewtonOperator, oracle.ggn)}
 SOME = ["mlp_gelu", "mlp_relu_inplace_weighted", "tokens_weighted", "conv2d_reflect_groups"]

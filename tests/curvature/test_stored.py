@@ -9,12 +9,11 @@ from models import CASES, lightning_module, loader
 from operator_source import CaseSource
 from torch import nn
 
-from lightning_influence.curvature.operator import GaussNewtonOperator
+from lightning_influence.curvature.operators import GaussNewtonOperator
 from lightning_influence.curvature.stored import StoragePass, kappa
-from lightning_influence.errors import NonFiniteError
-from lightning_influence.layers import find_layers
-from lightning_influence.layers.layout import Layout
-from lightning_influence.running.dataloading import prepare_train
+from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.running.reading import prepare_train
+from lightning_influence.support.errors import NonFiniteError
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 

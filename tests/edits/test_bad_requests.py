@@ -11,17 +11,18 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceModule
-from lightning_influence.edits import EditOptions, register_direction
-from lightning_influence.edits.directions import base as directions
-from lightning_influence.errors import (
+from lightning_influence.edits import directions
+from lightning_influence.edits.directions import register_direction
+from lightning_influence.edits.options import EditOptions
+from lightning_influence.edits.rules import SelectionRule
+from lightning_influence.linalg.normal_equations import SingularSubsetError, Solve
+from lightning_influence.support.errors import (
     InfluenceError,
     InfluenceWarning,
     LossCaptureError,
     NonFiniteError,
     UnsupportedDataError,
 )
-from lightning_influence.selection import SelectionRule
-from lightning_influence.solvers.normal_equations import SingularSubsetError, Solve
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 1.5, float("nan"), "5%", True])

@@ -6,10 +6,10 @@ from edit_models import asked, blobs, fitted, of_class, quiet, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.edits.columns import leading_columns, softened
-from lightning_influence.losses.cross_entropy import CrossEntropyLoss
-from lightning_influence.losses.hook import ScaledLoss
-from lightning_influence.losses.mse import SquaredErrorLoss
+from lightning_influence.edits.curvature import leading_columns, softened
+from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
+from lightning_influence.model.losses.hook import ScaledLoss
+from lightning_influence.model.losses.mse import SquaredErrorLoss
 
 EVERY = torch.arange(6)
 

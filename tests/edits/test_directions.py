@@ -9,7 +9,7 @@ from reference import CLOSE, EDITED, EXACTLY, Dense, flat, flat_mask
 
 from lightning_influence import InfluenceModule
 from lightning_influence.edits.directions import Problem, find_direction
-from lightning_influence.errors import InfluenceError
+from lightning_influence.support.errors import InfluenceError
 
 SOME = [
     "linear_mse",

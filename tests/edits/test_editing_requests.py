@@ -11,15 +11,16 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from lightning_influence import InfluenceModule
-from lightning_influence.edits import EditOptions, data
-from lightning_influence.edits.asking import EditsParameters
-from lightning_influence.errors import (
+from lightning_influence.api.module import EditsParameters
+from lightning_influence.edits import data
+from lightning_influence.edits.options import EditOptions
+from lightning_influence.running.reading import prepare_train
+from lightning_influence.support.errors import (
     EditMismatchError,
     InfluenceWarning,
     NonFiniteError,
     UnsupportedDataError,
 )
-from lightning_influence.running.dataloading import prepare_train
 
 
 def values(edit):

@@ -10,9 +10,9 @@ from influence_models import Net, trainer
 from rich.console import Console
 
 from lightning_influence import InfluenceCallback, InfluenceModule
-from lightning_influence.edits import ParameterEdit
-from lightning_influence.errors import CorruptFileError, EditMismatchError
+from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.results.rendering import plain
+from lightning_influence.support.errors import CorruptFileError, EditMismatchError
 
 
 @pytest.fixture(scope="module")

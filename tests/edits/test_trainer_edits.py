@@ -18,7 +18,7 @@ from lightning_influence import (
     forget,
     relabel,
 )
-from lightning_influence.errors import InfluenceError, UnsupportedDataError, UnsupportedTrainerError
+from lightning_influence.support.errors import InfluenceError, UnsupportedDataError, UnsupportedTrainerError
 
 FORGET = {"ratio": 0.3}
 RELABEL = {"ratio": 0.3, "linearisations": 4}

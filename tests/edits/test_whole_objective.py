@@ -10,8 +10,8 @@ from lightning_influence import InfluenceModule
 from lightning_influence.edits import editor
 from lightning_influence.edits.passes import Losses
 from lightning_influence.edits.sampling import drawn
-from lightning_influence.errors import InfluenceError, InfluenceWarning
-from lightning_influence.solvers.quasi_newton import Descent
+from lightning_influence.linalg.descent import Descent
+from lightning_influence.support.errors import InfluenceError, InfluenceWarning
 
 
 @pytest.mark.parametrize("make", [regression, noisy_classes])

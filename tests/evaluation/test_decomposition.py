@@ -14,7 +14,7 @@ from lightning_influence.evaluation.decomposition import (
     off_block_energy,
     relative_residual,
 )
-from lightning_influence.layers.layout import Layout
+from lightning_influence.model.plan import Layout
 from lightning_influence.results.rendering import plain
 
 DOUBLE = torch.float64

@@ -9,7 +9,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
-from lightning_influence.errors import (
+from lightning_influence.evaluation.harness import Retraining, retrain_subsets
+from lightning_influence.evaluation.recipe import run_seed
+from lightning_influence.support.errors import (
     CorruptFileError,
     InfluenceError,
     NonFiniteError,
@@ -17,8 +19,6 @@ from lightning_influence.errors import (
     UnsupportedModelError,
     UnsupportedTrainerError,
 )
-from lightning_influence.evaluation.recipe import run_seed
-from lightning_influence.harness import Retraining, retrain_subsets
 
 RIDGE = Retraining(models.ridge, models.trainer, models.data, models.loader, models.queries)
 MASKS = torch.ones(3, 8, dtype=torch.bool).scatter(1, torch.tensor([[0], [3], [7]]), value=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_influence.harness import Retraining, retrain_subsets
+from lightning_influence.evaluation.harness import Retraining, retrain_subsets
 
 RIDGE = Retraining(models.ridge, models.trainer, models.data, models.loader, models.queries)
 MASKS = torch.ones(1, 8, dtype=torch.bool).scatter(1, torch.tensor([[3]]), value=False)

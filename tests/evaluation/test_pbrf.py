@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_influence.errors import InfluenceError, NonFiniteError
 from lightning_influence.evaluation.losses import binary_cross_entropy, cross_entropy, squared_error
 from lightning_influence.evaluation.pbrf import proximal_response
+from lightning_influence.support.errors import InfluenceError, NonFiniteError
 
 LAYERS = ["0", "2"]
 EXAMPLES = [0, 11]

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_influence.errors import CorruptFileError
 from lightning_influence.evaluation import retraining
 from lightning_influence.evaluation.lds import random_subsets
 from lightning_influence.evaluation.losses import cross_entropy
 from lightning_influence.evaluation.recipe import Recipe
 from lightning_influence.evaluation.retraining import retrain
 from lightning_influence.evaluation.stacked import Member, train_members
+from lightning_influence.support.errors import CorruptFileError
 
 RECIPE = Recipe(0.1, epochs=3, batch_size=4, momentum=0.9)
 MASKS = random_subsets(20, 3, seed=1)

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_influence.errors import UnsupportedModelError
 from lightning_influence.evaluation.lds import random_subsets
 from lightning_influence.evaluation.losses import cross_entropy
 from lightning_influence.evaluation.recipe import Recipe
 from lightning_influence.evaluation.retraining import fingerprint, retrain
 from lightning_influence.evaluation.stacked import Member, train_members
+from lightning_influence.support.errors import UnsupportedModelError
 
 RECIPE = Recipe(0.1, epochs=2, batch_size=4)
 MASKS = random_subsets(12, 2, seed=1)

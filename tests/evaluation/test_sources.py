@@ -3,8 +3,7 @@ import pytest
 import source_models
 import torch
 
-from lightning_influence.evaluation.content import content
-from lightning_influence.evaluation.sources import describe, digest, versions
+from lightning_influence.evaluation.fingerprints import content, describe, digest, versions
 
 
 def mark():

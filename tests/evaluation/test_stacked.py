@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_influence.errors import NonFiniteError, UnsupportedModelError
 from lightning_influence.evaluation.losses import binary_cross_entropy, squared_error
 from lightning_influence.evaluation.optimizers import torch_optimizer
 from lightning_influence.evaluation.recipe import Recipe, batch_orders, run_seed
 from lightning_influence.evaluation.stacked import Member, build, train_members
+from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
 
 RECIPE = Recipe(0.1, epochs=5, batch_size=4, momentum=0.9, weight_decay=1e-2)
 

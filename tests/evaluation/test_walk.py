@@ -17,8 +17,8 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from lightning_influence.evaluation.fingerprints import beyond_source, describe
 from lightning_influence.evaluation.losses import cross_entropy
-from lightning_influence.evaluation.sources import beyond_source, describe
 
 SETTINGS = SimpleNamespace(rate=0.1)
 

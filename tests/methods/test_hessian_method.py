@@ -12,7 +12,7 @@ from models import CASES
 from torch import nn
 
 from lightning_influence import InfluenceModule
-from lightning_influence.errors import InfluenceWarning, UnsupportedModelError
+from lightning_influence.support.errors import InfluenceWarning, UnsupportedModelError
 
 NAME = "mlp_gelu"  # its Hessian is indefinite at random weights, and so is the Hessian plus DAMPING
 

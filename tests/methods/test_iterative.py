@@ -12,7 +12,7 @@ from influence_models import Net, fitted, names, queries, train, trainer
 from models import CASES, lightning_module, loader
 
 from lightning_influence import InfluenceModule, influence
-from lightning_influence.errors import (
+from lightning_influence.support.errors import (
     DivergenceError,
     IndefiniteError,
     InfluenceWarning,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from zoo import ZOO, zoo
 
 from lightning_influence import InfluenceModule
-from lightning_influence.errors import DivergenceError, InfluenceWarning
+from lightning_influence.support.errors import DivergenceError, InfluenceWarning
 
 # What is promised; 1e-3 to 5 are the dampings it is promised for.
 RELATIVE_ERROR = 0.05

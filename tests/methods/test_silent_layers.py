@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_influence import InfluenceCallback, InfluenceModule, InfluenceTrainer
-from lightning_influence.errors import InfluenceWarning, UnsupportedModelError
+from lightning_influence.support.errors import InfluenceWarning, UnsupportedModelError
 
 METHODS = ["identity", "diagonal", "kfac", "ekfac", "block_ggn", "exact", "hessian", "auto"]
 

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_influence import InfluenceModule
-from lightning_influence.collecting.gradient_statistics import spectrum as collected
+from lightning_influence.collecting.figures import spectrum as collected
+from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.spectrum import trace_of_factors
-from lightning_influence.errors import InfluenceWarning
-from lightning_influence.factors.factors import Factors
+from lightning_influence.support.errors import InfluenceWarning
 
 NAMES = ["mlp_gelu", "mlp_relu_inplace_weighted", "tokens_weighted", "conv2d_reflect_groups"]
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_influence.attributions import Attributions
+from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics
-from lightning_influence.results.labels import Labels
-from lightning_influence.results.ranking import Ranking
+from lightning_influence.results.ranking import Labels, Ranking
 from lightning_influence.results.rendering import facts_table, markdown_table, plain, score_caption
 from lightning_influence.results.self_influence import SelfInfluence
 

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.errors import NonFiniteError
-from lightning_influence.results.streaming import StreamingExtremes, StreamingTopK
-from lightning_influence.results.topk import check_finite, select_topk
+from lightning_influence.results.top_k import StreamingExtremes, StreamingTopK, check_finite, select_topk
+from lightning_influence.support.errors import NonFiniteError
 
 
 def reference(scores, indices, k, largest):

@@ -7,8 +7,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from lightning_influence.errors import UnsupportedDataError
-from lightning_influence.running.dataloading import prepare
+from lightning_influence.running.reading import prepare
+from lightning_influence.support.errors import UnsupportedDataError
 
 LENGTHS = (2, 5, 3, 4, 1, 6)
 SEQUENCES = [(torch.full((length,), float(length)), torch.tensor(n)) for n, length in enumerate(LENGTHS)]

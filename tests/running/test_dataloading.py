@@ -25,10 +25,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_influence.errors import InfluenceWarning, UnsupportedDataError
-from lightning_influence.host.random_states import preserved_rng
-from lightning_influence.running.dataloading import prepare, prepare_train
 from lightning_influence.running.loaders import IndexedLoader
+from lightning_influence.running.reading import prepare, prepare_train
+from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
+from lightning_influence.support.random_states import preserved_rng
 
 # Lightning's own use of torch's pytrees.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")

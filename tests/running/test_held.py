@@ -3,8 +3,8 @@
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_influence.running.dataloading import prepare_train
-from lightning_influence.running.held import Held
+from lightning_influence.running.loaders import Held
+from lightning_influence.running.reading import prepare_train
 
 
 class Counting(Dataset):

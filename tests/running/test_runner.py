@@ -16,15 +16,15 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics import Accuracy, CatMetric, MeanMetric
 from two_processes import check_script
 
-from lightning_influence.errors import (
+from lightning_influence.running.loop_runner import LoopRunner
+from lightning_influence.running.reading import prepare
+from lightning_influence.running.trainer_runner import TrainerRunner
+from lightning_influence.support.errors import (
     InfluenceError,
     InfluenceWarning,
     UnsupportedDataError,
     UnsupportedTrainerError,
 )
-from lightning_influence.running.dataloading import prepare
-from lightning_influence.running.loop import LoopRunner
-from lightning_influence.running.predict import TrainerRunner
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
@@ -753,7 +753,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from lightning_influence.running.predict import TrainerRunner
+from lightning_influence.running.trainer_runner import TrainerRunner
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")

@@ -1,0 +1,1 @@
+"""Ways to ask: ``trainer.influence``, ``InfluenceModule``, and edits through a Trainer."""

@@ -1,0 +1,274 @@
+"""The engine behind every way to ask: it orders the passes and puts their answers together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.api.question import Question
+from lightning_influence.curvature.factors import fingerprint
+from lightning_influence.curvature.spectrum import Spectrum
+from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.methods.context import Context, check_current, current, digest
+from lightning_influence.methods.gathering import Gathered, GradientPass, gather, joined
+from lightning_influence.methods.method import Method, find_method
+from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
+from lightning_influence.methods.spectrum import SpectrumSettings, measured
+from lightning_influence.model.mean_loss import LossPass, LossSum
+from lightning_influence.model.measurements import ResolvedMeasurement, resolve_measurement
+from lightning_influence.model.plan import LayerPlan, find_layers
+from lightning_influence.results.attributions import Attributions
+from lightning_influence.results.averages import join_queries
+from lightning_influence.results.diagnostics import Diagnostics, PassFacts
+from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.results.top_k import StreamingExtremes
+from lightning_influence.running.loaders import IndexedLoader
+from lightning_influence.running.reading import prepare, prepare_train
+from lightning_influence.running.runner import Runner
+from lightning_influence.support.notes import Notes
+
+
+class Engine:
+    """Answers questions about one module.
+
+    Args:
+        runner: an entered runner on the module.
+        state: what earlier questions or the fit left; updated in place.
+        question: what is asked.
+        checkpoint: path of the weights, for the diagnostics.
+    """
+
+    def __init__(
+        self, runner: Runner, state: InfluenceState, question: Question, *, checkpoint: str | None = None
+    ) -> None:
+        self._start = time.perf_counter()
+        self._runner, self._state, self._question = runner, state, question
+        self._checkpoint = checkpoint
+        self._notes = Notes()
+
+    def attribute(self, train: Any, queries: Any) -> Attributions:
+        """Scores of every training example for every query.
+
+        Args:
+            train: the training examples: a loader, or ready-made batches.
+            queries: the queries: loaders, or ready-made batches.
+
+        Returns:
+            The attributions.
+        """
+        measured = resolve_measurement(self._question.measurement, self._runner.module)
+        train_loader, query_loaders = prepare_train(train), prepare(queries)
+        return current(self._state, lambda: self._attributed(train_loader, query_loaders, measured))
+
+    def _attributed(
+        self, train: IndexedLoader, query_loaders: list[IndexedLoader], measured: ResolvedMeasurement
+    ) -> Attributions:
+        method = self._prepare(train)
+        several = len(query_loaders) > 1
+        groups = self._groups(method, query_loaders, measured)
+        return join_queries([self._attribute(method, group, measured, several) for group in groups])
+
+    def _groups(
+        self, method: Method, loaders: list[IndexedLoader], measured: ResolvedMeasurement
+    ) -> Iterator[Gathered]:
+        """Yield the queries, as many at a time as the method takes under the memory budget."""
+        context, count = method.context, sum(loader.num_examples for loader in loaders)
+        rows = method.group_size() if method.in_groups else count
+        if rows >= count:
+            yield self._queries(context, measured, loaders)
+            return
+        for number, loader in enumerate(loaders):
+            for part in loader.parts(rows):
+                found = self._queries(context, measured, [part])
+                found = replace(found, dataloaders=torch.full_like(found.dataloaders, number))
+                groups = [slice(start, start + rows) for start in range(0, len(found.indices), rows)]
+                yield from [found] if len(groups) == 1 else map(found.select, groups)
+
+    def _attribute(
+        self, method: Method, asked: Gathered, measured: ResolvedMeasurement, several: bool
+    ) -> Attributions:
+        """Return scores of some queries, from one pass; their gradients are let go."""
+        context, k = method.context, self._question.top_k
+        solved = method.solve(asked.gradients)
+        asked = replace(asked, gradients={})  # methods let go of what the scores do not need
+        sink = Columns() if k is None else StreamingExtremes(len(asked.indices), k)
+        scoring = ScorePass(context.plan, solved.scorer, sink)
+        context.run_on_train(scoring)
+        if not scoring.examples and isinstance(sink, Columns):  # fewer examples than processes
+            sink.update(
+                torch.empty(len(asked.indices), 0, dtype=context.dtype), torch.empty(0, dtype=torch.int64)
+            )
+        check_current(method.context, scoring.losses)
+        scale = self._scale(scoring, _is_loss(measured))
+        diagnostics = self._diagnostics(method, measured.name, solved.residuals)
+        dataloaders = asked.dataloaders if several else None
+        return joined(context, sink, scale, asked.indices, dataloaders, diagnostics)
+
+    def self_influence(self, train: Any) -> SelfInfluence:
+        """Influence of every training example on its own loss, in one pass.
+
+        Args:
+            train: the training examples: a loader, or ready-made batches.
+
+        Returns:
+            The scores by dataset index.
+        """
+        train_loader = prepare_train(train)
+        return current(self._state, lambda: self._self_influence(train_loader))
+
+    def _self_influence(self, train: IndexedLoader) -> SelfInfluence:
+        method = self._prepare(train)
+        one_pass = SelfInfluencePass(method.context.plan, method.quadratic())
+        method.context.run_on_train(one_pass)
+        check_current(method.context, one_pass.losses)
+        indices, values = one_pass.gathered(self._runner.all_gather_cat, method.context.dtype)
+        return SelfInfluence(
+            train_indices=indices,
+            scores=values * self._scale(one_pass, True),
+            diagnostics=self._diagnostics(method, "loss", None),
+        )
+
+    def ihvp(self, train: Any, queries: Any) -> tuple[dict[str, Tensor], Diagnostics]:
+        """Inverse-Hessian-vector products of the queries' gradients.
+
+        Args:
+            train: the training examples, which the curvature is an average over.
+            queries: the queries: loaders, or ready-made batches.
+
+        Returns:
+            ``(H + lambda I)^{-1} g_q`` by parameter name, each of shape ``(Q, *parameter.shape)``, and the
+            certificate.
+        """
+        measured = resolve_measurement(self._question.measurement, self._runner.module)
+        method = self._prepare_alone(train)
+        asked = self._queries(method.context, measured, prepare(queries))
+        plan = method.context.plan
+        solutions, residuals = method.solutions(asked.gradients)
+        if _is_loss(measured):
+            solutions = solutions / method.mean_weight
+        result = {}
+        for name, block in method.context.layout.split(solutions).items():
+            weight, bias = plan.layers[name].to_parameters(block)
+            result[f"{name}.weight"] = weight
+            if bias is not None:
+                result[f"{name}.bias"] = bias
+        return result, self._diagnostics(method, measured.name, residuals)
+
+    def spectrum(self, train: Any, settings: SpectrumSettings) -> Spectrum:
+        """Measure the spectrum of the curvature; the question's method plays no part.
+
+        Args:
+            train: the training examples, which the curvature is an average over.
+            settings: which curvature, and how closely.
+
+        Returns:
+            The spectrum.
+        """
+        return measured(self._context(prepare_train(train)), settings)
+
+    def prepare(self, train: Any) -> None:
+        """Run the passes that do not depend on queries; what they give is kept in the state."""
+        self._prepare_alone(train)
+
+    def _prepare_alone(self, train: Any) -> Method:
+        """Return the prepared method where no pass over the training data follows that checks its state."""
+        loader = prepare_train(train)
+
+        def prepared() -> Method:
+            method = self._prepare(loader)
+            if method.context.made or method.context.reused:
+                check_current(method.context, method.context.losses or self._losses(method, loader))
+            return method
+
+        return current(self._state, prepared)
+
+    def _losses(self, method: Method, loader: IndexedLoader) -> LossSum:
+        """Return the losses of the training examples, from a pass of their own."""
+        one_pass = LossPass(method.context.plan)
+        self._runner.run(one_pass, loader)
+        return one_pass.losses
+
+    def _prepare(self, train: IndexedLoader) -> Method:
+        """Return the method, after its query-independent passes."""
+        method = find_method(self._question.method)(self._context(train))
+        method.note_unused()
+        method.prepare()
+        return method
+
+    def _context(self, train: IndexedLoader) -> Context:
+        """Return everything a method works with: find the layers, and say what is not covered."""
+        module = self._runner.module
+        plan = self._plan(module)
+        uncovered = plan.describe_uncovered()
+        if uncovered is not None:
+            self._notes.add(uncovered)
+        first = next(iter(plan.layers.values()))
+        dtype = first.rule.weight(first.module).dtype
+        weights = fingerprint(module)
+        return Context(
+            self._runner,
+            plan,
+            train,
+            self._state,
+            self._question.options,
+            self._runner.device,
+            torch.float64 if dtype == torch.float64 else torch.float32,
+            weights=weights,
+            weights_key=digest({name: [f"{x:.9g}" for x in pair] for name, pair in weights.items()}),
+            notes=self._notes,
+        )
+
+    def _plan(self, module: Any) -> LayerPlan:
+        """Return the covered layers, with what earlier calls found in order about the same model's loss."""
+        plan = find_layers(module, self._question.layers)
+        shapes = {name: layer.shape for name, layer in plan.layers.items()}
+        model = digest(type(module).__module__, type(module).__qualname__, shapes)
+        plan = replace(plan, verified=self._state.verified.setdefault(model, set()))
+        plan.verified.discard("measurement")  # may be another one
+        return plan
+
+    def _queries(
+        self, context: Context, measured: ResolvedMeasurement, loaders: list[IndexedLoader]
+    ) -> Gathered:
+        """Return gradients of all queries, on every process."""
+        one_pass = GradientPass(context.plan, None if _is_loss(measured) else measured)
+        return gather(context, one_pass, loaders)
+
+    def _scale(self, one_pass: ScorePass | SelfInfluencePass, of_loss: bool) -> float:
+        """Return ``1 / N`` and the losses' mean weight, which a loss measurement is divided by as well."""
+        counts = torch.tensor([float(one_pass.examples), one_pass.weight], dtype=torch.float64)
+        examples, weight = self._runner.all_reduce_sum(counts).tolist()
+        mean_weight = weight / examples if weight > 0 else 1.0
+        return float(1.0 / (examples * mean_weight ** (2 if of_loss else 1)))
+
+    def _diagnostics(self, method: Method, measurement: str, residuals: Tensor | None) -> Diagnostics:
+        """Return the certificate that goes with an answer."""
+        context = method.context
+        passes: list[PassFacts] = [
+            {"name": r.name, "seconds": r.seconds, "examples": r.examples, "batches": r.batches}
+            for r in self._runner.records
+        ]
+        return Diagnostics(
+            method=method.name,
+            measurement=measurement,
+            damping=context.damping,
+            damping_origin=context.damping_origin,
+            residuals=None if residuals is None else residuals.detach().float().cpu(),
+            passes=passes,
+            seconds=time.perf_counter() - self._start,
+            layers={name: layer.numel for name, layer in context.plan.layers.items()},
+            parameters_covered=context.plan.coverage,
+            checkpoint=self._checkpoint,
+            warnings=list(context.notes.messages),
+            extra=dict(context.extra),
+        )
+
+
+def _is_loss(measured: ResolvedMeasurement) -> bool:
+    """Return whether it is the training loss itself, not a function of the user's that is called so."""
+    return measured.name == "loss" and measured.function is None

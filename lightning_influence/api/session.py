@@ -1,0 +1,217 @@
+"""One call on a borrowed Trainer: the state it starts from and leaves, at one checkpoint or several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+from lightning_influence.api.engine import Engine
+from lightning_influence.api.question import Question
+from lightning_influence.collecting.callback import InfluenceCallback
+from lightning_influence.collecting.store import state_from_checkpoint
+from lightning_influence.curvature.factors import Factors
+from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.curvature.training_record import TrainingRecord
+from lightning_influence.results.attributions import Attributions
+from lightning_influence.results.averages import average_attributions
+from lightning_influence.running.host.checkpoints import held_weights
+from lightning_influence.running.host.module import unwrap_compiled
+from lightning_influence.running.trainer_runner import TrainerRunner
+
+
+class Session:
+    """One call: the borrowed Trainer, and the state that the call starts from and leaves.
+
+    Raises:
+        TypeError: if an argument is of a wrong type.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: LightningModule | None,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | None,
+        factors: Factors | Literal["refit"] | None,
+    ) -> None:
+        check_trainer(trainer)
+        _check_datamodule(datamodule)
+        _check_factors(factors)
+        self._own = _influence_callback(trainer)
+        self._reader = _CheckpointReader()
+        self._factors = factors
+        restore: list[Callback] = [self._reader] if self._own is None else [self._own, self._reader]
+        self.runner = TrainerRunner(
+            trainer, model, datamodule=datamodule, ckpt_path=ckpt_path, restore=restore
+        )
+        self._fitted = trainer.train_dataloader  # now: loading a checkpoint lets go of it for the time being
+
+    def engine(self, question: Question) -> Engine:
+        """Return the engine, with the state that is there once a checkpoint has been loaded."""
+        self._state = self._found()
+        if self._factors == "refit":
+            self._state = InfluenceState(record=self._state.record)
+        elif isinstance(self._factors, Factors):
+            self._state = replace(self._state, factors=self._factors, factors_key="")
+        return Engine(self.runner, self._state, question, checkpoint=self.runner.ckpt_path)
+
+    def _found(self) -> InfluenceState:
+        """Return the state of this Trainer's callback, or of any callback in the checkpoint."""
+        if self._own is not None and (self._reader.state is None or self._own in self.runner.restored):
+            return self._own.influence_state
+        return self._reader.state or InfluenceState()
+
+    @property
+    def record(self) -> TrainingRecord | None:
+        """The training run on record, once a checkpoint has been loaded."""
+        return self._found().record
+
+    def train_loader(self, given: Any) -> Any:
+        """Return the loader that was given, or those of the datamodule, the last fit, or the module."""
+        if given is not None:
+            return given
+        if self._fitted is None or self.runner.datamodule is not None:
+            return self.runner.train_dataloaders()
+        return self._fitted
+
+    def keep(self) -> None:
+        """Let the callback keep what later queries can use; given factors serve this call only."""
+        if self._own is None:
+            return
+        if isinstance(self._factors, Factors):
+            known = self._found()
+            self._state = replace(self._state, factors=known.factors, factors_key=known.factors_key)
+        self._own.influence_state = self._state
+
+
+class _CheckpointReader(Callback):
+    """Finds the state of any influence callback in a checkpoint, for a Trainer that has none of the kind."""
+
+    state: InfluenceState | None = None
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Read the state."""
+        self.state = state_from_checkpoint(checkpoint)
+
+
+def over_checkpoints(
+    trainer: Trainer,
+    model: LightningModule | None,
+    paths: Sequence[str],
+    answer: Callable[[str], Attributions],
+) -> Attributions:
+    """Average the answers at several checkpoints; the model keeps the weights it has, the callback its state.
+
+    Args:
+        trainer: the Trainer.
+        model: the module; by default the one the Trainer ran last.
+        paths: what :func:`~lightning_influence.api.trainer.influence` takes as one ``ckpt_path``.
+        answer: the answer at one of them.
+
+    Returns:
+        The average.
+
+    Raises:
+        ValueError: if there is no path, or no module to load them into.
+    """
+    check_trainer(trainer)
+    module = trainer.lightning_module if model is None else model
+    if not paths or module is None:
+        what = "no module" if paths else "an empty ckpt_path"
+        raise ValueError(f"Got {what}; pass at least one checkpoint, and the module to load it into.")
+    own = _influence_callback(trainer)
+    state = None if own is None else own.influence_state
+    put_back = held_weights(unwrap_compiled(module))
+    try:
+        return average_attributions([answer(path) for path in paths])
+    finally:
+        put_back()
+        if own is not None and state is not None:
+            own.influence_state = state
+
+
+def paths_of(ckpt_path: Any) -> str | list[str] | None:
+    """Return one checkpoint or several as texts, None for the weights in memory.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if ckpt_path is None:
+        return None
+    if isinstance(ckpt_path, str | os.PathLike):
+        return os.fspath(ckpt_path)
+    several = isinstance(ckpt_path, Iterable) and not isinstance(ckpt_path, bytes | bytearray)
+    paths = list(ckpt_path) if several else [ckpt_path]
+    if not several or not all(isinstance(path, str | os.PathLike) for path in paths):
+        raise TypeError(
+            f"Got ckpt_path={ckpt_path!r}; accepted are 'best', 'last', a path, a list of them, or None for "
+            "the weights that the model has now."
+        )
+    return [os.fspath(path) for path in paths]
+
+
+def check_name(name: object) -> None:
+    """Refuse a name that cannot be a prefix of keys and a folder, before the work that it is for.
+
+    Raises:
+        TypeError: if it is no text.
+        ValueError: if it is empty.
+    """
+    accepted = "accepted is a text: the prefix of what is logged, and the name of the folder of files."
+    if not isinstance(name, str):
+        raise TypeError(f"Got name={name!r}; {accepted}")
+    if not name:
+        raise ValueError(f"Got an empty name; {accepted}")
+
+
+def _influence_callback(trainer: Trainer) -> InfluenceCallback | None:
+    host: Any = trainer  # its callbacks are declared nowhere
+    return next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
+
+
+def check_trainer(trainer: object) -> None:
+    """Refuse what is no Trainer, such as a model in its place.
+
+    Raises:
+        TypeError: saying what to pass.
+    """
+    if isinstance(trainer, Trainer):
+        return
+    what = "a LightningModule" if isinstance(trainer, LightningModule) else type(trainer).__name__
+    raise TypeError(
+        f"Got {what} as trainer; accepted is a Trainer of lightning.pytorch, which comes first: "
+        "influence(trainer, model, ...), or trainer.influence(model, ...)."
+    )
+
+
+def _check_datamodule(datamodule: object) -> None:
+    """Refuse what is no datamodule.
+
+    Raises:
+        TypeError: saying what to pass.
+    """
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        raise TypeError(
+            f"Got datamodule of type {type(datamodule).__name__}; accepted is a LightningDataModule of "
+            "lightning.pytorch, or None. Loaders go to train_dataloaders and query_dataloaders."
+        )
+
+
+def _check_factors(factors: object) -> None:
+    """Refuse factors that are none.
+
+    Raises:
+        TypeError: saying what is accepted.
+    """
+    if isinstance(factors, str) and factors != "refit":
+        raise TypeError(f"Got factors={factors!r}; accepted are Factors, 'refit' or None.")
+    if factors is not None and not isinstance(factors, Factors | str):
+        raise TypeError(
+            f"Got factors of type {type(factors).__name__}; accepted are Factors, 'refit' or None."
+        )

@@ -1,0 +1,255 @@
+"""``trainer.influence(...)``: the entry points for a Lightning Trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lightning_influence.api.editing import forget, relabel
+from lightning_influence.api.question import Question
+from lightning_influence.api.session import Session, check_name, over_checkpoints, paths_of
+from lightning_influence.curvature.factors import Factors
+from lightning_influence.methods.options import Damping, Options
+from lightning_influence.model.captured import Fisher
+from lightning_influence.model.measurements import Measurement
+from lightning_influence.results.attributions import Attributions
+from lightning_influence.results.loggers import log_attributions
+from lightning_influence.results.ranking import Labels, checked
+from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.running.host.trainer import register_trainer_method
+from lightning_influence.support.arguments import settings_of
+
+
+def influence(
+    trainer: Trainer,
+    model: LightningModule | None = None,
+    train_dataloaders: Any = None,
+    query_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    *,
+    method: str = "auto",
+    damping: Damping = "auto",
+    measurement: Measurement | None = None,
+    top_k: int | None = None,
+    ckpt_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    layers: Sequence[str] | None = None,
+    factors: Factors | Literal["refit"] | None = None,
+    fisher: Fisher | None = None,
+    memory_budget: int = 2**30,
+    tolerance: float | None = None,
+    max_steps: int | None = None,
+    low_rank_tolerance: float | None = None,
+    curvature_examples: int = 4096,
+    seed: int = 0,
+    log: bool = True,
+    name: str = "influence",
+    labels: Labels | None = None,
+    **further: Any,
+) -> Attributions:
+    """Attribute a model's behaviour on queries to its training examples.
+
+    The score of training example ``n`` for query ``q`` is ``(1/N) g_q^T (H + damping)^{-1} g_n``: the
+    predicted change of
+    the measurement on ``q`` when ``n`` is removed from the training data. With the loss as measurement,
+    positive scores belong to examples that help ``q``.
+
+    Args:
+        trainer: the Trainer; with an :class:`~lightning_influence.InfluenceCallback` its factors are used.
+        model: the trained module; by default the one the Trainer ran last.
+        train_dataloaders: the training examples; by default those of the datamodule, of the module, or of
+            the last fit. Every example of the loader's dataset that its sampler can draw is visited once.
+        query_dataloaders: one or several loaders, or ready-made batches; by default those of the datamodule
+            or module.
+        datamodule: where loaders come from if they are not given.
+        method: ``"auto"`` (two-level EK-FAC), ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"``, or
+            for small models ``"hessian"``, ``"exact"`` (Gauss-Newton) or ``"block_ggn"``; by iteration
+            ``"cg"``, ``"minres"``, ``"astra"`` or ``"lissa"``.
+        damping: ``"auto"`` (from the recorded training run), ``"heuristic"`` (a tenth of a layer's mean
+            eigenvalue), or a number.
+        measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or
+            ``"hook"`` for the
+            module's ``influence_measurement``, which is also the default if it is defined; else the loss.
+        top_k: keep only the strongest ``top_k`` at either end of each ranking; all scores if None.
+        ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
+            A list of them, such as runs that differ in the seed alone, gives the average of their answers,
+            which predicts retraining better than one (the module keeps its own weights then).
+        layers: names or shell patterns of the layers to cover; all supported ones if None.
+        factors: factors to use, or ``"refit"`` to fit them anew; by default the callback's, if it has any.
+        fisher: what factors are made of: random mixtures of the columns of the output curvature
+            (``"mixed"``), labels drawn from the model (``"sampled"``), all columns (``"exact"``) or the
+            training labels (``"empirical"``, biased); None uses stored factors of any kind, mixtures where
+            they have to be fitted, and the exact matrix in ``"exact"`` and ``"block_ggn"``.
+        memory_budget: bytes for solved queries of closed forms (scored in groups that fit), for the coarse
+            space, for iterations, and for the curvature gradients that iterative methods keep.
+        tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved; None for
+            the method's own, see :class:`~lightning_influence.methods.Options`.
+        max_steps: most steps of an iterative method; None for the method's own.
+        low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one,
+            None for the method's own.
+        curvature_examples: at most this many training examples enter the coarse space's curvature.
+        seed: of random draws, anchors and curvature examples.
+        log: whether to log the answer to the Trainer's loggers, and to files in its log directory.
+        name: prefix of what is logged, and name of the folder of files.
+        labels: texts to show beside the indices.
+        **further: further fields of :class:`~lightning_influence.methods.Options`, such as ``curvature``,
+            ``preconditioner``, ``batch_size``, ``blocks`` or ``negative_curvature``.
+
+    Returns:
+        The attributions, with the certificate of how they were computed in ``diagnostics``.
+
+    Raises:
+        InfluenceError: a subclass that says what is not supported and what to do.
+        ValueError: if a setting is out of range.
+        TypeError: if an argument is of a wrong type.
+    """
+    further |= {
+        "damping": damping,
+        "fisher": fisher,
+        "memory_budget": memory_budget,
+        "tolerance": tolerance,
+        "max_steps": max_steps,
+        "low_rank_tolerance": low_rank_tolerance,
+        "curvature_examples": curvature_examples,
+        "seed": seed,
+    }
+    question = Question(method, measurement, top_k, layers, settings_of(Options, further))
+    checked(labels)
+    check_name(name)
+    paths = paths_of(ckpt_path)
+
+    def answer(path: str | None) -> Attributions:
+        session = Session(trainer, model, datamodule, path, factors)
+        with session.runner:
+            engine = session.engine(question)
+            train = session.train_loader(train_dataloaders)
+            queries = session.runner.query_dataloaders() if query_dataloaders is None else query_dataloaders
+            attributions = engine.attribute(train, queries)
+            session.keep()
+        return attributions
+
+    if isinstance(paths, list):
+        _check_several(top_k, factors)
+        attributions = over_checkpoints(trainer, model, paths, answer)
+    else:
+        attributions = answer(paths)
+    if log:
+        _log(trainer, attributions, name, labels)
+    return attributions
+
+
+def self_influence(
+    trainer: Trainer,
+    model: LightningModule | None = None,
+    train_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    *,
+    method: str = "ekfac",
+    damping: Damping = "auto",
+    ckpt_path: str | os.PathLike[str] | None = None,
+    layers: Sequence[str] | None = None,
+    factors: Factors | Literal["refit"] | None = None,
+    fisher: Fisher | None = None,
+    memory_budget: int = 2**30,
+    curvature_examples: int = 4096,
+    seed: int = 0,
+    log: bool = True,
+    name: str = "self_influence",
+    labels: Labels | None = None,
+    **further: Any,
+) -> SelfInfluence:
+    """Influence of every training example on its own loss: high for rare and mislabelled ones.
+
+    Args:
+        trainer: as in :func:`influence`, like all arguments that are not listed here.
+        model: the trained module.
+        train_dataloaders: the training examples.
+        datamodule: where the loader comes from if it is not given.
+        method: as in :func:`influence`; EK-FAC by default, which needs two small products an example and
+            layer.
+        damping: as in :func:`influence`.
+        ckpt_path: ``"best"``, ``"last"`` or one path, as in :func:`influence`.
+        layers: as in :func:`influence`.
+        factors: as in :func:`influence`.
+        fisher: as in :func:`influence`.
+        memory_budget: as in :func:`influence`.
+        curvature_examples: as in :func:`influence`.
+        seed: as in :func:`influence`.
+        log: as in :func:`influence`.
+        name: as in :func:`influence`.
+        labels: texts to show beside the indices.
+        **further: as in :func:`influence`.
+
+    Returns:
+        One score a training example: the predicted rise of its loss when it is removed.
+
+    Raises:
+        InfluenceError: a subclass that says what is not supported and what to do.
+        ValueError: if a setting is out of range.
+        TypeError: if there are several checkpoints, or an argument is of a wrong type.
+    """
+    further |= {
+        "damping": damping,
+        "fisher": fisher,
+        "memory_budget": memory_budget,
+        "curvature_examples": curvature_examples,
+        "seed": seed,
+    }
+    question = Question(method, layers=layers, options=settings_of(Options, further))
+    checked(labels)
+    check_name(name)
+    path = paths_of(ckpt_path)
+    if isinstance(path, list):
+        raise TypeError(
+            f"Got ckpt_path of type {type(ckpt_path).__name__}; self-influence takes one checkpoint. Ask at "
+            "each, and average the scores."
+        )
+    session = Session(trainer, model, datamodule, path, factors)
+    with session.runner:
+        engine = session.engine(question)
+        result = engine.self_influence(session.train_loader(train_dataloaders))
+        session.keep()
+    if log:
+        _log(trainer, result, name, labels)
+    return result
+
+
+class InfluenceTrainer(Trainer):
+    """A Lightning ``Trainer`` that can be asked for influence and edits; everything else is as it was."""
+
+    influence = influence
+    self_influence = self_influence
+    forget = forget
+    relabel = relabel
+
+
+for function in (influence, self_influence, forget, relabel):
+    register_trainer_method(function)
+
+
+def _check_several(top_k: int | None, factors: Factors | Literal["refit"] | None) -> None:
+    """Refuse what has no meaning over several checkpoints.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if top_k is not None:
+        raise ValueError(
+            f"Got top_k={top_k} with several checkpoints, whose average needs all scores; omit top_k."
+        )
+    if isinstance(factors, Factors):
+        raise ValueError(
+            "Got factors with several checkpoints; factors belong to one. Omit them: those in each file are "
+            "used, or fitted."
+        )
+
+
+def _log(trainer: Trainer, result: Attributions | SelfInfluence, name: str, labels: Labels | None) -> None:
+    """Log to every logger, and to files where the Trainer has a log directory."""
+    directory = trainer.log_dir if trainer.loggers else None
+    target = None if directory is None else os.path.join(directory, name)
+    log_attributions(
+        trainer.loggers, result, step=trainer.global_step, name=name, directory=target, labels=labels
+    )

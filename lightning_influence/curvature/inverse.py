@@ -1,0 +1,96 @@
+"""Closed-form inverses: a spectrum in a Kronecker eigenbasis, plus damping."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.factors import Eigenbasis, rotate
+from lightning_influence.model.gradients import LayerGradients, rotate_matrices
+from lightning_influence.model.plan import Layout
+
+
+@dataclass(frozen=True)
+class EigenInverse:
+    """``scale (Q (diag(eigenvalues) + damping I) Q^T)^{-1}`` of one layer.
+
+    Attributes:
+        basis: ``Q = Q_out (x) Q_in``; None for the identity.
+        eigenvalues: ``(G, D_out, D_in)``, not negative.
+        damping: a number that is added to every eigenvalue.
+        scale: factor of the inverse.
+    """
+
+    basis: Eigenbasis | None
+    eigenvalues: Tensor
+    damping: float
+    scale: float = 1.0
+
+    @functools.cached_property
+    def weights(self) -> Tensor:
+        """``scale / (eigenvalues + damping)``, ``(G, D_out, D_in)``.
+
+        It is zero where both vanish, up to rounding: a pseudo-inverse. A damping that rounding errors of
+        gradients outweigh, in products of two of them, is none.
+        """
+        total = self.eigenvalues + self.damping
+        width = sum(total.shape[1:])  # what rounding grows with
+        eps, largest = torch.finfo(total.dtype).eps, float(total.amax())
+        rounding = 0.0 if self.damping > eps**2 * width * largest else eps * width * largest
+        return torch.where(total > rounding, self.scale / total, torch.zeros_like(total))
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """Return the inverse times vectors ``(V, G, D_out, D_in)``."""
+        if self.basis is None:
+            return vectors * self.weights
+        rotated = rotate_matrices(vectors, self.basis.q_in, self.basis.q_out) * self.weights
+        return rotate_matrices(rotated, self.basis.q_in.mT, self.basis.q_out.mT)
+
+    def quadratic(self, gradients: LayerGradients) -> Tensor:
+        """Return ``g^T (.)^{-1} g`` of each gradient, ``(K, B)``, without forming the inverse's action."""
+        rotated = gradients if self.basis is None else rotate(gradients, self.basis)
+        return rotated.weighted_squares(self.weights)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EigenInverse:
+        """Return the inverse on another device or in another precision."""
+        basis = None if self.basis is None else self.basis.to(device, dtype)
+        return EigenInverse(basis, self.eigenvalues.to(device, dtype), self.damping, self.scale)
+
+
+@dataclass(frozen=True)
+class BlockInverse:
+    """One closed-form inverse a layer, as an operator on flat vectors.
+
+    Attributes:
+        layout: the order of the layers in a flat vector.
+        layers: the inverse of each layer.
+    """
+
+    layout: Layout
+    layers: Mapping[str, EigenInverse]
+
+    @property
+    def damping(self) -> dict[str, float]:
+        """The damping of each layer."""
+        return {name: inverse.damping for name, inverse in self.layers.items()}
+
+    def scaled(self, factor: float) -> BlockInverse:
+        """Return the inverse times a number; the damping it reports stays."""
+        layers = {name: replace(layer, scale=layer.scale * factor) for name, layer in self.layers.items()}
+        return BlockInverse(self.layout, layers)
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """Return the inverse times flat vectors ``(V, P)``."""
+        blocks = self.layout.split(vectors)
+        return self.layout.join({name: self.layers[name].apply(block) for name, block in blocks.items()})
+
+    def quadratic(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
+        """Return ``g^T (.)^{-1} g`` summed over the layers, ``(K, B)``."""
+        parts = [
+            inverse.quadratic(gradients[name]) for name, inverse in self.layers.items() if name in gradients
+        ]
+        return torch.stack(parts).sum(dim=0)

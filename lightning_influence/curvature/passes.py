@@ -1,0 +1,183 @@
+"""What passes over curvature gradients share: averages over all processes' examples, and the columns used."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.model.captured import RANDOM, Captured, Fisher
+from lightning_influence.model.forward import Forward
+from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.losses.draws import draw_generator
+from lightning_influence.model.plan import LayerPlan, Layout
+from lightning_influence.support.errors import NonFiniteError
+
+
+class AveragingPass:
+    """A pass whose result is a sum over examples divided by what normalises the losses.
+
+    Args:
+        plan: the covered layers.
+
+    Attributes:
+        layout: the order of flat vectors.
+        examples: examples seen, by all processes once the result was asked for.
+    """
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.layout = Layout.of(plan.layers)
+        self.examples = 0
+        self._weight = 0.0
+        self.forward = Forward(plan)
+
+    @property
+    def normaliser(self) -> float:
+        """What the sums are to be divided by: examples times their mean weight."""
+        return self._weight if self._weight > 0 else float(max(self.examples, 1))
+
+    @property
+    def mean_weight(self) -> float:
+        """Mean loss weight of the examples seen; 1 before there are any."""
+        return self.normaliser / max(self.examples, 1)
+
+    def _capture(self, module: Any, batch: Any, num_examples: int) -> Captured:
+        """Return the batch after its forward pass, counted."""
+        captured = self.forward(module, batch, num_examples)
+        self.examples += num_examples
+        self._weight += float(captured.weights.sum())
+        return captured
+
+    def _total(
+        self,
+        sums: Tensor,
+        all_reduce_sum: Callable[[Tensor], Tensor] | None,
+        mean_weight: float | None = None,
+    ) -> Tensor:
+        """Average over the examples, of all processes if their sum is given.
+
+        Args:
+            sums: the sums of this process, changed in place.
+            all_reduce_sum: sums a tensor over the processes.
+            mean_weight: mean loss weight of an example; that of the examples seen if None.
+
+        Returns:
+            The average.
+        """
+        return self._totals([sums], all_reduce_sum, mean_weight)[0]
+
+    def _totals(
+        self,
+        sums: Sequence[Tensor],
+        all_reduce_sum: Callable[[Tensor], Tensor] | None,
+        mean_weight: float | None = None,
+    ) -> list[Tensor]:
+        """Average several sums over the same examples, as :meth:`_total` does one.
+
+        Args:
+            sums: the sums of this process, changed in place.
+            all_reduce_sum: sums a tensor over the processes.
+            mean_weight: mean loss weight of an example; that of the examples seen if None.
+
+        Returns:
+            The averages.
+
+        Raises:
+            NonFiniteError: if an entry is NaN or infinite: one bad batch spoils the sum.
+        """
+        if all_reduce_sum is not None:
+            sums = [all_reduce_sum(part) for part in sums]
+            counts = all_reduce_sum(torch.tensor([float(self.examples), self._weight], dtype=torch.float64))
+            self.examples, self._weight = int(counts[0]), float(counts[1])
+        if not all(bool(torch.isfinite(part.sum())) for part in sums):
+            raise NonFiniteError(
+                "The curvature of the training loss is not finite. Check the training examples and the "
+                "model's weights for NaN or infinity."
+            )
+        if mean_weight is not None:
+            return [part.div_(mean_weight * max(self.examples, 1)) for part in sums]
+        return [part.div_(self.normaliser) for part in sums]
+
+
+# Most bytes of output gradients that are recorded at once where products are all that is wanted of them.
+_SEED_BYTES = 2**26
+
+
+class CurvaturePass(AveragingPass):
+    """What passes over curvature gradients share: which ones, and counting.
+
+    Args:
+        plan: the covered layers.
+        fisher: which curvature gradients to use; None for exact columns while there are few of them, and
+            random mixtures of them beyond (see :mod:`~lightning_influence.model.losses.draws`).
+        max_columns: largest ``K`` for which every column of the output curvature is used, if ``fisher`` is
+            None.
+        draws: sampled labels, or mixtures, per example.
+        seed: seed of the labels or signs.
+
+    Attributes:
+        columns: ``K`` of the last batch; None if the outputs are unknown.
+        estimated: whether the result is an estimate, from mixtures, sampled or training labels.
+    """
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        *,
+        fisher: Fisher | None = None,
+        max_columns: int = 64,
+        draws: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(plan)
+        self._plan = plan
+        self.columns: int | None = None
+        self.estimated = False
+        self._fisher = fisher
+        self._max_columns, self._draws, self._seed = max_columns, draws, seed
+        self._batches = 0
+
+    def _gradients(self, captured: Captured) -> dict[str, FactoredGradients]:
+        """Return curvature gradients of one batch."""
+        fisher, generator = self._next(captured)
+        return captured.curvature_gradients(fisher, generator, self._draws)
+
+    def _runs(self, captured: Captured) -> Iterator[dict[str, FactoredGradients]]:
+        """Yield the same gradients a few seeds at a time, so that their number needs no memory."""
+        fisher, generator = self._next(captured)
+        if captured.loss is None:
+            yield captured.curvature_gradients(fisher)
+            return
+        seeds = captured.curvature_seeds(fisher, generator, self._draws)
+        size = max(1, _SEED_BYTES // max(1, captured.num_examples * self._output_bytes(captured)))
+        while few := list(itertools.islice(seeds, size)):
+            yield captured.recorder.gradients(captured.loss.outputs, list(few), captured.num_examples)
+
+    def _next(self, captured: Captured) -> tuple[Fisher, torch.Generator | None]:
+        """Return what the next batch's gradients are, and where their draws come from."""
+        fisher, generator = self._choose(captured), None
+        if captured.loss is not None and fisher in RANDOM:
+            generator = draw_generator(self._seed, self._batches, captured.loss.outputs.device)
+        self._batches += 1
+        self.estimated |= fisher != "exact"
+        return fisher, generator
+
+    def _output_bytes(self, captured: Captured) -> int:
+        """Return about how many bytes the output gradients of one example take, for one seed."""
+        total = 0
+        for name, x in captured.recorder.raw_inputs().items():
+            layer = self._plan.layers[name]
+            weight = layer.rule.weight(layer.module)
+            total += x.nbytes // max(1, weight.shape[1]) * layer.d_out
+        return total // max(1, captured.num_examples)
+
+    def _choose(self, captured: Captured) -> Fisher:
+        if captured.loss is None:
+            return "empirical"
+        self.columns = captured.loss.num_columns
+        if self._fisher is not None:
+            return self._fisher
+        return "exact" if self.columns <= max(self._max_columns, self._draws) else "mixed"

@@ -1,1 +1,0 @@
-"""Factors: sums over gradients, their eigenbases and closed-form inverses."""

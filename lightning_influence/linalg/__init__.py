@@ -1,0 +1,1 @@
+"""Linear algebra on tensors and closures: systems, eigenvalues, traces and descent."""

@@ -1,0 +1,184 @@
+"""The exact solution with a dense matrix, for small models, and what to do about negative curvature first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
+
+#: ``"absolute"`` replaces negative eigenvalues by their magnitudes, ``"clip"`` by zero; ``"keep"`` leaves
+#: them as they are, and ``"refuse"`` does too, for those who want an error if damping does not outweigh them.
+NegativeCurvature = Literal["absolute", "clip", "keep", "refuse"]
+
+
+@dataclass(frozen=True)
+class Definite:
+    """A symmetric matrix after its negative eigenvalues were dealt with.
+
+    Attributes:
+        matrix: ``(P, P)``, to be inverted.
+        magnitude: ``|H|``, ``(P, P)``: what damping rules look at.
+        negative: number of negative eigenvalues of ``H``, beyond rounding.
+        smallest: smallest eigenvalue of ``H``.
+        largest: largest eigenvalue of ``H``.
+    """
+
+    matrix: Tensor
+    magnitude: Tensor
+    negative: int
+    smallest: float
+    largest: float
+
+    def describe(self, how: str) -> str:
+        """Return what was found and what was done, in words."""
+        if not self.negative:
+            return f"none: the smallest eigenvalue is {self.smallest:.3g}"
+        done = {
+            "absolute": "replaced by their magnitudes",
+            "clip": "replaced by zero",
+            "keep": "kept",
+            "refuse": "kept, as the damping outweighs them",
+        }[how]
+        return (
+            f"{self.negative} of {len(self.matrix)} eigenvalues are negative, the smallest "
+            f"{self.smallest:.3g} beside a largest of {self.largest:.3g}; {done}"
+        )
+
+
+def definite(matrix: Tensor, how: NegativeCurvature = "absolute") -> Definite:
+    """Deal with the negative eigenvalues of a symmetric matrix.
+
+    A damped inverse divides by ``h + lambda``, which is near zero for an eigenvalue ``h`` near ``-lambda``: a
+    direction of hardly any curvature would then dominate every answer. ``|H|`` (the saddle-free matrix of
+    Dauphin et al. 2014) divides by ``|h| + lambda``, which is at least ``lambda``, changes continuously with
+    ``H``, and is ``H`` itself where there is no negative curvature.
+
+    Args:
+        matrix: ``H``, ``(P, P)``, symmetric.
+        how: what becomes of negative eigenvalues.
+
+    Returns:
+        The matrix and what was found, in float64.
+
+    Raises:
+        ValueError: if ``how`` is not one of the accepted names.
+    """
+    if how not in get_args(NegativeCurvature):
+        names = ", ".join(repr(name) for name in get_args(NegativeCurvature))
+        raise ValueError(f"Got negative_curvature={how!r}; accepted are {names}.")
+    matrix = matrix.double()
+    values, vectors = torch.linalg.eigh(matrix)
+    rounding = torch.finfo(values.dtype).eps * len(values) * values.abs().max().clamp_min(0)
+    negative = int((values < -rounding).sum())
+    magnitude = matrix if not negative else (vectors * values.abs()) @ vectors.T
+    changed = {
+        "absolute": magnitude,
+        "clip": matrix if not negative else (vectors * values.clamp_min(0)) @ vectors.T,
+    }.get(how, matrix)
+    return Definite(changed, magnitude, negative, float(values[0]), float(values[-1]))
+
+
+MAX_PARAMETERS = 8192
+
+
+def check_size(numel: int, limit: int = MAX_PARAMETERS, method: str = "exact") -> None:
+    """Refuse a dense matrix that is too large.
+
+    Args:
+        numel: ``P``, or the size of one matrix that has as many entries as all blocks together.
+        limit: largest accepted ``P``.
+        method: whose matrix it would be.
+
+    Raises:
+        UnsupportedModelError: saying how large the matrix would be.
+    """
+    if numel > limit:
+        raise UnsupportedModelError(
+            f"method={method!r} would build a dense {numel:,} x {numel:,} matrix ({8 * numel**2 / 2**30:.1f} "
+            f"GiB); at most {limit:,} parameters are accepted. Use method='auto', or cover fewer layers with "
+            "`layers=`."
+        )
+
+
+class DenseSolver:
+    """Solves ``(H + diag(damping)) X = V`` in float64, any number of times.
+
+    Args:
+        matrix: ``H``, ``(P, P)``, symmetric.
+        damping: ``(P,)``.
+    """
+
+    def __init__(self, matrix: Tensor, damping: Tensor) -> None:
+        self.matrix = matrix.double() + torch.diag(damping.double())
+        self._range = float(damping.min()), float(damping.max())
+        factor, info = torch.linalg.cholesky_ex(self.matrix)
+        self._factor = factor if int(info) == 0 else None
+
+    @property
+    def is_definite(self) -> bool:
+        """Whether the damped matrix is positive definite."""
+        return self._factor is not None
+
+    def solve(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve for ``V (V, P)``.
+
+        Returns:
+            ``X (V, P)`` in float64 and the relative residual of each, ``(V,)``.
+
+        Raises:
+            NonFiniteError: if the damped matrix is singular.
+        """
+        right, info = vectors.double(), torch.zeros(())
+        if self._factor is not None:
+            solution = torch.cholesky_solve(right.T, self._factor).T
+        else:
+            solution, info = torch.linalg.solve_ex(self.matrix, right.T)
+            solution = solution.T
+        if int(info) != 0 or not bool(torch.isfinite(solution).all()):
+            low, high = self._range
+            raise NonFiniteError(
+                f"The curvature matrix is singular at damping {low:.3g} to {high:.3g}. "
+                "Use a positive damping."
+            )
+        remainder = right - solution @ self.matrix
+        return solution, remainder.norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
+
+
+class BlockSolver:
+    """Solves a block-diagonal ``(H + diag(damping)) X = V`` in float64.
+
+    Args:
+        blocks: the blocks of ``H``, ``(P_b, P_b)``.
+        indices: where each stands in a flat vector, ``(P_b,)``; together ``0 .. P - 1``.
+        damping: ``(P,)``.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor], indices: Sequence[Tensor], damping: Tensor) -> None:
+        self._indices = list(indices)
+        self._solvers = [
+            DenseSolver(block, damping[index]) for block, index in zip(blocks, indices, strict=True)
+        ]
+
+    def solve(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve for ``V (V, P)``.
+
+        Returns:
+            ``X (V, P)`` in float64 and the relative residual of each, ``(V,)``.
+        """
+        right = vectors.double()
+        solution, squares = torch.zeros_like(right), right.new_zeros(len(right))
+        for solver, index in zip(self._solvers, self._indices, strict=True):
+            own = right[:, index]
+            solution[:, index], residual = solver.solve(own)
+            squares += (residual * own.norm(dim=1)).square()
+        return solution, squares.sqrt() / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
+
+
+def solve(matrix: Tensor, damping: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return one solution; see :class:`DenseSolver`."""
+    return DenseSolver(matrix, damping).solve(vectors)

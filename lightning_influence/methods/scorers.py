@@ -1,0 +1,314 @@
+"""The low-rank route: queries of one layer as sums of few outer products.
+
+Scores of many queries against a batch of training gradients, by the cheaper of two routes a layer.
+
+*Dense*: the solved query ``x_q`` is formed, ``2 D_out D_in`` operations a pair. *Low rank* (one position per
+example): the preconditioner's weights are a sum of ``r`` outer products, ``2 r (D_in + D_out)`` operations a
+pair and no matrix of the size of the parameters. The rank follows from a tolerance on the scores and is
+checked on the first training batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.factors import Eigenbasis
+from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
+from lightning_influence.curvature.two_level import Correction
+from lightning_influence.linalg.low_rank import LowRank, low_rank
+from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
+
+# Entries of an intermediate that should stay in a processor's cache.
+_CACHED = 2**18
+
+
+class Thin:
+    """Queries of one layer in low-rank form, rotated back so that training factors need no rotation.
+
+    Args:
+        inverse: the layer's inverse.
+        queries: factored gradients with one position.
+        form: low-rank form of the inverse's weights.
+    """
+
+    def __init__(self, inverse: EigenInverse, queries: FactoredGradients, form: LowRank) -> None:
+        inputs, outputs = queries.inputs[0, :, 0], queries.outputs[0, 0, :, 0]
+        basis = inverse.basis
+        if basis is not None:
+            inputs, outputs = inputs @ basis.q_in[0], outputs @ basis.q_out[0]
+        left = outputs[:, None] * form.left  # (Q, r, D_out)
+        right = inputs[:, None] * form.right
+        if basis is not None:
+            left, right = left @ basis.q_out[0].T, right @ basis.q_in[0].T
+        self.rank, self.count = form.rank, inputs.shape[0]
+        self.left, self.right = left.contiguous(), right.contiguous()
+
+    def scores(self, gradients: FactoredGradients) -> Tensor:
+        """Return ``(Q, B)``, a few queries at a time so that the terms are summed while in the cache."""
+        _, examples, positions, _ = gradients.inputs.shape
+        outputs = gradients.outputs[0, 0].flatten(0, 1).T.contiguous()
+        inputs = gradients.inputs[0].flatten(0, 1).T.contiguous()
+        result = outputs.new_empty(self.count, examples)
+        step = max(1, _CACHED // (self.rank * outputs.shape[1]))
+        for start in range(0, self.count, step):
+            rows = slice(start, start + step)
+            left = (self.left[rows].flatten(0, 1) @ outputs).view(-1, self.rank, examples, positions)
+            right = (self.right[rows].flatten(0, 1) @ inputs).view(-1, self.rank, examples, positions)
+            if positions == 1:
+                result[rows] = left.mul_(right).sum(dim=(1, 3))
+            else:
+                result[rows] = torch.einsum("qkbr,qkbs->qb", left, right)
+        return result
+
+
+def factorise(inverse: EigenInverse, tolerance: float, max_rank: int) -> LowRank | None:
+    """Return low-rank form of one layer's weights, weighed by the energy its eigenvalues show."""
+    if max_rank < 1:
+        return None
+    eigenvalues = inverse.eigenvalues[0]
+    return low_rank(inverse.weights[0], eigenvalues.sum(1), eigenvalues.sum(0), tolerance, max_rank)
+
+
+Scorer = Callable[[Mapping[str, LayerGradients]], Tensor]
+
+# Thin products run below the speed of square ones, so the low-rank route must save more than it costs.
+_THIN = 0.6
+_MAX_RANK = 256
+_CHECK_QUERIES = 16
+# Where the first batch shows too large an error, the tolerance is divided by this, so many times at most.
+_REFINE, _REFINEMENTS = 3, 4
+# From so many queries on, rotating every training example is cheaper than rotating every query back.
+_ROTATE_QUERIES = 16
+_CHECK_EXAMPLES = 32
+
+
+class PreconditionedScorer:
+    """Scores ``x_q^T g_n`` with ``x_q`` in closed form, optionally corrected.
+
+    Args:
+        inverse: the preconditioner ``P``.
+        queries: query gradients by layer, ``K = 1``.
+        correction: directions to add.
+        tolerance: largest relative error of a layer's scores from the low-rank route; 0 forbids it.
+        consume: take a layer out of ``queries`` once it is solved, so that not both have to fit in memory.
+    """
+
+    def __init__(
+        self,
+        inverse: BlockInverse,
+        queries: MutableMapping[str, LayerGradients],
+        *,
+        correction: Correction | None = None,
+        tolerance: float = 1e-3,
+        consume: bool = False,
+    ) -> None:
+        self._inverse, self._correction = inverse, correction
+        self._queries = queries if consume else dict(queries)
+        self._tolerance = tolerance
+        self.ranks: dict[str, int] = {}
+        self._dense: dict[str, Tensor] = {}
+        self._thin: dict[str, tuple[Thin, Thin | None]] = {}
+        self._bases: dict[str, Eigenbasis] = {}
+        self._checked = tolerance <= 0
+        directions = None if correction is None else inverse.layout.split(correction.directions)
+        self._directions = directions
+        for name in list(queries if correction is None else inverse.layers):
+            if not self._try_low_rank(name, tolerance):
+                self._go_dense(name)
+
+    def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
+        """Return inner products ``(Q, B)``."""
+        if not self._checked:
+            self._check(gradients)
+            self._checked = True
+        total: Tensor | None = None
+        anchors: Tensor | None = None
+        for name, layer in gradients.items():
+            if name in self._thin and not isinstance(layer, FactoredGradients):
+                self._go_dense(name)  # the queries have one position, these examples several
+            if name in self._dense:
+                total = _add(total, self._rotated(name, layer).dot(self._dense[name])[0].T)
+            elif name in self._thin and isinstance(layer, FactoredGradients):
+                query, anchor = self._thin[name]
+                total = _add(total, query.scores(layer))
+                if anchor is not None:
+                    anchors = _add(anchors, anchor.scores(layer))
+        assert total is not None
+        if anchors is not None:
+            total = total + self._mix() @ anchors
+        return total
+
+    def _solve(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Return corrected solution of some queries in one layer, ``(Q, G, D_out, D_in)``."""
+        solved: Tensor | None = None
+        if name in self._queries:
+            solved = self._inverse.layers[name].apply(self._queries[name].select(rows).dense()[0])
+        if self._correction is not None:
+            assert self._directions is not None
+            part = self._directions[name]
+            mixed = self._correction.coefficients[rows] @ part.flatten(1)
+            solved = _add(solved, mixed.view(-1, *part.shape[1:]))
+        assert solved is not None
+        return solved
+
+    def _try_low_rank(self, name: str, tolerance: float) -> bool:
+        """Set up the low-rank route of a layer if it is allowed, accurate and cheaper.
+
+        Returns:
+            Whether it is.
+        """
+        queries, inverse = self._queries.get(name), self._inverse.layers[name]
+        if tolerance <= 0 or not isinstance(queries, FactoredGradients) or queries.inputs.shape[0] > 1:
+            return False
+        anchors = None if self._correction is None else self._correction.anchors.get(name)
+        if queries.inputs.shape[2] > 1 or (
+            anchors is not None and not isinstance(anchors, FactoredGradients)
+        ):
+            return False
+        count = queries.num_examples
+        extra = 0 if anchors is None else anchors.num_examples
+        _, d_out, d_in = inverse.eigenvalues.shape
+        limit = int(_THIN * count * d_out * d_in / ((d_out + d_in) * (count + extra)))
+        form = factorise(inverse, tolerance, min(limit, _MAX_RANK))
+        if form is None:
+            return False
+        thin = None
+        if anchors is not None:
+            assert isinstance(anchors, FactoredGradients)
+            assert self._correction is not None
+            first = self._correction.inverse.layers[name]
+            anchor_form = form if first is inverse else factorise(first, tolerance, min(limit, _MAX_RANK))
+            if anchor_form is None:
+                return False
+            thin = Thin(first, anchors, anchor_form)
+        self._thin[name] = (Thin(inverse, queries, form), thin)
+        self.ranks[name] = form.rank
+        return True
+
+    def _check(self, gradients: Mapping[str, LayerGradients]) -> None:
+        """Compare a few pairs with exact scores; refine the layer that errs most until the sum is right."""
+        few = {name: layer.select(slice(0, _CHECK_EXAMPLES)) for name, layer in gradients.items()}
+        for name in [name for name in self._thin if isinstance(few.get(name), DenseGradients)]:
+            self._go_dense(name)
+        exact = {
+            name: self._exact(name, layer)
+            for name, layer in few.items()
+            if name in self._dense or name in self._thin
+        }
+        norm = float(torch.stack(list(exact.values())).sum(dim=0).norm())
+        tolerances = dict.fromkeys(self._thin, self._tolerance)
+        while errors := {n: self._approximate(n, few[n]) - exact[n] for n in self._thin if n in few}:
+            if float(torch.stack(list(errors.values())).sum(dim=0).norm()) <= self._tolerance * norm:
+                return
+            worst = max(errors, key=lambda name: float(errors[name].norm()))
+            tolerances[worst] /= _REFINE
+            spent = tolerances[worst] < self._tolerance / _REFINE**_REFINEMENTS
+            if spent or not self._try_low_rank(worst, tolerances[worst]):
+                self._go_dense(worst)
+
+    def _go_dense(self, name: str) -> None:
+        """Give up the low-rank route of a layer; its queries are not needed again."""
+        self._thin.pop(name, None)
+        self.ranks.pop(name, None)
+        self._dense[name] = self._weigh(name) if self._stays_rotated(name) else self._solve(name)
+        self._queries.pop(name, None)
+
+    def _stays_rotated(self, name: str) -> bool:
+        """Return whether a layer's dense scores are taken in the eigenbasis.
+
+        Rotating one position's factors of every training example then replaces rotating every query back.
+        """
+        queries, basis = self._queries.get(name), self._inverse.layers[name].basis
+        if self._correction is not None or basis is None or not isinstance(queries, FactoredGradients):
+            return False
+        return queries.inputs.shape[2] == 1 and queries.num_examples >= _ROTATE_QUERIES
+
+    def _weigh(self, name: str) -> Tensor:
+        """Return one layer's solved queries in the eigenbasis, ``(Q, G, D_out, D_in)``."""
+        inverse, queries = self._inverse.layers[name], self._queries[name]
+        assert inverse.basis is not None
+        self._bases[name] = inverse.basis
+        return queries.rotate(inverse.basis.q_in, inverse.basis.q_out).dense()[0] * inverse.weights
+
+    def _rotated(self, name: str, layer: LayerGradients) -> LayerGradients:
+        """Return training gradients in the basis that the layer's queries are in."""
+        basis = self._bases.get(name)
+        return layer if basis is None else layer.rotate(basis.q_in, basis.q_out)
+
+    def _exact(self, name: str, layer: LayerGradients) -> Tensor:
+        """Return one layer's exact scores of the first queries."""
+        few = slice(0, _CHECK_QUERIES)
+        if name in self._dense:
+            return self._rotated(name, layer).dot(self._dense[name][few])[0].T
+        inverse, basis = self._inverse.layers[name], self._inverse.layers[name].basis
+        if self._correction is not None or basis is None:
+            return layer.dot(self._solve(name, few))[0].T
+        # In the eigenbasis factors are rotated, which takes less than rotating solutions back.
+        queries = self._queries[name].select(few).rotate(basis.q_in, basis.q_out).dense()[0]
+        return layer.rotate(basis.q_in, basis.q_out).dot(queries * inverse.weights)[0].T
+
+    def _approximate(self, name: str, layer: LayerGradients) -> Tensor:
+        """Return one layer's low-rank scores of the first queries."""
+        query, anchor = self._thin[name]
+        assert isinstance(layer, FactoredGradients)
+        scores = query.scores(layer)
+        if anchor is not None:
+            scores = scores + self._mix() @ anchor.scores(layer)
+        return scores[:_CHECK_QUERIES]
+
+    def _mix(self) -> Tensor:
+        """Return weights of the anchors in each query's correction, ``(Q, M)``."""
+        assert self._correction is not None
+        return self._correction.coefficients @ self._correction.mixing
+
+
+class DenseScorer:
+    """Scores ``x_q^T g_n`` for solved queries given as flat vectors.
+
+    Args:
+        blocks: solutions ``(Q, G, D_out, D_in)`` by layer.
+    """
+
+    def __init__(self, blocks: Mapping[str, Tensor]) -> None:
+        self._blocks = dict(blocks)
+
+    def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
+        """Return inner products ``(Q, B)``."""
+        total: Tensor | None = None
+        for name, layer in gradients.items():
+            total = _add(total, layer.dot(self._block(name, _dtype(layer)))[0].T)
+        assert total is not None
+        return total
+
+    def _block(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a layer's solutions in the gradients' precision, converted once."""
+        if self._blocks[name].dtype != dtype:
+            self._blocks[name] = self._blocks[name].to(dtype)
+        return self._blocks[name]
+
+
+class JointScorer:
+    """Scores of queries that were solved in different ways.
+
+    Args:
+        parts: which queries (their positions) each scorer answers for; together every query once.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Scorer]]) -> None:
+        self._parts = parts
+        self._order = torch.cat([positions for positions, _ in parts]).argsort()
+
+    def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
+        """Return inner products ``(Q, B)`` in the order of the queries."""
+        return torch.cat([scorer(gradients) for _, scorer in self._parts])[self._order]
+
+
+def _dtype(layer: LayerGradients) -> torch.dtype:
+    return layer.inputs.dtype if isinstance(layer, FactoredGradients) else layer.dense().dtype
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part

@@ -1,0 +1,303 @@
+"""Checks of a captured batch: examples that do not depend on each other, and losses in the batch's order."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_influence.model.captured import Captured
+from lightning_influence.model.layers import Layer
+from lightning_influence.model.recorder import Recorder
+from lightning_influence.support.errors import InfluenceWarning, NonFiniteError, UnsupportedModelError
+from lightning_influence.support.random_states import preserved_rng
+
+# Relative error of a sum of gradients: TF32 and autocast are not exact.
+_LIMITS = {torch.float64: 1e-8, torch.float32: 1e-2}
+
+
+def check_independent(captured: Captured) -> None:
+    """Check a batch: finite losses, examples that do not depend on each other, and whole gradients.
+
+    Raises:
+        NonFiniteError: if a loss is NaN or infinite.
+        UnsupportedModelError: if examples are coupled, or a covered weight is used outside its layer.
+    """
+    values = captured.per_example()
+    if not bool(torch.isfinite(values).all()):
+        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            f"The loss of {len(bad)} of {captured.num_examples} examples in the first batch is not "
+            f"finite (positions {bad[:5]}). Check these examples and the model's weights for NaN or "
+            "infinity."
+        )
+    coupled = _coupled(captured.recorder, values, captured.num_examples)
+    if coupled is not None:
+        raise UnsupportedModelError(
+            f"The loss of one example depends on layer {coupled!r} at other examples of the batch. "
+            "Accepted are models that treat examples independently in eval mode, with the examples in "
+            "the first dimension and in the order of the batch. Put the batch first, move contrastive or "
+            "in-batch terms out of the loss with `influence_loss`, or leave this layer out with "
+            "`layers=`."
+        )
+    partial = _partly_seen(captured, values)
+    if partial is not None:
+        raise UnsupportedModelError(
+            f"The loss depends on the weights of layer {partial!r} in another way than by calling the layer, "
+            "so its gradients would be wrong. Accepted are weights that are used by their own layer only: "
+            "leave out a layer whose weight is used a second time (as with tied weights, `F.linear(x, "
+            "layer.weight.T)`) with `layers=`, and leave penalties on weights out of `influence_loss`."
+        )
+
+
+def _coupled(recorder: Recorder, values: Tensor, num_examples: int) -> str | None:
+    """Name a layer whose gradients at row ``b`` are not those of example ``b``'s loss alone.
+
+    The first loss must leave all other rows alone. That does not see other examples trade places, so the
+    losses are also weighed, each with a factor of its own, which must come back at the example's own row.
+
+    Returns:
+        The first such layer, or None.
+    """
+    if num_examples < 2:
+        return None
+    factors = _factors(values)
+    for name, grad in recorder.backward(values[0], None, num_examples).items():
+        if bool(grad[:, 1:].nan_to_num(0.0, 0.0, 0.0).any()):  # not finite: refused elsewhere, as such
+            return name
+    plain = recorder.backward(values, torch.ones_like(factors), num_examples)
+    weighed = recorder.backward(values, factors, num_examples)
+    for name, grad in plain.items():
+        expected = grad * factors.to(grad.dtype)[:, None, None]
+        if bool((weighed[name] - expected).norm() > 1e-2 * expected.norm()):
+            return name
+    return None
+
+
+def _factors(values: Tensor) -> Tensor:
+    """Return a factor of its own for each example, ``(B,)``, between 1 and 2."""
+    return 1 + (torch.arange(len(values), device=values.device, dtype=values.dtype) * 0.618034).frac()
+
+
+def _partly_seen(captured: Captured, values: Tensor) -> str | None:
+    """Name a layer whose gradients do not make up the gradient of its parameters.
+
+    The losses are weighed, since at the end of training their plain sum has a gradient of zero.
+
+    Returns:
+        The first such layer, or None.
+    """
+    recorder, factors, B = captured.recorder, _factors(values), captured.num_examples
+    inputs, outputs = recorder.inputs(B), recorder.backward(values, factors, B)
+    layers = {name: recorder.layers[name] for name in outputs}
+    parameters = {name: _parameters(layer) for name, layer in layers.items()}
+    flat = [p for own in parameters.values() for p in own]
+    found = iter(
+        torch.autograd.grad(
+            values, flat, factors, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    )
+    for name, layer in layers.items():
+        weight, *bias = [next(found) for _ in parameters[name]]
+        whole = layer.from_parameters(weight, bias[0] if bias else None)
+        seen = torch.einsum("gbro,gbri->goi", outputs[name], inputs[name])
+        size = torch.einsum("gbro,gbri->goi", outputs[name].abs(), inputs[name].abs()).norm()
+        limit = _LIMITS.get(weight.dtype, 5e-2) * size
+        hooked = any(p._backward_hooks for p in parameters[name])  # of the user's, which change gradients
+        if not hooked and bool((seen - whole.to(seen)).norm() > limit):
+            return name
+    return None
+
+
+def _parameters(layer: Layer) -> list[Tensor]:
+    """Return the weight, and the bias if it is trained."""
+    weight, bias = layer.rule.weight(layer.module), layer.rule.bias(layer.module)
+    return [weight, bias] if layer.has_bias and bias is not None else [weight]
+
+
+def check_loss(value: Tensor, recorder: Recorder, layers: Mapping[str, Layer]) -> None:
+    """Refuse a batch's loss that is not finite, and say where that began.
+
+    Args:
+        value: the loss.
+        recorder: what the layers saw.
+        layers: the covered layers.
+
+    Raises:
+        NonFiniteError: naming the first layer whose parameters or inputs are not finite.
+    """
+    if bool(torch.isfinite(value).all()):
+        return
+    bad = [name for name, x in recorder.raw_inputs().items() if not bool(torch.isfinite(x).all())]
+    weights = [
+        name
+        for name, layer in layers.items()
+        if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters(recurse=False))
+    ]
+    where = (
+        f"the inputs of layer {bad[0]!r} are the first that are not finite"
+        if bad
+        else "the inputs of all layers are finite, so it comes from the last one, the targets or the loss"
+    )
+    raise NonFiniteError(
+        f"The training loss is {value.item()}: {where}"
+        + (f"; the weights of {weights} are not finite" if weights else "")
+        + ". Nothing of this batch was stored. Look for NaN or infinity in the data, or train with a "
+        "smaller learning rate."
+    )
+
+
+_RANDOM = (
+    "The losses of one and the same batch differ from call to call: `training_step` draws noise or mixes "
+    "examples in eval mode too, or keeps a state. The scores are those of one draw. Define "
+    "`influence_loss(batch) -> (B,)` on the module without it, if it is not what you want to explain."
+)
+
+_ORDER = (
+    "The losses do not come in the order of the batch's examples: when the examples change places, they do "
+    "not. Accepted are losses whose rows are the examples, in their order. Before the loss, bring "
+    "time-first outputs (T, B, C) into the form (B, T, C), and undo the sorting or packing of sequences; "
+    "several views of an example have to stand together (`x.repeat_interleave(2, 0)`, not `cat([x, x])`); or "
+    "define `influence_loss(batch) -> (B,)` on the module. Batches that are time-first themselves need a "
+    "batch size that is not the number of time steps."
+)
+
+
+def check_order(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor], dtype: torch.dtype) -> None:
+    """Check that a batch in another order has its losses in that order.
+
+    Nothing is concluded where that cannot be told: batches of unknown parts, steps that fail on a reordered
+    batch (as packing sorted sequences does), and losses that change from call to call, which are warned of.
+
+    Args:
+        values: the loss of each example, ``(B,)``.
+        batch: the batch they are of.
+        losses: maps a batch and its number of examples to their losses.
+        dtype: precision of the model's outputs.
+
+    Raises:
+        UnsupportedModelError: if the losses come in another order.
+    """
+    values, count = values.detach(), len(values)
+    limit = (1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4) * values.abs().max()
+
+    def same(others: Tensor | None, order: list[int]) -> bool:
+        return others is not None and bool(((others - values[order]).abs() <= limit).all())
+
+    with preserved_rng():
+        for order in _orders(values, limit):
+            other = _try(losses, _try(rearranged, batch, order, count), len(order))
+            if other is None or same(other, order):
+                continue
+            if not same(_try(losses, batch, count), list(range(count))):
+                warnings.warn(_RANDOM, InfluenceWarning, stacklevel=2)
+                return
+            raise UnsupportedModelError(_ORDER)
+
+
+def _orders(values: Tensor, limit: Tensor) -> list[list[int]]:
+    """Return the orders to try; the first example alone where no order would show anything."""
+    count = len(values)
+    if count == 2 or bool(values.max() - values.min() <= limit):
+        return [list(range(count))[::-1], [0]]
+    return [list(range(count))[::-1], [count - 1, *range(count - 1)]]
+
+
+def missing_positions(batch: Any, count: int, rows: int) -> int:
+    """Return how many positions of an example the loss leaves out.
+
+    A loss on padded sequences leaves out the same number in every batch (none, or one where targets are
+    shifted). On sequences without their padding the number changes with the lengths, and only batches of
+    equal lengths have rows that can be told apart.
+
+    Args:
+        batch: the batch.
+        count: number of examples ``B``.
+        rows: number of rows of the loss.
+
+    Returns:
+        Width of the widest tensor ``(B, T, ...)`` in the batch less the rows of an example; 0 for one row an
+        example.
+    """
+    widths = [part.shape[1] for part in _tensors(batch) if part.ndim > 1 and len(part) == count]
+    return 0 if rows == count else max(widths, default=0) - rows // count
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Mapping | list | tuple):
+        for item in part.values() if isinstance(part, Mapping) else part:
+            yield from _tensors(item)
+
+
+class UnknownPartError(Exception):
+    """A part of a batch of which it is not known how it belongs to the examples."""
+
+
+def rearranged(part: Any, order: Sequence[int], count: int) -> Any:
+    """Return a copy of a batch, or of a part of one, with its examples in another order.
+
+    Args:
+        part: tensors of ``count`` rows, or else of ``count`` columns (time-first ones), numbers and texts,
+            in any nesting of lists, tuples and mappings; a list of one thing an example is rearranged itself.
+        order: positions of the examples; may be fewer than there are.
+        count: number of examples ``B``.
+
+    Returns:
+        The rearranged part.
+
+    Raises:
+        UnknownPartError: if there is anything else in it.
+    """
+    if isinstance(part, Tensor):
+        return _rearranged_tensor(part, order, count)
+    if part is None or isinstance(part, str | bytes | int | float):
+        return part
+    if isinstance(part, Mapping):
+        result: Any = copy.copy(part)
+        for key, value in part.items():
+            result[key] = rearranged(value, order, count)
+        return result
+    if isinstance(part, list | tuple) and not isinstance(part, PackedSequence):
+        return _rearranged_items(part, order, count)
+    raise UnknownPartError
+
+
+def _rearranged_tensor(part: Tensor, order: Sequence[int], count: int) -> Tensor:
+    if part.layout != torch.strided:
+        raise UnknownPartError
+    for dim in (0, 1):
+        if part.ndim > dim and part.shape[dim] == count:
+            return part.index_select(dim, torch.tensor(order, device=part.device))
+    if part.ndim:
+        raise UnknownPartError
+    return part
+
+
+def _rearranged_items(part: Any, order: Sequence[int], count: int) -> Any:
+    plain = all(item is None or isinstance(item, str | bytes | int | float) for item in part)
+    try:
+        items = list(part) if plain else [rearranged(item, order, count) for item in part]
+    except UnknownPartError:
+        plain, items = True, list(part)
+        if len(items) != count:
+            raise
+    if plain and len(items) == count:
+        items = [items[position] for position in order]
+    return type(part)(*items) if hasattr(part, "_fields") else type(part)(items)
+
+
+def _try(function: Callable[..., Any], argument: Any, *more: Any) -> Any:
+    """Return what the function returns, None if it fails or has no argument."""
+    if argument is None:
+        return None
+    try:
+        return function(argument, *more)
+    except Exception:  # whatever the user's code may raise
+        return None

@@ -1,0 +1,374 @@
+"""Per-example gradients of one layer, and the contractions on top of them.
+
+Shapes, on top of those in :mod:`.base`: ``K`` seeds (backward passes) share one forward pass; ``V`` is a
+number of vectors, each a matrix ``(G, D_out, D_in)``; a weight or a product of an example, a seed and a
+vector is ``(K, B, V)``.
+
+Gradients as the matrices they are.
+
+Gradients as products of inputs and output gradients, and the choice between them and matrices.
+
+The factored form stores ``R (D_in + K D_out)`` numbers per example and is kept when there is one position per
+example (the matrix has rank one, and nearly everything is cheaper without forming it). With more positions
+the dense form costs one product per example and then serves any number of vectors without the factor ``R``.
+
+What is done with a batch's gradients whatever form they have: the cheaper form, and a check.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence.support.errors import NonFiniteError
+
+
+class LayerGradients(ABC):
+    """Gradients of one layer for ``B`` examples and ``K`` seeds."""
+
+    @property
+    @abstractmethod
+    def num_examples(self) -> int:
+        """``B``."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The gradient matrices, ``(K, B, G, D_out, D_in)``."""
+
+    @abstractmethod
+    def dot(self, vectors: Tensor) -> Tensor:
+        """Inner products ``(K, B, V)`` with vectors ``(V, G, D_out, D_in)``."""
+
+    @abstractmethod
+    def combine(self, weights: Tensor) -> Tensor:
+        """Sums ``(V, G, D_out, D_in)`` over seeds and examples, with weights ``(K, B, V)``."""
+
+    @abstractmethod
+    def rotate(self, q_in: Tensor | None, q_out: Tensor | None) -> LayerGradients:
+        """``Q_out^T g Q_in`` of each gradient, for bases ``(G, D, D)`` with columns as vectors, or None."""
+
+    @abstractmethod
+    def sum_of_squares(self) -> Tensor:
+        """Elementwise squares summed over seeds and examples, ``(G, D_out, D_in)``."""
+
+    @abstractmethod
+    def weighted_squares(self, weights: Tensor) -> Tensor:
+        """``sum_ij weights_ij g_ij^2`` of each gradient, ``(K, B)``, for weights ``(G, D_out, D_in)``."""
+
+    @abstractmethod
+    def select(self, index: Tensor | slice) -> LayerGradients:
+        """The gradients of some of the examples."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> LayerGradients:
+        """The gradients times a number."""
+
+    @abstractmethod
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LayerGradients:
+        """The gradients on another device or in another precision."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+
+
+@dataclass(frozen=True)
+class DenseGradients(LayerGradients):
+    """Gradient matrices as they are.
+
+    Attributes:
+        matrices: ``(K, B, G, D_out, D_in)``.
+    """
+
+    matrices: Tensor
+
+    @property
+    def num_examples(self) -> int:
+        """``B``."""
+        return self.matrices.shape[1]
+
+    def dense(self) -> Tensor:
+        """Return the gradient matrices, ``(K, B, G, D_out, D_in)``."""
+        return self.matrices
+
+    def dot(self, vectors: Tensor) -> Tensor:
+        """Return inner products ``(K, B, V)``."""
+        return torch.matmul(self.matrices.flatten(2), vectors.flatten(1).T)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Return sums ``(V, G, D_out, D_in)``."""
+        summed = weights.flatten(0, 1).T @ self.matrices.flatten(2).flatten(0, 1)
+        return summed.view(-1, *self.matrices.shape[2:])
+
+    def rotate(self, q_in: Tensor | None, q_out: Tensor | None) -> DenseGradients:
+        """Return ``Q_out^T g Q_in`` of each matrix."""
+        return DenseGradients(rotate_matrices(self.matrices, q_in, q_out))
+
+    def sum_of_squares(self) -> Tensor:
+        """Return elementwise squares summed over seeds and examples."""
+        return self.matrices.square().sum(dim=(0, 1))
+
+    def weighted_squares(self, weights: Tensor) -> Tensor:
+        """Return weighted norms ``(K, B)``."""
+        return weighted_squares(self.matrices, weights)
+
+    def select(self, index: Tensor | slice) -> DenseGradients:
+        """Return the gradients of some of the examples."""
+        return DenseGradients(self.matrices[:, index])
+
+    def scaled(self, factor: float) -> DenseGradients:
+        """Return the gradients times a number."""
+        return self if factor == 1.0 else DenseGradients(self.matrices * factor)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> DenseGradients:
+        """Return the gradients on another device or in another precision."""
+        return DenseGradients(self.matrices.to(device, dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return self.matrices.nbytes
+
+
+def rotate_matrices(matrices: Tensor, q_in: Tensor | None, q_out: Tensor | None) -> Tensor:
+    """Return ``Q_out^T M Q_in`` for matrices ``(..., G, D_out, D_in)``; None stands for the identity."""
+    if q_in is not None:  # a single group's basis as a plain matrix: all rows in one product
+        matrices = matrices @ (q_in[0] if len(q_in) == 1 else q_in)
+    if q_out is not None:
+        matrices = q_out.transpose(-1, -2) @ matrices
+    return matrices
+
+
+def weighted_squares(matrices: Tensor, weights: Tensor) -> Tensor:
+    """Return ``sum_ij weights_ij g_ij^2`` over the matrix dimensions, ``(K, B)``."""
+    return torch.matmul(matrices.square().flatten(2), weights.flatten())
+
+
+# Largest block formed at once where only its sum or its products are wanted: it should stay in the cache,
+# where it is read again at once (measured: up to twice as fast as blocks of 32 MiB).
+_CHUNK_BYTES = 4 * 2**20
+# The same where each block goes through many vectors, which do not fit into the cache with it: few rows at a
+# time would read all vectors again and again.
+_PRODUCT_BYTES = 32 * 2**20
+# Gradients with one position are formed for products if so many of them fit into so much memory, and for so
+# many vectors: both ways take the same operations, and the one that reads and writes less wins.
+_DENSE_BYTES, _DENSE_ROWS, _DENSE_VECTORS = 32 * 2**20, 64, 128
+# What writing and reading a formed number costs, in multiplications.
+_FORMED = 12
+
+
+@dataclass(frozen=True)
+class FactoredGradients(LayerGradients):
+    """``g_kb = sum_r outputs[k, :, b, r] inputs[:, b, r]^T``, never formed unless it has to be.
+
+    Attributes:
+        inputs: ``(G, B, R, D_in)``.
+        outputs: ``(K, G, B, R, D_out)``.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    @property
+    def num_examples(self) -> int:
+        """``B``."""
+        return self.inputs.shape[1]
+
+    def dense(self) -> Tensor:
+        """Return the gradient matrices, ``(K, B, G, D_out, D_in)``."""
+        product = torch.matmul(self.outputs.transpose(-1, -2), self.inputs)  # (K, G, B, D_out, D_in)
+        return product.transpose(1, 2)
+
+    def dot(self, vectors: Tensor) -> Tensor:
+        """Return inner products ``(K, B, V)``: inputs go through the vectors once, however many the seeds."""
+        num, groups, d_out, d_in = vectors.shape
+        examples, positions = self.inputs.shape[1:3]
+        if (
+            num >= _DENSE_VECTORS
+            and self.outputs.shape[0] == positions == 1
+            and vectors[0].nbytes <= _DENSE_BYTES // _DENSE_ROWS
+        ):
+            return self._dense_dot(vectors)
+        if self._dense_is_cheaper(num):
+            flat = vectors.flatten(1).T
+            return torch.cat([part._rows() @ flat for part in self._chunks(_PRODUCT_BYTES)]).transpose(0, 1)
+        rows = self.inputs.reshape(groups, examples * positions, d_in)
+        result = self.outputs.new_zeros(self.outputs.shape[0], examples, num)
+        step = _chunk(examples * positions * groups * d_out * rows.element_size(), num)
+        for start in range(0, num, step):
+            part = vectors[start : start + step].transpose(0, 1).reshape(groups, -1, d_in)
+            pushed = torch.bmm(rows, part.transpose(1, 2)).view(groups, examples, positions, -1, d_out)
+            # sum over (g, r, o) of pushed[g, b, r, v, o] outputs[k, g, b, r, o]
+            left = self.outputs.permute(2, 1, 3, 0, 4)  # (B, G, R, K, D_out)
+            right = pushed.permute(1, 0, 2, 4, 3)  # (B, G, R, D_out, V)
+            products = torch.matmul(left, right) if positions * groups > 1 else left[:, 0, 0] @ right[:, 0, 0]
+            if positions * groups > 1:
+                products = products.sum(dim=(1, 2))
+            result[:, :, start : start + step] = products.transpose(0, 1)
+        return result
+
+    def _dense_is_cheaper(self, num: int) -> bool:
+        """Return whether products with ``num`` vectors should form the matrices first, by operations."""
+        seeds, positions, d_in = self.outputs.shape[0], self.inputs.shape[2], self.inputs.shape[-1]
+        formed = seeds * (positions + num + _FORMED) * d_in
+        return positions > 1 and formed < num * positions * (d_in + seeds)
+
+    def _dense_dot(self, vectors: Tensor) -> Tensor:
+        """Return ``(1, B, V)`` from dense gradients, by one square product."""
+        flat = vectors.flatten(1).T
+        step = _DENSE_BYTES // vectors[0].nbytes
+        parts = [self.select(slice(start, start + step)) for start in range(0, self.num_examples, step)]
+        return torch.cat([part.dense()[0].flatten(1) @ flat for part in parts])[None]
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Return sums ``(V, G, D_out, D_in)``: weigh the output gradients, then multiply by the inputs."""
+        num = weights.shape[-1]
+        seeds, groups, examples, positions, d_out = self.outputs.shape
+        if self._dense_is_cheaper(num):
+            few = self._chunks(_PRODUCT_BYTES)
+            shares = torch.split(weights.transpose(0, 1), [some.num_examples for some in few])
+            total = self.inputs.new_zeros(num, groups * d_out * self.inputs.shape[-1])
+            for some, share in zip(few, shares, strict=True):
+                total.addmm_(share.reshape(-1, num).T, some._rows().flatten(0, 1))
+            return total.view(num, groups, d_out, -1)
+        rows = self.inputs.reshape(groups, examples * positions, -1)
+        result = self.inputs.new_empty(num, groups, d_out, rows.shape[-1])
+        step = _chunk(examples * positions * groups * d_out * rows.element_size(), num)
+        for start in range(0, num, step):
+            part = weights[:, :, start : start + step]
+            left = part.permute(1, 2, 0)  # (B, V, K)
+            right = self.outputs.permute(2, 0, 1, 3, 4).reshape(examples, seeds, -1)  # (B, K, G R D_out)
+            mixed = torch.bmm(left, right).view(examples, -1, groups, positions, d_out)
+            mixed = mixed.permute(2, 1, 4, 0, 3).reshape(
+                groups, -1, examples * positions
+            )  # (G, V D_out, B R)
+            summed = torch.bmm(mixed, rows).view(groups, -1, d_out, rows.shape[-1])
+            result[start : start + step] = summed.transpose(0, 1)
+        return result
+
+    def rotate(self, q_in: Tensor | None, q_out: Tensor | None) -> LayerGradients:
+        """Return the rotated factors."""
+        inputs, outputs = self.inputs, self.outputs
+        if q_in is not None:  # examples and positions as rows of one product a group
+            inputs = torch.bmm(inputs.flatten(1, 2), q_in).view(inputs.shape)
+        if q_out is not None:
+            outputs = torch.matmul(outputs.flatten(2, 3), q_out).view(outputs.shape)
+        return FactoredGradients(inputs, outputs)
+
+    def sum_of_squares(self) -> Tensor:
+        """Return elementwise squares summed over seeds and examples, ``(G, D_out, D_in)``."""
+        if self.inputs.shape[2] == 1:
+            outputs = self.outputs.square().sum(dim=0)[:, :, 0]  # (G, B, D_out)
+            return torch.bmm(outputs.transpose(1, 2), self.inputs.square()[:, :, 0])
+        total = None
+        for part in self._chunks():
+            squares = part.dense().square_().sum(dim=(0, 1))
+            total = squares if total is None else total.add_(squares)
+        assert total is not None
+        return total
+
+    def weighted_squares(self, weights: Tensor) -> Tensor:
+        """Return weighted norms ``(K, B)``, for one position without forming a gradient."""
+        if self.inputs.shape[2] == 1:
+            pushed = torch.bmm(self.inputs.square()[:, :, 0], weights.transpose(1, 2))  # (G, B, D_out)
+            return (self.outputs.square()[:, :, :, 0] * pushed).sum(dim=(1, 3))
+        return torch.cat([weighted_squares(part.dense(), weights) for part in self._chunks()], dim=1)
+
+    def seeds(self, index: slice) -> FactoredGradients:
+        """Return the gradients of some of the seeds."""
+        return FactoredGradients(self.inputs, self.outputs[index])
+
+    def select(self, index: Tensor | slice) -> FactoredGradients:
+        """Return the gradients of some of the examples."""
+        return FactoredGradients(self.inputs[:, index], self.outputs[:, :, index])
+
+    def scaled(self, factor: float) -> FactoredGradients:
+        """Return the gradients times a number."""
+        return self if factor == 1.0 else FactoredGradients(self.inputs, self.outputs * factor)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> FactoredGradients:
+        """Return the gradients on another device or in another precision."""
+        return FactoredGradients(self.inputs.to(device, dtype), self.outputs.to(device, dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return self.inputs.nbytes + self.outputs.nbytes
+
+    def _rows(self) -> Tensor:
+        """Return the gradients as flat vectors ``(B, K, P_l)``: one product an example for all its seeds."""
+        seeds, groups, examples, positions, d_out = self.outputs.shape
+        left = self.outputs.permute(2, 1, 0, 4, 3).reshape(examples * groups, seeds * d_out, positions)
+        right = self.inputs.transpose(0, 1).reshape(examples * groups, positions, -1)
+        product = torch.bmm(left, right).view(examples, groups, seeds, -1)
+        return product.transpose(1, 2).reshape(examples, seeds, -1)
+
+    def _chunks(self, limit: int = _CHUNK_BYTES) -> list[FactoredGradients]:
+        """Return the same gradients in runs of examples whose dense form stays small."""
+        groups, examples, _, d_in = self.inputs.shape
+        matrix = self.outputs.shape[0] * groups * self.outputs.shape[-1] * d_in * self.inputs.element_size()
+        step = _chunk(matrix, examples, limit)
+        return [self.select(slice(start, start + step)) for start in range(0, examples, step)]
+
+
+def concatenate(parts: Sequence[LayerGradients]) -> LayerGradients:
+    """Return several batches as one, in order: factored if all are and have equal ``R``, else dense."""
+    if len(parts) == 1:
+        return parts[0]
+    factored = [part for part in parts if isinstance(part, FactoredGradients)]
+    if len(factored) == len(parts) and len({part.inputs.shape[2] for part in factored}) == 1:
+        inputs = torch.cat([part.inputs for part in factored], dim=1)
+        return FactoredGradients(inputs, torch.cat([part.outputs for part in factored], dim=2))
+    return DenseGradients(torch.cat([part.dense() for part in parts], dim=1))
+
+
+def _chunk(bytes_each: int, count: int, limit: int = _CHUNK_BYTES) -> int:
+    """Return how many items to form at once so that they stay within the working memory."""
+    return max(1, min(count, limit // max(1, bytes_each)))
+
+
+def compact(gradients: FactoredGradients) -> LayerGradients:
+    """Return the cheaper form: factored for one position per example, else dense."""
+    return gradients if gradients.inputs.shape[2] == 1 else DenseGradients(gradients.dense())
+
+
+def check_finite(gradients: Mapping[str, LayerGradients]) -> None:
+    """Refuse NaN and infinite gradients.
+
+    Args:
+        gradients: gradients by layer name.
+
+    Raises:
+        NonFiniteError: naming the layers whose inputs or output gradients are not finite.
+    """
+    sums = [
+        torch.stack([tensor.sum() for tensor in _tensors(layer)]).sum(0, keepdim=True)
+        for layer in gradients.values()
+    ]
+    if not sums or bool(torch.isfinite(torch.cat(sums).sum())):  # one wait for the device in all
+        return
+    bad = [
+        name
+        for name, layer in gradients.items()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(layer))
+    ]
+    if bad:
+        raise NonFiniteError(
+            f"Non-finite inputs or gradients in layers {bad}; nothing was stored. Check the weights and the "
+            "batch for NaN or infinity, or train with a smaller learning rate."
+        )
+
+
+def _tensors(layer: LayerGradients) -> list[Tensor]:
+    return [layer.inputs, layer.outputs] if isinstance(layer, FactoredGradients) else [layer.dense()]

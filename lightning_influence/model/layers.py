@@ -1,0 +1,271 @@
+"""How a kind of layer turns a forward and a backward pass into per-example gradients.
+
+Weight-sharing format, used throughout the package: a layer that computes ``s = W abar`` at ``R`` positions of
+each of ``B`` examples, in ``G`` independent groups, has
+
+- inputs ``abar`` of shape ``(G, B, R, D_in)``, the last coordinate being 1 when the layer has a trainable
+  bias;
+- output gradients ``ds`` of shape ``(G, B, R, D_out)``;
+- a gradient matrix ``sum_r ds_r abar_r^T`` per example, of shape ``(G, D_out, D_in)``.
+
+A rule is stateless: it says how one module class maps its tensors to this format and its parameters to the
+matrix.
+
+Which rule serves which class of modules.
+
+Linear layers: every leading dimension after the examples is a position.
+
+Convolutions in one, two and three dimensions: every output pixel is a position, every group a block.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class LayerRule(ABC):
+    """How one class of modules fits the weight-sharing format; register it with :func:`..layers.register`."""
+
+    @abstractmethod
+    def shape(self, module: nn.Module) -> tuple[int, int, int]:
+        """``(G, D_out, D_in)`` without the bias coordinate."""
+
+    @abstractmethod
+    def inputs(self, module: nn.Module, x: Tensor, num_examples: int) -> Tensor:
+        """Inputs ``(G, B, R, D_in)`` without the bias coordinate, from the module's input tensor."""
+
+    @abstractmethod
+    def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
+        """Output gradients ``(G, B, R, D_out)`` from the gradient of the module's output tensor."""
+
+    def weight(self, module: nn.Module) -> nn.Parameter:
+        """Return the weight; its rows in row-major order are the ``G * D_out`` rows of the matrix."""
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def bias(self, module: nn.Module) -> nn.Parameter | None:
+        """Return the bias parameter (``G * D_out`` entries), or None."""
+        bias = getattr(module, "bias", None)
+        return bias if isinstance(bias, nn.Parameter) else None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model, with what the algebra needs to know of it.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module itself.
+        rule: how its class fits the weight-sharing format.
+        groups: ``G``.
+        d_out: ``D_out``, outputs per group.
+        d_in: ``D_in``, inputs per group, with the bias coordinate if ``has_bias``.
+        has_bias: whether a trainable bias is the last input coordinate.
+    """
+
+    name: str
+    module: nn.Module
+    rule: LayerRule
+    groups: int
+    d_out: int
+    d_in: int
+    has_bias: bool
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, rule: LayerRule) -> Layer:
+        """Describe ``module``; a bias counts only if it is trained.
+
+        Returns:
+            The layer, with ``D_in`` including the bias coordinate.
+        """
+        groups, d_out, d_in = rule.shape(module)
+        bias = rule.bias(module)
+        has_bias = bias is not None and bias.requires_grad
+        return cls(name, module, rule, groups, d_out, d_in + has_bias, has_bias)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(G, D_out, D_in)`` of the gradient matrix."""
+        return self.groups, self.d_out, self.d_in
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters in the gradient matrix."""
+        return self.groups * self.d_out * self.d_in
+
+    def inputs(self, x: Tensor, num_examples: int) -> Tensor:
+        """Return inputs ``(G, B, R, D_in)`` in full precision, with the bias coordinate."""
+        abar = self.rule.inputs(self.module, full_precision(x), num_examples)
+        if not self.has_bias:
+            return abar
+        return torch.cat([abar, abar.new_ones(*abar.shape[:-1], 1)], dim=-1)
+
+    def output_gradients(self, grad: Tensor, num_examples: int) -> Tensor:
+        """Return output gradients ``(G, B, R, D_out)`` in full precision."""
+        return self.rule.output_gradients(self.module, full_precision(grad), num_examples)
+
+    def from_parameters(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Bring tensors ``(..., *weight.shape)`` and ``(..., *bias.shape)`` into matrix form.
+
+        Returns:
+            Matrices ``(..., G, D_out, D_in)``.
+        """
+        lead = weight.shape[: weight.ndim - self.rule.weight(self.module).ndim]
+        matrix = weight.reshape(*lead, self.groups, self.d_out, self.d_in - self.has_bias)
+        if not self.has_bias:
+            return matrix
+        assert bias is not None
+        return torch.cat([matrix, bias.reshape(*lead, self.groups, self.d_out, 1)], dim=-1)
+
+    def to_parameters(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Undo :meth:`from_parameters` for matrices ``(..., G, D_out, D_in)``.
+
+        Returns:
+            The weight-shaped part, and the bias-shaped one or None.
+        """
+        lead = matrix.shape[:-3]
+        shape = self.rule.weight(self.module).shape
+        if not self.has_bias:
+            return matrix.reshape(*lead, *shape), None
+        return matrix[..., :-1].reshape(*lead, *shape), matrix[..., -1].reshape(*lead, -1)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Return ``x`` detached, in float32 if it was of lower precision."""
+    x = x.detach()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def split_rows(x: Tensor, num_examples: int) -> Tensor:
+    """Return ``(B * R', ..., D)`` as ``(1, B, R, D)``: all dimensions but the last are positions."""
+    return x.reshape(1, num_examples, -1, x.shape[-1])
+
+
+_RULES: dict[type[nn.Module], LayerRule] = {}
+
+
+def register(*module_types: type[nn.Module]) -> Callable[[type[LayerRule]], type[LayerRule]]:
+    """Class decorator: serve modules of these types with the decorated rule.
+
+    Args:
+        *module_types: classes whose instances the rule can handle; a subclass is served too unless it
+            overrides ``forward``.
+
+    Returns:
+        The decorator; it returns the rule unchanged.
+    """
+
+    def decorate(rule: type[LayerRule]) -> type[LayerRule]:
+        for module_type in module_types:
+            _RULES[module_type] = rule()
+        return rule
+
+    return decorate
+
+
+def find_rule(module: nn.Module) -> LayerRule | None:
+    """Return the rule for this module, or None; with a ``forward`` of its own a subclass may differ."""
+    for base in type(module).__mro__:
+        if base in _RULES and type(module).forward is base.forward:
+            return _RULES[base]
+    return None
+
+
+def supported_types() -> list[str]:
+    """Return names of the registered module classes, sorted."""
+    return sorted(module_type.__name__ for module_type in _RULES)
+
+
+@register(nn.Linear)
+class LinearRule(LayerRule):
+    """``nn.Linear`` on ``(B, ..., D)`` or on rows ``(B * R, D)``."""
+
+    def shape(self, module: nn.Module) -> tuple[int, int, int]:
+        """Return ``(1, out_features, in_features)``."""
+        assert isinstance(module, nn.Linear)
+        return 1, module.out_features, module.in_features
+
+    def inputs(self, module: nn.Module, x: Tensor, num_examples: int) -> Tensor:
+        """Return inputs ``(1, B, R, in_features)``."""
+        return split_rows(x, num_examples)
+
+    def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
+        """Return output gradients ``(1, B, R, out_features)``."""
+        return split_rows(grad, num_examples)
+
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvRule(LayerRule):
+    """``nn.ConvNd`` with any stride, dilation, groups, padding and padding mode."""
+
+    def shape(self, module: nn.Module) -> tuple[int, int, int]:
+        """Return ``(groups, out_channels / groups, in_channels / groups * kernel pixels)``."""
+        assert isinstance(module, _Conv)
+        groups, kernel = module.groups, module.weight[0, 0].numel()
+        return groups, module.out_channels // groups, module.in_channels // groups * kernel
+
+    def inputs(self, module: nn.Module, x: Tensor, num_examples: int) -> Tensor:
+        """Return patches ``(G, B, R, D_in)``: what each output pixel sees, after padding."""
+        assert isinstance(module, _Conv)
+        # Rows may be more than the examples: these may have been folded with a factor of their own.
+        per_group = _patches(module, x).view(num_examples, -1, module.groups, self.shape(module)[2])
+        return per_group.permute(2, 0, 1, 3)
+
+    def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
+        """Return output gradients ``(G, B, R, D_out)``."""
+        assert isinstance(module, _Conv)
+        pixels = _batched(module, grad).flatten(2).transpose(1, 2)
+        per_group = pixels.reshape(num_examples, -1, module.groups, module.out_channels // module.groups)
+        return per_group.permute(2, 0, 1, 3)
+
+
+def _patches(module: _Conv, x: Tensor) -> Tensor:
+    """Return what each output pixel sees, ``(B', *out, C, *kernel)``: one copy a pixel of the kernel."""
+    padded = _pad(module, x)
+    axes = list(zip(padded.shape[2:], module.kernel_size, module.dilation, module.stride, strict=True))
+    out = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, dilation, stride in axes]
+    result = padded.new_empty(len(padded), *out, padded.shape[1], *module.kernel_size)
+    for pixel in itertools.product(*map(range, module.kernel_size)):
+        window = tuple(
+            slice(at * dilation, at * dilation + (count - 1) * stride + 1, stride)
+            for at, count, (_, _, dilation, stride) in zip(pixel, out, axes, strict=True)
+        )
+        seen = padded[(slice(None), slice(None), *window)]
+        result[(..., *pixel)] = seen.movedim(1, -1)  # type: ignore[index]
+    return result
+
+
+def _batched(module: _Conv, x: Tensor) -> Tensor:
+    """Return an unbatched call's tensor ``(C, *spatial)`` as a batch of one; others as they are."""
+    return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x
+
+
+def _pad(module: _Conv, x: Tensor) -> Tensor:
+    """Return the input as the kernel sees it: padded in the module's own mode."""
+    spatial = len(module.kernel_size)
+    x = _batched(module, x)
+    amounts: list[int] = []
+    for axis in reversed(range(spatial)):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
+        if module.padding == "same":
+            amounts += [reach // 2, reach - reach // 2]
+        elif module.padding == "valid":
+            amounts += [0, 0]
+        else:
+            amounts += [int(module.padding[axis])] * 2
+    if not any(amounts):
+        return x
+    if module.padding_mode == "zeros":
+        return functional.pad(x, amounts)
+    return functional.pad(x, amounts, mode=module.padding_mode)

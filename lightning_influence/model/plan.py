@@ -1,0 +1,212 @@
+"""Which parameters of a model are covered, by which layers, and how flat vectors over them are laid out."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_influence.model.gradients import LayerGradients
+from lightning_influence.model.layers import Layer, find_rule, supported_types
+from lightning_influence.support.errors import UnsupportedModelError
+
+
+class Layout:
+    """The order of ``P`` parameters in a flat vector: layer after layer, each matrix row-major.
+
+    Args:
+        shapes: ``(G, D_out, D_in)`` of each layer, in order.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int, int]]) -> None:
+        self.shapes = dict(shapes)
+        self.numels = {name: g * o * i for name, (g, o, i) in self.shapes.items()}
+        self.numel = sum(self.numels.values())
+
+    @classmethod
+    def of(cls, layers: Mapping[str, Layer]) -> Layout:
+        """Return the layout of some covered layers."""
+        return cls({name: layer.shape for name, layer in layers.items()})
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views ``(..., G, D_out, D_in)`` of ``flat (..., P)``."""
+        parts = torch.split(flat, list(self.numels.values()), dim=-1)
+        lead = flat.shape[:-1]
+        return {
+            name: part.reshape(*lead, *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def join(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Return ``(..., P)`` from one ``(..., G, D_out, D_in)`` a layer."""
+        return torch.cat([blocks[name].flatten(-3) for name in self.shapes], dim=-1)
+
+    def expand(self, values: Mapping[str, float], like: Tensor) -> Tensor:
+        """Return a vector ``(P,)`` that holds each layer's number at all of its parameters."""
+        parts = [like.new_full((self.numels[name],), values[name]) for name in self.shapes]
+        return torch.cat(parts)
+
+    def dense(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
+        """Return gradients as flat vectors ``(K, B, P)``; a layer without an entry is zero.
+
+        Raises:
+            KeyError: if no layer of the layout has an entry.
+        """
+        present = {name: gradients[name].dense().flatten(2) for name in self.shapes if name in gradients}
+        if not present:
+            raise KeyError(f"none of the layers {list(self.shapes)} has gradients")
+        like = next(iter(present.values()))
+        return torch.cat(
+            [
+                present[name] if name in present else like.new_zeros(*like.shape[:2], numel)
+                for name, numel in self.numels.items()
+            ],
+            dim=-1,
+        )
+
+    def dot(self, gradients: Mapping[str, LayerGradients], vectors: Tensor) -> Tensor:
+        """Return inner products ``(K, B, V)`` of gradients with flat vectors ``(V, P)``."""
+        blocks = self.split(vectors)
+        parts = [gradients[name].dot(blocks[name]) for name in self.shapes if name in gradients]
+        return torch.stack(parts).sum(dim=0)
+
+    def add_combination(self, out: Tensor, gradients: Mapping[str, LayerGradients], weights: Tensor) -> None:
+        """Add to ``out (V, P)`` the sums of gradients with weights ``(K, B, V)``, in place."""
+        start = 0
+        for name, numel in self.numels.items():
+            if name in gradients:
+                out[:, start : start + numel] += gradients[name].combine(weights).flatten(1)
+            start += numel
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The layers that are covered, and the trainable parameters that are not.
+
+    Attributes:
+        layers: covered layers by name, in the model's order.
+        uncovered: name of each uncovered trainable parameter -> (number of entries, reason).
+        verified: what passes have found in order, and need not look at again.
+    """
+
+    layers: dict[str, Layer]
+    uncovered: dict[str, tuple[int, str]]
+    verified: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    @property
+    def numel(self) -> int:
+        """``P``: number of covered parameters."""
+        return sum(layer.numel for layer in self.layers.values())
+
+    @property
+    def coverage(self) -> float:
+        """Share of the trainable parameters that is covered, in [0, 1]."""
+        return self.numel / (self.numel + sum(count for count, _ in self.uncovered.values()))
+
+    def describe_uncovered(self, limit: int = 8) -> str | None:
+        """Return one sentence naming what is left out and its share of all trainable parameters, or None."""
+        if not self.uncovered:
+            return None
+        named = [f"{name} ({count:,}: {why})" for name, (count, why) in self.uncovered.items()]
+        more = f" and {len(named) - limit} more" if len(named) > limit else ""
+        return (
+            f"{1 - self.coverage:.1%} of the trainable parameters are not covered by influence estimates: "
+            f"{', '.join(named[:limit])}{more}. Supported layers: {', '.join(supported_types())}."
+        )
+
+
+def find_layers(model: nn.Module, include: Sequence[str] | None = None) -> LayerPlan:
+    """Find the layers of ``model`` that per-example gradients can be had for.
+
+    Args:
+        model: any module.
+        include: names or shell patterns (``"encoder.*"``) of modules to cover; all supported ones if None.
+
+    Returns:
+        The plan, with every trainable parameter either in a layer or listed with a reason.
+
+    Raises:
+        UnsupportedModelError: if no layer is left, or a pattern matches no supported layer.
+    """
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    layers: dict[str, Layer] = {}
+    reasons: dict[int, str] = {}
+    for name, module in model.named_modules():
+        reason = _refusal(name, module, uses, include)
+        if reason is None:
+            rule = find_rule(module)
+            assert rule is not None
+            layers[name] = Layer.of(name, module, rule)
+        else:
+            # The originals of a parametrized weight live in a child module; its reason is the parent's.
+            deep = parametrize.is_parametrized(module)
+            for p in module.parameters(recurse=deep):
+                reasons.setdefault(id(p), reason)
+    _check_patterns(include, layers, model)
+    return LayerPlan(layers, _uncovered(model, layers, reasons))
+
+
+def _refusal(name: str, module: nn.Module, uses: Counter[int], include: Sequence[str] | None) -> str | None:
+    """Return why this module is not covered, or None if it is."""
+    own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+    if parametrize.is_parametrized(module):
+        return "parametrized weight"
+    rule = find_rule(module)
+    if rule is None:
+        return f"{type(module).__name__} is not supported"
+    if include is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+        return "not selected"
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is computed, not a parameter"
+    if not weight.requires_grad:
+        return "its weight is frozen"
+    if any(uses[id(p)] > 1 for p in own):
+        return "shared with another module"
+    return None
+
+
+def _uncovered(
+    model: nn.Module, layers: dict[str, Layer], reasons: dict[int, str]
+) -> dict[str, tuple[int, str]]:
+    """Return trainable parameters that no layer covers, with the reason."""
+    covered = {
+        id(p)
+        for layer in layers.values()
+        for p in (layer.rule.weight(layer.module), layer.rule.bias(layer.module))
+        if p is not None
+    }
+    return {
+        name: (p.numel(), reasons.get(id(p), "not supported"))
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in covered
+    }
+
+
+def _check_patterns(include: Sequence[str] | None, layers: dict[str, Layer], model: nn.Module) -> None:
+    """Refuse an empty plan and patterns that select nothing.
+
+    Raises:
+        UnsupportedModelError: naming what could be selected.
+    """
+    if include is not None and not include:
+        raise UnsupportedModelError("layers=[] selects nothing; pass names or patterns, or None for all.")
+    for pattern in include or ():
+        if not fnmatch.filter(layers, pattern):
+            supported = [name for name, module in model.named_modules() if find_rule(module) is not None]
+            raise UnsupportedModelError(
+                f"layers={pattern!r} selects no supported, trainable layer. Accepted are names or patterns "
+                f"of: {supported}."
+            )
+    if not layers:
+        found = sorted({type(m).__name__ for m in model.modules() if list(m.parameters(recurse=False))})
+        raise UnsupportedModelError(
+            "The model has no trainable layer of a supported kind; its parameters are in: "
+            f"{found or 'none'}. Supported layers: {', '.join(supported_types())}. Register a rule for yours "
+            "with lightning_influence.layers.register."
+        )

@@ -1,0 +1,254 @@
+"""Records layer inputs in a forward pass and output gradients in any number of backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.layers import Layer
+from lightning_influence.support.errors import UnsupportedModelError
+
+# Unfolded inputs of so many bytes are made at once where they are used once, to be still in the cache then;
+# but products want a number of rows.
+_PART_BYTES, _PART_EXAMPLES = 2 * 2**20, 64
+
+
+@dataclass
+class _Calls:
+    """What one layer saw: an entry a call, in order."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    edges: list[GradientEdge] = field(default_factory=list)
+
+
+class Recorder:
+    """Hooks on the covered layers, for the duration of a ``with`` block.
+
+    Forward hooks keep each call's input and the *gradient edge* of its output. Differentiating by the edge is
+    right even if an in-place activation overwrites the output tensor afterwards, which differentiating by the
+    tensor is not.
+
+    Args:
+        layers: the covered layers by name.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self.layers = dict(layers)
+        self._handles: list[RemovableHandle] = []
+        self._calls: dict[str, _Calls] = {}
+
+    def __enter__(self) -> Self:
+        """Register the hooks.
+
+        Returns:
+            The recorder itself.
+        """
+        self._calls = {name: _Calls() for name in self.layers}
+        for name, layer in self.layers.items():
+            # Before the user's own hooks, which may replace the output that the weights made.
+            hook = layer.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
+            self._handles.append(hook)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the hooks; what was recorded stays until :meth:`clear`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def clear(self) -> None:
+        """Let go of the recorded tensors and their graph."""
+        self._calls = {}
+
+    @property
+    def silent(self) -> list[str]:
+        """Names of the layers that did not take part in the forward pass."""
+        return [name for name, calls in self._calls.items() if not calls.edges]
+
+    def inputs(self, num_examples: int, *, release: bool = False) -> dict[str, Tensor]:
+        """Inputs of each layer that was called; calls are further positions.
+
+        Args:
+            num_examples: ``B``.
+            release: let go of what was recorded, layer by layer: it cannot be asked for again.
+
+        Returns:
+            ``(G, B, R, D_in)`` by layer.
+        """
+        self._check_rows(num_examples)
+        result = {}
+        for name, calls in self._calls.items():
+            if calls.edges:
+                result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
+        return result
+
+    def raw_inputs(self) -> dict[str, Tensor]:
+        """Return the input of each layer's first call as the module saw it, in the order of the layers."""
+        return {name: calls.inputs[0] for name, calls in self._calls.items() if calls.inputs}
+
+    def backward(
+        self, outputs: Tensor, seed: Tensor | None, num_examples: int, *, keep_graph: bool = True
+    ) -> dict[str, Tensor]:
+        """Output gradients ``(G, B, R, D_out)`` of each layer for one seed.
+
+        Args:
+            outputs: a tensor of the recorded forward pass.
+            seed: gradient of a scalar in ``outputs``, of its shape; None for a scalar ``outputs``.
+            num_examples: ``B``.
+            keep_graph: whether further backward passes follow.
+
+        Returns:
+            The output gradients by layer; zero for a layer that ``outputs`` does not depend on.
+        """
+        names = [name for name, calls in self._calls.items() if calls.edges]
+        edges = [edge for name in names for edge in self._calls[name].edges]
+        grads = torch.autograd.grad(
+            outputs,
+            edges,
+            None if seed is None else seed.to(outputs.dtype),
+            retain_graph=keep_graph,
+            allow_unused=True,
+        )
+        result, start = {}, 0
+        for name in names:
+            calls, layer = self._calls[name], self.layers[name]
+            parts: list[Tensor | None] = [
+                None if grad is None else layer.output_gradients(grad, num_examples)
+                for grad in grads[start : start + len(calls.edges)]
+            ]
+            start += len(calls.edges)
+            result[name] = self._fill(name, parts, num_examples)
+        return result
+
+    def gradients(
+        self, outputs: Tensor, seeds: list[Tensor | None], num_examples: int, *, keep_graph: bool = True
+    ) -> dict[str, FactoredGradients]:
+        """Per-example gradients of each layer in factored form.
+
+        Args:
+            outputs: a tensor of the recorded forward pass.
+            seeds: of one backward pass each, see :meth:`backward`.
+            num_examples: ``B``.
+            keep_graph: whether further backward passes follow; without, the graph is freed on the way,
+                and the recorded inputs after it.
+
+        Returns:
+            Gradients by layer, ``K = len(seeds)``.
+        """
+        self._check_rows(num_examples)
+        last = len(seeds) - 1
+        passes = [
+            self.backward(outputs, seed, num_examples, keep_graph=keep_graph or number < last)
+            for number, seed in enumerate(seeds)
+        ]
+        inputs = self.inputs(num_examples, release=not keep_graph)  # the graph is gone
+        result = {}
+        for name, abar in inputs.items():
+            parts = [grads.pop(name) for grads in passes]
+            result[name] = FactoredGradients(abar, parts[0][None] if len(parts) == 1 else torch.stack(parts))
+        return result
+
+    def gradient_parts(
+        self, outputs: Tensor, seed: Tensor | None, num_examples: int
+    ) -> Iterator[dict[str, FactoredGradients]]:
+        """The gradients of one seed in runs of consecutive examples, for those who use each once.
+
+        Inputs that have to be unfolded, as those of convolutions, are so run by run. The graph is freed.
+
+        Args:
+            outputs: a tensor of the recorded forward pass.
+            seed: of the backward pass, see :meth:`backward`.
+            num_examples: ``B``.
+
+        Yields:
+            Gradients by layer, ``K = 1``, of the next examples.
+        """
+        self._check_rows(num_examples)
+        grads = self.backward(outputs, seed, num_examples, keep_graph=False)
+        step = self._examples_at_once(grads, num_examples)
+        for start in range(0, num_examples, step):
+            run = slice(start, min(start + step, num_examples))
+            yield {
+                name: FactoredGradients(
+                    self._inputs_of(name, run, num_examples, release=run.stop == num_examples),
+                    grad[None, :, run],
+                )
+                for name, grad in grads.items()
+            }
+
+    def _examples_at_once(self, grads: Mapping[str, Tensor], num_examples: int) -> int:
+        """Return how many examples' inputs to unfold at once: all of them where nothing grows by it."""
+        largest = 0
+        for name, grad in grads.items():
+            groups, _, positions, _ = grad.shape
+            unfolded = groups * positions * self.layers[name].d_in * grad.element_size()
+            if unfolded * num_examples > 2 * sum(x.nbytes for x in self._calls[name].inputs):
+                largest = max(largest, unfolded)
+        return max(_PART_EXAMPLES, _PART_BYTES // largest) if largest else num_examples
+
+    def _inputs_of(self, name: str, run: slice, num_examples: int, *, release: bool) -> Tensor:
+        """Return one layer's inputs ``(G, B', R, D_in)`` of a run of the examples, and let go of all."""
+        layer, calls, count = self.layers[name], self._calls[name], run.stop - run.start
+        parts = []
+        for x in calls.inputs:
+            if count < num_examples:
+                rows = len(x) // num_examples  # of one example
+                x = x[run.start * rows : run.stop * rows]
+            parts.append(layer.inputs(x, count))
+        if release:
+            calls.inputs.clear()
+        return _along_positions(parts)
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+                return
+            calls = self._calls[name]
+            calls.inputs.append((args[0] if args else next(iter(kwargs.values()))).detach())
+            calls.edges.append(get_gradient_edge(output))
+
+        return hook
+
+    def _check_rows(self, num_examples: int) -> None:
+        """Refuse inputs whose rows are no multiple of the examples.
+
+        Raises:
+            UnsupportedModelError: naming the layer.
+        """
+        for name, calls in self._calls.items():
+            for x in calls.inputs:
+                if x.shape[0] % num_examples:
+                    raise UnsupportedModelError(
+                        f"Layer {name!r} was called with a tensor of shape {tuple(x.shape)} in a batch of "
+                        f"{num_examples} examples. Its first dimension must be the examples (or examples "
+                        "times positions): move the batch to the front, or leave this layer out with "
+                        "`layers=`."
+                    )
+
+    def _fill(self, name: str, parts: list[Tensor | None], num_examples: int) -> Tensor:
+        """Return zeros for calls that the outputs do not depend on, then all calls along the positions."""
+        layer = self.layers[name]
+        filled = []
+        for x, part in zip(self._calls[name].inputs, parts, strict=True):
+            if part is None:
+                like = layer.inputs(x, num_examples)
+                part = like.new_zeros(*like.shape[:3], layer.d_out)
+            filled.append(part)
+        return _along_positions(filled)
+
+
+def _along_positions(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -1,0 +1,291 @@
+"""What an influence query returns: scores of training examples, and the certificate of how they came about.
+
+A score is the predicted change of a query's measurement when a training example is removed, in the
+measurement's unit: ``tau(q, n) = (1/N) g_q^T (H + lambda I)^{-1} g_n``. With the loss as the measurement, a
+positive score means that the training example helps the query (a proponent), a negative one that it hurts (an
+opponent).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from rich.console import Group, RenderableType
+from torch import Tensor
+
+from lightning_influence.results.ranking import Labels, Ranking, checked
+from lightning_influence.results.rendering import facts_table, score_caption
+from lightning_influence.results.result import Result, load_pandas
+from lightning_influence.results.top_k import Extremes, check_finite, select_topk
+from lightning_influence.support.arguments import as_indices, check_k, check_shape, distinct, some
+from lightning_influence.support.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Attributions(Result):
+    """Scores of training examples for queries: all of them, or the strongest at either end.
+
+    A score is the predicted change of the query's measurement when the training example is removed, in the
+    measurement's unit; for the loss, positive means that the example helps the query. A group's predicted
+    effect is the sum of its members' scores. All tensors are on the CPU, half-precision scores in float32.
+
+    Attributes:
+        train_indices: ``(N,)`` distinct training dataset indices, the columns of ``scores``.
+        query_indices: ``(Q,)`` query dataset indices.
+        diagnostics: how the scores were computed.
+        query_dataloaders: ``(Q,)`` which query dataloader each query is from, when there are several.
+        scores: ``(Q, N)`` all scores, or None when only both ends were kept.
+        top_scores: ``(Q, k)`` the highest scores, descending.
+        top_indices: ``(Q, k)`` their training dataset indices.
+        bottom_scores: ``(Q, k)`` the lowest scores, ascending.
+        bottom_indices: ``(Q, k)`` their training dataset indices.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit, or both or neither of ``scores`` and the ends are given.
+        NonFiniteError: if a score is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from lightning_influence import Diagnostics
+        >>> attributions = Attributions(
+        ...     scores=torch.tensor([[0.1, -0.2, 0.3]]),
+        ...     train_indices=torch.tensor([10, 11, 12]),
+        ...     query_indices=torch.tensor([4]),
+        ...     diagnostics=Diagnostics(method="ekfac"),
+        ... )
+        >>> attributions.top(2).indices
+        tensor([[12, 10]])
+        >>> attributions.group([10, 12])
+        tensor([0.4000])
+    """
+
+    KIND: ClassVar[str] = "attributions"
+
+    query_indices: Tensor
+    query_dataloaders: Tensor | None = None
+    scores: Tensor | None = None
+    top_scores: Tensor | None = None
+    top_indices: Tensor | None = None
+    bottom_scores: Tensor | None = None
+    bottom_indices: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Q, N = len(self.query_indices), len(self.train_indices)
+        ends = [self.top_scores, self.top_indices, self.bottom_scores, self.bottom_indices]
+        if sum(end is not None for end in ends) != (4 if self.scores is None else 0):
+            raise ValueError(
+                "give either scores, or top and bottom scores and indices; got both, neither or a part"
+            )
+        check_shape("query_indices", self.query_indices, (max(Q, 1),))
+        check_shape("query_dataloaders", self.query_dataloaders, (Q,))
+        check_shape("diagnostics.residuals", self.diagnostics.residuals, (Q,))
+        if self.scores is not None:
+            check_shape("scores", self.scores, (Q, N))
+            check_finite(self.scores, self.train_indices)
+        if self.top_scores is not None and self.bottom_scores is not None:
+            self._check_ends(Q, self.top_scores, self.bottom_scores)
+
+    def _check_ends(self, Q: int, top: Tensor, bottom: Tensor) -> None:
+        k = max(1, top.shape[-1] if top.dim() else 1)
+        for name in ("top_scores", "top_indices", "bottom_scores", "bottom_indices"):
+            check_shape(name, getattr(self, name), (Q, k))
+        for name, scores in (("top", top), ("bottom", -bottom)):
+            indices = getattr(self, f"{name}_indices")
+            if not bool(torch.isfinite(scores).all()):
+                raise NonFiniteError(
+                    f"{name}_scores hold NaN or infinity; look at the losses and at the damping"
+                )
+            if bool((scores.diff(dim=1) > 0).any()):
+                raise ValueError(f"{name}_scores must be sorted, the strongest first")
+            if not bool(torch.isin(indices, self.train_indices).all()):
+                raise ValueError(f"{name}_indices hold examples that train_indices does not")
+
+    @classmethod
+    def from_extremes(cls, extremes: Extremes, **others: Any) -> Self:
+        """Attributions from the result of a :class:`~.results.streaming.StreamingExtremes`.
+
+        Args:
+            extremes: both ends of the rankings, and what was ranked.
+            **others: ``query_indices``, ``diagnostics`` and, with several loaders, ``query_dataloaders``.
+
+        Returns:
+            The attributions.
+        """
+        return cls(
+            train_indices=extremes.train_indices,
+            top_scores=extremes.top.scores,
+            top_indices=extremes.top.indices,
+            bottom_scores=extremes.bottom.scores,
+            bottom_indices=extremes.bottom.indices,
+            **others,
+        )
+
+    @property
+    def stored(self) -> int:
+        """How many examples per query :meth:`top` and :meth:`bottom` can return."""
+        return len(self.train_indices) if self.top_scores is None else self.top_scores.shape[1]
+
+    def top(self, k: int = 5, *, labels: Labels | None = None, max_queries: int = 10) -> Ranking:
+        """The highest scores of each query: with the loss measured, its strongest proponents.
+
+        Args:
+            k: how many.
+            labels: texts to show beside the indices.
+            max_queries: how many queries the printed table shows; the rest is counted.
+
+        Returns:
+            Indices ``(Q, k)`` and scores ``(Q, k)`` that print as a table.
+
+        Raises:
+            ValueError: if fewer than ``k`` are stored, or ``max_queries`` is below 1.
+        """
+        return self._ranking(k, True, labels, max_queries)
+
+    def bottom(self, k: int = 5, *, labels: Labels | None = None, max_queries: int = 10) -> Ranking:
+        """The lowest scores of each query: with the loss measured, its strongest opponents.
+
+        Args:
+            k: how many.
+            labels: texts to show beside the indices.
+            max_queries: how many queries the printed table shows; the rest is counted.
+
+        Returns:
+            Indices ``(Q, k)`` and scores ``(Q, k)``, the lowest first, that print as a table.
+
+        Raises:
+            ValueError: if fewer than ``k`` are stored, or ``max_queries`` is below 1.
+        """
+        return self._ranking(k, False, labels, max_queries)
+
+    def _ranking(self, k: int, largest: bool, labels: Labels | None, max_queries: int) -> Ranking:
+        how = "all scores are stored" if self.top_scores is None else f"top_k={self.stored}"
+        check_k(k, self.stored, how)
+        if max_queries < 1:
+            raise ValueError(f"Got max_queries={max_queries}; accepted are integers of at least 1.")
+        if self.scores is not None:
+            scores, indices = select_topk(self.scores, self.train_indices, k, largest=largest)
+        else:
+            end = "top" if largest else "bottom"
+            scores, indices = getattr(self, f"{end}_scores")[:, :k], getattr(self, f"{end}_indices")[:, :k]
+        return Ranking(
+            indices=indices,
+            scores=scores,
+            query_indices=self.query_indices,
+            query_dataloaders=self.query_dataloaders,
+            title=_title(self.diagnostics.measurement, largest),
+            caption=score_caption(self.diagnostics.measurement),
+            labels=checked(labels),
+            max_queries=max_queries,
+        )
+
+    def for_query(self, index: int, dataloader: int | None = None) -> Self:
+        """The attributions of one query.
+
+        Args:
+            index: its dataset index.
+            dataloader: its query dataloader, to tell queries of several apart.
+
+        Returns:
+            Attributions of the rows with this index: one, or several if it was queried more than once.
+
+        Raises:
+            ValueError: if it was not queried.
+        """
+        rows = self.query_indices == index
+        if dataloader is not None:
+            loaders = self.query_dataloaders
+            rows &= (torch.zeros_like(self.query_indices) if loaders is None else loaders) == dataloader
+        if not bool(rows.any()):
+            where = "" if dataloader is None else f" of dataloader {dataloader}"
+            known = some(self.query_indices)
+            raise ValueError(f"query {index}{where} was not asked for; query_indices are {known}")
+        per_query = {name: t[rows] for name, t in self._tensors().items() if name != "train_indices"}
+        residuals = self.diagnostics.residuals
+        diagnostics = dataclasses.replace(
+            self.diagnostics, residuals=None if residuals is None else residuals[rows.to(residuals.device)]
+        )
+        return dataclasses.replace(self, diagnostics=diagnostics, **per_query)
+
+    def group(self, train_indices: Tensor | Sequence[int]) -> Tensor:
+        """Predicted change of each query's measurement when a group of training examples is removed.
+
+        Args:
+            train_indices: the group's distinct dataset indices, or a boolean mask ``(N,)`` over
+                :attr:`train_indices`.
+
+        Returns:
+            ``(Q,)``, the sum of the members' scores, in the measurement's unit.
+
+        Raises:
+            ValueError: if only the ends of the rankings are stored, an example is unknown or repeated, or the
+                group is neither indices nor a mask.
+        """
+        if self.scores is None:
+            raise ValueError(
+                f"a group needs all scores, but only {self.stored} at either end are stored: omit top_k"
+            )
+        wanted = as_indices(train_indices, self.train_indices)
+        unknown = wanted[~torch.isin(wanted, self.train_indices)]
+        if len(unknown) or not distinct(wanted):
+            what = f"unknown examples: {some(unknown)}" if len(unknown) else "an example twice"
+            raise ValueError(f"the group holds {what}; it takes distinct members of train_indices")
+        members = torch.isin(self.train_indices, wanted)
+        return self.scores[:, members].sum(1)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The scores as a pandas DataFrame in long form, one row per query and training example.
+
+        Returns:
+            Columns ``query``, ``dataloader`` (with several), ``train`` and ``score``; when only the ends are
+            stored also ``end`` (``top`` or ``bottom``) and ``rank`` (from 1).
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        pandas = load_pandas()
+        if self.scores is not None:
+            return pandas.DataFrame(self._columns(self.train_indices.expand(self.scores.shape), self.scores))
+        frames = []
+        for end, ranking in (("top", self.top(self.stored)), ("bottom", self.bottom(self.stored))):
+            frame = pandas.DataFrame(self._columns(ranking.indices, ranking.scores))
+            frame["end"] = end
+            frame["rank"] = torch.arange(1, self.stored + 1).repeat(len(self.query_indices)).numpy()
+            frames.append(frame)
+        return pandas.concat(frames, ignore_index=True)
+
+    def _columns(self, indices: Tensor, scores: Tensor) -> dict[str, Any]:
+        width = scores.shape[1]
+        columns = {"query": self.query_indices.repeat_interleave(width).numpy()}
+        if self.query_dataloaders is not None:
+            columns["dataloader"] = self.query_dataloaders.repeat_interleave(width).numpy()
+        return columns | {"train": indices.flatten().numpy(), "score": scores.flatten().numpy()}
+
+    def __rich__(self) -> RenderableType:
+        kept = "all scores" if self.scores is not None else f"the {self.stored} strongest at either end"
+        counts = [
+            ("queries", str(len(self.query_indices))),
+            ("training examples", str(len(self.train_indices))),
+        ]
+        facts = [*counts, ("stored", kept), *self.diagnostics.facts()]
+        return Group(facts_table(facts, "Attributions"), self.top(min(5, self.stored)))
+
+    def __repr__(self) -> str:
+        kept = "full" if self.scores is not None else f"top_k={self.stored}"
+        return (
+            f"Attributions(Q={len(self.query_indices)}, N={len(self.train_indices)}, {kept}, "
+            f"method={self.diagnostics.method!r}, measurement={self.diagnostics.measurement!r})"
+        )
+
+
+def _title(measurement: str, largest: bool) -> str:
+    if measurement == "loss":
+        return "Strongest proponents" if largest else "Strongest opponents"
+    return "Highest scores" if largest else "Lowest scores"

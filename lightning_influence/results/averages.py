@@ -1,0 +1,147 @@
+"""Several attributions as one: averages over models, and groups of queries put together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_influence.results.attributions import Attributions
+from lightning_influence.results.diagnostics import Diagnostics
+
+
+def average_attributions(parts: Iterable[Attributions]) -> Attributions:
+    """Average the scores of several models trained alike, for the same queries and training examples.
+
+    What one run happens to learn differs between seeds; the average is nearer to what retraining does on
+    average. ``diagnostics.extra["agreement"]`` is the mean correlation of two models' scores of a query: near
+    1, one model would have told as much; near 0, no single model's ranking is to be trusted.
+
+    Args:
+        parts: attributions with all scores.
+
+    Returns:
+        Mean scores in the same unit and sign; residuals are each query's largest, dampings the mean.
+
+    Raises:
+        ValueError: if there are none, some have no full scores, or they answer different questions.
+        TypeError: if they are no attributions, or one that is in no list.
+    """
+    parts = _listed(parts)
+    if not parts:
+        raise ValueError("Got no attributions; pass at least one.")
+    first = parts[0]
+    for number, part in enumerate(parts):
+        _check_alike(first, part, number)
+    scores = [part.scores for part in parts if part.scores is not None]
+    mean = torch.stack([part.double() for part in scores]).mean(dim=0).to(scores[0].dtype)
+    return dataclasses.replace(
+        first, scores=mean, diagnostics=_joined([p.diagnostics for p in parts], scores)
+    )
+
+
+_OF_QUERIES = (
+    "query_indices",
+    "query_dataloaders",
+    "scores",
+    "top_scores",
+    "top_indices",
+    "bottom_scores",
+    "bottom_indices",
+)
+
+
+def join_queries(parts: Sequence[Attributions]) -> Attributions:
+    """Put together what one model answered to several groups of queries.
+
+    Args:
+        parts: answers for the same training examples, in order; the last one's diagnostics hold for all.
+
+    Returns:
+        All queries, in the order of the parts.
+    """
+    last = parts[-1]
+    if len(parts) == 1:
+        return last
+    kept = [name for name in _OF_QUERIES if getattr(last, name) is not None]
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in kept}
+    residuals = [part.diagnostics.residuals for part in parts if part.diagnostics.residuals is not None]
+    diagnostics = dataclasses.replace(last.diagnostics, residuals=torch.cat(residuals) if residuals else None)
+    return dataclasses.replace(last, diagnostics=diagnostics, **joined)
+
+
+def _listed(parts: object) -> list[Attributions]:
+    """Return what was passed as a list.
+
+    Raises:
+        TypeError: if it is something else than several attributions.
+    """
+    accepted = "pass several answers to the same question: average_attributions([first, second])."
+    if isinstance(parts, Attributions) or not isinstance(parts, Iterable):
+        raise TypeError(f"Got one {type(parts).__name__}; {accepted}")
+    listed = list(parts)
+    for number, part in enumerate(listed):
+        if not isinstance(part, Attributions):
+            raise TypeError(f"Got a {type(part).__name__} at position {number}; {accepted}")
+    return listed
+
+
+def _check_alike(first: Attributions, part: Attributions, number: int) -> None:
+    """Refuse attributions that cannot be added up.
+
+    Raises:
+        ValueError: saying what differs.
+    """
+    if part.scores is None:
+        raise ValueError(f"Attributions {number} hold both ends of the rankings only; ask without top_k.")
+    pairs = {
+        "train_indices": (first.train_indices, part.train_indices),
+        "query_indices": (first.query_indices, part.query_indices),
+        "query_dataloaders": (first.query_dataloaders, part.query_dataloaders),
+    }
+    differing = [name for name, (a, b) in pairs.items() if not _equal(a, b)]
+    if first.diagnostics.measurement != part.diagnostics.measurement:
+        differing.append("the measurement")
+    if differing:
+        raise ValueError(
+            f"Attributions 0 and {number} differ in {', '.join(differing)}; accepted are answers to the same "
+            "question by different models."
+        )
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _joined(parts: Sequence[Diagnostics], scores: Sequence[Tensor]) -> Diagnostics:
+    first, count = parts[0], len(parts)
+    residuals = [part.residuals for part in parts if part.residuals is not None]
+    return dataclasses.replace(
+        first,
+        damping={
+            name: sum(part.damping.get(name, value) for part in parts) / count
+            for name, value in first.damping.items()
+        },
+        damping_origin=f"{first.damping_origin}; mean of {count} models",
+        residuals=torch.stack(residuals).amax(dim=0) if len(residuals) == count else None,
+        passes=[facts for part in parts for facts in part.passes],
+        seconds=sum(part.seconds for part in parts),
+        checkpoint=", ".join(part.checkpoint or "the weights in memory" for part in parts),
+        warnings=list(dict.fromkeys(warning for part in parts for warning in part.warnings)),
+        extra={**first.extra, "models": count, "agreement": _agreement(scores)},
+    )
+
+
+def _agreement(scores: Sequence[Tensor]) -> float | None:
+    """Return the mean correlation over queries and pairs of models; None for one model alone."""
+    if len(scores) < 2:
+        return None
+    stacked = torch.stack([part.double() for part in scores])  # (models, Q, N)
+    centred = stacked - stacked.mean(dim=2, keepdim=True)
+    norms = centred.norm(dim=2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    unit = centred / norms
+    count = len(scores)
+    together = unit.sum(dim=0).square().sum(dim=1) - unit.square().sum(dim=(0, 2))  # twice the pairs' sum
+    return float((together / (count * (count - 1))).mean())

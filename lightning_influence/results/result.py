@@ -1,0 +1,100 @@
+"""What attributions and self-influence share: their files, checks and looks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from rich.jupyter import JupyterMixin
+from torch import Tensor
+
+from lightning_influence.results.diagnostics import Diagnostics
+from lightning_influence.support.arguments import distinct
+from lightning_influence.support.errors import CorruptFileError
+from lightning_influence.support.storage import PathLike, check_kind, load_tensors, save_tensors
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Result(JupyterMixin):
+    """What attributions and self-influence share: their files, checks and looks."""
+
+    KIND: ClassVar[str]
+
+    train_indices: Tensor
+    diagnostics: Diagnostics
+
+    def __post_init__(self) -> None:
+        for name, tensor in self._tensors().items():
+            tensor = tensor.detach().cpu()
+            if tensor.dtype in {torch.float16, torch.bfloat16}:
+                tensor = tensor.float()
+            sound = tensor.is_floating_point() if name.endswith("scores") else tensor.dtype == torch.long
+            if not sound:
+                kind = "floating-point" if name.endswith("scores") else "int64"
+                raise ValueError(f"{name} must be {kind}, got {tensor.dtype}")
+            object.__setattr__(self, name, tensor)
+        if self.train_indices.dim() != 1 or not distinct(self.train_indices):
+            raise ValueError(
+                f"train_indices must be (N,) and distinct, got {tuple(self.train_indices.shape)}"
+            )
+        if len(self.train_indices) == 0:
+            raise ValueError("train_indices is empty; attributions take at least one training example")
+
+    def save(self, path: PathLike) -> Path:
+        """Write everything to one safetensors file, atomically.
+
+        Args:
+            path: the file, used as it stands; an existing one is replaced.
+
+        Returns:
+            The path.
+        """
+        own = self._tensors()
+        more, values = self.diagnostics.to_state()
+        more = {f"diagnostics.{name}": tensor for name, tensor in more.items()}
+        save_tensors(path, {**own, **more}, {"kind": self.KIND, "diagnostics": values})
+        return Path(path).expanduser()
+
+    @classmethod
+    def load(cls, path: PathLike) -> Self:
+        """Read and verify a file that :meth:`save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            An equal object, its tensors on the CPU.
+
+        Raises:
+            CorruptFileError: if the file is truncated, altered, of an unknown version or of another kind.
+        """
+        tensors, metadata = load_tensors(path)
+        check_kind(path, metadata, cls.KIND)
+        prefix = "diagnostics."
+        more = {
+            name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)
+        }
+        try:
+            return cls(diagnostics=Diagnostics.from_state(more, metadata["diagnostics"]), **tensors)
+        except (TypeError, ValueError, KeyError) as error:
+            raise CorruptFileError(f"{str(path)!r} does not hold sound {cls.KIND}: {error}") from error
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def load_pandas() -> Any:
+    """Return pandas.
+
+    Raises:
+        ImportError: if it is not installed, naming the extra.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("to_pandas needs pandas: pip install 'lightning-influence[pandas]'") from error
+    return pandas

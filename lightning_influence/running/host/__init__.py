@@ -1,0 +1,1 @@
+"""The host: the user's Trainer, module, processes and checkpoints, asked or borrowed and put back."""

@@ -1,0 +1,47 @@
+"""Attributes of Lightning's objects: put back, or asked about."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_influence.support.errors import UnsupportedTrainerError
+
+
+@contextlib.contextmanager
+def preserved(owner: Any, *names: str) -> Iterator[None]:
+    """Put the named instance attributes of ``owner`` back on exit, whatever happened to them.
+
+    Raises:
+        UnsupportedTrainerError: if ``owner`` has no such attribute.
+    """
+    missing = [name for name in names if name not in vars(owner)]
+    if missing:
+        raise UnsupportedTrainerError(
+            f"{type(owner).__name__} has no attribute {', '.join(missing)} in this version of Lightning; "
+            "install a version that the package's requirements accept (lightning>=2.6.6,<2.7)."
+        )
+    saved = {name: vars(owner)[name] for name in names}
+    try:
+        yield
+    finally:
+        vars(owner).update(saved)
+
+
+def wrapped_sampler(sampler: object) -> object | None:
+    """Return the user's sampler inside the one that Lightning wraps it in for distributed runs, or None."""
+    return getattr(getattr(sampler, "dataset", None), "_sampler", None)
+
+
+def combined_mode(loader: CombinedLoader) -> str:
+    """Return how a ``CombinedLoader`` goes through its loaders."""
+    return loader._mode
+
+
+def defines(owner: object, hook: str) -> bool:
+    """Return whether a LightningModule or LightningDataModule overrides a hook of its base class."""
+    return is_overridden(hook, owner)

@@ -1,0 +1,189 @@
+"""What a pass over data is, and what all ways to run one share.
+
+A *pass* visits every example of one or several loaders once and hands each batch to :meth:`Pass.step`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_influence.running.host.module import preserved_states
+from lightning_influence.running.host.processes import sum_over_processes
+from lightning_influence.running.loaders import IndexedLoader
+from lightning_influence.running.reading import prepare
+from lightning_influence.support.errors import InfluenceError
+from lightning_influence.support.random_states import preserved_rng
+
+
+class Pass(Protocol):
+    """What is done with every batch.
+
+    Attributes:
+        description: label of the progress bar, and name in the records.
+    """
+
+    description: str
+
+    def step(self, module: LightningModule, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Take one batch.
+
+        Args:
+            module: the user's own module: in eval mode, gradients enabled, autocast off, logging muted.
+            batch: the batch after the user's transfer hooks, on the module's device.
+            indices: dataset indices of the batch's examples, shape ``(B,)``, int64, on the CPU.
+            dataloader_idx: position of the loader among those of the pass.
+        """
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass took: seconds on this process, batches and examples summed over all processes."""
+
+    name: str
+    seconds: float
+    batches: int
+    examples: int
+
+
+class Runner(ABC):
+    """Common part of the runners: a context in which the module is borrowed, and the records of its passes.
+
+    Attributes:
+        module: the user's module.
+        records: one :class:`PassRecord` for each finished pass.
+    """
+
+    module: LightningModule
+
+    def __init__(self) -> None:
+        self.records: list[PassRecord] = []
+        self._stack: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        """Return the runner with the module (and Trainer) borrowed; on failure everything is as before.
+
+        Raises:
+            InfluenceError: if the runner is in use already.
+        """
+        if self._stack is not None:
+            raise InfluenceError("This runner is in use; leave its `with` block before entering it again.")
+        with contextlib.ExitStack() as stack:
+            self._borrow(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        """Give everything back."""
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.__exit__(kind, error, trace)
+
+    def run(self, one_pass: Pass, dataloaders: Any) -> PassRecord:
+        """Run a pass over loaders.
+
+        Random states, buffers and metrics are the same after the pass as before it. Every pass of a runner
+        therefore sees the same random augmentations, if there are any.
+
+        Args:
+            one_pass: what to do with each batch.
+            dataloaders: anything that :func:`~.dataloading.prepare` reads, or its result.
+                Hand in the result to several passes: workers that persist then persist between them.
+
+        Returns:
+            What the pass took; also appended to :attr:`records`.
+
+        Raises:
+            InfluenceError: if batches were left out, for instance because a step raised ``StopIteration``.
+        """
+        if self._stack is None:
+            with self:
+                return self.run(one_pass, dataloaders)
+        loaders = prepare(dataloaders)
+        expected = Count()
+        done = Count()
+        start = time.perf_counter()
+        with preserved_states(self.module), preserved_rng(), torch.compiler.set_stance("force_eager"):
+            self._run(one_pass, loaders, expected, done)
+        seconds = time.perf_counter() - start
+        if (done.batches, done.examples) != (expected.batches, expected.examples):
+            raise InfluenceError(
+                f"Pass {one_pass.description!r} ended after {done.examples} of {expected.examples} examples. "
+                "Look for a StopIteration that escapes from the model or the data."
+            )
+        total = self.all_reduce_sum(torch.tensor([done.batches, done.examples]))
+        record = PassRecord(one_pass.description, seconds, int(total[0]), int(total[1]))
+        self.records.append(record)
+        return record
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that share a pass."""
+        return 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where passes run."""
+        return self.module.device
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes, computed in place; on one process, the tensor."""
+        if self.world_size == 1:
+            return tensor
+        return sum_over_processes(tensor, self.device)
+
+    def all_gather_cat(self, tensor: Tensor) -> Tensor:
+        """Return all processes' tensors joined along their first dimension, which may differ in length."""
+        if self.world_size == 1:
+            return tensor
+        counts = torch.zeros(self.world_size, dtype=torch.int64)
+        counts[dist.get_rank()] = len(tensor)
+        sizes = self.all_reduce_sum(counts).tolist()
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]), device=self.device)
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(tensor.device)
+
+    @abstractmethod
+    def _borrow(self, stack: contextlib.ExitStack) -> None:
+        """Enter, on the stack, what has to be undone at the end."""
+
+    @abstractmethod
+    def _run(self, one_pass: Pass, loaders: list[IndexedLoader], expected: Count, done: Count) -> None:
+        """Visit every batch of this process's share."""
+
+
+@dataclass
+class Count:
+    """Batches and examples seen."""
+
+    batches: int = 0
+    examples: int = 0
+
+    def add(self, indices: Tensor) -> None:
+        """Count one batch."""
+        self.batches += 1
+        self.examples += len(indices)
+
+
+@contextlib.contextmanager
+def step_context(device: torch.device) -> Iterator[None]:
+    """A context for one step: gradients enabled, autocast off."""
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield

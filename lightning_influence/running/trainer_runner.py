@@ -1,0 +1,343 @@
+"""Passes through ``Trainer.predict`` on a module that wraps the user's.
+
+Devices, processes, progress bars and data hooks are Lightning's; afterwards the Trainer and the module are as
+before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lightning_influence.running.host.attributes import defines
+from lightning_influence.running.host.module import borrowed_module, unwrap_compiled
+from lightning_influence.running.host.progress import labelled_bar
+from lightning_influence.running.host.trainer import borrowed_trainer, check_trainer, resolve_checkpoint
+from lightning_influence.running.loaders import IndexedLoader
+from lightning_influence.running.runner import Count, Pass, Runner, step_context
+from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
+from lightning_influence.support.random_states import preserved_rng
+
+
+class _PassModule(LightningModule):
+    """What the Trainer predicts with: the user's module, with the pass in place of its ``predict_step``."""
+
+    def __init__(
+        self,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        shown: LightningDataModule | None,
+        *,
+        set_up: bool,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._shown = shown
+        self._to_set_up = set_up
+        self._hooks: dict[str, Any] = {}
+        for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+            from_data = datamodule is not None and defines(datamodule, hook)
+            self._hooks[hook] = getattr(datamodule if from_data else module, hook)
+        self._work: tuple[Pass, list[IndexedLoader], Count, Count] | None = None
+
+    def begin(self, one_pass: Pass, loaders: list[IndexedLoader], expected: Count, done: Count) -> None:
+        self._work = (one_pass, loaders, expected, done)
+
+    def end(self) -> None:
+        self._work = None
+
+    @property
+    def strict_loading(self) -> bool:
+        return self.module.strict_loading
+
+    @strict_loading.setter
+    def strict_loading(self, strict: bool) -> None:
+        self.module.strict_loading = strict
+
+    def setup(self, stage: str) -> None:
+        if self._to_set_up:
+            self.module.setup(stage)
+
+    def configure_model(self) -> None:
+        if self._to_set_up:
+            self.module.configure_model()
+        self._to_set_up = False
+
+    def predict_dataloader(self) -> Any:
+        assert self._work is not None
+        _, loaders, expected, _ = self._work
+        strategy, trainer = self.trainer.strategy, self.trainer
+        shards = []
+        for loader in loaders:
+            if trainer.world_size > 1:
+                loader.agree(strategy.broadcast)
+            shard = loader.shard(trainer.global_rank, trainer.world_size)
+            expected.batches += len(shard)
+            expected.examples += shard.num_examples
+            shards.append(shard)
+        return shards
+
+    def on_predict_start(self) -> None:
+        host: Any = self.trainer
+        host.datamodule = self._shown
+
+    def on_predict_end(self) -> None:
+        host: Any = self.trainer
+        host.datamodule = None
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[()]:
+        assert self._work is not None
+        one_pass, _, _, done = self._work
+        inputs, indices = batch
+        with step_context(self.module.device):
+            one_pass.step(self.module, inputs, indices, dataloader_idx)
+        done.add(indices)
+        return ()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._hooks["on_before_batch_transfer"](batch[0], dataloader_idx), batch[1]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return self._hooks["transfer_batch_to_device"](batch[0], device, dataloader_idx), batch[1]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._hooks["on_after_batch_transfer"](batch[0], dataloader_idx), batch[1]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.module.on_load_checkpoint(checkpoint)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # A checkpoint of another model fails halfway: its first layers would stay in the user's model.
+        own = {name: t.detach().clone() for name, t in self.module.named_parameters()}
+        own |= {name: t.detach().clone() for name, t in self.module.named_buffers()}
+        try:
+            return self.module.load_state_dict(state_dict, *args, **kwargs)
+        except BaseException:
+            with torch.no_grad():
+                for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
+                    tensor.copy_(own[name])
+            raise
+
+    def cpu(self) -> Self:
+        return self  # Lightning moves a model off its device after every run; here after the last pass only
+
+
+class _Restorer(Callback):
+    """Takes the state of a callback from a checkpoint without letting its other hooks run."""
+
+    def __init__(self, callback: Callback, module: LightningModule) -> None:
+        self.callback = callback
+        self.loaded = False
+        self._module = module
+
+    @property
+    def state_key(self) -> str:
+        return self.callback.state_key
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.callback.on_load_checkpoint(trainer, self._module, checkpoint)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loaded = True
+        self.callback.load_state_dict(state_dict)
+
+
+class _SetUpOnly(LightningDataModule):
+    """Sets a datamodule up for fit under ``Trainer.predict``, which would do so for prediction."""
+
+    def __init__(self, inner: LightningDataModule, ready: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.ready = ready
+        self.prepare_data_per_node = inner.prepare_data_per_node
+
+    def prepare_data(self) -> None:
+        if not self.ready:
+            self.inner.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        if not self.ready:
+            self.inner.setup("fit")
+
+
+class TrainerRunner(Runner):
+    """Passes through ``trainer.predict``.
+
+    Entering the context borrows the Trainer and the module; with ``ckpt_path`` it also loads the weights,
+    which stay in the model afterwards as they do after ``Trainer.predict(ckpt_path=...)``.
+
+    Args:
+        trainer: any Trainer, fitted or not, on one process or with the ``ddp`` strategy.
+        model: the user's module; by default the one that the Trainer ran last, with the weights it has now.
+        datamodule: gives the loaders of :meth:`train_dataloaders` and :meth:`query_dataloaders`, and its
+            transfer hooks come before the module's. It is set up for "fit", unless the Trainer was fitted
+            with it and it has no ``teardown`` of its own: a second ``setup`` could split the data anew.
+        ckpt_path: ``"best"``, ``"last"`` or a path: weights to load before the first pass.
+        restore: callbacks whose state is loaded from the same checkpoint; afterwards :attr:`restored` names
+            those that it held. No other callback, loop or optimizer state is touched.
+        weights_only: how to read the checkpoint, as in ``Trainer.predict``.
+
+    Raises:
+        TypeError: if there is no module.
+        UnsupportedTrainerError: on entering, if the Trainer cannot serve passes; the message says why.
+        ValueError: if ``ckpt_path`` names no checkpoint.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: nn.Module | None = None,
+        *,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        restore: tuple[Callback, ...] | list[Callback] = (),
+        weights_only: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if model is None and trainer.lightning_module is None:
+            raise TypeError("No model: pass one, or call fit first so that the Trainer has one.")
+        self.trainer = trainer
+        self.module = unwrap_compiled(trainer.lightning_module if model is None else model)
+        self.datamodule = datamodule
+        self.ckpt_path = None if ckpt_path is None else resolve_checkpoint(trainer, ckpt_path)
+        self.restored: list[Callback] = []
+        self._restore = restore
+        self._weights_only = weights_only
+
+    @property
+    def world_size(self) -> int:
+        """Number of the Trainer's processes."""
+        return int(self.trainer.world_size)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process, which the module may be moved to by the first pass only."""
+        return self.trainer.strategy.root_device
+
+    def train_dataloaders(self) -> Any:
+        """Return the train loader of the datamodule or, without one, of the module; in the context only.
+
+        Raises:
+            UnsupportedDataError: if there is no ``train_dataloader``.
+        """
+        return self._loaders({"train_dataloader": "fit"})
+
+    def query_dataloaders(self) -> Any:
+        """Return the first of the predict, test and validation loaders that is defined; in the context only.
+
+        Raises:
+            UnsupportedDataError: if none is defined.
+        """
+        hooks = {"predict_dataloader": "predict", "test_dataloader": "test", "val_dataloader": "validate"}
+        return self._loaders(hooks)
+
+    def _loaders(self, hooks: dict[str, str]) -> Any:
+        owner = self.module if self.datamodule is None else self.datamodule
+        for hook, stage in hooks.items():
+            if not defines(owner, hook):
+                continue
+            if self._stack is not None and owner is self.datamodule and stage not in self._stages:
+                self._stages.append(stage)
+                self._stack.callback(owner.teardown, stage)
+                owner.setup(stage)
+            return getattr(owner, hook)()
+        raise UnsupportedDataError(
+            f"{type(owner).__name__} defines none of {', '.join(hooks)}. Define one, or pass the loaders."
+        )
+
+    def _borrow(self, stack: contextlib.ExitStack) -> None:
+        check_trainer(self.trainer)
+        self._warn_of_limit()
+        self._warn_of_partial_training()
+        host: Any = self.trainer
+        known = host.lightning_module is self.module
+        bar = labelled_bar(self.trainer)
+        shown = host.datamodule if self.datamodule is None else self.datamodule
+        data = None if self.datamodule is None else _SetUpOnly(self.datamodule, self._ready(known))
+        self._stages = ["fit"]
+        stack.enter_context(borrowed_module(self.module))
+        stack.enter_context(borrowed_trainer(self.trainer, [] if bar is None else [bar]))
+        self._wrapper = _PassModule(self.module, self.datamodule, shown, set_up=not known)
+        self._bar = bar
+        if self.datamodule is not None:
+            stack.callback(setattr, self.datamodule, "trainer", self.datamodule.trainer)
+            self.datamodule.trainer = self.trainer
+        if data is not None and not data.ready:
+            stack.callback(data.inner.teardown, "fit")
+        if not known and defines(self.module, "setup"):
+            stack.callback(self.module.teardown, "predict")
+        if self.ckpt_path is not None or data is not None or not known:
+            self._predict_nothing(data)
+
+    def _ready(self, known: bool) -> bool:
+        """Return whether the datamodule is still set up from a fit of this Trainer."""
+        host: Any = self.trainer
+        fitted = known and host.datamodule is self.datamodule and host.global_step > 0
+        return fitted and not defines(self.datamodule, "teardown")
+
+    def _warn_of_limit(self) -> None:
+        limit = self.trainer.limit_predict_batches
+        if isinstance(limit, int) or limit != 1.0:
+            quick = getattr(self.trainer, "fast_dev_run", False)
+            origin = "fast_dev_run" if quick else "limit_predict_batches"
+            warnings.warn(
+                f"The Trainer's {origin} limits prediction to {limit} of the batches; influence visits whole "
+                "loaders all the same. Pass a loader over a torch.utils.data.Subset to use fewer examples.",
+                InfluenceWarning,
+                stacklevel=2,
+            )
+
+    def _warn_of_partial_training(self) -> None:
+        host: Any = self.trainer
+        overfit, limit = host.overfit_batches, host.limit_train_batches
+        name, value = ("overfit_batches", overfit) if overfit else ("limit_train_batches", limit)
+        quick = getattr(host, "fast_dev_run", False)  # said already
+        if not quick and (isinstance(value, int) or value != 1.0):
+            warnings.warn(
+                f"The Trainer's {name}={value} lets a fit see part of the training loader; influence takes "
+                "every example of it for a training example. If the model was not trained on all, pass a "
+                "loader over a torch.utils.data.Subset of those that it was trained on.",
+                InfluenceWarning,
+                stacklevel=2,
+            )
+
+    def _predict_nothing(self, data: _SetUpOnly | None) -> None:
+        """Let the Trainer set up data and model and load the checkpoint, without a batch."""
+        host: Any = self.trainer
+        restorers = [_Restorer(callback, self.module) for callback in self._restore if self.ckpt_path]
+        callbacks, limit = host.callbacks, host.limit_predict_batches
+        host.callbacks, host.limit_predict_batches = list(restorers), 0
+        with warnings.catch_warnings(), preserved_rng():
+            # The callbacks that Lightning misses here are those that step aside.
+            warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+            host.predict(
+                self._wrapper,
+                datamodule=data,
+                return_predictions=False,
+                ckpt_path=self.ckpt_path,
+                weights_only=self._weights_only,
+            )
+        host.callbacks, host.limit_predict_batches, host.datamodule = callbacks, limit, None
+        self.restored = [restorer.callback for restorer in restorers if restorer.loaded]
+
+    def _run(self, one_pass: Pass, loaders: list[IndexedLoader], expected: Count, done: Count) -> None:
+        host: Any = self.trainer
+        host.datamodule = None
+        if self._bar is not None:
+            self._bar.label = one_pass.description
+        self._wrapper.begin(one_pass, loaders, expected, done)
+        try:
+            self.trainer.predict(self._wrapper, return_predictions=False)
+        finally:
+            self._wrapper.end()

@@ -1,1 +1,0 @@
-"""Solvers: damped curvature systems, and scores of what they return."""

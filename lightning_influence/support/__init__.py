@@ -1,0 +1,1 @@
+"""Support: errors, checks of arguments, files, notes and random states; no tensor algebra, no Lightning."""

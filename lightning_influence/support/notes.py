@@ -1,0 +1,37 @@
+"""Notes and warnings that are given once."""
+
+from __future__ import annotations
+
+import warnings
+
+from lightning_influence.support.errors import InfluenceWarning
+
+
+class Notices:
+    """Warns once for each kind of message, however often it is said."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, message: str | None, kind: str | None = None) -> None:
+        """Warn, unless there is no message, or one of its kind (by default: the same) was given before."""
+        if message is not None and (kind or message) not in self._said:
+            self._said.add(kind or message)
+            warnings.warn(message, InfluenceWarning, stacklevel=3)
+
+
+class Notes:
+    """What was left out or assumed: kept for the diagnostics, and said once as a Python warning.
+
+    Attributes:
+        messages: all notes, in order.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def add(self, message: str) -> None:
+        """Say something, unless it was said before."""
+        if message not in self.messages:
+            self.messages.append(message)
+            warnings.warn(message, InfluenceWarning, stacklevel=2)

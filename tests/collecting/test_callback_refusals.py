@@ -1,0 +1,239 @@
+"""What the callback cannot collect from: a reason each time, in a warning or an error."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from callback_models import Classifier, fit, loader, same
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence.collecting.callback import InfluenceCallback
+from lightning_influence.support.errors import InfluenceWarning, LossCaptureError, UnsupportedModelError
+
+
+def clean(module: nn.Module) -> bool:
+    """No hook, no mode is left."""
+    return (
+        all(not part._forward_hooks for part in module.modules())
+        and torch.overrides._len_torch_function_stack() == 0
+    )
+
+
+class OwnLoss(Classifier):
+    def training_step(self, batch, batch_idx):
+        return (self.net(batch[0]).logsumexp(1) - self.net(batch[0])[:, 0]).mean()
+
+
+class TwoLosses(Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + functional.mse_loss(
+            self.net(batch[0]), torch.ones(len(batch[0]), 3)
+        )
+
+
+@pytest.mark.parametrize(
+    ("module_class", "message"),
+    [(OwnLoss, "no loss function was seen"), (TwoLosses, "sum of several of these calls")],
+)
+def test_loss_that_is_not_found_names_the_hook(module_class, message) -> None:
+    module = module_class()
+    with pytest.raises(LossCaptureError, match=f"(?s){message}.*influence_loss"):
+        fit(module, InfluenceCallback())
+    assert clean(module)
+
+
+def test_hook_serves_where_the_loss_is_not_found() -> None:
+    class Hooked(OwnLoss):
+        def influence_loss(self, batch):
+            return functional.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+
+    callback, module = InfluenceCallback(every_n_steps=2), Hooked()
+    fit(module, callback, max_epochs=2)
+    assert callback.num_collected == 5
+    assert callback.factors.fisher == "mixed"
+    assert clean(module)
+
+
+class Nan(Classifier):
+    def training_step(self, batch, batch_idx):
+        x = batch[0] * float("nan") if batch_idx == 1 else batch[0]
+        return functional.cross_entropy(self.net(x), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        for p in self.parameters():
+            p.grad.nan_to_num_()
+
+
+def test_nan_batch_is_left_out_and_the_layer_named() -> None:
+    callback = InfluenceCallback(every_n_steps=1)
+    with pytest.warns(InfluenceWarning, match="left out .* loss is nan: the inputs of layer 'net.0' are"):
+        fit(Nan(), callback, max_epochs=1)
+    assert callback.num_collected == 4
+    assert all(torch.isfinite(layer.inputs).all() for layer in callback.factors.layers.values())
+
+
+def test_lbfgs_is_refused_and_trains_on() -> None:
+    callback, module = InfluenceCallback(), Classifier("lbfgs", p=0.0)
+    with pytest.warns(InfluenceWarning, match="Nothing is collected .*LBFGS runs the training step several"):
+        fit(module, callback, max_epochs=1)
+    assert not callback.factors.layers
+    assert callback.record is None
+
+
+class Manual(Classifier):
+    def __init__(self, raw: bool = False, times: int = 1) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.raw, self.times = raw, times
+
+    def training_step(self, batch, batch_idx) -> None:
+        for _ in range(self.times):
+            optimizer = self.optimizers()
+            loss = super().training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            if self.raw:
+                loss.backward()
+            else:
+                self.manual_backward(loss)
+            optimizer.step()
+
+
+def test_manual_optimization_works() -> None:
+    callback = InfluenceCallback(every_n_steps=1)
+    fit(Manual(), callback, max_epochs=1)
+    assert callback.num_collected == 5
+    assert callback.record.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Manual(raw=True), "did not call self.manual_backward\\(loss\\)"),
+        (Manual(times=2), "ran several backward passes.*influence_loss"),
+    ],
+)
+def test_manual_optimization_gets_a_reason(module, message) -> None:
+    callback = InfluenceCallback(every_n_steps=1)
+    with pytest.warns(InfluenceWarning, match=message):
+        fit(module, callback, max_epochs=1)
+    assert clean(module)
+    assert not callback.factors.layers
+
+
+def test_skipped_steps_are_no_error() -> None:
+    class Skipping(Classifier):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    callback, module = InfluenceCallback(every_n_steps=1), Skipping()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InfluenceWarning)
+        fit(module, callback, max_epochs=2)
+    assert callback.num_collected == 6
+    assert clean(module)
+
+
+def test_model_without_supported_layers() -> None:
+    class Scale(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(6)
+
+        def training_step(self, batch, batch_idx):
+            return functional.cross_entropy(self.norm(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    with pytest.raises(UnsupportedModelError, match="no trainable layer of a supported kind"):
+        fit(Scale(), InfluenceCallback())
+
+
+def test_examples_that_depend_on_each_other() -> None:
+    class Coupled(Classifier):
+        def training_step(self, batch, batch_idx):
+            outputs = self.net(batch[0])
+            return functional.cross_entropy(outputs - outputs.mean(0), batch[1])
+
+    with pytest.raises(UnsupportedModelError, match=r"depends on layer .net\.0. at other examples"):
+        fit(Coupled(p=0.0), InfluenceCallback())
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_batches_of_one_and_short_last_batches(size) -> None:
+    callback = InfluenceCallback(every_n_steps=1)
+    data = loader(15, size)
+    fit(Classifier(), callback, data=data, max_epochs=1)
+    assert callback.factors.layers["net.0"].examples + callback.factors.layers["net.0"].squares_examples >= 7
+
+
+def test_validation_is_not_collected() -> None:
+    class Validated(Classifier):
+        def validation_step(self, batch, batch_idx) -> None:
+            functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    callback, module = InfluenceCallback(every_n_steps=1), Validated()
+    data = loader()
+    module.val_dataloader = lambda: DataLoader(TensorDataset(*data.dataset.tensors), 8)
+    fit(module, callback, max_epochs=2)
+    assert callback.num_collected == 10
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(
+        ValueError, match="fisher='exact'; accepted during fit are 'mixed', 'sampled', 'empirical'"
+    ):
+        InfluenceCallback(fisher="exact")
+    with pytest.raises(ValueError, match="accepted are shares of a step"):
+        InfluenceCallback(overhead=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("every_n_steps", 2.5, "integers of at least 1, or None for as many batches as overhead pays for"),
+        ("every_n_steps", 0, "integers of at least 1, or None"),
+        ("every_n_steps", True, "integers of at least 1, or None"),
+        ("every_n_steps", "2", "integers of at least 1, or None"),
+        ("seed", -1, "integers of at least 0"),
+        ("seed", "a", "integers of at least 0"),
+        ("seed", None, "integers of at least 0"),
+        ("seed", 0.5, "integers of at least 0"),
+        ("overhead", "5%", r"shares of a step in \(0, 1\]"),
+        ("overhead", None, r"shares of a step in \(0, 1\]"),
+        ("overhead", float("nan"), r"shares of a step in \(0, 1\]"),
+        ("overhead", 1.5, r"shares of a step in \(0, 1\]"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_the_fit(name, value, accepted) -> None:
+    with pytest.raises(ValueError, match=f"Got {name}={re.escape(repr(value))}; accepted are {accepted}"):
+        InfluenceCallback(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    settings = {"every_n_steps": np.int64(2), "overhead": np.float32(0.5), "seed": np.uint8(3)}
+    callback, plain = InfluenceCallback(**settings), InfluenceCallback(None, "mixed", 2, 0.5, seed=3)
+    fit(Classifier(), callback, max_epochs=2)
+    fit(Classifier(), plain, max_epochs=2)
+    assert same(callback.state_dict(), plain.state_dict())
+    assert type(callback.state_dict()["collector"]["schedule"]["every_n_steps"]) is int
+
+
+@pytest.mark.parametrize(
+    ("layers", "hint"),
+    [("net.0", r": layers=\['net.0'\]\."), ([0], r"\."), (3, r"\."), (["net.0", None], r"\.")],
+)
+def test_layers_are_a_list_of_texts(layers, hint) -> None:
+    got = re.escape(repr(layers))
+    with pytest.raises(TypeError, match=f"Got layers={got}; accepted is a list of names or patterns{hint}"):
+        InfluenceCallback(layers=layers)

@@ -1,0 +1,260 @@
+import pytest
+import torch
+from drive import TIGHT, Setup, mute
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_influence.model.forward import Forward
+from lightning_influence.model.plan import find_layers
+from lightning_influence.support.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
+
+B = 4
+
+
+class Module(nn.Module):
+    """A module whose training step is a function of two layers and the batch."""
+
+    def __init__(self, step) -> None:
+        super().__init__()
+        self.first, self.last, self._step = nn.Linear(3, 3), nn.Linear(3, 2), step
+
+    def training_step(self, batch, batch_idx):
+        return self._step(self, *batch)
+
+
+def batch(*shape: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(*(shape or (B, 3))), torch.randint(2, ((shape or (B,))[0],))
+
+
+def forward(step, data=None, size: int = B):
+    module = mute(Module(step))
+    return Forward(find_layers(module))(module, data or batch(), size)
+
+
+def plain(module, x, y):
+    return F.cross_entropy(module.last(torch.tanh(module.first(x))), y)
+
+
+def test_exact_columns_and_draws_share_one_forward_pass():
+    captured = forward(plain)
+    exact = captured.curvature_gradients("exact")
+    assert exact["first"].outputs.shape[0] == 2
+    three = captured.curvature_gradients("sampled", torch.Generator().manual_seed(0), draws=3)
+    generator = torch.Generator().manual_seed(0)
+    for k in range(3):
+        one = captured.curvature_gradients("sampled", generator)
+        for name in one:
+            torch.testing.assert_close(one[name].outputs[0], 3**0.5 * three[name].outputs[k])
+    empirical, loss = captured.curvature_gradients("empirical"), captured.loss_gradients()
+    assert torch.equal(empirical["last"].outputs, loss["last"].outputs)
+
+
+def test_gradients_of_values_are_those_of_the_loss():
+    captured = forward(plain)
+    through, seeded = captured.gradients_of(captured.per_example()), captured.loss_gradients()
+    for name in seeded:
+        torch.testing.assert_close(through[name].outputs, seeded[name].outputs)
+
+
+def coupled_mean(module, x, y):
+    h = module.first(x)
+    return F.cross_entropy(module.last(h - h.mean(0)), y)
+
+
+def swapped_last_two(module, x, y):
+    """The first example stays, so only its neighbours show that rows have moved."""
+    return F.cross_entropy(module.last(torch.tanh(module.first(x)))[[0, 1, 3, 2]], y)
+
+
+def sequence_first(module, x, y):  # (T, B, 3)
+    return F.cross_entropy(module.last(module.first(x)).mean(0), y)
+
+
+def sequence_first_in_one_layer(module, x, y):
+    h = module.first(x.transpose(0, 1)).transpose(0, 1)
+    return F.cross_entropy(module.last(h).mean(1), y)
+
+
+@pytest.mark.parametrize(
+    ("step", "shape", "layer"),
+    [
+        (coupled_mean, (B, 3), "first"),
+        (swapped_last_two, (B, 3), "first"),
+        (sequence_first, (2 * B, B, 3), "first"),
+        (sequence_first, (B, B, 3), "first"),
+        (sequence_first, (3, B, 3), "first"),
+        (sequence_first_in_one_layer, (B, 2 * B, 3), "first"),
+    ],
+)
+def test_examples_that_are_not_rows_of_their_own_are_refused(step, shape, layer):
+    data = torch.randn(*shape), torch.randint(2, (B,))
+    with pytest.raises(
+        UnsupportedModelError, match=rf"depends on layer '{layer}' at other examples.*influence_loss"
+    ):
+        forward(step, data)
+
+
+def test_a_first_batch_of_one_example_does_not_end_the_check():
+    module = mute(Module(coupled_mean))
+    run = Forward(find_layers(module))
+    run(module, batch(1, 3), 1)
+    with pytest.raises(UnsupportedModelError, match="at other examples"):
+        run(module, batch(), B)
+
+
+def test_padding_that_other_examples_cannot_see_is_no_coupling():
+    def step(module, x, y):
+        mask = (y > 0).float()[:, None]
+        return F.cross_entropy(module.last(module.first(x) * mask), y)
+
+    assert set(forward(step).loss_gradients()) == {"first", "last"}
+
+
+def test_a_model_under_reentrant_checkpoints_is_refused():
+    def step(module, x, y):
+        out = checkpoint(lambda h: module.last(module.first(h)), x.requires_grad_(), use_reentrant=True)
+        return F.cross_entropy(out, y)
+
+    with pytest.raises(UnsupportedModelError, match=r"outside gradient checkpointing.*\['first', 'last'\]"):
+        forward(step)
+
+
+def test_silent_layers_are_those_that_no_batch_used():
+    def step(module, x, y):
+        return F.cross_entropy(module.last(x) if len(x) > 1 else module.last(module.first(x)), y)
+
+    module = mute(Module(step))
+    run = Forward(find_layers(module))
+    run(module, batch(), B)
+    assert run.silent == {"first"}
+    run(module, batch(1, 3), 1)
+    assert run.silent == set()
+    run(module, batch(), B)
+    assert run.silent == set()
+
+
+@pytest.mark.parametrize("result", [None, {}, {"loss": None}, 0.5])
+def test_a_step_without_a_loss_is_refused(result):
+    with pytest.raises(LossCaptureError, match="without a loss tensor; accepted are a scalar tensor"):
+        forward(lambda module, x, y: result)
+
+
+def test_a_dict_with_a_loss_is_accepted():
+    assert forward(lambda m, x, y: {"loss": plain(m, x, y), "other": 1}).loss.num_examples == B
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_first_batch_that_is_not_finite_is_refused(value):
+    x, y = batch()
+    x[2] = value
+    with pytest.raises(NonFiniteError, match=r"finite|NaN"):
+        forward(plain, (x, y))
+
+
+def test_manual_optimization_and_iterators_are_refused():
+    module = mute(Module(plain))
+    module.automatic_optimization = False
+    with pytest.raises(UnsupportedModelError, match=r"optimizes manually.*influence_loss\(self, batch\)"):
+        Forward(find_layers(module))(module, batch(), B)
+    module = mute(Module(plain))
+    module.training_step = lambda dataloader_iter: None
+    with pytest.raises(UnsupportedModelError, match=r"draws its own batches"):
+        Forward(find_layers(module))(module, batch(), B)
+
+
+@pytest.mark.parametrize("kind", ["only", "keyword", "more", "default", "variadic"])
+def test_arguments_of_the_step(kind):
+    module = mute(Module(plain))
+    seen = []
+
+    def step(batch, *rest):
+        seen.append(rest)
+        return plain(module, *batch)
+
+    module.training_step = {
+        "only": lambda batch: step(batch),
+        "keyword": lambda batch, *, other=1: step(batch),
+        "more": lambda batch, batch_idx, dataloader_idx: step(batch, batch_idx, dataloader_idx),
+        "default": lambda batch, batch_idx=7: step(batch, batch_idx),
+        "variadic": lambda *args: step(*args),  # Lightning passes two
+    }[kind]
+    Forward(find_layers(module))(module, batch(), B)
+    expected = {"only": (), "keyword": (), "more": (0, 0), "default": (7,), "variadic": (0,)}
+    assert set(seen) == {expected[kind]}
+
+
+def test_influence_loss_takes_the_place_of_the_step():
+    setup = Setup.of("mlp_gelu")
+    module = setup.module
+    module.automatic_optimization = False
+    module.influence_loss = lambda data: 3 * F.cross_entropy(module.model(data[0]), data[1], reduction="none")
+    data = (setup.case.x, setup.case.y)
+    captured = Forward(setup.plan)(module, data, 12)
+    got = setup.layout.dense(captured.loss_gradients())[0]
+    torch.testing.assert_close(got, 3 * setup.gradients(), **TIGHT)
+    rows = setup.layout.dense(captured.curvature_gradients("exact")).flatten(0, 1)
+    torch.testing.assert_close(rows.T @ rows / 12, 3 * setup.ggn(), **TIGHT)
+    assert captured.weights.tolist() == [1] * 12
+
+
+def test_values_of_an_unknown_loss_have_empirical_curvature():
+    setup = Setup.of("mlp_gelu")
+    module = setup.module
+    module.influence_loss = lambda data: module.model(data[0]).square().sum(1)
+    captured = Forward(setup.plan)(module, (setup.case.x, setup.case.y), 12)
+    assert captured.loss is None
+    assert captured.weights.tolist() == [1] * 12
+    loss = setup.layout.dense(captured.loss_gradients())
+    for fisher in ("exact", "mixed", "sampled", "empirical"):
+        assert torch.equal(setup.layout.dense(captured.curvature_gradients(fisher)), loss)
+
+
+def test_gradients_that_are_not_finite_are_not_taken_for_coupling():
+    def step(module, x, y):
+        root = module.first(x).mul(0).sqrt()  # 0 with an infinite slope
+        return F.cross_entropy(module.last(root), y)
+
+    gradients = forward(step).loss_gradients()
+    assert not torch.isfinite(gradients["first"].dense()).all()
+
+
+def tied(module, x, y):
+    return F.mse_loss(F.linear(torch.tanh(module.first(x)), module.first.weight.T), x)
+
+
+def tied_bias(module, x, y):
+    return F.cross_entropy(module.last(torch.tanh(module.first(x)) + module.first.bias), y)
+
+
+@pytest.mark.parametrize("step", [tied, tied_bias])
+@pytest.mark.parametrize("size", [1, B])
+def test_weights_that_are_used_outside_their_layer_are_refused(step, size):
+    with pytest.raises(UnsupportedModelError, match=r"weights of layer 'first' in another way.*`layers=`"):
+        forward(step, batch(size, 3), size)
+
+
+def test_a_penalty_in_the_hook_is_refused():
+    module = mute(Module(plain))
+    module.influence_loss = lambda b: (
+        F.cross_entropy(module.last(module.first(b[0])), b[1], reduction="none")
+        + 0.1 * module.last.weight.square().sum()
+    )
+    with pytest.raises(UnsupportedModelError, match=r"layer 'last' .*leave penalties on weights out"):
+        Forward(find_layers(module))(module, batch(), B)
+
+
+def test_a_hook_of_the_users_on_a_weight_is_no_second_use():
+    module = mute(Module(plain))
+    module.first.weight.register_hook(lambda grad: 0 * grad)
+    assert Forward(find_layers(module))(module, batch(), B).num_examples == B
+
+
+def test_errors_of_the_step_say_where_it_ran():
+    def step(module, x, y):
+        return module.trainer.optimizers[0]
+
+    with pytest.raises(AttributeError) as info:
+        forward(step)
+    assert "outside of a fit" in info.value.__notes__[0]
+    assert "influence_loss(batch)" in info.value.__notes__[0]

@@ -1,0 +1,141 @@
+"""Losses in another order than the examples are refused: nothing else would show the wrong answer."""
+
+import pytest
+import torch
+from drive import mute
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_influence.model.checks import UnknownPartError, missing_positions, rearranged
+from lightning_influence.model.forward import Forward
+from lightning_influence.model.plan import find_layers
+from lightning_influence.support.errors import InfluenceWarning, UnsupportedModelError
+
+B, T = 4, 8
+
+
+class Module(nn.Module):
+    def __init__(self, step) -> None:
+        super().__init__()
+        self.first, self.last, self._step = nn.Linear(3, 3), nn.Linear(3, 2), step
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+    def training_step(self, batch, batch_idx):
+        return self._step(self, *batch)
+
+
+def run(step, *batches):
+    torch.manual_seed(0)
+    module = mute(Module(step))
+    forward = Forward(find_layers(module))
+    for batch in batches:
+        forward(module, batch, len(batch[0]))
+
+
+def sequences(*lengths: int):
+    """Padded to the longest: inputs, labels, and a mask."""
+    width = max(lengths)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    x, y = torch.randn(len(lengths), width, 3), torch.randint(2, (len(lengths), width))
+    return x, y.masked_fill(~mask, -100), mask
+
+
+def batch_first(module, x, y, mask):
+    return F.cross_entropy(module(x).flatten(0, 1), y.flatten())
+
+
+def time_first(module, x, y, mask):
+    return F.cross_entropy(module(x.transpose(0, 1)).flatten(0, 1), y.T.flatten())
+
+
+def packed(module, x, y, mask):
+    return F.cross_entropy(module(x[mask]), y[mask])
+
+
+def sorted_inside(module, x, y, mask):
+    order = mask.sum(1).argsort(descending=True, stable=True)
+    return F.cross_entropy(module(x[order]).flatten(0, 1), y[order].flatten())
+
+
+def shifted(module, x, y, mask):
+    return F.cross_entropy(module(x)[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("step", [batch_first, shifted])
+def test_losses_in_the_order_of_the_examples_are_accepted(step):
+    run(step, sequences(*[T] * B), sequences(2, 5, 3, 4), sequences(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("step", "batches"),
+    [
+        (time_first, [sequences(*[T] * B)]),
+        (time_first, [sequences(*[B] * B)]),
+        (sorted_inside, [sequences(2, 5, 3, 4)]),
+        (packed, [sequences(2, 4, 1, 5)]),
+        (packed, [sequences(3, 3), sequences(2, 4)]),  # the first batch alone would pass
+    ],
+)
+def test_losses_in_another_order_are_refused(step, batches):
+    with pytest.raises(UnsupportedModelError, match=r"not come in the order .*time-first.*influence_loss"):
+        run(step, *batches)
+
+
+def copies(count: int, together: bool):
+    def step(module, x, y):
+        def more(t):
+            return t.repeat_interleave(count, 0) if together else torch.cat([t] * count)
+
+        return F.cross_entropy(module(more(x)), more(y))
+
+    return step
+
+
+@pytest.mark.parametrize("batch", [2, 4, 5])
+@pytest.mark.parametrize("count", [2, 3])
+def test_copies_of_the_batch_must_stand_together(count, batch):
+    data = torch.randn(batch, 3), torch.randint(2, (batch,))
+    run(copies(count, True), data)
+    with pytest.raises(UnsupportedModelError, match=r"repeat_interleave\(2, 0\)"):
+        run(copies(count, False), data)
+
+
+def test_nothing_is_concluded_from_random_or_failing_steps():
+    def noisy(module, x, y, mask):
+        return F.cross_entropy(module(x + torch.randn_like(x)).flatten(0, 1), y.flatten())
+
+    def once(module, x, y, mask):
+        if hasattr(module, "ran"):
+            raise RuntimeError
+        module.ran = True
+        return batch_first(module, x, y, mask)
+
+    run(once, sequences(2, 5, 3, 4))
+    with pytest.warns(InfluenceWarning, match="differ from call to call"):
+        run(noisy, sequences(2, 5, 3, 4))
+
+
+def test_batches_in_another_order():
+    x, square, text = torch.arange(3), torch.arange(9).view(3, 3), ["a", "b", "c"]
+    part = {"x": (x, None), "time": square[:2], "text": text, "size": [1, 2], "ragged": [x[:1], x[:2], x]}
+    found = rearranged(part, [2, 1, 0], 3)
+    assert found["x"][0].tolist() == [2, 1, 0]
+    assert found["time"].tolist() == [[2, 1, 0], [5, 4, 3]]
+    assert (found["text"], found["size"]) == (["c", "b", "a"], [1, 2])
+    assert [len(t) for t in found["ragged"]] == [3, 2, 1]
+    assert part["text"] == ["a", "b", "c"]
+    assert rearranged(square, [2, 1, 0], 3).tolist() == [
+        [6, 7, 8],
+        [3, 4, 5],
+        [0, 1, 2],
+    ]  # rows, if both could be
+    for unknown in (torch.zeros(5, 7), object(), {"a": {1, 2}}, torch.eye(3).to_sparse()):
+        with pytest.raises(UnknownPartError):
+            rearranged(unknown, [2, 1, 0], 3)
+
+
+def test_positions_that_the_loss_leaves_out():
+    batch = {"x": torch.zeros(4, 6, 2), "y": torch.zeros(4)}
+    assert [missing_positions(batch, 4, rows) for rows in (24, 20, 12, 4)] == [0, 1, 3, 0]
