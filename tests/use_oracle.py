@@ -1,8 +1,7 @@
-"""Per-example gradients by automatic differentiation, one example at a time, and small models to try them on."""
+"""Per-example gradients by automatic differentiation, one example at a time, and small models to try."""
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 
 def reference_gradients(model, batch, loss_of):
@@ -48,7 +47,3 @@ def numbers(*shape, seed=3):
 
 def tokens(*shape, high=11, seed=4):
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def classify(out):
-    return functional.softmax(out, dim=-1)

@@ -75,6 +75,7 @@ def _output_gradients(
 ) -> list[list[Tensor | None]]:
     """Return the gradients ``(K, *shape)`` of each output of each use; None for one without any."""
     edges = [edge for use in uses for edge in use.edges if edge is not None]
+    nested = any(len(use.edges) > 1 for use in uses)
     rows: list[Sequence[Tensor | None]] = []
     for number, seed in enumerate(seeds):
         if not edges:
@@ -84,12 +85,38 @@ def _output_gradients(
             outputs,
             edges,
             None if seed is None else seed.to(outputs.dtype),
-            retain_graph=keep_graph or not last,
+            retain_graph=keep_graph or nested or not last,
             allow_unused=True,
         )
         rows.append(grads)
     stacked = iter([_stack(column) for column in zip(*rows, strict=True)])
-    return [[None if edge is None else next(stacked) for edge in use.edges] for use in uses]
+    totals = [[None if edge is None else next(stacked) for edge in use.edges] for use in uses]
+    return [_without_detours(use, total) for use, total in zip(uses, totals, strict=True)]
+
+
+def _without_detours(use: Use, totals: list[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients at outputs without what comes through another output of the same operation.
+
+    The state of a recurrent cell, for one, is made on the way to its output; the operation's own derivative
+    has that way already.
+    """
+    live = [number for number, total in enumerate(totals) if total is not None]
+    result = list(totals)
+    for number in live if len(live) > 1 else ():
+        others = [other for other in live if other != number]
+        edge, edges = use.edges[number], [use.edges[other] for other in others]
+        total = totals[number]
+        assert edge is not None
+        assert total is not None
+        for seed, gradient in enumerate(total):
+            ways = torch.autograd.grad(edge, edges, gradient, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+            for other, way in zip(others, ways, strict=True):
+                found = result[other]
+                if way is not None and found is not None:
+                    fixed = found.clone()
+                    fixed[seed] -= way
+                    result[other] = fixed
+    return result
 
 
 def _stack(column: Sequence[Tensor | None]) -> Tensor | None:
@@ -117,29 +144,35 @@ def _pull(
         raise ValueError("the examples were mixed or could not be followed")
     example = _only_example(use, live)
     count = num_examples if example is None else 1
-    split: list[Tensor | None] = []
-    for gradient, place in zip(gradients, use.outputs, strict=True):
-        if gradient is None or place is None:
-            split.append(None)
-        elif example is None:
-            split.append(place.split(full_precision(gradient), num_examples, lead=1))
-        else:
-            split.append(full_precision(gradient).unsqueeze(1))
+    split = [
+        None if gradient is None or place is None
+        else place.split(full_precision(gradient), num_examples, lead=1) if example is None
+        else full_precision(gradient).unsqueeze(1)
+        for gradient, place in zip(gradients, use.outputs, strict=True)
+    ]  # fmt: skip
     operation = find_operation(use.call.func)
     served = operation is not None and (closed_forms or not operation.has_alternative)
     if operation is not None and served and not use.literals:
-        named = operation.pull(ExampleCall(use, operation, split, count))
-        if named is not None:
-            call = ExampleCall(use, operation, split, count)
-            parts = {call.slot(key) if isinstance(key, str) else key: part for key, part in named.items()}
-            if all(slot in parts and parts[slot].shape == use.sources[slot].shape for slot in use.sources):
-                return parts, example
+        parts = _pull_closed(ExampleCall(use, operation, split, count))
+        if parts is not None:
+            return parts, example
     if not closed_forms:
         return pull_in_loop(use, split, count), example
     try:
         return pull_mapped(use, split, count), example
     except Exception:  # whatever: no rule to vectorise it
         return pull_in_loop(use, split, count), example
+
+
+def _pull_closed(call: ExampleCall) -> dict[Slot, Part] | None:
+    """Return what an operation's closed form makes of a call; None if it does not serve it."""
+    named = call.operation.pull(call)
+    if named is None:
+        return None
+    parts = {call.slot(key) if isinstance(key, str) else key: part for key, part in named.items()}
+    sources = call.use.sources
+    complete = all(slot in parts and parts[slot].shape == sources[slot].shape for slot in sources)
+    return parts if complete else None
 
 
 def _only_example(use: Use, live: list[int]) -> int | None:

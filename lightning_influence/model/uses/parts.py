@@ -57,7 +57,11 @@ class Dense(Part):
 
     def bound(self, weights: Tensor) -> Tensor:
         """Return the sum of the norms of the weighted gradients."""
-        return torch.einsum("kb,kb->", weights.to(self.values).abs(), self.values.reshape(*self.values.shape[:2], -1).norm(dim=2))
+        return torch.einsum(
+            "kb,kb->",
+            weights.to(self.values).abs(),
+            self.values.reshape(*self.values.shape[:2], -1).norm(dim=2),
+        )
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ class _Seen:
     unknown: _Unknown | None
     before: dict[Slot, torch.Size]
     key: Any
+    changed: Tensor | None
     outputs: list[Tensor] = dataclasses.field(default_factory=list)
-    inplace: bool = False
 
 
 class Watch(TorchFunctionMode):
@@ -143,28 +143,40 @@ class Watch(TorchFunctionMode):
         return state if isinstance(state, Derivation) else None
 
     def _note(self, call: Call, result: Any = None) -> Any:
-        """Run the call unless its result is given, and note it.
+        """Run the call unless its result is given, and note it; other modes see the call alone.
 
         Returns:
             The result.
         """
+        with torch._C.DisableTorchFunction():
+            seen = self._prepare(call)
+        if result is None:
+            result = call.run()
+        if seen is not None:
+            with torch._C.DisableTorchFunction():
+                self._complete(seen, result)
+        return result
+
+    def _prepare(self, call: Call) -> _Seen | None:
+        """Return what is known of a call's tensors before it runs; None if it is of no interest."""
         seen = self._sort(call)
         if not (seen.sources or seen.places or seen.unknown):
-            return call.run() if result is None else result
-        changed = call.changed()
+            return None
+        changed = seen.changed
         if changed is not None:
             self._protect(changed)
             if seen.sources and seen.places and torch.is_grad_enabled():
-                seen.kept = call.replace({
-                    slot: t.detach().clone() for slot, t in seen.tensors.items() if t is changed
-                })
-        if result is None:
-            result = call.run()
-        seen.inplace = changed is not None
+                before = changed.detach().clone()
+                seen.kept = call.replace({slot: before for slot, t in seen.tensors.items() if t is changed})
+        return seen
+
+    def _complete(self, seen: _Seen, result: Any) -> None:
+        """Note what a call has made."""
+        changed = seen.changed
         seen.outputs = outputs_of(result) or ([changed] if changed is not None else [])
         old = () if changed is not None else seen.tensors.values()
         if all(any(output is t for t in old) for output in seen.outputs):
-            return result
+            return
         try:
             if seen.places or seen.unknown:
                 self._note_batch(seen)
@@ -172,8 +184,7 @@ class Watch(TorchFunctionMode):
                 self._note_derived(seen)
         except Exception as error:  # watching changes nothing: it is said where it matters
             for output in seen.outputs:
-                self._mark(output, _Unknown(f"{call.name}: {error}"))
-        return result
+                self._mark(output, _Unknown(f"{seen.call.name}: {error}"))
 
     def _sort(self, call: Call) -> _Seen:
         """Return a call with parameters, the batch's tensors and others among its arguments told apart."""
@@ -190,7 +201,8 @@ class Watch(TorchFunctionMode):
             elif isinstance(state, _Unknown) and tensor.requires_grad:
                 unknown = state  # what is not differentiable is a constant, whatever it was made of
         before = {slot: tensor.shape for slot, tensor in tensors.items()}
-        return _Seen(call, call, tensors, sources, places, unknown, before, _find_key(call, places, sources))
+        key, changed = _find_key(call, places, sources), call.changed()
+        return _Seen(call, call, tensors, sources, places, unknown, before, key, changed)
 
     def _note_batch(self, seen: _Seen) -> None:
         """Note an operation that examples take part in, and its use of parameters if there are any."""
@@ -204,7 +216,16 @@ class Watch(TorchFunctionMode):
             kept, shapes = _detach(seen.kept, sources), [output.shape for output in outputs]
             found, literals = list(followed.outputs), followed.literals
             self._record(
-                Use(kept, sources, seen.places, literals, edges, found, shapes, inplace=seen.inplace)
+                Use(
+                    kept,
+                    sources,
+                    seen.places,
+                    literals,
+                    edges,
+                    found,
+                    shapes,
+                    inplace=seen.changed is not None,
+                )
             )
 
     def _follow(self, seen: _Seen) -> Followed:

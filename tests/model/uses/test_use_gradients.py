@@ -215,14 +215,14 @@ CASES = {
         Formula(lambda p, x: 2 * (x * p.s - p.t) / p.u + torch.sub(1.0, x * p.one), s=(5,), t=(6, 1), u=(1,),
                 one=()), T,
     ),
-    "position table, as long as the batch": lambda: (Formula(lambda p, x: x + p.w, w=(B, 5)), numbers(B, B, 5)),
+    "table as long as the batch": lambda: (Formula(lambda p, x: x + p.w, w=(B, 5)), numbers(B, B, 5)),
     "time first": lambda: (
         Formula(lambda p, x: ((x.transpose(0, 1) + p.w[:, None]) @ p.v).transpose(0, 1), w=(B, 5), v=(5, 5)),
         numbers(B, B, 5),
     ),
     "rows, examples last": lambda: (
-        Formula(lambda p, x: (x.transpose(0, 1).reshape(-1, 5) @ p.w).view(6, B, 3).transpose(0, 1), w=(5, 3)),
-        T,
+        Formula(lambda p, x: (x.transpose(0, 1).reshape(-1, 5) @ p.w).view(6, B, 3).mT.movedim(-1, 0),
+                w=(5, 3)), T,
     ),
     "class token": lambda: (
         Formula(lambda p, x: torch.cat([p.w.repeat(len(x), 1, 1), x], 1) @ p.v, w=(1, 1, 5), v=(5, 2)), T,
@@ -260,7 +260,9 @@ CASES = {
     "views folded": lambda: (
         Formula(lambda p, x: (x.repeat_interleave(3, 0) @ p.w).view(B, 3, 6, 2).sum(1), w=(5, 2)), T,
     ),
-    "views behind": lambda: (Formula(lambda p, x: sum((torch.cat([x, -x]) @ p.w).tanh().chunk(2)), w=(5, 2)), T),
+    "views behind": lambda: (
+        Formula(lambda p, x: sum((torch.cat([x, -x]) @ p.w).tanh().chunk(2)), w=(5, 2)), T,
+    ),
     "one by one": lambda: (Loop().double(), T),
     "where": lambda: (Formula(lambda p, x: torch.where(x > 0, x, p.w).cumsum(-1), w=(5,)), T),
     **{
@@ -276,7 +278,9 @@ CASES = {
         a=(12,), b=(12,)), X),
     **{
         f"attention {kwargs}": (lambda kwargs=kwargs: (Attention(**kwargs).double(), numbers(B, B, 8)))
-        for kwargs in ({}, {"batch_first": True}, {"kdim": 6, "vdim": 4}, {"bias": False, "add_bias_kv": True})
+        for kwargs in (
+            {}, {"batch_first": True}, {"kdim": 6, "vdim": 4}, {"bias": False, "add_bias_kv": True},
+        )
     },
     **{
         f"transformer {kwargs}": (lambda kwargs=kwargs: (Transformer(**kwargs).double().eval(), tokens(B, B)))
@@ -314,7 +318,9 @@ def assert_same(found, expected):
         if name not in found:
             assert grad.norm() <= 1e-12 * scale, name
             continue
-        torch.testing.assert_close(found[name].dense()[0], grad, rtol=1e-9, atol=1e-9 * float(scale), msg=name)
+        torch.testing.assert_close(
+            found[name].dense()[0], grad, rtol=1e-9, atol=1e-9 * float(scale), msg=name
+        )
 
 
 def test_closed_forms_are_exact(case):
@@ -334,7 +340,8 @@ def test_differentiated_operations_are_exact(case):
     if kept:
         assert_same(found.gradients, kept)
     else:  # bags that are one call for all examples have a closed form alone
-        assert isinstance(model, Formula) and found.failed
+        assert isinstance(model, Formula)
+        assert found.failed
 
 
 def test_a_single_example_is_its_gradient(case):
@@ -343,7 +350,9 @@ def test_a_single_example_is_its_gradient(case):
         pytest.skip("written for its number of examples")
     one = tuple(part[:1] for part in batch)
     watch, losses = differentiate(model, one, 1)
-    assert_same(pull_gradients(watch, losses.sum(), [None]).gradients, reference_gradients(model, one, squared_loss))
+    assert_same(
+        pull_gradients(watch, losses.sum(), [None]).gradients, reference_gradients(model, one, squared_loss)
+    )
 
 
 def test_seeds_share_a_forward_pass(case):

@@ -20,7 +20,7 @@ from lightning_influence.model.uses.places import Place
     arguments=("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"), is_closed_form=False,
 )  # fmt: skip
 def pull_cell(call: ExampleCall) -> Mapping[Slot, Part]:
-    """Pull back one step of a recurrent network, whose vectorised derivative is wrong in some versions of torch.
+    """Pull back one step of a recurrent network.
 
     Args:
         call: of ``lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)``.
