@@ -74,7 +74,8 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         uses: what was recorded.
-        eps: relative rounding error of the lowest precision that took part in a use.
+        eps: relative rounding error of the lowest precision that took part: a norm may run in float32 in a
+            model of float64.
 
     Args:
         parameters: the parameters to watch, by name.
@@ -96,6 +97,7 @@ class Watch(TorchFunctionMode):
         self.parameters = dict(parameters)
         self.uses: list[Use] = []
         self.eps = max((torch.finfo(p.dtype).eps for p in self.parameters.values()), default=0.0)
+        self._precisions: set[torch.dtype] = set()
         self._sources = {id(p): p for p in self.parameters.values()}
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._states: dict[int, tuple[weakref.ref[Tensor], Place | _Unknown | Derivation]] = {}
@@ -211,6 +213,9 @@ class Watch(TorchFunctionMode):
         for output, place in zip(outputs, followed.outputs, strict=True):
             why = _Unknown(f"{call.name} mixes the examples, or they could not be followed through it")
             self._mark(output, place or seen.unknown or why)
+            if output.requires_grad and output.dtype not in self._precisions:
+                self._precisions.add(output.dtype)
+                self.eps = max(self.eps, _eps(output))
         if sources and torch.is_grad_enabled() and any(output.requires_grad for output in outputs):
             edges = [get_gradient_edge(output) if output.requires_grad else None for output in outputs]
             kept, shapes = _detach(seen.kept, sources), [output.shape for output in outputs]
@@ -300,7 +305,6 @@ class Watch(TorchFunctionMode):
 
     def _record(self, use: Use) -> None:
         self.uses.append(use)
-        self.eps = max(self.eps, *(_eps(source) for source in use.sources.values()))
         for slot, tensor in tensors_of(use.call).items():
             if slot not in use.sources:
                 use.versions[slot] = tensor._version
@@ -330,8 +334,6 @@ class Watch(TorchFunctionMode):
 def _eps(tensor: Tensor) -> float:
     """Return the relative rounding error of operations on a tensor as they are run now."""
     kind = tensor.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.finfo(torch.get_autocast_dtype(kind)).eps
     if kind == "cuda" and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return float(2.0**-10)
     return torch.finfo(tensor.dtype).eps

@@ -75,6 +75,15 @@ def test_examples_that_trade_places_are_found_although_the_sum_is_right():
     assert not any(verdict.passed for verdict in verdicts_of(watch, losses, gradients).values())
 
 
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
+def test_a_part_in_lower_precision_is_allowed_its_rounding(low):
+    model = Formula(lambda p, x: torch.tanh((x @ p.a).to(low)).to(x) @ p.b, a=(5, 5), b=(5, 2))
+    watch, losses = run(model, numbers(B, 5))
+    assert watch.eps == torch.finfo(low).eps
+    found = differentiate_losses(watch, losses)
+    assert {report.way for report in found.report.parameters.values()} == {Way.USES}
+
+
 def test_a_missing_parameter_and_one_that_is_not_a_number_do_not_pass():
     model, x = two_layers(), numbers(B, 5)
     watch, losses = run(model, x)
