@@ -235,8 +235,10 @@ class InfluenceModule(EditsParameters, LightningModule):
         _check_state(factors, state)
         self._checkpoint: str | None = None
         self._loaded: dict[str, list[float]] = {}
+        self._fit_loop: dict[str, Any] | None = None
         if isinstance(model, InfluenceModule):
             self._checkpoint, self._loaded = model._checkpoint, model._loaded
+            self._fit_loop = model._fit_loop
             state = model.state if state is None and factors is None else state
             model = model.model
         unwrap_compiled(model)  # refuses what is no module
@@ -276,6 +278,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         loaded = with_weights(inner, path, checkpoint, kwargs)
         module = cls(loaded, state=state, progress=progress)
         module._checkpoint, module._loaded = os.fspath(path), fingerprint(loaded)
+        module._fit_loop = checkpoint.get("loops", {}).get("fit_loop")
         return module
 
     def prepare(
@@ -442,7 +445,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         return self.model(*args, **kwargs)
 
     def _runner(self) -> LoopRunner:
-        return LoopRunner(self.model, progress=self._progress)
+        return LoopRunner(self.model, progress=self._progress, fit_loop=self._fit_loop)
 
     def _engine(self, runner: LoopRunner, question: Question, state: InfluenceState | None = None) -> Engine:
         """Return the engine; answers name the checkpoint while the weights are those that it held."""

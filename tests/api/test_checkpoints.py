@@ -152,7 +152,7 @@ def test_what_only_a_class_takes_is_refused(tmp_path):
         TypeError, match=r"Got Linear; accepted are classes of lightning\.pytorch\.LightningModule"
     ):
         InfluenceModule.from_checkpoint(path, nn.Linear)
-    with pytest.raises(TypeError, match=r"Expected a lightning\.pytorch\.LightningModule, got str"):
+    with pytest.raises(TypeError, match=r"Expected a LightningModule of .* got str"):
         InfluenceModule.from_checkpoint(path, "Net")
 
 

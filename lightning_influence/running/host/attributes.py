@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_influence.running.host.packages import load_beside
 from lightning_influence.support.errors import UnsupportedTrainerError
 
 
@@ -23,13 +23,16 @@ def preserved(owner: Any, *names: str) -> Iterator[None]:
     if missing:
         raise UnsupportedTrainerError(
             f"{type(owner).__name__} has no attribute {', '.join(missing)} in this version of Lightning; "
-            "install a version that the package's requirements accept (lightning>=2.6.6,<2.7)."
+            "install a version that the package's requirements accept."
         )
     saved = {name: vars(owner)[name] for name in names}
     try:
         yield
     finally:
         vars(owner).update(saved)
+
+
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 def wrapped_sampler(sampler: object) -> object | None:
@@ -44,4 +47,5 @@ def combined_mode(loader: CombinedLoader) -> str:
 
 def defines(owner: object, hook: str) -> bool:
     """Return whether a LightningModule or LightningDataModule overrides a hook of its base class."""
-    return is_overridden(hook, owner)
+    overridden: bool = load_beside(owner, "utilities.model_helpers").is_overridden(hook, owner)
+    return overridden
