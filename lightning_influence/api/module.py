@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.api.engine import Engine
 from lightning_influence.api.question import Question
@@ -435,10 +436,9 @@ class InfluenceModule(EditsParameters, LightningModule):
         Returns:
             The spectrum, which prints as a table.
         """
-        question = Question(layers=layers)
         with self._runner() as runner:
             chosen = settings_of(SpectrumSettings, {"curvature": curvature, **settings})
-            return self._engine(runner, question).spectrum(train_dataloaders, chosen)
+            return self._engine(runner, Question(layers=layers)).spectrum(train_dataloaders, chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the wrapped module computes."""

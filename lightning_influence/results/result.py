@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from rich.jupyter import JupyterMixin
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.support.arguments import distinct

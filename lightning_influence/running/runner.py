@@ -10,18 +10,20 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.running.host.module import preserved_states, training_stage
 from lightning_influence.running.host.processes import sum_over_processes
 from lightning_influence.running.host.states import ModuleStates
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare
+from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import InfluenceError
 from lightning_influence.support.random_states import preserved_rng
 
@@ -118,11 +120,7 @@ class Runner(ABC):
         expected = Count()
         done = Count()
         start = time.perf_counter()
-        with (
-            preserved_states(self.module) as states,
-            preserved_rng(),
-            torch.compiler.set_stance("force_eager"),
-        ):
+        with preserved_states(self.module) as states, preserved_rng(), eagerly():
             self._run(_Undone(one_pass, states), loaders, expected, done)
         seconds = time.perf_counter() - start
         if (done.batches, done.examples) != (expected.batches, expected.examples):

@@ -7,18 +7,20 @@ before.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import warnings
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from typing_extensions import Self
 
-from lightning_influence.running.host.attributes import TRANSFER_HOOKS, defines
+from lightning_influence.running.host.attributes import TRANSFER_HOOKS, combine_loaders, defines
 from lightning_influence.running.host.module import borrowed_module, unwrap_compiled
 from lightning_influence.running.host.packages import check_same_package, find_package
 from lightning_influence.running.host.trainer import (
@@ -51,8 +53,8 @@ class _PassModule:
         super().__init__()
         self.module = module
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.progress: Mapping[str, Any] | None = None
         self._shown = shown
+        self.checkpoint: dict[str, Any] = {}
         self._to_set_up = set_up
         self._hooks: dict[str, Any] = {}
         for hook in TRANSFER_HOOKS:
@@ -95,7 +97,7 @@ class _PassModule:
             expected.batches += len(shard)
             expected.examples += shard.num_examples
             shards.append(shard)
-        return shards
+        return combine_loaders(shards, self.trainer)
 
     def on_predict_model_eval(self) -> None:
         """The module is in the mode that its author wants already, see ``enter_eval_mode``."""
@@ -124,8 +126,8 @@ class _PassModule:
         return self._hooks["on_after_batch_transfer"](batch[0], dataloader_idx), batch[1]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.progress = checkpoint.get("loops", {}).get("fit_loop")
         self.module.on_load_checkpoint(checkpoint)
+        self.checkpoint = checkpoint
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.state_dict(*args, **kwargs)
@@ -146,24 +148,21 @@ class _PassModule:
         return self  # Lightning moves a model off its device after every run; here after the last pass only
 
 
-class _Restorer:
-    """Takes the state of a callback from a checkpoint without letting its other hooks run."""
+def restore_callback(callback: Callback, trainer: Trainer, module: LightningModule, checkpoint: Any) -> bool:
+    """Give a callback its state from a checkpoint, without letting its other hooks run.
 
-    def __init__(self, callback: Callback, module: LightningModule) -> None:
-        self.callback = callback
-        self.loaded = False
-        self._module = module
+    Before Lightning 2.6 only ``fit`` does so.
 
-    @property
-    def state_key(self) -> str:
-        return self.callback.state_key
-
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self.callback.on_load_checkpoint(trainer, self._module, checkpoint)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loaded = True
-        self.callback.load_state_dict(state_dict)
+    Returns:
+        Whether the checkpoint holds a state of it.
+    """
+    states = checkpoint.get("callbacks")
+    if states is None:
+        return False
+    callback.on_load_checkpoint(trainer, module, checkpoint)
+    if callback.state_key in states:
+        callback.load_state_dict(copy.deepcopy(states[callback.state_key]))
+    return callback.state_key in states
 
 
 class _SetUpOnly:
@@ -208,7 +207,6 @@ class TrainerRunner(Runner):
             the passes the Trainer is at the epoch and step that the file is of.
         restore: callbacks whose state is loaded from the same checkpoint; afterwards :attr:`restored` names
             those that it held. No other callback, loop or optimizer state is touched.
-        weights_only: how to read the checkpoint, as in ``Trainer.predict``.
 
     Raises:
         TypeError: if there is no module, or one of another package of Lightning than the Trainer.
@@ -225,7 +223,6 @@ class TrainerRunner(Runner):
         hooks_of: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         restore: tuple[Callback, ...] | list[Callback] = (),
-        weights_only: bool | None = None,
     ) -> None:
         super().__init__()
         if model is None and trainer.lightning_module is None:
@@ -238,7 +235,6 @@ class TrainerRunner(Runner):
         self.restored: list[Callback] = []
         self._hooks_of = hooks_of if datamodule is None else datamodule
         self._restore = restore
-        self._weights_only = weights_only
         self._stages: list[str] = []
         self._wrapper: Any = None
         self._bar: Any = None
@@ -353,10 +349,8 @@ class TrainerRunner(Runner):
     def _predict_nothing(self, data: _SetUpOnly | None) -> None:
         """Let the Trainer set up data and model and load the checkpoint, without a batch."""
         host: Any = self.trainer
-        restorer = _derive(_Restorer, find_package(host) or "", "Callback")
-        restorers = [restorer(callback, self.module) for callback in self._restore if self.ckpt_path]
         callbacks, limit = host.callbacks, host.limit_predict_batches
-        host.callbacks, host.limit_predict_batches = list(restorers), 0
+        host.callbacks, host.limit_predict_batches = [], 0
         with warnings.catch_warnings(), preserved_rng():
             # The callbacks that Lightning misses here are those that step aside.
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
@@ -365,12 +359,12 @@ class TrainerRunner(Runner):
                 datamodule=data,
                 return_predictions=False,
                 ckpt_path=self.ckpt_path,
-                weights_only=self._weights_only,
             )
         host.callbacks, host.limit_predict_batches, host.datamodule = callbacks, limit, None
-        self.restored = [one.callback for one in restorers if one.loaded]
+        held, self._wrapper.checkpoint = self._wrapper.checkpoint, {}
+        self.restored = [c for c in self._restore if restore_callback(c, self.trainer, self.module, held)]
         if self.ckpt_path is not None:
-            set_progress(host, self._wrapper.progress or {})
+            set_progress(host, held.get("loops", {}).get("fit_loop", {}))
 
     def _run(self, one_pass: Pass, loaders: list[IndexedLoader], expected: Count, done: Count) -> None:
         host: Any = self.trainer

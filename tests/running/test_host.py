@@ -73,7 +73,6 @@ RELIED_ON = [
     ("trainer._logger_connector", *LOGGER_CONNECTOR),
     ("trainer._checkpoint_connector", *CHECKPOINT_CONNECTOR),
     ("trainer._signal_connector", *SIGNAL_CONNECTOR),
-    ("trainer._callback_connector", "_pending_litmodels_tip"),
     ("trainer.fit_loop", "_combined_loader", "_data_source", "_data_fetcher"),
     ("trainer.fit_loop._data_source", "instance"),
     ("trainer.fit_loop.epoch_loop.val_loop", "_combined_loader", "_data_source", "_data_fetcher"),
@@ -126,7 +125,7 @@ def test_preserved_puts_back_after_an_error():
 def test_preserved_names_what_is_missing():
     with (
         pytest.raises(
-            UnsupportedTrainerError, match=r"SimpleNamespace has no attribute gone .*install a version"
+            UnsupportedTrainerError, match=r"SimpleNamespace has no attribute gone .*lightning>=2\.4"
         ),
         preserved(SimpleNamespace(), "gone"),
     ):

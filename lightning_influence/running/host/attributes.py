@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -23,7 +24,7 @@ def preserved(owner: Any, *names: str) -> Iterator[None]:
     if missing:
         raise UnsupportedTrainerError(
             f"{type(owner).__name__} has no attribute {', '.join(missing)} in this version of Lightning; "
-            "install a version that the package's requirements accept."
+            "install a version that the package's requirements accept (lightning>=2.4,<3)."
         )
     saved = {name: vars(owner)[name] for name in names}
     try:
@@ -38,6 +39,17 @@ TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_af
 def wrapped_sampler(sampler: object) -> object | None:
     """Return the user's sampler inside the one that Lightning wraps it in for distributed runs, or None."""
     return getattr(getattr(sampler, "dataset", None), "_sampler", None)
+
+
+def combine_loaders(loaders: Sequence[Iterable[Any]], trainer: object) -> Any:
+    """Return loaders one after another, as Lightning would combine them, but without a warning.
+
+    Lightning 2.6 makes a tree of them in a way that torch 2.13 deprecates, and would warn in every pass.
+    """
+    combined = load_beside(trainer, "utilities.combined_loader").CombinedLoader
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        return combined(loaders, "sequential")
 
 
 def combined_mode(loader: CombinedLoader) -> str:

@@ -137,7 +137,9 @@ def borrowed_trainer(trainer: Trainer, callbacks: list[Callback]) -> Iterator[No
         stack.enter_context(preserved(trainer._logger_connector, *LOGGER_CONNECTOR))
         stack.enter_context(preserved(trainer._checkpoint_connector, *CHECKPOINT_CONNECTOR))
         stack.enter_context(preserved(trainer._signal_connector, *SIGNAL_CONNECTOR))
-        stack.enter_context(preserved(trainer._callback_connector, "_pending_litmodels_tip"))
+        if hasattr(trainer._callback_connector, "_pending_litmodels_tip"):  # not in older versions
+            stack.enter_context(preserved(trainer._callback_connector, "_pending_litmodels_tip"))
+            trainer._callback_connector._pending_litmodels_tip = False
         stack.enter_context(_preserved_interrupt())
         for loop in loops:
             stack.enter_context(preserved(loop, "_combined_loader"))
@@ -154,7 +156,6 @@ def borrowed_trainer(trainer: Trainer, callbacks: list[Callback]) -> Iterator[No
         trainer.strategy.checkpoint_io = ExplainingCheckpointIO(trainer.strategy.checkpoint_io)
         trainer._checkpoint_connector._ckpt_path = None
         trainer._checkpoint_connector._user_managed = False
-        trainer._callback_connector._pending_litmodels_tip = False
         yield
 
 
