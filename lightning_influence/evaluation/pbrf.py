@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lightning_influence.evaluation.losses import cross_entropy
 from lightning_influence.evaluation.proximal import ProximalObjective
 from lightning_influence.evaluation.stacked import ExampleLoss
-from lightning_influence.support.arguments import example_indices
+from lightning_influence.support.arguments import read_examples
 from lightning_influence.support.errors import InfluenceError, NonFiniteError
 
 _BACKTRACKS = 30
@@ -101,7 +101,7 @@ def proximal_response(
     count = len(data[0])
     weight = -1.0 / count if epsilon is None else epsilon
     _check(data, queries, damping, weight, tolerance)
-    chosen = example_indices(examples, count)
+    chosen = read_examples(examples, count)
     objective = ProximalObjective(model, data, loss, damping)
     measure = measurement or loss
     before = objective.measure(objective.start, queries, measure)

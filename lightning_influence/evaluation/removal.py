@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.support.arguments import example_indices, integers
+from lightning_influence.support.arguments import read_examples, to_integers
 
 Retrain = Callable[[Tensor], Tensor]
 Order = Literal["proponents", "opponents", "random"]
@@ -46,7 +46,7 @@ def leave_one_out(
     """
     if num_examples < 2:
         raise ValueError(f"Leaving one example out needs 2 or more of them, got num_examples={num_examples}.")
-    chosen = example_indices(range(num_examples) if examples is None else examples, num_examples)
+    chosen = read_examples(range(num_examples) if examples is None else examples, num_examples)
     masks = torch.ones(1 + len(chosen), num_examples, dtype=torch.bool)
     masks[torch.arange(1, len(masks)), torch.tensor(chosen)] = False
     values = _measure(retrain, masks)
@@ -108,7 +108,7 @@ def removal_curve(
     own = torch.arange(queries).repeat(steps)
     changes = (values[1:] - values[0]).gather(1, own[:, None].to(values.device)).view(steps, queries)
     predicted = torch.einsum("qn,kqn->kq", scores, (~masks).to(scores))
-    return RemovalCurve(torch.tensor(integers(counts)), changes, predicted)
+    return RemovalCurve(torch.tensor(to_integers(counts)), changes, predicted)
 
 
 def removal_masks(
@@ -137,7 +137,7 @@ def removal_masks(
     if order not in _ORDERS:
         raise ValueError(f"Unknown order {order!r}; choose one of {_ORDERS}.")
     size = scores.shape[1]
-    numbers = integers(counts)
+    numbers = to_integers(counts)
     if not numbers or not all(1 <= count < size for count in numbers):
         got = counts if numbers is None else numbers
         raise ValueError(

@@ -32,7 +32,7 @@ from lightning_influence.evaluation.stacked import (
     stacked_outputs,
     train_members,
 )
-from lightning_influence.support.arguments import check_masks, check_measured, seed_list
+from lightning_influence.support.arguments import check_masks, check_measured, read_seeds
 from lightning_influence.support.errors import CorruptFileError
 
 Measurement = Callable[[Tensor, Tensor], Tensor]
@@ -235,7 +235,7 @@ def retrain(
         NonFiniteError: if a run diverged.
     """
     _check(data, masks, chunk)
-    chosen = seed_list(seeds)
+    chosen = read_seeds(seeds)
     members = [Member(mask, seed) for mask in masks.cpu() for seed in chosen]
     directory, sources, found = None, "", {}
     if cache_dir is not None:

@@ -16,7 +16,7 @@ from torch.utils.data import (
 )
 
 from lightning_influence.support.errors import UnsupportedDataError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 
 class Held:
@@ -117,7 +117,7 @@ class OrderedCollate:
     def _reversed(self, items: list[Any]) -> Any:
         """Return the batch of the items in reverse order, None if that cannot be had."""
         try:
-            with preserved_rng():
+            with preserve_rng():
                 return self._collate(copy.deepcopy(items[::-1]))
         except Exception:  # whatever the user's code may raise
             return None

@@ -23,7 +23,7 @@ from lightning_influence.running.host.processes import sum_over_processes
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare
 from lightning_influence.support.errors import InfluenceError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 
 class Pass(Protocol):
@@ -118,7 +118,7 @@ class Runner(ABC):
         expected = Count()
         done = Count()
         start = time.perf_counter()
-        with preserved_states(self.module), preserved_rng(), torch.compiler.set_stance("force_eager"):
+        with preserved_states(self.module), preserve_rng(), torch.compiler.set_stance("force_eager"):
             self._run(one_pass, loaders, expected, done)
         seconds = time.perf_counter() - start
         if (done.batches, done.examples) != (expected.batches, expected.examples):

@@ -23,7 +23,7 @@ from lightning_influence.running.host.trainer import borrowed_trainer, check_tra
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Count, Pass, Runner, step_context
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 
 class _PassModule(LightningModule):
@@ -318,7 +318,7 @@ class TrainerRunner(Runner):
         restorers = [_Restorer(callback, self.module) for callback in self._restore if self.ckpt_path]
         callbacks, limit = host.callbacks, host.limit_predict_batches
         host.callbacks, host.limit_predict_batches = list(restorers), 0
-        with warnings.catch_warnings(), preserved_rng():
+        with warnings.catch_warnings(), preserve_rng():
             # The callbacks that Lightning misses here are those that step aside.
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
             host.predict(

@@ -25,7 +25,7 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 
 @contextmanager
-def atomic_path(path: PathLike) -> Iterator[Path]:
+def write_atomically(path: PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block ends without an error.
 
     Until then a reader of ``path`` sees the old content, and after an error it still does. Missing parent
@@ -83,7 +83,7 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappin
         "tensors": json.dumps({name: _describe(tensor) for name, tensor in prepared.items()}),
     }
     header["checksum"] = _checksum(header)
-    with atomic_path(path) as temporary:
+    with write_atomically(path) as temporary:
         try:
             save_file(prepared, temporary, metadata=header)
         except KeyError as error:

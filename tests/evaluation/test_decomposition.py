@@ -15,7 +15,7 @@ from lightning_influence.evaluation.decomposition import (
     relative_residual,
 )
 from lightning_influence.model.plan import Layout
-from lightning_influence.results.rendering import plain
+from lightning_influence.results.rendering import render_plain
 
 DOUBLE = torch.float64
 
@@ -100,7 +100,7 @@ def test_steps_of_the_ladder(name):
 
 
 def test_it_prints_as_a_table():
-    text = plain(compare(symmetric(10), symmetric(10, 1), LAYOUT))
+    text = render_plain(compare(symmetric(10), symmetric(10, 1), LAYOUT))
     for part in ("relative residual", "off-block energy", "eigenbasis overlap", "a ", "b "):
         assert part in text
 

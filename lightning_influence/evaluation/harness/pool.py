@@ -18,9 +18,9 @@ from torch import Tensor
 from lightning_influence.evaluation.harness.retraining import Retraining
 from lightning_influence.evaluation.harness.run import Runs, seed_all
 from lightning_influence.evaluation.harness.store import RunStore, fingerprint
-from lightning_influence.support.arguments import check_masks, seed_list
+from lightning_influence.support.arguments import check_masks, read_seeds
 from lightning_influence.support.errors import InfluenceError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 Run = tuple[Tensor, int]
 _runs: Runs | None = None
@@ -63,7 +63,7 @@ def retrain_subsets(
         ValueError: if arguments do not fit together, or a function cannot be imported by a worker.
         TypeError: if runs are kept, and the functions or the data are made of what cannot be hashed.
     """
-    chosen, count = seed_list(seeds), _cpus() if processes is None else processes
+    chosen, count = read_seeds(seeds), _cpus() if processes is None else processes
     size, mark = _prepare(retraining, data_key, wanted=cache_dir is not None, parallel=count > 0)
     _check(masks, size, count)
     store = None if cache_dir is None else RunStore(Path(cache_dir) / mark)
@@ -104,7 +104,7 @@ def _prepare(
     """
     if parallel:
         retraining.check_importable()
-    with preserved_rng():
+    with preserve_rng():
         retraining.check_fresh()
         # As in a worker: random augmentations are hashed at the values that this seed gives.
         seed_all(0, "data")

@@ -19,7 +19,7 @@ from lightning_influence.model.measurements import Measurement, ResolvedMeasurem
 from lightning_influence.model.plan import find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.support.errors import NonFiniteError, UnsupportedDataError, UnsupportedTrainerError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 
 class Runs:
@@ -31,7 +31,7 @@ class Runs:
 
     def __init__(self, retraining: Retraining) -> None:
         self._retraining = retraining
-        with preserved_rng():
+        with preserve_rng():
             seed_all(0, "data")
             self._data: Dataset[Any] = retraining.data()
             self._queries = retraining.queries()
@@ -56,7 +56,7 @@ class Runs:
         """
         indices = kept.nonzero().squeeze(1).tolist()
         label = f"The run with seed {seed} on {len(indices)} examples"
-        with preserved_rng():
+        with preserve_rng():
             seed_all(seed, "init")
             module, trainer = self._retraining.module(), self._retraining.trainer()
             self._check(module, trainer)
