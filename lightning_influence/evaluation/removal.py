@@ -1,24 +1,23 @@
 """Leave-one-out retraining and removal curves: what does training without the chosen examples change?
 
 Both take the retraining as a function of masks, ``retrain(masks (M, N)) -> (M, Q)`` or ``(M, S, Q)``, the
-mean over seeds being what is measured: :func:`~.retraining.retrain` or
-:func:`~lightning_influence.harness.retrain_subsets` with their other arguments bound, or a closed form.
+mean over seeds being what is measured: :func:`~lightning_influence.evaluation.retrain_subsets` with its other
+arguments bound, a training loop of one's own, or a closed form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_influence.support.arguments import read_examples, to_integers
+from lightning_influence.support.arguments import check_choice, read_examples, to_integers
 
 Retrain = Callable[[Tensor], Tensor]
 Order = Literal["proponents", "opponents", "random"]
-_ORDERS = ("proponents", "opponents", "random")
 
 
 def leave_one_out(
@@ -27,7 +26,7 @@ def leave_one_out(
     """Change of every query's measurement on training without one example.
 
     This is what an attribution score predicts, in its unit and with its sign. It is small beside the noise of
-    training unless the runs of one seed share their random numbers, as those of this library's retraining do.
+    training unless the runs of one seed share their random numbers, as those of ``retrain_subsets`` do.
 
     Args:
         retrain: trains on subsets ``(M, N)`` and measures the queries, ``(M, Q)`` or ``(M, S, Q)``.
@@ -134,8 +133,7 @@ def removal_masks(
     """
     if scores.ndim != 2 or not bool(scores.isfinite().all()):
         raise ValueError(f"scores must be finite, of shape (Q, N), got shape {tuple(scores.shape)}.")
-    if order not in _ORDERS:
-        raise ValueError(f"Unknown order {order!r}; choose one of {_ORDERS}.")
+    check_choice("order", order, get_args(Order))
     size = scores.shape[1]
     numbers = to_integers(counts)
     if not numbers or not all(1 <= count < size for count in numbers):

@@ -216,31 +216,13 @@ def check_losses(values: Any, count: int, name: str) -> None:
     Raises:
         ValueError: saying what was got.
     """
-    if not isinstance(values, Tensor) or values.shape != (count,):
-        raise ValueError(_not_per_example(values, name, f"one value an example, ({count},)"))
-
-
-def check_measured(values: Any, count: int) -> None:
-    """Refuse measured values that are not one, or several, an example.
-
-    Args:
-        values: what the measurement returned.
-        count: ``Q``, how many queries it was given.
-
-    Raises:
-        ValueError: saying what was got.
-    """
-    vector = isinstance(values, Tensor) and values.ndim == 1 and len(values) > 0
-    if not vector or len(values) % count:
-        accepted = f"one value a query, ({count},), or several: all queries' first, all queries' second"
-        raise ValueError(_not_per_example(values, "measurement", accepted))
-
-
-def _not_per_example(values: Any, name: str, accepted: str) -> str:
+    if isinstance(values, Tensor) and values.shape == (count,):
+        return
     got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-    return (
-        f"`{name}` returned {got}; accepted is {accepted}. A loss of torch takes the mean unless it is given "
-        f'reduction="none": {name}=functools.partial(F.cross_entropy, reduction="none").'
+    raise ValueError(
+        f"`{name}` returned {got}; accepted is one value an example, ({count},). A loss of torch takes the "
+        f'mean unless it is given reduction="none": {name}=functools.partial(F.cross_entropy, '
+        'reduction="none").'
     )
 
 

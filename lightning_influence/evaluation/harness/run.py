@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sized
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from lightning_influence.evaluation.harness.retraining import Retraining, check_distinct, check_types
-from lightning_influence.evaluation.recipe import run_seed
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import find_layers
@@ -165,9 +165,23 @@ def _check_finite(module: LightningModule, trainer: Trainer, label: str) -> None
         )
 
 
+def derive_seed(seed: int, purpose: str) -> int:
+    """Derive the seed of one part of a run, a function of the run's seed alone and not of its examples.
+
+    Args:
+        seed: the run's seed.
+        purpose: what is drawn, such as ``"init"`` or ``"order"``.
+
+    Returns:
+        An integer in ``[0, 2**63)``.
+    """
+    digest = hashlib.sha256(f"{seed}|{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def seed_all(seed: int, purpose: str) -> None:
     """Seed torch, NumPy and Python's own generator for one part of a run."""
-    value = run_seed(seed, purpose)
+    value = derive_seed(seed, purpose)
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
