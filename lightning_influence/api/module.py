@@ -29,11 +29,11 @@ from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.self_influence import SelfInfluence
-from lightning_influence.running.host.checkpoints import read_checkpoint, with_weights
+from lightning_influence.running.host.checkpoints import load_weights, read_checkpoint
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.runner import Runner
-from lightning_influence.support.arguments import settings_of
+from lightning_influence.support.arguments import parse_options
 
 
 class EditsParameters:
@@ -276,7 +276,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         checkpoint = read_checkpoint(path)
         state = state_from_checkpoint(checkpoint)
         inner = model.model if isinstance(model, InfluenceModule) else model
-        loaded = with_weights(inner, path, checkpoint, kwargs)
+        loaded = load_weights(inner, path, checkpoint, kwargs)
         module = cls(loaded, state=state, progress=progress)
         module._checkpoint, module._loaded = os.fspath(path), fingerprint(loaded)
         module._fit_loop = checkpoint.get("loops", {}).get("fit_loop")
@@ -301,7 +301,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         Returns:
             The module; :attr:`state` holds what was computed.
         """
-        question = Question(method, layers=layers, options=settings_of(Options, options))
+        question = Question(method, layers=layers, options=parse_options(Options, options))
         with self._runner() as runner:
             self._engine(runner, question).prepare(train_dataloaders)
         return self
@@ -327,7 +327,7 @@ class InfluenceModule(EditsParameters, LightningModule):
                 f"Got method={options['method']!r}; fit_factors has no method: its factors serve 'kfac', "
                 "'ekfac', 'auto' and all others. Pass the method to scores or self_influence."
             )
-        question = Question("ekfac", layers=layers, options=settings_of(Options, options))
+        question = Question("ekfac", layers=layers, options=parse_options(Options, options))
         state = InfluenceState(record=self.state.record)
         with self._runner() as runner:
             self._engine(runner, question, state).prepare(train_dataloaders)
@@ -361,7 +361,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n``
             is removed.
         """
-        question = Question(method, measurement, top_k, layers, settings_of(Options, options))
+        question = Question(method, measurement, top_k, layers, parse_options(Options, options))
         with self._runner() as runner:
             return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)
 
@@ -384,7 +384,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         Returns:
             One score a training example.
         """
-        question = Question(method, layers=layers, options=settings_of(Options, options))
+        question = Question(method, layers=layers, options=parse_options(Options, options))
         with self._runner() as runner:
             return self._engine(runner, question).self_influence(train_dataloaders)
 
@@ -412,7 +412,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the
             residuals.
         """
-        question = Question(method, measurement, layers=layers, options=settings_of(Options, options))
+        question = Question(method, measurement, layers=layers, options=parse_options(Options, options))
         with self._runner() as runner:
             return self._engine(runner, question).ihvp(train_dataloaders, query_dataloaders)
 
@@ -437,7 +437,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             The spectrum, which prints as a table.
         """
         with self._runner() as runner:
-            chosen = settings_of(SpectrumSettings, {"curvature": curvature, **settings})
+            chosen = parse_options(SpectrumSettings, {"curvature": curvature, **settings})
             return self._engine(runner, Question(layers=layers)).spectrum(train_dataloaders, chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.averages import average_attributions
-from lightning_influence.running.host.checkpoints import held_weights
+from lightning_influence.running.host.checkpoints import remember_weights
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.host.packages import is_lightning
 from lightning_influence.running.host.trainer import find_last_fit
@@ -135,7 +135,7 @@ def over_checkpoints(
         raise ValueError(f"Got {what}; pass at least one checkpoint, and the module to load it into.")
     own = _influence_callback(trainer)
     state = None if own is None else own.influence_state
-    put_back = held_weights(unwrap_compiled(module))
+    put_back = remember_weights(unwrap_compiled(module))
     try:
         return average_attributions([answer(path) for path in paths])
     finally:

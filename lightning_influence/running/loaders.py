@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 
 class Held:
@@ -121,7 +121,7 @@ class OrderedCollate:
     def _try_out(self, items: list[Any], seed: int | None = None) -> Any:
         """Collate a copy of items and put the random states back; None if that fails."""
         try:
-            with preserved_rng():
+            with preserve_rng():
                 if seed is not None:
                     torch.manual_seed(seed)
                     random.seed(seed)

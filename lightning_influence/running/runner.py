@@ -25,7 +25,7 @@ from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare
 from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import InfluenceError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 
 class Pass(Protocol):
@@ -120,7 +120,7 @@ class Runner(ABC):
         expected = Count()
         done = Count()
         start = time.perf_counter()
-        with preserved_states(self.module) as states, preserved_rng(), eagerly():
+        with preserved_states(self.module) as states, preserve_rng(), eagerly():
             self._run(_Undone(one_pass, states), loaders, expected, done)
         seconds = time.perf_counter() - start
         if (done.batches, done.examples) != (expected.batches, expected.examples):

@@ -34,7 +34,7 @@ from lightning_influence.running.host.trainer import (
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Count, Pass, Runner, run_step
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 
 class _PassModule:
@@ -351,7 +351,7 @@ class TrainerRunner(Runner):
         host: Any = self.trainer
         callbacks, limit = host.callbacks, host.limit_predict_batches
         host.callbacks, host.limit_predict_batches = [], 0
-        with warnings.catch_warnings(), preserved_rng():
+        with warnings.catch_warnings(), preserve_rng():
             # The callbacks that Lightning misses here are those that step aside.
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
             host.predict(

@@ -16,7 +16,7 @@ from influence_models import Net, fitted, queries, train, trainer
 from torch import nn
 
 from lightning_influence import InfluenceModule, influence
-from lightning_influence.running.host.checkpoints import held_weights, read_checkpoint
+from lightning_influence.running.host.checkpoints import read_checkpoint, remember_weights
 from lightning_influence.support.errors import CorruptFileError, InfluenceError, UnsafeCheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*logging interval")
@@ -389,7 +389,7 @@ def test_held_weights_tells_an_entry_from_a_parameter_of_its_name():
             self.average.copy_(state["weight"])
 
     module = Shadow()
-    put_back = held_weights(module)
+    put_back = remember_weights(module)
     with torch.no_grad():
         module.weight.fill_(5.0)
         module.average.fill_(6.0)

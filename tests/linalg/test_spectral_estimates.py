@@ -213,7 +213,7 @@ def test_sketch_has_an_additive_error(values):
 
 
 def test_a_spectrum_has_facts_and_a_table():
-    from lightning_influence.results.rendering import plain
+    from lightning_influence.results.rendering import render_plain
 
     H, product = matrix(decaying())
     found = measure_spectrum(product, P, probes=6, steps=4, eigenvalues=3, dtype=DOUBLE)
@@ -221,7 +221,7 @@ def test_a_spectrum_has_facts_and_a_table():
     values = decaying()
     assert found.stable_rank.value == pytest.approx(float(H.trace()) / 4, rel=0.02)
     assert found.numerical_rank.value == pytest.approx(float(values.square().sum()) / 16, rel=0.02)
-    text = plain(found)
+    text = render_plain(found)
     for part in ("Spectrum of the Gauss-Newton matrix", "eigenvalue 3", "stable rank", "passes", "+-"):
         assert part in text
     assert "eigenvalue 4" not in text

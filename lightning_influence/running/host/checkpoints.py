@@ -148,7 +148,7 @@ class ExplainingCheckpointIO(CheckpointIO):
         self._inner.remove_checkpoint(path)
 
 
-def with_weights(
+def load_weights(
     model: LightningModule | type[LightningModule],
     path: PathLike,
     checkpoint: dict[str, Any],
@@ -185,7 +185,7 @@ def with_weights(
 
 
 def _load_into(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    put_back = held_weights(module)
+    put_back = remember_weights(module)
     try:
         if defines(module, "configure_model"):
             module.configure_model()
@@ -196,7 +196,7 @@ def _load_into(module: LightningModule, checkpoint: dict[str, Any]) -> None:
         raise
 
 
-def held_weights(module: nn.Module) -> Callable[[], None]:
+def remember_weights(module: nn.Module) -> Callable[[], None]:
     """Copy what loading a checkpoint changes: parameters, buffers, and what else the state dict holds.
 
     Returns:
