@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import oracle
 import pytest
 import torch
-from lightning_influence.curvature.sketch import sketch
 from models import CASES
 from operator_source import CaseSource
 
@@ -122,20 +120,3 @@ def test_what_is_refused():
     down = torch.linalg.eigh(operator.dense()).eigenvectors[:, :1].T
     with pytest.raises(ValueError, match=r"positive curvature\. Pass leading eigenvectors"):
         example_variance(operator, down.contiguous(), 1.0)
-
-
-def test_a_sketch_of_minibatches_averages_to_the_sketch():
-    source = CaseSource.of("mlp_gelu", batch_size=1)
-    operator = GaussNewtonOperator(source)
-    full = sketch(operator.product, operator.numel, 6, 3, dtype=torch.float64).matrix
-    parts, seen = torch.zeros_like(full), set()
-    for seed in range(2000):
-        index = int(source.train.sample(1, seed).indices)
-        if index not in seen:
-            seen.add(index)
-            products = partial(operator.batch_product, count=1, seed=seed)
-            one = sketch(products, operator.numel, 6, 3, dtype=torch.float64)
-            parts += one.matrix / 12
-        if len(seen) == 12:
-            break
-    torch.testing.assert_close(parts, full)
