@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.operators import LinearOperator, SampledOperator
-from lightning_influence.linalg.estimates import Estimate, mean_of, random_vectors
+from lightning_influence.linalg.estimates import Estimate, average, draw_vectors
 
 
 def trace_of_square(
@@ -38,12 +38,12 @@ def trace_of_square(
     """
     values = []
     for pair in range(pairs):
-        vectors = random_vectors(probes, operator.numel, _seed(seed, pair, 2), dtype=dtype, device=device)
+        vectors = draw_vectors(probes, operator.numel, _seed(seed, pair, 2), dtype=dtype, device=device)
         first, second = (
             operator.batch_product(vectors, count, _seed(seed, pair, side)).double() for side in (0, 1)
         )
         values.append((first * second).sum(1).mean())
-    return mean_of(torch.stack(values))
+    return average(torch.stack(values))
 
 
 def example_variance(
@@ -104,7 +104,7 @@ def example_variance(
     singles = torch.stack(samples or [mean])
     ratios = singles / (trace * along)
     best = int(torch.where(along > 0, ratios.mean(0), -torch.inf).argmax())
-    found = mean_of(ratios[:, best])
+    found = average(ratios[:, best])
     return found if samples else Estimate(found.value, None)
 
 

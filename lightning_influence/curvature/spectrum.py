@@ -9,9 +9,8 @@ from rich.console import Group, RenderableType
 from torch import Tensor
 
 from lightning_influence.curvature.factors import Factors
-from lightning_influence.linalg.estimates import Estimate, Product, random_vectors, ratio_of
+from lightning_influence.linalg.estimates import Estimate, Product, add_traces_outside, divide, draw_vectors
 from lightning_influence.linalg.lanczos import Ritz, block_lanczos
-from lightning_influence.linalg.traces import deflated
 from lightning_influence.results.rendering import build_facts_table
 from lightning_influence.support.arguments import check_count
 
@@ -153,12 +152,12 @@ def measure_spectrum(
         passes += 1
         return product(vectors)
 
-    start = random_vectors(probes, numel, 2 * seed, kind="normal", dtype=dtype, device=device)
+    start = draw_vectors(probes, numel, 2 * seed, kind="normal", dtype=dtype, device=device)
     ritz = block_lanczos(counted, start, steps)
     traces = ritz.inside
     if len(ritz.basis) < numel:
-        fresh = random_vectors(probes, numel, 2 * seed + 1, dtype=dtype, device=device)
-        traces = deflated(counted, ritz.basis, traces, fresh)
+        fresh = draw_vectors(probes, numel, 2 * seed + 1, dtype=dtype, device=device)
+        traces = add_traces_outside(counted, ritz.basis, traces, fresh)
     norm = ritz.norm()
     squared = Estimate(norm.value**2, None if norm.error is None else 2 * norm.value * norm.error)
     return Spectrum(
@@ -168,8 +167,8 @@ def measure_spectrum(
         square_trace=traces.square,
         eigenvalues=ritz.top(eigenvalues),
         smallest=ritz.bottom(),
-        stable_rank=ratio_of(traces.trace, norm),
-        numerical_rank=ratio_of(traces.square, squared),
+        stable_rank=divide(traces.trace, norm),
+        numerical_rank=divide(traces.square, squared),
         passes=passes,
         ritz=ritz,
     )
