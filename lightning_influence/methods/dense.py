@@ -182,10 +182,11 @@ class Hessian(DenseMethod):
         rounding = len(matrix) ** 0.5 * torch.finfo(context.dtype).eps
         self.solver = DenseSolver(found.matrix, damping, rounding)
         if float(damping.min()) > 0 and self.solver.smallest <= self.solver.floor:
+            precision = str(context.dtype).removeprefix("torch.")
             context.notes.add(
                 f"The Hessian plus the damping ({float(damping.min()):.3g}) has an eigenvalue of about "
-                f"{self.solver.smallest:.2g}, and from {self.solver.floor:.2g} down they are rounding of "
-                f"{context.dtype}: scores may be dominated by directions without curvature. Raise damping."
+                f"{self.solver.smallest:.2g}, and up to {self.solver.floor:.2g} they are rounding of "
+                f"{precision}: scores may be dominated by directions without curvature. Raise the damping."
             )
         if not self.solver.is_definite and options.negative_curvature in {"refuse", "keep"}:
             message = (
