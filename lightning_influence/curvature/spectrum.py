@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.linalg.estimates import Estimate, Product, add_traces_outside, divide, draw_vectors
 from lightning_influence.linalg.lanczos import Ritz, block_lanczos
-from lightning_influence.results.rendering import facts_table
+from lightning_influence.results.rendering import build_facts_table
+from lightning_influence.support.arguments import check_count
 
 _SHOWN = 8
 
@@ -96,7 +97,7 @@ class Spectrum:
     def __rich__(self) -> RenderableType:
         note = "Errors: standard errors of traces and ranks; for eigenvalues a bound within which one lies."
         return Group(
-            facts_table(self.facts(), f"Spectrum of the {_NAMES.get(self.curvature, 'matrix')}"), note
+            build_facts_table(self.facts(), f"Spectrum of the {_NAMES.get(self.curvature, 'matrix')}"), note
         )
 
     def __repr__(self) -> str:
@@ -143,8 +144,7 @@ def measure_spectrum(
     """
     least = {"probes": (probes, 2), "steps": (steps, 1), "eigenvalues": (eigenvalues, 1)}
     for name, (value, lowest) in least.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {lowest}.")
+        check_count(name, value, lowest)
     passes = 0
 
     def counted(vectors: Tensor) -> Tensor:

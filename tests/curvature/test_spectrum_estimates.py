@@ -8,7 +8,6 @@ from known_spectra import DOUBLE, P, covered, decaying, indefinite, matrix
 
 from lightning_influence.curvature.spectrum import measure_spectrum
 from lightning_influence.linalg.estimates import Estimate, average
-from lightning_influence.results.rendering import plain
 
 
 @pytest.mark.parametrize("values", [decaying(), indefinite()], ids=["positive", "indefinite"])
@@ -48,7 +47,7 @@ def test_a_spectrum_has_facts_and_a_table():
     values = decaying()
     assert found.stable_rank.value == pytest.approx(float(H.trace()) / 4, rel=0.02)
     assert found.numerical_rank.value == pytest.approx(float(values.square().sum()) / 16, rel=0.02)
-    text = plain(found)
+    text = render_plain(found)
     for part in ("Spectrum of the Gauss-Newton matrix", "eigenvalue 3", "stable rank", "passes", "+-"):
         assert part in text
     assert "eigenvalue 4" not in text

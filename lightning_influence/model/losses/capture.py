@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
 
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
 from lightning_influence.model.losses.registry import (
