@@ -8,6 +8,7 @@ from known_spectra import DOUBLE, P, covered, decaying, indefinite, matrix
 
 from lightning_influence.curvature.spectrum import measure_spectrum
 from lightning_influence.linalg.estimates import Estimate, average
+from lightning_influence.results.rendering import render_plain
 
 
 @pytest.mark.parametrize("values", [decaying(), indefinite()], ids=["positive", "indefinite"])
