@@ -20,11 +20,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, jvp
+from torch.func import functional_call, grad, grad_and_value, vjp
+from typing_extensions import Self
 
 from lightning_influence.evaluation.losses import ExampleLoss, cross_entropy
 from lightning_influence.support.arguments import check_losses, read_examples
@@ -199,8 +199,10 @@ class _Objective:
 
     def hessian(self, theta: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the product of the objective's Hessian at ``theta`` with a vector, both ``(P,)``."""
-        slope = grad(self._value)
-        return lambda vector: jvp(slope, (theta,), (vector,))[1]
+        # The Hessian is its own transpose, so its products can be pulled back through the gradient, which is
+        # then evaluated once for all of them.
+        pull_back = vjp(grad(self._value), theta)[1]
+        return lambda vector: pull_back(vector)[0]
 
     def newton_step(self, theta: Tensor, gradient: Tensor, relative: float, least: float) -> Tensor:
         """Solve ``H step = -gradient``, ``H`` the Hessian at ``theta``, by conjugate gradients.

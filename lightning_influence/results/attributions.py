@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from rich.console import Group, RenderableType
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.results.ranking import Labels, Ranking, to_labels
 from lightning_influence.results.rendering import build_facts_table, score_caption
@@ -270,11 +271,9 @@ class Attributions(Result):
 
     def __rich__(self) -> RenderableType:
         kept = "all scores" if self.scores is not None else f"the {self.stored} strongest at either end"
-        counts = [
-            ("queries", str(len(self.query_indices))),
-            ("training examples", str(len(self.train_indices))),
-        ]
-        facts = [*counts, ("stored", kept), *self.diagnostics.facts()]
+        queries, examples = str(len(self.query_indices)), str(len(self.train_indices))
+        counts = [("queries", queries), ("training examples", examples), ("stored", kept)]
+        facts = [*counts, *self.diagnostics.facts()]
         return Group(build_facts_table(facts, "Attributions"), self.top(min(5, self.stored)))
 
     def __repr__(self) -> str:

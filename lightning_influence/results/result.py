@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from rich.jupyter import JupyterMixin
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.support.arguments import are_distinct

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -23,6 +22,7 @@ from torch.utils.data import (
 )
 
 from lightning_influence.running.host.attributes import combined_mode, wrapped_sampler
+from lightning_influence.running.host.packages import is_lightning
 from lightning_influence.running.loaders import ACCEPTED, IndexedLoader, ReadyMade, rebuilt
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 from lightning_influence.support.random_states import preserve_generators, preserve_rng
@@ -134,7 +134,7 @@ def prepare(dataloaders: Any) -> list[IndexedLoader]:
         >>> [indices.tolist() for _, indices in loader.shard()]
         [[0, 1], [2, 3], [4]]
     """
-    if isinstance(dataloaders, CombinedLoader):
+    if is_lightning(dataloaders, "CombinedLoader"):
         mode = combined_mode(dataloaders)
         if mode != "sequential":
             raise UnsupportedDataError(

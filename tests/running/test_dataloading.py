@@ -299,7 +299,7 @@ def test_mixed_lists_are_refused():
         prepare([DataLoader(Squares()), torch.zeros(2)])
 
 
-def test_preserved_rng_covers_every_global_generator():
+def test_preserve_rng_covers_every_global_generator():
     def draw():
         return torch.rand(1).item(), np.random.rand(), random.random()
 
