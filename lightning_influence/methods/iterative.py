@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,13 +16,33 @@ from lightning_influence.methods.closed_form import block_inverse, measured_eige
 from lightning_influence.methods.context import note_estimate
 from lightning_influence.methods.fitting import fitted_factors
 from lightning_influence.methods.method import Gradients, Method, Queries, Solved
+from lightning_influence.methods.options import Options, require_choice, require_count, require_number
 from lightning_influence.methods.scorers import DenseScorer
+from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.support.errors import UnsupportedModelError
 
 Operator = GaussNewtonOperator | HessianOperator | StoredGaussNewton
 
 # Most entries of a history that are reported.
 _HISTORY = 100
+
+
+Curvature = Literal["ggn", "hessian"]
+
+
+@dataclass(frozen=True)
+class IterationOptions(Options):
+    """Options that all iterative methods share.
+
+    Attributes:
+        tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved.
+        max_steps: most steps; None for as many as the curvature asks for.
+        curvature: ``"ggn"``, or the exact ``"hessian"`` where the method allows it.
+    """
+
+    tolerance: float = field(default=1e-3, metadata=require_number())
+    max_steps: int | None = field(default=None, metadata=require_count(0))
+    curvature: Curvature = field(default="ggn", metadata=require_choice(get_args(Curvature)))
 
 
 class Iterative(Method):
@@ -32,9 +52,7 @@ class Iterative(Method):
     passes. Groups are as large as what is left of the budget allows.
     """
 
-    uses: ClassVar[frozenset[str]] = frozenset({"tolerance", "max_steps", "curvature"})
-    default_tolerance: ClassVar[float] = 1e-3
-    default_max_steps: ClassVar[int] = 100
+    options: IterationOptions
     #: Vectors of the size of the parameters that a right-hand side takes while it is iterated on.
     vectors_each: ClassVar[int] = 8
     #: Why the exact Hessian is refused, if it is.
@@ -79,7 +97,7 @@ class Iterative(Method):
             note_estimate(self.context, self.curvature.estimated)
         return torch.cat([result.solutions for result in results]), residuals
 
-    def quadratic(self) -> Callable[[Gradients], Tensor]:
+    def quadratic(self) -> Quadratic:
         """Return ``g -> g^T (H + lambda I)^{-1} g``, one solve an example; needs the curvature in memory.
 
         Raises:
@@ -94,14 +112,15 @@ class Iterative(Method):
             )
         layout = self.context.layout
 
-        def quadratic(gradients: Gradients) -> Tensor:
+        def quadratic(gradients: Gradients) -> tuple[Tensor, Tensor]:
             vectors = layout.dense(gradients)[0].to(self.damping.dtype)
-            parts = []
+            values, residuals = [], []
             for group in torch.split(vectors, self._group_size()):
                 result = self.iterate(group)
-                parts.append((result.solutions * group).sum(dim=1))
+                values.append((result.solutions * group).sum(dim=1))
+                residuals.append(result.residuals)
                 self._note_unsolved(result.residuals, "training examples")
-            return torch.cat(parts)
+            return torch.cat(values), torch.cat(residuals)
 
         return quadratic
 
@@ -111,7 +130,7 @@ class Iterative(Method):
         Raises:
             ValueError: naming the methods that have.
         """
-        if self.refuses_hessian and self.context.options.curvature == "hessian":
+        if self.refuses_hessian and self.options.curvature == "hessian":
             raise ValueError(
                 f"Got curvature='hessian' with method={self.name!r}; accepted is 'ggn': "
                 f"{self.refuses_hessian}. Use method='minres'."
@@ -120,16 +139,16 @@ class Iterative(Method):
     def _operator(self) -> Operator:
         """Return the curvature: in memory where it fits, else as passes."""
         context = self.context
-        if context.options.curvature == "hessian":
+        if self.options.curvature == "hessian":
             context.extra["curvature"] = "Hessian, a pass a product"
             return HessianOperator(context)
-        fisher = context.options.fisher or "exact"
+        fisher = self.options.fisher or "exact"
         one_pass = StoragePass(
             context.plan,
-            limit=context.options.memory_budget // 2,
+            limit=self.options.memory_budget // 2,
             num_examples=max(1, context.train.num_examples // context.runner.world_size),
             fisher=fisher,
-            seed=context.options.seed,
+            seed=self.options.seed,
         )
         context.runner.run(one_pass, context.train)
         fits = context.runner.all_reduce_sum(torch.tensor([float(not one_pass.fits)]))
@@ -145,15 +164,15 @@ class Iterative(Method):
         """Return how many right-hand sides fit into what is left of the memory budget."""
         held = self.curvature.nbytes if isinstance(self.curvature, StoredGaussNewton) else 0
         each = self.vectors_each * self.context.layout.numel * self.damping.element_size()
-        return max(1, (self.context.options.memory_budget - held) // each)
+        return max(1, (self.options.memory_budget - held) // each)
 
     def _report(self, results: list[Solution], residuals: Tensor) -> None:
         """Put what the solver did into the diagnostics, and say what is not solved."""
         facts: dict[str, Any] = {
             "steps": [result.steps for result in results],
             "products": sum(result.products for result in results),
-            "tolerance": self.tolerance,
-            "solved": int((residuals <= self.tolerance).sum()),
+            "tolerance": self.options.tolerance,
+            "solved": int((residuals <= self.options.tolerance).sum()),
             "largest_residual_by_step": [
                 [float(f"{value:.4g}") for value in result.history[:_HISTORY]] for result in results
             ],
@@ -165,12 +184,12 @@ class Iterative(Method):
 
     def _note_unsolved(self, residuals: Tensor, subject: str) -> None:
         # A residual of the size of rounding counts as solved: tolerance=0 asks for all steps.
-        limit = max(self.tolerance, 100 * torch.finfo(residuals.dtype).eps)
+        limit = max(self.options.tolerance, 100 * torch.finfo(residuals.dtype).eps)
         count = int((residuals > limit).sum())
         if count:
             self.context.notes.add(
                 f"{count} of {len(residuals)} {subject} were left with a relative residual above the "
-                f"tolerance {self.tolerance:g} (largest {float(residuals.max()):.2g}) by "
+                f"tolerance {self.options.tolerance:g} (largest {float(residuals.max()):.2g}) by "
                 f"method={self.name!r}. Raise max_steps= or the damping; in float32, about 1e-5 is as far "
                 "as most systems go."
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -11,30 +12,44 @@ from lightning_influence.linalg.conjugate_gradients import conjugate_gradients
 from lightning_influence.linalg.estimates import Product
 from lightning_influence.linalg.minres import minres
 from lightning_influence.linalg.stopping import Solution
-from lightning_influence.methods.auto import Auto
-from lightning_influence.methods.iterative import Iterative
+from lightning_influence.methods.coarse_building import CoarseBuilder
+from lightning_influence.methods.iterative import IterationOptions, Iterative
 from lightning_influence.methods.method import register_method
+from lightning_influence.methods.options import SpaceOptions, require_choice, require_count
+
+Preconditioner = Literal["ekfac", "two_level", "none"]
+
+
+@dataclass(frozen=True)
+class KrylovOptions(IterationOptions, SpaceOptions):
+    """Options of ``"cg"`` and ``"minres"``.
+
+    Attributes:
+        preconditioner: EK-FAC, EK-FAC with the coarse space of ``"auto"``, or none.
+    """
+
+    max_steps: int = field(default=100, metadata=require_count(0))
+    preconditioner: Preconditioner = field(default="ekfac", metadata=require_choice(get_args(Preconditioner)))
 
 
 class Preconditioned(Iterative):
     """A Krylov method with the preconditioner that the options name."""
 
-    uses: ClassVar[frozenset[str]] = Iterative.uses | {"preconditioner"}
+    options: KrylovOptions
 
     def set_up(self) -> None:
         """Choose the preconditioner."""
-        name = self.context.options.preconditioner
+        name = self.options.preconditioner
         self.precondition: Product | None = None
         if name == "ekfac":
             self.precondition = self.inverse.apply
         elif name == "two_level":
-            auto = Auto(self.context)
-            auto.prepare()
-            self.precondition = TwoLevel(self.inverse, auto.space).precondition
+            space = CoarseBuilder(self.context, self.inverse, self.options.curvature_examples).find()
+            self.precondition = TwoLevel(self.inverse, space).precondition
         self.context.extra["preconditioner"] = name
 
 
-@register_method("cg")
+@register_method("cg", options=KrylovOptions)
 class ConjugateGradients(Preconditioned):
     """Preconditioned conjugate gradients (Hestenes and Stiefel 1952)."""
 
@@ -44,12 +59,12 @@ class ConjugateGradients(Preconditioned):
             self.operator.product,
             vectors,
             precondition=self.precondition,
-            max_steps=self.max_steps,
-            tolerance=self.tolerance,
+            max_steps=self.options.max_steps,
+            tolerance=self.options.tolerance,
         )
 
 
-@register_method("minres")
+@register_method("minres", options=KrylovOptions)
 class MinimalResidual(Preconditioned):
     """Preconditioned MINRES (Paige and Saunders 1975), also for an indefinite Hessian."""
 
@@ -61,6 +76,6 @@ class MinimalResidual(Preconditioned):
             self.operator.product,
             vectors,
             precondition=self.precondition,
-            max_steps=self.max_steps,
-            tolerance=self.tolerance,
+            max_steps=self.options.max_steps,
+            tolerance=self.options.tolerance,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -15,17 +16,33 @@ from lightning_influence.linalg.estimates import random_vectors
 from lightning_influence.linalg.lissa import Scale, lissa, plan_lissa, warning_of
 from lightning_influence.linalg.preconditioned_spectrum import preconditioned_spectrum
 from lightning_influence.linalg.stopping import Solution
-from lightning_influence.methods.iterative import Iterative
+from lightning_influence.methods.iterative import IterationOptions, Iterative
 from lightning_influence.methods.method import register_method
+from lightning_influence.methods.options import require_count, require_number
 
 
-@register_method("astra")
+@dataclass(frozen=True)
+class AstraOptions(IterationOptions):
+    """Options of ``"astra"``.
+
+    Attributes:
+        batch_size: examples of a minibatch product; None for all.
+        step_size: of the iteration; None to derive it from the curvature.
+        momentum: None to derive it from the curvature.
+    """
+
+    tolerance: float = field(default=1e-2, metadata=require_number())
+    max_steps: int = field(default=300, metadata=require_count(0))
+    batch_size: int | None = field(default=None, metadata=require_count(1))
+    step_size: float | None = field(default=None, metadata=require_number(positive=True))
+    momentum: float | None = field(default=None, metadata=require_number(below=1.0))
+
+
+@register_method("astra", options=AstraOptions)
 class Astra(Iterative):
     """ASTRA (Wang et al. 2025)."""
 
-    uses: ClassVar[frozenset[str]] = Iterative.uses | {"batch_size", "step_size", "momentum"}
-    default_tolerance: ClassVar[float] = 1e-2
-    default_max_steps: ClassVar[int] = 300
+    options: AstraOptions
     refuses_hessian: ClassVar[str] = "a fixed step diverges along directions of negative curvature"
 
     def set_up(self) -> None:
@@ -34,7 +51,7 @@ class Astra(Iterative):
         Raises:
             ValueError: if the damping is not positive.
         """
-        options = self.context.options
+        options = self.options
         if not float(self.damping.min()) > 0:
             raise ValueError(
                 "Got a damping of 0; ASTRA accepts positive ones, because its steps may not converge along "
@@ -49,7 +66,7 @@ class Astra(Iterative):
             step_size=options.step_size,
             momentum=options.momentum,
             batch_size=options.batch_size,
-            max_steps=self.max_steps,
+            max_steps=self.options.max_steps,
         )
         self.context.extra["astra"] = self.plan.facts()
 
@@ -63,9 +80,9 @@ class Astra(Iterative):
             self.plan,
             num_examples=self.context.train.num_examples,
             smallest=float(self.damping.min()),
-            max_steps=self.max_steps,
-            tolerance=self.tolerance,
-            seed=self.context.options.seed,
+            max_steps=self.options.max_steps,
+            tolerance=self.options.tolerance,
+            seed=self.options.seed,
         )
 
 
@@ -76,21 +93,35 @@ _PROBES = 4
 _BATCH, _BATCHES = 32, 8
 
 
-@register_method("lissa")
+@dataclass(frozen=True)
+class LiSSAOptions(IterationOptions):
+    """Options of ``"lissa"``.
+
+    Attributes:
+        tolerance: of the residual, and of the relative error of the solution as well.
+        batch_size: examples of a minibatch product; None to derive it from the curvature.
+        step_size: of the iteration; None to derive it from the curvature.
+    """
+
+    tolerance: float = field(default=0.02, metadata=require_number())
+    batch_size: int | None = field(default=None, metadata=require_count(1))
+    step_size: float | None = field(default=None, metadata=require_number(positive=True))
+
+
+@register_method("lissa", options=LiSSAOptions)
 class LiSSA(Iterative):
     """LiSSA (Agarwal et al. 2017), with the hyperparameters of Klochkov and Liu (2024)."""
 
-    uses: ClassVar[frozenset[str]] = Iterative.uses | {"batch_size", "step_size"}
-    default_tolerance: ClassVar[float] = 0.02
+    options: LiSSAOptions
     refuses_hessian: ClassVar[str] = "the derivation needs a positive semidefinite curvature"
 
     def set_up(self) -> None:
         """Measure the curvature's scale, derive the hyperparameters, and say what they will cost."""
-        context, options = self.context, self.context.options
+        context, options = self.context, self.options
         self.scale = self._scale()
         self.plan = plan_lissa(
             self.scale,
-            tolerance=self.tolerance,
+            tolerance=self.options.tolerance,
             batch_size=options.batch_size,
             step_size=options.step_size,
         )
@@ -107,14 +138,14 @@ class LiSSA(Iterative):
 
     def iterate(self, vectors: Tensor) -> Solution:
         """Return solutions of a group of right-hand sides ``(V, P)``."""
-        options = self.context.options
+        options = self.options
         return lissa(
             self.operator.product,
             self.operator.batch_product,
             vectors,
             self.plan,
             self.scale,
-            tolerance=self.tolerance,
+            tolerance=self.options.tolerance,
             max_steps=options.max_steps,
             seed=options.seed,
             fixed=options.batch_size is not None or options.step_size is not None,
@@ -122,11 +153,11 @@ class LiSSA(Iterative):
 
     def _announce(self) -> None:
         """Say beforehand what is expensive, or will not get there."""
-        plan, options = self.plan, self.context.options
+        plan, options = self.plan, self.options
         steps, passes = plan.steps * plan.rounds, plan.cost / self.scale.num_examples
         if options.max_steps is not None and options.max_steps < steps:
             self.context.notes.add(
-                f"LiSSA needs about {steps} steps for a relative error of {self.tolerance:g}, and "
+                f"LiSSA needs about {steps} steps for a relative error of {self.options.tolerance:g}, and "
                 f"max_steps={options.max_steps} was asked for; the residuals say how far it came."
             )
         many = _MANY_PRODUCTS if isinstance(self.curvature, StoredGaussNewton) else _MANY_PASSES
@@ -139,7 +170,7 @@ class LiSSA(Iterative):
 
     def _scale(self) -> Scale:
         """Return what the hyperparameters follow from, measured in a few products."""
-        curvature, seed = self.curvature, self.context.options.seed
+        curvature, seed = self.curvature, self.options.seed
         dtype, device = self.damping.dtype, self.damping.device
         spectrum = measure_spectrum(
             curvature.product, curvature.numel, probes=_PROBES, seed=seed, dtype=dtype, device=device
@@ -174,6 +205,6 @@ class LiSSA(Iterative):
             trace,
             count=count,
             minibatches=_BATCHES,
-            seed=self.context.options.seed,
+            seed=self.options.seed,
         )
         return max(found.value, 0.0) + (found.error or 0.0)
