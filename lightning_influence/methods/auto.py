@@ -165,9 +165,11 @@ class Auto(Method):
             The scores, with smaller residuals where iterating helped.
         """
         assert scores.residuals is not None
-        self._note_worse(int(self.context.runner.all_reduce_sum(torch.tensor(self._replaced))), _EXAMPLES)
         values, residuals = scores.values.clone(), scores.residuals.clone()
         chosen = self._choose(residuals, _EXAMPLES)
+        replaced = int(self.context.runner.all_reduce_sum(torch.tensor(float(self._replaced))))
+        if not len(chosen):  # those that are iterated on keep no answer of EK-FAC's
+            self._note_worse(replaced, _EXAMPLES)
         for group in torch.split(chosen, self._group_size()) if len(chosen) else ():
             gradients = gather_examples(
                 self.context, self.context.train, scores.indices[group], "Influence: unsolved examples"
