@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from decomposition import diagonal_blocks
 from safetensors.torch import load_file
 from spectra import recorded
 from tasks import Task, TensorTable, save_model
@@ -14,7 +15,6 @@ from torch import Tensor
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
-from lightning_influence.evaluation.decomposition import diagonal_blocks
 from lightning_influence.methods.closed_form import block_inverse, kronecker_eigenvalues, measured_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.model.measurements import resolve_measurement

@@ -12,8 +12,10 @@ import warnings
 from itertools import pairwise
 
 import torch
+from decomposition import compare, diagonal_blocks
 from rich.console import Console
 from rich.table import Table
+from stacked_training import retrain
 from tasks import CACHE, digits_mlp
 from torch import Tensor
 from truth import CHUNK, Truth
@@ -21,8 +23,7 @@ from truth import CHUNK, Truth
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
-from lightning_influence.evaluation import compare, random_subsets, retrain
-from lightning_influence.evaluation.decomposition import diagonal_blocks
+from lightning_influence.evaluation import random_subsets
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.model.plan import Layout, find_layers

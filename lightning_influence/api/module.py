@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.api.engine import Engine
 from lightning_influence.api.question import Question
@@ -28,11 +29,11 @@ from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.self_influence import SelfInfluence
-from lightning_influence.running.host.checkpoints import read_checkpoint, with_weights
+from lightning_influence.running.host.checkpoints import load_weights, read_checkpoint
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.runner import Runner
-from lightning_influence.support.arguments import settings_of
+from lightning_influence.support.arguments import parse_options
 
 
 class EditsParameters:
@@ -235,8 +236,10 @@ class InfluenceModule(EditsParameters, LightningModule):
         _check_state(factors, state)
         self._checkpoint: str | None = None
         self._loaded: dict[str, list[float]] = {}
+        self._fit_loop: dict[str, Any] | None = None
         if isinstance(model, InfluenceModule):
             self._checkpoint, self._loaded = model._checkpoint, model._loaded
+            self._fit_loop = model._fit_loop
             state = model.state if state is None and factors is None else state
             model = model.model
         unwrap_compiled(model)  # refuses what is no module
@@ -273,9 +276,10 @@ class InfluenceModule(EditsParameters, LightningModule):
         checkpoint = read_checkpoint(path)
         state = state_from_checkpoint(checkpoint)
         inner = model.model if isinstance(model, InfluenceModule) else model
-        loaded = with_weights(inner, path, checkpoint, kwargs)
+        loaded = load_weights(inner, path, checkpoint, kwargs)
         module = cls(loaded, state=state, progress=progress)
         module._checkpoint, module._loaded = os.fspath(path), fingerprint(loaded)
+        module._fit_loop = checkpoint.get("loops", {}).get("fit_loop")
         return module
 
     def prepare(
@@ -432,17 +436,16 @@ class InfluenceModule(EditsParameters, LightningModule):
         Returns:
             The spectrum, which prints as a table.
         """
-        question = Question(layers=layers)
         with self._runner() as runner:
-            chosen = settings_of(SpectrumSettings, {"curvature": curvature, **settings})
-            return self._engine(runner, question).spectrum(train_dataloaders, chosen)
+            chosen = parse_options(SpectrumSettings, {"curvature": curvature, **settings})
+            return self._engine(runner, Question(layers=layers)).spectrum(train_dataloaders, chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the wrapped module computes."""
         return self.model(*args, **kwargs)
 
     def _runner(self) -> LoopRunner:
-        return LoopRunner(self.model, progress=self._progress)
+        return LoopRunner(self.model, progress=self._progress, fit_loop=self._fit_loop)
 
     def _engine(self, runner: LoopRunner, question: Question, state: InfluenceState | None = None) -> Engine:
         """Return the engine; answers name the checkpoint while the weights are those that it held."""

@@ -18,7 +18,7 @@ from lightning_influence.model.captured import Fisher
 from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.loggers import log_attributions
-from lightning_influence.results.ranking import Labels, checked
+from lightning_influence.results.ranking import Labels, to_labels
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.running.host.trainer import register_trainer_method
 
@@ -116,7 +116,7 @@ def influence(
         "seed": seed,
     }
     question = Question(method, measurement, top_k, layers, read_options(method, further))
-    checked(labels)
+    to_labels(labels)
     check_name(name)
     paths = paths_of(ckpt_path)
 
@@ -198,7 +198,7 @@ def self_influence(
         "seed": seed,
     }
     question = Question(method, layers=layers, options=read_options(method, further))
-    checked(labels)
+    to_labels(labels)
     check_name(name)
     path = paths_of(ckpt_path)
     if isinstance(path, list):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.operators import SampledOperator
-from lightning_influence.linalg.estimates import Estimate, mean_of
+from lightning_influence.linalg.estimates import Estimate, average
 
 
 def example_variance(
@@ -67,7 +67,7 @@ def example_variance(
     singles = torch.stack(samples or [mean])
     ratios = singles / (trace * along)
     best = int(torch.where(along > 0, ratios.mean(0), -torch.inf).argmax())
-    found = mean_of(ratios[:, best])
+    found = average(ratios[:, best])
     return found if samples else Estimate(found.value, None)
 
 

@@ -8,10 +8,10 @@ import torch
 from rich.console import Group, RenderableType
 from torch import Tensor
 
-from lightning_influence.linalg.estimates import Estimate, Product, random_vectors, ratio_of
+from lightning_influence.linalg.estimates import Estimate, Product, add_traces_outside, divide, draw_vectors
 from lightning_influence.linalg.lanczos import Ritz, block_lanczos
-from lightning_influence.linalg.traces import deflated
-from lightning_influence.results.rendering import facts_table
+from lightning_influence.results.rendering import build_facts_table
+from lightning_influence.support.arguments import check_count
 
 _SHOWN = 8
 
@@ -96,7 +96,7 @@ class Spectrum:
     def __rich__(self) -> RenderableType:
         note = "Errors: standard errors of traces and ranks; for eigenvalues a bound within which one lies."
         return Group(
-            facts_table(self.facts(), f"Spectrum of the {_NAMES.get(self.curvature, 'matrix')}"), note
+            build_facts_table(self.facts(), f"Spectrum of the {_NAMES.get(self.curvature, 'matrix')}"), note
         )
 
     def __repr__(self) -> str:
@@ -143,8 +143,7 @@ def measure_spectrum(
     """
     least = {"probes": (probes, 2), "steps": (steps, 1), "eigenvalues": (eigenvalues, 1)}
     for name, (value, lowest) in least.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {lowest}.")
+        check_count(name, value, lowest)
     passes = 0
 
     def counted(vectors: Tensor) -> Tensor:
@@ -152,12 +151,12 @@ def measure_spectrum(
         passes += 1
         return product(vectors)
 
-    start = random_vectors(probes, numel, 2 * seed, kind="normal", dtype=dtype, device=device)
+    start = draw_vectors(probes, numel, 2 * seed, kind="normal", dtype=dtype, device=device)
     ritz = block_lanczos(counted, start, steps)
     traces = ritz.inside
     if len(ritz.basis) < numel:
-        fresh = random_vectors(probes, numel, 2 * seed + 1, dtype=dtype, device=device)
-        traces = deflated(counted, ritz.basis, traces, fresh)
+        fresh = draw_vectors(probes, numel, 2 * seed + 1, dtype=dtype, device=device)
+        traces = add_traces_outside(counted, ritz.basis, traces, fresh)
     norm = ritz.norm()
     squared = Estimate(norm.value**2, None if norm.error is None else 2 * norm.value * norm.error)
     return Spectrum(
@@ -167,8 +166,8 @@ def measure_spectrum(
         square_trace=traces.square,
         eigenvalues=ritz.top(eigenvalues),
         smallest=ritz.bottom(),
-        stable_rank=ratio_of(traces.trace, norm),
-        numerical_rank=ratio_of(traces.square, squared),
+        stable_rank=divide(traces.trace, norm),
+        numerical_rank=divide(traces.square, squared),
         passes=passes,
         ritz=ritz,
     )

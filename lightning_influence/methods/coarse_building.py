@@ -11,7 +11,7 @@ from lightning_influence.curvature.coarse_space import CoarseSpace, extended, pr
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.two_level import TwoLevel, rescaled
-from lightning_influence.linalg.orthonormal import orthonormal
+from lightning_influence.linalg.orthonormal import orthonormalise
 from lightning_influence.methods.context import Context, compute_digest
 from lightning_influence.methods.gathering import gather_examples
 from lightning_influence.methods.scoring_passes import SelfInfluencePass
@@ -171,7 +171,7 @@ class CoarseBuilder:
         vectors, anchors = self._precondition(sample, chosen, first)
         if space is not None:
             return extended(space, vectors, anchors, self.multiply)
-        fresh, mixing = orthonormal(vectors)
+        fresh, mixing, _ = orthonormalise(vectors)
         one_pass = self._run_products([fresh, probes(PROBES, layout.numel, fresh)])
         product, probe_product = one_pass.results(self.context.runner.all_reduce_sum)
         mixtures = self._mixtures() if one_pass.estimated and one_pass.columns is not None else 0

@@ -8,13 +8,20 @@ from it and names that class when it is registered. Fields whose metadata come f
 from __future__ import annotations
 
 import difflib
+import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lightning_influence.model.captured import Fisher
-from lightning_influence.support.arguments import is_count, plain_number
+from lightning_influence.support.arguments import (
+    check_choice,
+    check_count,
+    check_number,
+    is_number,
+    to_plain_number,
+)
 
 Damping = float | Literal["auto", "heuristic"]
 
@@ -23,12 +30,7 @@ Check = Callable[[str, object], None]
 
 def require_count(least: int) -> dict[str, Check]:
     """Return the metadata of an option that is an integer of at least ``least``, or None by default."""
-
-    def check(name: str, value: object) -> None:
-        if not is_count(value, least):
-            raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {least}.")
-
-    return {"check": check}
+    return {"check": functools.partial(check_count, least=least)}
 
 
 def require_number(*, below: float = math.inf, positive: bool = False) -> dict[str, Check]:
@@ -38,24 +40,12 @@ def require_number(*, below: float = math.inf, positive: bool = False) -> dict[s
         below: the first number that is refused.
         positive: whether 0 is refused.
     """
-
-    def check(name: str, value: object) -> None:
-        if not _is_number(value, below) or (positive and value == 0):
-            kind = "finite numbers" if math.isinf(below) else f"numbers below {below:g}"
-            least = "above 0" if positive else "of at least 0"
-            raise ValueError(f"Got {name}={value!r}; accepted are {kind} {least}.")
-
-    return {"check": check}
+    return {"check": functools.partial(check_number, below=below, positive=positive)}
 
 
-def require_choice(accepted: Collection[str]) -> dict[str, Check]:
+def require_choice(accepted: Iterable[str]) -> dict[str, Check]:
     """Return the metadata of an option that is one of several texts, or None by default."""
-
-    def check(name: str, value: object) -> None:
-        if value not in accepted:
-            raise ValueError(f"Got {name}={value!r}; accepted are {', '.join(map(repr, accepted))}.")
-
-    return {"check": check}
+    return {"check": functools.partial(check_choice, choices=accepted)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +76,7 @@ class Options:
 
     def __post_init__(self) -> None:
         damping = self.damping
-        if damping not in ("auto", "heuristic") and not _is_number(damping, math.inf):
+        if damping not in ("auto", "heuristic") and not (is_number(damping) and 0 <= damping < math.inf):
             raise ValueError(
                 f"Got damping={damping!r}; accepted are 'auto', 'heuristic' or a finite number of at least 0."
             )
@@ -152,7 +142,7 @@ def parse_options(
     values: dict[str, Any] = {}
     unused = []
     for name, value in given.items():
-        value = plain_number(value)
+        value = to_plain_number(value)
         if name in own:
             if value is not None or own[name].default in (None, MISSING):
                 values[name] = value
@@ -169,7 +159,3 @@ def parse_options(
             foreign(**{name: value})  # refuses what is out of range
             unused.append(f"{name}={value!r}")
     return kind(**values, unused=tuple(unused))
-
-
-def _is_number(value: object, below: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < below

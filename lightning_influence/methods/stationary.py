@@ -12,9 +12,9 @@ from lightning_influence.curvature.minibatches import example_variance
 from lightning_influence.curvature.spectrum import measure_spectrum
 from lightning_influence.curvature.stored import StoredGaussNewton, kappa
 from lightning_influence.linalg.astra import astra, plan_astra
-from lightning_influence.linalg.estimates import random_vectors
+from lightning_influence.linalg.estimates import draw_vectors
+from lightning_influence.linalg.lanczos import measure_preconditioned_spectrum
 from lightning_influence.linalg.lissa import Scale, lissa, plan_lissa, warning_of
-from lightning_influence.linalg.preconditioned_spectrum import preconditioned_spectrum
 from lightning_influence.linalg.stopping import Solution
 from lightning_influence.methods.iterative import IterationOptions, Iterative
 from lightning_influence.methods.method import register_method
@@ -57,7 +57,7 @@ class Astra(Iterative):
                 "Got a damping of 0; ASTRA accepts positive ones, because its steps may not converge along "
                 "directions without curvature. Pass damping=, or use method='minres'."
             )
-        spectrum = preconditioned_spectrum(
+        spectrum = measure_preconditioned_spectrum(
             self.operator.product, self.inverse.apply, self.damping, seed=options.seed
         )
         self.plan = plan_astra(
@@ -176,7 +176,7 @@ class LiSSA(Iterative):
             curvature.product, curvature.numel, probes=_PROBES, seed=seed, dtype=dtype, device=device
         )
         top = spectrum.eigenvalues[0]
-        random = random_vectors(_PROBES, curvature.numel, seed + 1, dtype=dtype, device=device)
+        random = draw_vectors(_PROBES, curvature.numel, seed + 1, dtype=dtype, device=device)
         directions = torch.cat([spectrum.ritz.vectors(_PROBES), random])
         if isinstance(curvature, StoredGaussNewton):
             trace = curvature.trace()

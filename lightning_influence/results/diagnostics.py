@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, Self, TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
+from typing_extensions import NotRequired, Self
 
 
 class PassFacts(TypedDict):

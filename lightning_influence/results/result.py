@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from rich.jupyter import JupyterMixin
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.results.diagnostics import Diagnostics
-from lightning_influence.support.arguments import distinct
+from lightning_influence.support.arguments import are_distinct
 from lightning_influence.support.errors import CorruptFileError
 from lightning_influence.support.storage import PathLike, check_kind, load_tensors, save_tensors
 
@@ -36,7 +37,7 @@ class Result(JupyterMixin):
                 kind = "floating-point" if name.endswith("scores") else "int64"
                 raise ValueError(f"{name} must be {kind}, got {tensor.dtype}")
             object.__setattr__(self, name, tensor)
-        if self.train_indices.dim() != 1 or not distinct(self.train_indices):
+        if self.train_indices.dim() != 1 or not are_distinct(self.train_indices):
             raise ValueError(
                 f"train_indices must be (N,) and distinct, got {tuple(self.train_indices.shape)}"
             )
@@ -87,7 +88,7 @@ class Result(JupyterMixin):
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def load_pandas() -> Any:
+def import_pandas() -> Any:
     """Return pandas.
 
     Raises:

@@ -115,7 +115,7 @@ class Extremes(NamedTuple):
     bottom: Ranked
     train_indices: Tensor
 
-    def scaled(self, factor: float) -> Extremes:
+    def scale(self, factor: float) -> Extremes:
         """Scores times a positive number.
 
         Returns:
@@ -127,7 +127,7 @@ class Extremes(NamedTuple):
             self.train_indices,
         )
 
-    def gathered(self, all_gather_cat: Callable[[Tensor], Tensor], k: int) -> Extremes:
+    def gather(self, all_gather_cat: Callable[[Tensor], Tensor], k: int) -> Extremes:
         """The ends of the rankings of all processes, each of which ranked its share.
 
         Args:

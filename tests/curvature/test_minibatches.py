@@ -12,7 +12,7 @@ from operator_source import CaseSource
 
 from lightning_influence.curvature.minibatches import example_variance
 from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
-from lightning_influence.linalg.estimates import Estimate, random_vectors
+from lightning_influence.linalg.estimates import Estimate, draw_vectors
 from lightning_influence.running.reading import prepare_train
 
 NAMES = ["mlp_gelu", "mlp_relu_inplace_weighted"]
@@ -35,7 +35,7 @@ def test_variance_of_examples_is_that_of_dense_matrices(name, count):
     H = h.mean(0)
     trace = float(H.trace())
     values, vectors = torch.linalg.eigh(H)
-    directions = torch.cat([vectors[:, -3:].T, random_vectors(2, len(H), 0, dtype=torch.float64)])
+    directions = torch.cat([vectors[:, -3:].T, draw_vectors(2, len(H), 0, dtype=torch.float64)])
     ratios = [float((h @ v).square().sum(1).mean() / (trace * (v @ H @ v))) for v in directions]
     operator = GaussNewtonOperator(CaseSource.of(name, batch_size=1))
     found = example_variance(operator, directions, trace, count=count, minibatches=150)

@@ -107,7 +107,7 @@ def test_memory_bounds_the_steps():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"curvature": "fisher"}, "Got curvature='fisher'; accepted are 'ggn' and 'hessian'"),
+        ({"curvature": "fisher"}, "Got curvature='fisher'; accepted are 'ggn', 'hessian'"),
         ({"probes": 1}, "Got probes=1; accepted are integers of at least 2"),
         ({"steps": 2.0}, "Got steps=2.0; accepted are integers of at least 1"),
         ({"minibatches": -1}, "Got minibatches=-1; accepted are integers of at least 0"),
