@@ -14,12 +14,12 @@ from lightning_influence.api.question import Question
 from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
-from lightning_influence.methods.context import Context, check_current, current, digest
+from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
 from lightning_influence.methods.gathering import Gathered, GradientPass, gather, joined
 from lightning_influence.methods.method import Method, find_method
 from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, measured
-from lightning_influence.model.mean_loss import LossPass, LossSum
+from lightning_influence.model.mean_loss import LossPass, LossSum, WeightedCount
 from lightning_influence.model.measurements import ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import LayerPlan, find_layers
 from lightning_influence.results.attributions import Attributions
@@ -63,7 +63,7 @@ class Engine:
         """
         measured = resolve_measurement(self._question.measurement, self._runner.module)
         train_loader, query_loaders = prepare_train(train), prepare(queries)
-        return current(self._state, lambda: self._attributed(train_loader, query_loaders, measured))
+        return answer_or_retry(self._state, lambda: self._attributed(train_loader, query_loaders, measured))
 
     def _attributed(
         self, train: IndexedLoader, query_loaders: list[IndexedLoader], measured: ResolvedMeasurement
@@ -71,7 +71,8 @@ class Engine:
         method = self._prepare(train)
         several = len(query_loaders) > 1
         groups = self._groups(method, query_loaders, measured)
-        return join_queries([self._attribute(method, group, measured, several) for group in groups])
+        answers = (self._attribute(method, group, measured, several) for group in groups)
+        return join_queries(answers, sum(loader.num_examples for loader in query_loaders))
 
     def _groups(
         self, method: Method, loaders: list[IndexedLoader], measured: ResolvedMeasurement
@@ -99,12 +100,12 @@ class Engine:
         sink = Columns() if k is None else StreamingExtremes(len(asked.indices), k)
         scoring = ScorePass(context.plan, solved.scorer, sink)
         context.run_on_train(scoring)
-        if not scoring.examples and isinstance(sink, Columns):  # fewer examples than processes
+        if not scoring.losses.examples and isinstance(sink, Columns):  # fewer examples than processes
             sink.update(
                 torch.empty(len(asked.indices), 0, dtype=context.dtype), torch.empty(0, dtype=torch.int64)
             )
-        check_current(method.context, scoring.losses)
-        scale = self._scale(scoring, _is_loss(measured))
+        check_same_data(method.context, scoring.losses)
+        scale = self._scale(scoring.losses, _is_loss(measured))
         diagnostics = self._diagnostics(method, measured.name, solved.residuals)
         dataloaders = asked.dataloaders if several else None
         return joined(context, sink, scale, asked.indices, dataloaders, diagnostics)
@@ -119,18 +120,18 @@ class Engine:
             The scores by dataset index.
         """
         train_loader = prepare_train(train)
-        return current(self._state, lambda: self._self_influence(train_loader))
+        return answer_or_retry(self._state, lambda: self._self_influence(train_loader))
 
     def _self_influence(self, train: IndexedLoader) -> SelfInfluence:
         method = self._prepare(train)
         one_pass = SelfInfluencePass(method.context.plan, method.quadratic())
         method.context.run_on_train(one_pass)
-        check_current(method.context, one_pass.losses)
-        indices, values = one_pass.gathered(self._runner.all_gather_cat, method.context.dtype)
+        check_same_data(method.context, one_pass.losses)
+        found = method.refine(one_pass.gather(self._runner.all_gather_cat, method.context.dtype))
         return SelfInfluence(
-            train_indices=indices,
-            scores=values * self._scale(one_pass, True),
-            diagnostics=self._diagnostics(method, "loss", None),
+            train_indices=found.indices,
+            scores=found.values * self._scale(one_pass.losses, True),
+            diagnostics=self._diagnostics(method, "loss", found.residuals),
         )
 
     def ihvp(self, train: Any, queries: Any) -> tuple[dict[str, Tensor], Diagnostics]:
@@ -182,10 +183,10 @@ class Engine:
         def prepared() -> Method:
             method = self._prepare(loader)
             if method.context.made or method.context.reused:
-                check_current(method.context, method.context.losses or self._losses(method, loader))
+                check_same_data(method.context, method.context.losses or self._losses(method, loader))
             return method
 
-        return current(self._state, prepared)
+        return answer_or_retry(self._state, prepared)
 
     def _losses(self, method: Method, loader: IndexedLoader) -> LossSum:
         """Return the losses of the training examples, from a pass of their own."""
@@ -219,7 +220,7 @@ class Engine:
             self._runner.device,
             torch.float64 if dtype == torch.float64 else torch.float32,
             weights=weights,
-            weights_key=digest({name: [f"{x:.9g}" for x in pair] for name, pair in weights.items()}),
+            weights_key=compute_digest({name: [f"{x:.9g}" for x in pair] for name, pair in weights.items()}),
             notes=self._notes,
         )
 
@@ -227,7 +228,7 @@ class Engine:
         """Return the covered layers, with what earlier calls found in order about the same model's loss."""
         plan = find_layers(module, self._question.layers)
         shapes = {name: layer.shape for name, layer in plan.layers.items()}
-        model = digest(type(module).__module__, type(module).__qualname__, shapes)
+        model = compute_digest(type(module).__module__, type(module).__qualname__, shapes)
         plan = replace(plan, verified=self._state.verified.setdefault(model, set()))
         plan.verified.discard("measurement")  # may be another one
         return plan
@@ -239,12 +240,11 @@ class Engine:
         one_pass = GradientPass(context.plan, None if _is_loss(measured) else measured)
         return gather(context, one_pass, loaders)
 
-    def _scale(self, one_pass: ScorePass | SelfInfluencePass, of_loss: bool) -> float:
-        """Return ``1 / N`` and the losses' mean weight, which a loss measurement is divided by as well."""
-        counts = torch.tensor([float(one_pass.examples), one_pass.weight], dtype=torch.float64)
-        examples, weight = self._runner.all_reduce_sum(counts).tolist()
-        mean_weight = weight / examples if weight > 0 else 1.0
-        return float(1.0 / (examples * mean_weight ** (2 if of_loss else 1)))
+    def _scale(self, seen: WeightedCount, of_loss: bool) -> float:
+        """Return ``1 / N`` over the losses' mean weight, which a loss measurement is divided by as well."""
+        count = WeightedCount(seen.examples, seen.weight)
+        count.reduce(self._runner.all_reduce_sum)
+        return 1.0 / (count.examples * count.mean_weight ** (2 if of_loss else 1))
 
     def _diagnostics(self, method: Method, measurement: str, residuals: Tensor | None) -> Diagnostics:
         """Return the certificate that goes with an answer."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_influence.methods.method import find_method
-from lightning_influence.methods.options import Options
+from lightning_influence.methods.method import find_method, read_options
+from lightning_influence.methods.options import Options, list_names
 from lightning_influence.model.measurements import Measurement, resolve_measurement
 from lightning_influence.support.arguments import check_layers, is_count, to_plain_number
 
@@ -20,7 +20,7 @@ class Question:
         measurement: what is measured on queries.
         top_k: keep only this many of the strongest at either end; None for all scores.
         layers: names or patterns of the layers to cover.
-        options: settings of the method.
+        options: of the method, from :func:`~..methods.method.read_options`, or what all methods share.
 
     Raises:
         ValueError: if a setting is out of range, saying what was got and what is accepted.
@@ -34,7 +34,9 @@ class Question:
     options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
-        find_method(self.method)
+        if not isinstance(self.options, find_method(self.method).options_type):
+            shared = {name: getattr(self.options, name) for name in list_names(type(self.options))}
+            object.__setattr__(self, "options", read_options(self.method, shared))
         top_k = to_plain_number(self.top_k)
         object.__setattr__(self, "top_k", top_k)
         if top_k is not None and not is_count(top_k, 1):

@@ -12,7 +12,8 @@ from lightning_influence.api.editing import forget, relabel
 from lightning_influence.api.question import Question
 from lightning_influence.api.session import Session, check_name, over_checkpoints, paths_of
 from lightning_influence.curvature.factors import Factors
-from lightning_influence.methods.options import Damping, Options
+from lightning_influence.methods.method import read_options
+from lightning_influence.methods.options import Damping
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
@@ -20,7 +21,6 @@ from lightning_influence.results.loggers import log_attributions
 from lightning_influence.results.ranking import Labels, to_labels
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.running.host.trainer import register_trainer_method
-from lightning_influence.support.arguments import parse_options
 
 
 def influence(
@@ -115,7 +115,7 @@ def influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, measurement, top_k, layers, parse_options(Options, further))
+    question = Question(method, measurement, top_k, layers, read_options(method, further))
     to_labels(labels)
     check_name(name)
     paths = paths_of(ckpt_path)
@@ -197,7 +197,7 @@ def self_influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, layers=layers, options=parse_options(Options, further))
+    question = Question(method, layers=layers, options=read_options(method, further))
     to_labels(labels)
     check_name(name)
     path = paths_of(ckpt_path)

@@ -8,7 +8,6 @@ import torch
 from rich.console import Group, RenderableType
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Factors
 from lightning_influence.linalg.estimates import Estimate, Product, add_traces_outside, divide, draw_vectors
 from lightning_influence.linalg.lanczos import Ritz, block_lanczos
 from lightning_influence.results.rendering import build_facts_table
@@ -172,26 +171,3 @@ def measure_spectrum(
         passes=passes,
         ritz=ritz,
     )
-
-
-def trace_of_factors(factors: Factors) -> Estimate:
-    """``Tr(G)`` from EK-FAC's eigenvalues, for free.
-
-    A rotation leaves a trace as it is, so the sum of ``Lambda`` is the trace of the matrix that the gradients
-    belong to, exactly: of the Gauss-Newton matrix for exact columns, of an unbiased estimate for sampled
-    labels. How far off the latter is cannot be told from the sums.
-
-    Args:
-        factors: factors with eigenvalues.
-
-    Returns:
-        The trace, in the unit of the mean per-example loss; the error is 0 for exact columns, else unknown.
-
-    Raises:
-        ValueError: if the factors have no eigenvalues.
-    """
-    if not factors.layers or not factors.has_squares:
-        raise ValueError("The factors have no eigenvalues. Fit them, or let a fit collect them to its end.")
-    moments = [layer.second_moment() for layer in factors.layers.values()]
-    total = sum(float(moment.double().sum()) for moment in moments if moment is not None)
-    return Estimate(total / factors.mean_weight, 0.0 if factors.fisher == "exact" else None)
