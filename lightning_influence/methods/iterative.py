@@ -25,7 +25,7 @@ from lightning_influence.linalg.astra import astra, plan_astra
 from lightning_influence.linalg.conjugate_gradients import conjugate_gradients
 from lightning_influence.linalg.estimates import Product, draw_vectors
 from lightning_influence.linalg.lanczos import measure_preconditioned_spectrum
-from lightning_influence.linalg.lissa import LissaPlan, Scale, lissa, plan_lissa, warning_of
+from lightning_influence.linalg.lissa import LissaPlan, Scale, explain_small_batch, lissa, plan_lissa
 from lightning_influence.linalg.minres import minres
 from lightning_influence.linalg.stopping import Solution
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
@@ -415,7 +415,7 @@ class LiSSA(Iterative):
         )
         numbers = {"lambda_1": scale.largest, "trace": scale.trace, "kappa": scale.kappa}
         context.extra["lissa"] = {**plan.facts(), **numbers}
-        note = warning_of(plan, scale) if options.batch_size is not None else None
+        note = explain_small_batch(plan, scale) if options.batch_size is not None else None
         if note is not None:
             context.notes.add(note)
         self._announce(plan, plan.cost / scale.num_examples, system)
