@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_influence.running.host.module import preserved_states
+from lightning_influence.running.host.module_state import preserved_states
 from lightning_influence.running.host.processes import sum_over_processes
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare

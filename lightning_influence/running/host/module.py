@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_influence.running.host.attributes import preserved
 
@@ -57,36 +55,6 @@ def _restore_dtypes(
     for owner, name, buffer in buffers:
         if getattr(owner, name).dtype != buffer.dtype:
             setattr(owner, name, buffer)
-
-
-@contextlib.contextmanager
-def preserved_states(module: nn.Module) -> Iterator[None]:
-    """Put buffers and the states of torchmetrics back on exit: running a training step changes them."""
-    parts = list(module.modules())
-    buffers = [(m, name, b.clone()) for m in parts for name, b in m.named_buffers(recurse=False)]
-    metrics = [(m, _metric_state(m)) for m in parts if isinstance(m, Metric)]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for owner, name, buffer in buffers:
-                getattr(owner, name).copy_(buffer)
-        for metric, state in metrics:
-            # The pass may have moved the module.
-            vars(metric).update({name: _copied(value, metric.device) for name, value in state.items()})
-
-
-def _metric_state(metric: Metric) -> dict[str, object]:
-    """Return copies of everything that a metric changes when it is updated or computed."""
-    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
-    return {name: _copied(vars(metric)[name]) for name in names if name in vars(metric)}
-
-
-def _copied(value: object, device: torch.device | None = None) -> object:
-    """Return a copy of a metric's value, a tensor or a list of them as a rule."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    return [_copied(item, device) for item in value] if isinstance(value, list) else value
 
 
 @contextlib.contextmanager
