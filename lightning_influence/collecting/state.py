@@ -16,7 +16,13 @@ from lightning_influence.curvature.factors import Factors, fingerprint_differs
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import Family, TrainingRecord
 from lightning_influence.model.plan import LayerPlan
-from lightning_influence.support.arguments import check_layers, is_count, plain_number
+from lightning_influence.support.arguments import (
+    check_count,
+    check_layers,
+    is_count,
+    is_number,
+    to_plain_number,
+)
 from lightning_influence.support.errors import CorruptFileError, FactorMismatchError
 from lightning_influence.support.storage import check_version
 
@@ -54,17 +60,15 @@ class Settings:
             accepted = ", ".join(repr(choice) for choice in get_args(FitFisher))
             raise ValueError(f"Got fisher={self.fisher!r}; accepted during fit are {accepted}.")
         for name in ("every_n_steps", "overhead", "seed"):
-            setattr(self, name, plain_number(getattr(self, name)))
+            setattr(self, name, to_plain_number(getattr(self, name)))
         if self.every_n_steps is not None and not is_count(self.every_n_steps, 1):
             raise ValueError(
                 f"Got every_n_steps={self.every_n_steps!r}; accepted are integers of at least 1, or None for "
                 "as many batches as overhead pays for."
             )
-        if not is_count(self.seed, 0):
-            raise ValueError(f"Got seed={self.seed!r}; accepted are integers of at least 0.")
-        share: object = self.overhead
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"Got overhead={share!r}; accepted are shares of a step in (0, 1].")
+        check_count("seed", self.seed, 0)
+        if not is_number(self.overhead) or not 0 < self.overhead <= 1:
+            raise ValueError(f"Got overhead={self.overhead!r}; accepted are shares of a step in (0, 1].")
 
 
 @dataclass
@@ -301,15 +305,11 @@ _REMEDY = "Save the checkpoint again, or take the callback's entry out of it: fa
 _Rule = tuple[str, Callable[[Any], bool]]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _has_numbers(value: Any, count: int) -> bool:
-    return isinstance(value, list | tuple) and len(value) == count and all(map(_is_number, value))
+    return isinstance(value, list | tuple) and len(value) == count and all(map(is_number, value))
 
 
-_NUMBER: _Rule = ("a number", _is_number)
+_NUMBER: _Rule = ("a number", is_number)
 _COUNT: _Rule = ("an integer of at least 0", lambda value: is_count(value, 0))
 _COUNT_OR_NONE: _Rule = ("an integer of at least 0, or None", lambda v: v is None or is_count(v, 0))
 _TEXT: _Rule = ("a text", lambda value: isinstance(value, str))

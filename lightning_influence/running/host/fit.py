@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils.data import BatchSampler
 
 from lightning_influence.running.host.module import muted
-from lightning_influence.running.host.module_state import preserved_states
 from lightning_influence.running.host.processes import sum_over_processes
+from lightning_influence.running.host.states import ModuleStates
 from lightning_influence.running.host.trainer import splits_parameters
 from lightning_influence.support.errors import (
     UnsupportedDataError,
     UnsupportedModelError,
     UnsupportedTrainerError,
 )
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 SEVERAL_BACKWARDS = (
     "One training step ran several backward passes (several losses, or a closure that is called again), and "
@@ -190,14 +190,20 @@ def aside(trainer: Trainer, module: LightningModule, batch: Any = None) -> Itera
     Args:
         trainer: the Trainer.
         module: the user's module.
-        batch: what a forward pass of ours reads.
+        batch: what a forward pass of ours reads; without one, parameters are not looked after.
 
     Yields:
         A copy of the batch.
     """
-    states = preserved_states(module, users_code=batch is not None)
-    with states, preserved_rng(), muted(module), torch.enable_grad():
-        yield copy.deepcopy(batch)
+    states = ModuleStates(module, parameters=batch is not None)
+    grads = [(p, p.grad) for p in module.parameters()]
+    try:
+        with preserve_rng(), muted(module), torch.enable_grad():
+            yield copy.deepcopy(batch)
+    finally:
+        states.restore()
+        for parameter, grad in grads:
+            parameter.grad = grad
 
 
 def forward_context(trainer: Trainer) -> contextlib.AbstractContextManager[None]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_influence.running.host.attributes import preserved
+from lightning_influence.running.host.attributes import defines, preserved
+from lightning_influence.running.host.packages import is_lightning, load_beside
+from lightning_influence.running.host.states import ModuleStates
 
 
 @contextlib.contextmanager
@@ -18,7 +21,7 @@ def borrowed_module(module: LightningModule) -> Iterator[None]:
     Covers every submodule's mode, every parameter's ``grad``, ``requires_grad`` and dtype, the device, the
     ``trainer`` reference and the ``log`` and ``log_dict`` of the module and of LightningModules inside it.
     """
-    inner = [m for m in module.modules() if isinstance(m, LightningModule)]
+    inner: list[Any] = [m for m in module.modules() if is_lightning(m, "LightningModule")]
     modes = [(m, m.training) for m in module.modules()]
     # `Module.to` gives a parameter new data and leaves the old tensor as it was: to hold it costs nothing.
     weights = [(p, p.data) for p in module.parameters()]
@@ -30,7 +33,7 @@ def borrowed_module(module: LightningModule) -> Iterator[None]:
             stack.enter_context(preserved(part, "_trainer", "_current_fx_name", "_device", "_dtype"))
             stack.enter_context(muted(part))
         try:
-            module.eval()
+            enter_eval_mode(module)
             for parameter, _, _ in grads:
                 parameter.grad = None
             yield
@@ -58,6 +61,16 @@ def _restore_dtypes(
 
 
 @contextlib.contextmanager
+def preserved_states(module: nn.Module) -> Iterator[ModuleStates]:
+    """Put back on exit what running a training step changes, see :class:`.states.ModuleStates`."""
+    states = ModuleStates(module)
+    try:
+        yield states
+    finally:
+        states.restore()
+
+
+@contextlib.contextmanager
 def muted(module: LightningModule) -> Iterator[None]:
     """Let the module's ``log`` and ``log_dict`` do nothing."""
     names = ("log", "log_dict")
@@ -79,12 +92,53 @@ def unwrap_compiled(model: object) -> LightningModule:
     """Return the LightningModule itself, also from ``torch.compile(model)``.
 
     Raises:
-        TypeError: if ``model`` is not a LightningModule of the ``lightning`` package.
+        TypeError: if ``model`` is not a LightningModule.
     """
-    inner = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else model
-    if isinstance(inner, LightningModule):
-        return inner
-    hint = ""
-    if any(cls.__module__.startswith("pytorch_lightning") for cls in type(inner).__mro__):
-        hint = " This one comes from pytorch_lightning: import from lightning.pytorch instead."
-    raise TypeError(f"Expected a lightning.pytorch.LightningModule, got {type(inner).__name__}.{hint}")
+    inner: Any = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else model
+    if is_lightning(inner, "LightningModule") and not isinstance(inner, type):
+        found: LightningModule = inner
+        return found
+    raise TypeError(
+        f"Expected a LightningModule of lightning.pytorch or pytorch_lightning, got {type(inner).__name__}."
+    )
+
+
+@contextlib.contextmanager
+def training_stage(module: LightningModule) -> Iterator[None]:
+    """Let the Trainer of a module, if it has one, say for a step that it is training, as in a fit."""
+    trainer: Any = module._trainer
+    if trainer is None:
+        yield
+        return
+    states, before = load_beside(trainer, "trainer.states"), (trainer.state.fn, trainer.state.stage)
+    trainer.state.fn, trainer.state.stage = states.TrainerFn.FITTING, states.RunningStage.TRAINING
+    try:
+        yield
+    finally:
+        trainer.state.fn, trainer.state.stage = before
+
+
+def enter_eval_mode(module: LightningModule) -> None:
+    """Put a module in the mode that its author wants for evaluation.
+
+    That is ``eval()``, and then the module's own ``on_validation_model_eval`` if it has one, which may leave
+    parts in training mode.
+    """
+    module.eval()
+    if not defines(module, "on_validation_model_eval"):
+        return
+    with preserved(module, "_trainer"):
+        # Lightning's own hook, which `super()` calls, asks the Trainer for the model that it runs.
+        vars(module)["_trainer"] = _RunsThisModule(module, vars(module)["_trainer"])
+        module.on_validation_model_eval()
+
+
+class _RunsThisModule:
+    """A Trainer, or none, that says it runs a module."""
+
+    def __init__(self, module: LightningModule, trainer: Any) -> None:
+        self.model = self.lightning_module = module
+        self._trainer = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
