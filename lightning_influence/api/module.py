@@ -11,8 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_influence.api.engine import Engine
-from lightning_influence.api.question import Question
+from lightning_influence.api.engine import Engine, Question
 from lightning_influence.collecting.state import state_from_checkpoint
 from lightning_influence.curvature.factors import Factors, fingerprint, fingerprint_differs
 from lightning_influence.curvature.spectrum import Spectrum
