@@ -17,7 +17,7 @@ from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.losses.hook import ScaledLoss
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan, Layout
-from lightning_influence.support.arguments import some
+from lightning_influence.support.arguments import list_some
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
 
 MAX_COLUMNS = 64
@@ -239,7 +239,8 @@ class Losses:
         if len(unknown):
             raise NonFiniteError(
                 f"The outputs behind `influence_loss` are not known at these weights, for examples "
-                f"{some(unknown)}. Pass forgotten_loss= (the loss from which an example counts as forgotten)."
+                f"{list_some(unknown)}. Pass forgotten_loss= (the loss from which an example counts as "
+                "forgotten)."
             )
         return self._chance
 
