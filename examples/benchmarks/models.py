@@ -1,10 +1,11 @@
 """Per-example gradients of every parameter of published models, unchanged, against automatic differentiation.
 
-For each model, in float64 and eval mode: the number of trainable parameters whose per-example gradients equal
-one backward pass for each example (relative error 1e-8, or 1e-5 where the model itself computes in float32), the
-largest error over the largest gradient, how many parameters keep factors, the number of uses, and whether the
-certificate finds all of them right without a slower way. Then the time, in float32, of a watched forward pass,
-and of it with the per-example gradients of all parameters, over that of a plain forward and backward pass.
+For each model, in float64 and eval mode: the number of trainable parameters whose per-example gradients
+equal one backward pass for each example (relative error 1e-8, or 1e-5 where the model itself computes in
+float32), the largest error over the largest gradient, how many parameters keep factors, the number of uses,
+and whether the certificate finds all of them right without a slower way. Then the time, in float32, of a
+watched forward pass, and of it with the per-example gradients of all parameters, over that of a plain
+forward and backward pass.
 
 Needs torchvision, transformers, peft and timm; the models are small and random, and nothing is downloaded:
 

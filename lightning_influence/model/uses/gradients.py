@@ -56,9 +56,32 @@ def pull_gradients(
     Returns:
         The gradients, with ``K = len(seeds)``.
     """
-    uses = [use for use in watch.uses if only is None or _names(watch, use) & only]
+    uses = [use for use in watch.uses if only is None or names_of(watch, use) & only]
     passes = _output_gradients(uses, outputs, seeds, keep_graph)
-    sums = _Sums(watch, len(seeds), outputs)
+    return pull_uses(watch, uses, passes, len(seeds), closed_forms=closed_forms)
+
+
+def pull_uses(
+    watch: Watch,
+    uses: Sequence[Use],
+    passes: Sequence[list[Tensor | None]],
+    num_seeds: int,
+    *,
+    closed_forms: bool = True,
+) -> UseGradients:
+    """Pull gradients at the outputs of uses back to the parameters, example by example.
+
+    Args:
+        watch: what watched the forward pass.
+        uses: some of its uses.
+        passes: for each, the gradients of its outputs, ``(K, *shape)``; None for an output without any.
+        num_seeds: ``K``.
+        closed_forms: False to differentiate each operation one example after the other.
+
+    Returns:
+        The gradients.
+    """
+    sums = _Sums(watch, num_seeds)
     for use, gradients in zip(uses, passes, strict=True):
         if all(gradient is None for gradient in gradients):
             continue
@@ -66,8 +89,8 @@ def pull_gradients(
             sums.add(use, _pull(use, gradients, watch.num_examples, closed_forms))
         except Exception as error:  # an operation may raise anything on a call of its own for each example
             reason = f"{use.call.name}: {error}".splitlines()[0]
-            sums.failed.update(dict.fromkeys(_names(watch, use), reason))
-    return sums.finish(keep_graph)
+            sums.failed.update(dict.fromkeys(names_of(watch, use), reason))
+    return sums.finish()
 
 
 def _output_gradients(
@@ -200,9 +223,8 @@ def full_precision(x: Tensor) -> Tensor:
 class _Sums:
     """Adds up what uses contribute, to parameters and to the tensors made of them."""
 
-    def __init__(self, watch: Watch, num_seeds: int, like: Tensor) -> None:
-        self._watch = watch
-        self._num_seeds, self._like = num_seeds, like
+    def __init__(self, watch: Watch, num_seeds: int) -> None:
+        self._watch, self._num_seeds = watch, num_seeds
         self._parts: dict[str, list[tuple[Part, int | None]]] = {}
         self._derived: dict[int, tuple[Tensor, Derivation, list[tuple[Part, int | None]]]] = {}
         self.failed: dict[str, str] = {}
@@ -222,10 +244,10 @@ class _Sums:
                     entry = self._derived.setdefault(id(tensor), (tensor, source, []))
                     entry[2].append((part, example))
 
-    def finish(self, keep_graph: bool) -> UseGradients:
+    def finish(self) -> UseGradients:
         """Return the gradients of all parameters, those of derived tensors carried back to them."""
         if self._derived:
-            self._carry_back(keep_graph)
+            self._carry_back()
         B, K = self._watch.num_examples, self._num_seeds
         gradients = {
             name: ParameterGradient(self._watch.parameters[name].shape, parts, K, B, _like(parts))
@@ -245,7 +267,7 @@ class _Sums:
             return part.swap(), name
         return part, None
 
-    def _carry_back(self, keep_graph: bool) -> None:
+    def _carry_back(self) -> None:
         """Pull the gradients of derived tensors back along the graph that made them, all examples at once."""
         B, K = self._watch.num_examples, self._num_seeds
         edges: list[GradientEdge] = []
@@ -255,7 +277,7 @@ class _Sums:
             edges.append(made.edge)
             grads.append(whole.flatten(0, 1).to(tensor.dtype))
         parameters = self._watch.parameters
-        found = _batched_grad(edges, list(parameters.values()), grads, keep_graph)
+        found = _batched_grad(edges, list(parameters.values()), grads)
         for name, grad in zip(parameters, found, strict=True):
             if grad is not None:
                 values = full_precision(grad).reshape(K, B, *grad.shape[1:])
@@ -263,7 +285,7 @@ class _Sums:
 
 
 def _batched_grad(
-    edges: list[GradientEdge], parameters: list[Tensor], grads: list[Tensor], keep_graph: bool
+    edges: list[GradientEdge], parameters: list[Tensor], grads: list[Tensor]
 ) -> Sequence[Tensor | None]:
     """Return gradients of the parameters ``(K B, *shape)`` for a batch of gradients at the edges."""
     try:
@@ -292,7 +314,7 @@ def _like(parts: Sequence[tuple[Part, int | None]]) -> Tensor:
     return values.new_empty(0)
 
 
-def _names(watch: Watch, use: Use) -> set[str]:
+def names_of(watch: Watch, use: Use) -> set[str]:
     """Return the names of the parameters that a use concerns, through whatever was made of them."""
     names: set[str] = set()
 
