@@ -290,7 +290,7 @@ class InfluenceCallback(Callback):
         self._kept.begin_fit()
         check_collectable(trainer)
         check_not_compiled(module)
-        plan = find_layers(module, self._settings.layers)
+        plan = find_layers(module, self._settings.layers, parameters=False)
         self._say(plan.describe_uncovered())
         self._say(describe_coupling(module))
         why = self._kept.continue_or_reset(module, plan)

@@ -73,7 +73,7 @@ class Forward:
             NonFiniteError: if a loss is NaN or infinite.
             UnsupportedModelError: if the model cannot be differentiated example by example.
         """
-        recorder = Recorder(self.plan.layers)
+        recorder = Recorder(self.plan.layers, batch, num_examples, self.plan.slow)
         with recorder:
             captured = self._run(recorder, module, batch, num_examples, measure)
         self.silent &= set(recorder.silent)
@@ -85,6 +85,8 @@ class Forward:
             )
         subject = "loss" if measure is None else "measurement"
         if subject not in self.plan.verified:
+            if recorder.parameters is not None:
+                recorder.parameters.certify(captured.per_example())
             check_independent(captured)
             if num_examples > 1:  # one example alone shows no coupling
                 self.plan.verified.add(subject)

@@ -138,6 +138,48 @@ class Layer:
         return matrix[..., :-1].reshape(*lead, *shape), matrix[..., -1].reshape(*lead, -1)
 
 
+# A parameter of a kind of its own is a vector. Up to this width the second moments of its gradients are held
+# as a matrix, whose eigendecomposition costs what that of a layer of this width does; above, as a diagonal.
+DENSE_WIDTH = 1024
+
+
+@dataclass(frozen=True)
+class ParameterRule(LayerRule):
+    """A parameter by itself, whatever uses it: one input, which is 1, and its gradient as output gradient.
+
+    Each entry is a group of its own where the vector is too wide for a matrix of second moments.
+
+    Attributes:
+        attribute: the parameter's name in its module.
+    """
+
+    attribute: str
+
+    def shape(self, module: nn.Module) -> tuple[int, int, int]:
+        """Return ``(1, numel, 1)``, or ``(numel, 1, 1)`` for a wide one."""
+        numel = self.weight(module).numel()
+        return (1, numel, 1) if numel <= DENSE_WIDTH else (numel, 1, 1)
+
+    def inputs(self, module: nn.Module, x: Tensor, num_examples: int) -> Tensor:
+        """Return ones ``(G, B, 1, 1)``."""
+        return x.new_ones(self.shape(module)[0], num_examples, 1, 1)
+
+    def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
+        """Return per-example gradients ``(B, *shape)`` as ``(G, B, 1, D_out)``."""
+        groups, d_out, _ = self.shape(module)
+        return grad.reshape(num_examples, groups, 1, d_out).transpose(0, 1)
+
+    def weight(self, module: nn.Module) -> nn.Parameter:
+        """Return the parameter."""
+        parameter = getattr(module, self.attribute)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    def bias(self, module: nn.Module) -> nn.Parameter | None:
+        """Return None."""
+        return None
+
+
 def full_precision(x: Tensor) -> Tensor:
     """Return ``x`` detached, in float32 if it was of lower precision."""
     x = x.detach()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.layers import Layer, find_rule, supported_types
+from lightning_influence.model.layers import Layer, ParameterRule, find_rule, supported_types
 from lightning_influence.support.errors import UnsupportedModelError
 
 
@@ -91,12 +91,14 @@ class LayerPlan:
     Attributes:
         layers: covered layers by name, in the model's order.
         uncovered: name of each uncovered trainable parameter -> (number of entries, reason).
+        slow: names of those whose gradients take a backward pass for each example, as passes have found.
         verified: what passes have found in order, and need not look at again.
     """
 
     layers: dict[str, Layer]
     uncovered: dict[str, tuple[int, str]]
     verified: set[str] = field(default_factory=set, compare=False, repr=False)
+    slow: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -120,18 +122,26 @@ class LayerPlan:
         )
 
 
-def find_layers(model: nn.Module, include: Sequence[str] | None = None) -> LayerPlan:
-    """Find the layers of ``model`` that per-example gradients can be had for.
+def find_layers(
+    model: nn.Module, include: Sequence[str] | None = None, *, parameters: bool = True
+) -> LayerPlan:
+    """Find the parameters of ``model`` that per-example gradients can be had for, in blocks.
+
+    Modules that are linear in their weight are one block, named as the module, with their bias. All other
+    trainable parameters (of norms, embeddings, recurrent networks, tied and bare ones) are blocks by
+    themselves, named as the parameter.
 
     Args:
         model: any module.
-        include: names or shell patterns (``"encoder.*"``) of modules to cover; all supported ones if None.
+        include: names or shell patterns (``"encoder.*"``) of modules or parameters to cover; all if None.
+            Those that begin with ``!`` are taken out again.
+        parameters: False to cover modules alone.
 
     Returns:
         The plan, with every trainable parameter either in a layer or listed with a reason.
 
     Raises:
-        UnsupportedModelError: if no layer is left, or a pattern matches no supported layer.
+        UnsupportedModelError: if no layer is left, or a pattern matches none.
     """
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     layers: dict[str, Layer] = {}
@@ -147,8 +157,47 @@ def find_layers(model: nn.Module, include: Sequence[str] | None = None) -> Layer
             deep = parametrize.is_parametrized(module)
             for p in module.parameters(recurse=deep):
                 reasons.setdefault(id(p), reason)
+    if parameters:
+        layers = _with_parameters(model, layers, include)
     _check_patterns(include, layers, model)
     return LayerPlan(layers, _uncovered(model, layers, reasons))
+
+
+def _with_parameters(
+    model: nn.Module, layers: dict[str, Layer], include: Sequence[str] | None
+) -> dict[str, Layer]:
+    """Return the layers and, as blocks of their own, all other selected parameters, in the model's order."""
+    covered = _parameters_of(layers)
+    modules = dict(model.named_modules())
+    blocks: dict[str, Layer] = {}
+    for name, p in model.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        if owner in layers and id(p) in covered:
+            blocks.setdefault(owner, layers[owner])
+        elif p.requires_grad and id(p) not in covered and _is_selected((name, owner), include):
+            blocks[name] = Layer.of(name, modules[owner], ParameterRule(attribute))
+    return blocks
+
+
+def _is_selected(names: Sequence[str], include: Sequence[str] | None) -> bool:
+    """Return whether a pattern selects one of the names, and none takes one out again."""
+    chosen = [pattern for pattern in include or () if not pattern.startswith("!")]
+    dropped = [pattern[1:] for pattern in include or () if pattern.startswith("!")]
+
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    return (not chosen or matches(chosen)) and not matches(dropped)
+
+
+def _parameters_of(layers: Mapping[str, Layer]) -> set[int]:
+    """Return the identities of the parameters in some layers; a frozen bias counts as its layer's."""
+    return {
+        id(p)
+        for layer in layers.values()
+        for p in (layer.rule.weight(layer.module), layer.rule.bias(layer.module))
+        if p is not None
+    }
 
 
 def _refusal(name: str, module: nn.Module, uses: Counter[int], include: Sequence[str] | None) -> str | None:
@@ -159,7 +208,7 @@ def _refusal(name: str, module: nn.Module, uses: Counter[int], include: Sequence
     rule = find_rule(module)
     if rule is None:
         return f"{type(module).__name__} is not supported"
-    if include is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+    if include is not None and not _is_selected((name,), include):
         return "not selected"
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter):
@@ -175,12 +224,7 @@ def _uncovered(
     model: nn.Module, layers: dict[str, Layer], reasons: dict[int, str]
 ) -> dict[str, tuple[int, str]]:
     """Return trainable parameters that no layer covers, with the reason."""
-    covered = {
-        id(p)
-        for layer in layers.values()
-        for p in (layer.rule.weight(layer.module), layer.rule.bias(layer.module))
-        if p is not None
-    }
+    covered = _parameters_of(layers)
     return {
         name: (p.numel(), reasons.get(id(p), "not supported"))
         for name, p in model.named_parameters()
@@ -196,8 +240,11 @@ def _check_patterns(include: Sequence[str] | None, layers: dict[str, Layer], mod
     """
     if include is not None and not include:
         raise UnsupportedModelError("layers=[] selects nothing; pass names or patterns, or None for all.")
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     for pattern in include or ():
-        if not fnmatch.filter(layers, pattern):
+        taken_out = pattern.startswith("!") and fnmatch.filter(names, pattern[1:])
+        owners = {name for layer in layers for name in (layer, layer.rpartition(".")[0])}
+        if not taken_out and not fnmatch.filter(owners, pattern):
             supported = [name for name, module in model.named_modules() if find_rule(module) is not None]
             raise UnsupportedModelError(
                 f"layers={pattern!r} selects no supported, trainable layer. Accepted are names or patterns "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_influence.model.gradients import FactoredGradients
-from lightning_influence.model.layers import Layer
+from lightning_influence.model.layers import Layer, ParameterRule
+from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.support.errors import UnsupportedModelError
 
 # Unfolded inputs of so many bytes are made at once where they are used once, to be still in the cache then;
@@ -39,10 +40,25 @@ class Recorder:
 
     Args:
         layers: the covered layers by name.
+        batch: the batch that is going to be seen; without, blocks of one parameter stay silent.
+        num_examples: ``B``, if there is a batch.
+        slow: names of parameters that take a backward pass for each example.
     """
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        batch: Any = None,
+        num_examples: int = 0,
+        slow: set[str] | None = None,
+    ) -> None:
         self.layers = dict(layers)
+        single = {name: layer for name, layer in layers.items() if isinstance(layer.rule, ParameterRule)}
+        self._modules = {name: layer for name, layer in layers.items() if name not in single}
+        self.parameters = None
+        if num_examples:
+            slow = set() if slow is None else slow
+            self.parameters = ParameterRecorder(layers, batch, num_examples, slow)
         self._handles: list[RemovableHandle] = []
         self._calls: dict[str, _Calls] = {}
 
@@ -52,11 +68,13 @@ class Recorder:
         Returns:
             The recorder itself.
         """
-        self._calls = {name: _Calls() for name in self.layers}
-        for name, layer in self.layers.items():
+        self._calls = {name: _Calls() for name in self._modules}
+        for name, layer in self._modules.items():
             # Before the user's own hooks, which may replace the output that the weights made.
             hook = layer.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
             self._handles.append(hook)
+        if self.parameters is not None:
+            self.parameters.__enter__()
         return self
 
     def __exit__(
@@ -66,6 +84,11 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         """Remove the hooks; what was recorded stays until :meth:`clear`."""
+        if self.parameters is not None:
+            self.parameters.__exit__(kind, error, trace)
+            counts = {name: len(calls.edges) for name, calls in self._calls.items()}
+            for name in self.parameters.close(counts):
+                self._calls[name] = _Calls()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -73,11 +96,16 @@ class Recorder:
     def clear(self) -> None:
         """Let go of the recorded tensors and their graph."""
         self._calls = {}
+        if self.parameters is not None:
+            self.parameters.clear()
 
     @property
     def silent(self) -> list[str]:
         """Names of the layers that did not take part in the forward pass."""
-        return [name for name, calls in self._calls.items() if not calls.edges]
+        heard = {name for name, calls in self._calls.items() if calls.edges}
+        if self.parameters is not None:
+            heard.update(self.parameters.heard)
+        return [name for name in self.layers if name not in heard]
 
     def inputs(self, num_examples: int, *, release: bool = False) -> dict[str, Tensor]:
         """Inputs of each layer that was called; calls are further positions.
@@ -94,7 +122,9 @@ class Recorder:
         for name, calls in self._calls.items():
             if calls.edges:
                 result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
-        return result
+        for name in self.parameters.heard if self.parameters is not None else ():
+            result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
+        return {name: result[name] for name in self.layers if name in result}
 
     def raw_inputs(self) -> dict[str, Tensor]:
         """Return the input of each layer's first call as the module saw it, in the order of the layers."""
@@ -116,13 +146,14 @@ class Recorder:
         """
         names = [name for name, calls in self._calls.items() if calls.edges]
         edges = [edge for name in names for edge in self._calls[name].edges]
-        grads = torch.autograd.grad(
-            outputs,
-            edges,
-            None if seed is None else seed.to(outputs.dtype),
-            retain_graph=keep_graph,
-            allow_unused=True,
-        )
+        single = self.parameters.edges() if self.parameters is not None else []
+        seed = None if seed is None else seed.to(outputs.dtype)
+        keep = keep_graph or self.parameters is not None
+        grads: Sequence[Tensor | None] = ()
+        if edges or single:
+            grads = torch.autograd.grad(
+                outputs, [*edges, *single], seed, retain_graph=keep, allow_unused=True
+            )
         result, start = {}, 0
         for name in names:
             calls, layer = self._calls[name], self.layers[name]
@@ -132,7 +163,9 @@ class Recorder:
             ]
             start += len(calls.edges)
             result[name] = self._fill(name, parts, num_examples)
-        return result
+        if self.parameters is not None:
+            result |= self.parameters.pull(outputs, seed, grads[len(edges) :])
+        return {name: result[name] for name in self.layers if name in result}
 
     def gradients(
         self, outputs: Tensor, seeds: list[Tensor | None], num_examples: int, *, keep_graph: bool = True
@@ -194,6 +227,8 @@ class Recorder:
         """Return how many examples' inputs to unfold at once: all of them where nothing grows by it."""
         largest = 0
         for name, grad in grads.items():
+            if not self._calls.get(name, _Calls()).edges:
+                continue
             groups, _, positions, _ = grad.shape
             unfolded = groups * positions * self.layers[name].d_in * grad.element_size()
             if unfolded * num_examples > 2 * sum(x.nbytes for x in self._calls[name].inputs):
@@ -202,7 +237,10 @@ class Recorder:
 
     def _inputs_of(self, name: str, run: slice, num_examples: int, *, release: bool) -> Tensor:
         """Return one layer's inputs ``(G, B', R, D_in)`` of a run of the examples, and let go of all."""
-        layer, calls, count = self.layers[name], self._calls[name], run.stop - run.start
+        layer, count = self.layers[name], run.stop - run.start
+        if self.parameters is not None and name in self.parameters.heard:
+            return self.parameters.inputs(name)[:, run]
+        calls = self._calls[name]
         parts = []
         for x in calls.inputs:
             if count < num_examples:

@@ -145,23 +145,39 @@ def differentiate_examples(watch: Watch, losses: Tensor, names: set[str]) -> dic
     Returns:
         Their gradients, ``K = 1``, as they are.
     """
+    return differentiate_rows(watch, losses, torch.eye(len(losses)).to(losses), names)
+
+
+def differentiate_rows(
+    watch: Watch, outputs: Tensor, rows: Tensor, names: set[str]
+) -> dict[str, ParameterGradient]:
+    """Differentiate a tensor by a backward pass for each example.
+
+    Args:
+        watch: what watched the forward pass.
+        outputs: a tensor with its graph, which is kept.
+        rows: what each example's pass starts from, ``(B, *outputs.shape)``.
+        names: of the parameters.
+
+    Returns:
+        Their gradients, ``K = 1``, as they are.
+    """
     parameters = {name: p for name, p in watch.parameters.items() if name in names}
-    rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
     leaves = list(parameters.values())
     try:
         grads = torch.autograd.grad(
-            losses, leaves, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
+            outputs, leaves, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
     except RuntimeError:  # an operation without a rule to vectorise its backward pass
         each = [
             torch.autograd.grad(
-                losses, leaves, row, retain_graph=True, allow_unused=True, materialize_grads=True
+                outputs, leaves, row, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             for row in rows
         ]
         grads = tuple(torch.stack(column) for column in zip(*each, strict=True))
     return {
-        name: ParameterGradient(p.shape, [(Dense(full_precision(grad)[None]), None)], 1, len(losses), grad)
+        name: ParameterGradient(p.shape, [(Dense(full_precision(grad)[None]), None)], 1, len(rows), grad)
         for (name, p), grad in zip(parameters.items(), grads, strict=True)
         if grad is not None
     }

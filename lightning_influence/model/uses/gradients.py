@@ -97,7 +97,7 @@ def _output_gradients(
     uses: list[Use], outputs: Tensor, seeds: Sequence[Tensor | None], keep_graph: bool
 ) -> list[list[Tensor | None]]:
     """Return the gradients ``(K, *shape)`` of each output of each use; None for one without any."""
-    edges = [edge for use in uses for edge in use.edges if edge is not None]
+    edges = edges_of(uses)
     nested = any(len(use.edges) > 1 for use in uses)
     rows: list[Sequence[Tensor | None]] = []
     for number, seed in enumerate(seeds):
@@ -112,6 +112,24 @@ def _output_gradients(
             allow_unused=True,
         )
         rows.append(grads)
+    return gather_passes(uses, rows)
+
+
+def edges_of(uses: Sequence[Use]) -> list[GradientEdge]:
+    """Return the edges of all outputs of some uses that are differentiable."""
+    return [edge for use in uses for edge in use.edges if edge is not None]
+
+
+def gather_passes(uses: Sequence[Use], rows: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
+    """Sort the gradients of some backward passes by use and output.
+
+    Args:
+        uses: the uses.
+        rows: for each pass the gradients at :func:`edges_of` the uses; the graph is still there.
+
+    Returns:
+        For each use the gradients of its outputs, ``(K, *shape)``; None for an output without any.
+    """
     stacked = iter([_stack(column) for column in zip(*rows, strict=True)])
     totals = [[None if edge is None else next(stacked) for edge in use.edges] for use in uses]
     return [_without_detours(use, total) for use, total in zip(uses, totals, strict=True)]

@@ -1,0 +1,232 @@
+"""Per-example gradients of parameters from the operations that use them, whoever owns them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_influence.model.layers import Layer, ParameterRule, full_precision
+from lightning_influence.model.uses import (
+    ParameterGradient,
+    Place,
+    Watch,
+    certify,
+    differentiate_rows,
+    draw_weights,
+    edges_of,
+    gather_passes,
+    names_of,
+    pull_gradients,
+    pull_uses,
+    weigh_losses,
+)
+from lightning_influence.model.uses.calls import Use
+from lightning_influence.support.errors import UnsupportedModelError
+
+_WEIGHT, _BIAS = "weight of ", "bias of "
+
+
+class ParameterRecorder:
+    """Watches the uses of parameters in a forward pass.
+
+    Blocks of one parameter are always had from its uses; modules that are linear in their weight only where
+    something uses the weight without calling the module, as attention does with its output projection.
+
+    Args:
+        layers: the covered layers by name; those of one parameter are told by their rule.
+        batch: the batch.
+        num_examples: ``B``.
+        slow: names of parameters whose gradients take a backward pass for each example; :meth:`certify` adds
+            to it.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], batch: Any, num_examples: int, slow: set[str]) -> None:
+        self.layers, self._slow = dict(layers), slow
+        self._single = {name for name, layer in layers.items() if isinstance(layer.rule, ParameterRule)}
+        parameters: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            bias = layer.rule.bias(layer.module) if layer.has_bias else None
+            parameters[name if name in self._single else _WEIGHT + name] = layer.rule.weight(layer.module)
+            if bias is not None:
+                parameters[_BIAS + name] = bias
+        self.watch = Watch(parameters, batch, num_examples)
+        self._uses: list[Use] | None = None
+        self._heard: set[str] = set()
+
+    @property
+    def heard(self) -> list[str]:
+        """Names of the layers that are had from uses, and took part in the forward pass."""
+        return [name for name in self.layers if name in self._heard or name in self._slow & self._single]
+
+    def __enter__(self) -> Self:
+        """Begin to watch.
+
+        Returns:
+            The recorder itself.
+        """
+        self.watch.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        """Stop watching; what was recorded stays until :meth:`clear`."""
+        self.watch.__exit__(*details)  # type: ignore[no-untyped-call]
+
+    def clear(self) -> None:
+        """Let go of the recorded tensors and their graph."""
+        self.watch.clear()
+        self._uses, self._heard = [], set()
+
+    def close(self, calls: Mapping[str, int]) -> set[str]:
+        """Choose the uses that matter when the forward pass is over.
+
+        Args:
+            calls: how often each module was called.
+
+        Returns:
+            Names of the modules that are had from uses: other calls of theirs do not count.
+        """
+        uses: dict[str, list[Use]] = {}
+        for use in self.watch.uses:
+            for name in names_of(self.watch, use):
+                uses.setdefault(name, []).append(use)
+        modules = self.layers.keys() - self._single
+        mine = {name for name in modules if not _is_called(uses.get(_WEIGHT + name, []), calls.get(name, 0))}
+        wanted = {name: name for name in self._single}
+        for name in mine:
+            wanted |= {_WEIGHT + name: name, _BIAS + name: name}
+        chosen = {id(use): use for name in wanted for use in uses.get(name, [])}
+        self._uses = list(chosen.values())
+        self._heard = {wanted[name] for name in uses.keys() & wanted.keys()}
+        return mine & self._heard
+
+    def edges(self) -> list[GradientEdge]:
+        """Return the edges at which a backward pass is to be differentiated."""
+        return edges_of(self._uses or [])
+
+    def inputs(self, name: str) -> Tensor:
+        """Return the inputs ``(G, B, R, D_in)`` of a layer: ones for a parameter by itself."""
+        layer, count = self.layers[name], self.watch.num_examples
+        weight = layer.rule.weight(layer.module)
+        if name in self._single:
+            return layer.inputs(full_precision(weight), count)
+        uses = self._uses or []
+        zeros: list[list[Tensor | None]] = [
+            [weight.new_zeros(1, *shape) for shape in use.shapes] for use in uses
+        ]
+        return self._pair(name, pull_uses(self.watch, uses, zeros, 1).gradients)[0]
+
+    def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Pull the gradients of one backward pass back, example by example.
+
+        Args:
+            outputs: what was differentiated; its graph is still there.
+            seed: what the pass started from; None for a scalar.
+            found: gradients at :meth:`edges`.
+
+        Returns:
+            Per-example gradients ``(G, B, 1, D_out)`` by name; zero where ``outputs`` does not depend on one.
+
+        Raises:
+            UnsupportedModelError: if the gradients of a parameter cannot be had.
+        """
+        uses = self._uses or []
+        pulled = pull_uses(self.watch, uses, gather_passes(uses, [found]), 1)
+        gradients = {name: grad for name, grad in pulled.gradients.items() if name not in self._slow}
+        slow = self._slow & self._single
+        if slow:
+            gradients |= differentiate_rows(self.watch, outputs, self._rows(outputs, seed), slow)
+        failed = pulled.failed.keys() - slow
+        if failed:
+            name = sorted(failed)[0]
+            raise UnsupportedModelError(
+                f"The gradients of parameter {name!r} cannot be had example by example "
+                f"({pulled.failed[name]}). Leave it out with layers=['!{name}']."
+            )
+        return {
+            name: self._block(name, gradients.get(name))
+            if name in self._single
+            else self._pair(name, gradients)[1]
+            for name in self.heard
+        }
+
+    def certify(self, values: Tensor) -> None:
+        """Find the parameters whose gradients do not add up, which take the slow way from now on.
+
+        Args:
+            values: of each example, ``(B,)``, with their graph.
+        """
+        if not self._single:
+            return
+        weights = draw_weights(self.watch.num_examples, values)
+        single = {name: p for name, p in self.watch.parameters.items() if name in self._single}
+        reference = weigh_losses(values, weights, single)
+        found = pull_gradients(self.watch, values, [torch.ones_like(values)], only=set(single))
+        verdicts = certify(found.gradients, weights, reference, self.watch.eps)
+        self._slow |= {name for name, verdict in verdicts.items() if not verdict.passed}
+
+    def _rows(self, outputs: Tensor, seed: Tensor | None) -> Tensor:
+        """Return what each example's own backward pass starts from.
+
+        Raises:
+            UnsupportedModelError: if it is not known which outputs are whose.
+        """
+        count = self.watch.num_examples
+        place = Place(0) if outputs.shape == (count,) else self.watch.place_of(outputs)
+        if place is None or seed is None:
+            raise UnsupportedModelError(
+                f"Which of the outputs, of shape {tuple(outputs.shape)}, belong to which of the {count} "
+                f"examples is not known, and {sorted(self._slow)[:4]} cannot be differentiated otherwise. "
+                "Leave them out with layers=['!name']."
+            )
+        if place.dim is None:
+            rows = seed.new_zeros(count, *seed.shape)
+            assert place.owners is not None
+            rows[place.owners[0]] = seed
+            return rows
+        owners = place.owner_vector(count).to(seed.device)
+        mask = owners == torch.arange(count, device=seed.device)[:, None]
+        view = [count] + [-1 if dim == place.dim else 1 for dim in range(seed.ndim)]
+        return seed * mask.view(view)
+
+    def _pair(self, name: str, gradients: Mapping[str, ParameterGradient]) -> tuple[Tensor, Tensor]:
+        """Return inputs and output gradients of a module whose weight is used without calling it.
+
+        Raises:
+            UnsupportedModelError: if its uses are not those of a linear map, with the same bias.
+        """
+        layer = self.layers[name]
+        weight, bias = (gradients.get(kind + name) for kind in (_WEIGHT, _BIAS))
+        product = None if weight is None else weight.product()
+        shift = None if bias is None else bias.product()
+        same = not layer.has_bias or (
+            shift is not None and product is not None and torch.equal(shift.outputs, product.outputs)
+        )
+        if product is None or not product.is_plain() or not same:
+            raise UnsupportedModelError(
+                f"The weight of layer {name!r} is used without calling the layer, and in another way. "
+                f"Leave it out with layers=['!{name}']."
+            )
+        inputs = product.inputs
+        if layer.has_bias:
+            inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
+        return inputs, product.outputs[0]
+
+    def _block(self, name: str, gradient: ParameterGradient | None) -> Tensor:
+        layer, count = self.layers[name], self.watch.num_examples
+        if gradient is None:
+            weight = layer.rule.weight(layer.module)
+            return layer.output_gradients(weight.new_zeros(count, *weight.shape), count)
+        return layer.output_gradients(gradient.dense()[0], count)
+
+
+def _is_called(uses: Sequence[Use], calls: int) -> bool:
+    """Return whether the uses of a weight are its module's calls, on rows that begin with the examples."""
+    first = [use.places.get((0, 0)) for use in uses]
+    return len(uses) <= calls and all(
+        place is not None and place.dim in (0, None) and place.outer == 1 and place.owners in (None, (0,))
+        for place in first
+    )
