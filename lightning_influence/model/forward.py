@@ -87,7 +87,14 @@ class Forward:
         if subject not in self.plan.verified:
             if recorder.parameters is not None:
                 recorder.parameters.certify(captured.per_example())
-            check_independent(captured)
+            try:
+                check_independent(captured)
+            except UnsupportedModelError:
+                # The rows of layers that are had from their uses are known to be the examples': it may be the
+                # losses that are in another order, of which more can be said.
+                if measure is None and num_examples > 1 and recorder.follows_modules:
+                    self._check_order(captured, module, batch)
+                raise
             if num_examples > 1:  # one example alone shows no coupling
                 self.plan.verified.add(subject)
         if measure is None and num_examples > 1:

@@ -95,6 +95,7 @@ class ParameterRecorder:
                 uses.setdefault(name, []).append(use)
         modules = self.layers.keys() - self._single
         mine = {name for name in modules if not _is_called(uses.get(_WEIGHT + name, []), calls.get(name, 0))}
+        mine -= {name for name in mine if not self._is_linear(name, uses)}
         wanted = {name: name for name in self._single}
         for name in mine:
             wanted |= {_WEIGHT + name: name, _BIAS + name: name}
@@ -102,6 +103,17 @@ class ParameterRecorder:
         self._uses = list(chosen.values())
         self._heard = {wanted[name] for name in uses.keys() & wanted.keys()}
         return mine & self._heard
+
+    def _is_linear(self, name: str, uses: Mapping[str, list[Use]]) -> bool:
+        """Return whether the uses of a module's weight are those of one linear map, wherever it is called."""
+        self._uses = [*uses.get(_WEIGHT + name, []), *uses.get(_BIAS + name, [])]
+        if any(place is None for use in self._uses for place in use.outputs):
+            return False
+        try:
+            self.inputs(name)
+        except UnsupportedModelError:
+            return False
+        return True
 
     def edges(self) -> list[GradientEdge]:
         """Return the edges at which a backward pass is to be differentiated."""

@@ -107,6 +107,12 @@ class Recorder:
             heard.update(self.parameters.heard)
         return [name for name in self.layers if name not in heard]
 
+    @property
+    def follows_modules(self) -> bool:
+        """Whether some modules are had from the uses of their weights, not from their calls."""
+        heard = self.parameters.heard if self.parameters is not None else []
+        return any(name in self._modules for name in heard)
+
     def inputs(self, num_examples: int, *, release: bool = False) -> dict[str, Tensor]:
         """Inputs of each layer that was called; calls are further positions.
 
