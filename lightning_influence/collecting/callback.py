@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -290,7 +291,9 @@ class InfluenceCallback(Callback):
         self._kept.begin_fit()
         check_collectable(trainer)
         check_not_compiled(module)
-        plan = find_layers(module, self._settings.layers, parameters=False)
+        # Parameters that are blocks by themselves are fitted in a pass after the fit: they count as covered.
+        uncovered = find_layers(module, self._settings.layers).uncovered
+        plan = replace(find_layers(module, self._settings.layers, parameters=False), uncovered=uncovered)
         self._say(plan.describe_uncovered())
         self._say(describe_coupling(module))
         why = self._kept.continue_or_reset(module, plan)

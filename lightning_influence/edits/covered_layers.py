@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def covered_layers(runner: Runner, data: EditData, layers: Sequence[str] | None,
         notes.add(
             f"Layers {sorted(silent)} take no part in the loss of the edited examples; they stay as they are."
         )
-    return LayerPlan(used, plan.uncovered, plan.verified)
+    return replace(plan, layers=used)
 
 
 class _Listening:

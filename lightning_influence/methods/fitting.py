@@ -11,6 +11,7 @@ from lightning_influence.curvature.factor_passes import CovariancePass, Diagonal
 from lightning_influence.curvature.factors import Factors, LayerStatistics, eigenbasis, fingerprint_differs
 from lightning_influence.methods.context import Context, compute_digest, note_unknown_outputs
 from lightning_influence.model.captured import Fisher
+from lightning_influence.model.layers import ParameterRule
 from lightning_influence.model.plan import LayerPlan, find_layers
 
 # Memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
@@ -33,7 +34,7 @@ def fitted_factors(context: Context) -> Factors:
         state.factors_key, context.made = key, True
     else:
         context.reused |= bool(state.factors_key)
-        state.factors = _adopt(context, state.factors)
+        state.factors = _complete(context, _adopt(context, state.factors))
     factors = state.factors
     _note_empirical(context, factors)
     context.leave_out(
@@ -51,7 +52,7 @@ def fitted_diagonal(context: Context) -> Factors:
     context.run_on_train(one_pass)
     factors = one_pass.factors
     if context.runner.world_size > 1:
-        _fill(context, factors)
+        _fill(context, factors, context.plan)
         factors.reduce_counts(context.runner.all_reduce_sum)
     _reduce_squares(context, factors)
     _note_empirical(context, factors)
@@ -105,10 +106,10 @@ def _is_stale(context: Context) -> bool:
     return False
 
 
-def _fit(context: Context) -> Factors:
-    options, runner = context.options, context.runner
+def _fit(context: Context, plan: LayerPlan | None = None) -> Factors:
+    options, runner, plan = context.options, context.runner, plan or context.plan
     covariance = CovariancePass(
-        context.plan,
+        plan,
         fisher=options.fitted_fisher,
         seed=options.seed,
         cache_bytes=min(options.memory_budget, CACHE_BYTES),
@@ -118,7 +119,7 @@ def _fit(context: Context) -> Factors:
     context.losses = covariance.losses
     factors = covariance.factors
     if runner.world_size > 1:
-        _fill(context, factors)
+        _fill(context, factors, plan)
         for layer in factors.layers.values():
             layer.reduce(runner.all_reduce_sum, covariances=True)
         factors.reduce_counts(runner.all_reduce_sum)
@@ -129,7 +130,7 @@ def _fit(context: Context) -> Factors:
         layer.examples = float(context.train.num_examples)  # also of batches that did not use the layer
     covariance.finish()
     if covariance.cache is None:
-        runner.run(SquaresPass(context.plan, factors, seed=options.seed), context.train)
+        runner.run(SquaresPass(plan, factors, seed=options.seed), context.train)
     _reduce_squares(context, factors)
     factors.fingerprint = context.weights
     return factors
@@ -139,7 +140,7 @@ def _adopt(context: Context, factors: Factors) -> Factors:
     """Return stored factors, checked against the model, on its device, and completed."""
     module = context.runner.module
     shapes = {name: layer.shape for name, layer in context.plan.layers.items()}
-    modules = dict(module.named_modules())
+    modules = {name for name, _ in (*module.named_modules(), *module.named_parameters())}
     # Layers that are there but not covered (frozen, not selected) are not compared; all others are.
     compared = {n: s for n, s in factors.layers.items() if n in shapes or n not in modules}
     known = {name: shape for name, shape in shapes.items() if name in factors.layers}
@@ -162,14 +163,31 @@ def _adopt(context: Context, factors: Factors) -> Factors:
     return factors
 
 
-def _fill(context: Context, factors: Factors) -> None:
+def _complete(context: Context, factors: Factors) -> Factors:
+    """Fit factors of the parameters that a fit collects none for, in a pass of their own."""
+    single = {
+        name: layer
+        for name, layer in context.plan.layers.items()
+        if isinstance(layer.rule, ParameterRule) and name not in factors.layers
+    }
+    if not single or factors.origin != "fit":
+        return factors
+    fitted = _fit(context, replace(context.plan, layers=single))
+    context.notes.add(
+        f"Factors of {len(single)} parameters that no supported layer holds are not collected during a fit; "
+        "they were fitted in a pass of their own."
+    )
+    return replace(factors, layers=factors.layers | fitted.layers)
+
+
+def _fill(context: Context, factors: Factors, plan: LayerPlan) -> None:
     """Give every process statistics of the same layers in the same order: only then can they be summed."""
     zeros = {
         name: LayerStatistics.zeros(layer.shape, device=context.device, dtype=context.dtype)
-        for name, layer in context.plan.layers.items()
+        for name, layer in plan.layers.items()
         if name not in factors.layers
     }
-    factors.layers = {name: (factors.layers | zeros)[name] for name in context.plan.layers}
+    factors.layers = {name: (factors.layers | zeros)[name] for name in plan.layers}
 
 
 def _reduce_squares(context: Context, factors: Factors) -> None:
