@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_influence.model.uses.calls import Call, Slot, integers_of, outputs_of, tensors_of
 from lightning_influence.model.uses.places import Place, find_owners, reshape_place, whole
-from lightning_influence.model.uses.sequences import follow_sequences
+from lightning_influence.model.uses.sequences import RECURRENT, follow_sequences
 
 #: Operations that keep all elements in row-major order.
 RESHAPES = {
@@ -40,6 +40,10 @@ MOVES = PICKS | {
     "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "row_stack", "column_stack",
     "repeat", "repeat_interleave", "tile", "expand", "chunk", "split", "split_with_sizes", "tensor_split",
     "unbind", "narrow", "select", "unfold", "expand_as", "broadcast_to", "hsplit", "vsplit", "dsplit",
+}  # fmt: skip
+# Operations with lengths or repetitions among their arguments.
+_BY_VALUE = RECURRENT | {
+    "repeat_interleave", "_pack_padded_sequence", "_pad_packed_sequence", "embedding_bag",
 }  # fmt: skip
 _FACTORS = (3, 5, 7, 11, 13, 17)
 # Tensors and numbers that are tried as holders of examples before the examples are given up.
@@ -91,7 +95,7 @@ def is_data_dependent(call: Call) -> bool:
     if call.name in PICKS:
         tensors = list(tensors_of(call).values())
         return len(tensors) > 1 or any(isinstance(arg, list) for arg in call.args)
-    return call.name == "repeat_interleave" and len(tensors_of(call)) > 1
+    return call.name in _BY_VALUE and len(tensors_of(call)) > 1
 
 
 def follow(op: Followable) -> Followed:

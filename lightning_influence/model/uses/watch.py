@@ -40,6 +40,9 @@ _QUESTIONS = {
     "requires_grad_", "retain_grad", "register_hook", "backward", "item", "tolist", "__bool__", "__int__",
     "__float__", "__index__", "__hash__", "__repr__", "__format__", "has_names", "untyped_storage",
 }  # fmt: skip
+# What was found out about calls of one form, which model after model and batch after batch repeat.
+_FOLLOWED: dict[Any, Followed] = {}
+_MOST_FOLLOWED = 20_000
 # How deeply tensors of a batch may be nested.
 _MOST_DEPTH = 6
 #: Composite functions of Python that hide their operations: they are watched inside.
@@ -103,7 +106,6 @@ class Watch(TorchFunctionMode):
         self._states: dict[int, tuple[weakref.ref[Tensor], Place | _Unknown | Derivation]] = {}
         self._guesses: dict[int, weakref.ref[Tensor]] = {}
         self._inputs: dict[int, list[tuple[Use, Slot]]] = {}  # recorded inputs by storage
-        self._cache: dict[Any, Followed] = {}
         for tensor, place in find_examples(batch, num_examples, places or {}):
             self._mark(tensor, place)
             self._guesses[id(tensor)] = weakref.ref(tensor)
@@ -235,16 +237,19 @@ class Watch(TorchFunctionMode):
 
     def _follow(self, seen: _Seen) -> Followed:
         """Return where the examples are in the outputs of a call, as before if there was one like it."""
-        followed = self._cache.get(seen.key) if seen.key is not None else None
+        fixed = frozenset(slot for slot, t in seen.sources.items() if id(t) in self._sources)
+        doubtful = frozenset(slot for slot in seen.places if self._is_guess(seen.tensors[slot]))
+        key = None if seen.key is None else (self.num_examples, fixed, doubtful, seen.key)
+        followed = None if key is None else _FOLLOWED.get(key)
         if followed is None:
-            fixed = frozenset(slot for slot, t in seen.sources.items() if id(t) in self._sources)
-            doubtful = frozenset(slot for slot in seen.places if self._is_guess(seen.tensors[slot]))
             shapes = [output.shape for output in seen.outputs]
             followed = follow(
                 Followable(seen.call, seen.places, seen.before, shapes, self.num_examples, fixed, doubtful)
             )
-            if seen.key is not None:
-                self._cache[seen.key] = followed
+            if key is not None:
+                if len(_FOLLOWED) >= _MOST_FOLLOWED:
+                    _FOLLOWED.clear()
+                _FOLLOWED[key] = followed
         self._accept(seen, followed)
         return followed
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -20,6 +20,7 @@ def owners_of(place, shape, count):
     return owners.view([-1 if dim == place.dim else 1 for dim in range(len(shape))]).expand(shape).clone()
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_reshape_keeps_every_element_with_its_example(data):
     sizes = st.integers(1, 4)
@@ -46,6 +47,7 @@ def test_a_batch_in_pieces_has_no_place():
     assert reshape_place(Place(0), torch.Size([4, 3]), torch.Size([2, 2, 3]), 4) is None
 
 
+@settings(deadline=None)
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 3))
 def test_owners_in_order_have_the_regular_form(count, outer, inner):
     place = Place(1, outer, inner)
@@ -136,3 +138,12 @@ def test_other_modes_and_the_random_state_see_nothing_of_it():
     assert torch.equal(state, torch.get_rng_state())
     assert len(watch.uses) == 1
     assert len(seen) == 2 * count
+
+
+def test_packed_sequences_of_other_lengths_are_followed_anew():
+    x = numbers(B, 6, 2)
+    for lengths in ([6, 5, 5, 2], [6, 6, 3, 3]):  # of the same shapes
+        with Watch({}, x, B) as watch:
+            packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), batch_first=True)
+        owners = torch.tensor([n for time in range(6) for n in range(B) if time < lengths[n]])
+        assert watch.place_of(packed.data) == Place(0, owners=tuple(owners.tolist()))
