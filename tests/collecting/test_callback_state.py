@@ -127,6 +127,7 @@ def test_two_callbacks_in_one_trainer_keep_their_own_state(tmp_path) -> None:
     assert (first.num_collected, second.num_collected) == (10, 5)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own loaders, while pickled
 def test_plain_trainer_answers_and_survives_pickling() -> None:
     callback = InfluenceCallback()
     host = fit(Classifier(), callback, max_epochs=1)
