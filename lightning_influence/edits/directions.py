@@ -1,4 +1,8 @@
-"""Directions of an edit: generalized influence and its baselines, and the registry."""
+"""Directions of an edit: which change of the selected parameters nullifies the examples' gradient.
+
+Generalized influence and its baselines are those of Lyu, Jang, Ryu & Yang (2023), the second-order direction
+is that of Basu, You & Feizi (2020); others are registered.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,9 @@ from lightning_influence.support.errors import InfluenceError
 
 Product = Callable[[Tensor], Tensor]
 """Maps vectors ``(V, P)`` to their products ``(V, P)`` with a symmetric matrix."""
+
+# Below every number that a preconditioner divides by, in single precision too.
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -95,21 +102,18 @@ class Problem:
             inverse = self._inverse_diagonal(mask)
             solve = conjugate_gradients(partial(_single, damped), right, inverse_diagonal=inverse, **limits)
             if solve.definite:
-                return resolved(solve, self.damping)
+                return check_resolved(solve, self.damping)
         inverse = keep / (self.squared_norms + self.damping**2).clamp_min(_TINY)
         normal = normal_product(damped, mask, 0.0)
         solve = conjugate_gradients(normal, _single(damped, right), inverse_diagonal=inverse, **limits)
-        return resolved(solve, self.damping)
-
-
-_TINY = 1e-30
+        return check_resolved(solve, self.damping)
 
 
 def _single(product: Product, vector: Tensor) -> Tensor:
     return product(vector[None])[0]
 
 
-def resolved(solve: Solve, damping: float) -> Solve:
+def check_resolved(solve: Solve, damping: float) -> Solve:
     """Return the solution, unless the system was singular where the right-hand side is not zero.
 
     Raises:
@@ -130,7 +134,7 @@ class Direction:
 
     Attributes:
         name: what users pass as ``method=``.
-        function: maps a :class:`Problem` to a :class:`~..normal_equations.Solve`.
+        function: maps a :class:`Problem` to a :class:`~lightning_influence.edits.Solve`.
         selects: whether it changes selected parameters only.
     """
 
@@ -153,9 +157,31 @@ def register_direction(
 
     Returns:
         The decorator; it returns the function unchanged.
+
+    Raises:
+        TypeError: if there is no name, or what is decorated is no function.
+
+    Example:
+        >>> @register_direction("downhill")
+        ... def step_downhill(problem):
+        ...     vector = problem.gradient * problem.mask * problem.inverse_diagonal
+        ...     return Solve(vector, residual=0.0, steps=0)
+        >>> "downhill" in direction_names()
+        True
+        >>> _ = _DIRECTIONS.pop("downhill")
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"Got register_direction({name!r}); accepted is the name that users pass as method=: "
+            f"@register_direction('my_direction')."
+        )
 
     def decorate(function: Callable[[Problem], Solve]) -> Callable[[Problem], Solve]:
+        if not callable(function):
+            raise TypeError(
+                f"Got {function!r} to register as direction {name!r}; accepted is a function of a Problem "
+                "that returns a Solve."
+            )
         _DIRECTIONS[name] = Direction(name, function, selects)
         return function
 
@@ -180,7 +206,7 @@ def direction_names() -> list[str]:
 
 
 @register_direction("if", selects=False)
-def influence(problem: Problem) -> Solve:
+def solve_influence(problem: Problem) -> Solve:
     """Solve over all parameters; the selection is not looked at.
 
     Args:
@@ -193,7 +219,7 @@ def influence(problem: Problem) -> Solve:
 
 
 @register_direction("fif")
-def freeze(problem: Problem) -> Solve:
+def solve_frozen(problem: Problem) -> Solve:
     """Solve within the selected parameters.
 
     Args:
@@ -206,12 +232,12 @@ def freeze(problem: Problem) -> Solve:
         InfluenceError: if the selected parameters have no gradient.
     """
     if not bool((problem.gradient * problem.mask).any()):
-        raise InfluenceError(nothing_to_gain(int(problem.mask.sum())))
+        raise InfluenceError(describe_miss(int(problem.mask.sum())))
     return problem.solve(problem.gradient, problem.mask)
 
 
 @register_direction("gif")
-def generalized(problem: Problem) -> Solve:
+def solve_generalized(problem: Problem) -> Solve:
     """Solve the least-squares problem, with the damping's square as a ridge.
 
     Args:
@@ -227,21 +253,21 @@ def generalized(problem: Problem) -> Solve:
     inside = problem.mask.to(problem.gradient)
     right = problem.image * inside
     if not bool(right.any()):
-        raise InfluenceError(nothing_to_gain(int(problem.mask.sum())))
+        raise InfluenceError(describe_miss(int(problem.mask.sum())))
     if problem.solver == "dense":
         return dense_least_squares(problem.product, problem.gradient, problem.mask, ridge)
     normal = normal_product(problem.product, problem.mask, ridge)
     if problem.solver == "lissa":
         nu2 = squared_scale(normal, random_start(problem.mask, right, problem.seed))
         return modified_lissa(normal, right, nu2, tolerance=problem.tolerance, max_steps=problem.max_steps)
-    inverse = inside / (problem.squared_norms + ridge).clamp_min(1e-30)
+    inverse = inside / (problem.squared_norms + ridge).clamp_min(_TINY)
     solve = conjugate_gradients(
         normal, right, inverse_diagonal=inverse, tolerance=problem.tolerance, max_steps=problem.max_steps
     )
-    return resolved(solve, problem.damping)
+    return check_resolved(solve, problem.damping)
 
 
-def nothing_to_gain(count: int) -> str:
+def describe_miss(count: int) -> str:
     """Return what to say of a selection that no part of the gradient reaches."""
     return (
         f"The {count:,} selected parameters miss the gradient of the edited examples altogether: "
@@ -250,7 +276,7 @@ def nothing_to_gain(count: int) -> str:
 
 
 @register_direction("pif")
-def projected(problem: Problem) -> Solve:
+def solve_projected(problem: Problem) -> Solve:
     """Solve over all parameters, and drop what is not selected.
 
     Args:
@@ -265,12 +291,12 @@ def projected(problem: Problem) -> Solve:
     full = problem.solve(problem.gradient)
     cut = full.vector * problem.mask.to(full.vector)
     if not bool(cut.any()):
-        raise InfluenceError(nothing_to_gain(int(problem.mask.sum())))
+        raise InfluenceError(describe_miss(int(problem.mask.sum())))
     return replace(full, vector=cut)
 
 
 @register_direction("second_order", selects=False)
-def second_order(problem: Problem) -> Solve:
+def solve_second_order(problem: Problem) -> Solve:
     """Solve twice with the curvature before the removal.
 
     Args:

@@ -204,8 +204,8 @@ def test_from_a_checkpoint_alone_weight_decay_is_that_of_the_run(tmp_path):
     host.fit(module, train())
     host.save_checkpoint(tmp_path / "a.ckpt")
     options = {"ratio": 0.2, "step": "theory", "damping": 0.01}
-    asking = InfluenceModule.from_checkpoint(str(tmp_path / "a.ckpt"), Net(16))
-    own = asking.generalized_influence(of_class(0), train(), **options)
+    wrapped = InfluenceModule.from_checkpoint(str(tmp_path / "a.ckpt"), Net(16))
+    own = wrapped.generalized_influence(of_class(0), train(), **options)
     told = InfluenceModule(module).generalized_influence(of_class(0), train(), weight_decay=1e-3, **options)
     none = InfluenceModule(module).generalized_influence(of_class(0), train(), **options)
     for name in own:

@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from lightning_influence.edits import rules as base
-from lightning_influence.edits.rules import Evidence, SelectionRule, find_rule, register_rule
-from lightning_influence.edits.selection import select
+from lightning_influence.edits.rules import RuleScores, SelectionRule, find_rule, register_rule, select
 
 SHAPE = (1, 4, 5)
-GAIN = Evidence({"a": SHAPE}, gain={"a": torch.arange(20.0).view(SHAPE)})
+GAIN = RuleScores({"a": SHAPE}, gain={"a": torch.arange(20.0).view(SHAPE)})
 
 
 def returning(value):
@@ -61,7 +60,7 @@ def test_a_layer_may_stay_as_it_is():
         def mask(self, scores, shape, ratio, generator):
             return torch.full(shape, shape == (1, 1, 2))
 
-    found = select(Second(), Evidence({"a": SHAPE, "b": (1, 1, 2)}), 1.0)
+    found = select(Second(), RuleScores({"a": SHAPE, "b": (1, 1, 2)}), 1.0)
     assert found.flat().nonzero().flatten().tolist() == [20, 21]
 
 

@@ -4,7 +4,7 @@ import numpy
 import pytest
 
 from lightning_influence.api.question import Question
-from lightning_influence.edits.options import EditOptions
+from lightning_influence.edits.request import EditOptions
 from lightning_influence.methods.options import Options
 from lightning_influence.methods.spectrum import SpectrumSettings
 from lightning_influence.support.arguments import plain_number, settings_of
