@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_influence.edits.data import EditData
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.forward import Forward
+from lightning_influence.model.forward import Forward, compute_losses
 from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.losses.hook import ScaledLoss
 from lightning_influence.model.losses.loss import OutputLoss
@@ -88,16 +88,16 @@ class Losses:
 class ValuePass:
     """Losses of some examples and nothing else, which is all that a step changes. It may run repeatedly.
 
+    Batches like these have to have gone through a :class:`LossPass` or another pass that checks them.
+
     Args:
-        plan: the editable layers.
         data: the examples, whose new targets count; None for other data, of which all count.
         chosen: dataset indices of those to look at; all examples if None.
     """
 
     description = "Edit: losses"
 
-    def __init__(self, plan: LayerPlan, data: EditData | None, chosen: Tensor | None = None) -> None:
-        self._forward = Forward(plan)
+    def __init__(self, data: EditData | None, chosen: Tensor | None = None) -> None:
         # The common case of batches that are used as they are takes no call.
         self._view = None if data is None or data.targets is None else data.view
         self._chosen = chosen
@@ -105,21 +105,18 @@ class ValuePass:
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        captured = self._forward(
-            module, batch if self._view is None else self._view(batch, indices), len(indices)
-        )
-        values = captured.per_example()
+        batch = batch if self._view is None else self._view(batch, indices)
         rows = self._find_rows(indices)
-        self._parts.append((indices[rows], *self._read(captured, values, rows)))
+        self._parts.append((indices[rows], *self._read(module, batch, rows, len(indices))))
 
     def _find_rows(self, indices: Tensor) -> Tensor:
         if self._chosen is None:
             return torch.arange(len(indices))
         return torch.isin(indices, self._chosen).nonzero().flatten()
 
-    def _read(self, captured: Captured, values: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    def _read(self, module: Any, batch: Any, rows: Tensor, num_examples: int) -> tuple[Tensor, ...]:
         """Return what is kept of the chosen rows, on the CPU; the values come first."""
-        return (values.detach().cpu()[rows],)
+        return (compute_losses(module, batch, num_examples).cpu()[rows],)
 
     def take_values(self) -> Tensor:
         """Return the values in the order of the dataset, ``(n,)``, and be ready for another run.
@@ -152,11 +149,21 @@ class LossPass(ValuePass):
         chosen: dataset indices of those to look at; all examples if None.
     """
 
-    def _read(self, captured: Captured, values: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        loss = captured.loss
-        chance = torch.full_like(values.detach(), torch.nan) if loss is None else _lose_at_zero(loss).detach()
-        columns = (values.detach(), captured.weights, chance, trace_outputs(captured))
+    def __init__(self, plan: LayerPlan, data: EditData | None, chosen: Tensor | None = None) -> None:
+        super().__init__(data, chosen)
+        self._forward = Forward(plan)
+
+    def _read(self, module: Any, batch: Any, rows: Tensor, num_examples: int) -> tuple[Tensor, ...]:
+        captured = self._forward(module, batch, num_examples)
+        values, loss = captured.per_example(), captured.loss
+        self._take_graph(values, rows)
+        values = values.detach()
+        chance = torch.full_like(values, torch.nan) if loss is None else _lose_at_zero(loss).detach()
+        columns = (values, captured.weights, chance, trace_outputs(captured))
         return tuple(column.cpu()[rows] for column in columns)
+
+    def _take_graph(self, values: Tensor, rows: Tensor) -> None:
+        """Take in the losses ``(B,)`` of a batch, their graph alive, and the chosen rows ``(b,)``."""
 
     def result(self) -> Losses:
         """Return the losses in the order of the dataset.

@@ -12,8 +12,7 @@ from torch import Tensor
 from lightning_influence.edits.data import HELD_BYTES, EditData
 from lightning_influence.edits.editable_weights import EditableWeights
 from lightning_influence.edits.losses import LossPass, Sample
-from lightning_influence.model.captured import Captured
-from lightning_influence.model.forward import Forward
+from lightning_influence.model.forward import Forward, compute_losses
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Runner
 from lightning_influence.support.errors import NonFiniteError
@@ -183,7 +182,11 @@ class _ObjectivePass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         source = self._sources[dataloader_idx]
-        values = self._forward(module, source.view(batch, indices), len(indices)).per_example()
+        seen, count = source.view(batch, indices), len(indices)
+        if self._differentiates:
+            values = self._forward(module, seen, count).per_example()
+        else:
+            values = compute_losses(module, seen, count)
         rows, coefficients = source.sample.find(indices)
         total = values[rows.to(values.device)] @ coefficients.to(values)
         self.value += float(total.detach())
@@ -204,10 +207,9 @@ class LossGradientPass(LossPass):
         super().__init__(weights.plan, data, chosen)
         self._weights, self._gradients = weights, _Gradients(weights)
 
-    def _read(self, captured: Captured, values: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    def _take_graph(self, values: Tensor, rows: Tensor) -> None:
         if len(rows):  # the graph is kept: the curvature in the outputs is asked for next
             self._gradients.add(values[rows.to(values.device)].sum(), keep_graph=True)
-        return super()._read(captured, values, rows)
 
     @property
     def gradient(self) -> Tensor:
