@@ -10,9 +10,10 @@ from influence_models import Net, trainer
 from rich.console import Console
 
 from lightning_influence import InfluenceCallback, InfluenceModule
-from lightning_influence.edits.parameter_edit import ParameterEdit
+from lightning_influence.edits.parameter_edit import Change, ParameterEdit, changes_between
 from lightning_influence.results.rendering import plain
-from lightning_influence.support.errors import CorruptFileError, EditMismatchError
+from lightning_influence.support.errors import CorruptFileError, EditMismatchError, NonFiniteError
+from lightning_influence.support.storage import load_tensors, save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,62 @@ def test_load_refuses_another_module_and_other_files(edit, tmp_path):
         ParameterEdit.load(path, Net(16))
     with pytest.raises(FileNotFoundError):
         ParameterEdit.load(tmp_path / "nothing", Net(16))
+
+
+def rewritten(edit, path, **tensors):
+    """The file of an edit, sealed anew with other tensors of its first parameter."""
+    edit.save(path)
+    stored, metadata = load_tensors(path)
+    name = next(iter(edit.changes))
+    save_tensors(path, stored | {f"{name}/{key}": value for key, value in tensors.items()}, metadata)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda c: {"after": c.after[:1]}, r"'after' of shape \(1,\) for \d+ positions"),
+        (lambda c: {"after": c.after[0]}, r"'after' of shape \(\) for \d+ positions"),
+        (lambda c: {"before": c.before[:1]}, r"'before' of shape \(1,\) for"),
+        (lambda c: {"after": c.after.clone().fill_(float("nan"))}, "NaN or infinity in 'after'"),
+        (lambda c: {"after": c.after / 0}, "NaN or infinity in 'after'"),
+        (lambda c: {"before": c.before.clone().fill_(float("nan"))}, "NaN or infinity in 'before'"),
+        (lambda c: {"after": c.after.double()}, "'after' of torch.float64"),
+        (lambda c: {"index": c.index.float()}, "torch.float32, not int64"),
+        (lambda c: {"index": c.index - c.index[0] - 1}, "not distinct and from 0 to 63"),
+        (lambda c: {"index": c.index + 64}, "not distinct and from 0 to 63"),
+        (lambda c: {"index": c.index * 0}, "not distinct"),
+        (lambda c: {key: getattr(c, key)[:0] for key in ("index", "before", "after")}, r"of shape \(0,\)"),
+    ],
+)
+def test_a_file_without_one_finite_value_a_position_is_refused(module, edit, tmp_path, spoil, says):
+    before, path = bits(module), tmp_path / "spoilt.safetensors"
+    name = rewritten(edit, path, **spoil(next(iter(edit.changes.values()))))
+    with pytest.raises(CorruptFileError, match=rf"spoilt\.safetensors.*{name!r}.*{says}"):
+        ParameterEdit.load(path, module)
+    assert same(before, bits(module))
+
+
+def test_a_file_that_lacks_a_part_is_refused(module, edit, tmp_path):
+    path, name = edit.save(tmp_path / "less.safetensors"), next(iter(edit.changes))
+    tensors, metadata = load_tensors(path)
+    del tensors[f"{name}/after"]
+    save_tensors(path, tensors, metadata)
+    with pytest.raises(CorruptFileError, match=rf"less\.safetensors.*{name}/after"):
+        ParameterEdit.load(path, module)
+    save_tensors(path, tensors, {**metadata, "shapes": None})
+    with pytest.raises(CorruptFileError, match=r"less\.safetensors"):
+        ParameterEdit.load(path, module)
+
+
+def test_changes_of_ones_own_are_checked_too():
+    index = torch.tensor([0, 2])
+    with pytest.raises(ValueError, match=r"'after' of shape \(1,\) for 2 positions"):
+        Change(index, torch.zeros(2), torch.zeros(1), (3,))
+    with pytest.raises(NonFiniteError, match=r"values of 'weight' NaN or infinite.*smaller step="):
+        changes_between(
+            {"weight": torch.zeros(2)}, {"weight": torch.tensor([0.0, torch.inf])}, {"weight": index < 3}
+        )
 
 
 def test_half_precision_is_edited_in_its_own_values(source):
