@@ -1,7 +1,16 @@
 """Settings of all tests; being here also puts this directory on the import path of subdirectories."""
 
+from pathlib import Path
+
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    """Make errors of deprecations in what this project calls; inside other packages they are theirs."""
+    ours = ["lightning_influence", *(path.stem for path in Path(__file__).parent.rglob("*.py"))]
+    for category in ("FutureWarning", "DeprecationWarning", "PendingDeprecationWarning"):
+        config.addinivalue_line("filterwarnings", rf"error::{category}:({'|'.join(ours)})(\.|$)")
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
 from lightning_influence.edits.start import set_out
 from lightning_influence.results.loggers import log_edit
-from lightning_influence.support.arguments import settings_of
+from lightning_influence.support.arguments import parse_options
 from lightning_influence.support.errors import UnsupportedTrainerError
 
 
@@ -62,7 +62,7 @@ def forget(
         InfluenceError: a subclass that says what is not supported and what to do.
     """
     check_name(name)
-    request = EditRequest(examples, settings_of(EditOptions, options), validation=validation, layers=layers)
+    request = EditRequest(examples, parse_options(EditOptions, options), validation=validation, layers=layers)
     return _edit(trainer, request, model, train_dataloaders, datamodule, ckpt_path, name if log else None)
 
 
@@ -113,7 +113,7 @@ def relabel(
     check_targets(new_targets)
     check_name(name)
     request = EditRequest(
-        examples, settings_of(EditOptions, options), new_targets, set_targets, validation, layers
+        examples, parse_options(EditOptions, options), new_targets, set_targets, validation, layers
     )
     return _edit(trainer, request, model, train_dataloaders, datamodule, ckpt_path, name if log else None)
 

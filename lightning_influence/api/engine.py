@@ -71,7 +71,8 @@ class Engine:
         method = self._prepare(train)
         several = len(query_loaders) > 1
         groups = self._groups(method, query_loaders, measured)
-        return join_queries([self._attribute(method, group, measured, several) for group in groups])
+        answers = (self._attribute(method, group, measured, several) for group in groups)
+        return join_queries(answers, sum(loader.num_examples for loader in query_loaders))
 
     def _groups(
         self, method: Method, loaders: list[IndexedLoader], measured: ResolvedMeasurement

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.api.engine import Engine
 from lightning_influence.api.question import Question
@@ -27,10 +28,10 @@ from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.self_influence import SelfInfluence
-from lightning_influence.running.host.checkpoints import read_checkpoint, with_weights
+from lightning_influence.running.host.checkpoints import load_weights, read_checkpoint
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.loop_runner import LoopRunner
-from lightning_influence.support.arguments import settings_of
+from lightning_influence.support.arguments import parse_options
 
 Answer = TypeVar("Answer")
 
@@ -74,7 +75,7 @@ class EditsParameters:
             ValueError: if there is nothing or everything to forget, or an option is out of range.
             InfluenceError: if the selected parameters cannot serve; the message says what to change.
         """
-        settings = settings_of(EditOptions, options)
+        settings = parse_options(EditOptions, options)
         request = EditRequest(examples, settings, validation=validation, layers=layers)
         return self._ask(request, train_dataloaders, compute_edit)
 
@@ -118,7 +119,7 @@ class EditsParameters:
             InfluenceError: if the selected parameters cannot serve; the message says what to change.
         """
         check_targets(new_targets)
-        settings = settings_of(EditOptions, options)
+        settings = parse_options(EditOptions, options)
         request = EditRequest(examples, settings, new_targets, set_targets, validation, layers)
         return self._ask(request, train_dataloaders, compute_edit)
 
@@ -145,7 +146,7 @@ class EditsParameters:
         Returns:
             Masks by layer.
         """
-        settings = settings_of(EditOptions, {**options, "rule": rule, "ratio": ratio})
+        settings = parse_options(EditOptions, {**options, "rule": rule, "ratio": ratio})
         request = EditRequest(examples, settings, layers=layers)
         return self._ask(request, train_dataloaders, select_parameters)
 
@@ -170,9 +171,8 @@ class EditsParameters:
             By parameter name the change of the theoretical step, of the parameter's shape and zero where it
             was not selected. To add it to the parameters is ``forget(..., step="theory")``.
         """
-        request = EditRequest(
-            examples, settings_of(EditOptions, {**options, "step": "theory"}), layers=layers
-        )
+        settings = parse_options(EditOptions, {**options, "step": "theory"})
+        request = EditRequest(examples, settings, layers=layers)
         return self._ask(request, train_dataloaders, predict_change)
 
     def _ask(self, request: EditRequest, train: Any, answer: Callable[[Start], Answer]) -> Answer:
@@ -224,8 +224,10 @@ class InfluenceModule(EditsParameters, LightningModule):
         _check_state(factors, state)
         self._checkpoint: str | None = None
         self._loaded: dict[str, list[float]] = {}
+        self._fit_loop: dict[str, Any] | None = None
         if isinstance(model, InfluenceModule):
             self._checkpoint, self._loaded = model._checkpoint, model._loaded
+            self._fit_loop = model._fit_loop
             state = model.state if state is None and factors is None else state
             model = model.model
         unwrap_compiled(model)  # refuses what is no module
@@ -262,9 +264,10 @@ class InfluenceModule(EditsParameters, LightningModule):
         checkpoint = read_checkpoint(path)
         state = state_from_checkpoint(checkpoint)
         inner = model.model if isinstance(model, InfluenceModule) else model
-        loaded = with_weights(inner, path, checkpoint, kwargs)
+        loaded = load_weights(inner, path, checkpoint, kwargs)
         module = cls(loaded, state=state, progress=progress)
         module._checkpoint, module._loaded = os.fspath(path), fingerprint(loaded)
+        module._fit_loop = checkpoint.get("loops", {}).get("fit_loop")
         return module
 
     def prepare(
@@ -286,7 +289,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         Returns:
             The module; :attr:`state` holds what was computed.
         """
-        question = Question(method, layers=layers, options=settings_of(Options, options))
+        question = Question(method, layers=layers, options=parse_options(Options, options))
         with self._runner() as runner:
             self._engine(runner, question).prepare(train_dataloaders)
         return self
@@ -312,7 +315,7 @@ class InfluenceModule(EditsParameters, LightningModule):
                 f"Got method={options['method']!r}; fit_factors has no method: its factors serve 'kfac', "
                 "'ekfac', 'auto' and all others. Pass the method to scores or self_influence."
             )
-        question = Question("ekfac", layers=layers, options=settings_of(Options, options))
+        question = Question("ekfac", layers=layers, options=parse_options(Options, options))
         state = InfluenceState(record=self.state.record)
         with self._runner() as runner:
             self._engine(runner, question, state).prepare(train_dataloaders)
@@ -346,7 +349,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n``
             is removed.
         """
-        question = Question(method, measurement, top_k, layers, settings_of(Options, options))
+        question = Question(method, measurement, top_k, layers, parse_options(Options, options))
         with self._runner() as runner:
             return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)
 
@@ -369,7 +372,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         Returns:
             One score a training example.
         """
-        question = Question(method, layers=layers, options=settings_of(Options, options))
+        question = Question(method, layers=layers, options=parse_options(Options, options))
         with self._runner() as runner:
             return self._engine(runner, question).self_influence(train_dataloaders)
 
@@ -397,7 +400,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the
             residuals.
         """
-        question = Question(method, measurement, layers=layers, options=settings_of(Options, options))
+        question = Question(method, measurement, layers=layers, options=parse_options(Options, options))
         with self._runner() as runner:
             return self._engine(runner, question).ihvp(train_dataloaders, query_dataloaders)
 
@@ -421,17 +424,16 @@ class InfluenceModule(EditsParameters, LightningModule):
         Returns:
             The spectrum, which prints as a table.
         """
-        question = Question(layers=layers)
         with self._runner() as runner:
-            chosen = settings_of(SpectrumSettings, {"curvature": curvature, **settings})
-            return self._engine(runner, question).spectrum(train_dataloaders, chosen)
+            chosen = parse_options(SpectrumSettings, {"curvature": curvature, **settings})
+            return self._engine(runner, Question(layers=layers)).spectrum(train_dataloaders, chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the wrapped module computes."""
         return self.model(*args, **kwargs)
 
     def _runner(self) -> LoopRunner:
-        return LoopRunner(self.model, progress=self._progress)
+        return LoopRunner(self.model, progress=self._progress, fit_loop=self._fit_loop)
 
     def _engine(self, runner: LoopRunner, question: Question, state: InfluenceState | None = None) -> Engine:
         """Return the engine; answers name the checkpoint while the weights are those that it held."""

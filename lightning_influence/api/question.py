@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from lightning_influence.methods.method import find_method
 from lightning_influence.methods.options import Options
 from lightning_influence.model.measurements import Measurement, resolve_measurement
-from lightning_influence.support.arguments import check_layers, plain_number
+from lightning_influence.support.arguments import check_layers, is_count, to_plain_number
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Question:
 
     def __post_init__(self) -> None:
         find_method(self.method)
-        top_k = plain_number(self.top_k)
+        top_k = to_plain_number(self.top_k)
         object.__setattr__(self, "top_k", top_k)
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        if top_k is not None and not is_count(top_k, 1):
             raise ValueError(f"Got top_k={top_k!r}; accepted are positive integers, or None for all scores.")
         check_layers(self.layers)
         if (

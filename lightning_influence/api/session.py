@@ -18,8 +18,10 @@ from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.averages import average_attributions
-from lightning_influence.running.host.checkpoints import held_weights
+from lightning_influence.running.host.checkpoints import remember_weights
 from lightning_influence.running.host.module import unwrap_compiled
+from lightning_influence.running.host.packages import is_lightning
+from lightning_influence.running.host.trainer import find_last_fit
 from lightning_influence.running.trainer_runner import TrainerRunner
 
 
@@ -45,10 +47,16 @@ class Session:
         self._reader = _CheckpointReader()
         self._factors = factors
         restore: list[Callback] = [self._reader] if self._own is None else [self._own, self._reader]
+        # Asked now: loading a checkpoint lets go of the loader for the time being.
+        self._fitted, last_datamodule = find_last_fit(trainer)
         self.runner = TrainerRunner(
-            trainer, model, datamodule=datamodule, ckpt_path=ckpt_path, restore=restore
+            trainer,
+            model,
+            datamodule=datamodule,
+            hooks_of=last_datamodule if model is None or trainer.lightning_module is model else None,
+            ckpt_path=ckpt_path,
+            restore=restore,
         )
-        self._fitted = trainer.train_dataloader  # now: loading a checkpoint lets go of it for the time being
 
     def engine(self, question: Question) -> Engine:
         """Return the engine, with the state that is there once a checkpoint has been loaded."""
@@ -127,7 +135,7 @@ def over_checkpoints(
         raise ValueError(f"Got {what}; pass at least one checkpoint, and the module to load it into.")
     own = _influence_callback(trainer)
     state = None if own is None else own.influence_state
-    put_back = held_weights(unwrap_compiled(module))
+    put_back = remember_weights(unwrap_compiled(module))
     try:
         return average_attributions([answer(path) for path in paths])
     finally:
@@ -181,11 +189,11 @@ def check_trainer(trainer: object) -> None:
     Raises:
         TypeError: saying what to pass.
     """
-    if isinstance(trainer, Trainer):
+    if is_lightning(trainer, "Trainer"):
         return
-    what = "a LightningModule" if isinstance(trainer, LightningModule) else type(trainer).__name__
+    what = "a LightningModule" if is_lightning(trainer, "LightningModule") else type(trainer).__name__
     raise TypeError(
-        f"Got {what} as trainer; accepted is a Trainer of lightning.pytorch, which comes first: "
+        f"Got {what} as trainer; accepted is a Lightning Trainer, which comes first: "
         "influence(trainer, model, ...), or trainer.influence(model, ...)."
     )
 
@@ -196,10 +204,10 @@ def _check_datamodule(datamodule: object) -> None:
     Raises:
         TypeError: saying what to pass.
     """
-    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+    if datamodule is not None and not is_lightning(datamodule, "LightningDataModule"):
         raise TypeError(
-            f"Got datamodule of type {type(datamodule).__name__}; accepted is a LightningDataModule of "
-            "lightning.pytorch, or None. Loaders go to train_dataloaders and query_dataloaders."
+            f"Got datamodule of type {type(datamodule).__name__}; accepted is a LightningDataModule, "
+            "or None. Loaders go to train_dataloaders and query_dataloaders."
         )
 
 

@@ -17,10 +17,10 @@ from lightning_influence.model.captured import Fisher
 from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.loggers import log_attributions
-from lightning_influence.results.ranking import Labels, checked
+from lightning_influence.results.ranking import Labels, to_labels
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.running.host.trainer import register_trainer_method
-from lightning_influence.support.arguments import settings_of
+from lightning_influence.support.arguments import parse_options
 
 
 def influence(
@@ -115,8 +115,8 @@ def influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, measurement, top_k, layers, settings_of(Options, further))
-    checked(labels)
+    question = Question(method, measurement, top_k, layers, parse_options(Options, further))
+    to_labels(labels)
     check_name(name)
     paths = paths_of(ckpt_path)
 
@@ -197,8 +197,8 @@ def self_influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, layers=layers, options=settings_of(Options, further))
-    checked(labels)
+    question = Question(method, layers=layers, options=parse_options(Options, further))
+    to_labels(labels)
     check_name(name)
     path = paths_of(ckpt_path)
     if isinstance(path, list):

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import get_args
 
 from lightning_influence.collecting.collector import FitFisher
-from lightning_influence.support.arguments import check_layers, is_count, plain_number
+from lightning_influence.support.arguments import (
+    check_count,
+    check_layers,
+    is_count,
+    is_number,
+    to_plain_number,
+)
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Settings:
             accepted = ", ".join(repr(choice) for choice in get_args(FitFisher))
             raise ValueError(f"Got fisher={self.fisher!r}; accepted during fit are {accepted}.")
         for name in ("every_n_steps", "overhead", "seed"):
-            setattr(self, name, plain_number(getattr(self, name)))
+            setattr(self, name, to_plain_number(getattr(self, name)))
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -42,8 +48,6 @@ class Settings:
                 f"Got every_n_steps={self.every_n_steps!r}; accepted are integers of at least 1, or None for "
                 "as many batches as overhead pays for."
             )
-        if not is_count(self.seed, 0):
-            raise ValueError(f"Got seed={self.seed!r}; accepted are integers of at least 0.")
-        share: object = self.overhead
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"Got overhead={share!r}; accepted are shares of a step in (0, 1].")
+        check_count("seed", self.seed, 0)
+        if not is_number(self.overhead) or not 0 < self.overhead <= 1:
+            raise ValueError(f"Got overhead={self.overhead!r}; accepted are shares of a step in (0, 1].")

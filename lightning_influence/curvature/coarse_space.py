@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
-from lightning_influence.linalg.orthonormal import normalise, orthonormal, whitened
+from lightning_influence.linalg.orthonormal import orthonormalise
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients, concatenate
 from lightning_influence.model.plan import Layout
 from lightning_influence.support.storage import check_version
@@ -160,7 +160,8 @@ def directions(
         ``Q (m, P)`` and ``mixing (m, M)`` with ``Q = mixing @ P^{-1} anchors``; ``m < M`` if the anchors are
         dependent.
     """
-    return orthonormal(preconditioned(layout, inverse, anchors))
+    basis, mixing, _ = orthonormalise(preconditioned(layout, inverse, anchors))
+    return basis, mixing
 
 
 def preconditioned(layout: Layout, inverse: BlockInverse, gradients: Mapping[str, LayerGradients]) -> Tensor:
@@ -212,17 +213,12 @@ def extended(
     Returns:
         The space that all anchors span.
     """
-    count, scale = len(vectors), normalise(vectors)
-    # Rows of ``inside`` say what was taken out along the old directions, so that the mixing stays exact.
-    inside = vectors @ space.directions.T
-    vectors.addmm_(inside, space.directions, alpha=-1)
-    again = vectors @ space.directions.T
-    vectors.addmm_(again, space.directions, alpha=-1)
-    inside += again
-    fresh, whitening = whitened(vectors)
-    old = -(whitening @ inside) @ space.mixing
+    count = len(vectors)
+    # The shares say what was taken out along the old directions, so that the mixing stays exact.
+    fresh, mixing, shares = orthonormalise(vectors, [space.directions])
+    old = -shares @ space.mixing
     top = torch.cat([space.mixing, space.mixing.new_zeros(len(space.mixing), count)], dim=1)
-    bottom = torch.cat([old, whitening / scale.T], dim=1)
+    bottom = torch.cat([old, mixing], dim=1)
     return replace(
         space,
         directions=torch.cat([space.directions, fresh]),

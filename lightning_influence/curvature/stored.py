@@ -158,6 +158,9 @@ class StoredGaussNewton:
     def product(self, vectors: Tensor) -> Tensor:
         """Return ``G V`` for ``V (V, P)``.
 
+        Vectors of a higher precision than the gradients are multiplied in theirs: a few examples at a time
+        are converted, so that it takes no memory to speak of.
+
         Raises:
             NonFiniteError: if it is not finite.
         """
@@ -185,7 +188,8 @@ class StoredGaussNewton:
         """Return ``G``, ``(P, P)``, in float64."""
         matrix = torch.zeros(self.numel, self.numel, dtype=torch.float64)
         for few in self._chunks():
-            rows = self.layout.dense(few).flatten(0, 1).double()
+            exact = {name: layer.to(dtype=torch.float64) for name, layer in few.items()}
+            rows = self.layout.dense(exact).flatten(0, 1)
             matrix = matrix.to(rows.device) + rows.T @ rows
         return self._all_reduce_sum(matrix) / (self.num_examples * self.mean_weight)
 
@@ -216,9 +220,8 @@ class StoredGaussNewton:
 
     def _product(self, vectors: Tensor, gradients: dict[str, LayerGradients], count: int) -> Tensor:
         result = torch.zeros_like(vectors)
-        if gradients:
-            products = self.layout.dot(gradients, vectors)
-            self.layout.add_combination(result, gradients, products)
+        for few in _convert(gradients, vectors.dtype):
+            self.layout.add_combination(result, few, self.layout.dot(few, vectors))
         result = self._all_reduce_sum(result)
         if not bool(torch.isfinite(result.sum())):
             raise NonFiniteError(
@@ -244,6 +247,20 @@ def kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
     if not bool(kept.any()) or not trace > 0:
         return 1.0
     return float((squares[kept] / forms[kept]).max()) / trace
+
+
+def _convert(gradients: dict[str, LayerGradients], dtype: torch.dtype) -> Iterator[dict[str, LayerGradients]]:
+    """Yield gradients in a precision: all together if they have it, else a few examples at a time."""
+    first = next(iter(gradients.values()), None)
+    if first is None:
+        return
+    tensor = first.outputs if isinstance(first, FactoredGradients) else first.dense()
+    if tensor.dtype == dtype:
+        yield gradients
+        return
+    for start in range(0, first.num_examples, _EXAMPLES):
+        part = slice(start, start + _EXAMPLES)
+        yield {name: layer.select(part).to(dtype=dtype) for name, layer in gradients.items()}
 
 
 def _seeds(gradients: LayerGradients) -> int:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from lightning_influence.curvature.coarse_space import CoarseSpace, probe_bits
 from lightning_influence.curvature.inverse import BlockInverse
-from lightning_influence.curvature.operators import FactoredOperator
 from lightning_influence.linalg.orthonormal import inner
 from lightning_influence.model.gradients import LayerGradients
 
@@ -169,7 +168,6 @@ def rescaled(inverse: BlockInverse, space: CoarseSpace) -> BlockInverse:
         ``alpha P^{-1}``; unchanged if the anchors are all zero.
     """
     layout, first = space.layout, space.inverse
-    operator = FactoredOperator(first, space.examples)
     shift = layout.expand(inverse.damping, space.directions)  # P_0 less its damping, and the new one
     small = inner(space.directions, space.product).to(space.mixing.dtype)
     # Anchors are not all kept: what they became lies in the span, z = mixing^{-1} Q.
@@ -179,7 +177,7 @@ def rescaled(inverse: BlockInverse, space: CoarseSpace) -> BlockInverse:
     for coordinates in torch.split(mixtures, rows):
         answers = coordinates @ space.directions
         damped = float((answers.square() @ shift).sum())
-        above += float((answers * operator.product(answers)).sum()) + damped
+        above += float((answers * first.multiply(answers)).sum()) + damped
         below += float((coordinates @ small * coordinates).sum()) + damped
     return inverse.scaled(above / below) if above > 0 and below > 0 else inverse
 

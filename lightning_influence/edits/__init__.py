@@ -8,14 +8,14 @@ from lightning_influence.edits.directions import Problem, direction_names, regis
 from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditOptions
 from lightning_influence.edits.rules import SelectionRule, count_budget, register_rule, rule_names
-from lightning_influence.linalg.normal_equations import Solve
+from lightning_influence.linalg.normal_equations import SubsetSolution
 
 __all__ = [
     "EditOptions",
     "ParameterEdit",
     "Problem",
     "SelectionRule",
-    "Solve",
+    "SubsetSolution",
     "count_budget",
     "direction_names",
     "register_direction",

@@ -15,7 +15,7 @@ from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.plan import LayerPlan, Layout, find_layers
 from lightning_influence.running.runner import Runner
-from lightning_influence.support.arguments import some
+from lightning_influence.support.arguments import list_some
 from lightning_influence.support.errors import InfluenceError, UnsupportedDataError, UnsupportedModelError
 from lightning_influence.support.notes import Notes
 
@@ -198,7 +198,7 @@ class _LayersPass:
             raise
         except (IndexError, RuntimeError, ValueError) as error:
             forward_if_weighted(self.forward, module, batch, len(indices))
-            examples = some(indices[torch.isin(indices, self._data.edited)])
+            examples = list_some(indices[torch.isin(indices, self._data.edited)])
             raise UnsupportedDataError(
                 f"The training loss of examples {examples} cannot be computed with their new targets, as it "
                 f"can with the old ones. {type(error).__name__}: {error} The new targets go from "
@@ -214,7 +214,7 @@ class _LayersPass:
         """
         if not len(self._weightless):
             return
-        found, why = some(self._weightless), "their labels are ignored, or of classes of weight zero"
+        found, why = list_some(self._weightless), "their labels are ignored, or of classes of weight zero"
         if self._data.targets is None:
             raise UnsupportedDataError(
                 f"Examples {found} have no weight in the training loss ({why}): the model has not learned "

@@ -16,7 +16,7 @@ from lightning_influence.edits.rules import Selection, find_rule, select
 from lightning_influence.edits.start import Start
 from lightning_influence.edits.steps import UNREACHED, Outcome, Stepping
 from lightning_influence.linalg.descent import descend
-from lightning_influence.linalg.normal_equations import Solve
+from lightning_influence.linalg.normal_equations import SubsetSolution
 from lightning_influence.support.errors import InfluenceError, InfluenceWarning
 
 # Relative fall of a relabelling's objective in three steps below which one is the last. Chosen by hand.
@@ -83,7 +83,7 @@ class _Path:
     first: Linearisation
     last: Linearisation
     steps: list[float] = field(default_factory=list)
-    solves: list[Solve] = field(default_factory=list)
+    solves: list[SubsetSolution] = field(default_factory=list)
 
 
 def _go(start: Start, stepping: Stepping) -> _Path:
@@ -148,17 +148,17 @@ def _select(start: Start, linear: Linearisation) -> Selection:
     return select(rule, linear.score(rule.source), options.ratio, options.seed)
 
 
-def _solve(start: Start, linear: Linearisation, selection: Selection, direction: Direction) -> Solve:
+def _solve(start: Start, linear: Linearisation, selection: Selection, direction: Direction) -> SubsetSolution:
     """Return the vector of a linearisation, with a note if it was not solved well.
 
     Raises:
         TypeError: if a direction of the user's own returns something else.
     """
     solve = direction.function(linear.pose(selection.flat()))
-    if not isinstance(solve, Solve) or solve.vector.shape != linear.gradient.shape:
+    if not isinstance(solve, SubsetSolution) or solve.vector.shape != linear.gradient.shape:
         raise TypeError(
-            f"Direction {direction.name!r} returned {type(solve).__name__}; accepted is a Solve whose vector "
-            f"has shape {tuple(linear.gradient.shape)}, as `lightning_influence.edits.Solve` makes it."
+            f"Direction {direction.name!r} returned {type(solve).__name__}; accepted is a SubsetSolution of "
+            f"`lightning_influence.edits` whose vector has shape {tuple(linear.gradient.shape)}."
         )
     if solve.residual > max(ROUGH_RESIDUAL, start.options.tolerance):
         start.notes.add(

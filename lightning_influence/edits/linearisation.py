@@ -24,7 +24,8 @@ from lightning_influence.edits.directions import Problem
 from lightning_influence.edits.losses import Sample, forward_if_weighted
 from lightning_influence.edits.rules import RuleScores, Source, compute_gains
 from lightning_influence.edits.start import Start
-from lightning_influence.linalg.normal_equations import largest_eigenvalue, leading_direction
+from lightning_influence.linalg.lanczos import estimate_largest_eigenvalue
+from lightning_influence.linalg.normal_equations import find_leading_direction
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients, check_finite
 from lightning_influence.model.plan import LayerPlan, Layout
@@ -218,8 +219,8 @@ class Linearisation:
         if self.previous is not None:
             return self.previous.damping
         # Along the leading direction of what the products at hand have reached, Lanczos is halfway there.
-        start = leading_direction(self._images[0])
-        return AUTO_DAMPING * largest_eigenvalue(lambda v: self.multiply(v[None])[0], start, steps=3)
+        start = find_leading_direction(self._images[0])
+        return AUTO_DAMPING * estimate_largest_eigenvalue(self.multiply, start, steps=3)
 
     def score(self, source: Source | None) -> RuleScores:
         """Return scores of one kind for selection rules; only shapes for a rule that looks at none."""

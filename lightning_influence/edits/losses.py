@@ -22,7 +22,7 @@ from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.losses.hook import ScaledLoss
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan
-from lightning_influence.support.arguments import some
+from lightning_influence.support.arguments import list_some
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
 
 MAX_COLUMNS = 64
@@ -64,9 +64,9 @@ class Losses:
         unknown = self.indices[torch.isnan(self._chance)]
         if len(unknown):
             raise LossCaptureError(
-                f"The loss of a model that knows nothing is not known for examples {some(unknown)}. Pass "
-                "forgotten_loss= (the loss from which an example counts as forgotten), or step='theory': the "
-                "outputs behind the module's `influence_loss` could not be told."
+                f"The loss of a model that knows nothing is not known for examples {list_some(unknown)}. "
+                "Pass forgotten_loss= (the loss from which an example counts as forgotten), or "
+                "step='theory': the outputs behind the module's `influence_loss` could not be told."
             )
         return self._chance
 

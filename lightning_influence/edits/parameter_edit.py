@@ -9,21 +9,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Group, RenderableType
 from rich.jupyter import JupyterMixin
 from rich.table import Table
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from lightning_influence.results.rendering import facts_table, plain
-from lightning_influence.support.arguments import distinct
+from lightning_influence.results.rendering import build_facts_table, render_plain
+from lightning_influence.support.arguments import are_distinct
 from lightning_influence.support.errors import (
     CorruptFileError,
     EditMismatchError,
     InfluenceWarning,
     NonFiniteError,
+    add_note,
 )
 from lightning_influence.support.storage import PathLike, check_kind, load_tensors, save_tensors
 
@@ -195,7 +197,7 @@ class Change:
         index, count = self.index, math.prod(self.shape)
         if index.ndim != 1 or index.dtype != torch.int64 or not len(index):
             raise ValueError(f"positions of shape {tuple(index.shape)} and {index.dtype}, not int64 (k,)")
-        if int(index.min()) < 0 or int(index.max()) >= count or not distinct(index):
+        if int(index.min()) < 0 or int(index.max()) >= count or not are_distinct(index):
             raise ValueError(f"positions that are not distinct and from 0 to {count - 1}")
         for name, values in (("before", self.before), ("after", self.after)):
             # One value for all positions would be written to each of them without a word.
@@ -300,7 +302,7 @@ class ParameterEdit(JupyterMixin):
         except EditMismatchError as mismatch:
             if error is None:
                 raise
-            error.add_note(str(mismatch))
+            add_note(error, str(mismatch))
             warnings.warn(str(mismatch), InfluenceWarning, stacklevel=2)
 
     def save(self, path: PathLike) -> Path:
@@ -403,12 +405,12 @@ class ParameterEdit(JupyterMixin):
         state = "applied" if self.applied else "not applied"
         title = f"Edit to {self.report.kind} {self.report.edited.examples} examples ({state})"
         return Group(
-            facts_table(self.report.facts(), title), self.report.layer_table(), self.report.loss_table()
+            build_facts_table(self.report.facts(), title), self.report.layer_table(), self.report.loss_table()
         )
 
     def __str__(self) -> str:
         """Return the tables as text."""
-        return plain(self)
+        return render_plain(self)
 
     def __repr__(self) -> str:
         report = self.report

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.linalg.estimates import Product
+from lightning_influence.linalg.lanczos import PreconditionedSpectrum
 from lightning_influence.linalg.minibatch_rounds import BatchProduct, Round, sampled_rounds
-from lightning_influence.linalg.preconditioned_spectrum import PreconditionedSpectrum
-from lightning_influence.linalg.stopping import Progress, Solution
+from lightning_influence.linalg.stopping import Progress, Solution, compute_remainder
 from lightning_influence.support.errors import DivergenceError
 
 # Momentum averages over 1 / (1 - beta) steps; more than this long a memory hides what the residual says.
@@ -158,7 +158,7 @@ def astra(
             seed=seed,
         )
     progress, solutions = Progress(vectors, tolerance), torch.zeros_like(vectors)
-    remainder, velocity, steps = vectors.clone(), torch.zeros_like(vectors), 0
+    remainder, velocity, steps, products = vectors.clone(), torch.zeros_like(vectors), 0, 0
     rows = progress.observe(remainder).nonzero().flatten()
     first = (vectors * precondition(vectors)).sum(dim=1).clamp_min(torch.finfo(vectors.dtype).tiny)
     grown = torch.zeros_like(first)
@@ -174,7 +174,10 @@ def astra(
         rows = rows[progress.observe(remainder[rows], rows)]
     if steps > 1 and len(rows) and bool(((precondition(remainder) * remainder).sum(dim=1) > 4 * first).any()):
         raise DivergenceError(_explain(plan))
-    return Solution(solutions, progress.residuals, steps, steps, progress.history)
+    if steps and vectors.dtype != torch.float64:  # the products of the steps were in the answer's precision
+        progress.observe(compute_remainder(product, vectors, solutions))
+        products += 1
+    return Solution(solutions, progress.residuals, steps, products + steps, progress.history)
 
 
 def _explain(plan: AstraPlan) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.linalg.estimates import Product
-from lightning_influence.linalg.stopping import Progress, Solution, error_bounds
+from lightning_influence.linalg.stopping import Progress, Solution, bound_errors, compute_remainder
 from lightning_influence.support.errors import DivergenceError
 
 # Exact arithmetic keeps the residual at most twice the first one (of a zero start).
@@ -82,16 +82,16 @@ def chebyshev(
         open_ = progress.observe(remainder[rows], rows)
         _check_growth(progress, limit, largest, direction, image)
         if enough_steps is None or steps < enough_steps:
-            open_ |= error_bounds(remainder[rows], solutions[rows], smallest) > tolerance
+            open_ |= bound_errors(remainder[rows], solutions[rows], smallest) > tolerance
         rows, direction = rows[open_], direction[open_]
         following = 1.0 / (2.0 * middle / half - ratio)
         direction = following * ratio * direction + (2.0 * following / half) * remainder[rows]
         ratio = following
     if steps:  # the recursion would go on falling below what the precision allows
-        remainder = vectors - product(solutions)
+        remainder = compute_remainder(product, vectors, solutions)
         products += 1
         progress.observe(remainder)
-    bounds = error_bounds(remainder, solutions, smallest)
+    bounds = bound_errors(remainder, solutions, smallest)
     facts = {"error_bound": float(bounds.max()) if len(bounds) else 0.0}
     return Solution(solutions, progress.residuals, steps, products + steps, progress.history, facts)
 

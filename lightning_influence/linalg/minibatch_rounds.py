@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.linalg.estimates import Product
-from lightning_influence.linalg.stopping import Progress, Solution, error_bounds
+from lightning_influence.linalg.stopping import Progress, Solution, bound_errors, compute_remainder
 from lightning_influence.support.errors import DivergenceError
 
 BatchProduct = Callable[[Tensor, int, int], Tensor]
@@ -83,7 +83,7 @@ def sampled_rounds(
             use all examples on.
         max_steps: most steps in all.
         tolerance: a right-hand side is done when its relative residual is at most this, and its relative
-            error by the bound of :func:`~.stopping.error_bounds` or by the last round's correction.
+            error by the bound of :func:`~.stopping.bound_errors` or by the last round's correction.
         seed: of the minibatches.
 
     Returns:
@@ -117,7 +117,7 @@ def sampled_rounds(
         before, change[rows] = change[rows], (length * correction).norm(dim=1)
         rate = change[rows] / before
         open_ = progress.observe(remainder[rows], rows)
-        error = error_bounds(remainder[rows], solutions[rows], smallest)
+        error = bound_errors(remainder[rows], solutions[rows], smallest)
         left = change[rows] / solutions[rows].norm(dim=1).clamp_min(torch.finfo(change.dtype).tiny)
         guessed = torch.where((rate > 0) & (rate < 1), _SAFETY * left * rate / (1 - rate), torch.inf)
         open_ |= torch.minimum(error, guessed) > tolerance
@@ -127,7 +127,7 @@ def sampled_rounds(
             plan = regrow(2 * plan.batch)
         rows = rows[open_]
     if rounds:  # the recursion would go on falling below what the precision allows
-        progress.observe(vectors - product(solutions))
+        progress.observe(compute_remainder(product, vectors, solutions))
     facts: dict[str, Any] = {
         "rounds": rounds,
         "batch": plan.batch,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.two_level import Correction, TwoLevel
-from lightning_influence.linalg.block_krylov import block_krylov
+from lightning_influence.linalg.block_krylov import Subspace, block_krylov
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
 from lightning_influence.methods.coarse_building import CoarseBuilder, vector_bytes
 from lightning_influence.methods.context import digest
@@ -172,8 +172,7 @@ class Auto(Method):
             block_krylov(
                 lambda v: self._products(v)[0].add_(damping * v),
                 self.inverse.apply,
-                vectors,
-                start=start,
+                Subspace(vectors, start),
                 max_steps=self.max_steps,
                 tolerance=self.tolerance,
             )

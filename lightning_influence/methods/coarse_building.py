@@ -9,7 +9,7 @@ from lightning_influence.curvature.coarse_space import CoarseSpace, extended, pr
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.two_level import TwoLevel, rescaled
-from lightning_influence.linalg.orthonormal import orthonormal
+from lightning_influence.linalg.orthonormal import orthonormalise
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.gathering import GradientPass, gather
 from lightning_influence.methods.scoring_passes import SelfInfluencePass
@@ -100,7 +100,7 @@ class CoarseBuilder:
         vectors, anchors = self._preconditioned(sample, chosen)
         if space is not None:
             return extended(space, vectors, anchors, lambda fresh: self.products(fresh)[0])
-        fresh, mixing = orthonormal(vectors)
+        fresh, mixing, _ = orthonormalise(vectors)
         product, probe_product = self.products(fresh, probes(PROBES, layout.numel, fresh))
         mixtures = self._mixtures() if self._estimated and self._columns is not None else 0
         return CoarseSpace(

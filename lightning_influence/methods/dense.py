@@ -13,7 +13,12 @@ from lightning_influence.curvature.blocks import DenseBlockPass, block_indices
 from lightning_influence.curvature.factors import Factors, LayerStatistics
 from lightning_influence.curvature.gauss_newton import DenseCurvaturePass
 from lightning_influence.curvature.hessian import DenseHessianPass
-from lightning_influence.linalg.dense_solve import BlockSolver, DenseSolver, check_size, definite
+from lightning_influence.linalg.dense_solve import (
+    BlockSolver,
+    DenseSolver,
+    check_size,
+    treat_negative_curvature,
+)
 from lightning_influence.methods.context import note_estimate
 from lightning_influence.methods.method import Gradients, Method, Solved, register_method
 from lightning_influence.methods.scorers import DenseScorer
@@ -99,7 +104,9 @@ class Exact(DenseMethod):
         self.mean_weight = one_pass.mean_weight
         note_estimate(context, one_pass.estimated)
         damping = context.resolve_damping(as_factors(context.layout, torch.diagonal(matrix)), "full")
-        self.solver = DenseSolver(matrix, context.layout.expand(damping, matrix))
+        # An eigenvalue of a matrix of squares is only as far off as the square of what its roots are.
+        rounding = len(matrix) * torch.finfo(context.dtype).eps ** 2
+        self.solver = DenseSolver(matrix, context.layout.expand(damping, matrix), rounding)
 
 
 @register_method("block_ggn")
@@ -132,7 +139,8 @@ class BlockGGN(DenseMethod):
         indices = [index.to(found[0].device) for index in block_indices(context.plan, options.blocks)]
         diagonal = _joined([torch.diagonal(block) for block in blocks], indices)
         damping = context.resolve_damping(as_factors(context.layout, diagonal), "closed")
-        self.solver = BlockSolver(blocks, indices, context.layout.expand(damping, diagonal))
+        rounding = len(diagonal) * torch.finfo(context.dtype).eps ** 2
+        self.solver = BlockSolver(blocks, indices, context.layout.expand(damping, diagonal), rounding)
 
 
 def _joined(parts: list[Tensor], indices: list[Tensor]) -> Tensor:
@@ -147,7 +155,7 @@ class Hessian(DenseMethod):
     """``(|H| + lambda I)^{-1}`` with the dense Hessian ``H`` of the average training loss, in float64.
 
     The option ``negative_curvature`` says what becomes of negative eigenvalues, which a trained network's
-    Hessian has as a rule: ``"absolute"`` (the default, see :func:`~..solvers.definite.definite`), ``"clip"``,
+    Hessian has as a rule: ``"absolute"`` (the default; :func:`.treat_negative_curvature`), ``"clip"``,
     ``"keep"`` for ``(H + lambda I)^{-1}`` as it is, or ``"refuse"`` for an error where ``H + lambda I`` is
     not positive definite. What was found is in ``diagnostics.extra``. Without negative curvature, all give
     the same.
@@ -168,10 +176,18 @@ class Hessian(DenseMethod):
         context.run_on_train(one_pass)
         matrix = self._covered(one_pass.result(context.runner.all_reduce_sum), layout)
         self.mean_weight = one_pass.mean_weight
-        found = definite(matrix, options.negative_curvature)
+        found = treat_negative_curvature(matrix, options.negative_curvature)
         factors = as_factors(context.layout, torch.diagonal(found.magnitude))
         damping = context.layout.expand(context.resolve_damping(factors, "full"), found.matrix)
-        self.solver = DenseSolver(found.matrix, damping)
+        rounding = len(matrix) ** 0.5 * torch.finfo(context.dtype).eps
+        self.solver = DenseSolver(found.matrix, damping, rounding)
+        if float(damping.min()) > 0 and self.solver.smallest <= self.solver.floor:
+            precision = str(context.dtype).removeprefix("torch.")
+            context.notes.add(
+                f"The Hessian plus the damping ({float(damping.min()):.3g}) has an eigenvalue of about "
+                f"{self.solver.smallest:.2g}, and up to {self.solver.floor:.2g} they are rounding of "
+                f"{precision}: scores may be dominated by directions without curvature. Raise the damping."
+            )
         if not self.solver.is_definite and options.negative_curvature in {"refuse", "keep"}:
             message = (
                 f"The Hessian plus the damping ({float(damping.min()):.3g}) is not positive definite: its "

@@ -270,9 +270,9 @@ def joined(
             end._replace(scores=end.scores.to(context.dtype)) for end in (extremes.top, extremes.bottom)
         )
         extremes = extremes._replace(top=top, bottom=bottom)
-        extremes = extremes.gathered(runner.all_gather_cat, sink.k)
+        extremes = extremes.gather(runner.all_gather_cat, sink.k)
     return Attributions.from_extremes(
-        extremes.scaled(scale),
+        extremes.scale(scale),
         query_indices=query_indices,
         query_dataloaders=dataloaders,
         diagnostics=diagnostics,

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from lightning_influence.curvature.blocks import Blocks
 from lightning_influence.linalg.dense_solve import NegativeCurvature
 from lightning_influence.model.captured import Fisher
-from lightning_influence.support.arguments import is_count
+from lightning_influence.support.arguments import check_choice, check_count, check_number, is_number
 
 Damping = float | Literal["auto", "heuristic"]
 Curvature = Literal["ggn", "hessian"]
@@ -69,7 +69,7 @@ class Options:
 
     def __post_init__(self) -> None:
         damping = self.damping
-        if damping not in ("auto", "heuristic") and not _is_number(damping, math.inf):
+        if damping not in ("auto", "heuristic") and not (is_number(damping) and 0 <= damping < math.inf):
             raise ValueError(
                 f"Got damping={damping!r}; accepted are 'auto', 'heuristic' or a finite number of at least 0."
             )
@@ -87,9 +87,8 @@ class Options:
         }
         for name, literal in choices.items():
             value = getattr(self, name)
-            if value not in get_args(literal) and not (name == "fisher" and value is None):
-                names = ", ".join(repr(choice) for choice in get_args(literal))
-                raise ValueError(f"Got {name}={value!r}; accepted are {names}.")
+            if not (name == "fisher" and value is None):
+                check_choice(name, value, get_args(literal))
 
     def _check_counts(self) -> None:
         least = {
@@ -104,8 +103,7 @@ class Options:
             value = getattr(self, name)
             if value is None and name in {"max_steps", "batch_size"}:
                 continue
-            if not is_count(value, lowest):
-                raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {lowest}.")
+            check_count(name, value, lowest)
 
     def _check_numbers(self) -> None:
         limits = {
@@ -119,11 +117,4 @@ class Options:
             value = getattr(self, name)
             if value is None and name != "self_influence_tolerance":
                 continue
-            if not _is_number(value, limit) or (name == "step_size" and not value > 0):
-                below = "finite numbers" if math.isinf(limit) else f"numbers below {limit:g}"
-                least = "above 0" if name == "step_size" else "of at least 0"
-                raise ValueError(f"Got {name}={value!r}; accepted are {below} {least}.")
-
-
-def _is_number(value: object, limit: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < limit
+            check_number(name, value, below=limit, positive=name == "step_size")

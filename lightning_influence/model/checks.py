@@ -15,7 +15,7 @@ from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers import Layer
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import InfluenceWarning, NonFiniteError, UnsupportedModelError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 # Relative error of a sum of gradients: TF32 and autocast are not exact.
 _LIMITS = {torch.float64: 1e-8, torch.float32: 1e-2}
@@ -189,7 +189,7 @@ def check_order(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor]
     def same(others: Tensor | None, order: list[int]) -> bool:
         return others is not None and bool(((others - values[order]).abs() <= limit).all())
 
-    with preserved_rng():
+    with preserve_rng():
         for order in _orders(values, limit):
             other = _try(losses, _try(rearranged, batch, order, count), len(order))
             if other is None or same(other, order):

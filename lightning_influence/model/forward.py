@@ -16,7 +16,12 @@ from lightning_influence.model.losses.hook import check_per_example, per_example
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.model.recorder import Recorder
-from lightning_influence.support.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
+from lightning_influence.support.errors import (
+    LossCaptureError,
+    NonFiniteError,
+    UnsupportedModelError,
+    add_note,
+)
 
 _OUTSIDE_FIT = (
     "This was raised by the module's `training_step`, which influence runs on training and query batches, in "
@@ -178,7 +183,7 @@ def _call(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
     try:
         result = module.training_step(*arguments)
     except Exception as error:
-        error.add_note(_OUTSIDE_FIT)
+        add_note(error, _OUTSIDE_FIT)
         raise
     loss = result.get("loss") if isinstance(result, dict) else result
     if not isinstance(loss, Tensor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_influence.model.captured import Captured
@@ -14,6 +13,7 @@ from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.model.recorder import Recorder
+from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import UnsupportedModelError
 
 
@@ -40,7 +40,7 @@ class LiveCapture:
     def open(self) -> None:
         """Put hooks on the layers and watch for losses."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(eagerly())
             stack.enter_context(self._recorder)
             stack.enter_context(self._losses)
             self._stack = stack.pop_all()

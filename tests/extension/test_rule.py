@@ -11,7 +11,7 @@ from lightning_influence import InfluenceModule, InfluenceTrainer
 from lightning_influence.edits import (
     Problem,
     SelectionRule,
-    Solve,
+    SubsetSolution,
     count_budget,
     direction_names,
     register_direction,
@@ -50,9 +50,9 @@ class MostActive(SelectionRule):
 
 
 @register_direction("mine")
-def solve_by_diagonal(problem: Problem) -> Solve:
+def solve_by_diagonal(problem: Problem) -> SubsetSolution:
     """The gradient, each parameter over a rough diagonal of its own curvature."""
-    return Solve(problem.gradient * problem.inverse_diagonal, residual=0.0, steps=0)
+    return SubsetSolution(problem.gradient * problem.inverse_diagonal, residual=0.0, steps=0)
 
 
 @register_direction("wrong")
@@ -135,7 +135,7 @@ def test_a_direction_serves_and_has_to_return_a_solve(trained):
     edit = trainer.forget(y == 0, module, loader, **options)
     assert edit.report.method == "mine"
     assert edit.report.edited.after > edit.report.edited.before
-    with pytest.raises(TypeError, match=r"Direction 'wrong' returned Tensor; accepted is a Solve"):
+    with pytest.raises(TypeError, match=r"Direction 'wrong' returned Tensor; accepted is a SubsetSolution"):
         trainer.forget(y == 0, module, loader, method="wrong")
 
 

@@ -30,8 +30,13 @@ def curvature(loss: OutputLoss) -> Tensor:
     return torch.einsum("kni,knj->nij", stacked, stacked)
 
 
-def check_against_torch(loss: OutputLoss, function: Callable[[Tensor], Tensor]) -> None:
-    """`function(outputs)` is the batch's loss as torch computes it; its derivatives are the reference."""
+def check_against_torch(
+    loss: OutputLoss, function: Callable[[Tensor], Tensor], information: Tensor | None = None
+) -> None:
+    """`function(outputs)` is the batch's loss as torch computes it; its derivatives are the reference.
+
+    `information`, blocks (B, d, d), is the reference of curvatures that are no Hessian of the batch's loss.
+    """
     outputs = loss.outputs.detach()
     share = loss.scale / loss.weights().sum()
     torch.testing.assert_close(loss.batch_value(), function(outputs), **TIGHT)
@@ -39,11 +44,25 @@ def check_against_torch(loss: OutputLoss, function: Callable[[Tensor], Tensor]) 
         share * loss.per_example().sum(), function(outputs), check_dtype=False, **TIGHT
     )
     torch.testing.assert_close(share * loss.gradient(), torch.func.grad(function)(outputs), **TIGHT)
-    hessian = torch.func.hessian(function)(outputs)
-    torch.testing.assert_close(share * curvature(loss), blocks(hessian, loss.num_examples), **TIGHT)
+    if information is None:
+        information = blocks(torch.func.hessian(function)(outputs), loss.num_examples)
+    torch.testing.assert_close(share * curvature(loss), information, **TIGHT)
+    check_mixtures(loss)
     check_products(loss)
     (through_values,) = torch.autograd.grad(loss.per_example().sum(), loss.outputs)
     torch.testing.assert_close(through_values, loss.gradient(), **TIGHT)
+
+
+def check_mixtures(loss: OutputLoss) -> None:
+    """Mixed columns and their energies: the loss's own way, and the one by columns."""
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(loss.num_examples, loss.num_columns, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(
+        loss.mix_columns(weights), OutputLoss.mix_columns(loss, weights), check_dtype=False, **TIGHT
+    )
+    torch.testing.assert_close(
+        loss.column_energies(), OutputLoss.column_energies(loss), check_dtype=False, **TIGHT
+    )
 
 
 def check_products(loss: OutputLoss) -> None:

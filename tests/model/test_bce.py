@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.model.losses import bce
-from lightning_influence.model.losses.bce import parse_bce_with_logits
+from lightning_influence.model.losses.bce import parse_bce, parse_bce_with_logits
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 
 B = 3
@@ -106,3 +106,49 @@ def test_refusals():
         parse_bce_with_logits(outputs, target, weight=-torch.ones(2))
     with pytest.raises(LossCaptureError, match="without a batch dimension"):
         parse_bce_with_logits(outputs[0, 0], target[0, 0])
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    rest=st.lists(st.integers(1, 2), max_size=2),
+    reduction=st.sampled_from(["mean", "sum"]),
+    weighted=st.booleans(),
+    soft=st.booleans(),
+)
+def test_probabilities_have_the_information_of_bits(rest, reduction, weighted, soft):
+    shape = (B, *rest)
+    p, target = normal(*shape).sigmoid().requires_grad_(), normal(*shape, seed=1).sigmoid()
+    target = target if soft else target.round()
+    weight = normal(*shape, seed=2).abs() if weighted else None
+    loss = parse_bce(p, target, weight, reduction)
+    leaf = p.detach().expand(2, *shape).clone().requires_grad_()
+    bits = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, *(1 for _ in shape)).expand_as(leaf)
+    (slope,) = torch.autograd.grad(F.binary_cross_entropy(leaf, bits, reduction="sum"), leaf)
+    chance = torch.stack([1 - p.detach(), p.detach()])
+    diagonal = (chance * slope.square()).sum(0) * (1 if weight is None else weight)
+    diagonal = diagonal.reshape(B, -1) / (p.numel() if reduction == "mean" else 1)
+    check_against_torch(
+        loss,
+        lambda o: F.binary_cross_entropy(o, target, weight, reduction=reduction),
+        torch.diag_embed(diagonal),
+    )
+
+
+def test_probabilities_behind_a_sigmoid_curve_like_logits():
+    logits, target = normal(B, 2).requires_grad_(), normal(B, 2, seed=1).sigmoid().round()
+    by_logits, p = parse_bce_with_logits(logits, target), logits.sigmoid()
+    by_probabilities = parse_bce(p, target)
+    slope = (p * (1 - p)).detach()
+    torch.testing.assert_close(by_probabilities.curvature() * slope.square(), by_logits.curvature(), **TIGHT)
+    torch.testing.assert_close(by_probabilities.margin(), by_logits.margin(), **TIGHT)
+    torch.testing.assert_close(by_probabilities.true_score(), ((2 * target - 1) * p).sum(1), **TIGHT)
+    draws = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    torch.testing.assert_close(by_probabilities.sample(draws[0]) * slope, by_logits.sample(draws[1]), **TIGHT)
+
+
+def test_certain_probabilities_stay_finite():
+    p = torch.tensor([[0.0], [1.0], [1.0]], dtype=torch.float64, requires_grad=True)
+    loss = parse_bce(p, torch.tensor([[0.0], [1.0], [0.0]]).double())
+    for tensor in (loss.per_example(), loss.gradient(), loss.curvature(), loss.margin()):
+        assert torch.isfinite(tensor).all()
+    torch.testing.assert_close(loss.batch_value(), F.binary_cross_entropy(p, loss.targets).detach(), **TIGHT)

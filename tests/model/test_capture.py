@@ -156,17 +156,36 @@ def test_a_small_change_is_noticed(logits, target):
     refusal(lambda: F.cross_entropy(single, target) * (1 + 1e-3), "no single call")
 
 
-@pytest.mark.parametrize(
-    "name", ["l1_loss", "huber_loss", "kl_div", "binary_cross_entropy", "poisson_nll_loss"]
-)
+@pytest.mark.parametrize("name", ["soft_margin_loss", "multilabel_soft_margin_loss", "hinge_embedding_loss"])
 def test_unknown_losses_are_named(logits, name):
-    p = logits.sigmoid()
     message = refusal(
-        lambda: getattr(F, name)(p, torch.full_like(p, 0.5)), f"F.{name} has no known output curvature"
+        lambda: getattr(F, name)(logits, torch.ones_like(logits)), f"F.{name} has no known output curvature"
     )
     assert (
-        "Accepted are F.binary_cross_entropy_with_logits, F.cross_entropy, F.mse_loss, F.nll_loss" in message
+        "Accepted are F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.cross_entropy" in message
     )
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+def test_every_named_loss_is_found_under_its_reductions(logits):
+    p, half, log_p = logits.sigmoid(), torch.full_like(logits, 0.5), logits.log_softmax(1)
+    calls = {
+        F.l1_loss: (logits, half),
+        F.huber_loss: (logits, half),
+        F.smooth_l1_loss: (logits, half),
+        F.binary_cross_entropy: (p, half),
+        F.poisson_nll_loss: (logits, half),
+        F.gaussian_nll_loss: (logits, half, p),
+        F.kl_div: (log_p, half / half.sum(1, keepdim=True)),
+    }
+    for function, arguments in calls.items():
+        for reduction in ("mean", "sum"):
+            loss = resolve(lambda: function(*arguments, reduction=reduction))  # noqa: B023
+            assert loss.reduction == reduction
+        for step in (Tensor.mean, Tensor.sum):
+            value = step(function(*arguments, reduction="none"))
+            found = resolve(lambda: step(function(*arguments, reduction="none")))  # noqa: B023
+            torch.testing.assert_close(found.batch_value(), value.detach())
 
 
 def test_ctc_loss_is_named():

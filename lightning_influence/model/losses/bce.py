@@ -1,14 +1,18 @@
-"""Logistic losses: ``F.binary_cross_entropy_with_logits``.
+"""Logistic losses: ``F.binary_cross_entropy_with_logits`` and ``F.binary_cross_entropy``.
 
 With ``p = sigmoid(f)``, target ``y``, weight ``w`` and positive weight ``v``, one element's term is ``-w (v y
 log p + (1 - y) log(1 - p))``. Its gradient is ``w ((1 - y) p - v y (1 - p))`` and its second derivative ``c p
 (1 - p)`` with ``c = w (1 - y + v y)``: the variance of ``sqrt(c) (p - y')`` for ``y'`` drawn from
 Bernoulli(p). A mean over the ``d`` elements of an example divides all of it by ``d``.
+
+Where the outputs are the probabilities themselves, the curvature is the Fisher information ``w / (p (1 -
+p))``: behind a sigmoid it gives the same Gauss-Newton matrix as the logits do.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,14 +20,48 @@ from torch.nn import functional
 
 from lightning_influence.model.losses.draws import draw_bits
 from lightning_influence.model.losses.elementwise import ElementwiseLoss
-from lightning_influence.model.losses.loss import working
-from lightning_influence.model.losses.registry import constant, reduction_of, register
+from lightning_influence.model.losses.loss import Reduction, working
+from lightning_influence.model.losses.registry import constant, register_loss
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
+
+# Torch divides by no less in the gradient of F.binary_cross_entropy, and takes no logarithm below -100.
+_LEAST_VARIANCE, _LEAST_LOGARITHM = 1e-12, -100.0
 
 
 @dataclass(frozen=True, eq=False)
-class BinaryCrossEntropyLoss(ElementwiseLoss):
-    """Binary cross-entropy of logits; hard or soft targets in the shape of the outputs.
+class BernoulliLoss(ElementwiseLoss):
+    """What logits and probabilities have in common: hard or soft targets in the shape of the outputs."""
+
+    def labelled(self, log_odds: Tensor) -> Tensor:
+        """Sum log-odds, negated where the label is 0, over the elements that count.
+
+        Args:
+            log_odds: of a label of 1, in the shape of the outputs.
+
+        Returns:
+            Shape ``(B,)``.
+
+        Raises:
+            UnsupportedModelError: if the targets are soft.
+        """
+        counts = self._weighted(self.coefficients) > 0
+        if not bool(((self.goals == 0) | (self.goals == 1) | ~counts).all()):
+            raise UnsupportedModelError(
+                "The binary cross-entropy has soft targets, so no label is the true one. Accepted for "
+                "`margin` and `logit` are targets of 0 and 1; measure the loss, or pass a callable."
+            )
+        scores = torch.where(counts, (2 * self.goals - 1) * log_odds, 0.0)
+        return scores.reshape(self.num_examples, -1).sum(1)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Factor of each element's curvature beside the weight, in the shape of the outputs: 1."""
+        return torch.ones_like(self.detached)
+
+
+@dataclass(frozen=True, eq=False)
+class BinaryCrossEntropyLoss(BernoulliLoss):
+    """Binary cross-entropy of logits.
 
     Attributes:
         pos_weight: factor of the positive part of each term, broadcast to the shape of the outputs, or None.
@@ -31,29 +69,25 @@ class BinaryCrossEntropyLoss(ElementwiseLoss):
 
     pos_weight: Tensor | None = None
 
-    def per_example(self) -> Tensor:
-        """Return the mean of the example's terms (their sum for sums), shape ``(B,)``, differentiable."""
-        weight, positive = self._factors()
-        values = functional.binary_cross_entropy_with_logits(
-            working(self.outputs), self._targets(), weight=weight, pos_weight=positive, reduction="none"
+    def terms(self, outputs: Tensor) -> Tensor:
+        """Return ``-v y log p - (1 - y) log(1 - p)``."""
+        return functional.binary_cross_entropy_with_logits(
+            outputs, self.goals, pos_weight=self._positive, reduction="none"
         )
-        return values.reshape(self.num_examples, -1).sum(1) * self.unit
 
-    def gradient(self) -> Tensor:
-        """Return the seed of the training loss, ``w ((1 - y) p - v y (1 - p)) / d``."""
-        weight, positive = self._factors()
-        p, y = self._probabilities(), self._targets()
-        return self.unit * weight * ((1 - y) * p - positive * y * (1 - p))
+    def slopes(self) -> Tensor:
+        """Return ``(1 - y) p - v y (1 - p)``."""
+        p, y = self._probabilities, self.goals
+        return (1 - y) * p - self._positive * y * (1 - p)
 
-    def curvature(self) -> Tensor:
-        """Return ``c p (1 - p) / d``, in the shape of the outputs."""
-        p = self._probabilities()
-        return self.unit * self._coefficient() * p * (1 - p)
+    def bends(self) -> Tensor:
+        """Return ``(1 - y + v y) p (1 - p)``."""
+        return self.coefficients * self._probabilities * (1 - self._probabilities)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Return one random seed: ``sqrt(c / d) (p - y')`` with ``y'`` drawn from Bernoulli(p)."""
-        p = self._probabilities()
-        return (self.unit * self._coefficient()).sqrt() * (p - draw_bits(p, generator))
+        residual = self._probabilities - draw_bits(self._probabilities, generator)
+        return (self._weighted(self.coefficients) * self.unit).sqrt() * residual
 
     def true_score(self) -> Tensor:
         """Return the logit, negated where the label is 0, summed over the elements that count, ``(B,)``.
@@ -61,14 +95,7 @@ class BinaryCrossEntropyLoss(ElementwiseLoss):
         Raises:
             UnsupportedModelError: if the targets are soft.
         """
-        targets, coefficient = self._targets(), self._coefficient()
-        if not bool(((targets == 0) | (targets == 1) | (coefficient == 0)).all()):
-            raise UnsupportedModelError(
-                "The binary cross-entropy has soft targets, so no label is the true one. Accepted for "
-                "`margin` and `logit` are targets of 0 and 1; measure the loss, or pass a callable."
-            )
-        scores = torch.where(coefficient > 0, (2 * targets - 1) * working(self.outputs), 0.0)
-        return scores.reshape(self.num_examples, -1).sum(1)
+        return self.labelled(working(self.outputs))
 
     def margin(self) -> Tensor:
         """Return the log-odds of the true labels, ``(B,)``: the same as :meth:`true_score` here.
@@ -78,35 +105,73 @@ class BinaryCrossEntropyLoss(ElementwiseLoss):
         """
         return self.true_score()
 
+    @property
+    def coefficients(self) -> Tensor:
+        """Return ``1 - y + v y``."""
+        return 1 - self.goals + self._positive * self.goals
+
+    @cached_property
     def _probabilities(self) -> Tensor:
-        return working(self.outputs.detach()).sigmoid()
+        return self.detached.sigmoid()
 
-    def _targets(self) -> Tensor:
-        return self.targets.detach().to(working(self.outputs.detach()).dtype)
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """Return ``w`` and ``v``, each in the shape of the outputs."""
-        like = working(self.outputs.detach())
-        one = torch.ones((), dtype=like.dtype, device=like.device)
-        weight = one if self.element_weights is None else self.element_weights.detach().to(like.dtype)
-        positive = one if self.pos_weight is None else self.pos_weight.detach().to(like.dtype)
-        return weight.expand(like.shape), positive.expand(like.shape)
-
-    def _coefficient(self) -> Tensor:
-        """Return ``c = w (1 - y + v y)``."""
-        weight, positive = self._factors()
-        targets = self._targets()
-        return weight * (1 - targets + positive * targets)
+    @cached_property
+    def _positive(self) -> Tensor:
+        """Return ``v`` in the shape of the outputs."""
+        like = self.detached
+        return (
+            like.new_ones(()) if self.pos_weight is None else self.pos_weight.detach().to(like)
+        ).expand_as(like)
 
 
-@register(functional.binary_cross_entropy_with_logits)
+@dataclass(frozen=True, eq=False)
+class ProbabilityLoss(BernoulliLoss):
+    """Binary cross-entropy of probabilities."""
+
+    def terms(self, outputs: Tensor) -> Tensor:
+        """Return ``-y log p - (1 - y) log(1 - p)``, logarithms being cut off as torch does."""
+        return functional.binary_cross_entropy(outputs, self.goals, reduction="none")
+
+    def slopes(self) -> Tensor:
+        """Return ``(p - y) / (p (1 - p))``."""
+        return (self.detached - self.goals) / self._variance
+
+    def bends(self) -> Tensor:
+        """Return ``1 / (p (1 - p))``, the Fisher information."""
+        return 1 / self._variance
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Return one random seed: ``sqrt(w / d) (p - y') / (p (1 - p))``, ``y'`` drawn from Bernoulli(p)."""
+        residual = self.detached - draw_bits(self.detached, generator)
+        return (self._weighted(self.coefficients) * self.unit).sqrt() * residual / self._variance
+
+    def true_score(self) -> Tensor:
+        """Return the probability, negated where the label is 0, summed over what counts, ``(B,)``.
+
+        Raises:
+            UnsupportedModelError: if the targets are soft.
+        """
+        return self.labelled(working(self.outputs))
+
+    def margin(self) -> Tensor:
+        """Return the log-odds of the true labels, summed over the elements that count, ``(B,)``.
+
+        Raises:
+            UnsupportedModelError: if the targets are soft.
+        """
+        p = working(self.outputs)
+        return self.labelled(p.log().clamp_min(_LEAST_LOGARITHM) - (-p).log1p().clamp_min(_LEAST_LOGARITHM))
+
+    @cached_property
+    def _variance(self) -> Tensor:
+        return (self.detached * (1 - self.detached)).clamp_min(_LEAST_VARIANCE)
+
+
+@register_loss(functional.binary_cross_entropy_with_logits)
 def parse_bce_with_logits(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     pos_weight: Tensor | None = None,
 ) -> BinaryCrossEntropyLoss:
     """Read a call of ``F.binary_cross_entropy_with_logits``; the arguments are its own.
@@ -117,26 +182,47 @@ def parse_bce_with_logits(
     Raises:
         LossCaptureError: if targets or weights depend on the parameters, or make the curvature negative.
     """
-    if input.dim() == 0:
-        raise LossCaptureError(
-            "Got one logit without a batch dimension. Accepted are outputs of shape (B, ...): keep the "
-            "dimension."
-        )
-    factors = {"weight": weight, "pos_weight": pos_weight}
-    for name, factor in factors.items():
-        if factor is not None:
-            constant(name, factor)
-    loss = BinaryCrossEntropyLoss(
-        outputs=input,
-        targets=constant("target", target),
-        num_examples=input.shape[0],
-        reduction=reduction_of(reduction, size_average, reduce),
-        element_weights=weight,
-        pos_weight=pos_weight,
-    )
+    _check(input, target, {"weight": weight, "pos_weight": pos_weight})
+    loss = BinaryCrossEntropyLoss(input, target, len(input), reduction, weight, pos_weight)
     constant(
         "curvature coefficient weight * (1 - target + pos_weight * target)",
-        loss._coefficient(),
+        loss._weighted(loss.coefficients),
         non_negative=True,
     )
     return loss
+
+
+@register_loss(functional.binary_cross_entropy)
+def parse_bce(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: Reduction = "mean"
+) -> ProbabilityLoss:
+    """Read a call of ``F.binary_cross_entropy``; the arguments are its own.
+
+    Returns:
+        The loss, with one example per row.
+
+    Raises:
+        LossCaptureError: if targets or weights depend on the parameters, or a weight is negative.
+    """
+    _check(input, target, {"weight": weight})
+    if weight is not None:
+        constant("weight", weight, non_negative=True)
+        weight = weight.expand(input.shape)
+    return ProbabilityLoss(input, target, len(input), reduction, weight)
+
+
+def _check(input: Tensor, target: Tensor, factors: dict[str, Tensor | None]) -> None:
+    """Refuse outputs without a batch dimension, and arguments that depend on the parameters.
+
+    Raises:
+        LossCaptureError: naming the argument.
+    """
+    if input.dim() == 0:
+        raise LossCaptureError(
+            "Got one output without a batch dimension. Accepted are outputs of shape (B, ...): keep the "
+            "dimension."
+        )
+    constant("target", target)
+    for name, factor in factors.items():
+        if factor is not None:
+            constant(name, factor)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
 
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
 from lightning_influence.model.losses.registry import (
@@ -57,12 +58,7 @@ class LossCall:
         Raises:
             LossCaptureError: if the function, its arguments or the number of its rows cannot be worked with.
         """
-        if not is_supported(self.function):
-            raise LossCaptureError(
-                f"{loss_name(self.function)} has no known output curvature. Accepted are "
-                f"{supported_losses()}."
-            )
-        if self.versions != versions_of((*self.args, *self.kwargs.values())):
+        if is_supported(self.function) and self.versions != versions_of((*self.args, *self.kwargs.values())):
             raise LossCaptureError(
                 f"An argument of {loss_name(self.function)} was changed in place after the call. Accepted "
                 "are outputs and targets that stay as they were: change a copy."

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lightning_influence.model.losses.draws import draw_labels
-from lightning_influence.model.losses.loss import OutputLoss, working
-from lightning_influence.model.losses.registry import constant, reduction_of, register
+from lightning_influence.model.losses.loss import OutputLoss, Reduction, working
+from lightning_influence.model.losses.registry import constant, register_loss
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 
 
@@ -63,7 +64,7 @@ class CrossEntropyLoss(OutputLoss):
     def gradient(self) -> Tensor:
         """Return the seed of the training loss, ``s p - q`` at each position."""
         target = self._target_distribution()
-        return self._to_outputs(target.sum(-1, keepdim=True) * self._softmax() - target)
+        return self._to_outputs(target.sum(-1, keepdim=True) * self._softmax - target)
 
     @property
     def num_columns(self) -> int:
@@ -72,8 +73,8 @@ class CrossEntropyLoss(OutputLoss):
 
     def columns(self) -> Iterator[Tensor]:
         """The seeds ``sqrt(s p_c) (e_c - p)``, position by position: each is zero at all other positions."""
-        p = self._softmax()
-        root = (self._mass() * p).sqrt()
+        p = self._softmax
+        root = (self._mass * p).sqrt()
         for t in range(p.shape[1]):
             for c in range(p.shape[2]):
                 seed = torch.zeros_like(p)
@@ -83,18 +84,18 @@ class CrossEntropyLoss(OutputLoss):
 
     def column_energies(self) -> Tensor:
         """Return ``s p_c (1 - 2 p_c + |p|^2)`` of each class of each position, ``(B, T C)``."""
-        p = self._softmax()
-        return (self._mass() * p * (1 - 2 * p + p.square().sum(-1, keepdim=True))).flatten(1)
+        p = self._softmax
+        return (self._mass * p * (1 - 2 * p + p.square().sum(-1, keepdim=True))).flatten(1)
 
     def mix_columns(self, weights: Tensor) -> Tensor:
         """Return ``r - p sum_c r_c`` at each position, ``r_c`` being ``sqrt(s p_c)`` times the weight."""
-        p = self._softmax()
-        rows = (self._mass() * p).sqrt() * weights.view(p.shape)
+        p = self._softmax
+        rows = (self._mass * p).sqrt() * weights.view(p.shape)
         return self._to_outputs(rows - p * rows.sum(-1, keepdim=True))
 
     def curvature_products(self, tangents: Tensor) -> Tensor:
         """Return ``s p (t - p^T t)`` at each position, for tangents ``t (V, *outputs.shape)``."""
-        p, mass = self._softmax(), self._mass()
+        p, mass = self._softmax, self._mass
         rows = working(tangents).movedim(2, -1)
         shape = rows.shape
         rows = rows.reshape(len(tangents), *p.shape)
@@ -103,10 +104,10 @@ class CrossEntropyLoss(OutputLoss):
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Return one random seed: ``sqrt(s) (p - onehot(y))``, labels drawn from ``p`` at each position."""
-        p = self._softmax()
+        p = self._softmax
         labels = draw_labels(p, generator).unsqueeze(-1)
         residual = p.scatter_add(-1, labels, -torch.ones_like(p[..., :1]))
-        return self._to_outputs(self._mass().sqrt() * residual)
+        return self._to_outputs(self._mass.sqrt() * residual)
 
     def true_score(self) -> Tensor:
         """Return the logit of the true label, summed over the positions that count, shape ``(B,)``.
@@ -115,7 +116,7 @@ class CrossEntropyLoss(OutputLoss):
             UnsupportedModelError: if the targets are soft.
         """
         labels, kept = self._hard_labels()
-        scores = self._to_positions(self.outputs).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        scores = self._to_positions(working(self.outputs)).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return torch.where(kept, scores, 0.0).sum(1)
 
     def margin(self) -> Tensor:
@@ -127,7 +128,7 @@ class CrossEntropyLoss(OutputLoss):
         if self.outputs.shape[1] < 2:
             raise UnsupportedModelError("A margin needs at least 2 classes; the loss has 1.")
         labels, kept = self._hard_labels()
-        logits = self._to_positions(self.outputs)
+        logits = self._to_positions(working(self.outputs))
         index = labels.unsqueeze(-1)
         others = logits.scatter(-1, index, float("-inf")).logsumexp(-1)
         return torch.where(kept, logits.gather(-1, index).squeeze(-1) - others, 0.0).sum(1)
@@ -138,20 +139,22 @@ class CrossEntropyLoss(OutputLoss):
         return self.targets.shape == self.outputs.shape
 
     def _to_positions(self, rows: Tensor) -> Tensor:
-        """Return rows ``(R, C, d1, ...)`` as ``(B, T, C)``, in the working dtype."""
-        return working(rows).movedim(1, -1).reshape(self.num_examples, -1, rows.shape[1])
+        """Return rows ``(R, C, d1, ...)`` as ``(B, T, C)``."""
+        return rows.movedim(1, -1).reshape(self.num_examples, -1, rows.shape[1])
 
     def _to_outputs(self, positions: Tensor) -> Tensor:
         """Return ``(B, T, C)`` in the shape of the outputs."""
         rows, classes, *rest = self.outputs.shape
         return positions.reshape(rows, *rest, classes).movedim(-1, 1)
 
+    @cached_property
     def _softmax(self) -> Tensor:
-        return self._to_positions(self.outputs.detach()).softmax(-1)
+        """Probabilities of the classes, ``(B, T, C)``."""
+        return self._to_positions(self.detached).softmax(-1)
 
     def _class_weights(self) -> Tensor:
         """Return class weights, ones when there are none, ``(C,)``."""
-        like = working(self.outputs.detach())
+        like = self.detached
         if self.class_weights is None:
             return torch.ones(like.shape[1], dtype=like.dtype, device=like.device)
         return self.class_weights.detach().to(like.dtype)
@@ -174,8 +177,9 @@ class CrossEntropyLoss(OutputLoss):
         target = (target * (1 - smooth) + smooth / weights.numel()) * weights
         return target if kept is None else target * kept.unsqueeze(-1)
 
+    @cached_property
     def _mass(self) -> Tensor:
-        """Return ``s``: total of the target distribution at each position, ``(B, T, 1)``."""
+        """``s``: total of the target distribution at each position, ``(B, T, 1)``."""
         return self._target_distribution().sum(-1, keepdim=True)
 
     def _hard_labels(self) -> tuple[Tensor, Tensor]:
@@ -184,7 +188,7 @@ class CrossEntropyLoss(OutputLoss):
         Raises:
             UnsupportedModelError: if the targets are soft.
         """
-        kept = self._mass().squeeze(-1) > 0
+        kept = self._mass.squeeze(-1) > 0
         if not self.has_probabilities:
             return self._labels()[0], kept
         target = self._to_positions(self.targets)
@@ -196,15 +200,13 @@ class CrossEntropyLoss(OutputLoss):
         return target.argmax(-1), kept
 
 
-@register(functional.cross_entropy)
+@register_loss(functional.cross_entropy)
 def parse_cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
     ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
 ) -> CrossEntropyLoss:
     """Read a call of ``F.cross_entropy``; the arguments are its own.
@@ -228,22 +230,20 @@ def parse_cross_entropy(
         outputs=input,
         targets=constant("target", target),
         num_examples=input.shape[0],
-        reduction=reduction_of(reduction, size_average, reduce),
+        reduction=reduction,
         class_weights=weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
 
 
-@register(functional.nll_loss)
+@register_loss(functional.nll_loss)
 def parse_nll_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
     ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> CrossEntropyLoss:
     """Read a call of ``F.nll_loss`` as a cross-entropy; the arguments are its own.
 
@@ -256,7 +256,7 @@ def parse_nll_loss(
     Raises:
         LossCaptureError: if the inputs are not log-probabilities, or targets or weights cannot be used.
     """
-    loss = parse_cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction)
+    loss = parse_cross_entropy(input, target, weight, ignore_index, reduction)
     excess = working(input.detach()).logsumexp(1).abs()
     kept = torch.where(target != ignore_index, excess, 0.0)
     tolerance = max(1e-4, 4 * torch.finfo(input.dtype).eps)

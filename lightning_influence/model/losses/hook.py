@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.model.losses.capture import LossCapture, same_loss
 from lightning_influence.model.losses.loss import OutputLoss

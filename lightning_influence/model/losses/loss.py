@@ -1,7 +1,7 @@
 """What every loss function knows: its per-example values, its curvature, and how to sample labels.
 
 A loss is written ``l_n = ell(f_n, y_n)`` where ``f_n`` are the model's outputs for example ``n``. Everything
-here is about ``ell`` as a function of ``f``; the Jacobian of the outputs belongs to :mod:`..layers`.
+here is about ``ell`` as a function of ``f``; the Jacobian of the outputs belongs to the recorder.
 
 Shapes: ``outputs`` is the tensor that the model passed to the loss function. Its first dimension is either
 ``B`` (examples) or ``B * T`` (examples with their ``T`` positions flattened into the rows, as language models
@@ -13,11 +13,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
+
+from lightning_influence.model.losses.draws import draw_signs
+from lightning_influence.support.errors import UnsupportedModelError
 
 #: How the batch's loss is formed from the losses of its elements: ``mean``, ``sum`` and ``none`` are torch's
 #: own (the plain mean stands for ``none``); ``position_mean`` divides the sum by the number of positions,
@@ -55,13 +59,30 @@ class OutputLoss(ABC):
     def per_example(self) -> Tensor:
         """Unnormalised loss of each example, shape ``(B,)``, differentiable in ``outputs``."""
 
-    @abstractmethod
-    def weights(self) -> Tensor:
-        """Weight of each example, shape ``(B,)``: what a mean reduction divides by, summed over the batch."""
+    @property
+    def note(self) -> str | None:
+        """What the curvature stands for where it is not the second derivative of the loss, else None."""
+        return None
 
-    @abstractmethod
+    def weights(self) -> Tensor:
+        """Return ones: what a mean reduction divides by, summed over the batch, shape ``(B,)``.
+
+        Losses that leave out positions or weigh them override this.
+        """
+        return self.ones()
+
+    def total(self) -> Tensor:
+        """Return the sum of :meth:`per_example`, a differentiable scalar."""
+        return self.per_example().sum()
+
     def gradient(self) -> Tensor:
-        """Seed of the training loss: ``d sum_n per_example()_n / d outputs``, detached."""
+        """Return the seed of the training loss: ``d sum_n per_example()_n / d outputs``, detached.
+
+        Losses with a closed form override this derivative of the values.
+        """
+        with torch.enable_grad():
+            outputs = self.detached.clone().requires_grad_()
+            return torch.autograd.grad(self.with_outputs(outputs).total(), outputs)[0]
 
     @property
     @abstractmethod
@@ -109,30 +130,49 @@ class OutputLoss(ABC):
         Returns:
             One seed. Losses with a closed form override this sum.
         """
-        total = torch.zeros_like(working(self.outputs.detach())).reshape(self.num_examples, -1)
+        total = torch.zeros_like(self.detached).reshape(self.num_examples, -1)
         for k, column in enumerate(self.columns()):
             total += weights[:, k, None] * column.reshape(self.num_examples, -1)
         return total.reshape(self.outputs.shape)
 
-    @abstractmethod
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One random seed ``s``, ``E[s s^T]`` being the Hessian: the gradient at labels the model draws."""
+        """Return one random seed ``s``, ``E[s s^T]`` being the curvature: columns with random signs.
 
-    @abstractmethod
+        Losses that are likelihoods override this by the gradient at labels that the model draws.
+        """
+        return self.mix_columns(draw_signs(self.ones()[:, None].expand(-1, self.num_columns), generator))
+
     def true_score(self) -> Tensor:
-        """The output that belongs to the true label, summed over positions, shape ``(B,)``, differentiable.
+        """Return the output that belongs to the true label, summed over positions, ``(B,)``, differentiable.
 
         Raises:
             UnsupportedModelError: if the loss has no labels to speak of (regression, soft targets).
         """
+        raise UnsupportedModelError(self._no_labels())
 
-    @abstractmethod
     def margin(self) -> Tensor:
-        """Log-odds of the true label, ``log p_y - log(1 - p_y)``, summed over positions, shape ``(B,)``.
+        """Return log-odds of the true label, ``log p_y - log(1 - p_y)``, summed over positions, ``(B,)``.
 
         Raises:
             UnsupportedModelError: if the loss has no labels to speak of (regression, soft targets).
         """
+        raise UnsupportedModelError(self._no_labels())
+
+    def _no_labels(self) -> str:
+        return (
+            f"The training loss ({type(self).__name__}) has no labels, so there is no `margin` or `logit` to "
+            "measure. Accepted are `loss` and a callable: measure the loss, or pass a callable that returns "
+            "one output per example."
+        )
+
+    def with_outputs(self, outputs: Tensor) -> Self:
+        """Return the same loss at other outputs, of the same shape."""
+        return replace(self, outputs=outputs)
+
+    @cached_property
+    def detached(self) -> Tensor:
+        """The outputs, detached, in the dtype to compute in."""
+        return working(self.outputs.detach())
 
     @torch.no_grad()
     def batch_value(self) -> Tensor:
@@ -151,5 +191,4 @@ class OutputLoss(ABC):
 
     def ones(self) -> Tensor:
         """Return ones, shape ``(B,)``, on the device and in the working dtype of the outputs."""
-        like = working(self.outputs.detach())
-        return torch.ones(self.num_examples, dtype=like.dtype, device=like.device)
+        return torch.ones(self.num_examples, dtype=self.detached.dtype, device=self.detached.device)

@@ -1,8 +1,8 @@
 """The table of loss functions: which can be read, by which parser, and which are only known by name.
 
 A parser takes the arguments of its torch function under the same names and returns the ``OutputLoss`` of that
-call. It knows nothing of the batch: it sets
-``num_examples`` to the number of rows, which the capture corrects.
+call. It knows nothing of the batch: it sets ``num_examples`` to the number of rows, which the capture
+corrects.
 """
 
 from __future__ import annotations
@@ -16,29 +16,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_influence.model.losses.loss import OutputLoss, Reduction
+from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.support.errors import LossCaptureError
 
 Parser = Callable[..., OutputLoss]
 P = TypeVar("P", bound=Parser)
 
-_PARSERS: dict[Callable[..., Any], Parser] = {}
-_TORCH_REDUCTIONS: dict[str, Reduction] = {"mean": "mean", "sum": "sum", "none": "none"}
+_PARSERS: dict[Callable[..., Any], tuple[Parser, inspect.Signature]] = {}
+# Torch's own; `batchmean` belongs to its divergence alone.
+_REDUCTIONS = ("mean", "sum", "none", "batchmean")
 _EXTRA_LOSSES = ("cross_entropy", "binary_cross_entropy", "linear_cross_entropy", "kl_div")
 
 
-def register(function: Callable[..., Any]) -> Callable[[P], P]:
-    """Make the decorated function the parser of a torch loss function.
+def register_loss(function: Callable[..., Any]) -> Callable[[P], P]:
+    """Make the decorated function the parser of a loss function.
 
     Args:
-        function: the torch function, such as ``F.cross_entropy``. Registering it again replaces its parser.
+        function: the loss function, such as ``F.cross_entropy``, or one of your own that goes through torch's
+            function protocol (:func:`torch.overrides.handle_torch_function`). Registering it again replaces
+            its parser.
 
     Returns:
-        The decorator; it returns its parser unchanged.
+        The decorator; it returns its parser unchanged. The parser takes the function's arguments by their
+        names and returns an :class:`~lightning_influence.model.losses.loss.OutputLoss`; torch's deprecated
+        ``size_average`` and ``reduce`` are folded into ``reduction`` before it is called.
+
+    Example:
+        >>> from lightning_influence.model.losses.mse import SquaredErrorLoss
+        >>> def scaled_error(input, target):
+        ...     if torch.overrides.has_torch_function((input, target)):
+        ...         return torch.overrides.handle_torch_function(scaled_error, (input, target), input, target)
+        ...     return (input - target).square().mean()
+        >>> @register_loss(scaled_error)
+        ... def parse_scaled_error(input, target):
+        ...     return SquaredErrorLoss(input, target, len(input), "mean")
+        >>> del _PARSERS[scaled_error]
     """
 
     def add(parser: P) -> P:
-        _PARSERS[function] = parser
+        _PARSERS[function] = parser, inspect.signature(parser)
         find_losses.cache_clear()
         return parser
 
@@ -65,7 +81,7 @@ def parse(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     """Read one call of a registered loss function.
 
     Args:
-        function: the torch function that was called.
+        function: the loss function that was called.
         args: its positional arguments.
         kwargs: its keyword arguments.
 
@@ -73,20 +89,40 @@ def parse(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
         The loss, with one example per row.
 
     Raises:
-        LossCaptureError: if the call uses something that the library cannot work with.
+        LossCaptureError: if the function is not registered, or the call uses something that the library
+            cannot work with.
     """
-    parser = _PARSERS[function]
-    signature = inspect.signature(parser)
+    if function not in _PARSERS:
+        raise LossCaptureError(
+            f"{loss_name(function)} has no known output curvature. Accepted are {supported_losses()}."
+        )
+    parser, signature = _PARSERS[function]
+    given = dict(zip(_argument_names(function), args, strict=False)) if args else {}
+    given.update(kwargs)
+    size_average, reduce = given.pop("size_average", None), given.pop("reduce", None)
+    if size_average is not None or reduce is not None:  # deprecated by torch, which still honours them
+        given["reduction"] = "none" if reduce is False else "sum" if size_average is False else "mean"
     # Torch passes on every argument, also those that a later version adds and the user leaves unset.
-    given = {key: value for key, value in kwargs.items() if key in signature.parameters or value is not None}
-    try:
-        bound = signature.bind(*args, **given)
-    except TypeError as error:
+    given = {key: value for key, value in given.items() if key in signature.parameters or value is not None}
+    unknown = sorted(set(given) - set(signature.parameters))
+    if unknown:
         raise LossCaptureError(
             f"{loss_name(function)} was called with arguments that this version of the library does not "
-            f"know: {error}."
-        ) from error
-    return parser(*bound.args, **bound.kwargs)
+            f"know: {unknown}. Accepted are {list(signature.parameters)}."
+        )
+    reduction = given.get("reduction", "mean")
+    if reduction not in _REDUCTIONS:
+        raise LossCaptureError(f"Got reduction={reduction!r}; accepted are 'mean', 'sum' and 'none'.")
+    return parser(**given)
+
+
+@functools.cache
+def _argument_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the function's arguments, those of its parser if it shows none."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except ValueError:  # compiled functions show no signature
+        return tuple(_PARSERS[function][1].parameters)
 
 
 @functools.cache
@@ -101,27 +137,6 @@ def find_losses() -> frozenset[Callable[..., Any]]:
         if callable(getattr(home, name, None))
     }
     return frozenset(found | set(_PARSERS))
-
-
-def reduction_of(reduction: str, size_average: bool | None, reduce: bool | None) -> Reduction:
-    """Torch's reduction, with its two deprecated arguments honoured as torch does.
-
-    Args:
-        reduction: ``mean``, ``sum`` or ``none``.
-        size_average: deprecated; False means a sum.
-        reduce: deprecated; False means no reduction.
-
-    Returns:
-        The reduction in force.
-
-    Raises:
-        LossCaptureError: if torch does not know the reduction either.
-    """
-    if size_average is not None or reduce is not None:
-        return "none" if reduce is False else "sum" if size_average is False else "mean"
-    if reduction in _TORCH_REDUCTIONS:
-        return _TORCH_REDUCTIONS[reduction]
-    raise LossCaptureError(f"Got reduction={reduction!r}; accepted are 'mean', 'sum' and 'none'.")
 
 
 def constant(name: str, value: Tensor, *, non_negative: bool = False) -> Tensor:

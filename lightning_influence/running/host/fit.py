@@ -18,7 +18,7 @@ from lightning_influence.running.host.module import muted, preserved_states
 from lightning_influence.running.host.processes import sum_over_processes
 from lightning_influence.running.host.trainer import splits_parameters
 from lightning_influence.support.errors import LossCaptureError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 SEVERAL_BACKWARDS = (
     "One training step ran several backward passes (several losses, or a closure that is called again), and "
@@ -104,7 +104,7 @@ def aside(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     Random states, buffers and metrics are put back, nothing is logged, and autocast is that of the training
     step.
     """
-    with preserved_states(module), preserved_rng(), muted(module), torch.enable_grad():
+    with preserved_states(module), preserve_rng(), muted(module), torch.enable_grad():
         yield
 
 
