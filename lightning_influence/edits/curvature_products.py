@@ -96,8 +96,8 @@ def keep_leading_columns(columns: Tensor, rows: Tensor, share: float) -> Tensor:
 # Random mixtures that stand for more columns. Chosen by hand, as four times fewer than the columns of which
 # each is used: the estimate is averaged over the examples.
 DRAWS = 16
-# Batches of gradients are joined up to so many bytes: one product takes less than many small ones as long as
-# what it works on stays in the cache, see the same limit in `model.gradients`.
+# Batches of gradients are joined up to so many bytes, so that small ones take one product. Chosen by hand, as
+# the limit in `model.gradients` below which a block stays in the cache; larger batches stay as they are.
 JOINED_BYTES = 4 * 2**20
 MIXED = (
     f"The curvature of outputs, of which an example has more than {MAX_COLUMNS}, was estimated from {DRAWS} "

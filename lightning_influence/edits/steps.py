@@ -24,9 +24,9 @@ _QUANTILE = 2.326
 # Chosen by hand: a step is looked for between 2^-14 and 2^14 times the theoretical one, beyond which losses
 # overflow or do not change any more, and then to an eighth of an octave.
 _MOST_DOUBLINGS, _BISECTIONS = 14, 3
-# Chosen by hand, as a descent's: eight halvings make a step of less than half a percent.
+# Chosen by hand, like that of a descent: eight halvings leave less than half a percent of a step.
 _MOST_SHORTENINGS = 8
-# Relative differences of losses in single precision that mean nothing.
+# Relative differences of losses that mean nothing: ten times the rounding of single precision.
 _NOISE = 1e-6
 UNREACHED = (
     "No step makes the model forget the edited examples; the one that comes closest was taken. Allow more "

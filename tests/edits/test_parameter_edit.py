@@ -1,6 +1,7 @@
 """Applying, reverting and storing edits, to the bit."""
 
 import json
+import warnings
 
 import lightning
 import pytest
@@ -12,7 +13,12 @@ from rich.console import Console
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.edits.parameter_edit import Change, ParameterEdit, changes_between
 from lightning_influence.results.rendering import render_plain
-from lightning_influence.support.errors import CorruptFileError, EditMismatchError, NonFiniteError
+from lightning_influence.support.errors import (
+    CorruptFileError,
+    EditMismatchError,
+    InfluenceWarning,
+    NonFiniteError,
+)
 from lightning_influence.support.storage import load_tensors, save_tensors
 
 
@@ -287,3 +293,41 @@ def test_a_summary(edit):
 def test_layers_that_are_not_named_stay(source):
     edit = asked(source).forget(of_class(0), train(), ratio=0.5, layers=["body.3"])
     assert set(edit.changes) <= {"body.3.weight", "body.3.bias"}
+
+
+def test_an_error_inside_the_context_is_not_replaced(source):
+    module = Net(16)
+    module.load_state_dict(source.state_dict())
+    edit = asked(module).forget(of_class(0), train(), ratio=0.2)
+
+    def fail():
+        with edit, torch.no_grad():
+            module.body[0].weight.add_(1)
+            raise KeyError("boom")
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyError) as caught:
+            fail()
+    assert [found.category for found in warned] == [InfluenceWarning]
+    assert warned[0].filename == __file__
+    assert any("cannot be reverted: the module's weights differ" in note for note in caught.value.__notes__)
+    module.load_state_dict(source.state_dict())
+    with pytest.raises(EditMismatchError), edit, torch.no_grad():
+        module.body[0].weight.add_(1)
+    module.load_state_dict(source.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError) as caught, edit:
+            raise KeyError("boom")
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_printing_shows_the_tables(wrapped, capsys):
+    edit = wrapped.forget(of_class(0), train(), ratio=0.2, kept_bound=1e9)
+    print(edit)
+    shown = capsys.readouterr().out
+    for part in ("forget 20 examples (not applied)", "Parameters that change", "Mean loss", "predicted"):
+        assert part in shown
+    assert "\x1b" not in shown
+    assert "\n" not in repr(edit)

@@ -6,7 +6,14 @@ import torch
 from drive import TIGHT, Setup
 from edit_models import asked, fitted, of_class, train
 
-from lightning_influence.edits.losses import Losses, LossPass, Sample, take_most_curved
+from lightning_influence.edits.losses import (
+    Losses,
+    LossPass,
+    Sample,
+    ValuePass,
+    draw_sample,
+    take_most_curved,
+)
 
 
 def losses(curvature):
@@ -31,6 +38,23 @@ def test_traces_losses_and_chance(name):
     assert found.mean() == pytest.approx(
         float(found.values.sum()) / (len(case.x) * case.loss.normaliser(case.y)), rel=1e-9
     )
+
+
+@pytest.mark.parametrize("name", ["mlp_gelu", "mlp_bce", "tokens_weighted", "mlp_mse"])
+def test_values_alone_are_those_of_the_losses_however_often(name):
+    setup = Setup.of(name)
+    losses, chosen = setup.run(LossPass(setup.plan, None)).result(), torch.tensor([1, 3])
+    for picked, expected in ((None, losses), (chosen, losses.at(chosen))):
+        one_pass = ValuePass(None, picked)
+        for _ in range(2):
+            values = setup.run(one_pass).take_values()
+            torch.testing.assert_close(values, expected.values, **TIGHT)
+    setup.run(one_pass)
+    one_pass.clear()  # as after a run that failed
+    assert len(setup.run(one_pass).take_values()) == 2
+    moved = losses.with_values(2 * losses.values)
+    assert moved.mean() == pytest.approx(2 * losses.mean())
+    assert torch.equal(moved.at(chosen).chance, losses.at(chosen).chance)
 
 
 @pytest.mark.parametrize("limit", [None, 5, 9])
@@ -77,3 +101,31 @@ def test_a_sample_changes_the_edit_little():
     )
     first, second = (torch.cat([t.flatten() for t in found.values()]) for found in (some, every))
     assert torch.nn.functional.cosine_similarity(first, second, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("limit", [7, 30])
+def test_drawn_samples_are_unbiased(limit):
+    generator = torch.Generator().manual_seed(0)
+    curvature, weights, values = torch.rand(3, 60, generator=generator).double()
+    curvature, weights = curvature**8, weights + 0.1
+    losses = Losses(torch.arange(100, 160), values, weights, values, curvature)
+    total, draws = torch.zeros(160).double(), 8000
+    for seed in range(draws):
+        sample = draw_sample(losses, limit, seed)
+        assert len(sample.indices) == limit
+        assert (sample.coefficients >= 1 / weights.sum() * (1 - 1e-9)).all()
+        assert (sample.coefficients <= 4 * len(values) / limit / weights.sum() * weights.mean() / 0.1).all()
+        total[sample.indices] += sample.coefficients / draws
+    torch.testing.assert_close(total[100:], torch.ones(60).double() / weights.sum(), rtol=0.6, atol=0.0)
+    assert float(total.sum()) == pytest.approx(60 / float(weights.sum()), rel=0.02)
+    everything = draw_sample(losses, 60, 0)
+    assert everything.coefficients.tolist() == pytest.approx([1 / float(weights.sum())] * 60)
+
+
+def test_draws_without_curvature_or_weight():
+    nothing, ones = torch.zeros(20), torch.ones(20)
+    plain = draw_sample(Losses(torch.arange(20), ones, ones, ones, nothing), 5, 0)
+    assert plain.coefficients.tolist() == pytest.approx([1 / 5] * 5)
+    few = torch.tensor([1.0, 2.0, 1.0] + 17 * [0.0])
+    assert draw_sample(Losses(torch.arange(20), ones, few, ones, nothing), 5, 0).indices.tolist() == [0, 1, 2]
+    assert len(draw_sample(Losses(torch.arange(20), ones, nothing, ones, nothing), 5, 0).indices) == 5

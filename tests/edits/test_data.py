@@ -1,7 +1,5 @@
 """Masks, new targets and losses of the user's own: what an edit makes of them, and what it refuses."""
 
-import warnings
-
 import pytest
 import torch
 from edit_models import asked, blobs, of_class, quiet, train
@@ -16,8 +14,6 @@ from lightning_influence.edits.request import EditOptions, EditRequest
 from lightning_influence.edits.start import set_out
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.support.errors import (
-    EditMismatchError,
-    InfluenceWarning,
     LossCaptureError,
     NonFiniteError,
     UnsupportedDataError,
@@ -331,47 +327,6 @@ def test_a_loss_that_is_nan_for_another_reason_says_so(wrapped):
     x[0] = float("nan")
     with pytest.raises(NonFiniteError):
         wrapped.forget([0], DataLoader(TensorDataset(x, y), 16))
-
-
-# Errors inside the context, and printing
-
-
-def test_an_error_inside_the_context_is_not_replaced(source):
-    module = Net(16)
-    module.load_state_dict(source.state_dict())
-    edit = asked(module).forget(of_class(0), train(), ratio=0.2)
-
-    def fail():
-        with edit, torch.no_grad():
-            module.body[0].weight.add_(1)
-            raise KeyError("boom")
-
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        with pytest.raises(KeyError) as caught:
-            fail()
-    assert [found.category for found in warned] == [InfluenceWarning]
-    assert warned[0].filename == __file__
-    assert any("cannot be reverted: the module's weights differ" in note for note in caught.value.__notes__)
-    module.load_state_dict(source.state_dict())
-    with pytest.raises(EditMismatchError), edit, torch.no_grad():
-        module.body[0].weight.add_(1)
-    module.load_state_dict(source.state_dict())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(KeyError) as caught, edit:
-            raise KeyError("boom")
-    assert not hasattr(caught.value, "__notes__")
-
-
-def test_printing_shows_the_tables(wrapped, capsys):
-    edit = wrapped.forget(of_class(0), train(), ratio=0.2, kept_bound=1e9)
-    print(edit)
-    shown = capsys.readouterr().out
-    for part in ("forget 20 examples (not applied)", "Parameters that change", "Mean loss", "predicted"):
-        assert part in shown
-    assert "\x1b" not in shown
-    assert "\n" not in repr(edit)
 
 
 def test_every_way_to_ask_is_checked_alike(wrapped):

@@ -10,7 +10,6 @@ from whole_models import line, noisy_classes, regression, retrained
 
 from lightning_influence import InfluenceModule
 from lightning_influence.edits import editor
-from lightning_influence.edits.losses import Losses, draw_sample
 from lightning_influence.edits.request import EditRequest
 from lightning_influence.edits.start import set_out
 from lightning_influence.linalg.descent import Descent
@@ -77,34 +76,6 @@ def test_the_objective_sets_out_with_the_value_and_gradient_of_all(make):
         ahead, behind = (objective.value(at + sign * 1e-5 * step) for sign in (1, -1))
         assert (ahead - behind) / 2e-5 == pytest.approx(float(slope @ step), rel=1e-5)
         begun.weights.restore()
-
-
-@pytest.mark.parametrize("limit", [7, 30])
-def test_drawn_samples_are_unbiased(limit):
-    generator = torch.Generator().manual_seed(0)
-    curvature, weights, values = torch.rand(3, 60, generator=generator).double()
-    curvature, weights = curvature**8, weights + 0.1
-    losses = Losses(torch.arange(100, 160), values, weights, values, curvature)
-    total, draws = torch.zeros(160).double(), 8000
-    for seed in range(draws):
-        sample = draw_sample(losses, limit, seed)
-        assert len(sample.indices) == limit
-        assert (sample.coefficients >= 1 / weights.sum() * (1 - 1e-9)).all()
-        assert (sample.coefficients <= 4 * len(values) / limit / weights.sum() * weights.mean() / 0.1).all()
-        total[sample.indices] += sample.coefficients / draws
-    torch.testing.assert_close(total[100:], torch.ones(60).double() / weights.sum(), rtol=0.6, atol=0.0)
-    assert float(total.sum()) == pytest.approx(60 / float(weights.sum()), rel=0.02)
-    everything = draw_sample(losses, 60, 0)
-    assert everything.coefficients.tolist() == pytest.approx([1 / float(weights.sum())] * 60)
-
-
-def test_draws_without_curvature_or_weight():
-    nothing, ones = torch.zeros(20), torch.ones(20)
-    plain = draw_sample(Losses(torch.arange(20), ones, ones, ones, nothing), 5, 0)
-    assert plain.coefficients.tolist() == pytest.approx([1 / 5] * 5)
-    few = torch.tensor([1.0, 2.0, 1.0] + 17 * [0.0])
-    assert draw_sample(Losses(torch.arange(20), ones, few, ones, nothing), 5, 0).indices.tolist() == [0, 1, 2]
-    assert len(draw_sample(Losses(torch.arange(20), ones, nothing, ones, nothing), 5, 0).indices) == 5
 
 
 @pytest.mark.parametrize("factor", [30.0, -1.0])
