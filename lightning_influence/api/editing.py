@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lightning_influence.api.session import Session, check_name, paths_of
+from lightning_influence.api.session import Session, check_name, read_paths
 from lightning_influence.edits.data import SetTargets
 from lightning_influence.edits.editor import compute_edit
 from lightning_influence.edits.parameter_edit import ParameterEdit
@@ -136,7 +136,7 @@ def _edit(
         TypeError: if an argument is of a wrong type.
         UnsupportedTrainerError: if the Trainer has several processes.
     """
-    path = paths_of(ckpt_path)
+    path = read_paths(ckpt_path)
     if isinstance(path, list):
         raise TypeError(f"Got ckpt_path={ckpt_path!r}; an edit is of one checkpoint.")
     session = Session(trainer, model, datamodule, path, None)
@@ -146,8 +146,8 @@ def _edit(
             f"The Trainer has {processes} processes; edits run on one. Pass a Trainer with "
             "devices=1 (and num_nodes=1), such as Trainer(devices=1), and the same model or ckpt_path."
         )
-    with session.runner:
-        data = request.split(session.train_loader(train_dataloaders))
+    with session:
+        data = request.split(session.find_train_loader(train_dataloaders))
         edit = compute_edit(set_out(session.runner, request, data, session.record))
     if name is not None:
         directory = trainer.log_dir if trainer.loggers else None

@@ -10,9 +10,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_influence.api.engine import Engine
-from lightning_influence.api.question import Question
-from lightning_influence.collecting.store import state_from_checkpoint
+from lightning_influence.api.engine import Engine, Question
+from lightning_influence.collecting.state import state_from_checkpoint
 from lightning_influence.curvature.factors import Factors, fingerprint, fingerprint_differs
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
@@ -22,7 +21,7 @@ from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
 from lightning_influence.edits.rules import Selection, SelectionRule
 from lightning_influence.edits.start import Start, set_out
-from lightning_influence.methods.options import Options
+from lightning_influence.methods.method import read_options
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
 from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
@@ -284,12 +283,12 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples: a loader, or ready-made batches.
             method: name of the method.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`.
+            **options: options of the method.
 
         Returns:
             The module; :attr:`state` holds what was computed.
         """
-        question = Question(method, layers=layers, options=parse_options(Options, options))
+        question = Question(method, layers=layers, options=read_options(method, options))
         with self._runner() as runner:
             self._engine(runner, question).prepare(train_dataloaders)
         return self
@@ -302,7 +301,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         Args:
             train_dataloaders: the training examples: a loader, or ready-made batches.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`, such as ``fisher``.
+            **options: options of the method, such as ``fisher``.
 
         Returns:
             The factors, which are also in :attr:`state`.
@@ -315,7 +314,7 @@ class InfluenceModule(EditsParameters, LightningModule):
                 f"Got method={options['method']!r}; fit_factors has no method: its factors serve 'kfac', "
                 "'ekfac', 'auto' and all others. Pass the method to scores or self_influence."
             )
-        question = Question("ekfac", layers=layers, options=parse_options(Options, options))
+        question = Question("ekfac", layers=layers, options=read_options("ekfac", options))
         state = InfluenceState(record=self.state.record)
         with self._runner() as runner:
             self._engine(runner, question, state).prepare(train_dataloaders)
@@ -343,13 +342,13 @@ class InfluenceModule(EditsParameters, LightningModule):
             measurement: what is measured on queries.
             top_k: keep only the strongest at either end; all scores if None.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`, such as ``damping``.
+            **options: options of the method, such as ``damping``.
 
         Returns:
             The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n``
             is removed.
         """
-        question = Question(method, measurement, top_k, layers, parse_options(Options, options))
+        question = Question(method, measurement, top_k, layers, read_options(method, options))
         with self._runner() as runner:
             return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)
 
@@ -367,12 +366,12 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples: a loader, or ready-made batches.
             method: name of the method.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`.
+            **options: options of the method.
 
         Returns:
             One score a training example.
         """
-        question = Question(method, layers=layers, options=parse_options(Options, options))
+        question = Question(method, layers=layers, options=read_options(method, options))
         with self._runner() as runner:
             return self._engine(runner, question).self_influence(train_dataloaders)
 
@@ -394,13 +393,13 @@ class InfluenceModule(EditsParameters, LightningModule):
             method: name of the method.
             measurement: what is measured on queries.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`.
+            **options: options of the method.
 
         Returns:
             By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the
             residuals.
         """
-        question = Question(method, measurement, layers=layers, options=parse_options(Options, options))
+        question = Question(method, measurement, layers=layers, options=read_options(method, options))
         with self._runner() as runner:
             return self._engine(runner, question).ihvp(train_dataloaders, query_dataloaders)
 

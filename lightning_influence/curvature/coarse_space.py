@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,9 @@ class CoarseSpace:
         examples: number of curvature examples in the products.
         mixtures: random mixtures of an example's curvature columns that stand for all in the products; 0 if
             they are made of all columns, or of training labels.
+        limit: most anchors that there was room for when the space was last grown; 0 if nobody tells.
+        tolerance: relative residual that held-out gradients were to reach then.
+        solves: whether most of them did, so that it was grown no further.
     """
 
     layout: Layout
@@ -47,6 +51,9 @@ class CoarseSpace:
     inverse: BlockInverse
     examples: int
     mixtures: int = 0
+    limit: int = 0
+    tolerance: float = math.inf
+    solves: bool = False
 
     def __repr__(self) -> str:
         """Return its size; the tensors would fill the screen."""
@@ -78,6 +85,9 @@ class CoarseSpace:
             "shapes": {name: list(shape) for name, shape in self.layout.shapes.items()},
             "examples": self.examples,
             "mixtures": self.mixtures,
+            "limit": self.limit,
+            "tolerance": self.tolerance,
+            "solves": self.solves,
             "damping": self.inverse.damping,
             "directions": self.directions,
             "product": self.product,
@@ -128,7 +138,7 @@ class CoarseSpace:
             anchors,
             BlockInverse(layout, inverses),
             state["examples"],
-            state.get("mixtures", 0),
+            **{key: state[key] for key in ("mixtures", "limit", "tolerance", "solves") if key in state},
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -125,7 +126,7 @@ class CurvatureOperator(ABC):
         self._check(vectors)
         one_pass = self._run(self._product_pass(vectors.detach(), 0), self._train)
         result: Tensor = one_pass.result(self._runner.all_reduce_sum)
-        self._mean_weight = one_pass.mean_weight
+        self._mean_weight = one_pass.count.mean_weight
         return result
 
     def batch_product(self, vectors: Tensor, count: int, seed: int) -> Tensor:
@@ -174,7 +175,7 @@ class CurvatureOperator(ABC):
             )
         one_pass = self._run(self._dense_pass(), self._train)
         result: Tensor = one_pass.result(self._runner.all_reduce_sum)
-        self._mean_weight = one_pass.mean_weight
+        self._mean_weight = one_pass.count.mean_weight
         return result
 
     @abstractmethod
@@ -245,10 +246,10 @@ class WeightPass(AveragingPass):
         """Count one batch."""
         self._capture(module, batch, len(indices))
 
-    def result(self, all_reduce_sum: Any) -> float:
+    def result(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> float:
         """Return the mean weight over all processes."""
-        self._total(torch.zeros(()), all_reduce_sum)
-        return self.mean_weight
+        self.count.reduce(all_reduce_sum)
+        return self.count.mean_weight
 
 
 class HessianOperator(CurvatureOperator):

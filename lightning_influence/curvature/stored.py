@@ -77,7 +77,7 @@ class StoragePass(CurvaturePass):
         kept: dict[str, LayerGradients] = {name: compact(layer) for name, layer in gradients.items()}
         self._bytes += sum(layer.nbytes for layer in kept.values())
         # Joining the batches takes as much again for a moment.
-        expected = 2 * self._bytes * max(1.0, self._expected / self.examples)
+        expected = 2 * self._bytes * max(1.0, self._expected / self.count.examples)
         if expected > self._limit:
             self.fits, self._parts, self._indices = False, [], []
             return
@@ -94,13 +94,12 @@ class StoragePass(CurvaturePass):
             everyone: dataset indices of all examples, of all processes, ``(N,)``.
             all_reduce_sum: sums a tensor over the processes.
         """
-        counts = all_reduce_sum(torch.tensor([float(self.examples), self._weight], dtype=torch.float64))
-        mean_weight = float(counts[1] / counts[0]) if counts[1] > 0 else 1.0
+        self.count.reduce(all_reduce_sum)
         names = [name for name in layout.shapes if any(name in part for part in self._parts)]
         gradients = {name: self._joined(name) for name in names}
         indices = torch.cat([torch.zeros(0, dtype=torch.int64), *self._indices])
         self._parts = []
-        return StoredGaussNewton(layout, gradients, indices, everyone, mean_weight, all_reduce_sum)
+        return StoredGaussNewton(layout, gradients, indices, everyone, self.count.mean_weight, all_reduce_sum)
 
     def _joined(self, name: str) -> LayerGradients:
         """Return a layer's gradients of all batches, zero where it took no part."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_influence.edits.losses import LossPass, ValuePass
 from lightning_influence.edits.start import Start
-from lightning_influence.linalg.descent import shorter
+from lightning_influence.linalg.descent import shorten
 from lightning_influence.support.errors import InfluenceError, NonFiniteError
 
 # One-sided 99% of a normal distribution: so many examples of the same kind are expected to be forgotten too.
@@ -134,7 +134,7 @@ class Stepping:
                 continue
             if now.objective <= before.objective + _NOISE * abs(before.objective):
                 return share, now
-            share *= shorter(before.objective, slope, share, now.objective) if slope < 0 else 0.5
+            share *= shorten(before.objective, slope, share, now.objective) if slope < 0 else 0.5
         raise InfluenceError(
             "The change that lowers the loss of a sample of the training set raises that of all of it. Pass "
             "curvature_examples=None, which measures every step on all examples, or try a larger ratio or "

@@ -3,7 +3,7 @@ from fractions import Fraction
 import numpy
 import pytest
 
-from lightning_influence.api.question import Question
+from lightning_influence.api.engine import Question
 from lightning_influence.edits.request import EditOptions
 from lightning_influence.methods.options import Options
 from lightning_influence.methods.spectrum import SpectrumSettings
