@@ -8,11 +8,14 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lightning_influence.api.session import Session, check_name, check_trainer, read_paths
+from lightning_influence.api.session import Session, check_name, read_paths
 from lightning_influence.edits.data import SetTargets
+from lightning_influence.edits.editor import compute_edit
 from lightning_influence.edits.parameter_edit import ParameterEdit
-from lightning_influence.edits.request import EditRequest, Examples, check_targets
+from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
+from lightning_influence.edits.start import set_out
 from lightning_influence.results.loggers import log_edit
+from lightning_influence.support.arguments import parse_options
 from lightning_influence.support.errors import UnsupportedTrainerError
 
 
@@ -59,7 +62,7 @@ def forget(
         InfluenceError: a subclass that says what is not supported and what to do.
     """
     check_name(name)
-    request = EditRequest(examples, None, None, validation, layers, options)
+    request = EditRequest(examples, parse_options(EditOptions, options), validation=validation, layers=layers)
     return _edit(trainer, request, model, train_dataloaders, datamodule, ckpt_path, name if log else None)
 
 
@@ -109,7 +112,9 @@ def relabel(
     """
     check_targets(new_targets)
     check_name(name)
-    request = EditRequest(examples, new_targets, set_targets, validation, layers, options)
+    request = EditRequest(
+        examples, parse_options(EditOptions, options), new_targets, set_targets, validation, layers
+    )
     return _edit(trainer, request, model, train_dataloaders, datamodule, ckpt_path, name if log else None)
 
 
@@ -131,19 +136,19 @@ def _edit(
         TypeError: if an argument is of a wrong type.
         UnsupportedTrainerError: if the Trainer has several processes.
     """
-    check_trainer(trainer)
-    paths = read_paths(ckpt_path)
-    if isinstance(paths, list):
+    path = read_paths(ckpt_path)
+    if isinstance(path, list):
         raise TypeError(f"Got ckpt_path={ckpt_path!r}; an edit is of one checkpoint.")
+    session = Session(trainer, model, datamodule, path, None)
     processes = max(trainer.world_size, trainer.num_devices * trainer.num_nodes)
-    if processes > 1:
+    if processes > 1:  # before any of them starts
         raise UnsupportedTrainerError(
             f"The Trainer has {processes} processes; edits run on one. Pass a Trainer with "
             "devices=1 (and num_nodes=1), such as Trainer(devices=1), and the same model or ckpt_path."
         )
-    with Session(trainer, model, datamodule, paths, None) as session:
+    with session:
         data = request.split(session.find_train_loader(train_dataloaders))
-        edit = request.editor(session.runner, data, session.record).edit()
+        edit = compute_edit(set_out(session.runner, request, data, session.record))
     if name is not None:
         directory = trainer.log_dir if trainer.loggers else None
         log_edit(trainer.loggers, edit, step=trainer.global_step, name=name, directory=directory)
