@@ -19,7 +19,8 @@ from lightning_influence.methods.gathering import Gathered, GradientPass, gather
 from lightning_influence.methods.method import Method, find_method
 from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, measured
-from lightning_influence.model.mean_loss import LossPass, LossSum, WeightedCount
+from lightning_influence.model.captured import LossSum, WeightedCount
+from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import LayerPlan, find_layers
 from lightning_influence.results.attributions import Attributions
