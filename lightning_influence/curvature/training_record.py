@@ -177,6 +177,7 @@ class TrainingRecord:
             layers: the covered layers.
         """
         rule = find_optimizer_rule(optimizer)
+        reader = rule or OptimizerRule()  # of an unknown optimizer, nothing that is read is used
         family, reason = _name_family(rule, optimizer)
         if self.steps and family != self.family:
             family, reason = "other", f"{self.family} and {family} optimizers in one run"
@@ -184,9 +185,9 @@ class TrainingRecord:
         self.steps += 1
         for record, parts in self._groups_of(optimizer, layers):
             rate = decay = 0.0
-            for share, group in parts if rule is not None else ():
-                rate += share * rule.read_rate(group)
-                decay += share * rule.read_weight_decay(group)
+            for share, group in parts:
+                rate += share * reader.read_rate(group)
+                decay += share * reader.read_weight_decay(group)
             record.rate, record.weight_decay = record.rate + rate, float(decay)
 
     def _groups_of(self, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> _Parts:
