@@ -19,7 +19,8 @@ from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
 from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, measured
-from lightning_influence.model.mean_loss import LossPass, LossSum, WeightedCount
+from lightning_influence.model.captured import LossSum, WeightedCount
+from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import LayerPlan, find_layers
 from lightning_influence.results.attributions import Attributions
