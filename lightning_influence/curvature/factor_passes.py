@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.factors import Factors, LayerStatistics, eigenbasis
-from lightning_influence.model.captured import RANDOM, Captured, Fisher
+from lightning_influence.model.captured import RANDOM, Captured, Fisher, LossSum
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients, LayerGradients, check_finite, compact
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, draw_generator
-from lightning_influence.model.mean_loss import LossSum
 from lightning_influence.model.plan import LayerPlan
 
 

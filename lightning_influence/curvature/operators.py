@@ -65,14 +65,6 @@ class LinearOperator(Protocol):
         ...
 
 
-class SampledOperator(LinearOperator, Protocol):
-    """An operator that tells how large its minibatches are."""
-
-    def batch_examples(self, count: int, seed: int) -> int:
-        """Number of examples in the minibatch of this seed."""
-        ...
-
-
 class CurvatureOperator(ABC):
     """``H`` as products over the training data; every product is one pass whatever the number of vectors.
 

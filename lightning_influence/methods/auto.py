@@ -115,7 +115,8 @@ class Auto(Method):
         for positions, falls_back in ((rest.nonzero().flatten(), False), (worse.nonzero().flatten(), True)):
             if not len(positions):
                 continue
-            own_queries = queries if len(positions) == everyone else _select(queries, positions)
+            # A scorer keeps what it is given: all queries as they are, or copies of some.
+            own_queries = dict(queries) if len(positions) == everyone else _select(queries, positions)
             if falls_back:
                 parts.append((positions, self._score(own_queries, None)))
             else:

@@ -20,7 +20,8 @@ from lightning_influence.curvature.damping import resolve_damping
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.options import Options
-from lightning_influence.model.mean_loss import LossSum, same_mean
+from lightning_influence.model.captured import LossSum
+from lightning_influence.model.mean_loss import same_mean
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.notes import Notes
