@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.api.question import Question
 from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
 from lightning_influence.methods.gathering import Gathered, GradientPass, gather, joined
-from lightning_influence.methods.method import Method, find_method
+from lightning_influence.methods.method import Method, find_method, read_options
+from lightning_influence.methods.options import Options, list_names
 from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, measured
 from lightning_influence.model.captured import LossSum, WeightedCount
 from lightning_influence.model.mean_loss import LossPass
-from lightning_influence.model.measurements import ResolvedMeasurement, resolve_measurement
+from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import LayerPlan, find_layers
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.averages import join_queries
@@ -31,7 +31,45 @@ from lightning_influence.results.top_k import StreamingExtremes
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare, prepare_train
 from lightning_influence.running.runner import Runner
+from lightning_influence.support.arguments import check_layers, is_count, to_plain_number
 from lightning_influence.support.notes import Notes
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the engine.
+
+    Attributes:
+        method: name of a registered method.
+        measurement: what is measured on queries.
+        top_k: keep only this many of the strongest at either end; None for all scores.
+        layers: names or patterns of the layers to cover.
+        options: of the method, from :func:`~..methods.method.read_options`, or what all methods share.
+
+    Raises:
+        ValueError: if a setting is out of range, saying what was got and what is accepted.
+        TypeError: if ``layers`` is no list of texts, or the measurement is of a wrong type.
+    """
+
+    method: str = "auto"
+    measurement: Measurement | None = None
+    top_k: int | None = None
+    layers: Sequence[str] | None = None
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, find_method(self.method).options_type):
+            shared = {name: getattr(self.options, name) for name in list_names(type(self.options))}
+            object.__setattr__(self, "options", read_options(self.method, shared))
+        top_k = to_plain_number(self.top_k)
+        object.__setattr__(self, "top_k", top_k)
+        if top_k is not None and not is_count(top_k, 1):
+            raise ValueError(f"Got top_k={top_k!r}; accepted are positive integers, or None for all scores.")
+        check_layers(self.layers)
+        if (
+            self.measurement is not None and self.measurement != "hook"
+        ):  # whether there is a hook is known with the module only
+            resolve_measurement(self.measurement, None)
 
 
 class Engine:
@@ -64,15 +102,18 @@ class Engine:
         """
         measured = resolve_measurement(self._question.measurement, self._runner.module)
         train_loader, query_loaders = prepare_train(train), prepare(queries)
-        return answer_or_retry(self._state, lambda: self._attributed(train_loader, query_loaders, measured))
+        return answer_or_retry(
+            self._state, lambda: self._attribute_all(train_loader, query_loaders, measured)
+        )
 
-    def _attributed(
+    def _attribute_all(
         self, train: IndexedLoader, query_loaders: list[IndexedLoader], measured: ResolvedMeasurement
     ) -> Attributions:
         method = self._prepare(train)
         several = len(query_loaders) > 1
         groups = self._groups(method, query_loaders, measured)
-        return join_queries([self._attribute(method, group, measured, several) for group in groups])
+        answers = (self._attribute_group(method, group, measured, several) for group in groups)
+        return join_queries(answers, sum(loader.num_examples for loader in query_loaders))
 
     def _groups(
         self, method: Method, loaders: list[IndexedLoader], measured: ResolvedMeasurement
@@ -90,7 +131,7 @@ class Engine:
                 groups = [slice(start, start + rows) for start in range(0, len(found.indices), rows)]
                 yield from [found] if len(groups) == 1 else map(found.select, groups)
 
-    def _attribute(
+    def _attribute_group(
         self, method: Method, asked: Gathered, measured: ResolvedMeasurement, several: bool
     ) -> Attributions:
         """Return scores of some queries, from one pass; their gradients are let go."""
@@ -120,9 +161,9 @@ class Engine:
             The scores by dataset index.
         """
         train_loader = prepare_train(train)
-        return answer_or_retry(self._state, lambda: self._self_influence(train_loader))
+        return answer_or_retry(self._state, lambda: self._find_self_influence(train_loader))
 
-    def _self_influence(self, train: IndexedLoader) -> SelfInfluence:
+    def _find_self_influence(self, train: IndexedLoader) -> SelfInfluence:
         method = self._prepare(train)
         one_pass = SelfInfluencePass(method.context.plan, method.quadratic())
         method.context.run_on_train(one_pass)

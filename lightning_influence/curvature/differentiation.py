@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,9 @@ def differentiable_twice(module: nn.Module) -> Iterator[None]:
         if any(isinstance(part, nn.RNNBase) for part in module.modules()):
             # Other flags as they are: what their defaults would set, not all versions of torch put back.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False, allow_tf32=None))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False, allow_tf32=None))
+            mkldnn: Any = torch.backends.mkldnn  # which has that flag in newer versions
+            kept = {"allow_tf32": None} if hasattr(mkldnn, "allow_tf32") else {}
+            stack.enter_context(mkldnn.flags(enabled=False, **kept))
         yield
 
 

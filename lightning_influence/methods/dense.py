@@ -18,7 +18,7 @@ from lightning_influence.linalg.dense_solve import (
     DenseSolver,
     NegativeCurvature,
     check_size,
-    definite,
+    treat_negative_curvature,
 )
 from lightning_influence.methods.context import note_estimate
 from lightning_influence.methods.method import Gradients, Method, Solved, register_method
@@ -119,7 +119,9 @@ class Exact(DenseMethod):
         self.mean_weight = one_pass.count.mean_weight
         note_estimate(context, one_pass.estimated)
         damping = context.resolve_damping(as_factors(context.layout, torch.diagonal(matrix)), "full")
-        self.solver = DenseSolver(matrix, context.layout.expand(damping, matrix))
+        # An eigenvalue of a matrix of squares is only as far off as the square of what its roots are.
+        rounding = len(matrix) * torch.finfo(context.dtype).eps ** 2
+        self.solver = DenseSolver(matrix, context.layout.expand(damping, matrix), rounding)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ class BlockGGN(DenseMethod):
         indices = [index.to(found[0].device) for index in block_indices(context.plan, options.blocks)]
         diagonal = _joined([torch.diagonal(block) for block in blocks], indices)
         damping = context.resolve_damping(as_factors(context.layout, diagonal), "closed")
-        self.solver = BlockSolver(blocks, indices, context.layout.expand(damping, diagonal))
+        rounding = len(diagonal) * torch.finfo(context.dtype).eps ** 2
+        self.solver = BlockSolver(blocks, indices, context.layout.expand(damping, diagonal), rounding)
 
 
 def _joined(parts: list[Tensor], indices: list[Tensor]) -> Tensor:
@@ -212,10 +215,18 @@ class Hessian(DenseMethod):
         context.run_on_train(one_pass)
         matrix = self._covered(one_pass.result(context.runner.all_reduce_sum), layout)
         self.mean_weight = one_pass.count.mean_weight
-        found = definite(matrix, options.negative_curvature)
+        found = treat_negative_curvature(matrix, options.negative_curvature)
         factors = as_factors(context.layout, torch.diagonal(found.magnitude))
         damping = context.layout.expand(context.resolve_damping(factors, "full"), found.matrix)
-        self.solver = DenseSolver(found.matrix, damping)
+        rounding = len(matrix) ** 0.5 * torch.finfo(context.dtype).eps
+        self.solver = DenseSolver(found.matrix, damping, rounding)
+        if float(damping.min()) > 0 and self.solver.smallest <= self.solver.floor:
+            precision = str(context.dtype).removeprefix("torch.")
+            context.notes.add(
+                f"The Hessian plus the damping ({float(damping.min()):.3g}) has an eigenvalue of about "
+                f"{self.solver.smallest:.2g}, and up to {self.solver.floor:.2g} they are rounding of "
+                f"{precision}: scores may be dominated by directions without curvature. Raise the damping."
+            )
         if not self.solver.is_definite and options.negative_curvature in {"refuse", "keep"}:
             message = (
                 f"The Hessian plus the damping ({float(damping.min()):.3g}) is not positive definite: its "

@@ -46,7 +46,8 @@ class LoopRunner(Runner):
         module, device = self.module, self.module.device
         expected.batches = sum(map(len, loaders))
         expected.examples = sum(loader.num_examples for loader in loaders)
-        with Progress(transient=True, disable=not self.progress) as bar:
+        bar = Progress(transient=True)
+        with bar if self.progress else contextlib.nullcontext():  # a disabled bar of rich 13 prints a line
             task = bar.add_task(one_pass.description, total=expected.batches)
             for position, loader in enumerate(loaders):
                 for batch, indices in loader.shard():

@@ -72,7 +72,8 @@ def _check(value: Any, hint: Any, where: str) -> None:
         accepted = " or ".join(name for name, _ in options)
         _require(any(holds(value) for _, holds in options), value, where, accepted)
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        check_fields(hint, value, where)
+        if not isinstance(value, hint):
+            check_fields(hint, value, where)
     elif hint is not Any:
         for part, part_hint, name in _take_apart(value, hint, where):
             _check(part, part_hint, name)
@@ -89,9 +90,10 @@ def _take_apart(value: Any, hint: Any, where: str) -> list[tuple[Any, Any, str]]
         _require(isinstance(value, dict), value, where, "a table of names and values")
         if origin is not None:
             return [(item, inner[1], f"{where}[{name!r}]") for name, item in value.items()]
-        wanted = sorted(hint.__required_keys__)
+        # Not `__required_keys__`, which does not see through annotations that are strings.
+        marked, hints = get_type_hints(hint, include_extras=True), get_type_hints(hint)
+        wanted = [name for name, part in marked.items() if get_origin(part) is not typing.NotRequired]
         _require(value.keys() >= {*wanted}, value, where, f"a table with {', '.join(wanted)}")
-        hints = get_type_hints(hint)
         return [(item, hints.get(name, Any), f"{where}.{name}") for name, item in value.items()]
     _require(isinstance(value, list | tuple), value, where, "a list")
     if origin is tuple and Ellipsis not in inner:

@@ -33,11 +33,12 @@ class ModuleStates:
 
     Args:
         module: the user's module.
+        parameters: whether to hold the parameters too.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, parameters: bool = True) -> None:
         parts = list(module.modules())
-        self._live = [t.data for t in module.parameters() if not is_lazy(t)]
+        self._live = [t.data for t in module.parameters() if parameters and not is_lazy(t)]
         self._copies = [t.clone() for t in self._live]
         self._buffers = [(m, name, b.clone()) for m in parts for name, b in m.named_buffers(recurse=False)]
         self._metrics = [(m, _metric_state(m)) for m in parts if isinstance(m, Metric)]
@@ -58,7 +59,8 @@ class ModuleStates:
             for owner, name, held in self._buffers:
                 now: Any = getattr(owner, name, None)
                 if isinstance(now, Tensor) and now.shape == held.shape:
-                    now.copy_(held)
+                    if not _equal(now, held):  # a write counts as a change to graphs that are still needed
+                        now.copy_(held)
                 else:
                     setattr(owner, name, held.clone())
 
