@@ -231,7 +231,7 @@ class StoredGaussNewton:
         return result / (count * self.mean_weight)
 
 
-def kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
+def bound_kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
     """Return ``kappa`` of ``E[h_x^2] <= kappa Tr(H) H``, as far as some directions tell: a lower bound.
 
     Args:

@@ -180,7 +180,7 @@ class PreconditionedSquares:
         if form is None or not _simple(gradients) or (all(form.cut) and _positions(gradients) > 1):
             return inverse.quadratic(gradients)
         assert isinstance(gradients, FactoredGradients)
-        return averaged_squares(gradients, form)
+        return sum_averaged_squares(gradients, form)
 
     def _search(self, gradients: Mapping[str, LayerGradients]) -> dict[str, Aggregated]:
         """Return the forms of the layers that have one; few of the gradients are compared with exact ones."""
@@ -220,11 +220,11 @@ class _Search:
         self._aggregation = Aggregation(inverse)
         d_out, d_in = inverse.eigenvalues.shape[1:]
         positions = _positions(gradients)
-        limit = (1 - _WORTH) * exact_operations(d_out, d_in, positions)
+        limit = (1 - _WORTH) * count_exact(d_out, d_in, positions)
         self._sizes = [
             size
             for size in self._aggregation.sizes(positions)
-            if averaged_operations(*size, d_out, d_in, positions) < limit
+            if count_averaged(*size, d_out, d_in, positions) < limit
         ]
         self.form: Aggregated | None = None
         self.error = torch.zeros_like(self.exact)
@@ -236,10 +236,10 @@ class _Search:
             self.form, self.error = None, torch.zeros_like(self.exact)
             return
         self.form = self._aggregation.at(*self._sizes.pop(0))
-        self.error = averaged_squares(self._gradients, self.form) - self.exact
+        self.error = sum_averaged_squares(self._gradients, self.form) - self.exact
 
 
-def averaged_squares(gradients: FactoredGradients, form: Aggregated) -> Tensor:
+def sum_averaged_squares(gradients: FactoredGradients, form: Aggregated) -> Tensor:
     """Weighted norms of gradients of one group and one seed.
 
     Args:
@@ -300,7 +300,7 @@ def _row_norms(rows: Tensor, inputs: Tensor) -> Tensor:
     return torch.bmm(rows.transpose(1, 2), inputs).square_().sum(2)
 
 
-def exact_operations(d_out: int, d_in: int, positions: int) -> float:
+def count_exact(d_out: int, d_in: int, positions: int) -> float:
     """Return the multiply-adds of the exact weighted norm of one example."""
     if positions == 1:
         return d_in**2 + d_out**2 + d_in * d_out
@@ -309,8 +309,8 @@ def exact_operations(d_out: int, d_in: int, positions: int) -> float:
     return min(factored, dense) + d_in * d_out
 
 
-def averaged_operations(p: int, q: int, d_out: int, d_in: int, positions: int) -> float:
-    """Return the multiply-adds of :func:`averaged_squares` for one example."""
+def count_averaged(p: int, q: int, d_out: int, d_in: int, positions: int) -> float:
+    """Return the multiply-adds of :func:`sum_averaged_squares` for one example."""
     if positions == 1:
         return (p + _DEFLATED) * d_out + (q + _DEFLATED) * d_in + p * q
     norms = min(positions**2 * (d_in + d_out), positions * d_in * d_out)
@@ -341,4 +341,4 @@ def _worth_a_search(inverse: EigenInverse, gradients: LayerGradients) -> bool:
     if inverse.basis is None or not _simple(gradients):
         return False
     d_out, d_in = inverse.eigenvalues.shape[1:]
-    return exact_operations(d_out, d_in, _positions(gradients)) >= _SMALLEST
+    return count_exact(d_out, d_in, _positions(gradients)) >= _SMALLEST
