@@ -27,7 +27,7 @@ from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.linalg.orthonormal import inner
 from lightning_influence.model.gradients import LayerGradients
 
-# Flat vectors that are formed at once where only products with them are wanted.
+# Chosen by hand: bytes of flat vectors that are formed at once where only products with them are wanted.
 _FORMED_BYTES = 2**25
 
 

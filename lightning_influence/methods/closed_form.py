@@ -35,7 +35,7 @@ class ClosedForm(Method):
     options: ClosedFormOptions
 
     def solve(self, queries: Queries) -> Solved:
-        """Return the solutions: apply the inverse, within the scores where that is cheaper."""
+        """Apply the inverse, within the scores where that is cheaper."""
         tolerance = self.options.low_rank_tolerance
         scorer = PreconditionedScorer(self.inverse, queries, tolerance=tolerance, consume=True)
         if scorer.ranks:
@@ -43,7 +43,7 @@ class ClosedForm(Method):
         return Solved(scorer)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
-        """Return the solutions: apply the inverse."""
+        """Apply the inverse to the queries' gradients."""
         return self.inverse.apply(self.context.layout.dense(queries)[0]), None
 
     def quadratic(self) -> Quadratic:

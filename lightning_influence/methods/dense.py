@@ -48,12 +48,12 @@ class DenseMethod(Method):
         """Sum the matrix in one pass, decide the damping, make the solver."""
 
     def solve(self, queries: Gradients) -> Solved:
-        """Return the solutions: solve densely."""
+        """Solve densely, and score training gradients against the solutions."""
         solutions, residuals = self.solutions(queries)
         return Solved(DenseScorer(self.context.layout.split(solutions)), residuals)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor]:
-        """Return the solutions: solve densely."""
+        """Solve densely; the residuals are those of the rounding alone."""
         return self.solver.solve(self.context.layout.dense(queries)[0])
 
     def quadratic(self) -> Quadratic:

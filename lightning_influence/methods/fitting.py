@@ -18,7 +18,7 @@ from lightning_influence.methods.context import Context, compute_digest, note_un
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.plan import LayerPlan, find_layers
 
-# Memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
+# Chosen by hand: memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
 CACHE_BYTES = 2**28
 
 

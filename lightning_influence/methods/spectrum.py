@@ -19,7 +19,7 @@ from lightning_influence.methods.context import Context, note_estimate
 from lightning_influence.support.arguments import check_choice, check_count
 
 CurvatureName = Literal["ggn", "hessian"]
-# Directions that the variance of examples is measured along: leading eigenvectors.
+# Chosen by hand: leading eigenvectors that the variance of examples is measured along; the first limit steps.
 _DIRECTIONS = 4
 
 
