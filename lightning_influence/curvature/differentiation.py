@@ -21,7 +21,7 @@ from lightning_influence.model.layers import Layer
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 
-# Memory for the gradients that flow back at once; a batched pass holds a copy of everything a vector.
+# Chosen by hand: memory for what flows back at once; a batched pass holds a copy of everything a vector.
 _BATCHED_BYTES = 2**28
 # How autograd says that an operation has no second derivative.
 _NO_DERIVATIVE = ("is not implemented", "once_differentiable", "not differentiable")

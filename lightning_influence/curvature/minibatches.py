@@ -31,7 +31,7 @@ class SampledOperator(Protocol):
         ...
 
 
-def example_variance(
+def measure_example_variance(
     operator: SampledOperator,
     directions: Tensor,
     trace: float,

@@ -17,6 +17,7 @@ from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.passes import Loader, Passes
 
+# Chosen by hand: 512 MiB of float64.
 MAX_PARAMETERS = 8192
 
 

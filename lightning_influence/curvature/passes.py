@@ -90,7 +90,7 @@ class AveragingPass:
         return [part.div_(divisor) for part in sums]
 
 
-# Most bytes of output gradients that are recorded at once where products are all that is wanted of them.
+# Chosen by hand: bytes of output gradients recorded at once where only products with them are wanted.
 _SEED_BYTES = 2**26
 
 

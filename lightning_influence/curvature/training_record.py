@@ -177,17 +177,18 @@ class TrainingRecord:
             layers: the covered layers.
         """
         rule = find_optimizer_rule(optimizer)
-        reader = rule or OptimizerRule()  # of an unknown optimizer, nothing that is read is used
         family, reason = _name_family(rule, optimizer)
         if self.steps and family != self.family:
             family, reason = "other", f"{self.family} and {family} optimizers in one run"
         self.family, self.reason = family, self.reason or reason
         self.steps += 1
+        if rule is None:  # whatever its groups hold
+            return
         for record, parts in self._groups_of(optimizer, layers):
             rate = decay = 0.0
             for share, group in parts:
-                rate += share * reader.read_rate(group)
-                decay += share * reader.read_weight_decay(group)
+                rate += share * rule.read_rate(group)
+                decay += share * rule.read_weight_decay(group)
             record.rate, record.weight_decay = record.rate + rate, float(decay)
 
     def _groups_of(self, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> _Parts:

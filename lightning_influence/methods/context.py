@@ -76,7 +76,7 @@ class Context:
         return Layout.of(self.plan.layers)
 
     def resolve_damping(self, factors: Factors, solver: Literal["closed", "full"]) -> dict[str, float]:
-        """Return the damping: decide the damping, and remember it for the diagnostics."""
+        """Decide the damping of each layer, and remember it for the diagnostics."""
         self.damping, self.damping_origin = resolve_damping(
             self.options.damping, factors, self.state.record, solver=solver
         )
