@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_influence.results.rendering import build_facts_table, render_plain
-from lightning_influence.support.errors import CorruptFileError, EditMismatchError, InfluenceWarning, add_note
-from lightning_influence.support.storage import PathLike, check_kind, load_tensors, save_tensors
+from lightning_influence.support.arguments import are_distinct, is_count
+from lightning_influence.support.errors import EditMismatchError, InfluenceWarning, add_note
+from lightning_influence.support.fields import check_fields, read_tensor
+from lightning_influence.support.storage import PathLike, load_object, save_tensors
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,15 @@ class EditReport:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """Return the report that was stored."""
-        values = dict(state)
+        """Make a report of what :meth:`to_state` returned.
+
+        Returns:
+            An equal report.
+
+        Raises:
+            ValueError: if a value is missing or of a wrong type; names it.
+        """
+        values = dict(check_fields(cls, state, "report"))
         values["layers"] = {name: (pair[0], pair[1]) for name, pair in values["layers"].items()}
         for name in ("edited", "kept"):
             values[name] = LossChange(**values[name])
@@ -311,21 +321,7 @@ class ParameterEdit(JupyterMixin):
             CorruptFileError: if the file is truncated, altered or of another kind.
             EditMismatchError: if the module has no such parameters.
         """
-        tensors, metadata = load_tensors(path)
-        check_kind(path, metadata, cls.KIND)
-        try:
-            changes = {
-                name: Change(
-                    tensors[f"{name}/index"],
-                    tensors[f"{name}/before"],
-                    tensors[f"{name}/after"],
-                    tuple(shape),
-                )
-                for name, shape in metadata["shapes"].items()
-            }
-            report = EditReport.from_state(metadata["report"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptFileError(f"{str(path)!r} does not hold a sound {cls.KIND}: {error}") from error
+        changes, report = load_object(path, cls.KIND, _read_edit)
         edit = cls(model, changes, report)
         edit._parameters()
         return edit
@@ -396,6 +392,54 @@ class ParameterEdit(JupyterMixin):
 def _bits(values: Tensor) -> Tensor:
     """Return the values as integers: a comparison that tells signs of zero apart and holds for NaN."""
     return values.contiguous().view(torch.uint8) if values.numel() else values
+
+
+def _read_edit(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> tuple[dict[str, Change], EditReport]:
+    """Make changes and report of what a file holds.
+
+    Returns:
+        The changes by parameter name, and the report.
+
+    Raises:
+        ValueError: naming the field that is missing or wrong.
+    """
+    shapes = metadata.get("shapes")
+    if not isinstance(shapes, dict):
+        raise ValueError(f"shapes are {shapes!r:.40}; accepted is a table of parameters' names and shapes.")
+    unknown = tensors.keys() - {f"{name}/{key}" for name in shapes for key in ("index", "before", "after")}
+    if unknown:
+        raise ValueError(f"{min(unknown)!r} belongs to no parameter; known are {sorted(shapes)}.")
+    changes = {name: _read_change(tensors, name, shape) for name, shape in shapes.items()}
+    return changes, EditReport.from_state(metadata.get("report", {}))
+
+
+def _read_change(tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
+    """Read what changes of one parameter; what would be written by broadcasting, twice or as NaN is refused.
+
+    Returns:
+        The change.
+
+    Raises:
+        ValueError: naming the field that is missing or wrong.
+    """
+    if not isinstance(shape, list) or not all(is_count(size, 0) for size in shape):
+        raise ValueError(f"the shape of {name!r} is {shape!r:.40}; accepted is a list of integers.")
+    index = read_tensor(tensors, f"{name}/index", ndim=1)
+    before, after = (read_tensor(tensors, f"{name}/{key}", shape=index.shape) for key in ("before", "after"))
+    if index.dtype != torch.int64 or not are_distinct(index) or bool((index < 0).any()):
+        raise ValueError(f"{name}/index is {index.dtype} or repeated; accepted are distinct integers from 0.")
+    numel = math.prod(shape)
+    if len(index) and int(index.max()) >= numel:
+        raise ValueError(f"{name}/index holds {int(index.max())}; the parameter has {numel} entries.")
+    if not before.is_floating_point() or before.dtype != after.dtype:
+        raise ValueError(
+            f"{name}/before is {before.dtype}, {name}/after {after.dtype}; accepted is one precision."
+        )
+    if not bool(before.isfinite().all() and after.isfinite().all()):
+        raise ValueError(f"{name} holds NaN or infinite values; accepted are finite ones.")
+    return Change(index, before, after, tuple(shape))
 
 
 def changes_between(
