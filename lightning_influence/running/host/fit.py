@@ -197,6 +197,8 @@ def aside(trainer: Trainer, module: LightningModule, batch: Any = None) -> Itera
     """
     states = ModuleStates(module, parameters=batch is not None)
     grads = [(p, p.grad) for p in module.parameters()]
+    for parameter, _ in grads:
+        parameter.grad = None  # a backward pass in here would add to what a window of batches accumulates
     try:
         with preserve_rng(), muted(module), torch.enable_grad():
             yield copy.deepcopy(batch)
