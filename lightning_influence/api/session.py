@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning_influence.api.engine import Engine
 from lightning_influence.api.question import Question
 from lightning_influence.collecting.callback import InfluenceCallback
-from lightning_influence.collecting.state import state_from_checkpoint
+from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
@@ -105,7 +105,7 @@ class _CheckpointReader(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Read the state."""
-        self.state = state_from_checkpoint(checkpoint)
+        self.state = read_saved_state(checkpoint)
 
 
 def over_checkpoints(

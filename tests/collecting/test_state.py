@@ -12,7 +12,7 @@ from callback_models import Classifier, fit, loader, same, tensors
 
 from lightning_influence.api.module import InfluenceModule
 from lightning_influence.collecting.callback import InfluenceCallback
-from lightning_influence.collecting.state import state_from_checkpoint
+from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.support.errors import CorruptFileError, InfluenceError, InfluenceWarning
 
 
@@ -90,7 +90,7 @@ def test_a_malformed_part_is_named_and_the_fit_goes_on_without_it(saved, tmp_pat
     with pytest.raises(CorruptFileError, match=message):
         InfluenceCallback(strict=True).load_state_dict(state)
     with pytest.raises(CorruptFileError, match=message):
-        state_from_checkpoint({"callbacks": {"InfluenceCallback": state}})
+        read_saved_state({"callbacks": {"InfluenceCallback": state}})
     assert callback.num_collected == 5
     # The training itself is the one that goes on from the unchanged checkpoint.
     _, expected, _ = resume(saved, saved["callbacks"]["InfluenceCallback"], tmp_path)
@@ -118,7 +118,7 @@ def test_every_flipped_bit_of_a_tensor_is_noticed_by_name(saved, tmp_path):
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         tensor.copy_(content.view(tensor.dtype).view(tensor.shape))
         with pytest.raises(CorruptFileError, match="was altered after it was saved") as caught:
-            state_from_checkpoint({"callbacks": {"InfluenceCallback": flipped}})
+            read_saved_state({"callbacks": {"InfluenceCallback": flipped}})
         # Parts that were equal when they were saved may be one tensor.
         at = tensor.data_ptr()
         named = [name.lstrip("/") for name, other in tensors(flipped).items() if other.data_ptr() == at]
@@ -154,7 +154,7 @@ def test_a_mutated_state_gives_one_kind_of_error(saved, checksums):
             part = part[key]
         part[path[-1]] = value
         try:
-            state_from_checkpoint({"callbacks": {"InfluenceCallback": mutated}})
+            read_saved_state({"callbacks": {"InfluenceCallback": mutated}})
         except InfluenceError:
             refused += 1
     assert refused > 200
