@@ -13,7 +13,7 @@ products and no forward or backward pass; where they do not fit, every product i
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,6 @@ from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.losses.draws import draw_generator
-from lightning_influence.model.losses.hook import ScaledLoss
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.running.runner import Runner
@@ -54,9 +53,7 @@ def softened(loss: OutputLoss, temperature: float) -> OutputLoss:
     Returns:
         A detached copy.
     """
-    if isinstance(loss, ScaledLoss):
-        return ScaledLoss.of(softened(loss.inner, temperature), loss.factor)
-    return replace(loss, outputs=loss.outputs.detach() / temperature)
+    return loss.with_outputs(loss.outputs.detach() / temperature)
 
 
 def leading_columns(columns: Tensor, rows: Tensor, share: float) -> Tensor:

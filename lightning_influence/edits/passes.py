@@ -14,8 +14,6 @@ from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients, check_finite
 from lightning_influence.model.losses.capture import LossCall, LossCapture
-from lightning_influence.model.losses.hook import ScaledLoss
-from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.arguments import some
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
@@ -256,7 +254,8 @@ class Losses:
 
 def chance_losses(captured: Captured) -> Tensor | None:
     """Return each example's loss if all outputs were zero, ``(B,)``; None where the outputs are unknown."""
-    return None if captured.loss is None else _at_zero(captured.loss).detach()
+    loss = captured.loss
+    return None if loss is None else loss.with_outputs(torch.zeros_like(loss.outputs)).per_example().detach()
 
 
 def output_traces(captured: Captured) -> Tensor:
@@ -276,9 +275,3 @@ def output_traces(captured: Captured) -> Tensor:
     for seed in seeds:
         total += seed.reshape(captured.num_examples, -1).square().sum(dim=1)
     return total
-
-
-def _at_zero(loss: OutputLoss) -> Tensor:
-    if isinstance(loss, ScaledLoss):
-        return _at_zero(loss.inner) * loss.factor
-    return replace(loss, outputs=torch.zeros_like(loss.outputs)).per_example()

@@ -74,6 +74,11 @@ class Recorder:
         self._calls = {}
 
     @property
+    def nodes(self) -> set[object]:
+        """Autograd nodes of the layers' outputs."""
+        return {edge.node for calls in self._calls.values() for edge in calls.edges}
+
+    @property
     def silent(self) -> list[str]:
         """Names of the layers that did not take part in the forward pass."""
         return [name for name, calls in self._calls.items() if not calls.edges]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.losses.draws import draw_signs
-from lightning_influence.support.errors import UnsupportedModelError
+from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 
 #: How the batch's loss is formed from the losses of its elements: ``mean``, ``sum`` and ``none`` are torch's
 #: own (the plain mean stands for ``none``); ``position_mean`` divides the sum by the number of positions,
@@ -183,6 +183,21 @@ class OutputLoss(ABC):
     def scale(self) -> float:
         """Batch loss divided by the average of the per-example losses: ``B`` for sums, else 1."""
         return float(self.num_examples) if self.reduction == "sum" else 1.0
+
+    def share(self) -> Tensor:
+        """Return the derivative of the batch's loss in the sum of the loss function's unreduced values."""
+        return self.scale / self.weights().sum()
+
+    def weighted(self, coefficients: Tensor) -> OutputLoss:
+        """Return the loss with its unreduced values weighed.
+
+        Args:
+            coefficients: in the shape of what the function returns under ``reduction="none"``, not negative.
+
+        Raises:
+            LossCaptureError: if the curvature is not known then.
+        """
+        raise LossCaptureError(f"{type(self).__name__} cannot be weighed by position.")
 
     @property
     def divides_by_positions(self) -> bool:
