@@ -53,6 +53,8 @@ def softened(loss: OutputLoss, temperature: float) -> OutputLoss:
     Returns:
         A detached copy.
     """
+    if not loss.is_function_of_outputs:
+        return loss
     return loss.with_outputs(loss.outputs.detach() / temperature)
 
 

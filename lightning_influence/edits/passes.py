@@ -255,7 +255,9 @@ class Losses:
 def chance_losses(captured: Captured) -> Tensor | None:
     """Return each example's loss if all outputs were zero, ``(B,)``; None where the outputs are unknown."""
     loss = captured.loss
-    return None if loss is None else loss.with_outputs(torch.zeros_like(loss.outputs)).per_example().detach()
+    if loss is None or not loss.is_function_of_outputs:
+        return None
+    return loss.with_outputs(torch.zeros_like(loss.outputs)).per_example().detach()
 
 
 def output_traces(captured: Captured) -> Tensor:

@@ -53,6 +53,10 @@ class Captured:
         assert self.values is not None
         return self.values
 
+    def total(self) -> Tensor:
+        """Return the sum of :meth:`per_example`, differentiable."""
+        return self.per_example().sum() if self.loss is None else self.loss.total()
+
     def loss_gradients(self, *, keep_graph: bool = True) -> dict[str, FactoredGradients]:
         """Gradients of the per-example losses, before division by the mean weight.
 

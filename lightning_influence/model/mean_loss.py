@@ -26,7 +26,7 @@ class LossSum:
     def add(self, captured: Captured) -> None:
         """Add a batch."""
         with torch.no_grad():  # no graph of its own
-            self._sum += float(captured.per_example().double().sum())
+            self._sum += float(captured.total().double())
         self._examples += captured.num_examples
 
     def mean(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> float:

@@ -198,16 +198,27 @@ def test_influence_loss_takes_the_place_of_the_step():
     assert captured.weights.tolist() == [1] * 12
 
 
-def test_values_of_an_unknown_loss_have_empirical_curvature():
+def test_values_of_an_unknown_loss_have_the_curvature_of_their_second_derivative():
     setup = Setup.of("mlp_gelu")
     module = setup.module
     module.influence_loss = lambda data: module.model(data[0]).square().sum(1)
     captured = Forward(setup.plan)(module, (setup.case.x, setup.case.y), 12)
-    assert captured.loss is None
     assert captured.weights.tolist() == [1] * 12
-    loss = setup.layout.dense(captured.loss_gradients())
-    for fisher in ("exact", "mixed", "sampled", "empirical"):
-        assert torch.equal(setup.layout.dense(captured.curvature_gradients(fisher)), loss)
+    model, x = setup.case.model, setup.case.x
+    parameters = [p for name in setup.case.layers for p in model.get_submodule(name).parameters()]
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(output, parameters, retain_graph=True)])
+        for output in model(x).flatten()
+    ]
+    jacobian = torch.stack(rows)
+    columns = setup.layout.dense(captured.curvature_gradients("exact")).flatten(0, 1)
+    assert columns.shape == jacobian.shape
+    # The layout joins weight and bias row by row, so that only what no order changes can be compared.
+    torch.testing.assert_close(
+        torch.linalg.eigvalsh(columns @ columns.T), torch.linalg.eigvalsh(2 * jacobian @ jacobian.T), **TIGHT
+    )
+    gradients = setup.layout.dense(captured.loss_gradients())[0]
+    assert gradients.shape == (12, setup.plan.numel)
 
 
 def test_gradients_that_are_not_finite_are_not_taken_for_coupling():

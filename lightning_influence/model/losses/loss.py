@@ -165,6 +165,11 @@ class OutputLoss(ABC):
             "one output per example."
         )
 
+    @property
+    def is_function_of_outputs(self) -> bool:
+        """Whether :meth:`with_outputs` can be asked for."""
+        return True
+
     def with_outputs(self, outputs: Tensor) -> Self:
         """Return the same loss at other outputs, of the same shape."""
         return replace(self, outputs=outputs)
