@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+from operator import methodcaller, pos
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +22,15 @@ from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.unnamed_loss import UnnamedLoss
-from lightning_influence.support.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
+from lightning_influence.support.errors import (
+    InfluenceWarning,
+    LossCaptureError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 from lightning_influence.support.random_states import preserved_rng
 
 _OUTSIDE_FIT = (
@@ -33,10 +39,6 @@ _OUTSIDE_FIT = (
     "batches are of another form, define `influence_loss(batch) -> (B,)` on the module: the loss of each "
     "example of the batch."
 )
-
-
-ModuleLoss = Callable[[Any, Any], Tensor]
-"""A loss ``(module, batch) -> (B,)``, or the loss of the batch."""
 
 
 class Measure(Protocol):
@@ -58,13 +60,13 @@ class Forward:
     Args:
         plan: the covered layers.
         loss: the user's own loss, a callable ``(module, batch)`` that returns the losses of the examples
-            ``(B,)`` or the loss of the batch; None for that of the module.
+            ``(B,)`` or the loss of the batch; None for the plan's, or else that of the module.
     """
 
     def __init__(self, plan: LayerPlan, loss: ModuleLoss | None = None) -> None:
         self.plan = plan
         self.silent: set[str] = set(plan.layers)
-        self._loss = loss
+        self._loss = plan.loss if loss is None else loss
         self._capture = LossCapture()
         self._unnamed: UnnamedLoss | None = None
 
@@ -107,6 +109,10 @@ class Forward:
             )
         if measure is None and (self._loss is not None or callable(getattr(module, "influence_loss", None))):
             self._compare_with_step(captured, module, batch)
+        note = None if captured.loss is None else captured.loss.note
+        if note is not None and note not in self.plan.verified and not isinstance(captured.loss, BatchLoss):
+            warnings.warn(note, InfluenceWarning, stacklevel=2)
+            self.plan.verified.add(note)
         subject = "loss" if measure is None else "measurement"
         if subject not in self.plan.verified:
             check_independent(captured)
@@ -152,7 +158,7 @@ class Forward:
                 raise
             return captured
         finally:
-            self._capture.clear()
+            self._capture.calls = []  # lets go of the graph
         return Captured(num_examples, loss, None, recorder)
 
     def _read_unnamed(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
@@ -197,7 +203,7 @@ class Forward:
 
         def losses(other: Any, count: int) -> Tensor:
             # Nothing is differentiated here, so the graph need not hold activations.
-            dropped = torch.autograd.graph.saved_tensors_hooks(lambda t: t.new_empty(0), lambda t: t)
+            dropped = torch.autograd.graph.saved_tensors_hooks(methodcaller("new_empty", 0), pos)
             with dropped, LossCapture() as capture:
                 values, batch_loss = self._call(module, other)
             if batch_loss is None:

@@ -63,6 +63,8 @@ class UnnamedLoss:
         self._run, self._verified = run, verified
         self._traits = BatchLossTraits()
         self._cut: list[Key] | None = None
+        # Whether the network has a run of its own: outputs that feed one another cannot be cut in the same
+        # one, and values that the user gives for the examples keep their graph, by which they are checked.
         self._chained = False
 
     def read(self, module: Any, batch: Any, num_examples: int, recorder: Recorder) -> BatchLoss:
@@ -129,10 +131,11 @@ class UnnamedLoss:
             raise LossCaptureError(
                 f"The training loss does not depend on the output of any module with parameters. {_REMEDY}"
             )
-        with preserved_rng(), OutputTap(module, cut) as tap:
-            self._run(module, batch)
-        # Values of examples keep the graph of the network, by which they are checked.
-        self._cut, self._chained = cut, values is not None or are_chained(tap)
+        self._cut, self._chained = cut, values is not None or len(cut) > 1
+        if values is None and len(cut) > 1:
+            with preserved_rng(), OutputTap(module, cut) as tap:
+                self._run(module, batch)
+            self._chained = are_chained(tap)
 
     def _run_from_leaves(self, module: Any, batch: Any) -> tuple[list[Tensor], Tensor, OutputTap]:
         """Return the leaves at the cut, and the batch's loss as a function of them."""

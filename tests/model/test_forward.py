@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from drive import TIGHT, Setup, mute
@@ -7,7 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.plan import find_layers
-from lightning_influence.support.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
+from lightning_influence.support.errors import (
+    InfluenceWarning,
+    LossCaptureError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 
 B = 4
 
@@ -90,7 +97,11 @@ def sequence_first_in_one_layer(module, x, y):
 def test_examples_that_are_not_rows_of_their_own_are_refused(step, shape, layer):
     data = torch.randn(*shape), torch.randint(2, (B,))
     with pytest.raises(
-        UnsupportedModelError, match=rf"depends on layer '{layer}' at other examples.*influence_loss"
+        UnsupportedModelError,
+        match=(
+            rf"depends on layer '{layer}' at other examples.*influence_loss"
+            rf"|Layer '{layer}' was called with a tensor of shape \(3, 4, 3\)"
+        ),
     ):
         forward(step, data)
 
@@ -269,3 +280,39 @@ def test_errors_of_the_step_say_where_it_ran():
         forward(step)
     assert "outside of a fit" in info.value.__notes__[0]
     assert "influence_loss(batch)" in info.value.__notes__[0]
+
+
+def test_what_stands_for_the_curvature_is_said_once():
+    def step(module, x, y):
+        return F.l1_loss(module.last(module.first(x))[:, 0], y.float())
+
+    module = mute(Module(step))
+    run = Forward(find_layers(module))
+    with pytest.warns(InfluenceWarning, match="absolute error, whose second derivative is zero"):
+        run(module, batch(), B)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InfluenceWarning)
+        run(module, batch(), B)
+
+
+def test_batches_in_which_no_example_counts_have_no_gradient():
+    def step(module, x, y):
+        return F.cross_entropy(module.last(module.first(x)), torch.full_like(y, -100))
+
+    captured = forward(step)
+    assert captured.weights.tolist() == [0] * B
+    assert not any(gradient.dense().any() for gradient in captured.loss_gradients().values())
+
+
+def loop(module, x, y):
+    return F.cross_entropy(torch.stack([module.last(module.first(one)) for one in x]), y)
+
+
+def prototypes(module, x, y):
+    return F.cross_entropy(module.first(x) @ module.last.weight.T + module.last(torch.ones(2, 3)).sum(), y)
+
+
+@pytest.mark.parametrize(("step", "shape"), [(loop, r"\(3,\)"), (prototypes, r"\(2, 3\)")])
+def test_calls_without_a_batch_dimension_are_named(step, shape):
+    with pytest.raises(UnsupportedModelError, match=rf"called with a tensor of shape {shape}.*`layers=`"):
+        forward(step, batch(5, 3), 5)

@@ -64,12 +64,12 @@ class LossCall:
         Raises:
             LossCaptureError: if the function, its arguments or the number of its rows cannot be worked with.
         """
-        if is_supported(self.function) and self.versions != versions_of((*self.args, *self.kwargs.values())):
+        loss = parse(self.function, self.args, self.kwargs)
+        if self.versions != versions_of((*self.args, *self.kwargs.values())):
             raise LossCaptureError(
                 f"An argument of {loss_name(self.function)} was changed in place after the call. Accepted "
                 "are outputs and targets that stay as they were: change a copy."
             )
-        loss = parse(self.function, self.args, self.kwargs)
         rows = loss.outputs.shape[0]
         if rows == 0 or rows % batch_size:
             raise LossCaptureError(
@@ -260,7 +260,7 @@ class LossCapture(TorchFunctionMode):
             ):
                 raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
         slopes = tuple(slope.detach() for slope in slopes)
-        summed = type(batch_loss.grad_fn).__name__.startswith("SumBackward")
+        summed = _is_sum(batch_loss.grad_fn, divisor != 1)
         losses = []
         for call, slope in zip(calls, slopes, strict=True):
             try:
@@ -300,6 +300,13 @@ class LossCapture(TorchFunctionMode):
                 f"value:\n{_listing([call for call, _ in losses])}\nAccepted is exactly one. {_REMEDY}"
             )
         return losses[0][1]
+
+
+def _is_sum(node: Any, is_divided: bool) -> bool:
+    """Return whether a loss is the result of a sum; the host's own division is looked through."""
+    while is_divided and type(node).__name__.startswith(("DivBackward", "MulBackward")):
+        node = node.next_functions[0][0]
+    return type(node).__name__.startswith("SumBackward")
 
 
 def _lost_weight() -> dict[str, Tensor]:
