@@ -25,7 +25,7 @@ from torch import Tensor
 from unrolling_study import small_task
 
 from lightning_influence.curvature.two_level import TwoLevel
-from lightning_influence.linalg.block_krylov import block_krylov
+from lightning_influence.linalg.block_krylov import Subspace, block_krylov
 
 SIZES = (64, 128, 256, 512)
 
@@ -73,7 +73,8 @@ def compare(entry: LadderTask, sizes: tuple[int, ...], kinds: Sequence[str]) -> 
         solved = problem.inverse.apply(problem.asked)
         if steps:
             options = {"max_steps": steps, "tolerance": 0.01}
-            solved = block_krylov(problem.system, problem.inverse.apply, problem.asked, **options).solutions
+            space = Subspace(problem.asked)
+            solved = block_krylov(problem.system, problem.inverse.apply, space, **options).solutions
         lds = str(interval(problem.scores(solved), problem.truth))
         table.add_row("", name, "", f"{problem.residual(solved):.3f}", lds, "")
     return table

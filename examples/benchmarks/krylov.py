@@ -30,6 +30,7 @@ from torch import Tensor
 from lightning_influence.curvature.operators import GaussNewtonOperator
 from lightning_influence.curvature.two_level import TwoLevel
 from lightning_influence.linalg import block_krylov as krylov
+from lightning_influence.linalg import orthonormal
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.model.plan import LayerPlan, Layout, find_layers
@@ -97,7 +98,8 @@ class Problem:
             stack.callback(self.model.to, torch.float32)
             if precision == "float32 inner products":
                 plain: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a @ b.T).double()  # noqa: E731
-                stack.enter_context(patch.object(krylov, "inner", plain))
+                for module in (krylov, orthonormal):
+                    stack.enter_context(patch.object(module, "inner", plain))
             runner = stack.enter_context(LoopRunner(self.model.to(dtype)))
             train = self._loader(self.task.train, dtype)
             queries, gradients = (
@@ -124,12 +126,9 @@ class Problem:
                 found = [TwoLevel(inverse, space).solve(queries)]
                 orthogonality = _orthogonality(directions)
             for vectors in torch.split(queries, group or len(queries)) if steps else ():
-                result = krylov.block_krylov(
-                    product, inverse.apply, vectors, start=start, max_steps=steps, tolerance=0.0,
-                    keep_subspace=True,
-                )  # fmt: skip
-                assert result.subspace is not None
-                orthogonality = max(orthogonality, _orthogonality(result.subspace[0]))
+                subspace = krylov.Subspace(vectors, start)
+                result = krylov.block_krylov(product, inverse.apply, subspace, max_steps=steps, tolerance=0.0)
+                orthogonality = max(orthogonality, _orthogonality(subspace.basis))
                 found.append(result.solutions)
             seconds = time.process_time() - before
             solutions = torch.cat(found)

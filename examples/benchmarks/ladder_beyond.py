@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_influence.curvature.state import InfluenceState
-from lightning_influence.linalg.block_krylov import block_krylov
+from lightning_influence.linalg.block_krylov import Subspace, block_krylov
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
 
 SEEDS = 3
@@ -92,17 +92,12 @@ def _solve(bench: Bench) -> dict[str, Tensor]:
     )
     train, queries = (source.gradients(table).float() for table in (task.train, task.queries))
     ggn, hessian = GaussNewtonOperator(source), HessianOperator(source)
+    space = Subspace(queries)
     krylov = block_krylov(
-        lambda v: ggn.product(v) + damping * v,
-        inverse.apply,
-        queries,
-        max_steps=STEPS,
-        tolerance=1e-3,
-        keep_subspace=True,
+        lambda v: ggn.product(v) + damping * v, inverse.apply, space, max_steps=STEPS, tolerance=1e-3
     )
-    assert krylov.subspace is not None
-    basis = krylov.subspace[0].double()
-    small = basis @ hessian.product(krylov.subspace[0]).double().T
+    basis = space.basis.double()
+    small = basis @ hessian.product(space.basis).double().T
     values, vectors = torch.linalg.eigh((small + small.T) / 2)
     rotated = vectors.T @ basis  # (m, P)
     result = {"block Krylov, ggn": krylov.solutions.double() @ train.double().T}

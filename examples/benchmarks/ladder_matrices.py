@@ -6,19 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from decomposition import diagonal_blocks
 from safetensors.torch import load_file
 from spectra import recorded
 from tasks import Task, TensorTable, save_model
 from torch import Tensor
 
 from lightning_influence import InfluenceModule
-from lightning_influence.curvature.operators import (
-    BlockOperator,
-    FactoredOperator,
-    GaussNewtonOperator,
-    HessianOperator,
-)
-from lightning_influence.evaluation.decomposition import diagonal_blocks
+from lightning_influence.curvature.inverse import BlockInverse
+from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_influence.methods.closed_form import block_inverse, kronecker_eigenvalues, measured_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.model.measurements import resolve_measurement
@@ -26,7 +22,7 @@ from lightning_influence.model.plan import Layout, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
 
-OPERATORS = {"hessian": HessianOperator, "ggn": GaussNewtonOperator, "block_ggn": BlockOperator}
+OPERATORS = {"hessian": HessianOperator, "ggn": GaussNewtonOperator, "block_ggn": GaussNewtonOperator}
 FACTORED = {"ekfac": measured_eigenvalues, "kfac": kronecker_eigenvalues}
 
 
@@ -55,13 +51,18 @@ class Source:
     def matrix(self, name: str) -> Tensor:
         """Return a rung as a matrix ``(P, P)`` in float64; the factored ones are of exact columns."""
         if name in OPERATORS:
-            return OPERATORS[name](self).dense()
+            matrix = OPERATORS[name](self).dense()
+            if name == "block_ggn":
+                return torch.block_diag(*diagonal_blocks(matrix, self.layout).values())
+            return matrix
         factors = InfluenceModule(self.module).fit_factors(self.task.pass_loader(), fisher="exact")
         if name == "diagonal":
             return torch.diag(torch.diagonal(OPERATORS["ggn"](self).dense()))
         undamped = dict.fromkeys(self.plan.layers, 0.0)
         inverse = block_inverse(self.layout, factors, undamped, FACTORED[name])
-        return FactoredOperator(inverse, len(self.task.train)).dense()
+        double = {name: layer.to(dtype=torch.float64) for name, layer in inverse.layers.items()}
+        matrix = BlockInverse(self.layout, double).multiply(torch.eye(self.layout.numel).double())
+        return (matrix + matrix.T) / 2
 
 
 @dataclass(frozen=True)

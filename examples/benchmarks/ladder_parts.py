@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from decomposition import Comparison, compare
 from ladder_answers import AUTO, Bench, rungs_of
 from safetensors.torch import load_file
 from tasks import save_model
 from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
 
-from lightning_influence.evaluation import compare, proximal_response, spearman
-from lightning_influence.evaluation.decomposition import Comparison
+from lightning_influence.evaluation import proximal_response
 
 QUERIES = 40
 
@@ -176,7 +177,7 @@ def agree(bench: Bench, damping: float, count: int) -> list[Agreement]:
             continue
         scores = found[:QUERIES][:, examples]
         error = float((scores - derivative).norm() / derivative.norm())
-        ranks = float(spearman(scores, removal).mean())
+        ranks = float(spearman_corrcoef(scores.double(), removal.double()).mean())
         rows.append(Agreement(rung.name, pearson(scores, removal), ranks, pearson(scores, derivative), error))
     return rows
 

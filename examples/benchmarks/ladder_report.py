@@ -8,14 +8,13 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from decomposition import Comparison
 from ladder_answers import AUTO
 from ladder_beyond import Variant
 from ladder_parts import Agreement, Cost
 from ladder_rules import CLOSE, RuleRow
 from ladder_scores import Row, Step, Target
 from rich.table import Table
-
-from lightning_influence.evaluation.decomposition import Comparison
 
 
 def _table(title: str, columns: Sequence[str], caption: str | None = None) -> Table:

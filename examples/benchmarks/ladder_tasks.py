@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 from nets import LETTERS, PASSAGE, SmallTransformer
+from recipes import Recipe
+from stacked_training import Progress, retrain
 from studies import STUDIES
 from tasks import CACHE, Task, TensorTable, digits_cnn, digits_mlp, token_cross_entropy
 from torch import Tensor
@@ -21,8 +23,6 @@ from truth import CHUNK, SIZES, Truth
 
 from lightning_influence.evaluation.lds import random_subsets
 from lightning_influence.evaluation.losses import cross_entropy, squared_error
-from lightning_influence.evaluation.recipe import Recipe
-from lightning_influence.evaluation.retraining import Progress, retrain
 
 FRACTIONS = (0.3, 0.5, 0.7, 0.9)
 

@@ -186,7 +186,8 @@ def smallest_stable(curvature: StoredGaussNewton, damping: float, step: float, s
 
 def ask(problem: Problem, method: str, damping: float, **options: Any) -> tuple[Tensor, Any]:
     """Return the queries' solutions ``(Q, P)`` and the diagnostics."""
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         answer, diagnostics = InfluenceModule(problem.module).ihvp(
             problem.train, problem.queries, method=method, damping=damping, **options
         )

@@ -12,20 +12,18 @@ import warnings
 from itertools import pairwise
 
 import torch
+from decomposition import compare, diagonal_blocks
 from rich.console import Console
 from rich.table import Table
+from stacked_training import retrain
 from tasks import CACHE, digits_mlp
 from torch import Tensor
 from truth import CHUNK, Truth
 
 from lightning_influence import InfluenceModule
-from lightning_influence.curvature.operators import (
-    BlockOperator,
-    FactoredOperator,
-    GaussNewtonOperator,
-    HessianOperator,
-)
-from lightning_influence.evaluation import compare, random_subsets, retrain
+from lightning_influence.curvature.inverse import BlockInverse
+from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
+from lightning_influence.evaluation import random_subsets
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.model.plan import Layout, find_layers
@@ -58,7 +56,9 @@ class Source:
         factors = InfluenceModule(self.module).fit_factors(self.task.pass_loader(), fisher="exact")
         undamped = dict.fromkeys(self.plan.layers, 0.0)
         inverse = block_inverse(self.layout, factors, undamped, measured_eigenvalues)
-        return FactoredOperator(inverse, len(self.task.train)).dense()
+        double = {name: layer.to(dtype=torch.float64) for name, layer in inverse.layers.items()}
+        matrix = BlockInverse(self.layout, double).multiply(torch.eye(self.layout.numel).double())
+        return (matrix + matrix.T) / 2
 
 
 def scores(eigen: tuple[Tensor, Tensor], damping: float, queries: Tensor, train: Tensor) -> Tensor:
@@ -91,10 +91,11 @@ def main() -> None:
     )
     known = Truth(masks, losses)
     console.print(InfluenceModule(source.module).spectrum(task.pass_loader(), "hessian", minibatches=64))
+    ggn = GaussNewtonOperator(source).dense()
     matrices = {
         "hessian": HessianOperator(source).dense(),
-        "ggn": GaussNewtonOperator(source).dense(),
-        "block_ggn": BlockOperator(source).dense(),
+        "ggn": ggn,
+        "block_ggn": torch.block_diag(*diagonal_blocks(ggn, source.layout).values()),
         "ekfac": source.ekfac(),
     }
     names = list(matrices)

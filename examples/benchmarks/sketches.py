@@ -24,7 +24,7 @@ from lightning_influence import InfluenceModule
 from lightning_influence.curvature.coarse_space import CoarseSpace, directions, probes
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.two_level import TwoLevel, rescaled
-from lightning_influence.linalg.block_krylov import block_krylov
+from lightning_influence.linalg.block_krylov import Subspace, block_krylov
 from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import DenseGradients
@@ -183,15 +183,14 @@ class Problem:
             return block_krylov(
                 lambda v: v @ self.G + self.damping * v,
                 operator.solve,
-                self.queries,
+                Subspace(self.queries),
                 max_steps=steps,
                 tolerance=0.0,
             ).solutions
         return block_krylov(
             lambda v: v @ G + self.damping * v,
             self.inverse.apply,
-            self.queries,
-            start=(Q, Q @ G + self.damping * Q),
+            Subspace(self.queries, (Q, Q @ G + self.damping * Q)),
             max_steps=steps,
             tolerance=0.0,
         ).solutions

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from nets import blobs_net, cancer_net, diabetes_net, narrow_mlp_net
+from recipes import Recipe
+from stacked_training import Progress, retrain
 from tasks import CACHE, Task, TensorTable, digits_mlp, digits_tables
 from torch import Tensor, nn
 
 from lightning_influence.evaluation.lds import random_subsets
-from lightning_influence.evaluation.recipe import Recipe
-from lightning_influence.evaluation.retraining import Progress, retrain
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from typing import Any
 import lightning
 import torch
 from nets import CONTEXT, VOCABULARY, CharacterTransformer, cnn_net, large_mlp_net, small_mlp_net
+from recipes import Recipe, make_optimizer
 from safetensors.torch import load_file, save_file
+from stacked_training import fingerprint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_influence.evaluation.losses import binary_cross_entropy, cross_entropy, squared_error
-from lightning_influence.evaluation.optimizers import torch_optimizer
-from lightning_influence.evaluation.recipe import Recipe
-from lightning_influence.evaluation.retraining import fingerprint
 
 CACHE = Path(__file__).parent / ".cache"
 
@@ -102,7 +101,7 @@ class TaskModule(lightning.LightningModule):
     def configure_optimizers(self) -> lightning.pytorch.utilities.types.OptimizerLRScheduler:
         """Return the recipe's optimizer and schedule, per step."""
         recipe = self.recipe
-        optimizer = torch_optimizer(self.parameters(), recipe)
+        optimizer = make_optimizer(self.parameters(), recipe)
         total = int(self.trainer.estimated_stepping_batches)
         factor = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: recipe.rate(k, total) / recipe.learning_rate

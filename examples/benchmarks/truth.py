@@ -10,11 +10,11 @@ import time
 from dataclasses import dataclass
 
 import torch
+from stacked_training import Progress, retrain
 from tasks import CACHE, TASKS, Task
 from torch import Tensor
 
 from lightning_influence.evaluation.lds import linear_datamodeling_score, predict_subsets, random_subsets
-from lightning_influence.evaluation.retraining import Progress, retrain
 
 SIZES = {"digits_mlp": (100, 10), "digits_cnn": (100, 10)}
 SMALL = (10, 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lightning_influence.api.session import Session, check_name, check_trainer, paths_of
+from lightning_influence.api.session import Session, check_name, check_trainer, read_paths
 from lightning_influence.edits.data import SetTargets
 from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditRequest, Examples, check_targets
@@ -132,7 +132,7 @@ def _edit(
         UnsupportedTrainerError: if the Trainer has several processes.
     """
     check_trainer(trainer)
-    paths = paths_of(ckpt_path)
+    paths = read_paths(ckpt_path)
     if isinstance(paths, list):
         raise TypeError(f"Got ckpt_path={ckpt_path!r}; an edit is of one checkpoint.")
     processes = max(trainer.world_size, trainer.num_devices * trainer.num_nodes)
@@ -141,9 +141,8 @@ def _edit(
             f"The Trainer has {processes} processes; edits run on one. Pass a Trainer with "
             "devices=1 (and num_nodes=1), such as Trainer(devices=1), and the same model or ckpt_path."
         )
-    session = Session(trainer, model, datamodule, paths, None)
-    with session.runner:
-        data = request.split(session.train_loader(train_dataloaders))
+    with Session(trainer, model, datamodule, paths, None) as session:
+        data = request.split(session.find_train_loader(train_dataloaders))
         edit = request.editor(session.runner, data, session.record).edit()
     if name is not None:
         directory = trainer.log_dir if trainer.loggers else None

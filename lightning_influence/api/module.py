@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from typing_extensions import Self
 
-from lightning_influence.api.engine import Engine
-from lightning_influence.api.question import Question
-from lightning_influence.collecting.store import state_from_checkpoint
+from lightning_influence.api.engine import Engine, Question
+from lightning_influence.collecting.state import state_from_checkpoint
 from lightning_influence.curvature.factors import Factors, fingerprint, fingerprint_differs
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
@@ -22,17 +22,17 @@ from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditRequest, Examples, check_targets
 from lightning_influence.edits.rules import SelectionRule
 from lightning_influence.edits.selection import Selection
-from lightning_influence.methods.options import Options
+from lightning_influence.methods.method import read_options
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
 from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.self_influence import SelfInfluence
-from lightning_influence.running.host.checkpoints import read_checkpoint, with_weights
+from lightning_influence.running.host.checkpoints import load_weights, read_checkpoint
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.runner import Runner
-from lightning_influence.support.arguments import settings_of
+from lightning_influence.support.arguments import parse_options
 
 
 class EditsParameters:
@@ -235,8 +235,10 @@ class InfluenceModule(EditsParameters, LightningModule):
         _check_state(factors, state)
         self._checkpoint: str | None = None
         self._loaded: dict[str, list[float]] = {}
+        self._fit_loop: dict[str, Any] | None = None
         if isinstance(model, InfluenceModule):
             self._checkpoint, self._loaded = model._checkpoint, model._loaded
+            self._fit_loop = model._fit_loop
             state = model.state if state is None and factors is None else state
             model = model.model
         unwrap_compiled(model)  # refuses what is no module
@@ -273,9 +275,10 @@ class InfluenceModule(EditsParameters, LightningModule):
         checkpoint = read_checkpoint(path)
         state = state_from_checkpoint(checkpoint)
         inner = model.model if isinstance(model, InfluenceModule) else model
-        loaded = with_weights(inner, path, checkpoint, kwargs)
+        loaded = load_weights(inner, path, checkpoint, kwargs)
         module = cls(loaded, state=state, progress=progress)
         module._checkpoint, module._loaded = os.fspath(path), fingerprint(loaded)
+        module._fit_loop = checkpoint.get("loops", {}).get("fit_loop")
         return module
 
     def prepare(
@@ -292,12 +295,12 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples: a loader, or ready-made batches.
             method: name of the method.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`.
+            **options: options of the method.
 
         Returns:
             The module; :attr:`state` holds what was computed.
         """
-        question = Question(method, layers=layers, options=settings_of(Options, options))
+        question = Question(method, layers=layers, options=read_options(method, options))
         with self._runner() as runner:
             self._engine(runner, question).prepare(train_dataloaders)
         return self
@@ -310,7 +313,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         Args:
             train_dataloaders: the training examples: a loader, or ready-made batches.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`, such as ``fisher``.
+            **options: options of the method, such as ``fisher``.
 
         Returns:
             The factors, which are also in :attr:`state`.
@@ -323,7 +326,7 @@ class InfluenceModule(EditsParameters, LightningModule):
                 f"Got method={options['method']!r}; fit_factors has no method: its factors serve 'kfac', "
                 "'ekfac', 'auto' and all others. Pass the method to scores or self_influence."
             )
-        question = Question("ekfac", layers=layers, options=settings_of(Options, options))
+        question = Question("ekfac", layers=layers, options=read_options("ekfac", options))
         state = InfluenceState(record=self.state.record)
         with self._runner() as runner:
             self._engine(runner, question, state).prepare(train_dataloaders)
@@ -351,13 +354,13 @@ class InfluenceModule(EditsParameters, LightningModule):
             measurement: what is measured on queries.
             top_k: keep only the strongest at either end; all scores if None.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`, such as ``damping``.
+            **options: options of the method, such as ``damping``.
 
         Returns:
             The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n``
             is removed.
         """
-        question = Question(method, measurement, top_k, layers, settings_of(Options, options))
+        question = Question(method, measurement, top_k, layers, read_options(method, options))
         with self._runner() as runner:
             return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)
 
@@ -375,12 +378,12 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples: a loader, or ready-made batches.
             method: name of the method.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`.
+            **options: options of the method.
 
         Returns:
             One score a training example.
         """
-        question = Question(method, layers=layers, options=settings_of(Options, options))
+        question = Question(method, layers=layers, options=read_options(method, options))
         with self._runner() as runner:
             return self._engine(runner, question).self_influence(train_dataloaders)
 
@@ -402,13 +405,13 @@ class InfluenceModule(EditsParameters, LightningModule):
             method: name of the method.
             measurement: what is measured on queries.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`.
+            **options: options of the method.
 
         Returns:
             By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the
             residuals.
         """
-        question = Question(method, measurement, layers=layers, options=settings_of(Options, options))
+        question = Question(method, measurement, layers=layers, options=read_options(method, options))
         with self._runner() as runner:
             return self._engine(runner, question).ihvp(train_dataloaders, query_dataloaders)
 
@@ -432,17 +435,16 @@ class InfluenceModule(EditsParameters, LightningModule):
         Returns:
             The spectrum, which prints as a table.
         """
-        question = Question(layers=layers)
         with self._runner() as runner:
-            chosen = settings_of(SpectrumSettings, {"curvature": curvature, **settings})
-            return self._engine(runner, question).spectrum(train_dataloaders, chosen)
+            chosen = parse_options(SpectrumSettings, {"curvature": curvature, **settings})
+            return self._engine(runner, Question(layers=layers)).spectrum(train_dataloaders, chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the wrapped module computes."""
         return self.model(*args, **kwargs)
 
     def _runner(self) -> LoopRunner:
-        return LoopRunner(self.model, progress=self._progress)
+        return LoopRunner(self.model, progress=self._progress, fit_loop=self._fit_loop)
 
     def _engine(self, runner: LoopRunner, question: Question, state: InfluenceState | None = None) -> Engine:
         """Return the engine; answers name the checkpoint while the weights are those that it held."""

@@ -5,26 +5,41 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from types import TracebackType
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from typing_extensions import Self
 
-from lightning_influence.api.engine import Engine
-from lightning_influence.api.question import Question
+from lightning_influence.api.engine import Engine, Question
 from lightning_influence.collecting.callback import InfluenceCallback
-from lightning_influence.collecting.store import state_from_checkpoint
+from lightning_influence.collecting.state import state_from_checkpoint
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.averages import average_attributions
-from lightning_influence.running.host.checkpoints import held_weights
+from lightning_influence.running.host.checkpoints import remember_weights
 from lightning_influence.running.host.module import unwrap_compiled
+from lightning_influence.running.host.packages import is_lightning
+from lightning_influence.running.host.trainer import find_last_fit
 from lightning_influence.running.trainer_runner import TrainerRunner
 
 
 class Session:
     """One call: the borrowed Trainer, and the state that the call starts from and leaves.
+
+    In its ``with`` block the Trainer and the module are borrowed, and a checkpoint has been loaded.
+
+    Args:
+        trainer: the Trainer.
+        model: the module; by default the one the Trainer ran last.
+        datamodule: where loaders come from that are not given.
+        ckpt_path: ``"best"``, ``"last"`` or a path: weights, and a callback's state, to load first.
+        factors: factors to use for this call only, ``"refit"`` to fit them anew, or None for those on record.
+
+    Attributes:
+        runner: runs passes on the borrowed Trainer.
 
     Raises:
         TypeError: if an argument is of a wrong type.
@@ -41,36 +56,57 @@ class Session:
         check_trainer(trainer)
         _check_datamodule(datamodule)
         _check_factors(factors)
-        self._own = _influence_callback(trainer)
+        self._own = _find_callback(trainer)
         self._reader = _CheckpointReader()
         self._factors = factors
+        self._state = InfluenceState()
         restore: list[Callback] = [self._reader] if self._own is None else [self._own, self._reader]
+        # Asked now: loading a checkpoint lets go of the loader for the time being.
+        self._fitted, last_datamodule = find_last_fit(trainer)
         self.runner = TrainerRunner(
-            trainer, model, datamodule=datamodule, ckpt_path=ckpt_path, restore=restore
+            trainer,
+            model,
+            datamodule=datamodule,
+            hooks_of=last_datamodule if model is None or trainer.lightning_module is model else None,
+            ckpt_path=ckpt_path,
+            restore=restore,
         )
-        self._fitted = trainer.train_dataloader  # now: loading a checkpoint lets go of it for the time being
 
-    def engine(self, question: Question) -> Engine:
-        """Return the engine, with the state that is there once a checkpoint has been loaded."""
-        self._state = self._found()
+    def __enter__(self) -> Self:
+        """Borrow the Trainer, load the checkpoint if there is one, and find the state to start from.
+
+        Returns:
+            The session itself.
+        """
+        self.runner.__enter__()
+        self._state = self._find_state()
         if self._factors == "refit":
             self._state = InfluenceState(record=self._state.record)
         elif isinstance(self._factors, Factors):
             self._state = replace(self._state, factors=self._factors, factors_key="")
-        return Engine(self.runner, self._state, question, checkpoint=self.runner.ckpt_path)
+        return self
 
-    def _found(self) -> InfluenceState:
-        """Return the state of this Trainer's callback, or of any callback in the checkpoint."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        """Give everything back."""
+        self.runner.__exit__(kind, error, trace)
+
+    def _find_state(self) -> InfluenceState:
+        """Find the state of this Trainer's callback, or of any callback in the checkpoint."""
         if self._own is not None and (self._reader.state is None or self._own in self.runner.restored):
             return self._own.influence_state
         return self._reader.state or InfluenceState()
 
     @property
     def record(self) -> TrainingRecord | None:
-        """The training run on record, once a checkpoint has been loaded."""
-        return self._found().record
+        """The training run on record."""
+        return self._state.record
 
-    def train_loader(self, given: Any) -> Any:
+    def find_train_loader(self, given: Any) -> Any:
         """Return the loader that was given, or those of the datamodule, the last fit, or the module."""
         if given is not None:
             return given
@@ -78,12 +114,20 @@ class Session:
             return self.runner.train_dataloaders()
         return self._fitted
 
+    def find_query_loaders(self, given: Any) -> Any:
+        """Return the loaders that were given, or those of the datamodule or the module."""
+        return self.runner.query_dataloaders() if given is None else given
+
+    def ask(self, question: Question) -> Engine:
+        """Return what answers a question, starting from the state that was found."""
+        return Engine(self.runner, self._state, question, checkpoint=self.runner.ckpt_path)
+
     def keep(self) -> None:
         """Let the callback keep what later queries can use; given factors serve this call only."""
         if self._own is None:
             return
         if isinstance(self._factors, Factors):
-            known = self._found()
+            known = self._find_state()
             self._state = replace(self._state, factors=known.factors, factors_key=known.factors_key)
         self._own.influence_state = self._state
 
@@ -100,7 +144,7 @@ class _CheckpointReader(Callback):
         self.state = state_from_checkpoint(checkpoint)
 
 
-def over_checkpoints(
+def average_over_checkpoints(
     trainer: Trainer,
     model: LightningModule | None,
     paths: Sequence[str],
@@ -125,9 +169,9 @@ def over_checkpoints(
     if not paths or module is None:
         what = "no module" if paths else "an empty ckpt_path"
         raise ValueError(f"Got {what}; pass at least one checkpoint, and the module to load it into.")
-    own = _influence_callback(trainer)
+    own = _find_callback(trainer)
     state = None if own is None else own.influence_state
-    put_back = held_weights(unwrap_compiled(module))
+    put_back = remember_weights(unwrap_compiled(module))
     try:
         return average_attributions([answer(path) for path in paths])
     finally:
@@ -136,8 +180,11 @@ def over_checkpoints(
             own.influence_state = state
 
 
-def paths_of(ckpt_path: Any) -> str | list[str] | None:
-    """Return one checkpoint or several as texts, None for the weights in memory.
+def read_paths(ckpt_path: Any) -> str | list[str] | None:
+    """Read one checkpoint or several, None for the weights in memory.
+
+    Returns:
+        Their paths as texts, or ``"best"`` and ``"last"``.
 
     Raises:
         TypeError: if it is something else.
@@ -170,7 +217,7 @@ def check_name(name: object) -> None:
         raise ValueError(f"Got an empty name; {accepted}")
 
 
-def _influence_callback(trainer: Trainer) -> InfluenceCallback | None:
+def _find_callback(trainer: Trainer) -> InfluenceCallback | None:
     host: Any = trainer  # its callbacks are declared nowhere
     return next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
 
@@ -181,11 +228,11 @@ def check_trainer(trainer: object) -> None:
     Raises:
         TypeError: saying what to pass.
     """
-    if isinstance(trainer, Trainer):
+    if is_lightning(trainer, "Trainer"):
         return
-    what = "a LightningModule" if isinstance(trainer, LightningModule) else type(trainer).__name__
+    what = "a LightningModule" if is_lightning(trainer, "LightningModule") else type(trainer).__name__
     raise TypeError(
-        f"Got {what} as trainer; accepted is a Trainer of lightning.pytorch, which comes first: "
+        f"Got {what} as trainer; accepted is a Lightning Trainer, which comes first: "
         "influence(trainer, model, ...), or trainer.influence(model, ...)."
     )
 
@@ -196,10 +243,10 @@ def _check_datamodule(datamodule: object) -> None:
     Raises:
         TypeError: saying what to pass.
     """
-    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+    if datamodule is not None and not is_lightning(datamodule, "LightningDataModule"):
         raise TypeError(
-            f"Got datamodule of type {type(datamodule).__name__}; accepted is a LightningDataModule of "
-            "lightning.pytorch, or None. Loaders go to train_dataloaders and query_dataloaders."
+            f"Got datamodule of type {type(datamodule).__name__}; accepted is a LightningDataModule, "
+            "or None. Loaders go to train_dataloaders and query_dataloaders."
         )
 
 

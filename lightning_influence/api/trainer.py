@@ -9,18 +9,18 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_influence.api.editing import forget, relabel
-from lightning_influence.api.question import Question
-from lightning_influence.api.session import Session, check_name, over_checkpoints, paths_of
+from lightning_influence.api.engine import Question
+from lightning_influence.api.session import Session, average_over_checkpoints, check_name, read_paths
 from lightning_influence.curvature.factors import Factors
-from lightning_influence.methods.options import Damping, Options
+from lightning_influence.methods.method import read_options
+from lightning_influence.methods.options import Damping
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.loggers import log_attributions
-from lightning_influence.results.ranking import Labels, checked
+from lightning_influence.results.ranking import Labels, to_labels
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.running.host.trainer import register_trainer_method
-from lightning_influence.support.arguments import settings_of
 
 
 def influence(
@@ -115,24 +115,22 @@ def influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, measurement, top_k, layers, settings_of(Options, further))
-    checked(labels)
+    question = Question(method, measurement, top_k, layers, read_options(method, further))
+    to_labels(labels)
     check_name(name)
-    paths = paths_of(ckpt_path)
+    paths = read_paths(ckpt_path)
 
     def answer(path: str | None) -> Attributions:
-        session = Session(trainer, model, datamodule, path, factors)
-        with session.runner:
-            engine = session.engine(question)
-            train = session.train_loader(train_dataloaders)
-            queries = session.runner.query_dataloaders() if query_dataloaders is None else query_dataloaders
-            attributions = engine.attribute(train, queries)
+        with Session(trainer, model, datamodule, path, factors) as session:
+            train = session.find_train_loader(train_dataloaders)
+            queries = session.find_query_loaders(query_dataloaders)
+            attributions = session.ask(question).attribute(train, queries)
             session.keep()
         return attributions
 
     if isinstance(paths, list):
         _check_several(top_k, factors)
-        attributions = over_checkpoints(trainer, model, paths, answer)
+        attributions = average_over_checkpoints(trainer, model, paths, answer)
     else:
         attributions = answer(paths)
     if log:
@@ -197,19 +195,18 @@ def self_influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, layers=layers, options=settings_of(Options, further))
-    checked(labels)
+    question = Question(method, layers=layers, options=read_options(method, further))
+    to_labels(labels)
     check_name(name)
-    path = paths_of(ckpt_path)
+    path = read_paths(ckpt_path)
     if isinstance(path, list):
         raise TypeError(
             f"Got ckpt_path of type {type(ckpt_path).__name__}; self-influence takes one checkpoint. Ask at "
             "each, and average the scores."
         )
-    session = Session(trainer, model, datamodule, path, factors)
-    with session.runner:
-        engine = session.engine(question)
-        result = engine.self_influence(session.train_loader(train_dataloaders))
+    with Session(trainer, model, datamodule, path, factors) as session:
+        train = session.find_train_loader(train_dataloaders)
+        result = session.ask(question).self_influence(train)
         session.keep()
     if log:
         _log(trainer, result, name, labels)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.differentiation import add_gauss_newton_products
-from lightning_influence.curvature.gauss_newton import CurvatureProductPass, add_gram
+from lightning_influence.curvature.gauss_newton import add_gram
 from lightning_influence.curvature.passes import CurvaturePass
-from lightning_influence.model.captured import Captured, Fisher
+from lightning_influence.model.captured import Fisher
 from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.plan import LayerPlan
 
@@ -44,68 +43,6 @@ def block_indices(plan: LayerPlan, blocks: Blocks = "layer") -> list[Tensor]:
         else:
             result.append(index)
     return result
-
-
-class BlockProductPass(CurvatureProductPass):
-    """``G V`` for the block-diagonal Gauss-Newton matrix, in one pass whatever the number of vectors.
-
-    A vector's part in one block must not reach another block: each block has vectors of its own, which are
-    zero elsewhere.
-
-    Args:
-        plan: the covered layers.
-        vectors: ``(V, P)``.
-        blocks: see :func:`block_indices`.
-        description: label of the progress bar.
-        fisher: see :class:`~.columns.CurvaturePass`; the cheaper exact way by default.
-        draws: see :class:`~.columns.CurvaturePass`.
-        seed: see :class:`~.columns.CurvaturePass`.
-    """
-
-    def __init__(
-        self,
-        plan: LayerPlan,
-        vectors: Tensor,
-        *,
-        blocks: Blocks = "layer",
-        description: str = "Influence: block-diagonal curvature products",
-        fisher: Fisher = "exact",
-        draws: int = 16,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(plan, vectors, description=description, fisher=fisher, draws=draws, seed=seed)
-        self._indices = [index.to(vectors.device) for index in block_indices(plan, blocks)]
-        self._blocks = blocks
-
-    def _add_by_columns(self, captured: Captured) -> None:
-        [vectors], [total] = self.vectors, self._sums
-        for gradients in self._runs(captured):
-            dtype = next(iter(gradients.values())).outputs.dtype
-            start = 0
-            for name, block in self.layout.split(vectors.to(dtype)).items():
-                end = start + self.layout.numels[name]
-                if name in gradients:
-                    out = total[:, start:end].view(len(block), *self.layout.shapes[name])
-                    for part in self._parts(name):
-                        own = torch.zeros_like(block)
-                        own[..., part] = block[..., part]
-                        weights = gradients[name].dot(own)
-                        out[..., part] += gradients[name].combine(weights)[..., part]
-                start = end
-
-    def _add_by_autograd(self, captured: Captured) -> None:
-        [vectors], [total] = self.vectors, self._sums
-        for index in self._indices:
-            own, products = torch.zeros_like(vectors), torch.zeros_like(vectors)
-            own[:, index] = vectors[:, index]
-            add_gauss_newton_products(products, self._plan, captured, own)
-            total[:, index] += products[:, index]
-
-    def _parts(self, name: str) -> Sequence[slice]:
-        """Return the input coordinates of each block within a layer's matrix."""
-        if self._blocks == "tensor" and self._plan.layers[name].has_bias:
-            return slice(None, -1), slice(-1, None)
-        return (slice(None),)
 
 
 class DenseBlockPass(CurvaturePass):
@@ -182,21 +119,3 @@ def _rows(gradients: Mapping[str, FactoredGradients]) -> Tensor:
     """Return one layer's gradients as flat vectors ``(K, B, P_l)``."""
     (layer,) = gradients.values()
     return layer.dense().flatten(2)
-
-
-def join_blocks(blocks: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
-    """One matrix with these blocks at these indices and zeros elsewhere, ``(P, P)``.
-
-    Args:
-        blocks: ``(P_b, P_b)`` each.
-        indices: ``(P_b,)`` each, together ``0 .. P - 1``.
-
-    Returns:
-        The matrix.
-    """
-    size = sum(len(index) for index in indices)
-    matrix = blocks[0].new_zeros(size, size)
-    for block, index in zip(blocks, indices, strict=True):
-        own = index.to(block.device)
-        matrix[own[:, None], own] = block
-    return matrix

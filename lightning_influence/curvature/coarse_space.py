@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
-from lightning_influence.linalg.orthonormal import normalise, orthonormal, whitened
+from lightning_influence.linalg.orthonormal import orthonormalise
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients, concatenate
 from lightning_influence.model.plan import Layout
 from lightning_influence.support.storage import check_version
@@ -36,6 +37,9 @@ class CoarseSpace:
         examples: number of curvature examples in the products.
         mixtures: random mixtures of an example's curvature columns that stand for all in the products; 0 if
             they are made of all columns, or of training labels.
+        limit: most anchors that there was room for when the space was last grown; 0 if nobody tells.
+        tolerance: relative residual that held-out gradients were to reach then.
+        solves: whether most of them did, so that it was grown no further.
     """
 
     layout: Layout
@@ -47,6 +51,9 @@ class CoarseSpace:
     inverse: BlockInverse
     examples: int
     mixtures: int = 0
+    limit: int = 0
+    tolerance: float = math.inf
+    solves: bool = False
 
     def __repr__(self) -> str:
         """Return its size; the tensors would fill the screen."""
@@ -78,6 +85,9 @@ class CoarseSpace:
             "shapes": {name: list(shape) for name, shape in self.layout.shapes.items()},
             "examples": self.examples,
             "mixtures": self.mixtures,
+            "limit": self.limit,
+            "tolerance": self.tolerance,
+            "solves": self.solves,
             "damping": self.inverse.damping,
             "directions": self.directions,
             "product": self.product,
@@ -128,7 +138,7 @@ class CoarseSpace:
             anchors,
             BlockInverse(layout, inverses),
             state["examples"],
-            state.get("mixtures", 0),
+            **{key: state[key] for key in ("mixtures", "limit", "tolerance", "solves") if key in state},
         )
 
 
@@ -160,7 +170,8 @@ def directions(
         ``Q (m, P)`` and ``mixing (m, M)`` with ``Q = mixing @ P^{-1} anchors``; ``m < M`` if the anchors are
         dependent.
     """
-    return orthonormal(preconditioned(layout, inverse, anchors))
+    basis, mixing, _ = orthonormalise(preconditioned(layout, inverse, anchors))
+    return basis, mixing
 
 
 def preconditioned(layout: Layout, inverse: BlockInverse, gradients: Mapping[str, LayerGradients]) -> Tensor:
@@ -212,17 +223,12 @@ def extended(
     Returns:
         The space that all anchors span.
     """
-    count, scale = len(vectors), normalise(vectors)
-    # Rows of ``inside`` say what was taken out along the old directions, so that the mixing stays exact.
-    inside = vectors @ space.directions.T
-    vectors.addmm_(inside, space.directions, alpha=-1)
-    again = vectors @ space.directions.T
-    vectors.addmm_(again, space.directions, alpha=-1)
-    inside += again
-    fresh, whitening = whitened(vectors)
-    old = -(whitening @ inside) @ space.mixing
+    count = len(vectors)
+    # The shares say what was taken out along the old directions, so that the mixing stays exact.
+    fresh, mixing, shares = orthonormalise(vectors, [space.directions])
+    old = -shares @ space.mixing
     top = torch.cat([space.mixing, space.mixing.new_zeros(len(space.mixing), count)], dim=1)
-    bottom = torch.cat([old, whitening / scale.T], dim=1)
+    bottom = torch.cat([old, mixing], dim=1)
     return replace(
         space,
         directions=torch.cat([space.directions, fresh]),

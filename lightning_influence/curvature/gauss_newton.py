@@ -70,8 +70,13 @@ class CurvatureProductPass(CurvaturePass):
                 self._add_by_columns(captured)
 
     def _add_by_columns(self, captured: Captured) -> None:
-        for gradients in self._runs(captured):
-            blocks = self._layer_vectors(next(iter(gradients.values())).outputs.dtype)
+        for run in self._runs(captured):
+            gradients = run
+            dtype = next(iter(gradients.values())).outputs.dtype
+            if self._sums[0].dtype == torch.float64 != dtype:  # asked for the residual of what is in float32
+                dtype = torch.float64
+                gradients = {name: layer.to(dtype=dtype) for name, layer in run.items()}
+            blocks = self._layer_vectors(dtype)
             products = torch.stack([layer.dot(blocks[name]()) for name, layer in gradients.items()]).sum(
                 dim=0
             )
@@ -80,7 +85,7 @@ class CurvatureProductPass(CurvaturePass):
                 if name in gradients:
                     self._add(gradients[name].combine(products).flatten(1), slice(start, start + numel))
                 start += numel
-            del gradients  # before the next ones are made
+            del gradients, run  # before the next ones are made
 
     def _layer_vectors(self, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
         """Return what makes each layer's part of all vectors, ``(V, G, D_out, D_in)``."""

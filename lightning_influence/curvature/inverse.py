@@ -50,6 +50,13 @@ class EigenInverse:
         rotated = rotate_matrices(vectors, self.basis.q_in, self.basis.q_out) * self.weights
         return rotate_matrices(rotated, self.basis.q_in.mT, self.basis.q_out.mT)
 
+    def multiply(self, vectors: Tensor) -> Tensor:
+        """Return ``Q diag(eigenvalues) Q^T``, without the damping, times vectors ``(V, G, D_out, D_in)``."""
+        if self.basis is None:
+            return vectors * self.eigenvalues
+        rotated = rotate_matrices(vectors, self.basis.q_in, self.basis.q_out) * self.eigenvalues
+        return rotate_matrices(rotated, self.basis.q_in.mT, self.basis.q_out.mT)
+
     def quadratic(self, gradients: LayerGradients) -> Tensor:
         """Return ``g^T (.)^{-1} g`` of each gradient, ``(K, B)``, without forming the inverse's action."""
         rotated = gradients if self.basis is None else rotate(gradients, self.basis)
@@ -87,6 +94,11 @@ class BlockInverse:
         """Return the inverse times flat vectors ``(V, P)``."""
         blocks = self.layout.split(vectors)
         return self.layout.join({name: self.layers[name].apply(block) for name, block in blocks.items()})
+
+    def multiply(self, vectors: Tensor) -> Tensor:
+        """Return the ``Q diag(eigenvalues) Q^T``, without damping, times flat vectors ``(V, P)``."""
+        blocks = self.layout.split(vectors)
+        return self.layout.join({name: self.layers[name].multiply(block) for name, block in blocks.items()})
 
     def quadratic(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return ``g^T (.)^{-1} g`` summed over the layers, ``(K, B)``."""

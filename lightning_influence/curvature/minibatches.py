@@ -1,49 +1,12 @@
-"""What minibatches of a curvature tell: ``Tr(H^2)`` without bias, and how much single examples vary."""
+"""What minibatches of a curvature tell: how much single examples vary."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.operators import LinearOperator, SampledOperator
-from lightning_influence.linalg.estimates import Estimate, mean_of, random_vectors
-
-
-def trace_of_square(
-    operator: LinearOperator,
-    count: int,
-    *,
-    pairs: int = 8,
-    probes: int = 4,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Estimate:
-    """``Tr(H^2)`` from products on independent minibatches.
-
-    The square of a minibatch's matrix is larger than that of its expectation. With two independent
-    minibatches ``E[(H_b z)^T (H_b' z)] = ||H z||^2``, whose mean over probes ``z`` is ``Tr(H^2)``.
-
-    Args:
-        operator: ``H``.
-        count: examples in a minibatch.
-        pairs: pairs of minibatches, each with probes of its own.
-        probes: random vectors of a pair.
-        seed: of minibatches and probes.
-        dtype: precision of the vectors.
-        device: where they are.
-
-    Returns:
-        An unbiased estimate, with its standard error over the pairs.
-    """
-    values = []
-    for pair in range(pairs):
-        vectors = random_vectors(probes, operator.numel, _seed(seed, pair, 2), dtype=dtype, device=device)
-        first, second = (
-            operator.batch_product(vectors, count, _seed(seed, pair, side)).double() for side in (0, 1)
-        )
-        values.append((first * second).sum(1).mean())
-    return mean_of(torch.stack(values))
+from lightning_influence.curvature.operators import SampledOperator
+from lightning_influence.linalg.estimates import Estimate, average
 
 
 def example_variance(
@@ -104,7 +67,7 @@ def example_variance(
     singles = torch.stack(samples or [mean])
     ratios = singles / (trace * along)
     best = int(torch.where(along > 0, ratios.mean(0), -torch.inf).argmax())
-    found = mean_of(ratios[:, best])
+    found = average(ratios[:, best])
     return found if samples else Estimate(found.value, None)
 
 

@@ -9,19 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.blocks import (
-    BlockProductPass,
-    Blocks,
-    DenseBlockPass,
-    block_indices,
-    join_blocks,
-)
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass, DenseCurvaturePass
 from lightning_influence.curvature.hessian import DenseHessianPass, HessianProductPass
-from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.passes import AveragingPass
 from lightning_influence.model.captured import Fisher
-from lightning_influence.model.gradients import rotate_matrices
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.passes import Loader, Passes
@@ -135,7 +126,7 @@ class CurvatureOperator(ABC):
         self._check(vectors)
         one_pass = self._run(self._product_pass(vectors.detach(), 0), self._train)
         result: Tensor = one_pass.result(self._runner.all_reduce_sum)
-        self._mean_weight = one_pass.mean_weight
+        self._mean_weight = one_pass.count.mean_weight
         return result
 
     def batch_product(self, vectors: Tensor, count: int, seed: int) -> Tensor:
@@ -184,7 +175,7 @@ class CurvatureOperator(ABC):
             )
         one_pass = self._run(self._dense_pass(), self._train)
         result: Tensor = one_pass.result(self._runner.all_reduce_sum)
-        self._mean_weight = one_pass.mean_weight
+        self._mean_weight = one_pass.count.mean_weight
         return result
 
     @abstractmethod
@@ -255,10 +246,10 @@ class WeightPass(AveragingPass):
         """Count one batch."""
         self._capture(module, batch, len(indices))
 
-    def result(self, all_reduce_sum: Any) -> float:
+    def result(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> float:
         """Return the mean weight over all processes."""
-        self._total(torch.zeros(()), all_reduce_sum)
-        return self.mean_weight
+        self.count.reduce(all_reduce_sum)
+        return self.count.mean_weight
 
 
 class HessianOperator(CurvatureOperator):
@@ -297,86 +288,5 @@ class GaussNewtonOperator(CurvatureOperator):
     def _product_pass(self, vectors: Tensor, seed: int) -> CurvatureProductPass:
         return CurvatureProductPass(self.plan, vectors, fisher=self.fisher, draws=self.draws, seed=seed)
 
-    def _dense_pass(self) -> DenseCurvaturePass | DenseBlockPass:
+    def _dense_pass(self) -> DenseCurvaturePass:
         return DenseCurvaturePass(self.plan, fisher=self.fisher, draws=self.draws)
-
-
-class BlockOperator(GaussNewtonOperator):
-    """The block-diagonal Gauss-Newton matrix: no cross terms between layers, or between tensors.
-
-    Args:
-        source: runner, layers and training data.
-        blocks: ``"layer"``, or ``"tensor"`` for a layer's weight and bias apart.
-        fisher: see :class:`GaussNewtonOperator`.
-        draws: see :class:`GaussNewtonOperator`.
-        mean_weight: see :class:`CurvatureOperator`.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        *,
-        blocks: Blocks = "layer",
-        fisher: Fisher = "exact",
-        draws: int = 1,
-        mean_weight: float | None = None,
-    ) -> None:
-        super().__init__(source, fisher=fisher, draws=draws, mean_weight=mean_weight)
-        block_indices(self.plan, blocks)  # refuses other values
-        self.blocks = blocks
-
-    def _product_pass(self, vectors: Tensor, seed: int) -> BlockProductPass:
-        return BlockProductPass(
-            self.plan, vectors, blocks=self.blocks, fisher=self.fisher, draws=self.draws, seed=seed
-        )
-
-    def _dense_pass(self) -> _JoinedBlocks:
-        return _JoinedBlocks(self.plan, blocks=self.blocks, fisher=self.fisher, draws=self.draws)
-
-
-class _JoinedBlocks(DenseBlockPass):
-    """The blocks as one matrix."""
-
-    def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> Any:
-        """Return the block-diagonal matrix ``(P, P)``."""
-        return join_blocks(super().result(all_reduce_sum), self.indices)
-
-
-class FactoredOperator:
-    """``Q diag(eigenvalues) Q^T`` of each layer, without damping: what a closed-form inverse inverts.
-
-    Args:
-        inverse: the closed form; its damping plays no part.
-        num_examples: ``N``, which the statistics are an average over.
-    """
-
-    def __init__(self, inverse: BlockInverse, num_examples: int) -> None:
-        self._inverse = inverse
-        self.layout = inverse.layout
-        self.num_examples = num_examples
-
-    @property
-    def numel(self) -> int:
-        """``P``: length of a flat vector."""
-        return self.layout.numel
-
-    def product(self, vectors: Tensor) -> Tensor:
-        """Return ``H V`` for flat vectors ``V (V, P)``; no pass is needed."""
-        result = {}
-        for name, block in self.layout.split(vectors).items():
-            layer = self._inverse.layers[name].to(vectors.device, vectors.dtype)
-            if layer.basis is None:
-                result[name] = block * layer.eigenvalues
-                continue
-            rotated = rotate_matrices(block, layer.basis.q_in, layer.basis.q_out) * layer.eigenvalues
-            result[name] = rotate_matrices(rotated, layer.basis.q_in.mT, layer.basis.q_out.mT)
-        return self.layout.join(result)
-
-    def batch_product(self, vectors: Tensor, count: int, seed: int) -> Tensor:
-        """Return ``H V``: the statistics are there, and no minibatch is drawn."""
-        return self.product(vectors)
-
-    def dense(self) -> Tensor:
-        """Return ``H``, ``(P, P)``, in float64, for small models."""
-        matrix = self.product(torch.eye(self.numel, dtype=torch.float64))
-        return (matrix + matrix.T) / 2

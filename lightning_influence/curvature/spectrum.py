@@ -8,11 +8,10 @@ import torch
 from rich.console import Group, RenderableType
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Factors
-from lightning_influence.linalg.estimates import Estimate, Product, random_vectors, ratio_of
+from lightning_influence.linalg.estimates import Estimate, Product, add_traces_outside, divide, draw_vectors
 from lightning_influence.linalg.lanczos import Ritz, block_lanczos
-from lightning_influence.linalg.traces import deflated
-from lightning_influence.results.rendering import facts_table
+from lightning_influence.results.rendering import build_facts_table
+from lightning_influence.support.arguments import check_count
 
 _SHOWN = 8
 
@@ -97,7 +96,7 @@ class Spectrum:
     def __rich__(self) -> RenderableType:
         note = "Errors: standard errors of traces and ranks; for eigenvalues a bound within which one lies."
         return Group(
-            facts_table(self.facts(), f"Spectrum of the {_NAMES.get(self.curvature, 'matrix')}"), note
+            build_facts_table(self.facts(), f"Spectrum of the {_NAMES.get(self.curvature, 'matrix')}"), note
         )
 
     def __repr__(self) -> str:
@@ -144,8 +143,7 @@ def measure_spectrum(
     """
     least = {"probes": (probes, 2), "steps": (steps, 1), "eigenvalues": (eigenvalues, 1)}
     for name, (value, lowest) in least.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {lowest}.")
+        check_count(name, value, lowest)
     passes = 0
 
     def counted(vectors: Tensor) -> Tensor:
@@ -153,12 +151,12 @@ def measure_spectrum(
         passes += 1
         return product(vectors)
 
-    start = random_vectors(probes, numel, 2 * seed, kind="normal", dtype=dtype, device=device)
+    start = draw_vectors(probes, numel, 2 * seed, kind="normal", dtype=dtype, device=device)
     ritz = block_lanczos(counted, start, steps)
     traces = ritz.inside
     if len(ritz.basis) < numel:
-        fresh = random_vectors(probes, numel, 2 * seed + 1, dtype=dtype, device=device)
-        traces = deflated(counted, ritz.basis, traces, fresh)
+        fresh = draw_vectors(probes, numel, 2 * seed + 1, dtype=dtype, device=device)
+        traces = add_traces_outside(counted, ritz.basis, traces, fresh)
     norm = ritz.norm()
     squared = Estimate(norm.value**2, None if norm.error is None else 2 * norm.value * norm.error)
     return Spectrum(
@@ -168,31 +166,8 @@ def measure_spectrum(
         square_trace=traces.square,
         eigenvalues=ritz.top(eigenvalues),
         smallest=ritz.bottom(),
-        stable_rank=ratio_of(traces.trace, norm),
-        numerical_rank=ratio_of(traces.square, squared),
+        stable_rank=divide(traces.trace, norm),
+        numerical_rank=divide(traces.square, squared),
         passes=passes,
         ritz=ritz,
     )
-
-
-def trace_of_factors(factors: Factors) -> Estimate:
-    """``Tr(G)`` from EK-FAC's eigenvalues, for free.
-
-    A rotation leaves a trace as it is, so the sum of ``Lambda`` is the trace of the matrix that the gradients
-    belong to, exactly: of the Gauss-Newton matrix for exact columns, of an unbiased estimate for sampled
-    labels. How far off the latter is cannot be told from the sums.
-
-    Args:
-        factors: factors with eigenvalues.
-
-    Returns:
-        The trace, in the unit of the mean per-example loss; the error is 0 for exact columns, else unknown.
-
-    Raises:
-        ValueError: if the factors have no eigenvalues.
-    """
-    if not factors.layers or not factors.has_squares:
-        raise ValueError("The factors have no eigenvalues. Fit them, or let a fit collect them to its end.")
-    moments = [layer.second_moment() for layer in factors.layers.values()]
-    total = sum(float(moment.double().sum()) for moment in moments if moment is not None)
-    return Estimate(total / factors.mean_weight, 0.0 if factors.fisher == "exact" else None)

@@ -77,7 +77,7 @@ class StoragePass(CurvaturePass):
         kept: dict[str, LayerGradients] = {name: compact(layer) for name, layer in gradients.items()}
         self._bytes += sum(layer.nbytes for layer in kept.values())
         # Joining the batches takes as much again for a moment.
-        expected = 2 * self._bytes * max(1.0, self._expected / self.examples)
+        expected = 2 * self._bytes * max(1.0, self._expected / self.count.examples)
         if expected > self._limit:
             self.fits, self._parts, self._indices = False, [], []
             return
@@ -94,13 +94,12 @@ class StoragePass(CurvaturePass):
             everyone: dataset indices of all examples, of all processes, ``(N,)``.
             all_reduce_sum: sums a tensor over the processes.
         """
-        counts = all_reduce_sum(torch.tensor([float(self.examples), self._weight], dtype=torch.float64))
-        mean_weight = float(counts[1] / counts[0]) if counts[1] > 0 else 1.0
+        self.count.reduce(all_reduce_sum)
         names = [name for name in layout.shapes if any(name in part for part in self._parts)]
         gradients = {name: self._joined(name) for name in names}
         indices = torch.cat([torch.zeros(0, dtype=torch.int64), *self._indices])
         self._parts = []
-        return StoredGaussNewton(layout, gradients, indices, everyone, mean_weight, all_reduce_sum)
+        return StoredGaussNewton(layout, gradients, indices, everyone, self.count.mean_weight, all_reduce_sum)
 
     def _joined(self, name: str) -> LayerGradients:
         """Return a layer's gradients of all batches, zero where it took no part."""
@@ -158,6 +157,9 @@ class StoredGaussNewton:
     def product(self, vectors: Tensor) -> Tensor:
         """Return ``G V`` for ``V (V, P)``.
 
+        Vectors of a higher precision than the gradients are multiplied in theirs: a few examples at a time
+        are converted, so that it takes no memory to speak of.
+
         Raises:
             NonFiniteError: if it is not finite.
         """
@@ -185,7 +187,8 @@ class StoredGaussNewton:
         """Return ``G``, ``(P, P)``, in float64."""
         matrix = torch.zeros(self.numel, self.numel, dtype=torch.float64)
         for few in self._chunks():
-            rows = self.layout.dense(few).flatten(0, 1).double()
+            exact = {name: layer.to(dtype=torch.float64) for name, layer in few.items()}
+            rows = self.layout.dense(exact).flatten(0, 1)
             matrix = matrix.to(rows.device) + rows.T @ rows
         return self._all_reduce_sum(matrix) / (self.num_examples * self.mean_weight)
 
@@ -216,9 +219,8 @@ class StoredGaussNewton:
 
     def _product(self, vectors: Tensor, gradients: dict[str, LayerGradients], count: int) -> Tensor:
         result = torch.zeros_like(vectors)
-        if gradients:
-            products = self.layout.dot(gradients, vectors)
-            self.layout.add_combination(result, gradients, products)
+        for few in _convert(gradients, vectors.dtype):
+            self.layout.add_combination(result, few, self.layout.dot(few, vectors))
         result = self._all_reduce_sum(result)
         if not bool(torch.isfinite(result.sum())):
             raise NonFiniteError(
@@ -244,6 +246,20 @@ def kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
     if not bool(kept.any()) or not trace > 0:
         return 1.0
     return float((squares[kept] / forms[kept]).max()) / trace
+
+
+def _convert(gradients: dict[str, LayerGradients], dtype: torch.dtype) -> Iterator[dict[str, LayerGradients]]:
+    """Yield gradients in a precision: all together if they have it, else a few examples at a time."""
+    first = next(iter(gradients.values()), None)
+    if first is None:
+        return
+    tensor = first.outputs if isinstance(first, FactoredGradients) else first.dense()
+    if tensor.dtype == dtype:
+        yield gradients
+        return
+    for start in range(0, first.num_examples, _EXAMPLES):
+        part = slice(start, start + _EXAMPLES)
+        yield {name: layer.select(part).to(dtype=dtype) for name, layer in gradients.items()}
 
 
 def _seeds(gradients: LayerGradients) -> int:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from lightning_influence.curvature.coarse_space import CoarseSpace, probe_bits
 from lightning_influence.curvature.inverse import BlockInverse
-from lightning_influence.curvature.operators import FactoredOperator
 from lightning_influence.linalg.orthonormal import inner
 from lightning_influence.model.gradients import LayerGradients
 
@@ -101,10 +100,27 @@ class TwoLevel:
         total = torch.stack(products).sum(dim=0)
         coefficients, projected = self._coordinates(total[:, : space.size]), total[:, space.size :]
         projected = projected - coefficients @ self._residual_coarse.T
-        norms = squared_norms(queries).sqrt()
-        residuals = projected.square().mean(dim=1).sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        residuals = _relative(projected, queries)
         correction = Correction(coefficients, space.directions, space.mixing, space.anchors, space.inverse)
         return correction, residuals
+
+    def estimate_residuals(self, inverse: BlockInverse, queries: Mapping[str, LayerGradients]) -> Tensor:
+        """Estimate how far from solved the answers of a closed form are, in the system that this one solves.
+
+        Args:
+            inverse: the closed form ``P'^{-1}``, with any damping.
+            queries: query gradients, ``K = 1``.
+
+        Returns:
+            The relative residuals ``||v - A P'^{-1} v|| / ||v||``, ``(Q,)``, from the random projections that
+            :meth:`correction` uses as well.
+        """
+        products = []
+        for name in self._names:
+            if name in queries:
+                signs, image = self._probe_image(name)
+                products.append(queries[name].dot(signs - inverse.layers[name].apply(image))[0])
+        return _relative(torch.stack(products).sum(dim=0), queries)
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Return ``x`` for flat right-hand sides ``(V, P)``."""
@@ -169,7 +185,6 @@ def rescaled(inverse: BlockInverse, space: CoarseSpace) -> BlockInverse:
         ``alpha P^{-1}``; unchanged if the anchors are all zero.
     """
     layout, first = space.layout, space.inverse
-    operator = FactoredOperator(first, space.examples)
     shift = layout.expand(inverse.damping, space.directions)  # P_0 less its damping, and the new one
     small = inner(space.directions, space.product).to(space.mixing.dtype)
     # Anchors are not all kept: what they became lies in the span, z = mixing^{-1} Q.
@@ -179,9 +194,15 @@ def rescaled(inverse: BlockInverse, space: CoarseSpace) -> BlockInverse:
     for coordinates in torch.split(mixtures, rows):
         answers = coordinates @ space.directions
         damped = float((answers.square() @ shift).sum())
-        above += float((answers * operator.product(answers)).sum()) + damped
+        above += float((answers * first.multiply(answers)).sum()) + damped
         below += float((coordinates @ small * coordinates).sum()) + damped
     return inverse.scaled(above / below) if above > 0 and below > 0 else inverse
+
+
+def _relative(projected: Tensor, queries: Mapping[str, LayerGradients]) -> Tensor:
+    """Return norms of residuals over those of the queries, from projections on the probes ``(Q, s)``."""
+    norms = squared_norms(queries).sqrt()
+    return projected.square().mean(dim=1).sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def squared_norms(gradients: Mapping[str, LayerGradients]) -> Tensor:

@@ -14,7 +14,7 @@ from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.plan import LayerPlan, find_layers
 from lightning_influence.running.runner import Runner
-from lightning_influence.support.arguments import some
+from lightning_influence.support.arguments import list_some
 from lightning_influence.support.errors import InfluenceError, UnsupportedDataError, UnsupportedModelError
 from lightning_influence.support.notes import Notes
 
@@ -98,7 +98,7 @@ class _Listening:
             raise
         except (IndexError, RuntimeError, ValueError) as error:
             forward_if_weighted(self.forward, module, batch, len(indices))
-            examples = some(indices[rows_of(self._data.edited)(indices)])
+            examples = list_some(indices[rows_of(self._data.edited)(indices)])
             raise UnsupportedDataError(
                 f"The training loss of examples {examples} cannot be computed with their new targets, as it "
                 f"can with the old ones. {type(error).__name__}: {error} The new targets go from "
@@ -118,7 +118,7 @@ class _Listening:
         """
         if not len(self._weightless):
             return
-        found, why = some(self._weightless), "their labels are ignored, or of classes of weight zero"
+        found, why = list_some(self._weightless), "their labels are ignored, or of classes of weight zero"
         if self._data.targets is None:
             raise UnsupportedDataError(
                 f"Examples {found} have no weight in the training loss ({why}): the model has not learned "

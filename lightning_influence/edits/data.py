@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.running.loaders import IndexedLoader
-from lightning_influence.support.arguments import some
+from lightning_influence.support.arguments import list_some
 from lightning_influence.support.errors import UnsupportedDataError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 SetTargets = Callable[[Any, Tensor, Tensor], Any]
 """Maps ``(batch, rows, targets)`` to a copy of the batch whose examples ``rows`` have these targets."""
@@ -135,8 +135,8 @@ def _as_indices(examples: Any, every: Tensor, size: int) -> Tensor:
     missing = chosen[~torch.isin(chosen, every)]
     if len(missing):
         raise UnsupportedDataError(
-            f"Examples {some(missing.sort().values)} are not among the {len(every)} training examples. Pass "
-            "indices of the training loader's dataset."
+            f"Examples {list_some(missing.sort().values)} are not among the {len(every)} training examples. "
+            "Pass indices of the training loader's dataset."
         )
     return chosen.long()
 
@@ -160,9 +160,9 @@ def _of_mask(mask: Tensor, every: Tensor, size: int) -> Tensor:
     missing = chosen[~torch.isin(chosen, every)]
     if len(missing):
         raise UnsupportedDataError(
-            f"The mask is True at examples {some(missing)} of the dataset, which the training loader does "
-            f"not draw: it draws {len(every)} of {size}. Set the mask to False there, or pass a loader that "
-            "draws them."
+            f"The mask is True at examples {list_some(missing)} of the dataset, which the training loader "
+            f"does not draw: it draws {len(every)} of {size}. Set the mask to False there, or pass a "
+            "loader that draws them."
         )
     return chosen
 
@@ -177,7 +177,7 @@ def _check_once(edited: Tensor) -> None:
     if len(again):
         mask = len(edited) > 2 and bool((edited <= 1).all())
         hint = " Zeros and ones are no mask unless they are booleans: pass mask.bool()." if mask else ""
-        raise ValueError(f"Examples {some(again)} come twice; name each one once.{hint}")
+        raise ValueError(f"Examples {list_some(again)} come twice; name each one once.{hint}")
 
 
 def _as_tensor(values: Any, what: str) -> Tensor:
@@ -210,7 +210,7 @@ def _as_targets(targets: Any, count: int, loader: IndexedLoader, set_targets: Se
 
 def _target_shape(loader: IndexedLoader) -> torch.Size | None:
     """Return the shape of one example's target, from the first batch; None if that is no pair."""
-    with preserved_rng():
+    with preserve_rng():
         batch, _ = next(iter(loader.shard()))
     return batch[1].shape[1:] if _is_pair(batch) else None
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_influence.linalg.modified_lissa import modified_lissa, random_start, squared_scale
 from lightning_influence.linalg.normal_equations import (
     SingularSubsetError,
-    Solve,
-    conjugate_gradients,
-    dense_least_squares,
-    normal_product,
+    SubsetSolution,
+    derive_squared_scale,
+    draw_start,
+    make_normal_product,
+    solve_by_lissa,
+    solve_densely,
+    solve_positive,
 )
 from lightning_influence.support.errors import InfluenceError
 
@@ -66,7 +67,9 @@ class Problem:
     def _inverse_diagonal(self, mask: Tensor) -> Tensor:
         return mask.to(self.gradient) / (self.squared_norms.sqrt() + self.damping).clamp_min(_TINY)
 
-    def solve(self, right: Tensor, mask: Tensor | None = None, product: Product | None = None) -> Solve:
+    def solve(
+        self, right: Tensor, mask: Tensor | None = None, product: Product | None = None
+    ) -> SubsetSolution:
         """Solve ``(H_SS + damping I) x = b_S``; by least squares where ``H`` is indefinite.
 
         Args:
@@ -89,27 +92,23 @@ class Problem:
 
         right = right * keep
         if self.solver == "dense":
-            return dense_least_squares(damped, right, mask)
+            return solve_densely(damped, right, mask)
         limits: dict[str, Any] = {"tolerance": self.tolerance, "max_steps": self.max_steps}
         if self.definite:
             inverse = self._inverse_diagonal(mask)
-            solve = conjugate_gradients(partial(_single, damped), right, inverse_diagonal=inverse, **limits)
+            solve = solve_positive(damped, right, inverse_diagonal=inverse, **limits)
             if solve.definite:
                 return resolved(solve, self.damping)
         inverse = keep / (self.squared_norms + self.damping**2).clamp_min(_TINY)
-        normal = normal_product(damped, mask, 0.0)
-        solve = conjugate_gradients(normal, _single(damped, right), inverse_diagonal=inverse, **limits)
+        normal = make_normal_product(damped, mask, 0.0)
+        solve = solve_positive(normal, damped(right[None])[0], inverse_diagonal=inverse, **limits)
         return resolved(solve, self.damping)
 
 
 _TINY = 1e-30
 
 
-def _single(product: Product, vector: Tensor) -> Tensor:
-    return product(vector[None])[0]
-
-
-def resolved(solve: Solve, damping: float) -> Solve:
+def resolved(solve: SubsetSolution, damping: float) -> SubsetSolution:
     """Return the solution, unless the system was singular where the right-hand side is not zero.
 
     Raises:
@@ -130,12 +129,12 @@ class Direction:
 
     Attributes:
         name: what users pass as ``method=``.
-        function: maps a :class:`Problem` to a :class:`~..normal_equations.Solve`.
+        function: maps a :class:`Problem` to a :class:`~..normal_equations.SubsetSolution`.
         selects: whether it changes selected parameters only.
     """
 
     name: str
-    function: Callable[[Problem], Solve]
+    function: Callable[[Problem], SubsetSolution]
     selects: bool
 
 
@@ -144,7 +143,7 @@ _DIRECTIONS: dict[str, Direction] = {}
 
 def register_direction(
     name: str, *, selects: bool = True
-) -> Callable[[Callable[[Problem], Solve]], Callable[[Problem], Solve]]:
+) -> Callable[[Callable[[Problem], SubsetSolution]], Callable[[Problem], SubsetSolution]]:
     """Decorator: make a direction available under a name.
 
     Args:
@@ -155,7 +154,7 @@ def register_direction(
         The decorator; it returns the function unchanged.
     """
 
-    def decorate(function: Callable[[Problem], Solve]) -> Callable[[Problem], Solve]:
+    def decorate(function: Callable[[Problem], SubsetSolution]) -> Callable[[Problem], SubsetSolution]:
         _DIRECTIONS[name] = Direction(name, function, selects)
         return function
 
@@ -180,7 +179,7 @@ def direction_names() -> list[str]:
 
 
 @register_direction("if", selects=False)
-def influence(problem: Problem) -> Solve:
+def influence(problem: Problem) -> SubsetSolution:
     """Solve over all parameters; the selection is not looked at.
 
     Args:
@@ -193,7 +192,7 @@ def influence(problem: Problem) -> Solve:
 
 
 @register_direction("fif")
-def freeze(problem: Problem) -> Solve:
+def freeze(problem: Problem) -> SubsetSolution:
     """Solve within the selected parameters.
 
     Args:
@@ -211,7 +210,7 @@ def freeze(problem: Problem) -> Solve:
 
 
 @register_direction("gif")
-def generalized(problem: Problem) -> Solve:
+def generalized(problem: Problem) -> SubsetSolution:
     """Solve the least-squares problem, with the damping's square as a ridge.
 
     Args:
@@ -229,13 +228,13 @@ def generalized(problem: Problem) -> Solve:
     if not bool(right.any()):
         raise InfluenceError(nothing_to_gain(int(problem.mask.sum())))
     if problem.solver == "dense":
-        return dense_least_squares(problem.product, problem.gradient, problem.mask, ridge)
-    normal = normal_product(problem.product, problem.mask, ridge)
+        return solve_densely(problem.product, problem.gradient, problem.mask, ridge)
+    normal = make_normal_product(problem.product, problem.mask, ridge)
     if problem.solver == "lissa":
-        nu2 = squared_scale(normal, random_start(problem.mask, right, problem.seed))
-        return modified_lissa(normal, right, nu2, tolerance=problem.tolerance, max_steps=problem.max_steps)
+        nu2 = derive_squared_scale(normal, draw_start(problem.mask, right, problem.seed))
+        return solve_by_lissa(normal, right, nu2, tolerance=problem.tolerance, max_steps=problem.max_steps)
     inverse = inside / (problem.squared_norms + ridge).clamp_min(1e-30)
-    solve = conjugate_gradients(
+    solve = solve_positive(
         normal, right, inverse_diagonal=inverse, tolerance=problem.tolerance, max_steps=problem.max_steps
     )
     return resolved(solve, problem.damping)
@@ -250,7 +249,7 @@ def nothing_to_gain(count: int) -> str:
 
 
 @register_direction("pif")
-def projected(problem: Problem) -> Solve:
+def projected(problem: Problem) -> SubsetSolution:
     """Solve over all parameters, and drop what is not selected.
 
     Args:
@@ -270,7 +269,7 @@ def projected(problem: Problem) -> Solve:
 
 
 @register_direction("second_order", selects=False)
-def second_order(problem: Problem) -> Solve:
+def second_order(problem: Problem) -> SubsetSolution:
     """Solve twice with the curvature before the removal.
 
     Args:

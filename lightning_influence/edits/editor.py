@@ -26,7 +26,7 @@ from lightning_influence.edits.selection import Selection, select
 from lightning_influence.edits.stepping import Outcome, Stepping
 from lightning_influence.edits.weights import Weights
 from lightning_influence.linalg.descent import descend
-from lightning_influence.linalg.normal_equations import Solve
+from lightning_influence.linalg.normal_equations import SubsetSolution
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare
 from lightning_influence.running.runner import Runner
@@ -127,7 +127,7 @@ class Editor:
         linear = first = self._linearise(at_optimum=self._options.step != "search", change=change)
         selection = self._select(linear)
         steps: list[float] = []
-        solves: list[Solve] = []
+        solves: list[SubsetSolution] = []
         count, found = self._linearisations, Found(0.0, False, 0)
         for number in range(1 if self._descends else count):
             if number:
@@ -235,7 +235,7 @@ class Editor:
         rule = find_rule(self._options.rule)
         return select(rule, linear.evidence(rule.source), self._options.ratio, self._options.seed)
 
-    def _solve(self, linear: Linearised, selection: Selection, *, again: bool = False) -> Solve:
+    def _solve(self, linear: Linearised, selection: Selection, *, again: bool = False) -> SubsetSolution:
         """Return the vector of a linearisation.
 
         Generalized influence finds the change that disturbs nothing else, the second-order one counts what is

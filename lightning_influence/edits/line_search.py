@@ -173,6 +173,6 @@ def _vertex(value: Callable[[float], float], middle: float, reach: float) -> flo
     low, high = value(middle * 2.0**-reach), value(middle * 2.0**reach)
     bend = low - 2 * value(middle) + high
     if not (math.isfinite(bend) and bend > 0):
-        return middle * math.exp2(-reach / 2)
+        return middle * math.pow(2, -reach / 2)
     shift = max(-reach, min(reach, 0.5 * reach * (low - high) / bend))
-    return middle * math.exp2(shift)
+    return middle * math.pow(2, shift)

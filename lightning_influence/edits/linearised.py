@@ -27,7 +27,8 @@ from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.passes import GradientSumPass
 from lightning_influence.edits.rules import Evidence, Source, gains
 from lightning_influence.edits.sampling import Sample
-from lightning_influence.linalg.normal_equations import largest_eigenvalue, leading_direction
+from lightning_influence.linalg.lanczos import estimate_largest_eigenvalue
+from lightning_influence.linalg.normal_equations import find_leading_direction
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.running.runner import Runner
 from lightning_influence.support.errors import InfluenceError, NonFiniteError
@@ -199,8 +200,8 @@ class Linearised:
         if self.previous is not None:
             return self.previous.damping
         # Along the leading direction of what the products at hand have reached, Lanczos is halfway there.
-        start = leading_direction(self._images[0])
-        return AUTO_DAMPING * largest_eigenvalue(lambda v: self.product(v[None])[0], start, steps=3)
+        start = find_leading_direction(self._images[0])
+        return AUTO_DAMPING * estimate_largest_eigenvalue(self.product, start, steps=3)
 
     def evidence(self, source: Source | None) -> Evidence:
         """Return scores of one kind for selection rules."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from lightning_influence.edits.directions import find_direction
 from lightning_influence.edits.rules import SelectionRule, find_rule
 from lightning_influence.edits.selection import check_ratio
-from lightning_influence.support.arguments import is_count
+from lightning_influence.support.arguments import check_choice, check_count, check_number, is_number
 
 Curvature = Literal["ggn", "hessian"]
 Solver = Literal["cg", "lissa", "dense"]
@@ -84,16 +84,15 @@ class EditOptions:
         self._check_choices()
         for name in ("weight_decay", "forgotten_loss", "tolerance", "kept_bound"):
             value, optional = getattr(self, name), name in {"weight_decay", "forgotten_loss"}
-            if not (value is None and optional) and not _at_least_zero(value):
-                raise ValueError(f"Got {name}={value!r}; accepted are finite numbers of at least 0.")
+            if not (value is None and optional):
+                check_number(name, value)
         for name in ("max_steps", "linearisations", "curvature_examples", "memory_budget", "seed"):
             value, least = getattr(self, name), 0 if name in {"seed", "memory_budget"} else 1
             if value is None and name in {"curvature_examples", "linearisations"}:
                 continue
             if value == "auto" and name == "curvature_examples":
                 continue
-            if not is_count(value, least):
-                raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {least}.")
+            check_count(name, value, least)
 
     def most_linearisations(self, relabels: bool) -> int:
         """Return how often the model is linearised at most, to relabel or else to forget."""
@@ -117,15 +116,13 @@ class EditOptions:
         if self.damping != "auto" and not _at_least_zero(self.damping):
             raise ValueError(f"Got damping={self.damping!r}; accepted are 'auto' or a number of at least 0.")
         for name, choices in (("curvature", get_args(Curvature)), ("solver", get_args(Solver))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"Got {name}={getattr(self, name)!r}; accepted are {choices}.")
+            check_choice(name, getattr(self, name), choices)
         if self.solver == "lissa" and self.method != "gif":
             raise ValueError(f"Got solver='lissa' with method={self.method!r}; it solves method='gif' only.")
 
 
 def _at_least_zero(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and bool(value >= 0)
+    return is_number(value) and 0 <= value < math.inf
 
 
 def _positive(value: Any) -> bool:

@@ -8,16 +8,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Group, RenderableType
 from rich.jupyter import JupyterMixin
 from rich.table import Table
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from lightning_influence.results.rendering import facts_table, plain
-from lightning_influence.support.errors import CorruptFileError, EditMismatchError, InfluenceWarning
+from lightning_influence.results.rendering import build_facts_table, render_plain
+from lightning_influence.support.errors import CorruptFileError, EditMismatchError, InfluenceWarning, add_note
 from lightning_influence.support.storage import PathLike, check_kind, load_tensors, save_tensors
 
 
@@ -274,7 +275,7 @@ class ParameterEdit(JupyterMixin):
         except EditMismatchError as mismatch:
             if error is None:
                 raise
-            error.add_note(str(mismatch))
+            add_note(error, str(mismatch))
             warnings.warn(str(mismatch), InfluenceWarning, stacklevel=2)
 
     def save(self, path: PathLike) -> Path:
@@ -377,12 +378,12 @@ class ParameterEdit(JupyterMixin):
         state = "applied" if self.applied else "not applied"
         title = f"Edit to {self.report.kind} {self.report.edited.examples} examples ({state})"
         return Group(
-            facts_table(self.report.facts(), title), self.report.layer_table(), self.report.loss_table()
+            build_facts_table(self.report.facts(), title), self.report.layer_table(), self.report.loss_table()
         )
 
     def __str__(self) -> str:
         """Return the tables as text."""
-        return plain(self)
+        return render_plain(self)
 
     def __repr__(self) -> str:
         report = self.report

@@ -15,7 +15,7 @@ from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients, check_finite
 from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.plan import LayerPlan, Layout
-from lightning_influence.support.arguments import some
+from lightning_influence.support.arguments import list_some
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
 
 MAX_COLUMNS = 64
@@ -237,7 +237,8 @@ class Losses:
         if len(unknown):
             raise NonFiniteError(
                 f"The outputs behind `influence_loss` are not known at these weights, for examples "
-                f"{some(unknown)}. Pass forgotten_loss= (the loss from which an example counts as forgotten)."
+                f"{list_some(unknown)}. Pass forgotten_loss= (the loss from which an example counts as "
+                "forgotten)."
             )
         return self._chance
 

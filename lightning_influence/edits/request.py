@@ -14,7 +14,7 @@ from lightning_influence.edits.editor import Editor
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.running.reading import prepare_train
 from lightning_influence.running.runner import Runner
-from lightning_influence.support.arguments import check_layers, settings_of
+from lightning_influence.support.arguments import check_layers, parse_options
 
 Examples = Sequence[int] | Tensor
 
@@ -71,7 +71,7 @@ class EditRequest:
             TypeError: if there is no such option.
             ValueError: if one is out of range.
         """
-        return settings_of(EditOptions, self.options)
+        return parse_options(EditOptions, self.options)
 
 
 def check_targets(new_targets: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_influence.edits.rules import Evidence, SelectionRule, Shape, check_source
 from lightning_influence.model.plan import Layout
+from lightning_influence.support.arguments import is_number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,7 +132,7 @@ def check_ratio(ratio: object) -> None:
     Raises:
         ValueError: saying what was got.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+    if not is_number(ratio) or not 0 < ratio <= 1:
         raise ValueError(
             f"Got ratio={ratio!r}; accepted is a share of each layer's parameters in (0, 1], such as 0.05."
         )

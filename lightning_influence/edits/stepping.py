@@ -14,7 +14,7 @@ from lightning_influence.edits.objective import Objective
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.passes import Losses, LossPass
 from lightning_influence.edits.weights import Weights
-from lightning_influence.linalg.descent import shorter
+from lightning_influence.linalg.descent import shorten
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Runner
@@ -131,7 +131,7 @@ class Stepping:
                 continue
             if now.objective <= before.objective + _NOISE * abs(before.objective):
                 return share, now
-            share *= shorter(before.objective, slope, share, now.objective) if slope < 0 else 0.5
+            share *= shorten(before.objective, slope, share, now.objective) if slope < 0 else 0.5
         raise InfluenceError(
             "The change that lowers the loss of a sample of the training set raises that of all of it. Pass "
             "curvature_examples=None, which measures every step on all examples, or try a larger ratio or "

@@ -70,39 +70,32 @@ def predict_subsets(scores: Tensor, masks: Tensor) -> Tensor:
     return (~masks).to(scores.dtype) @ scores.T
 
 
-def average_ranks(values: Tensor) -> Tensor:
-    """Ranks along the first dimension, from 1; equal values share the mean of their ranks.
+def _rank(values: Tensor) -> Tensor:
+    """Return the ranks, from 1, of ``values (M, Q)`` over the subsets; equal values share their mean rank."""
+    columns = values.T.contiguous()
+    ordered = columns.sort(dim=1).values
+    below = torch.searchsorted(ordered, columns)
+    through = torch.searchsorted(ordered, columns, right=True)
+    return ((below + through + 1).to(torch.float64) / 2).T
+
+
+def _average_correlations(predicted: Tensor, observed: Tensor) -> Tensor:
+    """Average Spearman's rank correlation over queries; one that never varies on either side counts 0.
+
+    The ranks are ours because those of torchmetrics are in float32, and its correlation is divided by a
+    variance that is too large by 1e-6: with few subsets that shows.
 
     Args:
-        values: shape ``(M, ...)``, finite.
+        predicted: ``(M, Q)``.
+        observed: ``(M, Q)``.
 
     Returns:
-        Ranks, float64, of the same shape.
-
-    Example:
-        >>> average_ranks(torch.tensor([3.0, 1.0, 3.0]))
-        tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
+        The mean, float64.
     """
-    flat = values.reshape(len(values), -1).T.contiguous()
-    ordered = flat.sort(dim=1).values
-    below = torch.searchsorted(ordered, flat)
-    through = torch.searchsorted(ordered, flat, right=True)
-    return ((below + through + 1).to(torch.float64) / 2).T.reshape(values.shape)
-
-
-def spearman(predicted: Tensor, observed: Tensor) -> Tensor:
-    """Spearman's rank correlation over the first dimension, with ties as average ranks.
-
-    Args:
-        predicted: shape ``(M, ...)``.
-        observed: the same shape.
-
-    Returns:
-        Correlations, float64, shape ``(...)``; NaN where either side is constant.
-    """
-    left, right = (average_ranks(x) for x in (predicted, observed))
+    left, right = _rank(predicted), _rank(observed)
     left, right = left - left.mean(0), right - right.mean(0)
-    return (left * right).sum(0) / (left.square().sum(0) * right.square().sum(0)).sqrt()
+    correlations = (left * right).sum(0) / (left.square().sum(0) * right.square().sum(0)).sqrt()
+    return correlations.nan_to_num(nan=0.0).mean()
 
 
 def _average_seeds(observed: Tensor) -> Tensor:
@@ -117,11 +110,6 @@ def _check(predicted: Tensor, observed: Tensor) -> None:
         )
     if not (predicted.isfinite().all() and observed.isfinite().all()):
         raise ValueError("Predicted and observed values must be finite; a rank of NaN means nothing.")
-
-
-def _mean_correlation(predicted: Tensor, observed: Tensor) -> Tensor:
-    """Return the mean over queries; one whose predictions or observations never vary counts 0."""
-    return spearman(predicted, observed).nan_to_num(nan=0.0).mean()
 
 
 def linear_datamodeling_score(
@@ -157,14 +145,14 @@ def linear_datamodeling_score(
             "The score needs at least 2 subsets, bootstrap >= 0 and 0 < confidence < 1, got "
             f"{len(predicted)}, {bootstrap} and {confidence}."
         )
-    score = _mean_correlation(predicted, observed)
+    score = _average_correlations(predicted, observed)
     if not bootstrap:
         return score, None
     generator = torch.Generator().manual_seed(seed)
     draws = []
     for _ in range(bootstrap):
         rows = torch.randint(len(predicted), (len(predicted),), generator=generator).to(predicted.device)
-        draws.append(_mean_correlation(predicted[rows], observed[rows]))
+        draws.append(_average_correlations(predicted[rows], observed[rows]))
     tail = (1 - confidence) / 2
     levels = torch.tensor([tail, 1 - tail], dtype=torch.float64, device=score.device)
     spread = torch.stack(draws)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
-
-from lightning_influence.evaluation.lds import average_ranks
 
 
 def mislabel_auroc(self_influence: Tensor, flipped: Tensor) -> Tensor:
@@ -22,7 +21,6 @@ def mislabel_auroc(self_influence: Tensor, flipped: Tensor) -> Tensor:
         ValueError: if shapes differ, a value is not finite, or all labels are flipped or none.
 
     Example:
-        >>> import torch
         >>> mislabel_auroc(torch.tensor([0.1, 5.0, 0.3, 0.2]), torch.tensor([False, True, False, True]))
         tensor(0.7500)
     """
@@ -36,5 +34,7 @@ def mislabel_auroc(self_influence: Tensor, flipped: Tensor) -> Tensor:
     flipped = flipped.bool()
     if flipped.all() or not flipped.any():
         raise ValueError(f"Expected some flipped and some correct labels, got {int(flipped.sum())} flipped.")
-    # binary_auroc squashes values outside [0, 1], which would tie the largest ones: pass ranks.
-    return binary_auroc(average_ranks(self_influence) / len(flipped), flipped.int())
+    # binary_auroc squashes values outside [0, 1], which would tie the largest ones: pass places among the
+    # distinct values, in float64, where all of them differ.
+    distinct, places = torch.unique(self_influence, return_inverse=True)
+    return binary_auroc(places.double() / len(distinct), flipped.int())

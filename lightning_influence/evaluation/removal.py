@@ -1,24 +1,23 @@
 """Leave-one-out retraining and removal curves: what does training without the chosen examples change?
 
 Both take the retraining as a function of masks, ``retrain(masks (M, N)) -> (M, Q)`` or ``(M, S, Q)``, the
-mean over seeds being what is measured: :func:`~.retraining.retrain` or
-:func:`~lightning_influence.harness.retrain_subsets` with their other arguments bound, or a closed form.
+mean over seeds being what is measured: :func:`~lightning_influence.evaluation.retrain_subsets` with its other
+arguments bound, a training loop of one's own, or a closed form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_influence.support.arguments import example_indices, integers
+from lightning_influence.support.arguments import check_choice, read_examples, to_integers
 
 Retrain = Callable[[Tensor], Tensor]
 Order = Literal["proponents", "opponents", "random"]
-_ORDERS = ("proponents", "opponents", "random")
 
 
 def leave_one_out(
@@ -27,7 +26,7 @@ def leave_one_out(
     """Change of every query's measurement on training without one example.
 
     This is what an attribution score predicts, in its unit and with its sign. It is small beside the noise of
-    training unless the runs of one seed share their random numbers, as those of this library's retraining do.
+    training unless the runs of one seed share their random numbers, as those of ``retrain_subsets`` do.
 
     Args:
         retrain: trains on subsets ``(M, N)`` and measures the queries, ``(M, Q)`` or ``(M, S, Q)``.
@@ -46,7 +45,7 @@ def leave_one_out(
     """
     if num_examples < 2:
         raise ValueError(f"Leaving one example out needs 2 or more of them, got num_examples={num_examples}.")
-    chosen = example_indices(range(num_examples) if examples is None else examples, num_examples)
+    chosen = read_examples(range(num_examples) if examples is None else examples, num_examples)
     masks = torch.ones(1 + len(chosen), num_examples, dtype=torch.bool)
     masks[torch.arange(1, len(masks)), torch.tensor(chosen)] = False
     values = _measure(retrain, masks)
@@ -108,7 +107,7 @@ def removal_curve(
     own = torch.arange(queries).repeat(steps)
     changes = (values[1:] - values[0]).gather(1, own[:, None].to(values.device)).view(steps, queries)
     predicted = torch.einsum("qn,kqn->kq", scores, (~masks).to(scores))
-    return RemovalCurve(torch.tensor(integers(counts)), changes, predicted)
+    return RemovalCurve(torch.tensor(to_integers(counts)), changes, predicted)
 
 
 def removal_masks(
@@ -134,10 +133,9 @@ def removal_masks(
     """
     if scores.ndim != 2 or not bool(scores.isfinite().all()):
         raise ValueError(f"scores must be finite, of shape (Q, N), got shape {tuple(scores.shape)}.")
-    if order not in _ORDERS:
-        raise ValueError(f"Unknown order {order!r}; choose one of {_ORDERS}.")
+    check_choice("order", order, get_args(Order))
     size = scores.shape[1]
-    numbers = integers(counts)
+    numbers = to_integers(counts)
     if not numbers or not all(1 <= count < size for count in numbers):
         got = counts if numbers is None else numbers
         raise ValueError(

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from lightning_influence.linalg.estimates import Product
-from lightning_influence.linalg.minibatch_rounds import BatchProduct, Round, sampled_rounds
-from lightning_influence.linalg.preconditioned_spectrum import PreconditionedSpectrum
-from lightning_influence.linalg.stopping import Progress, Solution
+from lightning_influence.linalg.lanczos import PreconditionedSpectrum
+from lightning_influence.linalg.minibatch_rounds import BatchProduct, Round, run_rounds
+from lightning_influence.linalg.stopping import Progress, Solution, compute_remainder
 from lightning_influence.support.errors import DivergenceError
 
-# Momentum averages over 1 / (1 - beta) steps; more than this long a memory hides what the residual says.
+# Momentum averages over 1 / (1 - beta) steps. Chosen by hand: a memory of more than 20 steps hides what the
+# residual says.
 _MOST_MOMENTUM = 0.95
-# Squared growth of the preconditioned residual that momentum alone cannot explain.
+# Squared growth of the preconditioned residual that momentum alone cannot explain. Chosen by
+# hand.
 _GROWTH = 1e4
 
 
@@ -144,7 +146,7 @@ def astra(
         times = 4.0 / (plan.step * plan.smallest / (1.0 - plan.momentum))
         steps = max(2, min(math.ceil(times), max_steps))
         one = Round(plan.step, plan.batch, steps, max(1, steps // 2), plan.momentum)
-        return sampled_rounds(
+        return run_rounds(
             product,
             batch_product,
             vectors,
@@ -158,7 +160,7 @@ def astra(
             seed=seed,
         )
     progress, solutions = Progress(vectors, tolerance), torch.zeros_like(vectors)
-    remainder, velocity, steps = vectors.clone(), torch.zeros_like(vectors), 0
+    remainder, velocity, steps, products = vectors.clone(), torch.zeros_like(vectors), 0, 0
     rows = progress.observe(remainder).nonzero().flatten()
     first = (vectors * precondition(vectors)).sum(dim=1).clamp_min(torch.finfo(vectors.dtype).tiny)
     grown = torch.zeros_like(first)
@@ -174,7 +176,10 @@ def astra(
         rows = rows[progress.observe(remainder[rows], rows)]
     if steps > 1 and len(rows) and bool(((precondition(remainder) * remainder).sum(dim=1) > 4 * first).any()):
         raise DivergenceError(_explain(plan))
-    return Solution(solutions, progress.residuals, steps, steps, progress.history)
+    if steps and vectors.dtype != torch.float64:  # the products of the steps were in the answer's precision
+        progress.observe(compute_remainder(product, vectors, solutions))
+        products += 1
+    return Solution(solutions, progress.residuals, steps, products + steps, progress.history)
 
 
 def _explain(plan: AstraPlan) -> str:

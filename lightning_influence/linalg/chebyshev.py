@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from lightning_influence.linalg.estimates import Product
-from lightning_influence.linalg.stopping import Progress, Solution, error_bounds
+from lightning_influence.linalg.stopping import Progress, Solution, bound_errors, compute_remainder
 from lightning_influence.support.errors import DivergenceError
 
-# Exact arithmetic keeps the residual at most twice the first one (of a zero start).
+# Exact arithmetic keeps the residual at most twice the first one; this leaves room for rounding.
 _GROWTH = 4.0
 
 
-def chebyshev_steps(smallest: float, largest: float, tolerance: float) -> int:
-    """Return the steps after which the relative error is at most the tolerance, whatever the right-hand side.
+def count_chebyshev_steps(smallest: float, largest: float, tolerance: float) -> int:
+    """Return after how many steps the relative error is at most the tolerance for any right-hand side.
 
     Args:
         smallest: positive lower bound of the eigenvalues.
@@ -55,7 +55,7 @@ def chebyshev(
         guess: where to begin, ``(V, P)``; costs a product.
         max_steps: most steps.
         enough_steps: the number of steps from which on the interval alone bounds the relative error, as
-            :func:`chebyshev_steps` gives it; never if None.
+            :func:`count_chebyshev_steps` gives it; never if None.
         tolerance: a right-hand side is done when its relative residual is at most this, and the bound on its
             relative error too or there were enough steps.
 
@@ -82,16 +82,16 @@ def chebyshev(
         open_ = progress.observe(remainder[rows], rows)
         _check_growth(progress, limit, largest, direction, image)
         if enough_steps is None or steps < enough_steps:
-            open_ |= error_bounds(remainder[rows], solutions[rows], smallest) > tolerance
+            open_ |= bound_errors(remainder[rows], solutions[rows], smallest) > tolerance
         rows, direction = rows[open_], direction[open_]
         following = 1.0 / (2.0 * middle / half - ratio)
         direction = following * ratio * direction + (2.0 * following / half) * remainder[rows]
         ratio = following
     if steps:  # the recursion would go on falling below what the precision allows
-        remainder = vectors - product(solutions)
+        remainder = compute_remainder(product, vectors, solutions)
         products += 1
         progress.observe(remainder)
-    bounds = error_bounds(remainder, solutions, smallest)
+    bounds = bound_errors(remainder, solutions, smallest)
     facts = {"error_bound": float(bounds.max()) if len(bounds) else 0.0}
     return Solution(solutions, progress.residuals, steps, products + steps, progress.history, facts)
 

@@ -10,8 +10,97 @@ import torch
 from torch import Tensor
 
 from lightning_influence.linalg.estimates import Product
-from lightning_influence.linalg.stopping import Progress, Solution, verified
+from lightning_influence.linalg.stopping import Progress, Solution, run_sweeps
 from lightning_influence.support.errors import IndefiniteError
+
+
+class ConjugateDirections:
+    """The recursion, for the right-hand sides that are open, ``(k, P)``.
+
+    Args:
+        remainder: their residuals at the start.
+        precondition: ``P^{-1}``, symmetric positive definite; the identity if None.
+
+    Attributes:
+        remainder: their residuals now, by the recursion.
+
+    Raises:
+        IndefiniteError: if the preconditioner is not positive.
+    """
+
+    def __init__(self, remainder: Tensor, precondition: Product | None = None) -> None:
+        self.remainder = remainder
+        self._precondition = precondition
+        self._direction = self._correct()
+        self._energy = self._measure(self._direction)
+        self._size = 0.0
+
+    def advance(self, product: Product) -> tuple[Tensor, Tensor]:
+        """Go to the minimum along the current directions, with one product.
+
+        Returns:
+            The change of the solutions, ``(k, P)``, and the curvature ``p^T A p`` of each direction,
+            ``(k,)``: zero where it is rounding for a matrix of this size. There the change is zero.
+        """
+        direction = self._direction
+        image = product(direction)
+        square = direction.square().sum(dim=1)
+        self._size = max([self._size, *(image.norm(dim=1) / square.sqrt()).tolist()])
+        curvature = _dot(direction, image)
+        rounding = 8 * torch.finfo(direction.dtype).eps * self._size * square
+        curvature = torch.where(curvature.abs() > rounding, curvature, torch.zeros_like(curvature))
+        length = torch.where(curvature > 0, self._energy / curvature, torch.zeros_like(curvature))[:, None]
+        self.remainder = self.remainder - length * image
+        return length * direction, curvature
+
+    def turn(self, kept: Tensor) -> None:
+        """Let go of right-hand sides, and find the next conjugate directions of the others.
+
+        Args:
+            kept: which stay, boolean, ``(k,)``.
+
+        Raises:
+            IndefiniteError: if the preconditioner is not positive.
+        """
+        self.remainder, direction, previous = self.remainder[kept], self._direction[kept], self._energy[kept]
+        corrected = self._correct()
+        self._energy = self._measure(corrected)
+        self._direction = corrected + (self._energy / previous)[:, None] * direction
+
+    def _correct(self) -> Tensor:
+        return self.remainder if self._precondition is None else self._precondition(self.remainder)
+
+    def _measure(self, corrected: Tensor) -> Tensor:
+        """Return ``r^T P^{-1} r``, ``(k,)``.
+
+        Raises:
+            IndefiniteError: if one is negative.
+        """
+        energy = _dot(self.remainder, corrected)
+        if bool((energy < 0).any()):
+            raise IndefiniteError(
+                f"The preconditioner gives {int((energy < 0).sum())} of {len(energy)} residuals a negative "
+                "norm; it has to be symmetric positive definite. Refit the factors, or raise the damping."
+            )
+        return energy
+
+    def refuse_negative(self, curvature: Tensor) -> None:
+        """Refuse a matrix that is not positive semidefinite.
+
+        Args:
+            curvature: from :meth:`advance`, before the next :meth:`turn`.
+
+        Raises:
+            IndefiniteError: if there is negative curvature.
+        """
+        if bool((curvature < 0).any()):
+            worst = float((curvature / self._direction.square().sum(dim=1)).min())
+            raise IndefiniteError(
+                f"Conjugate gradients met negative curvature: p^T A p / p^T p = {worst:.3g} for "
+                f"{int((curvature < 0).sum())} of {len(curvature)} right-hand sides. The damped matrix is "
+                f"not positive definite; raise the damping by more than {-worst:.3g}, use method='minres', "
+                "which needs no definiteness, or the Gauss-Newton matrix (curvature='ggn')."
+            )
 
 
 def conjugate_gradients(
@@ -19,7 +108,6 @@ def conjugate_gradients(
     vectors: Tensor,
     *,
     precondition: Product | None = None,
-    guess: Tensor | None = None,
     max_steps: int = 100,
     tolerance: float = 1e-3,
 ) -> Solution:
@@ -29,7 +117,6 @@ def conjugate_gradients(
         product: ``A`` (with its damping).
         vectors: ``V``, ``(V, P)``.
         precondition: ``P^{-1}``, symmetric positive definite.
-        guess: where to begin, ``(V, P)``; costs a product.
         max_steps: most steps.
         tolerance: relative residual at which a right-hand side is solved and leaves the iteration.
 
@@ -41,62 +128,18 @@ def conjugate_gradients(
     """
 
     def sweep(progress: Progress, solutions: Tensor, remainder: Tensor, rows: Tensor, limit: int) -> int:
-        direction = remainder if precondition is None else precondition(remainder)
-        energy = _positive(_dot(remainder, direction))
-        steps, size = 0, 0.0
+        recursion, steps = ConjugateDirections(remainder, precondition), 0
         while len(rows) and steps < limit:
-            image = product(direction)
-            size = max(size, float((image.norm(dim=1) / direction.norm(dim=1)).max()))
-            curvature = _curvature(direction, image, size)
-            length = torch.where(curvature > 0, energy / curvature, torch.zeros_like(energy))[:, None]
-            solutions[rows] += length * direction
-            remainder = remainder - length * image
+            change, curvature = recursion.advance(product)
+            recursion.refuse_negative(curvature)
+            solutions[rows] += change
             steps += 1
-            kept = progress.observe(remainder, rows) & (curvature > 0)
-            rows, remainder, direction, energy = rows[kept], remainder[kept], direction[kept], energy[kept]
-            corrected = remainder if precondition is None else precondition(remainder)
-            previous, energy = energy, _positive(_dot(remainder, corrected))
-            direction = corrected + (energy / previous)[:, None] * direction
+            kept = progress.observe(recursion.remainder, rows) & (curvature > 0)
+            rows = rows[kept]
+            recursion.turn(kept)
         return steps
 
-    return verified(product, vectors, guess, sweep, max_steps=max_steps, tolerance=tolerance)
-
-
-def _curvature(direction: Tensor, image: Tensor, size: float) -> Tensor:
-    """Compute ``p^T A p``, zero where it is rounding for a matrix of this size.
-
-    Returns:
-        The curvature of each direction, ``(k,)``.
-
-    Raises:
-        IndefiniteError: if it is negative beyond rounding.
-    """
-    curvature = _dot(direction, image)
-    rounding = 8 * torch.finfo(direction.dtype).eps * size * direction.square().sum(dim=1)
-    if bool((curvature < -rounding).any()):
-        quotients = curvature / direction.square().sum(dim=1)
-        worst = float(quotients.min())
-        raise IndefiniteError(
-            f"Conjugate gradients met negative curvature: p^T A p / p^T p = {worst:.3g} for "
-            f"{int((curvature < -rounding).sum())} of {len(curvature)} right-hand sides. The damped matrix "
-            f"is not positive definite; raise the damping by more than {-worst:.3g}, use method='minres', "
-            "which needs no definiteness, or the Gauss-Newton matrix (curvature='ggn')."
-        )
-    return torch.where(curvature > rounding, curvature, torch.zeros_like(curvature))
-
-
-def _positive(energy: Tensor) -> Tensor:
-    """Return ``r^T P^{-1} r``.
-
-    Raises:
-        IndefiniteError: if it is negative.
-    """
-    if bool((energy < 0).any()):
-        raise IndefiniteError(
-            f"The preconditioner gives {int((energy < 0).sum())} of {len(energy)} residuals a negative norm; "
-            "it has to be symmetric positive definite. Refit the factors, or raise the damping."
-        )
-    return energy
+    return run_sweeps(product, vectors, sweep, max_steps=max_steps, tolerance=tolerance)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

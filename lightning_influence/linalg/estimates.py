@@ -1,4 +1,7 @@
-"""Numbers with their errors, and the random vectors that they are estimated with."""
+"""Numbers with their errors: random vectors, and traces that are estimated with them.
+
+The matrix is known by its products.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +35,44 @@ class Estimate:
         return f"{self.value:.4g}" if self.error is None else f"{self.value:.4g} +- {self.error:.2g}"
 
 
-def mean_of(samples: Tensor) -> Estimate:
-    """Return the mean of independent samples ``(S,)`` with its standard error; infinite for a single one."""
+@dataclass(frozen=True)
+class Traces:
+    """``Tr(H)`` and ``Tr(H^2)``.
+
+    Attributes:
+        trace: ``Tr(H)``, with (a bound on) its standard error.
+        square: ``Tr(H^2)``, the squared Frobenius norm, likewise.
+    """
+
+    trace: Estimate
+    square: Estimate
+
+
+def average(samples: Tensor) -> Estimate:
+    """Average independent samples.
+
+    Args:
+        samples: ``(S,)``.
+
+    Returns:
+        The mean with its standard error, which is infinite for a single sample.
+    """
     values = samples.double()
     count = len(values)
     error = float(values.std() / math.sqrt(count)) if count > 1 else math.inf
     return Estimate(float(values.mean()), error)
 
 
-def ratio_of(above: Estimate, below: Estimate) -> Estimate:
-    """Return the quotient of two estimates, their relative errors added (they may depend on each other)."""
+def divide(above: Estimate, below: Estimate) -> Estimate:
+    """Divide one estimate by another.
+
+    Args:
+        above: the numerator.
+        below: the denominator.
+
+    Returns:
+        The quotient. Relative errors are added, because the two may depend on each other.
+    """
     if below.value == 0:
         return Estimate(math.nan, None)
     value = above.value / below.value
@@ -50,7 +81,7 @@ def ratio_of(above: Estimate, below: Estimate) -> Estimate:
     return Estimate(value, (above.error + abs(value) * below.error) / abs(below.value))
 
 
-def random_vectors(
+def draw_vectors(
     count: int,
     numel: int,
     seed: int,
@@ -59,7 +90,7 @@ def random_vectors(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Independent random vectors with ``E[z z^T] = I``, the same on every device and process.
+    """Draw independent vectors with ``E[z z^T] = I``, the same on every device and process.
 
     Args:
         count: ``V``.
@@ -80,16 +111,46 @@ def random_vectors(
     return vectors.to(device, dtype)
 
 
-def orthonormal_rows(vectors: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis of the rows, and the rows in it.
+def estimate_traces(product: Product, probes: Tensor) -> Traces:
+    """Average ``z^T H z`` and ``||H z||^2`` over random vectors (Hutchinson 1990).
+
+    The variance of ``z^T H z`` is at most ``2 ||H||_F^2`` and that of ``||H z||^2`` at most
+    ``2 ||H^2||_F^2``, which is at most ``2 Tr(H^2)^2``, for normal ``z`` and less for signs. The errors are
+    these bounds with the estimate of ``Tr(H^2)`` put in: the samples' own spread says little while they are
+    few.
 
     Args:
-        vectors: ``(V, P)``.
-        tolerance: directions with singular values up to this are left out.
+        product: ``H``.
+        probes: ``z``, ``(V, P)``, independent with ``E[z z^T] = I``.
 
     Returns:
-        ``Q (r, P)`` and ``C (V, r)`` with ``vectors = C Q`` up to what was left out.
+        Unbiased estimates with bounds on their standard errors, from one call of the product.
     """
-    left, sizes, right = torch.linalg.svd(vectors, full_matrices=False)
-    kept = sizes > tolerance
-    return right[kept], (left * sizes)[:, kept]
+    products = product(probes).double()
+    square = float(products.square().sum(1).mean())
+    trace = float((probes.double() * products).sum(1).mean())
+    share = math.sqrt(2 / len(probes))
+    return Traces(Estimate(trace, share * math.sqrt(square)), Estimate(square, share * square))
+
+
+def add_traces_outside(product: Product, basis: Tensor, inside: Traces, probes: Tensor) -> Traces:
+    """Add Hutchinson's estimate on the complement of a subspace to the traces on it, which are known.
+
+    This is the second half of Hutch++ (Meyer, Musco, Musco and Woodruff 2021): where the subspace holds the
+    leading eigenvectors, little is left to estimate.
+
+    Args:
+        product: ``H``.
+        basis: orthonormal rows ``(r, P)``, independent of the probes.
+        inside: ``Tr(Q H Q^T)`` and ``Tr(Q H^2 Q^T)`` for the rows ``Q``.
+        probes: ``(V, P)``, independent with ``E[z z^T] = I``.
+
+    Returns:
+        Unbiased estimates for the whole space, from one call of the product.
+    """
+    outside = estimate_traces(product, probes - (probes @ basis.T) @ basis)
+    return Traces(_sum(inside.trace, outside.trace), _sum(inside.square, outside.square))
+
+
+def _sum(known: Estimate, estimated: Estimate) -> Estimate:
+    return Estimate(known.value + estimated.value, estimated.error)

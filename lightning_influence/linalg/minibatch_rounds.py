@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 
 from lightning_influence.linalg.estimates import Product
-from lightning_influence.linalg.stopping import Progress, Solution, error_bounds
+from lightning_influence.linalg.stopping import Progress, Solution, bound_errors, compute_remainder
 from lightning_influence.support.errors import DivergenceError
 
 BatchProduct = Callable[[Tensor, int, int], Tensor]
 """Maps vectors ``(V, P)``, a number of examples and a seed to products ``(V, P)`` on a random minibatch."""
 
-# No iterate of a stable iteration is longer than the longest possible solution by more than this.
-_GROWTH = 10.0
-_CHECK_EVERY = 8
-# A round that leaves more than this of the missing part is too noisy for its batch.
+# An iterate that is longer than the longest possible solution by more than this belongs to an iteration that
+# diverges. Chosen by hand, with room for noise; looked at every few steps, because it waits for the device.
+_GROWTH, _CHECK_EVERY = 10.0, 8
+# A round that leaves more than this of the missing part is too noisy for its batch. Chosen by hand: at .8 a
+# digit takes ten rounds.
 _SLOW = 0.8
-# The error after a round is estimated from how much smaller its correction was than the last round's.
+# The error after a round is estimated from how much smaller its correction was than the last round's, times
+# this, because the rate is that of one draw. Chosen by hand.
 _SAFETY = 2.0
 
 
@@ -52,7 +54,7 @@ class Round:
     momentum: float = 0.0
 
 
-def sampled_rounds(
+def run_rounds(
     product: Product,
     batch_product: BatchProduct,
     vectors: Tensor,
@@ -83,7 +85,7 @@ def sampled_rounds(
             use all examples on.
         max_steps: most steps in all.
         tolerance: a right-hand side is done when its relative residual is at most this, and its relative
-            error by the bound of :func:`~.stopping.error_bounds` or by the last round's correction.
+            error by the bound of :func:`~.stopping.bound_errors` or by the last round's correction.
         seed: of the minibatches.
 
     Returns:
@@ -117,7 +119,7 @@ def sampled_rounds(
         before, change[rows] = change[rows], (length * correction).norm(dim=1)
         rate = change[rows] / before
         open_ = progress.observe(remainder[rows], rows)
-        error = error_bounds(remainder[rows], solutions[rows], smallest)
+        error = bound_errors(remainder[rows], solutions[rows], smallest)
         left = change[rows] / solutions[rows].norm(dim=1).clamp_min(torch.finfo(change.dtype).tiny)
         guessed = torch.where((rate > 0) & (rate < 1), _SAFETY * left * rate / (1 - rate), torch.inf)
         open_ |= torch.minimum(error, guessed) > tolerance
@@ -127,7 +129,7 @@ def sampled_rounds(
             plan = regrow(2 * plan.batch)
         rows = rows[open_]
     if rounds:  # the recursion would go on falling below what the precision allows
-        progress.observe(vectors - product(solutions))
+        progress.observe(compute_remainder(product, vectors, solutions))
     facts: dict[str, Any] = {
         "rounds": rounds,
         "batch": plan.batch,

@@ -1,32 +1,48 @@
-"""Least squares over a subset of the coordinates: ``argmin_x ||H[:, S] x - g||^2 + r ||x||^2``.
+r"""Least squares over a subset of the coordinates: ``argmin_x ||H[:, S] x - g||^2 + r ||x||^2``.
 
 The minimum solves :math:`((H^2)_{SS} + r I) x = (H g)_S`, which is positive semidefinite whatever the signs
 of the eigenvalues of ``H``. Generalized influence functions (Lyu, Jang, Ryu, Yang 2023) are this problem.
 
-Shapes: vectors are flat, ``(P,)``, and zero outside ``S``; ``H`` is a function of ``(V, P)``.
+Their own iteration is a modified LiSSA: with :math:`H' = H/\nu` and :math:`g' = g/\nu`,
+
+.. math:: I_0 = P_S H' g', \qquad I \leftarrow I_0 + I - P_S H' H' I,
+
+whose fixed point is the least-squares solution whatever :math:`\nu`. It converges if and only if
+:math:`\nu^2 > \lambda_{max}((H^2)_{SS}) / 2`. They find a scale by restarting when the iteration diverges;
+here it is computed beforehand.
+
+Shapes: vectors are flat, ``(P,)``, and zero outside ``S``; matrices are functions of ``(V, P)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_influence.linalg.conjugate_gradients import ConjugateDirections
+from lightning_influence.linalg.estimates import Product
+from lightning_influence.linalg.lanczos import estimate_largest_eigenvalue
 from lightning_influence.support.errors import InfluenceError
 
-Vector = Callable[[Tensor], Tensor]
-"""Maps a vector ``(P,)`` to a vector ``(P,)``."""
+# nu^2 as a share of the largest eigenvalue. Chosen by hand: 1/2 is the edge of divergence, at 1 no direction
+# overshoots and small eigenvalues take twice as long; Lanczos estimates from below, which the distance to 1/2
+# allows for.
+_SHARE = 0.65
+# Products with the normal equations for that estimate. Chosen by hand: an estimate below 77% of the
+# eigenvalue would make the iteration diverge, which it then says.
+_SCALE_STEPS = 15
 
 
 @dataclass(frozen=True)
-class Solve:
-    """A solution and how good it is.
+class SubsetSolution:
+    """The vector of one system and how good it is.
 
     Attributes:
         vector: ``(P,)``.
-        residual: ``||b - A x|| / ||b||`` of the system that was solved.
+        residual: ``||b - A x|| / ||b||`` of the system that was solved. Iterations tell that of their
+            recursion: at tolerances far above rounding, a product more to verify it is not worth its pass.
         steps: iterations.
         definite: False if a direction of negative curvature ended the iteration.
         unresolved: True if a direction without curvature ended it.
@@ -43,8 +59,8 @@ class SingularSubsetError(InfluenceError):
     """The selected parameters do not determine the edit: some combination of them changes no gradient."""
 
 
-def normal_product(product: Callable[[Tensor], Tensor], mask: Tensor, ridge: float) -> Vector:
-    """Return the function ``v -> ((H^2)_SS + r I) v`` on vectors that are zero outside ``S``.
+def make_normal_product(product: Product, mask: Tensor, ridge: float) -> Product:
+    """Make the function ``V -> ((H^2)_SS + r I) V`` on vectors that are zero outside ``S``.
 
     Args:
         product: ``H`` on ``(V, P)``, symmetric.
@@ -55,21 +71,21 @@ def normal_product(product: Callable[[Tensor], Tensor], mask: Tensor, ridge: flo
         The function.
     """
 
-    def apply(vector: Tensor) -> Tensor:
-        return product(product(vector[None]))[0] * mask.to(vector) + ridge * vector
+    def apply(vectors: Tensor) -> Tensor:
+        return product(product(vectors)) * mask.to(vectors) + ridge * vectors
 
     return apply
 
 
-def conjugate_gradients(
-    product: Vector,
+def solve_positive(
+    product: Product,
     right: Tensor,
     *,
     inverse_diagonal: Tensor | None = None,
     tolerance: float = 1e-2,
     max_steps: int = 40,
-) -> Solve:
-    """Solve ``A x = b`` by preconditioned conjugate gradients (Hestenes & Stiefel 1952).
+) -> SubsetSolution:
+    """Solve ``A x = b`` by preconditioned conjugate gradients, until they meet no positive curvature.
 
     Args:
         product: ``A``, symmetric and positive semidefinite.
@@ -81,44 +97,93 @@ def conjugate_gradients(
     Returns:
         The solution; the one of least norm in the preconditioner's metric if there are several.
     """
-    scale = torch.ones_like(right) if inverse_diagonal is None else inverse_diagonal
-    solution, remainder = torch.zeros_like(right), right.clone()
-    norm = float(right.norm())
+    norm, solution = float(right.norm()), torch.zeros_like(right)
     if norm == 0:
-        return Solve(solution, 0.0, 0)
-    preconditioned = remainder * scale
-    direction, energy = preconditioned.clone(), remainder @ preconditioned
-    best, best_residual, steps = solution.clone(), 1.0, 0
-    definite, unresolved = True, False
+        return SubsetSolution(solution, 0.0, 0)
+    precondition = None if inverse_diagonal is None else lambda vectors: vectors * inverse_diagonal
+    recursion = ConjugateDirections(right[None], precondition)
+    best, best_residual, steps = solution, 1.0, 0
     while steps < max_steps and best_residual > tolerance:
-        image = product(direction)
-        curvature = float(direction @ image)
+        change, curvature = recursion.advance(product)
         steps += 1
-        if curvature <= torch.finfo(right.dtype).eps * float(direction.norm() * image.norm()):
-            definite, unresolved = curvature >= 0, curvature >= 0
-            break
-        length = energy / curvature
-        solution = solution + length * direction
-        remainder = remainder - length * image
-        residual = float(remainder.norm()) / norm
+        if not float(curvature) > 0:
+            return SubsetSolution(
+                best, best_residual, steps, definite=float(curvature) == 0, unresolved=float(curvature) == 0
+            )
+        solution = solution + change[0]
+        residual = float(recursion.remainder.norm()) / norm
         # The residual of conjugate gradients is not monotone: the best iterate is returned.
         if residual < best_residual:
-            best, best_residual = solution.clone(), residual
-        preconditioned = remainder * scale
-        fresh = remainder @ preconditioned
-        direction = preconditioned + (fresh / energy) * direction
-        energy = fresh
-    return Solve(best, best_residual, steps, definite, unresolved)
+            best, best_residual = solution, residual
+        recursion.turn(torch.ones_like(curvature, dtype=torch.bool))
+    return SubsetSolution(best, best_residual, steps)
 
 
-def dense_least_squares(
-    product: Callable[[Tensor], Tensor],
+def solve_by_lissa(
+    product: Product, right: Tensor, nu2: float, *, tolerance: float = 1e-2, max_steps: int = 400
+) -> SubsetSolution:
+    """Iterate the modified LiSSA to the solution of ``((H^2)_SS + r I) x = (H g)_S``.
+
+    Args:
+        product: ``(H^2)_SS + r I``.
+        right: ``(H g)_S``, ``(P,)``.
+        nu2: ``nu^2``.
+        tolerance: relative residual of the normal equations to stop at.
+        max_steps: most iterations, each of two products with ``H``.
+
+    Returns:
+        The solution.
+
+    Raises:
+        InfluenceError: if it diverges, which a scale from :func:`derive_squared_scale` does not.
+    """
+    norm = float(right.norm())
+    solution = right / nu2
+    if norm == 0:
+        return SubsetSolution(solution, 0.0, 0)
+    residual, steps, growth = 1.0, 0, 1e3
+    while steps < max_steps:
+        remainder = right - product(solution[None])[0]
+        residual = float(remainder.norm()) / norm
+        steps += 1
+        if residual <= tolerance:
+            break
+        if not residual < growth:
+            raise InfluenceError(
+                f"The modified LiSSA diverged after {steps} steps, nu^2 = {nu2:.3g}: the largest "
+                "eigenvalue of (H^2)_SS is above twice that. Leave the scale alone, or use solver='cg'."
+            )
+        solution = solution + remainder / nu2
+    return SubsetSolution(solution, residual, steps)
+
+
+def derive_squared_scale(product: Product, start: Tensor) -> float:
+    """Derive ``nu^2`` for a normal-equation matrix from its largest eigenvalue.
+
+    Args:
+        product: ``(H^2)_SS + r I``, as :func:`make_normal_product` makes it.
+        start: a random vector, zero outside ``S``.
+
+    Returns:
+        ``nu^2``.
+    """
+    return _SHARE * estimate_largest_eigenvalue(product, start, steps=_SCALE_STEPS)
+
+
+def draw_start(mask: Tensor, like: Tensor, seed: int) -> Tensor:
+    """Return a random vector ``(P,)`` that is zero outside the mask, on the CPU."""
+    noise = torch.randn(len(mask), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return noise.to(like) * mask.to(like)
+
+
+def solve_densely(
+    product: Product,
     target: Tensor,
     mask: Tensor,
     ridge: float = 0.0,
     *,
     limit: int = 4096,
-) -> Solve:
+) -> SubsetSolution:
     """Solve with the columns of ``H`` as a matrix, in float64: the reference for small subsets.
 
     Args:
@@ -160,10 +225,10 @@ def dense_least_squares(
     full = torch.zeros_like(target)
     full[chosen] = solution.to(target.dtype)
     norm = float(right.norm())
-    return Solve(full, float(remainder.norm()) / norm if norm else 0.0, len(chosen))
+    return SubsetSolution(full, float(remainder.norm()) / norm if norm else 0.0, len(chosen))
 
 
-def _columns(product: Callable[[Tensor], Tensor], chosen: Tensor, like: Tensor, block: int = 64) -> Tensor:
+def _columns(product: Product, chosen: Tensor, like: Tensor, block: int = 64) -> Tensor:
     """Return the columns of ``H`` at ``chosen``, as rows ``(S, P)``."""
     parts = []
     for part in torch.split(chosen, block):
@@ -173,39 +238,7 @@ def _columns(product: Callable[[Tensor], Tensor], chosen: Tensor, like: Tensor, 
     return torch.cat(parts)
 
 
-def largest_eigenvalue(product: Vector, start: Tensor, steps: int = 10) -> float:
-    """Estimate the eigenvalue of largest absolute value from below, by Lanczos (1950).
-
-    Args:
-        product: a symmetric matrix.
-        start: a vector ``(P,)`` with some part along the eigenvector sought, such as a random one.
-        steps: products.
-
-    Returns:
-        Its absolute value; 0 if the matrix maps ``start`` to zero.
-    """
-    if not bool(start.any()):
-        return 0.0
-    basis, images = [start / start.norm().clamp_min(torch.finfo(start.dtype).tiny)], []
-    for step in range(min(steps, int((start != 0).sum()))):
-        image = product(basis[-1])
-        images.append(image)
-        rest = image
-        for _ in range(2):  # twice is enough to stay orthogonal in this precision
-            for vector in basis:
-                rest = rest - (vector @ rest) * vector
-        if (
-            float(rest.norm()) <= 1e3 * torch.finfo(start.dtype).eps * float(image.norm())
-            or step == steps - 1
-        ):
-            break
-        basis.append(rest / rest.norm())
-    left, right = torch.stack(basis[: len(images)]).double(), torch.stack(images).double()
-    small = left @ right.T
-    return float(torch.linalg.eigvalsh((small + small.T) / 2).abs().max())
-
-
-def leading_direction(images: Tensor) -> Tensor:
+def find_leading_direction(images: Tensor) -> Tensor:
     """Return the direction ``(P,)`` along which some vectors ``(K, P)`` reach furthest.
 
     Of random vectors' products with a symmetric matrix it is an estimate of the leading eigenvector (Halko,

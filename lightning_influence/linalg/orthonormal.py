@@ -1,16 +1,22 @@
-"""Inner products and orthonormal bases of long vectors, made in the memory of the vectors."""
+"""Inner products and orthonormal bases of long vectors, made in the memory of the vectors.
+
+A Householder factorisation would hold the vectors twice. Here their Gram matrix, which is small, is summed in
+float64 and diagonalised, and what follows from it is applied to the vectors block of columns by block.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, float64
 
-# Columns that are converted at once.
+# Columns that are converted, or mixed in place, at once. Chosen by hand: 128 vectors take 32 MiB in float64.
 _COLUMNS = 2**15
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right.T`` in float64, for vectors ``(V, P)`` and ``(W, P)`` in rows."""
+    """Return ``left @ right.T`` with sums in float64, for vectors ``(V, P)`` and ``(W, P)`` in rows."""
     result = left.new_zeros(len(left), len(right), dtype=float64)
     for start in range(0, left.shape[1], _COLUMNS):
         columns = slice(start, start + _COLUMNS)
@@ -18,58 +24,68 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
-# Columns of the vectors that are worked on at once where a result takes their place.
-_COLUMNS = 2**15
+def orthonormalise(
+    vectors: Tensor,
+    outside: Sequence[Tensor] = (),
+    *,
+    scale: float | None = None,
+    least: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find an orthonormal basis of what vectors have outside of a space, and take their place with it.
+
+    Args:
+        vectors: ``(M, P)``; overwritten.
+        outside: orthonormal bases ``(m_i, P)``, orthogonal to each other, of the space that is left out.
+        scale: what the vectors are measured against; the norm of each itself if None.
+        least: directions whose singular value among the scaled vectors is below this are left out as
+            numerically dependent; if None, what rounding of that many vectors makes.
+
+    Returns:
+        ``Q (m, P)``, and ``mixing (m, M)`` and ``shares (m, sum m_i)`` with ``Q = mixing @ vectors - shares @
+        outside``.
+    """
+    norms = vectors.norm(dim=1, keepdim=True)
+    sizes = (
+        norms.clamp_min(torch.finfo(vectors.dtype).tiny) if scale is None else norms.new_full((1, 1), scale)
+    )
+    vectors.div_(sizes)
+    rounding = 4 * len(vectors) * torch.finfo(vectors.dtype).eps
+    # Twice: a single projection leaves rounding errors of the size of what it removed, and the conditioning
+    # of the first Gram matrix costs its basis orthogonality, which the second restores.
+    shares = _project_out(vectors, outside) + _project_out(vectors, outside)
+    basis, first = _whiten(vectors, rounding if least is None else least**2, relative=least is None)
+    shares = first @ shares + _project_out(basis, outside)
+    basis, second = _whiten(basis, rounding, relative=True)
+    mixing = second @ first / sizes.double().T
+    return basis, mixing.to(basis.dtype), (second @ shares).to(basis.dtype)
 
 
-def orthonormal(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis ``Q (m, P)`` of vectors ``(M, P)``, in their place, and the mixing.
+def _project_out(vectors: Tensor, outside: Sequence[Tensor]) -> Tensor:
+    """Return the coordinates of the part inside a space, in float64; it is taken out of the vectors."""
+    shares = [vectors.new_zeros(len(vectors), 0, dtype=float64)]
+    for block in outside:
+        share = vectors @ block.T
+        vectors.addmm_(share, block, alpha=-1)
+        shares.append(share.double())
+    return torch.cat(shares, dim=1)
+
+
+def _whiten(vectors: Tensor, floor: float, *, relative: bool) -> tuple[Tensor, Tensor]:
+    """Return orthonormal ``W V``, in the memory of the vectors, and ``W (m, M)`` in float64.
 
     Args:
         vectors: overwritten.
-
-    Returns:
-        ``Q`` and ``mixing (m, M)`` with ``Q = mixing @ vectors``.
+        floor: eigenvalues of the Gram matrix up to this are taken for rounding.
+        relative: whether the floor is relative to the largest eigenvalue where that is above 1.
     """
-    scale = normalise(vectors)
-    basis, whitening = whitened(vectors)
-    return basis, whitening / scale.T
-
-
-def normalise(vectors: Tensor) -> Tensor:
-    """Divide vectors by their norms, in place.
-
-    Returns:
-        The norms, ``(V, 1)``.
-    """
-    scale: Tensor = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-    vectors.div_(scale)
-    return scale
-
-
-def whitened(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return orthonormal ``W V``, in the memory of the vectors, and ``W``."""
-    # Twice: the conditioning of the Gram matrix costs the first step orthogonality; the second restores it.
-    first = _whitening(vectors)
-    basis = _mixed_in_place(vectors, first)
-    second = _whitening(basis)
-    return _mixed_in_place(basis, second), second @ first
-
-
-def _mixed_in_place(vectors: Tensor, weights: Tensor) -> Tensor:
-    """Return ``weights @ vectors``, not more rows than there are, in the memory of the vectors."""
-    result = vectors[: len(weights)]
+    values, directions = torch.linalg.eigh(inner(vectors, vectors))
+    if relative and len(values):
+        floor *= max(1.0, float(values[-1]))
+    kept = values > floor
+    weights = (directions[:, kept] / values[kept].sqrt()).T
+    result, mixing = vectors[: len(weights)], weights.to(vectors.dtype)
     for start in range(0, vectors.shape[1], _COLUMNS):
         columns = slice(start, start + _COLUMNS)
-        result[:, columns] = weights @ vectors[:, columns]
-    return result if len(result) == len(vectors) else result.clone()
-
-
-def _whitening(vectors: Tensor) -> Tensor:
-    """Return ``W`` with orthonormal ``W V``, leaving out directions that are numerically dependent."""
-    gram = (vectors @ vectors.T).double()
-    values, basis = torch.linalg.eigh(gram)
-    floor = values.amax() * gram.shape[0] * 4 * torch.finfo(vectors.dtype).eps if len(values) else 0.0
-    keep = values > floor
-    whitened: Tensor = (basis[:, keep] / values[keep].sqrt()).T.to(vectors.dtype)
-    return whitened
+        result[:, columns] = mixing @ vectors[:, columns]
+    # A view of fewer rows would hold the memory of all.
+    return result if len(result) == len(vectors) else result.clone(), weights

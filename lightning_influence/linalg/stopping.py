@@ -2,8 +2,8 @@
 
 A right-hand side ``v`` counts as solved when its own *relative residual* ``||v - A x|| / ||v||`` is at most
 the tolerance. It then leaves the iteration, so that an answer does not depend on its neighbours. What a
-solver returns is judged by the residual of a product computed at the end, never by a recursion, which in
-float32 goes on falling after the true residual has stopped.
+solver returns is judged by a product with the answer itself at the end (:func:`compute_remainder`), in
+float64, never by a recursion, which in float32 goes on falling after the true residual has stopped.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.linalg.estimates import Product as Product
+from lightning_influence.linalg.estimates import Product
 from lightning_influence.support.errors import DivergenceError
 
 # The residual of conjugate gradients may rise on the way, but not by this much on a system that it can solve.
+# Chosen by hand.
 _FAR = 10.0
 
 
@@ -29,6 +30,7 @@ class Solution:
     Attributes:
         solutions: ``X``, ``(V, P)``.
         residuals: ``||v - A x|| / ||v||`` of each right-hand side, ``(V,)``; 0 for a zero right-hand side.
+            They belong to the solutions as they are, rounded to their precision, and were summed in float64.
         steps: number of steps of the right-hand side that took most.
         products: products with the full-data ``A``, each on several vectors at once.
         history: the largest relative residual before the first step, after each, and of the products that
@@ -76,7 +78,7 @@ class Progress:
             DivergenceError: if a residual is NaN or infinite.
         """
         norms = self.norms if rows is None else self.norms[rows]
-        relative = remainder.norm(dim=1) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        relative = remainder.norm(dim=1).to(norms.dtype) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         if not bool(torch.isfinite(relative).all()):
             raise DivergenceError(
                 f"The residual of {int((~torch.isfinite(relative)).sum())} right-hand sides is not finite. "
@@ -91,7 +93,25 @@ class Progress:
         return still_open
 
 
-def error_bounds(remainder: Tensor, solutions: Tensor, smallest: float) -> Tensor:
+def compute_remainder(product: Product, vectors: Tensor, solutions: Tensor) -> Tensor:
+    """Compute ``v - A x`` in float64, which is the precision that a residual has to be known in.
+
+    In float32, the product's own rounding is as large as the residual of what is solved to that precision.
+    The price beside that of a product is twice the memory of the vectors while it runs, and the arithmetic
+    of float64 for what the product computes in the precision of its vectors.
+
+    Args:
+        product: ``A``; is given float64 vectors.
+        vectors: ``v``, ``(V, P)``.
+        solutions: ``x``, ``(V, P)``.
+
+    Returns:
+        ``(V, P)``, float64.
+    """
+    return vectors - product(solutions.double()).double()
+
+
+def bound_errors(remainder: Tensor, solutions: Tensor, smallest: float) -> Tensor:
     """Bound the relative error of solutions when the smallest eigenvalue of ``A`` is known from below.
 
     From ``x - x* = -A^{-1} r`` follows ``||x - x*|| <= ||r|| / smallest``, and so, with ``rho = ||r|| /
@@ -113,13 +133,12 @@ def error_bounds(remainder: Tensor, solutions: Tensor, smallest: float) -> Tenso
 
 
 Sweep = Callable[[Progress, Tensor, Tensor, Tensor, int], int]
-"""Takes steps of a recursion; see :func:`verified`."""
+"""Takes steps of a recursion; see :func:`run_sweeps`."""
 
 
-def verified(
+def run_sweeps(
     product: Product,
     vectors: Tensor,
-    guess: Tensor | None,
     sweep: Sweep,
     *,
     max_steps: int,
@@ -130,7 +149,6 @@ def verified(
     Args:
         product: ``A``.
         vectors: the right-hand sides ``(V, P)``.
-        guess: where to begin, ``(V, P)``; zero if None.
         sweep: takes the progress to report to, the solutions ``(V, P)``, changed in place, the residuals
             ``(k, P)`` of the open ones, their positions ``(k,)`` and how many steps are left; returns the
             number of steps it took.
@@ -144,23 +162,23 @@ def verified(
         DivergenceError: if a residual is not finite, or far larger than that of the zero vector.
     """
     progress = Progress(vectors, tolerance)
-    solutions = torch.zeros_like(vectors) if guess is None else guess.clone()
-    products = 0 if guess is None else 1
-    remainder = vectors.clone() if guess is None else vectors - product(solutions)
+    solutions, remainder = torch.zeros_like(vectors), vectors.clone()
     rows = progress.observe(remainder).nonzero().flatten()
-    steps, sweeps = 0, 0
+    steps, products, sweeps = 0, 0, 0
     while len(rows) and steps < max_steps:
         before = progress.residuals[rows]
         earlier = solutions[rows], remainder[rows]
         taken = sweep(progress, solutions, remainder[rows], rows, max_steps - steps)
-        remainder[rows] = vectors[rows] - product(solutions[rows])
+        reached = compute_remainder(product, vectors[rows], solutions[rows])
+        remainder[rows] = reached.to(remainder.dtype)
         steps, products, sweeps = steps + taken, products + taken + 1, sweeps + 1
-        still = progress.observe(remainder[rows], rows)
+        still = progress.observe(reached, rows)
         after = progress.residuals[rows]
         if sweeps > 1 and bool((after > before).any()):  # a restart that only added rounding
             worse = after > before
             solutions[rows[worse]], remainder[rows[worse]] = earlier[0][worse], earlier[1][worse]
-            progress.observe(remainder[rows], rows)
+            progress.residuals[rows[worse]] = before[worse]
+            progress.history.append(float(progress.residuals.max()))
         # A sweep that gains less than a half is at the limit of the precision, or of its steps.
         rows = rows[still & (after < 0.5 * before)]
     if len(vectors) and float(progress.residuals.max()) > _FAR:

@@ -19,13 +19,11 @@ from lightning_influence.methods.method import (
     identity_inverse,
     register_method,
 )
+from lightning_influence.methods.options import ClosedFormOptions, Options
 from lightning_influence.methods.scorers import PreconditionedScorer
+from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
 from lightning_influence.model.plan import Layout
-
-# Of scores, in norm. One draw an example leaves errors of .4 in them on the large MLP of the benchmarks,
-# where this takes a tenth of the operations of exact weights.
-LOW_RANK_TOLERANCE = 3e-2
 
 
 class ClosedForm(Method):
@@ -33,11 +31,12 @@ class ClosedForm(Method):
 
     inverse: BlockInverse
     in_groups: ClassVar[bool] = True
+    options_type: ClassVar[type[Options]] = ClosedFormOptions
+    options: ClosedFormOptions
 
     def solve(self, queries: Queries) -> Solved:
         """Return the solutions: apply the inverse, within the scores where that is cheaper."""
-        asked = self.context.options.low_rank_tolerance
-        tolerance = LOW_RANK_TOLERANCE if asked is None else asked
+        tolerance = self.options.low_rank_tolerance
         scorer = PreconditionedScorer(self.inverse, queries, tolerance=tolerance, consume=True)
         if scorer.ranks:
             self.context.extra["low_rank"] = dict(scorer.ranks)
@@ -47,9 +46,9 @@ class ClosedForm(Method):
         """Return the solutions: apply the inverse."""
         return self.inverse.apply(self.context.layout.dense(queries)[0]), None
 
-    def quadratic(self) -> Callable[[Gradients], Tensor]:
+    def quadratic(self) -> Quadratic:
         """Return weighted squares in the eigenbasis, rotated only as far as it matters."""
-        squares = PreconditionedSquares(self.inverse, tolerance=self.context.options.self_influence_tolerance)
+        squares = PreconditionedSquares(self.inverse, tolerance=self.options.self_influence_tolerance)
 
         def quadratic(gradients: Gradients) -> Tensor:
             values = squares(gradients)[0]

@@ -134,7 +134,7 @@ def note_estimate(context: Context, estimated: bool) -> None:
         note_unknown_outputs(context)
 
 
-def digest(*parts: object) -> str:
+def compute_digest(*parts: object) -> str:
     """Return a short text that changes with any of the values."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -151,12 +151,12 @@ class OtherDataError(Exception):
     """What is kept between calls was computed for other data."""
 
 
-def current(state: InfluenceState, answer: Callable[[], Answer]) -> Answer:
+def answer_or_retry(state: InfluenceState, answer: Callable[[], Answer]) -> Answer:
     """Return an answer; once more from scratch if it rests on what was computed for other data.
 
     Args:
         state: what is kept between calls.
-        answer: computes the answer, with :func:`check_current` on the way.
+        answer: computes the answer, with :func:`check_same_data` on the way.
     """
     try:
         return answer()
@@ -165,7 +165,7 @@ def current(state: InfluenceState, answer: Callable[[], Answer]) -> Answer:
         return answer()
 
 
-def check_current(context: Context, losses: LossSum) -> None:
+def check_same_data(context: Context, losses: LossSum) -> None:
     """Compare the mean loss with that of the data which kept factors and coarse space were made on.
 
     Args:

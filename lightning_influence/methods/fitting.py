@@ -9,7 +9,7 @@ import torch
 
 from lightning_influence.curvature.factor_passes import CovariancePass, DiagonalPass, SquaresPass
 from lightning_influence.curvature.factors import Factors, LayerStatistics, eigenbasis, fingerprint_differs
-from lightning_influence.methods.context import Context, digest, note_unknown_outputs
+from lightning_influence.methods.context import Context, compute_digest, note_unknown_outputs
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.plan import LayerPlan, find_layers
 
@@ -67,7 +67,7 @@ def _note_empirical(context: Context, factors: Factors) -> None:
 
 def _key(context: Context, fisher: Fisher) -> str:
     """Return what factors from a pass were fitted for: weights, examples, kind of Fisher, layers."""
-    return digest(context.weights_key, context.train.num_examples, fisher, list(context.plan.layers))
+    return compute_digest(context.weights_key, context.train.num_examples, fisher, list(context.plan.layers))
 
 
 def _is_stale(context: Context) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.curvature.two_level import Correction
-from lightning_influence.linalg.low_rank import LowRank, low_rank
+from lightning_influence.linalg.low_rank import LowRank, factorise_weights
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
 
 # Entries of an intermediate that should stay in a processor's cache.
@@ -69,7 +69,7 @@ def factorise(inverse: EigenInverse, tolerance: float, max_rank: int) -> LowRank
     if max_rank < 1:
         return None
     eigenvalues = inverse.eigenvalues[0]
-    return low_rank(inverse.weights[0], eigenvalues.sum(1), eigenvalues.sum(0), tolerance, max_rank)
+    return factorise_weights(inverse.weights[0], eigenvalues.sum(1), eigenvalues.sum(0), tolerance, max_rank)
 
 
 Scorer = Callable[[Mapping[str, LayerGradients]], Tensor]

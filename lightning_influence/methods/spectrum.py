@@ -16,6 +16,7 @@ from lightning_influence.curvature.operators import (
 )
 from lightning_influence.curvature.spectrum import Spectrum, measure_spectrum
 from lightning_influence.methods.context import Context, note_estimate
+from lightning_influence.support.arguments import check_choice, check_count
 
 CurvatureName = Literal["ggn", "hessian"]
 # Directions that the variance of examples is measured along: leading eigenvectors.
@@ -49,13 +50,10 @@ class SpectrumSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.curvature not in get_args(CurvatureName):
-            raise ValueError(f"Got curvature={self.curvature!r}; accepted are 'ggn' and 'hessian'.")
+        check_choice("curvature", self.curvature, get_args(CurvatureName))
         least = {"probes": 2, "steps": 1, "eigenvalues": 1, "minibatches": 0, "memory_budget": 1, "seed": 0}
         for name, lowest in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 2**60:
-                raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {lowest}.")
+            check_count(name, getattr(self, name), lowest)
 
 
 def measured(context: Context, settings: SpectrumSettings) -> Spectrum:

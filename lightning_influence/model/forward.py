@@ -30,8 +30,9 @@ from lightning_influence.support.errors import (
     LossCaptureError,
     NonFiniteError,
     UnsupportedModelError,
+    add_note,
 )
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 _OUTSIDE_FIT = (
     "This was raised by the module's `training_step`, which influence runs on training and query batches, in "
@@ -182,7 +183,7 @@ class Forward:
             return
         recorder = Recorder(self.plan.layers)
         try:
-            with preserved_rng(), recorder:
+            with preserve_rng(), recorder:
                 step = run_step(module, batch)
             theirs = recorder.backward(step, None, captured.num_examples)
         except Exception:  # the step may need a fit, whence the user's own loss
@@ -271,7 +272,7 @@ def run_step(module: Any, batch: Any) -> Tensor:
     try:
         result = module.training_step(*arguments)
     except Exception as error:
-        error.add_note(_OUTSIDE_FIT)
+        add_note(error, _OUTSIDE_FIT)
         raise
     loss = result.get("loss") if isinstance(result, dict) else result
     if not isinstance(loss, Tensor):

@@ -14,7 +14,7 @@ from lightning_influence.model.last_outputs import Key, OutputTap, are_chained
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
 """Maps a module and a batch to the losses of the examples ``(B,)``, or else to the loss of the batch."""
@@ -87,7 +87,7 @@ class UnnamedLoss:
             self._find_cut(module, batch)
         assert self._cut is not None
         if self._chained:
-            with preserved_rng():
+            with preserve_rng():
                 leaves, value, _ = self._run_from_leaves(module, batch)
             with recorder, OutputTap(module, self._cut, leaves=False) as tap:
                 values, _ = self._run(module, batch)
@@ -124,7 +124,7 @@ class UnnamedLoss:
         Raises:
             LossCaptureError: if there is none.
         """
-        with preserved_rng(), OutputTap(module) as tap:
+        with preserve_rng(), OutputTap(module) as tap:
             values, batch_loss = self._run(module, batch)
         cut = tap.last(_scalar(values, batch_loss))
         if not cut:
@@ -133,7 +133,7 @@ class UnnamedLoss:
             )
         self._cut, self._chained = cut, values is not None or len(cut) > 1
         if values is None and len(cut) > 1:
-            with preserved_rng(), OutputTap(module, cut) as tap:
+            with preserve_rng(), OutputTap(module, cut) as tap:
                 self._run(module, batch)
             self._chained = are_chained(tap)
 
@@ -146,7 +146,7 @@ class UnnamedLoss:
     def _single_values(self, module: Any, batch: Any, count: int) -> Tensor:
         """Return the losses of the examples, each run alone; their mean where that cannot be."""
         values = []
-        with preserved_rng(), torch.no_grad():
+        with preserve_rng(), torch.no_grad():
             for n in range(count):
                 try:
                     values.append(_scalar(*self._run(module, rearranged(batch, [n], count))).reshape(()))
@@ -208,7 +208,7 @@ class UnnamedLoss:
         self, module: Any, batch: Any, part: list[int], count: int, width: int, recorder: Recorder
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Return the gradient of a part's loss in its outputs ``(b, d)``, and directly in covered weights."""
-        with preserved_rng():
+        with preserve_rng():
             try:
                 leaves, value, _ = self._run_from_leaves(module, rearranged(batch, part, count))
                 grads = torch.autograd.grad(

@@ -11,17 +11,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from rich.console import Group, RenderableType
 from torch import Tensor
+from typing_extensions import Self
 
-from lightning_influence.results.ranking import Labels, Ranking, checked
-from lightning_influence.results.rendering import facts_table, score_caption
-from lightning_influence.results.result import Result, load_pandas
+from lightning_influence.results.ranking import Labels, Ranking, to_labels
+from lightning_influence.results.rendering import build_facts_table, score_caption
+from lightning_influence.results.result import Result, import_pandas
 from lightning_influence.results.top_k import Extremes, check_finite, select_topk
-from lightning_influence.support.arguments import as_indices, check_k, check_shape, distinct, some
+from lightning_influence.support.arguments import are_distinct, check_k, check_shape, list_some, read_indices
 from lightning_influence.support.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class Attributions(Result):
             query_dataloaders=self.query_dataloaders,
             title=_title(self.diagnostics.measurement, largest),
             caption=score_caption(self.diagnostics.measurement),
-            labels=checked(labels),
+            labels=to_labels(labels),
             max_queries=max_queries,
         )
 
@@ -205,7 +206,7 @@ class Attributions(Result):
             rows &= (torch.zeros_like(self.query_indices) if loaders is None else loaders) == dataloader
         if not bool(rows.any()):
             where = "" if dataloader is None else f" of dataloader {dataloader}"
-            known = some(self.query_indices)
+            known = list_some(self.query_indices)
             raise ValueError(f"query {index}{where} was not asked for; query_indices are {known}")
         per_query = {name: t[rows] for name, t in self._tensors().items() if name != "train_indices"}
         residuals = self.diagnostics.residuals
@@ -232,10 +233,10 @@ class Attributions(Result):
             raise ValueError(
                 f"a group needs all scores, but only {self.stored} at either end are stored: omit top_k"
             )
-        wanted = as_indices(train_indices, self.train_indices)
+        wanted = read_indices(train_indices, self.train_indices)
         unknown = wanted[~torch.isin(wanted, self.train_indices)]
-        if len(unknown) or not distinct(wanted):
-            what = f"unknown examples: {some(unknown)}" if len(unknown) else "an example twice"
+        if len(unknown) or not are_distinct(wanted):
+            what = f"unknown examples: {list_some(unknown)}" if len(unknown) else "an example twice"
             raise ValueError(f"the group holds {what}; it takes distinct members of train_indices")
         members = torch.isin(self.train_indices, wanted)
         return self.scores[:, members].sum(1)
@@ -250,7 +251,7 @@ class Attributions(Result):
         Raises:
             ImportError: if pandas is not installed.
         """
-        pandas = load_pandas()
+        pandas = import_pandas()
         if self.scores is not None:
             return pandas.DataFrame(self._columns(self.train_indices.expand(self.scores.shape), self.scores))
         frames = []
@@ -270,12 +271,10 @@ class Attributions(Result):
 
     def __rich__(self) -> RenderableType:
         kept = "all scores" if self.scores is not None else f"the {self.stored} strongest at either end"
-        counts = [
-            ("queries", str(len(self.query_indices))),
-            ("training examples", str(len(self.train_indices))),
-        ]
-        facts = [*counts, ("stored", kept), *self.diagnostics.facts()]
-        return Group(facts_table(facts, "Attributions"), self.top(min(5, self.stored)))
+        queries, examples = str(len(self.query_indices)), str(len(self.train_indices))
+        counts = [("queries", queries), ("training examples", examples), ("stored", kept)]
+        facts = [*counts, *self.diagnostics.facts()]
+        return Group(build_facts_table(facts, "Attributions"), self.top(min(5, self.stored)))
 
     def __repr__(self) -> str:
         kept = "full" if self.scores is not None else f"top_k={self.stored}"

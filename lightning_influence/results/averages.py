@@ -29,17 +29,35 @@ def average_attributions(parts: Iterable[Attributions]) -> Attributions:
         ValueError: if there are none, some have no full scores, or they answer different questions.
         TypeError: if they are no attributions, or one that is in no list.
     """
-    parts = _listed(parts)
+    parts = _to_list(parts)
     if not parts:
         raise ValueError("Got no attributions; pass at least one.")
     first = parts[0]
     for number, part in enumerate(parts):
         _check_alike(first, part, number)
-    scores = [part.scores for part in parts if part.scores is not None]
-    mean = torch.stack([part.double() for part in scores]).mean(dim=0).to(scores[0].dtype)
-    return dataclasses.replace(
-        first, scores=mean, diagnostics=_joined([p.diagnostics for p in parts], scores)
-    )
+    mean, agreement = _average([part.scores for part in parts if part.scores is not None])
+    diagnostics = _average_diagnostics([part.diagnostics for part in parts], agreement)
+    return dataclasses.replace(first, scores=mean, diagnostics=diagnostics)
+
+
+def _average(scores: Sequence[Tensor]) -> tuple[Tensor, float | None]:
+    """Average matrices of scores, a query at a time, so that no further matrix in float64 is needed.
+
+    Returns:
+        The mean ``(Q, N)`` in the precision of the first, and the mean correlation over queries and pairs of
+        models; None for one model alone.
+    """
+    mean, agreements, count = torch.empty_like(scores[0]), [], len(scores)
+    for row in range(len(mean)):
+        models = torch.stack([part[row].double() for part in scores])  # (models, N)
+        mean[row] = models.mean(dim=0)
+        centred = models - models.mean(dim=1, keepdim=True)
+        unit = centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        # The square of a sum holds every pair twice, and the squares.
+        agreements.append(unit.sum(dim=0).square().sum() - unit.square().sum())
+    if count < 2:
+        return mean, None
+    return mean, float(torch.stack(agreements).mean()) / (count * (count - 1))
 
 
 _OF_QUERIES = (
@@ -53,26 +71,41 @@ _OF_QUERIES = (
 )
 
 
-def join_queries(parts: Sequence[Attributions]) -> Attributions:
+def join_queries(parts: Iterable[Attributions], num_queries: int) -> Attributions:
     """Put together what one model answered to several groups of queries.
+
+    Every part is copied to its place and let go before the next one is asked for: beside the whole there is
+    never more than one part.
 
     Args:
         parts: answers for the same training examples, in order; the last one's diagnostics hold for all.
+        num_queries: ``Q``, of all parts together.
 
     Returns:
         All queries, in the order of the parts.
     """
-    last = parts[-1]
-    if len(parts) == 1:
-        return last
-    kept = [name for name in _OF_QUERIES if getattr(last, name) is not None]
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in kept}
-    residuals = [part.diagnostics.residuals for part in parts if part.diagnostics.residuals is not None]
-    diagnostics = dataclasses.replace(last.diagnostics, residuals=torch.cat(residuals) if residuals else None)
-    return dataclasses.replace(last, diagnostics=diagnostics, **joined)
+    joined: dict[str, Tensor] = {}
+    residuals, start = [], 0
+    for part in parts:
+        count = len(part.query_indices)
+        if count == num_queries:
+            return part
+        for name in _OF_QUERIES:
+            values = getattr(part, name)
+            if values is not None:
+                if name not in joined:
+                    joined[name] = values.new_empty(num_queries, *values.shape[1:])
+                joined[name][start : start + count] = values
+        if part.diagnostics.residuals is not None:
+            residuals.append(part.diagnostics.residuals)
+        start, template = start + count, (part.train_indices, part.diagnostics)
+        del part, values
+    train_indices, last = template
+    diagnostics = dataclasses.replace(last, residuals=torch.cat(residuals) if residuals else None)
+    return Attributions(train_indices=train_indices, diagnostics=diagnostics, **joined)
 
 
-def _listed(parts: object) -> list[Attributions]:
+def _to_list(parts: object) -> list[Attributions]:
     """Return what was passed as a list.
 
     Raises:
@@ -81,11 +114,11 @@ def _listed(parts: object) -> list[Attributions]:
     accepted = "pass several answers to the same question: average_attributions([first, second])."
     if isinstance(parts, Attributions) or not isinstance(parts, Iterable):
         raise TypeError(f"Got one {type(parts).__name__}; {accepted}")
-    listed = list(parts)
-    for number, part in enumerate(listed):
+    found = list(parts)
+    for number, part in enumerate(found):
         if not isinstance(part, Attributions):
             raise TypeError(f"Got a {type(part).__name__} at position {number}; {accepted}")
-    return listed
+    return found
 
 
 def _check_alike(first: Attributions, part: Attributions, number: int) -> None:
@@ -115,7 +148,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _joined(parts: Sequence[Diagnostics], scores: Sequence[Tensor]) -> Diagnostics:
+def _average_diagnostics(parts: Sequence[Diagnostics], agreement: float | None) -> Diagnostics:
     first, count = parts[0], len(parts)
     residuals = [part.residuals for part in parts if part.residuals is not None]
     return dataclasses.replace(
@@ -130,18 +163,5 @@ def _joined(parts: Sequence[Diagnostics], scores: Sequence[Tensor]) -> Diagnosti
         seconds=sum(part.seconds for part in parts),
         checkpoint=", ".join(part.checkpoint or "the weights in memory" for part in parts),
         warnings=list(dict.fromkeys(warning for part in parts for warning in part.warnings)),
-        extra={**first.extra, "models": count, "agreement": _agreement(scores)},
+        extra={**first.extra, "models": count, "agreement": agreement},
     )
-
-
-def _agreement(scores: Sequence[Tensor]) -> float | None:
-    """Return the mean correlation over queries and pairs of models; None for one model alone."""
-    if len(scores) < 2:
-        return None
-    stacked = torch.stack([part.double() for part in scores])  # (models, Q, N)
-    centred = stacked - stacked.mean(dim=2, keepdim=True)
-    norms = centred.norm(dim=2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    unit = centred / norms
-    count = len(scores)
-    together = unit.sum(dim=0).square().sum(dim=1) - unit.square().sum(dim=(0, 2))  # twice the pairs' sum
-    return float((together / (count * (count - 1))).mean())

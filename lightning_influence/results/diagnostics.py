@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, Self, TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
+from typing_extensions import NotRequired, Self
+
+from lightning_influence.support.fields import check_fields
 
 
 class PassFacts(TypedDict):
@@ -89,7 +92,7 @@ class Diagnostics:
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Self:
-        """Diagnostics from what :meth:`to_state` returned.
+        """Make diagnostics of what :meth:`to_state` returned.
 
         Args:
             tensors: the tensors by name.
@@ -97,10 +100,21 @@ class Diagnostics:
 
         Returns:
             Equal diagnostics.
+
+        Raises:
+            ValueError: if a value is missing or of a wrong type; names it.
         """
+        known = check_fields(cls, values, "diagnostics")
         extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
+        unknown = [name for name in tensors if name != "residuals" and not name.startswith("extra.")]
         residuals = tensors.get("residuals")
-        return cls(**{**values, "residuals": residuals, "extra": {**values["extra"], **extra}})
+        if unknown:
+            raise ValueError(f"diagnostics.{unknown[0]} is a tensor; accepted are residuals and extra.*.")
+        if residuals is not None and not residuals.is_floating_point():
+            raise ValueError(
+                f"diagnostics.residuals are {residuals.dtype}; accepted are floating-point ones."
+            )
+        return cls(**{**known, "residuals": residuals, "extra": {**known.get("extra", {}), **extra}})
 
 
 def _damping_text(damping: Mapping[str, float], origin: str) -> str:

@@ -24,7 +24,7 @@ from lightning_influence.results.ranking import Labels, Ranking
 from lightning_influence.results.rendering import markdown_table
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.support.errors import InfluenceWarning
-from lightning_influence.support.storage import PathLike, atomic_path
+from lightning_influence.support.storage import PathLike, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -239,7 +239,7 @@ def _write_files(
 
 
 def _write_csv(path: Path, rankings: Mapping[str, Ranking]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with write_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         for number, (end, ranking) in enumerate(rankings.items()):
             if number == 0:
@@ -248,7 +248,7 @@ def _write_csv(path: Path, rankings: Mapping[str, Ranking]) -> None:
 
 
 def _write_png(path: Path, figure: Figure) -> None:
-    with atomic_path(path) as temporary:
+    with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_influence.results.rendering import markdown_table, plain
+from lightning_influence.results.rendering import markdown_table, render_plain
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Labels:
         return _lookup(texts, index)
 
 
-def checked(labels: Labels | None) -> Labels:
+def to_labels(labels: Labels | None) -> Labels:
     """Return the labels, or none.
 
     Raises:
@@ -167,7 +167,7 @@ class Ranking(JupyterMixin):
         return Group(*(part for part in texts if part))
 
     def __repr__(self) -> str:
-        return plain(self)
+        return render_plain(self)
 
     def _add_lines(self, table: Table, row: int) -> None:
         """Adds one query: a line for each RANKS_PER_LINE ranks."""

@@ -25,7 +25,7 @@ def score_caption(measurement: str) -> str:
     return f"{unit}; positive: the {measurement} rises without the example."
 
 
-def facts_table(facts: Iterable[tuple[str, str]], title: str) -> Table:
+def build_facts_table(facts: Iterable[tuple[str, str]], title: str) -> Table:
     """A table of names and values.
 
     Args:
@@ -67,7 +67,7 @@ def _escape(cell: object) -> str:
     return str(cell).replace("|", "\\|").replace("\r", " ").replace("\n", "<br>")
 
 
-def plain(renderable: RenderableType, width: int = 100) -> str:
+def render_plain(renderable: RenderableType, width: int = 100) -> str:
     """A rich object as text without colours.
 
     Args:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from rich.jupyter import JupyterMixin
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.results.diagnostics import Diagnostics
-from lightning_influence.support.arguments import distinct
-from lightning_influence.support.errors import CorruptFileError
-from lightning_influence.support.storage import PathLike, check_kind, load_tensors, save_tensors
+from lightning_influence.support.arguments import are_distinct
+from lightning_influence.support.fields import check_fields
+from lightning_influence.support.storage import PathLike, load_object, save_tensors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -31,12 +33,12 @@ class Result(JupyterMixin):
             tensor = tensor.detach().cpu()
             if tensor.dtype in {torch.float16, torch.bfloat16}:
                 tensor = tensor.float()
-            sound = tensor.is_floating_point() if name.endswith("scores") else tensor.dtype == torch.long
-            if not sound:
+            accepted = (torch.float32, torch.float64) if name.endswith("scores") else (torch.int64,)
+            if tensor.dtype not in accepted:
                 kind = "floating-point" if name.endswith("scores") else "int64"
                 raise ValueError(f"{name} must be {kind}, got {tensor.dtype}")
             object.__setattr__(self, name, tensor)
-        if self.train_indices.dim() != 1 or not distinct(self.train_indices):
+        if self.train_indices.dim() != 1 or not are_distinct(self.train_indices):
             raise ValueError(
                 f"train_indices must be (N,) and distinct, got {tuple(self.train_indices.shape)}"
             )
@@ -69,25 +71,34 @@ class Result(JupyterMixin):
             An equal object, its tensors on the CPU.
 
         Raises:
-            CorruptFileError: if the file is truncated, altered, of an unknown version or of another kind.
+            FileNotFoundError: if there is no such file.
+            CorruptFileError: if the file is truncated, altered, of an unknown version or of another kind, or
+                holds what cannot be a result; names the file, the field and what was got.
         """
-        tensors, metadata = load_tensors(path)
-        check_kind(path, metadata, cls.KIND)
+        return load_object(path, cls.KIND, cls._from_state)
+
+    @classmethod
+    def _from_state(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
+        """Make a result of what a file holds.
+
+        Returns:
+            The result.
+
+        Raises:
+            ValueError: naming the field that is missing, unknown or of a wrong type.
+        """
         prefix = "diagnostics."
-        more = {
-            name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)
-        }
-        try:
-            return cls(diagnostics=Diagnostics.from_state(more, metadata["diagnostics"]), **tensors)
-        except (TypeError, ValueError, KeyError) as error:
-            raise CorruptFileError(f"{str(path)!r} does not hold sound {cls.KIND}: {error}") from error
+        more = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        own = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+        diagnostics = Diagnostics.from_state(more, metadata.get("diagnostics", {}))
+        return cls(**check_fields(cls, {**own, "diagnostics": diagnostics}, cls.KIND))
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def load_pandas() -> Any:
+def import_pandas() -> Any:
     """Return pandas.
 
     Raises:

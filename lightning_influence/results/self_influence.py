@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 from rich.console import Group, RenderableType
 from torch import Tensor
 
-from lightning_influence.results.ranking import Labels, Ranking, checked
-from lightning_influence.results.rendering import facts_table
-from lightning_influence.results.result import Result, load_pandas
+from lightning_influence.results.ranking import Labels, Ranking, to_labels
+from lightning_influence.results.rendering import build_facts_table
+from lightning_influence.results.result import Result, import_pandas
 from lightning_influence.results.top_k import check_finite, select_topk
 from lightning_influence.support.arguments import check_k, check_shape
 
@@ -84,7 +84,7 @@ class SelfInfluence(Result):
         scores, indices = select_topk(self.scores[None], self.train_indices, k, largest=largest)
         caption = "Score: predicted rise of the example's own loss when it is removed."
         title = f"{'Highest' if largest else 'Lowest'} self-influence"
-        return Ranking(indices, scores, title=title, caption=caption, labels=checked(labels))
+        return Ranking(indices, scores, title=title, caption=caption, labels=to_labels(labels))
 
     def to_pandas(self) -> pd.DataFrame:
         """The scores as a pandas DataFrame.
@@ -95,11 +95,11 @@ class SelfInfluence(Result):
         Raises:
             ImportError: if pandas is not installed.
         """
-        return load_pandas().DataFrame({"train": self.train_indices.numpy(), "score": self.scores.numpy()})
+        return import_pandas().DataFrame({"train": self.train_indices.numpy(), "score": self.scores.numpy()})
 
     def __rich__(self) -> RenderableType:
         facts = [("training examples", str(self.stored)), *self.diagnostics.facts()]
-        return Group(facts_table(facts, "Self-influence"), self.top(min(5, self.stored)))
+        return Group(build_facts_table(facts, "Self-influence"), self.top(min(5, self.stored)))
 
     def __repr__(self) -> str:
         return f"SelfInfluence(N={self.stored}, method={self.diagnostics.method!r})"

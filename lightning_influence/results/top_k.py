@@ -10,6 +10,11 @@ from torch import Tensor
 
 from lightning_influence.support.errors import NonFiniteError
 
+# Scores that are ranked together: a ranking needs several times their memory, which for all scores of all
+# queries would be the peak of the whole call. Chosen by hand: about 100 MiB of working memory, and still
+# large operations.
+_SCORES_AT_ONCE = 2**22
+
 
 class Ranked(NamedTuple):
     """Scores ``(Q, k)``, best first, and the dataset indices ``(Q, k)`` they belong to."""
@@ -34,6 +39,14 @@ def select_topk(scores: Tensor, indices: Tensor, k: int, *, largest: bool = True
         >>> select_topk(torch.tensor([[1.0, 3.0, 3.0]]), torch.tensor([7, 9, 8]), 2).indices
         tensor([[8, 9]])
     """
+    rows = max(1, _SCORES_AT_ONCE // max(1, scores.shape[1]))
+    parts = [_select(part, indices, k, largest) for part in torch.split(scores, rows)]
+    if len(parts) == 1:
+        return parts[0]
+    return Ranked(torch.cat([part.scores for part in parts]), torch.cat([part.indices for part in parts]))
+
+
+def _select(scores: Tensor, indices: Tensor, k: int, largest: bool) -> Ranked:
     signed = scores if largest else -scores
     indices, order = indices.to(signed.device).sort()
     signed = signed[:, order]
@@ -48,7 +61,7 @@ def select_topk(scores: Tensor, indices: Tensor, k: int, *, largest: bool = True
 
 
 def _at_least_kth(scores: Tensor, k: int) -> Tensor:
-    """Returns the mask ``(Q, B)`` of the ``k`` highest of each row; among equals, of the first columns."""
+    """Return the mask ``(Q, B)`` of the ``k`` highest of each row; among equals, of the first columns."""
     kth = scores.topk(k, dim=1).values[:, -1:]
     above = scores > kth
     equal = scores == kth
@@ -99,13 +112,15 @@ def check_finite(scores: Tensor, indices: Tensor) -> None:
     Raises:
         NonFiniteError: if a score is NaN or infinite.
     """
+    # Extremes tell without a copy or a mask of the scores: NaN is the extreme of whatever holds it.
+    if scores.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(scores)):
+        return
     bad = ~scores.isfinite()
-    if bool(bad.any()):
-        first = int(indices[bad.reshape(-1, len(indices)).any(0).nonzero()[0, 0]])
-        raise NonFiniteError(
-            f"{int(bad.sum())} of {scores.numel()} scores are NaN or infinite, the first for training "
-            f"example {first}; look at the losses and at the damping"
-        )
+    first = int(indices[bad.reshape(-1, len(indices)).any(0).nonzero()[0, 0]])
+    raise NonFiniteError(
+        f"{int(bad.sum())} of {scores.numel()} scores are NaN or infinite, the first for training "
+        f"example {first}; look at the losses and at the damping"
+    )
 
 
 class Extremes(NamedTuple):
@@ -115,7 +130,7 @@ class Extremes(NamedTuple):
     bottom: Ranked
     train_indices: Tensor
 
-    def scaled(self, factor: float) -> Extremes:
+    def scale(self, factor: float) -> Extremes:
         """Scores times a positive number.
 
         Returns:
@@ -127,7 +142,7 @@ class Extremes(NamedTuple):
             self.train_indices,
         )
 
-    def gathered(self, all_gather_cat: Callable[[Tensor], Tensor], k: int) -> Extremes:
+    def gather(self, all_gather_cat: Callable[[Tensor], Tensor], k: int) -> Extremes:
         """The ends of the rankings of all processes, each of which ranked its share.
 
         Args:

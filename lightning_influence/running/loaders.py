@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
@@ -15,8 +18,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_influence.support.errors import UnsupportedDataError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
+from lightning_influence.support.random_states import preserve_rng
 
 
 class Held:
@@ -102,7 +105,8 @@ class OrderedCollate:
         """
         if self._checked or not isinstance(items, list) or len(items) < 2:
             return self._collate(items)
-        reverse = self._reversed(items)
+        reverse = self._try_out(items[::-1])
+        self._warn_of_mixing(items)
         batch = self._collate(items)
         self._checked = True
         if _has_own_order(batch, reverse, len(items)):
@@ -114,13 +118,60 @@ class OrderedCollate:
             )
         return batch
 
-    def _reversed(self, items: list[Any]) -> Any:
-        """Return the batch of the items in reverse order, None if that cannot be had."""
+    def _try_out(self, items: list[Any], seed: int | None = None) -> Any:
+        """Collate a copy of items and put the random states back; None if that fails."""
         try:
-            with preserved_rng():
-                return self._collate(copy.deepcopy(items[::-1]))
+            with preserve_rng():
+                if seed is not None:
+                    torch.manual_seed(seed)
+                    random.seed(seed)
+                    np.random.seed(seed)
+                return self._collate(copy.deepcopy(items))
         except Exception:  # whatever the user's code may raise
             return None
+
+    def _warn_of_mixing(self, items: list[Any]) -> None:
+        """Warn if an example's row changes with the other examples although the random draws are the same.
+
+        A permutation can happen to mix the two halves of a batch within themselves, so it is drawn thrice.
+        """
+        half = (len(items) + 1) // 2
+        replaced = items[:half] + [items[0]] * (len(items) - half)
+        for seed in range(3):
+            same, again, other = (self._try_out(part, seed) for part in (items, items, replaced))
+            if not _depend_on_others(same, again, other, half, len(items)):
+                continue
+            name = getattr(self._collate, "__name__", type(self._collate).__name__)
+            warnings.warn(
+                f"collate_fn={name} mixes examples, as mixup does, or scales them by their batch: a row is "
+                "of several examples, and its score is given to one. For scores of single examples pass a "
+                "loader with a collate_fn that keeps them apart.",
+                InfluenceWarning,
+                stacklevel=2,
+            )
+            return
+
+
+def _depend_on_others(same: Any, again: Any, other: Any, half: int, count: int) -> bool:
+    """Tell whether the first rows of a batch differ in another one of which only the last examples differ.
+
+    Args:
+        same: the batch.
+        again: the same once more; where it differs, rows are random and tell nothing.
+        other: the batch with other examples from ``half`` on.
+        half: number of the first rows.
+        count: number of examples.
+
+    Returns:
+        Whether some part of the batch does.
+    """
+    parts = zip(*(_parts(batch, count) for batch in (same, again, other)), strict=False)
+    return any(
+        rows.shape == others.shape
+        and torch.equal(rows, repeated)
+        and not torch.equal(rows[:half], others[:half])
+        for rows, repeated, others in parts
+    )
 
 
 def _has_own_order(batch: Any, reverse: Any, count: int) -> bool:

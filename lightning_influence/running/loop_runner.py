@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import nn
 
 from lightning_influence.running.host.module import borrowed_module, unwrap_compiled
+from lightning_influence.running.host.trainer import make_idle_trainer
 from lightning_influence.running.loaders import IndexedLoader
-from lightning_influence.running.runner import Count, Pass, Runner, step_context
+from lightning_influence.running.runner import Count, Pass, Runner, run_step
 from lightning_influence.support.errors import InfluenceError
 
 
@@ -20,17 +23,24 @@ class LoopRunner(Runner):
     Args:
         module: the module; batches go to its device through its own transfer hooks.
         progress: whether to show a progress bar.
+        fit_loop: how far the training was, the state of the fit loop in a checkpoint: for the time of the
+            passes the module finds a Trainer at that epoch and step. None leaves it with the one it has.
     """
 
-    def __init__(self, module: nn.Module, *, progress: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, *, progress: bool = False, fit_loop: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.module = unwrap_compiled(module)
         self.progress = progress
+        self._fit_loop = fit_loop
 
     def _borrow(self, stack: contextlib.ExitStack) -> None:
         if torch.is_inference_mode_enabled():
             raise InfluenceError("Gradients cannot be taken inside torch.inference_mode(). Leave it first.")
         stack.enter_context(borrowed_module(self.module))
+        if self._fit_loop:
+            self.module.trainer = make_idle_trainer(self.module, self._fit_loop)
 
     def _run(self, one_pass: Pass, loaders: list[IndexedLoader], expected: Count, done: Count) -> None:
         module, device = self.module, self.module.device
@@ -43,7 +53,6 @@ class LoopRunner(Runner):
                     batch = module.on_before_batch_transfer(batch, position)
                     batch = module.transfer_batch_to_device(batch, device, position)
                     batch = module.on_after_batch_transfer(batch, position)
-                    with step_context(device):
-                        one_pass.step(module, batch, indices, position)
+                    run_step(one_pass, module, batch, indices, position)
                     done.add(indices)
                     bar.advance(task)

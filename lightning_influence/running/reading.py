@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -23,9 +22,10 @@ from torch.utils.data import (
 )
 
 from lightning_influence.running.host.attributes import combined_mode, wrapped_sampler
+from lightning_influence.running.host.packages import is_lightning
 from lightning_influence.running.loaders import ACCEPTED, IndexedLoader, ReadyMade, rebuilt
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
-from lightning_influence.support.random_states import preserved_generators, preserved_rng
+from lightning_influence.support.random_states import preserve_generators, preserve_rng
 
 
 def sampler_indices(sampler: Any, dataset: Any) -> tuple[Tensor, bool]:
@@ -76,7 +76,7 @@ def own_batches(loader: DataLoader[Any]) -> list[Tensor]:
 def _drawn(sampler: Any, dataset: Any) -> list[Any]:
     # One iteration over a sampler that is not torch's own, leaving every random generator as it was.
     limit = 10 * max(_length(sampler), _length(dataset)) + 10
-    with preserved_rng(), preserved_generators(sampler, getattr(sampler, "sampler", None)):
+    with preserve_rng(), preserve_generators(sampler, getattr(sampler, "sampler", None)):
         drawn = list(itertools.islice(iter(sampler), limit + 1))
     if len(drawn) > limit:
         raise UnsupportedDataError(
@@ -134,7 +134,7 @@ def prepare(dataloaders: Any) -> list[IndexedLoader]:
         >>> [indices.tolist() for _, indices in loader.shard()]
         [[0, 1], [2, 3], [4]]
     """
-    if isinstance(dataloaders, CombinedLoader):
+    if is_lightning(dataloaders, "CombinedLoader"):
         mode = combined_mode(dataloaders)
         if mode != "sequential":
             raise UnsupportedDataError(

@@ -8,22 +8,24 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from typing_extensions import Self
 
-from lightning_influence.running.host.module import preserved_states
+from lightning_influence.running.host.module import preserved_states, training_stage
 from lightning_influence.running.host.processes import sum_over_processes
+from lightning_influence.running.host.states import ModuleStates
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare
+from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import InfluenceError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 
 class Pass(Protocol):
@@ -118,8 +120,8 @@ class Runner(ABC):
         expected = Count()
         done = Count()
         start = time.perf_counter()
-        with preserved_states(self.module), preserved_rng(), torch.compiler.set_stance("force_eager"):
-            self._run(one_pass, loaders, expected, done)
+        with preserved_states(self.module) as states, preserve_rng(), eagerly():
+            self._run(_Undone(one_pass, states), loaders, expected, done)
         seconds = time.perf_counter() - start
         if (done.batches, done.examples) != (expected.batches, expected.examples):
             raise InfluenceError(
@@ -169,6 +171,27 @@ class Runner(ABC):
         """Visit every batch of this process's share."""
 
 
+class _Undone(Pass):
+    """A pass after whose steps the weights are what they were, where a step changes them at all.
+
+    A step that keeps a moving average of the weights, or clips them, would show later batches another model
+    than the first. Whether there is such a step is seen at the first batch, with one comparison.
+    """
+
+    def __init__(self, inner: Pass, states: ModuleStates) -> None:
+        self.description = inner.description
+        self._inner, self._states = inner, states
+        self._changes: bool | None = None
+
+    def step(self, module: LightningModule, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Take one batch, and undo what it did to the weights."""
+        self._inner.step(module, batch, indices, dataloader_idx)
+        if self._changes is None:
+            self._changes = self._states.have_weights_changed()
+        if self._changes:
+            self._states.restore_weights()
+
+
 @dataclass
 class Count:
     """Batches and examples seen."""
@@ -182,8 +205,16 @@ class Count:
         self.examples += len(indices)
 
 
-@contextlib.contextmanager
-def step_context(device: torch.device) -> Iterator[None]:
-    """A context for one step: gradients enabled, autocast off."""
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        yield
+def run_step(one_pass: Pass, module: LightningModule, batch: Any, indices: Tensor, position: int) -> None:
+    """Hand one batch to a pass: gradients enabled, autocast off, the Trainer in its training stage.
+
+    Args:
+        one_pass: the pass.
+        module: the user's module.
+        batch: the batch, on the module's device.
+        indices: dataset indices ``(B,)``.
+        position: of the loader among those of the pass.
+    """
+    off = torch.autocast(module.device.type, enabled=False)
+    with torch.enable_grad(), off, training_stage(module):
+        one_pass.step(module, batch, indices, position)

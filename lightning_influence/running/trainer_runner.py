@@ -7,27 +7,40 @@ before.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import importlib
 import warnings
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from typing_extensions import Self
 
-from lightning_influence.running.host.attributes import defines
+from lightning_influence.running.host.attributes import TRANSFER_HOOKS, combine_loaders, defines
 from lightning_influence.running.host.module import borrowed_module, unwrap_compiled
-from lightning_influence.running.host.progress import labelled_bar
-from lightning_influence.running.host.trainer import borrowed_trainer, check_trainer, resolve_checkpoint
+from lightning_influence.running.host.packages import check_same_package, find_package
+from lightning_influence.running.host.trainer import (
+    borrowed_trainer,
+    check_trainer,
+    make_labelled_bar,
+    read_progress,
+    resolve_checkpoint,
+    set_progress,
+)
 from lightning_influence.running.loaders import IndexedLoader
-from lightning_influence.running.runner import Count, Pass, Runner, step_context
+from lightning_influence.running.runner import Count, Pass, Runner, run_step
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 
-class _PassModule(LightningModule):
+class _PassModule:
     """What the Trainer predicts with: the user's module, with the pass in place of its ``predict_step``."""
+
+    trainer: Any
 
     def __init__(
         self,
@@ -41,9 +54,10 @@ class _PassModule(LightningModule):
         self.module = module
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._shown = shown
+        self.checkpoint: dict[str, Any] = {}
         self._to_set_up = set_up
         self._hooks: dict[str, Any] = {}
-        for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        for hook in TRANSFER_HOOKS:
             from_data = datamodule is not None and defines(datamodule, hook)
             self._hooks[hook] = getattr(datamodule if from_data else module, hook)
         self._work: tuple[Pass, list[IndexedLoader], Count, Count] | None = None
@@ -83,22 +97,22 @@ class _PassModule(LightningModule):
             expected.batches += len(shard)
             expected.examples += shard.num_examples
             shards.append(shard)
-        return shards
+        return combine_loaders(shards, self.trainer)
+
+    def on_predict_model_eval(self) -> None:
+        """The module is in the mode that its author wants already, see ``enter_eval_mode``."""
 
     def on_predict_start(self) -> None:
-        host: Any = self.trainer
-        host.datamodule = self._shown
+        self.trainer.datamodule = self._shown
 
     def on_predict_end(self) -> None:
-        host: Any = self.trainer
-        host.datamodule = None
+        self.trainer.datamodule = None
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[()]:
         assert self._work is not None
         one_pass, _, _, done = self._work
         inputs, indices = batch
-        with step_context(self.module.device):
-            one_pass.step(self.module, inputs, indices, dataloader_idx)
+        run_step(one_pass, self.module, inputs, indices, dataloader_idx)
         done.add(indices)
         return ()
 
@@ -113,6 +127,7 @@ class _PassModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.module.on_load_checkpoint(checkpoint)
+        self.checkpoint = checkpoint
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.state_dict(*args, **kwargs)
@@ -133,27 +148,24 @@ class _PassModule(LightningModule):
         return self  # Lightning moves a model off its device after every run; here after the last pass only
 
 
-class _Restorer(Callback):
-    """Takes the state of a callback from a checkpoint without letting its other hooks run."""
+def restore_callback(callback: Callback, trainer: Trainer, module: LightningModule, checkpoint: Any) -> bool:
+    """Give a callback its state from a checkpoint, without letting its other hooks run.
 
-    def __init__(self, callback: Callback, module: LightningModule) -> None:
-        self.callback = callback
-        self.loaded = False
-        self._module = module
+    Before Lightning 2.6 only ``fit`` does so.
 
-    @property
-    def state_key(self) -> str:
-        return self.callback.state_key
-
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self.callback.on_load_checkpoint(trainer, self._module, checkpoint)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loaded = True
-        self.callback.load_state_dict(state_dict)
+    Returns:
+        Whether the checkpoint holds a state of it.
+    """
+    states = checkpoint.get("callbacks")
+    if states is None:
+        return False
+    callback.on_load_checkpoint(trainer, module, checkpoint)
+    if callback.state_key in states:
+        callback.load_state_dict(copy.deepcopy(states[callback.state_key]))
+    return callback.state_key in states
 
 
-class _SetUpOnly(LightningDataModule):
+class _SetUpOnly:
     """Sets a datamodule up for fit under ``Trainer.predict``, which would do so for prediction."""
 
     def __init__(self, inner: LightningDataModule, ready: bool) -> None:
@@ -171,6 +183,12 @@ class _SetUpOnly(LightningDataModule):
             self.inner.setup("fit")
 
 
+@functools.cache
+def _derive(stand_in: type, package: str, base: str) -> Any:
+    """Derive a stand-in from a class of Lightning, of the package that the Trainer is of."""
+    return type(stand_in.__name__, (stand_in, getattr(importlib.import_module(package), base)), {})
+
+
 class TrainerRunner(Runner):
     """Passes through ``trainer.predict``.
 
@@ -183,13 +201,15 @@ class TrainerRunner(Runner):
         datamodule: gives the loaders of :meth:`train_dataloaders` and :meth:`query_dataloaders`, and its
             transfer hooks come before the module's. It is set up for "fit", unless the Trainer was fitted
             with it and it has no ``teardown`` of its own: a second ``setup`` could split the data anew.
-        ckpt_path: ``"best"``, ``"last"`` or a path: weights to load before the first pass.
+        hooks_of: a datamodule whose transfer hooks come before the module's although the loaders are not
+            taken from it, such as that of the last fit.
+        ckpt_path: ``"best"``, ``"last"`` or a path: weights to load before the first pass. Until the end of
+            the passes the Trainer is at the epoch and step that the file is of.
         restore: callbacks whose state is loaded from the same checkpoint; afterwards :attr:`restored` names
             those that it held. No other callback, loop or optimizer state is touched.
-        weights_only: how to read the checkpoint, as in ``Trainer.predict``.
 
     Raises:
-        TypeError: if there is no module.
+        TypeError: if there is no module, or one of another package of Lightning than the Trainer.
         UnsupportedTrainerError: on entering, if the Trainer cannot serve passes; the message says why.
         ValueError: if ``ckpt_path`` names no checkpoint.
     """
@@ -200,20 +220,24 @@ class TrainerRunner(Runner):
         model: nn.Module | None = None,
         *,
         datamodule: LightningDataModule | None = None,
+        hooks_of: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         restore: tuple[Callback, ...] | list[Callback] = (),
-        weights_only: bool | None = None,
     ) -> None:
         super().__init__()
         if model is None and trainer.lightning_module is None:
             raise TypeError("No model: pass one, or call fit first so that the Trainer has one.")
         self.trainer = trainer
         self.module = unwrap_compiled(trainer.lightning_module if model is None else model)
+        check_same_package(trainer, self.module)
         self.datamodule = datamodule
         self.ckpt_path = None if ckpt_path is None else resolve_checkpoint(trainer, ckpt_path)
         self.restored: list[Callback] = []
+        self._hooks_of = hooks_of if datamodule is None else datamodule
         self._restore = restore
-        self._weights_only = weights_only
+        self._stages: list[str] = []
+        self._wrapper: Any = None
+        self._bar: Any = None
 
     @property
     def world_size(self) -> int:
@@ -243,14 +267,17 @@ class TrainerRunner(Runner):
         return self._loaders(hooks)
 
     def _loaders(self, hooks: dict[str, str]) -> Any:
-        owner = self.module if self.datamodule is None else self.datamodule
+        owner: Any = self.datamodule or self.module
+        if self._hooks_of is not None and not any(defines(owner, hook) for hook in hooks):
+            owner = self._hooks_of
         for hook, stage in hooks.items():
             if not defines(owner, hook):
                 continue
-            if self._stack is not None and owner is self.datamodule and stage not in self._stages:
+            data = self.datamodule
+            if self._stack is not None and data is not None and owner is data and stage not in self._stages:
                 self._stages.append(stage)
-                self._stack.callback(owner.teardown, stage)
-                owner.setup(stage)
+                self._stack.callback(data.teardown, stage)
+                data.setup(stage)
             return getattr(owner, hook)()
         raise UnsupportedDataError(
             f"{type(owner).__name__} defines none of {', '.join(hooks)}. Define one, or pass the loaders."
@@ -261,14 +288,20 @@ class TrainerRunner(Runner):
         self._warn_of_limit()
         self._warn_of_partial_training()
         host: Any = self.trainer
+        package = find_package(self.trainer) or ""
         known = host.lightning_module is self.module
-        bar = labelled_bar(self.trainer)
+        bar = make_labelled_bar(self.trainer)
         shown = host.datamodule if self.datamodule is None else self.datamodule
-        data = None if self.datamodule is None else _SetUpOnly(self.datamodule, self._ready(known))
+        data = None
+        if self.datamodule is not None:
+            set_up_only = _derive(_SetUpOnly, package, "LightningDataModule")
+            data = set_up_only(self.datamodule, self._ready(known))
         self._stages = ["fit"]
         stack.enter_context(borrowed_module(self.module))
         stack.enter_context(borrowed_trainer(self.trainer, [] if bar is None else [bar]))
-        self._wrapper = _PassModule(self.module, self.datamodule, shown, set_up=not known)
+        self._wrapper = _derive(_PassModule, package, "LightningModule")(
+            self.module, self._hooks_of, shown, set_up=not known
+        )
         self._bar = bar
         if self.datamodule is not None:
             stack.callback(setattr, self.datamodule, "trainer", self.datamodule.trainer)
@@ -277,6 +310,7 @@ class TrainerRunner(Runner):
             stack.callback(data.inner.teardown, "fit")
         if not known and defines(self.module, "setup"):
             stack.callback(self.module.teardown, "predict")
+        stack.callback(set_progress, self.trainer, read_progress(self.trainer))
         if self.ckpt_path is not None or data is not None or not known:
             self._predict_nothing(data)
 
@@ -315,10 +349,9 @@ class TrainerRunner(Runner):
     def _predict_nothing(self, data: _SetUpOnly | None) -> None:
         """Let the Trainer set up data and model and load the checkpoint, without a batch."""
         host: Any = self.trainer
-        restorers = [_Restorer(callback, self.module) for callback in self._restore if self.ckpt_path]
         callbacks, limit = host.callbacks, host.limit_predict_batches
-        host.callbacks, host.limit_predict_batches = list(restorers), 0
-        with warnings.catch_warnings(), preserved_rng():
+        host.callbacks, host.limit_predict_batches = [], 0
+        with warnings.catch_warnings(), preserve_rng():
             # The callbacks that Lightning misses here are those that step aside.
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
             host.predict(
@@ -326,10 +359,12 @@ class TrainerRunner(Runner):
                 datamodule=data,
                 return_predictions=False,
                 ckpt_path=self.ckpt_path,
-                weights_only=self._weights_only,
             )
         host.callbacks, host.limit_predict_batches, host.datamodule = callbacks, limit, None
-        self.restored = [restorer.callback for restorer in restorers if restorer.loaded]
+        held, self._wrapper.checkpoint = self._wrapper.checkpoint, {}
+        self.restored = [c for c in self._restore if restore_callback(c, self.trainer, self.module, held)]
+        if self.ckpt_path is not None:
+            set_progress(host, held.get("loops", {}).get("fit_loop", {}))
 
     def _run(self, one_pass: Pass, loaders: list[IndexedLoader], expected: Count, done: Count) -> None:
         host: Any = self.trainer

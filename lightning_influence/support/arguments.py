@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class _Dataclass(Protocol):
 Kind = TypeVar("Kind", bound=_Dataclass)
 
 
-def settings_of(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
+def parse_options(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
     """Make settings of keyword arguments that a user gave.
 
     Args:
@@ -39,12 +40,57 @@ def settings_of(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"Got an unknown option {name!r}.{hint} Accepted are {', '.join(known)}.")
-    return kind(**{name: plain_number(value) for name, value in given.items()})
+    return kind(**{name: to_plain_number(value) for name, value in given.items()})
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is an integer or a float, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_count(value: object, least: int) -> bool:
-    """Return whether a value is an integer of at least so much that fits into 64 bits."""
+    """Return whether a value is an integer of at least ``least`` that fits into 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**62
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Refuse what is no integer of at least ``least``.
+
+    Raises:
+        ValueError: naming the setting, what was got and what is accepted.
+    """
+    if not is_count(value, least):
+        raise ValueError(f"Got {name}={value!r}; accepted are integers of at least {least}.")
+
+
+def check_number(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> None:
+    """Refuse what is no number of at least 0.
+
+    Args:
+        name: what the setting is called.
+        value: what was got.
+        below: numbers from here on are refused too; infinity refuses infinite ones and NaN alone.
+        positive: whether 0 is refused.
+
+    Raises:
+        ValueError: naming the setting, what was got and what is accepted.
+    """
+    if not is_number(value) or not 0 <= value < below or (positive and value == 0):
+        kind = "finite numbers" if math.isinf(below) else f"numbers below {below:g}"
+        raise ValueError(
+            f"Got {name}={value!r}; accepted are {kind} {'above' if positive else 'of at least'} 0."
+        )
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Refuse what is none of several values.
+
+    Raises:
+        ValueError: naming the setting, what was got and all choices.
+    """
+    choices = [*choices]
+    if value not in choices:
+        raise ValueError(f"Got {name}={value!r}; accepted are {', '.join(map(repr, choices))}.")
 
 
 def check_layers(layers: Any) -> None:
@@ -65,12 +111,12 @@ def check_layers(layers: Any) -> None:
         raise TypeError(f"{accepted}.")
 
 
-def plain_number(value: Any) -> Any:
+def to_plain_number(value: Any) -> Any:
     """Return a number of another library, such as a NumPy scalar, as Python's own; all else as it is.
 
     Example:
         >>> from fractions import Fraction
-        >>> plain_number(Fraction(1, 2)), plain_number(True), plain_number("auto")
+        >>> to_plain_number(Fraction(1, 2)), to_plain_number(True), to_plain_number("auto")
         (0.5, True, 'auto')
     """
     if isinstance(value, bool | int | float):
@@ -80,7 +126,7 @@ def plain_number(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) else value
 
 
-def example_indices(examples: Any, count: int) -> list[int]:
+def read_examples(examples: Any, count: int) -> list[int]:
     """Read a choice of training examples.
 
     Args:
@@ -93,7 +139,7 @@ def example_indices(examples: Any, count: int) -> list[int]:
     Raises:
         ValueError: if it is neither, empty, or an index is out of range.
     """
-    chosen: list[int] = as_indices(examples, torch.arange(count)).tolist()
+    chosen: list[int] = read_indices(examples, torch.arange(count)).tolist()
     if not chosen or not all(0 <= index < count for index in chosen):
         raise ValueError(
             f"examples must be indices of the {count} training examples, got {chosen[:8]}: accepted are 0 to "
@@ -102,7 +148,7 @@ def example_indices(examples: Any, count: int) -> list[int]:
     return chosen
 
 
-def integers(values: Any) -> list[int] | None:
+def to_integers(values: Any) -> list[int] | None:
     """Return a sequence, a tensor or an array of integers as a list, None for anything else."""
     if isinstance(values, Tensor) or hasattr(values, "tolist"):
         values = values.tolist()
@@ -114,7 +160,7 @@ def integers(values: Any) -> list[int] | None:
         return None
 
 
-def seed_list(seeds: Any) -> list[int]:
+def read_seeds(seeds: Any) -> list[int]:
     """Read the seeds of a retraining.
 
     Args:
@@ -126,7 +172,7 @@ def seed_list(seeds: Any) -> list[int]:
     Raises:
         ValueError: if they are no integers, none, or not all different.
     """
-    found = integers(seeds)
+    found = to_integers(seeds)
     if not found or len(set(found)) != len(found):
         got = list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else seeds
         raise ValueError(f"seeds must be a non-empty sequence of different integers, got {got!r}.")
@@ -170,31 +216,13 @@ def check_losses(values: Any, count: int, name: str) -> None:
     Raises:
         ValueError: saying what was got.
     """
-    if not isinstance(values, Tensor) or values.shape != (count,):
-        raise ValueError(_not_per_example(values, name, f"one value an example, ({count},)"))
-
-
-def check_measured(values: Any, count: int) -> None:
-    """Refuse measured values that are not one, or several, an example.
-
-    Args:
-        values: what the measurement returned.
-        count: ``Q``, how many queries it was given.
-
-    Raises:
-        ValueError: saying what was got.
-    """
-    vector = isinstance(values, Tensor) and values.ndim == 1 and len(values) > 0
-    if not vector or len(values) % count:
-        accepted = f"one value a query, ({count},), or several: all queries' first, all queries' second"
-        raise ValueError(_not_per_example(values, "measurement", accepted))
-
-
-def _not_per_example(values: Any, name: str, accepted: str) -> str:
+    if isinstance(values, Tensor) and values.shape == (count,):
+        return
     got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-    return (
-        f"`{name}` returned {got}; accepted is {accepted}. A loss of torch takes the mean unless it is given "
-        f'reduction="none": {name}=functools.partial(F.cross_entropy, reduction="none").'
+    raise ValueError(
+        f"`{name}` returned {got}; accepted is one value an example, ({count},). A loss of torch takes the "
+        f'mean unless it is given reduction="none": {name}=functools.partial(F.cross_entropy, '
+        'reduction="none").'
     )
 
 
@@ -218,7 +246,7 @@ def check_k(k: int, stored: int, how: str) -> None:
         raise ValueError(f"k={k}, but {stored} examples per query are stored ({how}); k is 1 to {stored}")
 
 
-def as_indices(group: Any, every: Tensor) -> Tensor:
+def read_indices(group: Any, every: Tensor) -> Tensor:
     """Read a group of training examples.
 
     Args:
@@ -244,12 +272,12 @@ def as_indices(group: Any, every: Tensor) -> Tensor:
     return found.long()
 
 
-def distinct(indices: Tensor) -> bool:
+def are_distinct(indices: Tensor) -> bool:
     """Return whether no index comes twice."""
     return not bool((indices.sort().values.diff() == 0).any())
 
 
-def some(indices: Tensor) -> str:
+def list_some(indices: Tensor) -> str:
     """Return the first indices as text, and how many more there are."""
     shown = ", ".join(map(str, indices[:10].tolist()))
     return shown if len(indices) <= 10 else f"{shown} and {len(indices) - 10} more"

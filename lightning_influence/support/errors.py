@@ -1,5 +1,7 @@
 """The errors of this library: each says what was got, what is accepted and what to do."""
 
+import sys
+
 
 class InfluenceError(RuntimeError):
     """Base class of every error that this library raises for a situation it cannot serve."""
@@ -51,3 +53,13 @@ class UnsafeCheckpointError(InfluenceError):
 
 class InfluenceWarning(UserWarning):
     """Something was left out or assumed; the message says what and what to do."""
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Say more about an error; Python 3.10 shows no notes, so there the message also ends with it."""
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", []), note]
+        if error.args and isinstance(error.args[0], str):
+            error.args = (f"{error.args[0]}\n{note}", *error.args[1:])

@@ -11,7 +11,7 @@ import torch
 
 
 @contextlib.contextmanager
-def preserved_rng() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """Put the global random states (torch on CPU and CUDA, NumPy, Python) back on exit."""
     initialized: Callable[[], bool] = torch.cuda.is_initialized
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -27,7 +27,7 @@ def preserved_rng() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved_generators(*owners: object) -> Iterator[None]:
+def preserve_generators(*owners: object) -> Iterator[None]:
     """Put the states of the generators that these objects hold back on exit."""
     found = [g for owner in owners if owner is not None for g in getattr(owner, "__dict__", {}).values()]
     saved = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]

@@ -3,11 +3,18 @@ import pytest
 import torch
 from drive import TIGHT, Setup, run
 from models import CASES
-from operator_source import CaseSource
 
-from lightning_influence.curvature.blocks import BlockProductPass, DenseBlockPass, block_indices, join_blocks
-from lightning_influence.curvature.gauss_newton import CurvatureProductPass
-from lightning_influence.curvature.operators import BlockOperator
+from lightning_influence.curvature.blocks import DenseBlockPass, block_indices
+from lightning_influence.curvature.gauss_newton import DenseCurvaturePass
+
+
+def join_blocks(blocks, indices):
+    """One matrix with these blocks at these indices and zeros elsewhere."""
+    size = sum(map(len, indices))
+    matrix = blocks[0].new_zeros(size, size)
+    for block, index in zip(blocks, indices, strict=True):
+        matrix[index[:, None], index] = block
+    return matrix
 
 
 def owners(case, blocks):
@@ -29,14 +36,9 @@ def expected(setup, blocks):
 
 @pytest.mark.parametrize("blocks", ["layer", "tensor"])
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_products_and_blocks(name, blocks, monkeypatch):
+def test_blocks_are_those_of_the_whole_matrix(name, blocks):
     setup = Setup.of(name)
     matrix = expected(setup, blocks)
-    vectors = torch.randn(3, setup.layout.numel, dtype=torch.float64)
-    for autograd in (False, True):
-        monkeypatch.setattr(CurvatureProductPass, "_autograd_is_cheaper", lambda *_, way=autograd: way)
-        got = setup.run(BlockProductPass(setup.plan, vectors, blocks=blocks)).result()
-        torch.testing.assert_close(got, vectors @ matrix, **TIGHT)
     pass_ = setup.run(DenseBlockPass(setup.plan, blocks=blocks))
     torch.testing.assert_close(join_blocks(pass_.result(), pass_.indices), matrix, **TIGHT)
 
@@ -50,25 +52,13 @@ def test_indices_are_a_partition(blocks):
     assert [len(set(owner[index].tolist())) for index in indices] == [1] * len(owner.unique())
 
 
-@pytest.mark.parametrize("blocks", ["layer", "tensor"])
-def test_operator(blocks):
-    source = CaseSource.of("tokens_weighted")
-    operator = BlockOperator(source, blocks=blocks)
-    matrix = expected(Setup.of("tokens_weighted"), blocks)
-    vectors = torch.randn(2, operator.numel, dtype=torch.float64)
-    torch.testing.assert_close(operator.dense(), matrix, **TIGHT)
-    torch.testing.assert_close(operator.product(vectors), vectors @ matrix, **TIGHT)
-    torch.testing.assert_close(operator.batch_product(vectors, 12, 0), vectors @ matrix, **TIGHT)
-
-
 def test_estimates_have_the_same_blocks():
     setup = Setup.of("mlp_gelu")
     dense = setup.run(DenseBlockPass(setup.plan, fisher="sampled", draws=3, seed=2))
-    eye = torch.eye(setup.layout.numel, dtype=torch.float64)
-    products = setup.run(BlockProductPass(setup.plan, eye, fisher="sampled", draws=3, seed=2))
-    torch.testing.assert_close(join_blocks(dense.result(), dense.indices), products.result(), **TIGHT)
+    whole = setup.run(DenseCurvaturePass(setup.plan, fisher="sampled", draws=3, seed=2)).result()
+    matrix = oracle.keep_blocks(whole, setup.case.model, setup.case.layers)
+    torch.testing.assert_close(join_blocks(dense.result(), dense.indices), matrix, **TIGHT)
     assert dense.estimated
-    assert products.estimated
 
 
 def test_the_sum_over_processes_is_what_is_averaged():
@@ -79,10 +69,10 @@ def test_the_sum_over_processes_is_what_is_averaged():
         for part in (slice(0, 5), slice(5, 12))
     ]
     flat = torch.cat([total.flatten() for total in passes[1]._sums.values()])
-    others = [flat, torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
+    others = [flat, torch.tensor([7.0, passes[1].count.normaliser], dtype=torch.float64)]
     blocks = passes[0].result(lambda own: own + others.pop(0))
     torch.testing.assert_close(join_blocks(blocks, passes[0].indices), expected(setup, "layer"), **TIGHT)
-    others = [flat, torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
+    others = [flat, torch.tensor([7.0, passes[1].count.normaliser], dtype=torch.float64)]
     alone = DenseBlockPass(setup.plan).result(lambda own: own + others.pop(0))  # had no examples itself
     rest = run(DenseBlockPass(setup.plan), setup.module, [(case.x[5:], case.y[5:])]).result()
     for block, other in zip(alone, rest, strict=True):

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_influence.curvature import differentiation
-from lightning_influence.curvature.blocks import BlockProductPass
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass, DenseCurvaturePass
 from lightning_influence.curvature.hessian import DenseHessianPass, HessianProductPass
 from lightning_influence.model.plan import find_layers
@@ -31,7 +30,7 @@ def test_products_and_matrix(name):
     H, vectors = hessian(setup), draw(setup)
     pass_ = setup.run(HessianProductPass(setup.plan, vectors))
     torch.testing.assert_close(pass_.result(), vectors @ H, **TIGHT)
-    assert pass_.examples == 12
+    assert pass_.count.examples == 12
     found = setup.run(DenseHessianPass(setup.plan)).result()
     torch.testing.assert_close(found, H, **TIGHT)
     assert torch.equal(found, found.T)
@@ -86,7 +85,7 @@ def test_the_sum_over_processes_is_what_is_averaged(make):
         for part in (slice(0, 5), slice(5, 12))
     ]
     [theirs] = getattr(passes[1], "_sums", None) or [passes[1]._sum]
-    others = [theirs, torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
+    others = [theirs, torch.tensor([7.0, passes[1].count.normaliser], dtype=torch.float64)]
     total = passes[0].result(lambda own: own + others.pop(0))
     torch.testing.assert_close(total, vectors @ matrix, **TIGHT)
 
@@ -104,7 +103,7 @@ def test_a_process_without_examples_adds_nothing():
 def test_no_vectors():
     setup = Setup.of("mlp_mse")
     none = torch.zeros(0, setup.layout.numel, dtype=torch.float64)
-    for make in (HessianProductPass, CurvatureProductPass, BlockProductPass):
+    for make in (HessianProductPass, CurvatureProductPass):
         assert setup.run(make(setup.plan, none)).result().shape == none.shape
 
 
@@ -117,7 +116,7 @@ def test_a_spoiled_sum_is_refused():
 
 
 @pytest.mark.parametrize("autograd", [False, True])
-@pytest.mark.parametrize("make", [HessianProductPass, CurvatureProductPass, BlockProductPass])
+@pytest.mark.parametrize("make", [HessianProductPass, CurvatureProductPass])
 def test_float32_and_vectors_of_another_precision(make, autograd, monkeypatch):
     monkeypatch.setattr(CurvatureProductPass, "_autograd_is_cheaper", lambda self, captured: autograd)
     setup = Setup.of("mlp_gelu", dtype=torch.float32)
@@ -126,8 +125,6 @@ def test_float32_and_vectors_of_another_precision(make, autograd, monkeypatch):
     got = run(make(setup.plan, vectors, **kind), setup.module, [(case.x.float(), case.y)]).result()
     assert got.dtype == torch.float64
     matrix = hessian(setup) if make is HessianProductPass else setup.ggn()
-    if make is BlockProductPass:
-        matrix = oracle.keep_blocks(matrix, case.model, case.layers)
     torch.testing.assert_close(got, vectors @ matrix, rtol=1e-4, atol=1e-5)
 
 
@@ -279,19 +276,18 @@ def test_a_model_without_second_derivatives_has_no_hessian():
         run(HessianProductPass(plan, vectors), module, [batch()])
 
 
-@pytest.mark.parametrize("make", [CurvatureProductPass, BlockProductPass])
-def test_a_model_without_second_derivatives_has_columns(make, monkeypatch):
+def test_a_model_without_second_derivatives_has_columns(monkeypatch):
     module, plan, vectors = once()
     x, y = batch()
     split = [(x[:2], y[:2]), (x[2:], y[2:])]
-    expected = run(make(plan, vectors, fisher="exact"), module, split).result()
+    expected = run(CurvatureProductPass(plan, vectors, fisher="exact"), module, split).result()
     monkeypatch.setattr("lightning_influence.curvature.gauss_newton._FEW_COLUMNS", -9)
-    got = run(make(plan, vectors, fisher="exact"), module, split)
+    got = run(CurvatureProductPass(plan, vectors, fisher="exact"), module, split)
     torch.testing.assert_close(got.result(), expected, **TIGHT)
     assert not got.estimated
     monkeypatch.setattr("lightning_influence.curvature.gauss_newton.MAX_COLUMNS", 2)
     with pytest.raises(UnsupportedModelError, match=r"needs second derivatives.*fisher='mixed'"):
-        run(make(plan, vectors, fisher="exact"), module, split)
+        run(CurvatureProductPass(plan, vectors, fisher="exact"), module, split)
 
 
 def test_operations_that_cannot_be_batched_take_one_vector_at_a_time():

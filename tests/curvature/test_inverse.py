@@ -1,9 +1,11 @@
+import oracle
 import pytest
 import torch
-from drive import TIGHT
+from drive import TIGHT, Setup, closed_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_influence.curvature.factor_passes import CovariancePass, DiagonalPass
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients
@@ -103,3 +105,29 @@ def test_small_dampings_count(dtype, damping):
     eigenvalues = torch.logspace(0, -12, 600, dtype=dtype)[None, None]
     weights = EigenInverse(None, eigenvalues, damping).weights
     torch.testing.assert_close(weights, 1 / (eigenvalues + damping))
+
+
+SOME = ["mlp_relu_inplace_weighted", "conv2d_reflect_groups", "tokens"]
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal"])
+@pytest.mark.parametrize("name", SOME)
+def test_multiplying_is_by_the_matrix_that_is_inverted(name, kind):
+    setup = Setup.of(name)
+    if kind == "diagonal":
+        factors = setup.run(DiagonalPass(setup.plan, fisher="exact")).factors
+        expected = torch.diag(torch.diagonal(setup.ggn()))
+    else:
+        factors = setup.run(CovariancePass(setup.plan, fisher="exact")).factors
+        bases = {layer: factors.layers[f"model.{layer}"].basis for layer in setup.case.layers}
+        found = oracle.layer_factors(
+            *setup.problem, "exact", bases={key: (b.q_in, b.q_out) for key, b in bases.items()}
+        )
+        expected = oracle.block_diagonal([getattr(layer, kind)() for layer in found.values()])
+    inverse = closed_form(factors, setup.layout, 0.3, kind)
+    assert inverse.layout.numel == len(expected)
+    eye = torch.eye(len(expected), dtype=torch.float64)
+    torch.testing.assert_close(inverse.multiply(eye), expected, **TIGHT)
+    vectors = torch.randn(3, len(expected), dtype=torch.float64)
+    solved = inverse.apply(vectors)
+    torch.testing.assert_close(inverse.multiply(solved) + 0.3 * solved, vectors, **TIGHT)

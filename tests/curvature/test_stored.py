@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 from lightning_influence.curvature.operators import GaussNewtonOperator
 from lightning_influence.curvature.stored import StoragePass, kappa
 from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
 from lightning_influence.support.errors import NonFiniteError
 
@@ -43,6 +47,25 @@ def test_products_traces_and_squares_are_those_of_the_oracle(name):
     each = torch.einsum("nop,noq,nqr->npr", J, curvature, J)  # h_x of every example
     squares = (each @ vectors.T).square().sum(dim=1).mean(dim=0)
     torch.testing.assert_close(operator.squared_products(vectors), squares, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp_gelu", "tokens_weighted", "conv2d"])
+def test_vectors_in_float64_are_multiplied_in_float64(name):
+    """By gradients in float32: what residuals are told from, from memory and in a pass."""
+    case = CASES[name]
+    x, y = (t.float() if t.is_floating_point() else t for t in (case.x, case.y))
+    case = replace(case, model=copy.deepcopy(case.model).float(), x=x, y=y)
+    module = lightning_module(case)
+    source = CaseSource(case, LoopRunner(module), find_layers(module), prepare_train(loader(case, 5)))
+    operator = stored(source)
+    vectors = torch.randn(3, operator.numel, dtype=torch.float64)
+    truth = vectors @ operator.dense()
+    torch.testing.assert_close(operator.product(vectors), truth, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(
+        GaussNewtonOperator(source, fisher="exact").product(vectors), truth, rtol=1e-5, atol=1e-7
+    )
+    careless = operator.product(vectors.float()).double() - truth
+    assert 1e-9 < careless.norm() / truth.norm() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["mlp_gelu", "tokens_weighted", "conv2d"])

@@ -55,7 +55,7 @@ class Problem:
         W = probes(count, layout.numel, Q)
         pass_ = self.setup.run(CurvatureProductPass(self.setup.plan, torch.cat([Q, W])))
         GQ, GW = pass_.result().split([len(Q), count])
-        return CoarseSpace(layout, Q, GQ, GW, mixing, self.anchors, self.inverse, pass_.examples)
+        return CoarseSpace(layout, Q, GQ, GW, mixing, self.anchors, self.inverse, pass_.count.examples)
 
     def matrix(self, damping) -> torch.Tensor:
         G = self.setup.ggn()
@@ -65,7 +65,7 @@ class Problem:
     def scores(self, scorer) -> torch.Tensor:
         sink = Columns()
         pass_ = self.setup.run(ScorePass(self.setup.plan, scorer, sink))
-        return sink.result()[0] / (pass_.mean_weight * pass_.examples)
+        return sink.result()[0] / (pass_.losses.mean_weight * pass_.losses.examples)
 
 
 def definition(problem: Problem, inverse: BlockInverse, damping, vectors: torch.Tensor) -> torch.Tensor:
@@ -206,7 +206,8 @@ def test_self_influence_is_the_diagonal_of_the_scores(name):
     correction, _ = two.correction(p.train)
     matrix = p.scores(PreconditionedScorer(p.inverse, p.train, correction=correction, tolerance=0))
     pass_ = p.setup.run(SelfInfluencePass(p.setup.plan, lambda g: two.quadratic(g)[0]))
-    got = torch.cat(pass_.values) / (pass_.mean_weight**2 * pass_.examples)
+    values = pass_.gather(lambda own: own, torch.float64).values
+    got = values / (pass_.losses.mean_weight**2 * pass_.losses.examples)
     torch.testing.assert_close(got, matrix.diagonal(), rtol=1e-8, atol=1e-10)
 
 

@@ -15,7 +15,7 @@ from lightning_influence.edits import directions
 from lightning_influence.edits.directions import register_direction
 from lightning_influence.edits.options import EditOptions
 from lightning_influence.edits.rules import SelectionRule
-from lightning_influence.linalg.normal_equations import SingularSubsetError, Solve
+from lightning_influence.linalg.normal_equations import SingularSubsetError, SubsetSolution
 from lightning_influence.support.errors import (
     InfluenceError,
     InfluenceWarning,
@@ -215,7 +215,7 @@ def test_an_edit_that_cannot_forget(asking):
 def test_a_direction_that_does_not_help(asking, monkeypatch):
     """One shot is refused; in several steps the descent starts from where the model is."""
     monkeypatch.setattr(directions, "_DIRECTIONS", dict(directions._DIRECTIONS))
-    register_direction("uphill")(lambda problem: Solve(-problem.gradient * problem.mask, 0.0, 1))
+    register_direction("uphill")(lambda problem: SubsetSolution(-problem.gradient * problem.mask, 0.0, 1))
     request = (of_class(2)[:5], 0, train())
     with quiet():
         with pytest.raises(InfluenceError, match=r"No step along .* lowers the loss .*larger ratio"):

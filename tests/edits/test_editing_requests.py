@@ -344,8 +344,10 @@ def test_an_error_inside_the_context_is_not_replaced(source):
             module.body[0].weight.add_(1)
             raise KeyError("boom")
 
-    with warnings.catch_warnings(record=True, action="always") as warned, pytest.raises(KeyError) as caught:
-        fail()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyError) as caught:
+            fail()
     assert [found.category for found in warned] == [InfluenceWarning]
     assert warned[0].filename == __file__
     assert any("cannot be reverted: the module's weights differ" in note for note in caught.value.__notes__)
@@ -353,8 +355,10 @@ def test_an_error_inside_the_context_is_not_replaced(source):
     with pytest.raises(EditMismatchError), edit, torch.no_grad():
         module.body[0].weight.add_(1)
     module.load_state_dict(source.state_dict())
-    with warnings.catch_warnings(action="error"), pytest.raises(KeyError) as caught, edit:
-        raise KeyError("boom")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError) as caught, edit:
+            raise KeyError("boom")
     assert not hasattr(caught.value, "__notes__")
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.edits.parameter_edit import ParameterEdit
-from lightning_influence.results.rendering import plain
+from lightning_influence.results.rendering import render_plain
 from lightning_influence.support.errors import CorruptFileError, EditMismatchError
 
 
@@ -214,7 +214,7 @@ def test_from_a_checkpoint_alone_weight_decay_is_that_of_the_run(tmp_path):
 
 
 def test_a_summary(edit):
-    text = plain(edit, width=90)
+    text = render_plain(edit, width=90)
     for part in ("Edit to forget 20 examples (not applied)", "gif, rule 'gain' at 20.0%", "body.0", "20.0%"):
         assert part in text
     for part in ("forgotten", "kept (training)", "predicted", "times the theoretical 0.5"):
@@ -222,7 +222,7 @@ def test_a_summary(edit):
     assert f"{edit.report.touched} of" in text
     assert "ParameterEdit('forget'" in repr(edit)
     with edit:
-        assert "(applied)" in plain(edit)
+        assert "(applied)" in render_plain(edit)
     Console(file=None, quiet=True).print(edit)
     json.dumps(edit.report.to_state())
 

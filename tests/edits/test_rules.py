@@ -17,7 +17,7 @@ from lightning_influence.edits.rules import (
     rule_names,
 )
 from lightning_influence.edits.selection import select
-from lightning_influence.results.rendering import plain
+from lightning_influence.results.rendering import render_plain
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5))
 RATIOS = st.floats(0.01, 1.0)
@@ -177,7 +177,7 @@ def test_a_rule_of_ones_own():
 
 def test_a_selection_shows_itself():
     selection = select(find_rule("highest_outputs"), evidence((1, 4, 5)), 0.5)
-    text = plain(selection)
+    text = render_plain(selection)
     assert "10 of 20 parameters" in text
     assert "2 of 4" in text
     assert "50.0%" in text

@@ -1,16 +1,24 @@
 """Retraining through Lightning: fresh objects, caching, resumption after a kill, refusals."""
 
+import fcntl
 import logging
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
 
 import harness_models as models
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
-from lightning_influence.evaluation.harness import Retraining, retrain_subsets
-from lightning_influence.evaluation.recipe import run_seed
+from lightning_influence.evaluation import Retraining, retrain_subsets
+from lightning_influence.evaluation.harness.run import derive_seed
 from lightning_influence.support.errors import (
     CorruptFileError,
     InfluenceError,
@@ -36,7 +44,7 @@ def run(retraining=RIDGE, masks=MASKS, seeds=(0, 1), processes=0, **options):
 def by_hand(mask, seed):
     """Full-batch gradient descent on the kept examples."""
     with torch.random.fork_rng():
-        torch.manual_seed(run_seed(seed, "init"))
+        torch.manual_seed(derive_seed(seed, "init"))
         layer = models.Ridge().layer
     x, y = (tensor[mask] for tensor in models.data().tensors)
     for _ in range(models.EPOCHS):
@@ -54,6 +62,7 @@ def test_values_are_those_of_gradient_descent_on_the_subset():
     torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_processes_give_the_values_of_one_process_and_a_killed_worker_loses_only_its_own_run(
     tmp_path, monkeypatch
 ):
@@ -63,15 +72,15 @@ def test_processes_give_the_values_of_one_process_and_a_killed_worker_loses_only
     monkeypatch.setenv("HARNESS_TEST_FOLDER", str(marks))
     counted = replace(RIDGE, module=models.counted)
     with pytest.raises(InfluenceError, match=r"A worker process died .* kept in .* Call again to go on"):
-        run(counted, processes=1, cache_dir=tmp_path / "cache")
+        run(counted, processes=1, cache_dir=tmp_path / "cache", cache_key="ridge")
     assert (marks / "died").exists()
     assert len(list(marks.glob("run-*"))) == 2
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
     assert not list((tmp_path / "cache").rglob("*.tmp"))
-    values = run(counted, processes=2, cache_dir=tmp_path / "cache")
+    values = run(counted, processes=2, cache_dir=tmp_path / "cache", cache_key="ridge")
     assert len(list(marks.glob("run-*"))) == 6
     torch.testing.assert_close(values, run(), rtol=1e-10, atol=1e-12)
-    assert torch.equal(run(counted, processes=2, cache_dir=tmp_path / "cache"), values)
+    assert torch.equal(run(counted, processes=2, cache_dir=tmp_path / "cache", cache_key="ridge"), values)
     assert len(list(marks.glob("run-*"))) == 6
 
 
@@ -86,36 +95,70 @@ def counted(tmp_path, monkeypatch):
 
 def test_more_seeds_train_only_what_is_new(tmp_path, counted):
     retraining, count = counted
-    small = run(retraining, MASKS[:2], [1], cache_dir=tmp_path)
-    large = run(retraining, MASKS[[0, 0, 1]], [0, 1], cache_dir=tmp_path)
+    small = run(retraining, MASKS[:2], [1], cache_dir=tmp_path, cache_key="ridge")
+    large = run(retraining, MASKS[[0, 0, 1]], [0, 1], cache_dir=tmp_path, cache_key="ridge")
     assert count() == 4
     assert torch.equal(large[[0, 2], 1], small[:, 0])
     assert torch.equal(large[0], large[1])
 
 
-@pytest.mark.parametrize("change", ["constant", "function", "data", "queries", "measurement"])
-def test_a_change_of_what_decides_the_result_is_a_new_computation(tmp_path, counted, change, monkeypatch):
+@pytest.mark.parametrize("change", ["key", "measurement", "versions"])
+def test_another_key_measurement_or_version_is_a_new_computation(tmp_path, counted, change, monkeypatch):
     retraining, count = counted
-    run(retraining, MASKS[:1], [0], cache_dir=tmp_path)
-    run(retraining, MASKS[:1], [0], cache_dir=tmp_path)
+    cache = {"cache_dir": tmp_path, "cache_key": "ridge"}
+    run(retraining, MASKS[:1], [0], **cache)
+    run(retraining, MASKS[:1], [0], **cache)
     assert count() == 1
-    if change == "constant":  # a number that the class uses, two names away from the factory
-        monkeypatch.setattr(models, "RATE", 0.06)
-    other = {
-        "constant": {},
-        "function": {"trainer": lambda: models.trainer(max_epochs=3)},
-        "data": {"data": lambda: models.draw(8, 5)},
-        "queries": {"queries": lambda: DataLoader(models.draw(5, 6))},
-        "measurement": {"measurement": models.prediction},
-    }[change]
-    run(replace(retraining, **other), MASKS[:1], [0], cache_dir=tmp_path)
+    if change == "key":
+        cache["cache_key"] = "ridge, 3 epochs"
+    elif change == "measurement":
+        retraining = replace(retraining, measurement=models.prediction)
+    else:
+        monkeypatch.setattr(metadata, "version", lambda name: "0")
+    run(retraining, MASKS[:1], [0], **cache)
     assert count() == 2
 
 
-def test_a_data_key_stands_for_the_content(tmp_path, counted):
+def test_the_key_alone_stands_for_the_factories(tmp_path, counted):
+    """What they do is not looked at, which the documentation says."""
     retraining, count = counted
-    for key in ("one", "one", "two"):
-        run(retraining, MASKS[:1], [0], cache_dir=tmp_path, data_key=key)
+    cache = {"cache_dir": tmp_path, "cache_key": "ridge"}
+    first = run(retraining, MASKS[:1], [0], **cache)
+    other = replace(retraining, trainer=lambda: models.trainer(max_epochs=3))
+    assert torch.equal(run(other, MASKS[:1], [0], **cache), first)
+    assert count() == 1
+
+
+@pytest.mark.parametrize("key", [None, "", "  ", 3])
+def test_a_folder_without_a_key_is_refused(tmp_path, key):
+    with pytest.raises(
+        ValueError, match=r"Got cache_key=.* names all that decides a run .*: module, trainer,"
+    ):
+        run(cache_dir=tmp_path, cache_key=key)
+
+
+def test_a_key_without_a_folder_is_refused():
+    with pytest.raises(ValueError, match="Got cache_key='ridge' without cache_dir"):
+        run(cache_key="ridge")
+
+
+def test_kept_runs_of_other_queries_are_refused(tmp_path):
+    cache = {"cache_dir": tmp_path, "cache_key": "ridge"}
+    run(RIDGE, MASKS[:1], [0], **cache)
+    fewer = replace(RIDGE, queries=lambda: DataLoader(models.draw(4, 1)))
+    with pytest.raises(ValueError, match=r"cache_key='ridge' measured \[4, 5\] queries. Choose another"):
+        run(fewer, MASKS[:2], [0], **cache)
+
+
+def test_the_cache_of_versions_before_is_not_found(tmp_path, counted):
+    """Their folders were named by a hash of the code."""
+    retraining, count = counted
+    old = tmp_path / ("0" * 24)
+    old.mkdir()
+    run(retraining, MASKS[:1], [0], cache_dir=tmp_path, cache_key="ridge")
+    for path in tmp_path.glob("*/*.safetensors"):
+        path.rename(old / path.name)
+    run(retraining, MASKS[:1], [0], cache_dir=tmp_path, cache_key="ridge")
     assert count() == 2
 
 
@@ -213,11 +256,11 @@ def test_functions_that_a_worker_cannot_import_are_refused():
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    run(RIDGE, MASKS[:1], [0], cache_dir=tmp_path)
+    run(RIDGE, MASKS[:1], [0], cache_dir=tmp_path, cache_key="ridge")
     path = next(tmp_path.rglob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CorruptFileError, match=rf"{path.name}.*Delete .* its run will be repeated"):
-        run(RIDGE, MASKS[:1], [0], cache_dir=tmp_path)
+        run(RIDGE, MASKS[:1], [0], cache_dir=tmp_path, cache_key="ridge")
 
 
 @pytest.mark.parametrize(
@@ -226,10 +269,82 @@ def test_a_damaged_file_is_named(tmp_path):
         ({"masks": MASKS[:, 1:]}, r"N = 8 training examples, got torch\.bool of shape \(3, 7\)"),
         ({"masks": MASKS.float()}, r"got torch\.float32"),
         ({"masks": torch.zeros(1, 8, dtype=torch.bool)}, "Subset 0 keeps no example"),
+        ({"masks": MASKS[:0]}, r"M at least 1 .* of shape \(0, 8\)"),
+        ({"masks": MASKS.tolist()}, "got a list"),
         ({"seeds": [1, 1]}, r"different integers, got \[1, 1\]"),
-        ({"processes": -1}, "processes must be at least 0, got -1"),
+        ({"seeds": 3}, "different integers, got 3"),
+        ({"seeds": []}, r"different integers, got \[\]"),
+        ({"seeds": [0.5]}, r"different integers, got \[0\.5\]"),
+        ({"seeds": [True]}, r"different integers, got \[True\]"),
+        ({"seeds": "01"}, "different integers, got '01'"),
+        ({"seeds": torch.tensor([0.0])}, r"different integers, got tensor\(\[0\.\]\)"),
+        ({"seeds": torch.tensor(3)}, r"different integers, got tensor\(3\)"),
+        ({"seeds": torch.tensor([1, 1])}, r"different integers, got tensor\(\[1, 1\]\)"),
+        ({"processes": -1}, "Got processes=-1; accepted are integers of at least 0"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         run(**changes)
+
+
+@pytest.mark.parametrize("seeds", [torch.tensor([0, 1]), np.array([0, 1]), range(2), [np.int64(0), 1]])
+def test_seeds_are_any_sequence_of_integers(tmp_path, seeds):
+    expected = run(masks=MASKS[:1], seeds=[0, 1], cache_dir=tmp_path, cache_key="ridge")
+    assert torch.equal(run(masks=MASKS[:1], seeds=seeds, cache_dir=tmp_path, cache_key="ridge"), expected)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+def test_seeds_of_parts_follow_the_seed_and_the_purpose():
+    seeds = [derive_seed(0, "init"), derive_seed(1, "init"), derive_seed(0, "order")]
+    assert len(set(seeds)) == 3
+    assert derive_seed(0, "init") == seeds[0]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+ORPHANING = """
+import harness_models as models, torch
+from lightning_influence.evaluation import Retraining, retrain_subsets
+
+if __name__ == "__main__":
+    endless = Retraining(models.endless, models.trainer, models.held_data, models.loader, models.queries)
+    masks = torch.ones(1, 8, dtype=torch.bool)
+    retrain_subsets(endless, masks, [0, 1, 2], processes=2, progress=False, cache_dir="runs", cache_key="-")
+"""
+
+
+def lives(lock):
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def wait_until(condition):
+    """Wait for at most two minutes, which a busy machine may need to start processes."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """One is in the middle of a run, which never ends, the other waits for work."""
+    (tmp_path / "script.py").write_text(ORPHANING)
+    paths = os.pathsep.join([str(Path(models.__file__).parent), str(Path(__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": paths, "HARNESS_TEST_FOLDER": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment)
+    try:
+        wait_until(lambda: len([*tmp_path.glob("runs/*/*.safetensors")]) == 2)
+        locks = [*tmp_path.glob("*.lock")]
+        assert len(locks) == 3  # the parent and two workers
+        assert all(map(lives, locks))
+    finally:
+        parent.kill()
+        parent.wait()
+    killed = time.monotonic()
+    wait_until(lambda: not any(map(lives, locks)))
+    assert time.monotonic() - killed < 10

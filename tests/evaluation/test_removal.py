@@ -4,13 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from benchmarks import load_benchmark
 from torch import nn
 
 from lightning_influence.evaluation.losses import squared_error
 from lightning_influence.evaluation.mislabels import mislabel_auroc
-from lightning_influence.evaluation.recipe import Recipe
 from lightning_influence.evaluation.removal import leave_one_out, removal_curve, removal_masks
-from lightning_influence.evaluation.retraining import retrain
 
 RIDGE = 0.1
 
@@ -103,9 +102,11 @@ def test_queries_that_agree_share_a_model():
 
 def test_batched_retraining_to_convergence_is_the_closed_form():
     """Full-batch gradient descent with this ridge reaches the closed form of every subset."""
-    recipe = Recipe(0.1, epochs=400, batch_size=20, weight_decay=RIDGE, schedule="constant")
+    recipe = load_benchmark("recipes").Recipe(
+        0.1, epochs=400, batch_size=20, weight_decay=RIDGE, schedule="constant"
+    )
     train = partial(
-        retrain,
+        load_benchmark("stacked_training").retrain,
         lambda: nn.Linear(3, 1, bias=False).double(),
         recipe,
         (X, Y[:, None]),
@@ -143,7 +144,11 @@ def test_mislabels_of_a_ridge_classifier_are_its_largest_leave_one_out_residuals
         ((torch.zeros(4, 20), [20]), {}, r"got \[20\]"),
         ((torch.zeros(20), [1]), {}, r"of shape \(Q, N\), got shape \(20,\)"),
         ((torch.full((4, 20), float("nan")), [1]), {}, "scores must be finite"),
-        ((torch.zeros(4, 20), [1]), {"order": "best"}, "Unknown order 'best'; choose one of"),
+        (
+            (torch.zeros(4, 20), [1]),
+            {"order": "best"},
+            "Got order='best'; accepted are 'proponents', 'opponents', 'random'",
+        ),
     ],
 )
 def test_orders_that_do_not_exist_are_refused(arguments, options, message):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,5 +54,8 @@ def accuracy(module: Any, label: int | None = None, dataset: TensorDataset | Non
     return float(found)
 
 
-def quiet() -> Any:
-    return warnings.catch_warnings(action="ignore", category=InfluenceWarning)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InfluenceWarning)
+        yield

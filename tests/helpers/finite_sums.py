@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_influence.linalg.lanczos import PreconditionedSpectrum, measure_preconditioned_spectrum
+
 
 class FiniteSum:
     """N rank-one curvatures in P dimensions whose spectrum falls by `decay` orders of magnitude."""
@@ -57,3 +59,23 @@ class FiniteSum:
 
     def errors(self, solutions: Tensor) -> Tensor:
         return (solutions.double() - self.exact).norm(dim=1) / self.exact.norm(dim=1)
+
+
+class Preconditioned(FiniteSum):
+    """With a preconditioner in a basis that is a little off, as EK-FAC's is."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        identity = torch.eye(self.P, dtype=torch.float64)
+        basis = torch.linalg.qr(identity + 0.02 * torch.randn(self.P, self.P, dtype=torch.float64)).Q
+        _, vectors = torch.linalg.eigh(self.A)
+        basis = vectors @ basis
+        spread = torch.exp(0.3 * torch.randn(self.P, dtype=torch.float64))
+        self.M = basis / ((basis.T @ self.A @ basis).diagonal() * spread) @ basis.T
+        self.eigenvalues = torch.linalg.eigvals(self.M @ self.A).real.sort().values
+
+    def precondition(self, v: Tensor) -> Tensor:
+        return v @ self.M.to(v.dtype)
+
+    def spectrum(self, **options) -> PreconditionedSpectrum:
+        return measure_preconditioned_spectrum(self.product, self.precondition, self.vectors, **options)

@@ -1,5 +1,7 @@
 """Factories that worker processes import by name."""
 
+import contextlib
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -42,6 +44,31 @@ class Counted(Ridge):
     def on_train_end(self):
         folder = Path(os.environ["HARNESS_TEST_FOLDER"])
         (folder / f"run-{os.getpid()}-{len(list(folder.iterdir()))}").touch()
+
+
+class Endless(Ridge):
+    """The first to train never ends; the others do."""
+
+    def on_train_start(self):
+        with contextlib.suppress(FileExistsError):
+            (Path(os.environ["HARNESS_TEST_FOLDER"]) / "endless").touch(exist_ok=False)
+            while True:
+                torch.ones(100).sum()
+
+
+def endless():
+    return Endless()
+
+
+HELD = []
+
+
+def held_data():
+    """The data; this process holds a lock until it ends, by which others know that it lives."""
+    file = (Path(os.environ["HARNESS_TEST_FOLDER"]) / f"{os.getpid()}.lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    HELD.append(file)
+    return data()
 
 
 def ridge():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -112,5 +114,8 @@ def gradients(name: str, measurement: str | None = None) -> Tensor:
     )
 
 
-def quiet() -> warnings.catch_warnings:
-    return warnings.catch_warnings(action="ignore", category=InfluenceWarning)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InfluenceWarning)
+        yield

@@ -73,15 +73,6 @@ def test_solved_right_hand_sides_drop_out():
     assert result.residuals[2] == 0
 
 
-def test_it_continues_from_a_guess():
-    problem = FiniteSum()
-    first = conjugate_gradients(problem.product, problem.vectors, max_steps=500, tolerance=1e-4)
-    again = conjugate_gradients(problem.product, problem.vectors, guess=first.solutions, tolerance=1e-4)
-    assert (again.steps, again.products) == (0, 1)
-    further = conjugate_gradients(problem.product, problem.vectors, guess=first.solutions, tolerance=1e-9)
-    assert problem.residuals(further.solutions).max() <= 1e-9
-
-
 def test_no_steps_return_zero():
     problem = FiniteSum()
     result = conjugate_gradients(problem.product, problem.vectors, max_steps=0)
@@ -115,7 +106,7 @@ def test_what_only_grows_is_no_answer(solver):
     problem = FiniteSum(N=10, damping=0.0, dtype=torch.float32)
     A = problem.A.float() * (1 + 1e-4 * torch.randn(problem.P, problem.P)).triu()  # not even symmetric
     try:
-        result = solver(lambda v: v @ A, problem.vectors, max_steps=400, tolerance=1e-6)
+        result = solver(lambda v: v @ A.to(v.dtype), problem.vectors, max_steps=400, tolerance=1e-6)
     except (DivergenceError, IndefiniteError):
         return
     assert result.residuals.max() <= 10
@@ -138,7 +129,7 @@ def test_float32_reports_true_residuals(tolerance):
     problem = FiniteSum(damping=1e-3, decay=2.0, dtype=torch.float32)
     result = conjugate_gradients(problem.product, problem.vectors, max_steps=500, tolerance=tolerance)
     true = problem.residuals(result.solutions)
-    torch.testing.assert_close(result.residuals.double(), true, rtol=0.3, atol=1e-6)
+    torch.testing.assert_close(result.residuals.double(), true, rtol=1e-5, atol=0)
     assert true.max() <= 1.3 * tolerance + 1e-6
 
 
@@ -146,5 +137,6 @@ def test_float32_stops_at_its_precision():
     problem = FiniteSum(damping=1e-4, decay=2.0, dtype=torch.float32)
     result = conjugate_gradients(problem.product, problem.vectors, max_steps=5000, tolerance=1e-12)
     assert result.steps < 5000
-    assert 1e-9 < problem.residuals(result.solutions).max() < 1e-3
-    assert result.residuals.max() > 1e-9
+    true = problem.residuals(result.solutions)
+    assert 1e-9 < true.max() < 1e-3
+    torch.testing.assert_close(result.residuals.double(), true, rtol=1e-5, atol=0)

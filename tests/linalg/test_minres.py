@@ -94,18 +94,11 @@ def test_a_preconditioner_that_is_not_positive_is_named():
         minres(problem.product, problem.vectors, precondition=lambda v: -v)
 
 
-def test_it_continues_from_a_guess():
-    problem = Indefinite()
-    first = minres(problem.product, problem.vectors, max_steps=500, tolerance=1e-4)
-    further = minres(problem.product, problem.vectors, guess=first.solutions, max_steps=500, tolerance=1e-9)
-    assert problem.residuals(further.solutions).max() <= 1e-9
-
-
 def test_float32_reports_true_residuals():
     problem = Indefinite(dtype=torch.float32)
     result = minres(problem.product, problem.vectors, max_steps=500, tolerance=1e-4)
     true = problem.residuals(result.solutions)
-    torch.testing.assert_close(result.residuals.double(), true, rtol=0.1, atol=1e-6)
+    torch.testing.assert_close(result.residuals.double(), true, rtol=1e-5, atol=0)
     assert true.max() <= 1.2e-4
 
 

@@ -10,7 +10,12 @@ from rich.console import Console
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.ranking import Labels, Ranking
-from lightning_influence.results.rendering import facts_table, markdown_table, plain, score_caption
+from lightning_influence.results.rendering import (
+    build_facts_table,
+    markdown_table,
+    render_plain,
+    score_caption,
+)
 from lightning_influence.results.self_influence import SelfInfluence
 
 
@@ -54,8 +59,8 @@ def test_many_ranks_go_to_further_lines():
 @pytest.mark.parametrize("width", [24, 40, 200])
 def test_nothing_is_cut_in_a_narrow_terminal(width):
     table = ranking(q=2, k=3, labels=Labels(train={1000: "a rather long class name"}))
-    letters = Counter(squeezed(plain(table, width)).replace("─", ""))
-    assert letters == Counter(squeezed(plain(table, 1000)).replace("─", ""))
+    letters = Counter(squeezed(render_plain(table, width)).replace("─", ""))
+    assert letters == Counter(squeezed(render_plain(table, 1000)).replace("─", ""))
     assert letters["…"] == 0
 
 
@@ -116,7 +121,7 @@ def test_notebooks_get_html_and_text():
 
 def test_facts_are_shown_in_full_and_without_markup():
     long = "word " * 60
-    text = plain(facts_table([("[bold]name[/bold]", long), ("b", "[x]")], "Title"), 50)
+    text = render_plain(build_facts_table([("[bold]name[/bold]", long), ("b", "[x]")], "Title"), 50)
     assert squeezed(text).count("word") == 60
     assert "[bold]name[/bold]" in text
     assert "[x]" in text
@@ -140,7 +145,7 @@ def attributions(**changes):
 
 
 def test_the_summary_is_the_certificate():
-    text = plain(attributions())
+    text = render_plain(attributions())
     for part in (
         "all scores",
         "ekfac",
@@ -159,7 +164,7 @@ def test_the_summary_is_the_certificate():
 
 
 def test_the_summary_of_a_bare_diagnosis_says_what_is_missing():
-    text = plain(attributions(diagnostics=Diagnostics(method="identity")))
+    text = render_plain(attributions(diagnostics=Diagnostics(method="identity")))
     for part in ("not computed", "none: the weights in memory", "damping"):
         assert part in text
 
@@ -170,7 +175,7 @@ def test_self_influence_has_no_query_column():
         train_indices=torch.tensor([8, 9]),
         diagnostics=Diagnostics(method="ekfac"),
     )
-    text = plain(result)
+    text = render_plain(result)
     assert "Highest self-influence" in text
     assert "+0.125" in text
     assert "query" not in text

@@ -1,14 +1,16 @@
 """A collate function that sorts the examples would have scores given to others."""
 
 import random
+import warnings
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
+from lightning_influence.running.loaders import OrderedCollate
 from lightning_influence.running.reading import prepare
-from lightning_influence.support.errors import UnsupportedDataError
+from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 
 LENGTHS = (2, 5, 3, 4, 1, 6)
 SEQUENCES = [(torch.full((length,), float(length)), torch.tensor(n)) for n, length in enumerate(LENGTHS)]
@@ -79,3 +81,39 @@ def test_others_are_not(collate):
 def test_items_that_are_consumed_are_given_once():
     items = [{"x": x, "y": y} for x, y in SEQUENCES]
     assert len(batches(consumes, items)) == 2
+
+
+def mix_up(items):
+    inputs, labels = default_collate(items)
+    other = torch.randperm(len(inputs))
+    return 0.7 * inputs + 0.3 * inputs[other], labels
+
+
+def cut_columns(items):
+    inputs, labels = default_collate(items)
+    inputs = inputs.clone()
+    inputs[:, :1] = inputs[torch.randperm(len(inputs)), :1]
+    return inputs, labels
+
+
+def standardise(items):
+    inputs, labels = default_collate(items)
+    return inputs - inputs.mean(0), labels
+
+
+def add_noise(items):
+    inputs, labels = default_collate(items)
+    return inputs + torch.randn_like(inputs), labels
+
+
+@pytest.mark.parametrize("collate", [mix_up, cut_columns, standardise])
+def test_a_collate_function_that_mixes_examples_is_named(collate):
+    items = [(torch.randn(4), i % 3) for i in range(6)]
+    with pytest.warns(InfluenceWarning, match=f"collate_fn={collate.__name__} mixes examples"):
+        OrderedCollate(collate)(items)
+
+
+def test_noise_of_an_examples_own_is_not_taken_for_mixing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OrderedCollate(add_noise)([(torch.randn(4), i % 3) for i in range(6)])

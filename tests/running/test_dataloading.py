@@ -28,7 +28,7 @@ from torch.utils.data import (
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare, prepare_train
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 # Lightning's own use of torch's pytrees.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -163,7 +163,7 @@ def test_reading_leaves_generators_alone():
         DataLoader(Squares(), batch_sampler=Buckets([[0, 1], [2], list(range(3, 11))])),
     ):
         [prepared] = prepare(loader)
-        with preserved_rng():
+        with preserve_rng():
             visited(prepared)
     after = [torch.get_rng_state(), generator.get_state(), own.get_state()]
     assert all(map(torch.equal, before, after))
@@ -299,13 +299,13 @@ def test_mixed_lists_are_refused():
         prepare([DataLoader(Squares()), torch.zeros(2)])
 
 
-def test_preserved_rng_covers_every_global_generator():
+def test_preserve_rng_covers_every_global_generator():
     def draw():
         return torch.rand(1).item(), np.random.rand(), random.random()
 
-    with preserved_rng():
+    with preserve_rng():
         first = draw()
-    with pytest.raises(OSError, match="x"), preserved_rng():  # noqa: PT012
+    with pytest.raises(OSError, match="x"), preserve_rng():  # noqa: PT012
         draw()
         raise OSError("x")
     assert draw() == first

@@ -63,17 +63,21 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+# Not an attribute of the module: what a pass does to those is undone.
+CALLS = []
+
+
 class Hooked(Net):
     def on_before_batch_transfer(self, batch, dataloader_idx):
-        self.calls.append(("before", dataloader_idx))
+        CALLS.append(("before", dataloader_idx))
         return batch
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
-        self.calls.append(("transfer", dataloader_idx))
+        CALLS.append(("transfer", dataloader_idx))
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        self.calls.append(("after", dataloader_idx))
+        CALLS.append(("after", dataloader_idx))
         return [batch[0] * 2, batch[1]]
 
 
@@ -383,11 +387,12 @@ def test_the_step_sees_the_users_module_attached(tmp_path):
 @pytest.mark.parametrize("use", ["trainer", "loop"])
 def test_transfer_hooks_run_once_a_batch(tmp_path, use):
     module = Hooked()
+    CALLS.clear()
     runner = TrainerRunner(make_trainer(tmp_path), module) if use == "trainer" else LoopRunner(module)
     inputs = []
     step = Gather(lambda module, batch: inputs.append(batch[0]))
     runner.run(step, [make_loader(8), make_loader(4)])
-    assert module.calls == [(hook, i) for i in (0, 0, 1) for hook in ("before", "transfer", "after")]
+    assert [(hook, i) for i in (0, 0, 1) for hook in ("before", "transfer", "after")] == CALLS
     assert torch.equal(torch.cat(inputs[:2]), 2 * make_data(8).tensors[0])
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lightning_influence.support import storage
 from lightning_influence.support.errors import CorruptFileError
-from lightning_influence.support.storage import atomic_path, check_kind, load_tensors, save_tensors
+from lightning_influence.support.storage import check_kind, load_tensors, save_tensors, write_atomically
 
 TENSORS = {
     "matrix": torch.arange(6.0).view(2, 3),
@@ -106,11 +106,11 @@ def test_a_crash_while_writing_leaves_the_old_content(file, monkeypatch):
 
 def test_atomic_path_makes_parents_and_keeps_links(tmp_path):
     real, link = tmp_path / "deep" / "real.txt", tmp_path / "link.txt"
-    with atomic_path(real) as temporary:
+    with write_atomically(real) as temporary:
         temporary.write_text("one")
         assert not real.exists()
     link.symlink_to(real)
-    with atomic_path(link) as temporary:
+    with write_atomically(link) as temporary:
         temporary.write_text("two")
     assert link.is_symlink()
     assert real.read_text() == "two"

@@ -1,8 +1,7 @@
 """Retraining any LightningModule on subsets of its data, in processes of their own.
 
-This stands above :mod:`lightning_influence.evaluation`, which knows no Lightning: a run here is a fresh
-module and a fresh Trainer. Small models that a recipe describes train far faster side by side, with
-:func:`lightning_influence.evaluation.retrain`.
+A run here is a fresh module and a fresh Trainer; the rest of :mod:`lightning_influence.evaluation` takes what
+retraining measured as tensors, wherever it was trained.
 """
 
 from lightning_influence.evaluation.harness.pool import retrain_subsets

@@ -1,15 +1,16 @@
-"""Many runs in parallel processes, with what is finished kept."""
+"""Many runs in parallel processes that end with the caller's, and keep what they finish."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from lightning_influence.evaluation.harness.retraining import Retraining
 from lightning_influence.evaluation.harness.run import Runs, seed_all
-from lightning_influence.evaluation.harness.store import RunStore, fingerprint
-from lightning_influence.support.arguments import check_masks, seed_list
+from lightning_influence.evaluation.harness.store import RunStore, find_folder
+from lightning_influence.support.arguments import check_count, check_masks, read_seeds
 from lightning_influence.support.errors import InfluenceError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 Run = tuple[Tensor, int]
+# How often a worker asks for its parent's id. Chosen by hand: a wake-up a second costs no measurable time,
+# and an orphan that trains on for a second harms nobody.
+_WATCH_SECONDS = 1.0
 _runs: Runs | None = None
 _store: RunStore | None = None
 
@@ -33,26 +37,29 @@ def retrain_subsets(
     seeds: Sequence[int] | Tensor,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
+    cache_key: str | None = None,
     processes: int | None = None,
-    data_key: str | None = None,
     progress: bool | Callable[[int, int], None] = True,
 ) -> Tensor:
-    """Values of the queries under models retrained on subsets, every subset with every seed.
+    """Retrain on subsets, every subset with every seed, and measure the queries under each model.
 
     Every run has a fresh module and a fresh Trainer. Its initial values follow the seed alone, so that runs
     of one seed start from the same point whatever their subset. A run is written to ``cache_dir`` by the
     process that finished it: a computation that was interrupted, or whose worker was killed, goes on where it
-    stopped when it is called again. A run is found again while the functions and all of the user's code they
-    name, the values of globals, defaults, closures and objects among it, the data, the subset, the seed and
-    the versions of torch, Lightning, NumPy and this library are the same.
+    stopped when it is called again. Workers end with the process that called, however it dies.
+
+    A kept run is found again under the same ``cache_key``, name of the measurement, subset, seed, and
+    versions of torch, Lightning, NumPy and this library. What the factories do is not looked at: the key has
+    to change with the module, the Trainer, the data, the loader, the queries and the measurement.
 
     Args:
         retraining: the factories, importable by name; see :class:`Retraining`.
         masks: kept examples of each subset, boolean, ``(M, N)``.
         seeds: ``S`` different seeds, a sequence, a tensor or an array.
         cache_dir: where finished runs are kept; nothing is kept without it.
+        cache_key: a text that stands for everything that decides a run but its subset and seed, such as
+            ``"digits v2, mlp 64, lr 0.1, 20 epochs"``; required with ``cache_dir``.
         processes: worker processes, each with one torch thread; as many as CPUs if None, 0 for this process.
-        data_key: a string that stands for the content of the data, for data that are too large to be hashed.
         progress: True for a progress bar, or a function called with the numbers of finished and of all runs.
 
     Returns:
@@ -60,13 +67,14 @@ def retrain_subsets(
 
     Raises:
         InfluenceError: if a worker process died, or the factories do not give fresh objects.
-        ValueError: if arguments do not fit together, or a function cannot be imported by a worker.
-        TypeError: if runs are kept, and the functions or the data are made of what cannot be hashed.
+        CorruptFileError: if the file of a kept run is damaged.
+        ValueError: if arguments do not fit together, a function cannot be imported by a worker, or kept runs
+            have other queries.
     """
-    chosen, count = seed_list(seeds), _cpus() if processes is None else processes
-    size, mark = _prepare(retraining, data_key, wanted=cache_dir is not None, parallel=count > 0)
-    _check(masks, size, count)
-    store = None if cache_dir is None else RunStore(Path(cache_dir) / mark)
+    chosen, count = read_seeds(seeds), _count_cpus() if processes is None else processes
+    store = _open_store(retraining, cache_dir, cache_key)
+    check_masks(masks, _prepare(retraining, parallel=count > 0))
+    check_count("processes", count, 0)
     runs = [(mask, seed) for mask in masks.cpu() for seed in chosen]
     found: dict[tuple[bytes, int], Tensor] = {}
     missing: dict[tuple[bytes, int], Run] = {}
@@ -81,41 +89,69 @@ def retrain_subsets(
         for run, values in _execute(retraining, list(missing.values()), store, count):
             found[_key(run)] = values
             report(len(found))
-    return torch.stack([found[_key(run)] for run in runs]).view(len(masks), len(chosen), -1)
+    measured = [found[_key(run)] for run in runs]
+    sizes = {len(values) for values in measured}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"Runs under cache_key={cache_key!r} measured {sorted(sizes)} queries. Choose another cache_key "
+            "whenever the queries, or anything else of a run, change."
+        )
+    return torch.stack(measured).view(len(masks), len(chosen), -1)
 
 
-def _cpus() -> int:
+def _open_store(
+    retraining: Retraining, cache_dir: str | os.PathLike[str] | None, cache_key: str | None
+) -> RunStore | None:
+    """Open the folder that runs are kept in, if they are.
+
+    Returns:
+        The store, or None.
+
+    Raises:
+        ValueError: if there is a folder without a key, or a key without a folder.
+    """
+    if cache_dir is None and cache_key is None:
+        return None
+    if cache_dir is None:
+        raise ValueError(f"Got cache_key={cache_key!r} without cache_dir: pass the folder to keep runs in.")
+    if not isinstance(cache_key, str) or not cache_key.strip():
+        raise ValueError(
+            f"Got cache_key={cache_key!r} with a cache_dir; accepted is a text that names all that decides a "
+            "run besides its subset and seed: module, trainer, data, loader, queries and measurement with "
+            'their settings, such as "digits v2, mlp 64, lr 0.1, 20 epochs". Change it whenever one changes.'
+        )
+    name = retraining.measurement if isinstance(retraining.measurement, str) else None
+    return RunStore(find_folder(cache_dir, cache_key, name), cache_key)
+
+
+def _count_cpus() -> int:
     """Return how many CPUs this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _prepare(
-    retraining: Retraining, data_key: str | None, *, wanted: bool, parallel: bool
-) -> tuple[int, str]:
+def _prepare(retraining: Retraining, *, parallel: bool) -> int:
     """Check the factories.
 
     Returns:
-        The number of training examples and, if wanted, the fingerprint.
+        ``N``, the number of training examples.
 
     Raises:
         ValueError: if a function cannot be imported, or the data have no length.
     """
     if parallel:
         retraining.check_importable()
-    with preserved_rng():
+    with preserve_rng():
         retraining.check_fresh()
-        # As in a worker: random augmentations are hashed at the values that this seed gives.
-        seed_all(0, "data")
-        data, queries = retraining.data(), retraining.queries()
-        if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-            raise ValueError(
-                f"`data()` returned a {type(data).__name__} without length or indices; accepted is a "
-                "map-style Dataset, whose examples can be left out one by one."
-            )
-        size = len(data)
-        return size, fingerprint(retraining, data, queries, data_key) if wanted else ""
+        seed_all(0, "data")  # as in a worker
+        data = retraining.data()
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise ValueError(
+            f"`data()` returned a {type(data).__name__} without length or indices; accepted is a map-style "
+            "Dataset, whose examples can be left out one by one."
+        )
+    return len(data)
 
 
 def _execute(
@@ -148,7 +184,7 @@ def _in_processes(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_initialise,
-        initargs=(retraining, None if store is None else str(store.folder)),
+        initargs=(retraining, store),
     )
     finished = 0
     try:
@@ -173,13 +209,32 @@ def _in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _initialise(retraining: Retraining, folder: str | None) -> None:
+def _initialise(retraining: Retraining, store: RunStore | None) -> None:
     """Prepare a worker process."""
     global _runs, _store
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     # Every Trainer announces itself; a hundred of them hide the progress bar.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    _runs, _store = Runs(retraining), None if folder is None else RunStore(Path(folder))
+    _runs, _store = Runs(retraining), store
+
+
+def _end_with_parent() -> None:
+    """Wait for the death of the process that started this worker, and end this one.
+
+    A killed parent cannot tell its workers, and they would go on with the queued runs, then wait for more for
+    ever. The sentinel is a pipe (on Windows a handle) that the operating system closes with the parent; a
+    process that the parent forked holds the pipe open, so the parent's id is looked at too.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    while not multiprocessing.connection.wait([parent.sentinel], timeout=_WATCH_SECONDS):
+        if os.name == "posix" and os.getppid() != parent.pid:
+            break
+    # Not sys.exit, which would end this thread alone. Finished runs are on disk, and files are replaced as a
+    # whole, so that nothing is lost that could have been finished.
+    os._exit(1)
 
 
 def _work(kept: list[bool], seed: int) -> list[float]:
@@ -198,12 +253,6 @@ def _finish(runs: Runs, store: RunStore | None, kept: Tensor, seed: int) -> Tens
 
 def _key(run: Run) -> tuple[bytes, int]:
     return run[0].numpy().tobytes(), run[1]
-
-
-def _check(masks: Tensor, size: int, processes: int) -> None:
-    check_masks(masks, size)
-    if processes < 0:
-        raise ValueError(f"processes must be at least 0, got {processes}.")
 
 
 class _Reporter:

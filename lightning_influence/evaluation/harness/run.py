@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sized
 from typing import Any
@@ -13,13 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from lightning_influence.evaluation.harness.retraining import Retraining, check_distinct, check_types
-from lightning_influence.evaluation.recipe import run_seed
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.support.errors import NonFiniteError, UnsupportedDataError, UnsupportedTrainerError
-from lightning_influence.support.random_states import preserved_rng
+from lightning_influence.support.random_states import preserve_rng
 
 
 class Runs:
@@ -31,7 +31,7 @@ class Runs:
 
     def __init__(self, retraining: Retraining) -> None:
         self._retraining = retraining
-        with preserved_rng():
+        with preserve_rng():
             seed_all(0, "data")
             self._data: Dataset[Any] = retraining.data()
             self._queries = retraining.queries()
@@ -56,7 +56,7 @@ class Runs:
         """
         indices = kept.nonzero().squeeze(1).tolist()
         label = f"The run with seed {seed} on {len(indices)} examples"
-        with preserved_rng():
+        with preserve_rng():
             seed_all(seed, "init")
             module, trainer = self._retraining.module(), self._retraining.trainer()
             self._check(module, trainer)
@@ -165,9 +165,23 @@ def _check_finite(module: LightningModule, trainer: Trainer, label: str) -> None
         )
 
 
+def derive_seed(seed: int, purpose: str) -> int:
+    """Derive the seed of one part of a run, a function of the run's seed alone and not of its examples.
+
+    Args:
+        seed: the run's seed.
+        purpose: what is drawn, such as ``"init"`` or ``"order"``.
+
+    Returns:
+        An integer in ``[0, 2**63)``.
+    """
+    digest = hashlib.sha256(f"{seed}|{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def seed_all(seed: int, purpose: str) -> None:
     """Seed torch, NumPy and Python's own generator for one part of a run."""
-    value = run_seed(seed, purpose)
+    value = derive_seed(seed, purpose)
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)

@@ -1,21 +1,44 @@
-"""Finished runs on disk: one verified file each, under the hash of all that decides the result."""
+"""Finished runs on disk: one verified file each, in a folder that the user's key and the versions name."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import os
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
-from lightning_influence.evaluation.fingerprints import content, describe, digest, versions
-from lightning_influence.evaluation.harness.retraining import Retraining
 from lightning_influence.support.errors import CorruptFileError
-from lightning_influence.support.storage import check_kind, load_tensors, save_tensors
+from lightning_influence.support.fields import read_tensor
+from lightning_influence.support.storage import load_object, save_tensors
 
 _KIND = "retrained values"
+_PACKAGES = ("torch", "lightning", "numpy", "lightning-influence")
+
+
+def find_folder(cache_dir: str | os.PathLike[str], cache_key: str, measurement: str | None) -> Path:
+    """Name the folder of an experiment's runs.
+
+    A library's new version may train to other values, so the versions count beside the key.
+
+    Args:
+        cache_dir: where all experiments are kept.
+        cache_key: the user's text that stands for the factories and the data.
+        measurement: the measurement's name; None for a function, which the key stands for.
+
+    Returns:
+        The folder; it need not exist.
+    """
+    words = [cache_key, measurement or "function", *(f"{name} {_find_version(name)}" for name in _PACKAGES)]
+    return Path(cache_dir).expanduser() / hashlib.sha256("\0".join(words).encode()).hexdigest()[:24]
+
+
+def _find_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 class RunStore:
@@ -23,15 +46,16 @@ class RunStore:
 
     Args:
         folder: where the files are.
+        cache_key: the user's text, written into every file for people who look at it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, cache_key: str) -> None:
+        self.folder, self.cache_key = folder, cache_key
 
-    def path(self, kept: Tensor, seed: int) -> Path:
-        """Return the file of a run on ``kept (N,)``."""
-        key = hashlib.sha256(kept.cpu().numpy().tobytes() + f"|{seed}".encode()).hexdigest()[:24]
-        return self.folder / f"{key}.safetensors"
+    def locate(self, kept: Tensor, seed: int) -> Path:
+        """Return the file of a run on ``kept (N,)``, there or not."""
+        name = hashlib.sha256(kept.cpu().numpy().tobytes() + f"|{seed}".encode()).hexdigest()[:24]
+        return self.folder / f"{name}.safetensors"
 
     def load(self, kept: Tensor, seed: int) -> Tensor | None:
         """Values ``(Q,)`` of a run, None if it is not there.
@@ -46,47 +70,15 @@ class RunStore:
         Raises:
             CorruptFileError: if the file is damaged.
         """
-        path = self.path(kept, seed)
+        path = self.locate(kept, seed)
         try:
-            tensors, metadata = load_tensors(path)
-            check_kind(path, metadata, _KIND)
+            return load_object(path, _KIND, lambda tensors, _: read_tensor(tensors, "values", ndim=1))
         except FileNotFoundError:
             return None
         except CorruptFileError as error:
             raise CorruptFileError(f"{error} Delete {str(path)!r}: its run will be repeated.") from error
-        return tensors["values"]
 
     def save(self, kept: Tensor, seed: int, values: Tensor) -> None:
         """Write a run's values atomically: a reader sees the whole file or none."""
-        metadata = {"kind": _KIND, "seed": seed, "kept": int(kept.sum())}
-        save_tensors(self.path(kept, seed), {"values": values}, metadata)
-
-
-def fingerprint(retraining: Retraining, data: Any, queries: Any, data_key: str | None) -> str:
-    """Hash of what decides a run's result, subset and seed aside.
-
-    Args:
-        retraining: the functions: by name and by the source and the values of all they are made of.
-        data: the training set, by content.
-        queries: the query batches, by content.
-        data_key: stands for the content of both if given.
-
-    Returns:
-        24 hexadecimal digits.
-
-    Raises:
-        TypeError: if the functions or the data are made of what cannot be hashed.
-    """
-    words = versions()
-    for name, function in sorted(retraining.functions().items()):
-        words += [name, *describe(function)]
-    words.append(str(retraining.measurement) if isinstance(retraining.measurement, str) else "function")
-    if data_key is not None:
-        return digest([*words, "key", data_key])
-    return digest([*words, "train", *_contents(data), "queries", *map(content, queries)])
-
-
-def _contents(data: Any) -> Iterable[str]:
-    if isinstance(data, TensorDataset):
-        return [content(tensor) for tensor in data.tensors]
-    return (content(data[index]) for index in range(len(data)))
+        facts = {"kind": _KIND, "cache_key": self.cache_key, "seed": seed, "kept": int(kept.sum())}
+        save_tensors(self.locate(kept, seed), {"values": values}, facts)

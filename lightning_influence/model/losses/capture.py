@@ -6,13 +6,14 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
 
 from lightning_influence.model.losses.combined import ScaledLoss, SumLoss
 from lightning_influence.model.losses.loss import OutputLoss, Reduction

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
 from lightning_influence.support.errors import UnsupportedModelError

@@ -11,10 +11,10 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.model.losses.draws import draw_signs
 from lightning_influence.model.losses.loss import OutputLoss, working

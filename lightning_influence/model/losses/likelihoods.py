@@ -14,11 +14,11 @@ variances.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import Self
 
 from lightning_influence.model.losses.elementwise import ElementwiseLoss
 from lightning_influence.model.losses.loss import Reduction, working

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_influence.running.host.packages import load_beside
 from lightning_influence.support.errors import UnsupportedTrainerError
 
 
@@ -23,7 +24,7 @@ def preserved(owner: Any, *names: str) -> Iterator[None]:
     if missing:
         raise UnsupportedTrainerError(
             f"{type(owner).__name__} has no attribute {', '.join(missing)} in this version of Lightning; "
-            "install a version that the package's requirements accept (lightning>=2.6.6,<2.7)."
+            "install a version that the package's requirements accept (lightning>=2.4,<3)."
         )
     saved = {name: vars(owner)[name] for name in names}
     try:
@@ -32,9 +33,23 @@ def preserved(owner: Any, *names: str) -> Iterator[None]:
         vars(owner).update(saved)
 
 
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
 def wrapped_sampler(sampler: object) -> object | None:
     """Return the user's sampler inside the one that Lightning wraps it in for distributed runs, or None."""
     return getattr(getattr(sampler, "dataset", None), "_sampler", None)
+
+
+def combine_loaders(loaders: Sequence[Iterable[Any]], trainer: object) -> Any:
+    """Return loaders one after another, as Lightning would combine them, but without a warning.
+
+    Lightning 2.6 makes a tree of them in a way that torch 2.13 deprecates, and would warn in every pass.
+    """
+    combined = load_beside(trainer, "utilities.combined_loader").CombinedLoader
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        return combined(loaders, "sequential")
 
 
 def combined_mode(loader: CombinedLoader) -> str:
@@ -44,4 +59,5 @@ def combined_mode(loader: CombinedLoader) -> str:
 
 def defines(owner: object, hook: str) -> bool:
     """Return whether a LightningModule or LightningDataModule overrides a hook of its base class."""
-    return is_overridden(hook, owner)
+    overridden: bool = load_beside(owner, "utilities.model_helpers").is_overridden(hook, owner)
+    return overridden

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.cloud_io import _load as load_by_torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from lightning_influence.support.storage import PathLike
 _REFUSED = (
     r"Unsupported global: GLOBAL (\S+) was not an allowed",
     r"unsupported GLOBAL (\S+) whose module",
-    r"add_safe_globals`,? but got <class '([^']+)'>",
+    r"(?:add_safe_globals`|OrderedDict objects),? but got <class '([^']+)'>",
 )
 
 
@@ -77,7 +78,7 @@ def _unreadable(path: PathLike, error: Exception) -> InfluenceError:
     return UnsafeCheckpointError(
         f"{where} holds objects other than tensors and plain values: {names}. They are not unpickled, which "
         "could run code from the file. If you trust it, allow them: call "
-        f"torch.serialization.add_safe_globals([{names}]), or ask inside "
+        f"torch.serialization.add_safe_globals([{names}]), or with torch 2.5 and later ask inside "
         f"torch.serialization.safe_globals([{names}]). Or load the model yourself with "
         "Model.load_from_checkpoint(path, weights_only=False) and pass it: to InfluenceModule(model), or to "
         "the Trainer's method as the model, with ckpt_path=None; what the file holds of factors and the "
@@ -119,13 +120,19 @@ class ExplainingCheckpointIO(CheckpointIO):
             InfluenceError: if it is damaged or not unpickled, in place of torch's error.
         """
         try:
-            checkpoint = self._inner.load_checkpoint(path, *args, **kwargs)
+            checkpoint = self._load(path, *args, **kwargs)
         except Exception as error:
             if not isinstance(error, pickle.UnpicklingError) and not self._damaged(path, error):
                 raise
             refusal = _unreadable(path, error)
             raise refusal from error
         return _checked(path, checkpoint)
+
+    def _load(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what a plugin reads, or torch without unpickling, no default before Lightning 2.6."""
+        if type(self._inner) is TorchCheckpointIO:
+            return load_by_torch(path, map_location="cpu", weights_only=True)
+        return self._inner.load_checkpoint(path, *args, **kwargs)
 
     def _damaged(self, path: Any, error: Exception) -> bool:
         """Return whether torch failed at a file that is there; plugins have errors of their own."""
@@ -141,7 +148,7 @@ class ExplainingCheckpointIO(CheckpointIO):
         self._inner.remove_checkpoint(path)
 
 
-def with_weights(
+def load_weights(
     model: LightningModule | type[LightningModule],
     path: PathLike,
     checkpoint: dict[str, Any],
@@ -178,7 +185,7 @@ def with_weights(
 
 
 def _load_into(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    put_back = held_weights(module)
+    put_back = remember_weights(module)
     try:
         if defines(module, "configure_model"):
             module.configure_model()
@@ -189,7 +196,7 @@ def _load_into(module: LightningModule, checkpoint: dict[str, Any]) -> None:
         raise
 
 
-def held_weights(module: nn.Module) -> Callable[[], None]:
+def remember_weights(module: nn.Module) -> Callable[[], None]:
     """Copy what loading a checkpoint changes: parameters, buffers, and what else the state dict holds.
 
     Returns:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from lightning_influence.running.host.attributes import preserved
+from lightning_influence.running.host.attributes import defines, preserved
+from lightning_influence.running.host.packages import is_lightning, load_beside
+from lightning_influence.running.host.states import ModuleStates
 
 
 @contextlib.contextmanager
@@ -20,7 +21,7 @@ def borrowed_module(module: LightningModule) -> Iterator[None]:
     Covers every submodule's mode, every parameter's ``grad``, ``requires_grad`` and dtype, the device, the
     ``trainer`` reference and the ``log`` and ``log_dict`` of the module and of LightningModules inside it.
     """
-    inner = [m for m in module.modules() if isinstance(m, LightningModule)]
+    inner: list[Any] = [m for m in module.modules() if is_lightning(m, "LightningModule")]
     modes = [(m, m.training) for m in module.modules()]
     # `Module.to` gives a parameter new data and leaves the old tensor as it was: to hold it costs nothing.
     weights = [(p, p.data) for p in module.parameters()]
@@ -32,7 +33,7 @@ def borrowed_module(module: LightningModule) -> Iterator[None]:
             stack.enter_context(preserved(part, "_trainer", "_current_fx_name", "_device", "_dtype"))
             stack.enter_context(muted(part))
         try:
-            module.eval()
+            enter_eval_mode(module)
             for parameter, _, _ in grads:
                 parameter.grad = None
             yield
@@ -60,33 +61,13 @@ def _restore_dtypes(
 
 
 @contextlib.contextmanager
-def preserved_states(module: nn.Module) -> Iterator[None]:
-    """Put buffers and the states of torchmetrics back on exit: running a training step changes them."""
-    parts = list(module.modules())
-    buffers = [(m, name, b.clone()) for m in parts for name, b in m.named_buffers(recurse=False)]
-    metrics = [(m, _metric_state(m)) for m in parts if isinstance(m, Metric)]
+def preserved_states(module: nn.Module) -> Iterator[ModuleStates]:
+    """Put back on exit what running a training step changes, see :class:`.states.ModuleStates`."""
+    states = ModuleStates(module)
     try:
-        yield
+        yield states
     finally:
-        with torch.no_grad():
-            for owner, name, buffer in buffers:
-                getattr(owner, name).copy_(buffer)
-        for metric, state in metrics:
-            # The pass may have moved the module.
-            vars(metric).update({name: _copied(value, metric.device) for name, value in state.items()})
-
-
-def _metric_state(metric: Metric) -> dict[str, object]:
-    """Return copies of everything that a metric changes when it is updated or computed."""
-    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
-    return {name: _copied(vars(metric)[name]) for name in names if name in vars(metric)}
-
-
-def _copied(value: object, device: torch.device | None = None) -> object:
-    """Return a copy of a metric's value, a tensor or a list of them as a rule."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    return [_copied(item, device) for item in value] if isinstance(value, list) else value
+        states.restore()
 
 
 @contextlib.contextmanager
@@ -111,12 +92,53 @@ def unwrap_compiled(model: object) -> LightningModule:
     """Return the LightningModule itself, also from ``torch.compile(model)``.
 
     Raises:
-        TypeError: if ``model`` is not a LightningModule of the ``lightning`` package.
+        TypeError: if ``model`` is not a LightningModule.
     """
-    inner = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else model
-    if isinstance(inner, LightningModule):
-        return inner
-    hint = ""
-    if any(cls.__module__.startswith("pytorch_lightning") for cls in type(inner).__mro__):
-        hint = " This one comes from pytorch_lightning: import from lightning.pytorch instead."
-    raise TypeError(f"Expected a lightning.pytorch.LightningModule, got {type(inner).__name__}.{hint}")
+    inner: Any = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else model
+    if is_lightning(inner, "LightningModule") and not isinstance(inner, type):
+        found: LightningModule = inner
+        return found
+    raise TypeError(
+        f"Expected a LightningModule of lightning.pytorch or pytorch_lightning, got {type(inner).__name__}."
+    )
+
+
+@contextlib.contextmanager
+def training_stage(module: LightningModule) -> Iterator[None]:
+    """Let the Trainer of a module, if it has one, say for a step that it is training, as in a fit."""
+    trainer: Any = module._trainer
+    if trainer is None:
+        yield
+        return
+    states, before = load_beside(trainer, "trainer.states"), (trainer.state.fn, trainer.state.stage)
+    trainer.state.fn, trainer.state.stage = states.TrainerFn.FITTING, states.RunningStage.TRAINING
+    try:
+        yield
+    finally:
+        trainer.state.fn, trainer.state.stage = before
+
+
+def enter_eval_mode(module: LightningModule) -> None:
+    """Put a module in the mode that its author wants for evaluation.
+
+    That is ``eval()``, and then the module's own ``on_validation_model_eval`` if it has one, which may leave
+    parts in training mode.
+    """
+    module.eval()
+    if not defines(module, "on_validation_model_eval"):
+        return
+    with preserved(module, "_trainer"):
+        # Lightning's own hook, which `super()` calls, asks the Trainer for the model that it runs.
+        vars(module)["_trainer"] = _RunsThisModule(module, vars(module)["_trainer"])
+        module.on_validation_model_eval()
+
+
+class _RunsThisModule:
+    """A Trainer, or none, that says it runs a module."""
+
+    def __init__(self, module: LightningModule, trainer: Any) -> None:
+        self.model = self.lightning_module = module
+        self._trainer = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.trainer.states import TrainerFn, TrainerState
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 
 from lightning_influence.running.host.attributes import preserved
 from lightning_influence.running.host.checkpoints import ExplainingCheckpointIO
+from lightning_influence.running.host.packages import is_lightning, load_beside
 from lightning_influence.support.errors import UnsupportedTrainerError
 
 LOGGER_CONNECTOR = (
@@ -59,7 +58,7 @@ def check_trainer(trainer: Trainer) -> None:
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if is_lightning(strategy.launcher, "_MultiProcessingLauncher"):
         raise UnsupportedTrainerError(
             f"{name} starts its processes with spawn or fork, and what they compute is lost when they end. "
             'Use Trainer(strategy="ddp") in a script, or Trainer(devices=1) in a notebook.'
@@ -69,11 +68,18 @@ def check_trainer(trainer: Trainer) -> None:
             f"{name} splits the parameters over processes; influence needs whole layers. "
             'Use Trainer(devices=1) or Trainer(strategy="ddp") with the consolidated checkpoint.'
         )
-    loop = trainer._active_loop
-    if loop is not None and loop._data_fetcher is not None:
+    # Asked of every loop: within a pass, the Trainer says that it trains and not that it predicts.
+    loops: dict[str, Any] = {
+        "fit": trainer.fit_loop,
+        "validate": trainer.validate_loop,
+        "test": trainer.test_loop,
+        "predict": trainer.predict_loop,
+    }
+    running = [name for name, loop in loops.items() if loop._data_fetcher is not None]
+    if running:
         raise UnsupportedTrainerError(
-            f"The Trainer is in the middle of {trainer.state.fn.value if trainer.state.fn else 'a run'}(). "
-            "Ask for influence once that has ended: from the callback hook on_fit_end on."
+            f"The Trainer is in the middle of {running[0]}(). Ask for influence once that has ended: from "
+            "the callback hook on_fit_end on."
         )
     if torch.is_inference_mode_enabled():
         raise UnsupportedTrainerError(
@@ -83,7 +89,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 def splits_parameters(trainer: Trainer) -> bool:
     """Return whether the Trainer's strategy gives no process whole layers."""
-    return isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
+    return is_lightning(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 def resolve_checkpoint(trainer: Trainer, ckpt_path: str) -> str:
@@ -101,7 +107,10 @@ def resolve_checkpoint(trainer: Trainer, ckpt_path: str) -> str:
     """
     connected = trainer.lightning_module is not None
     path = trainer._checkpoint_connector._parse_ckpt_path(
-        TrainerFn.PREDICTING, ckpt_path, model_provided=True, model_connected=connected
+        load_beside(trainer, "trainer.states").TrainerFn.PREDICTING,
+        ckpt_path,
+        model_provided=True,
+        model_connected=connected,
     )
     if not path:
         raise ValueError(
@@ -128,31 +137,34 @@ def borrowed_trainer(trainer: Trainer, callbacks: list[Callback]) -> Iterator[No
         stack.enter_context(preserved(trainer._logger_connector, *LOGGER_CONNECTOR))
         stack.enter_context(preserved(trainer._checkpoint_connector, *CHECKPOINT_CONNECTOR))
         stack.enter_context(preserved(trainer._signal_connector, *SIGNAL_CONNECTOR))
-        stack.enter_context(preserved(trainer._callback_connector, "_pending_litmodels_tip"))
+        if hasattr(trainer._callback_connector, "_pending_litmodels_tip"):  # not in older versions
+            stack.enter_context(preserved(trainer._callback_connector, "_pending_litmodels_tip"))
+            trainer._callback_connector._pending_litmodels_tip = False
         stack.enter_context(_preserved_interrupt())
         for loop in loops:
             stack.enter_context(preserved(loop, "_combined_loader"))
             stack.enter_context(preserved(loop._data_source, "instance"))
         _stop_display(host.callbacks)
         host.callbacks = callbacks
-        trainer.loggers = [DummyLogger() for _ in trainer.loggers]
-        host.profiler = PassThroughProfiler()
+        dummy = load_beside(trainer, "loggers.logger").DummyLogger
+        trainer.loggers = [dummy() for _ in trainer.loggers]
+        host.profiler = load_beside(trainer, "profilers").PassThroughProfiler()
         host.datamodule = None
         trainer.limit_predict_batches = 1.0
         trainer.predict_loop = type(trainer.predict_loop)(trainer, inference_mode=False)
-        trainer.state = TrainerState()
+        trainer.state = type(trainer.state)()
         trainer.strategy.checkpoint_io = ExplainingCheckpointIO(trainer.strategy.checkpoint_io)
         trainer._checkpoint_connector._ckpt_path = None
         trainer._checkpoint_connector._user_managed = False
-        trainer._callback_connector._pending_litmodels_tip = False
         yield
 
 
 def _stop_display(callbacks: list[Callback]) -> None:
     """Close the finished display of a fit, open until teardown: a second one would break its closing."""
     for callback in callbacks:
-        if isinstance(callback, RichProgressBar) and callback.progress is not None:
-            callback.progress.stop()
+        progress: Any = getattr(callback, "progress", None)
+        if is_lightning(callback, "RichProgressBar") and progress is not None:
+            progress.stop()
 
 
 @contextlib.contextmanager
@@ -165,3 +177,108 @@ def _preserved_interrupt() -> Iterator[None]:
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and signal.getsignal(signal.SIGINT) != handler:
             signal.signal(signal.SIGINT, handler)
+
+
+class _Labelled:
+    """A progress bar whose text for a pass can be set."""
+
+    label = "Influence"
+
+    @property
+    def predict_description(self) -> str:
+        return self.label
+
+
+def make_labelled_bar(trainer: Trainer) -> Any:
+    """Make a progress bar of the Trainer's kind with a ``label`` to set, or None if it shows none."""
+    host: Any = trainer
+    bar = next((c for c in host.callbacks if is_lightning(c, "ProgressBar")), None)
+    if bar is None or not getattr(bar, "is_enabled", True):
+        return None
+    bars = load_beside(bar, "callbacks")
+    if is_lightning(bar, "RichProgressBar"):
+        rich = type("LabelledRichBar", (_Labelled, bars.RichProgressBar), {})
+        return rich(refresh_rate=int(bar.refresh_rate), theme=bar.theme, console_kwargs=bar._console_kwargs)
+    plain = type("LabelledTQDMBar", (_Labelled, bars.TQDMProgressBar), {})
+    if is_lightning(bar, "TQDMProgressBar"):
+        return plain(refresh_rate=bar.refresh_rate, process_position=bar.process_position)
+    return plain()
+
+
+def read_progress(trainer: Trainer) -> dict[str, Any]:
+    """Copy how far a Trainer's fit is: what its epoch and step are computed from."""
+    return copy.deepcopy({name: progress.state_dict() for name, progress in _progresses(trainer).items()})
+
+
+def set_progress(trainer: Trainer, progress: Mapping[str, Any]) -> None:
+    """Set how far a Trainer's fit is; nothing else of the fit is touched.
+
+    Args:
+        trainer: the Trainer.
+        progress: from :func:`read_progress`, or the state of the fit loop in a checkpoint,
+            ``checkpoint["loops"]["fit_loop"]``.
+    """
+    for name, own in _progresses(trainer).items():
+        if name in progress:
+            own.load_state_dict(copy.deepcopy(progress[name]))
+
+
+def _progresses(trainer: Trainer) -> dict[str, Any]:
+    loop = trainer.fit_loop.epoch_loop
+    return {
+        "epoch_progress": trainer.fit_loop.epoch_progress,
+        "epoch_loop.batch_progress": loop.batch_progress,
+        "epoch_loop.scheduler_progress": loop.scheduler_progress,
+        "epoch_loop.automatic_optimization.optim_progress": loop.automatic_optimization.optim_progress,
+        "epoch_loop.manual_optimization.optim_step_progress": loop.manual_optimization.optim_step_progress,
+    }
+
+
+def make_idle_trainer(module: LightningModule, progress: Mapping[str, Any]) -> Trainer:
+    """Make a Trainer that runs nothing, for a module that asks its Trainer how far the training is.
+
+    Args:
+        module: the module, whose package of Lightning the Trainer is of.
+        progress: the state of the fit loop in a checkpoint.
+
+    Returns:
+        The Trainer; the module is not attached to it.
+    """
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    with _quiet(load_beside(module).__name__):
+        trainer: Trainer = load_beside(module).Trainer(
+            accelerator="cpu", devices=1, **dict.fromkeys(off, False)
+        )
+    set_progress(trainer, progress)
+    return trainer
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A Trainer that is made says which accelerators there are; this one is not the user's."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+_LAST_FIT = "_influence_last_fit"
+
+
+def keep_last_fit(trainer: Trainer) -> None:
+    """Remember the loader and the datamodule of a fit: Lightning forgets them at the next ``test``."""
+    host: Any = trainer
+    setattr(trainer, _LAST_FIT, (trainer.train_dataloader, host.datamodule))
+
+
+def find_last_fit(trainer: Trainer) -> tuple[Any, Any]:
+    """Find the training loader and the datamodule of the last fit; None for what there was not."""
+    host: Any = trainer
+    loader = trainer.train_dataloader
+    kept: tuple[Any, Any] = getattr(trainer, _LAST_FIT, (None, None))
+    return kept if loader is None else (loader, host.datamodule)

@@ -3,21 +3,18 @@ import math
 import oracle
 import pytest
 import torch
+from benchmarks import load_benchmark
 from models import CASES
 from scipy.linalg import subspace_angles
 
-from lightning_influence.evaluation import compare
-from lightning_influence.evaluation.decomposition import (
-    diagonal_blocks,
-    eigenbasis_overlap,
-    eigenvalue_overlap,
-    off_block_energy,
-    relative_residual,
-)
 from lightning_influence.model.plan import Layout
-from lightning_influence.results.rendering import plain
+from lightning_influence.results.rendering import render_plain
 
 DOUBLE = torch.float64
+decomposition = load_benchmark("decomposition")
+compare, diagonal_blocks = decomposition.compare, decomposition.diagonal_blocks
+eigenbasis_overlap, eigenvalue_overlap = decomposition.eigenbasis_overlap, decomposition.eigenvalue_overlap
+off_block_energy, relative_residual = decomposition.off_block_energy, decomposition.relative_residual
 
 
 def symmetric(size, seed=0):
@@ -100,7 +97,7 @@ def test_steps_of_the_ladder(name):
 
 
 def test_it_prints_as_a_table():
-    text = plain(compare(symmetric(10), symmetric(10, 1), LAYOUT))
+    text = render_plain(compare(symmetric(10), symmetric(10, 1), LAYOUT))
     for part in ("relative residual", "off-block energy", "eigenbasis overlap", "a ", "b "):
         assert part in text
 

@@ -1,7 +1,15 @@
+import doctest
+
 import pytest
 import torch
+from benchmarks import load_benchmark
 
-from lightning_influence.evaluation.recipe import Recipe, batch_orders, run_seed
+recipes = load_benchmark("recipes")
+Recipe, draw_orders = recipes.Recipe, recipes.draw_orders
+
+
+def test_the_example_of_the_docstring_holds():
+    assert doctest.testmod(recipes) == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +32,7 @@ def test_damping_is_weight_decay_plus_what_the_run_leaves_unresolved():
 
 def test_every_epoch_visits_every_kept_example_once_in_a_new_order():
     mask = torch.arange(30) % 3 > 0
-    orders = batch_orders(mask, Recipe(0.1, epochs=4, batch_size=8), seed=0)
+    orders = draw_orders(mask, Recipe(0.1, epochs=4, batch_size=8), seed=0)
     assert len({tuple(order.tolist()) for order in orders}) == 4
     for order in orders:
         assert torch.equal(order.sort().values, mask.nonzero().squeeze(1))
@@ -32,33 +40,26 @@ def test_every_epoch_visits_every_kept_example_once_in_a_new_order():
 
 def test_subsets_visit_the_examples_they_share_in_the_same_order():
     recipe = Recipe(0.1, epochs=4, batch_size=8)
-    everything = batch_orders(torch.ones(30, dtype=torch.bool), recipe, seed=3)
+    everything = draw_orders(torch.ones(30, dtype=torch.bool), recipe, seed=3)
     for mask in (torch.arange(30) % 3 > 0, torch.arange(30) % 2 > 0):
-        for full, order in zip(everything, batch_orders(mask, recipe, seed=3), strict=True):
+        for full, order in zip(everything, draw_orders(mask, recipe, seed=3), strict=True):
             assert torch.equal(order, full[mask[full]])
-    assert not torch.equal(everything[0], batch_orders(torch.ones(30, dtype=torch.bool), recipe, seed=4)[0])
+    assert not torch.equal(everything[0], draw_orders(torch.ones(30, dtype=torch.bool), recipe, seed=4)[0])
 
 
 def test_a_longer_run_begins_with_the_same_epochs():
     mask = torch.arange(30) % 3 > 0
-    short, long = (batch_orders(mask, Recipe(0.1, epochs=n, batch_size=8), seed=0) for n in (2, 5))
+    short, long = (draw_orders(mask, Recipe(0.1, epochs=n, batch_size=8), seed=0) for n in (2, 5))
     assert all(torch.equal(a, b) for a, b in zip(short, long[:2], strict=True))
 
 
 def test_a_restricted_permutation_is_uniform_over_the_kept_examples():
     mask = torch.tensor([True, False, True, True, False])
-    orders = torch.stack(batch_orders(mask, Recipe(0.1, epochs=6000, batch_size=1), seed=0))
+    orders = torch.stack(draw_orders(mask, Recipe(0.1, epochs=6000, batch_size=1), seed=0))
     counts = torch.unique(orders, dim=0, return_counts=True)[1]
     # Each of the 6 orders is expected 1000 times with a standard deviation of 29; five of them allowed.
     assert len(counts) == 6
     assert (counts - 1000).abs().max() < 145
-
-
-def test_seeds_depend_on_the_seed_and_the_purpose():
-    seeds = [run_seed(0, "init"), run_seed(1, "init"), run_seed(0, "order")]
-    assert len(set(seeds)) == 3
-    assert run_seed(0, "init") == seeds[0]
-    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 import pytest
 import torch
+from benchmarks import load_benchmark
 from torch import nn
 
-from lightning_influence.evaluation.losses import binary_cross_entropy, squared_error
-from lightning_influence.evaluation.optimizers import torch_optimizer
-from lightning_influence.evaluation.recipe import Recipe, batch_orders, run_seed
-from lightning_influence.evaluation.stacked import Member, build, train_members
+from lightning_influence.evaluation.harness.run import derive_seed
+from lightning_influence.evaluation.losses import binary_cross_entropy, cross_entropy, squared_error
 from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
+
+recipes, stacked_training = load_benchmark("recipes"), load_benchmark("stacked_training")
+Recipe, draw_orders, make_optimizer = recipes.Recipe, recipes.draw_orders, recipes.make_optimizer
+Member, build, train_members = stacked_training.Member, stacked_training.build, stacked_training.train_members
 
 RECIPE = Recipe(0.1, epochs=5, batch_size=4, momentum=0.9, weight_decay=1e-2)
 
@@ -45,7 +48,7 @@ def sequential(factory, recipe, data, member, loss=nn.functional.cross_entropy):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: recipe.rate(k, total) / recipe.learning_rate
     )
-    for order in batch_orders(member.mask, recipe, member.seed):
+    for order in draw_orders(member.mask, recipe, member.seed):
         for batch in order.split(recipe.batch_size):
             optimizer.zero_grad()
             loss(model(data[0][batch]), data[1][batch]).backward()
@@ -105,7 +108,7 @@ def test_the_example_losses_refuse_targets_of_another_shape():
 @pytest.mark.parametrize(("optimizer", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("sgd", "SGD")])
 def test_the_recipe_gives_torchs_optimizer(optimizer, kind):
     recipe = Recipe(0.02, 5, 4, weight_decay=0.1, optimizer=optimizer, betas=(0.8, 0.9), eps=1e-3)
-    built = torch_optimizer(mlp().parameters(), recipe)
+    built = make_optimizer(mlp().parameters(), recipe)
     assert type(built).__name__ == kind
     group = built.param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (0.02, 0.1)
@@ -177,7 +180,7 @@ def test_dropout_is_on_while_training():
 def test_initialisation_is_the_factorys_own_under_the_members_seed():
     run = members(21, 2)[0]
     with torch.random.fork_rng():
-        torch.manual_seed(run_seed(run.seed, "init"))
+        torch.manual_seed(derive_seed(run.seed, "init"))
         expected = mlp()
     assert torch.equal(build(mlp, run)[0].weight, expected[0].weight)
 
@@ -211,3 +214,14 @@ def test_running_statistics_are_refused_by_name():
 def test_an_empty_subset_is_refused():
     with pytest.raises(ValueError, match="at least one kept example"):
         train_members(mlp, RECIPE, table(21, 6), [Member(torch.zeros(21, dtype=torch.bool), 0)])
+
+
+def net():
+    return nn.Linear(3, 2)
+
+
+def test_the_key_of_plain_functions_is_what_it_always_was():
+    """Ground truth of hours stands under such keys."""
+    recipe = Recipe(0.1, epochs=2, batch_size=4)
+    key = stacked_training.fingerprint(net, recipe, [torch.arange(3)], [cross_entropy])
+    assert key == "ddd159e776d1c65c1ab2"

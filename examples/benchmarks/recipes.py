@@ -6,14 +6,15 @@ many models at once, which an optimizer object is not.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_influence.evaluation.harness.run import derive_seed
 
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -137,21 +138,7 @@ class Recipe:
         return self.weight_decay + 1 / self.effective_time(num_examples)
 
 
-def run_seed(seed: int, purpose: str) -> int:
-    """Seed of one part of a training run, a function of the run's seed alone and not of its examples.
-
-    Args:
-        seed: the run's seed.
-        purpose: what is drawn, such as ``"init"`` or ``"order"``.
-
-    Returns:
-        An integer in ``[0, 2**63)``.
-    """
-    digest = hashlib.sha256(f"{seed}|{purpose}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def batch_orders(mask: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
+def draw_orders(mask: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
     """Order in which a run visits its examples: one permutation of the kept indices per epoch.
 
     Each is the restriction to the kept examples of a permutation of all ``N``, which is a function of the
@@ -166,7 +153,24 @@ def batch_orders(mask: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
     Returns:
         ``epochs`` tensors of indices, shape ``(n_kept,)`` each.
     """
-    generator = torch.Generator().manual_seed(run_seed(seed, "order"))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
     kept = mask.cpu()
     orders = (torch.randperm(len(kept), generator=generator) for _ in range(recipe.epochs))
     return [order[kept[order]] for order in orders]
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """Optimizer of one run, as ``configure_optimizers`` returns it; the schedule is the caller's.
+
+    Args:
+        parameters: of the model.
+        recipe: the optimizer and its settings.
+
+    Returns:
+        ``torch.optim.SGD``, ``Adam`` or ``AdamW``.
+    """
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, rate, momentum=recipe.momentum, weight_decay=decay)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, rate, betas=recipe.betas, eps=recipe.eps, weight_decay=decay)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_influence.linalg.block_krylov import block_krylov
+from lightning_influence.linalg.block_krylov import Subspace, block_krylov
 
 P, V = 40, 3
 
@@ -26,9 +26,9 @@ class Problem:
         self.products += len(vectors)
         return vectors @ self.A
 
-    def solve(self, vectors: Tensor | None = None, **options):
-        vectors = self.vectors if vectors is None else vectors
-        return block_krylov(self.product, lambda v: v @ self.M, vectors, **options)
+    def solve(self, vectors: Tensor | None = None, start=None, **options):
+        self.space = Subspace(self.vectors if vectors is None else vectors, start)
+        return block_krylov(self.product, lambda v: v @ self.M, self.space, **options)
 
     def residuals(self, solutions: Tensor, vectors: Tensor | None = None) -> Tensor:
         vectors = self.vectors if vectors is None else vectors
@@ -161,13 +161,15 @@ def test_directions_stay_orthonormal(dtype):
     few = torch.randn(6, P, dtype=torch.float64).to(dtype)
     problem.vectors = torch.cat([few, few[:2] * (1 + 1e-6) + 1e-5 * few[2:4]])
     rows = (torch.randn(5, P, dtype=torch.float64)).to(dtype)
-    result = problem.solve(start=problem.start(rows), max_steps=12, tolerance=0.0, keep_subspace=True)
-    basis, products = result.subspace
+    result = problem.solve(start=problem.start(rows), max_steps=12, tolerance=0.0)
+    basis = problem.space.basis
     assert len(basis) > 30
     gram = basis.double() @ basis.double().T
     eps = torch.finfo(dtype).eps
     assert float((gram - torch.eye(len(gram)).double()).abs().max()) < 50 * eps
-    torch.testing.assert_close(products, basis @ problem.A, rtol=1e-4, atol=100 * eps)
+    torch.testing.assert_close(
+        result.residuals, problem.residuals(result.solutions), rtol=1e-3, atol=1e4 * eps
+    )
     assert result.facts["subspace"] == len(basis)
 
 
@@ -182,7 +184,7 @@ def test_solved_right_hand_sides_add_nothing():
         sizes.append(len(v))
         return problem.product(v)
 
-    result = block_krylov(product, lambda v: v, problem.vectors, max_steps=6, tolerance=1e-9)
+    result = block_krylov(product, lambda v: v, Subspace(problem.vectors), max_steps=6, tolerance=1e-9)
     assert sizes == [3, 1, 1, 1, 1, 1]
     assert result.residuals[:2].max() <= 1e-9
 
@@ -190,30 +192,12 @@ def test_solved_right_hand_sides_add_nothing():
 def test_it_continues_from_an_earlier_subspace():
     problem = Problem()
     whole = problem.solve(max_steps=6, tolerance=0.0)
-    first = problem.solve(max_steps=3, tolerance=0.0, keep_subspace=True)
-    assert problem.solve(max_steps=3).subspace is None
+    first = problem.solve(max_steps=3, tolerance=0.0)
+    subspace = problem.space.basis, problem.space.basis @ problem.A
     problem.products = 0
-    idle = problem.solve(start=first.subspace, max_steps=0)
+    idle = problem.solve(start=subspace, max_steps=0)
     torch.testing.assert_close(idle.solutions, first.solutions, rtol=1e-7, atol=1e-7)
     assert problem.products == 0
-    second = problem.solve(start=first.subspace, max_steps=3, tolerance=0.0)
+    second = problem.solve(start=subspace, max_steps=3, tolerance=0.0)
     torch.testing.assert_close(second.residuals, whole.residuals, rtol=1e-3, atol=1e-9)
     assert problem.products == 3 * V
-
-
-def test_it_continues_from_earlier_answers():
-    problem = Problem()
-    first = problem.solve(max_steps=4, tolerance=0.0)
-    problem.products = 0
-    idle = problem.solve(guess=first.solutions, max_steps=0)
-    assert (idle.steps, idle.products, problem.products) == (0, 1, V)
-    exact = torch.linalg.solve(problem.A, problem.vectors.T).T
-
-    def energy(x: Tensor) -> Tensor:
-        return torch.einsum("vp,pq,vq->v", x - exact, problem.A, x - exact)
-
-    assert (energy(idle.solutions) <= energy(first.solutions) * (1 + 1e-9)).all()
-    further = problem.solve(guess=first.solutions, max_steps=20, tolerance=1e-8)
-    assert problem.residuals(further.solutions).max() <= 1e-7
-    nothing = problem.solve(guess=torch.zeros(V, P).double(), max_steps=2, tolerance=0.0)
-    torch.testing.assert_close(nothing.solutions, problem.solve(max_steps=2, tolerance=0.0).solutions)

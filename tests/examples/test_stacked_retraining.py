@@ -2,15 +2,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks import load_benchmark
 from torch import nn
 
-from lightning_influence.evaluation import retraining
 from lightning_influence.evaluation.lds import random_subsets
 from lightning_influence.evaluation.losses import cross_entropy
-from lightning_influence.evaluation.recipe import Recipe
-from lightning_influence.evaluation.retraining import retrain
-from lightning_influence.evaluation.stacked import Member, train_members
-from lightning_influence.support.errors import CorruptFileError
+from lightning_influence.support.errors import CorruptFileError, UnsupportedModelError
+
+stacked_training, Recipe = load_benchmark("stacked_training"), load_benchmark("recipes").Recipe
+Member, retrain, train_members = (
+    stacked_training.Member,
+    stacked_training.retrain,
+    stacked_training.train_members,
+)
 
 RECIPE = Recipe(0.1, epochs=3, batch_size=4, momentum=0.9)
 MASKS = random_subsets(20, 3, seed=1)
@@ -42,7 +46,7 @@ def counted(monkeypatch):
         trained.extend(members)
         return train_members(factory, recipe, data, members, loss)
 
-    monkeypatch.setattr(retraining, "train_members", spy)
+    monkeypatch.setattr(stacked_training, "train_members", spy)
     return trained
 
 
@@ -87,7 +91,7 @@ def test_measuring_is_in_eval_mode():
         return nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
 
     parameters = {name: value.detach()[None] for name, value in dropping().named_parameters()}
-    first, second = (retraining.measure_members(dropping, parameters, QUERIES) for _ in range(2))
+    first, second = (stacked_training.measure_members(dropping, parameters, QUERIES) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -130,10 +134,10 @@ def test_an_interrupted_computation_goes_on(tmp_path, counted):
 
 
 def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
-    def fail(values, path, metadata):
+    def fail(values, path):
         raise OSError("disk full")
 
-    monkeypatch.setattr(retraining, "save_file", fail)
+    monkeypatch.setattr(stacked_training, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         run(cache_dir=tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -179,3 +183,41 @@ def test_arguments_that_do_not_fit_are_refused():
         run(data=(DATA[0], DATA[1][1:]))
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         run(chunk=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"measurement": nn.functional.cross_entropy}, r"`measurement` returned shape \(\); .*\(7,\)"),
+        ({"measurement": lambda f, y: f}, r"`measurement` returned shape \(7, 3\)"),
+        ({"measurement": lambda f, y: f[:4, 0]}, r"`measurement` returned shape \(4,\)"),
+        ({"measurement": lambda f, y: 1.0}, "`measurement` returned a float"),
+        ({"loss": nn.functional.cross_entropy}, r"`loss` returned shape \(\); .*\(24,\)"),
+        ({"loss": lambda f, y: f}, r"`loss` returned shape \(24, 3\)"),
+    ],
+)
+def test_what_is_not_per_example_is_refused(options, message):
+    with pytest.raises(ValueError, match=rf'{message}.*reduction="none"'):
+        run(**options)
+
+
+def test_several_values_an_example_are_measured():
+    both = run(measurement=lambda f, y: torch.cat([cross_entropy(f, y), f[:, 0]]))
+    assert both.shape == (3, 2, 14)
+    assert torch.equal(both[..., :7], run())
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_factory_of_one_model_is_refused(members):
+    model, layer = net(), nn.Linear(5, 5).double()
+    part = [Member(MASKS[0], seed) for seed in range(members)]
+    with pytest.raises(UnsupportedModelError, match=r"`factory\(\)` returned the same object twice"):
+        train_members(lambda: model, RECIPE, DATA, part)
+    with pytest.raises(UnsupportedModelError, match=r"share the parameter '0\.weight'"):
+        train_members(lambda: nn.Sequential(layer, net()), RECIPE, DATA, part)
+
+
+def test_models_may_share_what_is_frozen():
+    layer = nn.Linear(5, 5).double().requires_grad_(False)
+    values = retrain(lambda: nn.Sequential(layer, net()), RECIPE, DATA, MASKS[:2], range(2), queries=QUERIES)
+    assert not torch.equal(values[:, 0], values[:, 1])
