@@ -16,13 +16,13 @@ from lightning_influence.model.checks import (
     check_independent,
     check_loss,
     check_order,
-    missing_positions,
 )
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
+from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.unnamed_loss import UnnamedLoss
 from lightning_influence.support.errors import (

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.model.checks import rearranged
 from lightning_influence.model.last_outputs import Key, OutputTap, are_chained
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
+from lightning_influence.model.rearranging import rearranged
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng

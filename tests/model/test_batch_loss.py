@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.losses.batch import BatchLoss
+from lightning_influence.model.losses.draws import draw_signs
 from lightning_influence.model.plan import Layout, find_layers
 from lightning_influence.support.errors import InfluenceWarning, LossCaptureError, UnsupportedModelError
 
@@ -131,6 +132,9 @@ def check_forms(loss: BatchLoss) -> None:
     mixed = torch.einsum("bk,kbd->bd", weights, stacked)
     torch.testing.assert_close(loss.mix_columns(weights), mixed, **TIGHT)
     torch.testing.assert_close(loss.column_energies(), stacked.square().sum(2).T, **TIGHT)
+    draws = [torch.Generator().manual_seed(2) for _ in range(2)]
+    signs = draw_signs(torch.ones(weights.shape, dtype=torch.float64), draws[0])
+    torch.testing.assert_close(loss.sample(draws[1]), loss.mix_columns(signs), **TIGHT)
     tangents = torch.randn(2, *loss.outputs.shape, dtype=torch.float64)
     products = torch.einsum("kbd,kbe,vbe->vbd", stacked, stacked, tangents)
     torch.testing.assert_close(loss.curvature_products(tangents), products, **TIGHT)

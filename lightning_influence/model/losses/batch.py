@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_influence.model.losses.draws import draw_signs
 from lightning_influence.model.losses.loss import OutputLoss, working
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.notes import Notices
@@ -205,6 +206,11 @@ class BatchLoss(OutputLoss):
         return torch.stack([
             self._join(part) for part in torch.einsum("btck,vbtk->vbtc", self._roots, pulled)
         ])
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Return one random seed: the sum of the columns with random signs."""
+        signs = draw_signs(self.ones()[:, None].expand(-1, self.num_columns), generator)
+        return self.mix_columns(signs)
 
     @property
     def note(self) -> str | None:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_influence.model.losses.draws import draw_signs
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 
 #: How the batch's loss is formed from the losses of its elements: ``mean``, ``sum`` and ``none`` are torch's
@@ -136,12 +135,9 @@ class OutputLoss(ABC):
             total += weights[:, k, None] * column.reshape(self.num_examples, -1)
         return total.reshape(self.outputs.shape)
 
+    @abstractmethod
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Return one random seed ``s``, ``E[s s^T]`` being the curvature: columns with random signs.
-
-        Losses that are likelihoods override this by the gradient at labels that the model draws.
-        """
-        return self.mix_columns(draw_signs(self.ones()[:, None].expand(-1, self.num_columns), generator))
+        """One random seed ``s``, ``E[s s^T]`` being the curvature: the gradient at labels the model draws."""
 
     def true_score(self) -> Tensor:
         """Return the output that belongs to the true label, summed over positions, ``(B,)``, differentiable.
