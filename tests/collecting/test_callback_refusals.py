@@ -47,7 +47,7 @@ class TwoLosses(Classifier):
 
 @pytest.mark.parametrize(
     ("module_class", "message"),
-    [(OwnLoss, "no loss function was seen"), (TwoLosses, "sum of several of these calls")],
+    [(OwnLoss, "no loss function was seen"), (TwoLosses, "no single call of a loss function")],
 )
 def test_loss_that_is_not_found_names_the_hook(module_class, message) -> None:
     module = module_class()
