@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_influence.collecting.collector import Collector, FitFisher
+from lightning_influence.collecting.collector import (
+    TRAINS_ON,
+    CollectingError,
+    Collector,
+    Processes,
+    describe_error,
+)
 from lightning_influence.collecting.figures import Figures
-from lightning_influence.collecting.generations import Generations
-from lightning_influence.collecting.guarded import Guarded
-from lightning_influence.collecting.settings import Settings
-from lightning_influence.collecting.store import Store
+from lightning_influence.collecting.state import FitFisher, Kept, Settings
+from lightning_influence.collecting.sums import WindowSums
 from lightning_influence.curvature.factors import Factors, fingerprint
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.live_capture import LiveCapture, describe_coupling
-from lightning_influence.model.plan import LayerPlan, find_layers
+from lightning_influence.model.live_capture import (
+    check_not_compiled,
+    collecting_alone,
+    describe_coupling,
+    describe_other_loss,
+)
+from lightning_influence.model.plan import find_layers
 from lightning_influence.running.host.fit import (
     LOSS_NOT_SEEN,
     SEVERAL_BACKWARDS,
     all_reduce,
     aside,
     batch_size_of,
+    check_collectable,
     forward_context,
     log_every,
     loss_wrapping,
     planned_batches,
-    why_not_collect,
+    refuse_step,
+    will_step,
 )
-from lightning_influence.running.host.trainer import attach_methods
+from lightning_influence.running.host.trainer import attach_methods, keep_last_fit
+from lightning_influence.support.errors import (
+    InfluenceError,
+    LossCaptureError,
+    NonFiniteError,
+)
 from lightning_influence.support.notes import Notices
 
 
@@ -50,9 +66,11 @@ class InfluenceCallback(Callback):
     unless it takes more than 256 MiB.
 
     A fit that cannot be collected goes on as without the callback: a warning gives the reason, and whatever
-    was collected until then is dropped, so that factors are never those of an unknown part of a run. Errors
-    are raised only before anything is trained: for a model without a covered layer, and at the first batch
-    for a loss that is not found or examples that depend on each other.
+    was collected until then is dropped, so that factors are never those of an unknown part of a run. They
+    are fitted in a pass of their own when influence is asked for. This happens to a model without a covered
+    layer or with compiled parts, to a loss that is not found, to examples that depend on each other, and to
+    a saved state that cannot be read. Single batches whose loss is not finite, or not found after the first,
+    are left out with a warning.
 
     The sums are those of the training itself: dropout and augmentations are on, and BatchNorm uses the batch.
 
@@ -65,6 +83,7 @@ class InfluenceCallback(Callback):
         overhead: share of the training's operations that collecting may cost, eigendecompositions included.
         log_statistics: log figures of the curvature and the gradients under ``influence/``.
         seed: seed of the draws; the global random state is never used.
+        strict: raise an error where collecting would otherwise stop with a warning.
 
     Raises:
         TypeError: if ``layers`` is no list of texts.
@@ -79,218 +98,280 @@ class InfluenceCallback(Callback):
         overhead: float = 0.05,
         log_statistics: bool = True,
         seed: int = 0,
+        strict: bool = False,
     ) -> None:
-        settings = Settings(layers, fisher, every_n_steps, overhead, seed)
-        self._layers, self._fisher = settings.layers, settings.fisher
-        self._store = Store(
-            settings.fisher,
-            every_n_steps=settings.every_n_steps,
-            overhead=settings.overhead,
-            statistics=log_statistics,
-            seed=settings.seed,
-        )
-        self._plan: LayerPlan | None = None
-        self._backwards = 0
+        self._settings = Settings(layers, fisher, every_n_steps, overhead, log_statistics, seed, strict)
+        self._kept = Kept(self._settings)
+        self._collector: Collector | None = None  # of this fit, or the last; None if it collects nothing
         self._figures = Figures(log_statistics)
         self._say = Notices()
-        self._guarded = Guarded(self._store, self._say)
-        self._batch_size = 0
-        self._from_backward = False
+        # Of the batch that runs.
+        self._batch_size, self._backwards, self._from_backward = 0, 0, False
+        self._hooked: Tensor | None = None
 
     @property
     def factors(self) -> Factors:
         """The most recent complete sums, else covariances; without layers if there are none."""
-        return self._store.factors
+        return self._kept.factors
 
     @property
     def record(self) -> TrainingRecord | None:
         """What the optimizer did, or None before its first step."""
-        return self._store.record
+        return self._kept.record
 
     @property
     def num_collected(self) -> int:
         """Number of batches collected so far."""
-        return self._collector.collected
+        return self._kept.run.collected
 
     @property
     def extra_state(self) -> dict[str, Any]:
         """Tensors and primitives that are saved and restored along."""
-        return self._store.extra_state
+        return self._kept.extra_state
 
     @property
     def influence_state(self) -> InfluenceState:
         """What queries start from, and leave for later ones until training goes on."""
-        return self._store.influence_state
+        return self._kept.influence_state
 
     @influence_state.setter
     def influence_state(self, state: InfluenceState) -> None:
-        self._store.influence_state = state
-
-    @property
-    def _collector(self) -> Collector:
-        return self._store.collector
-
-    @property
-    def _live(self) -> LiveCapture | None:
-        return self._guarded.live
+        self._kept.influence_state = state
 
     @property
     def state_key(self) -> str:
         """The same for all settings that may change between a run and its continuation."""
-        if self._layers is None and self._fisher == "mixed":
+        layers, fisher = self._settings.layers, self._settings.fisher
+        if layers is None and fisher == "mixed":
             return type(self).__name__
-        return self._generate_state_key(layers=self._layers, fisher=self._fisher)
+        return self._generate_state_key(layers=layers, fisher=fisher)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give a plain Trainer the methods ``influence`` and ``self_influence``."""
-        attach_methods(trainer)
+        with self._guarded():
+            attach_methods(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and continue what was collected before if it belongs to these weights."""
-        self._guarded.live = None
-        self._store.begin_fit()
-        reason = why_not_collect(trainer)
-        if reason is not None:
-            self._guarded.stop(reason)
-            return
-        self._plan = plan = find_layers(pl_module, self._layers)
-        self._say(plan.describe_uncovered())
-        self._say(describe_coupling(pl_module))
-        why = self._store.continue_or_reset(pl_module, plan)
-        self._say(why and f"What was collected in an earlier fit is dropped: {why}")
-        collector = self._collector
-        collector.schedule.set_horizon(planned_batches(trainer, collector.schedule.steps))
-        if self._store.restored and trainer.global_rank > 0:  # what was loaded are sums over all processes
-            collector.generations = collector.generations.emptied()
-        self._store.restored = False
-        collector.generations = collector.generations.to(pl_module.device)
-        collector.start(plan, trainer.global_rank, trainer.world_size, all_reduce(trainer))
-        self._guarded.live = LiveCapture(plan)
+        self._collector = None
+        processes = Processes(trainer.global_rank, trainer.world_size, all_reduce(trainer))
+        with self._guarded():
+            self._collector = self._start(trainer, pl_module, processes)
+        if processes.share is not None:  # all collect or none: they will wait for each other
+            missing = float(processes.share(torch.tensor([float(self._collector is None)])))
+            if missing and self._collector is not None:
+                self._stop("Another process cannot collect, whose warning gives the reason.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the record, and sum over processes."""
-        final = self._summed(trainer)
-        self._finish(trainer, pl_module)
-        self._store.final = final
+        final = None
+        with self._guarded():
+            keep_last_fit(trainer)
+            final = self._sum_over_processes()
+        self._finish(trainer, pl_module, final)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove all hooks."""
-        self._guarded.interrupt()
-        self._finish(trainer, pl_module)
+        """Remove all hooks; what a failed process has is not kept."""
+        if self._collector is not None and self._collector.failure is not None:
+            self._stop(self._collector.failure)
+        self._finish(trainer, pl_module, None)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide whether this batch is collected, and put hooks in place."""
         self._figures.clear()
-        self._backwards = 0
-        live = self._live
-        if live is None or not self._begins(batch):
+        self._backwards, self._hooked = 0, None
+        collector = self._collector
+        if collector is None:
             return
-        size = self._batch_size
-        if callable(getattr(pl_module, "influence_loss", None)):
-            self._collect(
-                trainer,
-                pl_module,
-                lambda: live.run_hook(pl_module, batch, size, forward_context(trainer)),
-                aside(trainer, pl_module),
-            )
-            return
-        with self._guarded.contained():
-            live.open()
+        with self._guarded():
+            if not collector.begin_batch():
+                return
+            size = self._batch_size = batch_size_of(trainer, batch, batch_idx)
+            if not callable(getattr(pl_module, "influence_loss", None)):
+                collector.live.open(pl_module)
+                return
+            with aside(trainer, pl_module, batch) as own:
+                captured = collector.live.run_hook(pl_module, own, size, forward_context(trainer))
+                self._add(trainer, pl_module, captured)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Collect from the graph that the user's step has just built."""
         self._backwards += 1
-        live = self._live
-        if live is None:
+        collector = self._collector
+        if collector is None:
             return
-        if live.is_open:
-            live.close()
-            divisor, wrappers = loss_wrapping(trainer, pl_module)
-            size = self._batch_size
-            self._collect(
-                trainer, pl_module, lambda: live.resolve(loss, size, divisor=divisor, wrappers=wrappers)
-            )
-            self._from_backward = True
-        elif self._from_backward and self._backwards > 1:
-            self._guarded.stop(SEVERAL_BACKWARDS)
+        with self._guarded():
+            if collector.live.is_open:
+                collector.live.close()
+                self._from_backward = True
+                divisor, wrappers = loss_wrapping(trainer, pl_module)
+                with aside(trainer, pl_module):
+                    captured = collector.live.resolve(loss, self._batch_size, divisor, wrappers)
+                    self._add(trainer, pl_module, captured)
+            elif self._from_backward and self._backwards > 1:
+                refuse_step(SEVERAL_BACKWARDS)
+            elif self._hooked is not None and self._backwards == 1:
+                divisor, _ = loss_wrapping(trainer, pl_module)
+                self._say(describe_other_loss(self._hooked, loss.detach() * divisor), "other loss")
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Add the step to the training record, and measure the gradients on collected steps."""
-        if self._live is None or self._plan is None:
+        collector = self._collector
+        if collector is None:
             return
-        with self._guarded.contained():
-            self._collector.record.add_step(optimizer, self._plan.layers)
-            self._figures.add_step(pl_module, self._plan.layers, optimizer)
+        with self._guarded():
+            if will_step(trainer, optimizer):
+                collector.run.record.add_step(optimizer, collector.plan.layers)
+                self._figures.add_step(pl_module, collector.plan.layers, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, and clean up after a step without a backward pass."""
         self._from_backward = False
-        if self._live is not None and self._live.is_open:
-            self._guarded.close()
-            if not (pl_module.automatic_optimization or self._collector.resolved):
-                self._guarded.stop(LOSS_NOT_SEEN)
-        self._guarded.end_batch()
-        self._figures.log(trainer.loggers, self._collector.schedule.steps, trainer.global_step)
+        with self._guarded():
+            if self._collector is not None and self._collector.live.is_open:
+                self._collector.close()
+                if not (pl_module.automatic_optimization or self._kept.run.schedule.costs):
+                    refuse_step(LOSS_NOT_SEEN)
+        with self._guarded():
+            if self._collector is not None:
+                self._collector.end_batch()
+            self._figures.log(trainer.loggers, self._kept.run.schedule.steps, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives, which load with ``weights_only=True``."""
-        return self._store.state_dict()
+        state: dict[str, Any] = {}
+        with self._guarded():
+            state = self._kept.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what was saved; the next fit continues it."""
-        self._store.load_state_dict(state_dict)
+        """Take up what was saved; the next fit continues it.
+
+        A state that cannot be read is left aside with a warning.
+
+        Raises:
+            InfluenceError: in its place, if the callback is strict.
+        """
+        self._collector = None
+        try:
+            self._kept.load_state_dict(state_dict)
+        except InfluenceError as error:
+            if self._settings.strict:
+                raise
+            self._say(f"What the checkpoint holds of an earlier fit is not used: {error}")
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Complete the saved state with what only the Trainer knows: all processes' sums, and the weights."""
-        if self.state_key not in checkpoint.get("callbacks", {}):
+        saved = checkpoint.get("callbacks", {})
+        if saved.pop(self.state_key, None) is None:
             return
-        with self._guarded.contained():
+        with self._guarded():
             self._read_metric(trainer)
-        sums = self._store.final or self._summed(trainer)
-        weights = self._store.fingerprint or fingerprint(pl_module)
-        checkpoint["callbacks"][self.state_key] = self._store.state_dict(sums, weights)
+        with self._guarded():
+            sums = self._kept.final or self._sum_over_processes()
+            weights = self._kept.fingerprint or fingerprint(pl_module)
+            saved[self.state_key] = self._kept.state_dict(sums, weights)
 
-    def _begins(self, batch: Any) -> bool:
-        """Return whether to collect a batch; its size is known then."""
-        begins = self._guarded.begin_batch()
-        if begins:
-            begins = False
-            with self._guarded.contained():
-                self._batch_size, begins = batch_size_of(batch), True
-        return begins
+    def _start(self, trainer: Trainer, module: LightningModule, processes: Processes) -> Collector:
+        """Return what collects this fit.
 
-    def _collect(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        capture: Callable[[], Captured],
-        around: contextlib.AbstractContextManager[None] | None = None,
-    ) -> None:
-        measure = self._figures.due(trainer.loggers, self._collector.schedule.steps, log_every(trainer))
-        self._figures.take(self._guarded.collect(capture, module, around=around, measure=measure))
+        Raises:
+            UnsupportedModelError: if the model has no covered layer, or compiled parts.
+            UnsupportedTrainerError: if the Trainer's steps cannot be collected.
+        """
+        self._kept.begin_fit()
+        check_collectable(trainer)
+        check_not_compiled(module)
+        plan = find_layers(module, self._settings.layers)
+        self._say(plan.describe_uncovered())
+        self._say(describe_coupling(module))
+        why = self._kept.continue_or_reset(module, plan)
+        self._say(why and f"What was collected in an earlier fit is dropped: {why}")
+        run = self._kept.run
+        run.schedule.set_horizon(planned_batches(trainer, run.schedule.steps))
+        if self._kept.restored and processes.rank > 0:  # what was loaded are sums over all processes
+            run.sums = run.sums.emptied()
+        self._kept.restored = False
+        run.sums = run.sums.to(module.device)
+        return Collector(run, self._settings, plan, processes, self._say)
 
-    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
-        self._guarded.close()
+    def _add(self, trainer: Trainer, module: LightningModule, captured: Captured) -> None:
+        collector = self._collector
+        assert collector is not None
+        self._hooked = None if captured.values is None else captured.values.detach()
+        measure = self._figures.due(trainer.loggers, collector.run.schedule.steps, log_every(trainer))
+        with collecting_alone():
+            self._figures.take(collector.add(captured, module, measure=measure))
+        collector.close()
+
+    def _finish(self, trainer: Trainer, module: LightningModule, final: WindowSums | None) -> None:
         weights = None
-        if self._live is not None:
-            with self._guarded.contained():
+        with self._guarded():
+            if self._collector is not None:
+                self._collector.close()
                 self._read_metric(trainer)
                 weights = fingerprint(module)
-        self._store.end_fit(weights)
+        self._kept.end_fit(weights, final)
 
-    def _summed(self, trainer: Trainer) -> Generations | None:
-        return self._guarded.summed() if trainer.world_size > 1 else None
+    def _sum_over_processes(self) -> WindowSums | None:
+        """Return the sums over several processes; None on one, and where nothing is collected."""
+        collector = self._collector
+        return collector.sum_over_processes() if collector is not None and collector.is_shared else None
 
     def _read_metric(self, trainer: Trainer) -> None:
-        if self._plan is None:
-            return
-        for optimizer in trainer.optimizers:
-            self._collector.record.read_metric(optimizer, self._plan.layers)
+        if self._collector is not None:
+            for optimizer in trainer.optimizers:
+                self._collector.run.record.read_metric(optimizer, self._collector.plan.layers)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Keep whatever goes wrong in a hook from the training: leave out the batch, or stop collecting.
+
+        Among several processes one that fails tells the others when they next meet, and all stop there.
+
+        Raises:
+            Exception: whatever it was, if the callback is strict and would stop.
+        """
+        try:
+            yield
+        except Exception as error:
+            collector = self._collector
+            if collector is not None:
+                collector.close()
+                found_before = collector.run.schedule.costs is not None
+                if isinstance(error, NonFiniteError) or (
+                    isinstance(error, LossCaptureError) and found_before
+                ):
+                    self._say(f"A batch was left out of the factors: {error}", type(error).__name__)
+                    return
+            if self._settings.strict:
+                self._drop()
+                raise
+            if collector is None or not collector.is_shared or isinstance(error, CollectingError):
+                self._stop(describe_error(error))
+            else:
+                collector.fail(describe_error(error))
+                self._tell(describe_error(error))
+
+    def _stop(self, reason: str) -> None:
+        """Collect nothing for the rest of this fit, and drop what was."""
+        self._tell(reason)
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._collector is not None:
+            self._collector.close()
+        self._collector = None
+        self._kept.reset()
+
+    def _tell(self, reason: str) -> None:
+        dropped = " What was collected before is dropped." if self._kept.run.collected else ""
+        self._say(f"Nothing is collected during this fit: {reason} {TRAINS_ON}{dropped}", reason)

@@ -1,103 +1,111 @@
-"""What the callback collects, and when: sums, schedule and record of one run, without Lightning."""
+"""One fit's collecting: captures of its steps, and what they add to the sums of the run."""
 
 from __future__ import annotations
 
-import contextlib
+import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_influence.collecting.failures import ON_ANOTHER_PROCESS, CollectingError, contained
 from lightning_influence.collecting.figures import noise_and_signal, spectrum, squared_norms
-from lightning_influence.collecting.generations import Generations
-from lightning_influence.collecting.schedule import Costs, Schedule
+from lightning_influence.collecting.schedule import Costs
+from lightning_influence.collecting.state import Run, Settings
+from lightning_influence.collecting.sums import AllReduce, WindowSums, copy_statistics
 from lightning_influence.curvature.factor_passes import add_covariances, add_squares
-from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.model.captured import RANDOM, Captured
 from lightning_influence.model.gradients import FactoredGradients, check_finite
+from lightning_influence.model.live_capture import LiveCapture, check_first
 from lightning_influence.model.losses.draws import draw_generator
 from lightning_influence.model.plan import LayerPlan
-from lightning_influence.support.errors import NonFiniteError
-from lightning_influence.support.storage import check_version
+from lightning_influence.support.errors import InfluenceError, NonFiniteError
+from lightning_influence.support.notes import Notices
 
-#: What can be collected during a fit: one backward pass a batch.
-FitFisher = Literal["mixed", "sampled", "empirical"]
-
-_VERSION = 1
-# The noise scale takes another backward pass; it is measured on every so many collected batches.
+# The noise scale takes another backward pass, as much as collecting a batch once more. Chosen by hand: on
+# every eighth collected batch it adds an eighth to what collecting costs, and the running means below
+# remember about five measurements (1 / (1 - 0.8)), enough to smooth the log and few enough to follow it.
 _NOISE_EVERY = 8
 _NOISE_MEMORY = 0.8
+# Errors of torch may run to pages. Chosen by hand: what a terminal shows in four lines.
+_LONGEST_REASON = 400
+
+TRAINS_ON = (
+    "Training goes on as without the callback, and factors will be fitted in a pass of their own when "
+    "influence is asked for."
+)
+
+
+Made = TypeVar("Made")
+
+
+class CollectingError(InfluenceError):
+    """Collecting ends on every process at the same step; the message says why."""
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error's message as a sentence: of another library's, its kind and how it begins."""
+    if isinstance(error, InfluenceError):
+        return str(error)
+    first = str(error).strip().partition("\n")[0]
+    text = f"{type(error).__name__}: {first}"
+    text = textwrap.shorten(text, _LONGEST_REASON, placeholder=" ...").rstrip(":")
+    return text if text.endswith(".") else f"{text}."
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a fit.
+
+    Attributes:
+        rank: number of this process.
+        world_size: how many there are.
+        share: sums a tensor over them in place; None for one process.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    share: AllReduce | None = None
 
 
 class Collector:
-    """Sums, schedule and training record of one run.
+    """Adds one fit's batches to a run.
+
+    Several processes meet at the first batch, at every eigendecomposition and whenever sums are asked for.
+    Between these meetings a process whose collecting failed goes on counting batches, because the others
+    wait for it at the next one; there all learn of the failure and stop at the same step.
 
     Args:
-        fisher: which output gradients to use.
-        overhead: share of the training steps that collecting may cost.
-        every_n_steps: collect every n-th batch instead.
-        statistics: whether to measure what is only logged.
-        seed: seed of the draws.
+        run: what the fit continues.
+        settings: what to collect.
+        plan: the covered layers.
+        processes: who collects along.
+        say: gives warnings.
 
     Attributes:
-        schedule: decides when.
-        generations: the sums.
-        record: what the optimizer did.
-        collected: number of batches collected.
-        failure: why nothing more is collected in this fit, None if all is well. Among several processes one
-            that fails goes on counting, for the sums that all of them take part in, until the others know.
+        run: sums, schedule and record.
+        plan: the covered layers.
+        live: the capture of the step that runs.
+        failure: why this process adds nothing more, None if all is well.
     """
 
     def __init__(
-        self,
-        fisher: FitFisher = "mixed",
-        *,
-        overhead: float = 0.05,
-        every_n_steps: int | None = None,
-        statistics: bool = True,
-        seed: int = 0,
+        self, run: Run, settings: Settings, plan: LayerPlan, processes: Processes, say: Notices
     ) -> None:
-        self.schedule = Schedule(overhead=overhead, every_n_steps=every_n_steps)
-        self.generations = Generations()
-        self.generations.current.fisher = fisher
-        self.record = TrainingRecord()
-        self.collected = 0
+        self.run, self.plan, self.live = run, plan, LiveCapture(plan)
         self.failure: str | None = None
+        self._settings, self._processes, self._say = settings, processes, say
         self._pending = False  # whether the batch is to be collected and not counted yet
-        self._fisher, self._statistics, self._seed = fisher, statistics, seed
-        self._scale = 0.0
-        self._noise = [0.0, 0.0, 0.0]
-        self._rank = (0, 1)
-        self._share: Callable[[Tensor], Tensor] | None = None
+        self._in_step = run.schedule.costs is not None  # whether all processes count with the same costs
+        run.record.start()
+        if processes.share is not None:
+            run.sums.fill(plan.layers)
 
     @property
-    def resolved(self) -> bool:
-        """Whether a batch was collected: the first one's loss has to be found, later ones may be left out."""
-        return self.schedule.costs is not None
-
-    @property
-    def shared(self) -> bool:
+    def is_shared(self) -> bool:
         """Whether other processes collect along."""
-        return self._share is not None
-
-    def start(
-        self, plan: LayerPlan, rank: int, world_size: int, share: Callable[[Tensor], Tensor] | None
-    ) -> None:
-        """Prepare for a fit.
-
-        Args:
-            plan: the covered layers.
-            rank: number of this process.
-            world_size: number of processes.
-            share: sums a tensor over the processes in place, None for one process.
-        """
-        self.plan, self.failure = plan, None
-        self.record.start()
-        self._rank, self._share = (rank, world_size), share
-        if share is not None:
-            self.generations.fill(plan.layers)
+        return self._processes.share is not None
 
     def begin_batch(self) -> bool:
         """Count a batch, begin windows and decompose when it is time.
@@ -106,44 +114,25 @@ class Collector:
             Whether to collect the batch.
 
         Raises:
-            NonFiniteError: if the covariances could not be decomposed; they are dropped.
-            CollectingError: if anything else failed, on any process.
+            CollectingError: if collecting failed on any process.
         """
-        # Among several, the others would wait for the sums of one that fails in between: let it end the run.
-        with contextlib.nullcontext() if self.shared else contained(NonFiniteError):
-            self._pending = self._begin_batch()
-        if self._pending and self.failure is not None:
-            self._count()
-            return False
-        return self._pending
-
-    def _begin_batch(self) -> bool:
-        self.schedule.advance()
-        if self.schedule.starts_window():
-            self.generations.start_window()
-            if self._share is not None:
-                self.generations.fill(self.plan.layers)
-        if self.schedule.wants_basis():
+        schedule, sums = self.run.schedule, self.run.sums
+        schedule.steps += 1
+        if schedule.starts_window():
+            sums.start_window()
+            if self.is_shared:
+                self._prepare(lambda: sums.fill(self.plan.layers))
+        if schedule.wants_basis():
             self._make_bases()
-        return self.schedule.should_collect()
-
-    def _make_bases(self) -> None:
-        self.agree()
-        try:
-            self.generations.make_bases(self._share)
-        except NonFiniteError:
-            # Sums that cannot be decomposed are of no use to anybody: the next batch begins new ones.
-            self.generations.drop_current()
-            self.schedule.end = self.schedule.steps
-            raise
-        self.schedule.note_basis()
+        self._pending = schedule.should_collect()
+        return self._pending and self.failure is None
 
     def add(self, captured: Captured, module: nn.Module, *, measure: bool) -> dict[str, float]:
-        """Add one batch.
+        """Add one batch, whose first is checked for examples that depend on each other.
 
         Args:
             captured: the training step, its graph alive.
-            module: the model.
+            module: the model, in the mode of the step.
             measure: whether to return figures.
 
         Returns:
@@ -151,37 +140,46 @@ class Collector:
 
         Raises:
             NonFiniteError: if a gradient is not finite; nothing is stored.
+            UnsupportedModelError: if the examples of the first batch depend on each other.
         """
-        gradients = self._gradients(captured)
-        self.schedule.note_costs(_costs(gradients, captured, module))
-        phase, noisy = self.schedule.phase, self._count()
+        run = self.run
+        if run.schedule.costs is None:
+            captured.recorder.inputs(captured.num_examples)  # names a layer whose rows are no examples
+            check_first(captured, module)
+        generator = None
+        if captured.loss is not None and self._settings.fisher in RANDOM:
+            number = run.collected * self._processes.world_size + self._processes.rank
+            generator = draw_generator(self._settings.seed, number, captured.loss.outputs.device)
+        gradients = captured.curvature_gradients(self._settings.fisher, generator)
+        if run.schedule.costs is None:
+            run.schedule.note_costs(_count_costs(gradients, captured.num_examples, module))
+        phase, noisy = run.schedule.phase, self._count()
         check_finite(gradients)
-        self.record.loss_scale = self._mean_scale(captured)
-        current = self.generations.current
+        run.scale += 1.0 if captured.loss is None else captured.loss.scale
+        run.record.loss_scale = run.scale / run.collected
         if phase == "covariances":
-            add_covariances(current, gradients, captured)
+            add_covariances(run.sums.current, gradients, captured)
         else:
-            add_squares(current, gradients)
-        self.generations.settle(self.schedule.planned, self.schedule.taken)
-        if noisy:
-            self._add_noise(captured)
-        return self._figures(gradients, captured) if measure else {}
+            add_squares(run.sums.current, gradients)
+        run.sums.settle(run.schedule.planned, run.schedule.taken)
+        pair = noise_and_signal(captured.loss_gradients()) if noisy else None
+        if pair is not None:
+            run.noise = [_NOISE_MEMORY * old + x for old, x in zip(run.noise, (*pair, 1.0), strict=True)]
+        return self._measure(gradients) if measure else {}
 
-    def fail(self, error: CollectingError) -> None:
-        """Collect nothing more in this fit.
-
-        Args:
-            error: why.
+    def end_batch(self) -> None:
+        """Keep several processes in step: in what they have counted, and in what a batch costs.
 
         Raises:
-            CollectingError: the same, if this one of several processes cannot go on counting: the others know
-                what a batch costs and it does not.
+            CollectingError: if collecting failed on any process in the first batch.
         """
-        self.failure = str(error)
-        if self.resolved and self._pending:
+        share = self._processes.share
+        if share is None:
+            return
+        if not self._in_step:
+            self._agree_on_costs(share)
+        elif self._pending:  # it was left out here and maybe not elsewhere
             self._count()
-        elif self.shared and not self.resolved and self.schedule.steps > 1:
-            raise error
 
     def agree(self) -> None:
         """Find out whether collecting failed on any process; every process has to call it.
@@ -189,68 +187,38 @@ class Collector:
         Raises:
             CollectingError: with the reason, if it did.
         """
-        if self._share is None:
-            return
-        if float(self._share(torch.tensor([float(self.failure is not None)]))):
-            raise CollectingError(self.failure or ON_ANOTHER_PROCESS)
+        share = self._processes.share
+        if share is not None and float(share(torch.tensor([float(self.failure is not None)]))):
+            raise CollectingError(
+                self.failure or "Collecting failed on another process, whose warning gives the reason."
+            )
 
-    def end_batch(self) -> None:
-        """Let the processes agree on the first batch: one that fails in it does not know what a batch costs.
-
-        Raises:
-            CollectingError: if it failed on any.
-        """
-        if self.schedule.steps == 1:
-            self.agree()
-
-    def summed(self) -> Generations:
+    def sum_over_processes(self) -> WindowSums:
         """Return the sums over all processes; every process has to call it.
+
+        Returns:
+            The sums; of one process, its own.
 
         Raises:
             CollectingError: if collecting failed on any.
         """
+        share = self._processes.share
+        if share is None:
+            return self.run.sums
+        total = self._prepare(self.run.sums.copy)
         self.agree()
-        return self.generations if self._share is None else self.generations.summed(self._share)
+        assert total is not None
+        total.reduce(share, self._processes.world_size)
+        return total
 
-    def state_dict(self, generations: Generations | None = None) -> dict[str, Any]:
-        """Return tensors and primitives, with other sums in place of this process's if given."""
-        return {
-            "version": _VERSION,
-            "schedule": self.schedule.state_dict(),
-            "generations": (generations or self.generations).state_dict(),
-            "record": self.record.state_dict(),
-            "collected": self.collected,
-            "scale": self._scale,
-            "noise": list(self._noise),
-        }
+    def fail(self, reason: str) -> None:
+        """Add nothing more; the first reason is kept for the other processes."""
+        self.failure = self.failure or reason
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; the settings stay those of this object.
-
-        Raises:
-            FactorMismatchError: if the state was written by an incompatible version.
-        """
-        check_version(
-            state,
-            _VERSION,
-            subject="The callback's state has",
-            remedy="Resume without it, or train with the version that wrote it.",
-        )
-        settings = self.schedule.overhead, self.schedule.every_n_steps
-        self.schedule = Schedule.from_state_dict(state["schedule"])
-        self.schedule.overhead, self.schedule.every_n_steps = settings
-        self.generations = Generations.from_state_dict(state["generations"])
-        self.record = TrainingRecord.from_state_dict(state["record"])
-        self.collected, self._scale = state["collected"], state["scale"]
-        self._noise = list(state["noise"])
-
-    def _gradients(self, captured: Captured) -> dict[str, FactoredGradients]:
-        generator = None
-        if captured.loss is not None and self._fisher in RANDOM:
-            rank, world_size = self._rank
-            number = self.collected * world_size + rank
-            generator = draw_generator(self._seed, number, captured.loss.outputs.device)
-        return captured.curvature_gradients(self._fisher, generator)
+    def close(self) -> None:
+        """Remove all hooks, and let go of what they recorded."""
+        self.live.close()
+        self.live.clear()
 
     def _count(self) -> bool:
         """Count a batch as collected.
@@ -258,41 +226,83 @@ class Collector:
         Returns:
             Whether its noise scale is to be measured.
         """
-        noisy = self._statistics and self.collected % _NOISE_EVERY == 0
-        assert self.schedule.costs is not None
-        self.schedule.note_collected(self.schedule.costs.covariances if noisy else 0.0)
-        self.collected += 1
+        run = self.run
+        noisy = self._settings.statistics and run.collected % _NOISE_EVERY == 0
+        assert run.schedule.costs is not None
+        run.schedule.note_collected(run.schedule.costs.covariances if noisy else 0.0)
+        run.collected += 1
         self._pending = False
         return noisy
 
-    def _mean_scale(self, captured: Captured) -> float:
-        """Return the average of the factor between batch loss and mean loss over collected batches."""
-        self._scale += 1.0 if captured.loss is None else captured.loss.scale
-        return self._scale / self.collected
+    def _make_bases(self) -> None:
+        """Decompose the covariances of the window, of all processes together.
 
-    def _add_noise(self, captured: Captured) -> None:
-        pair = noise_and_signal(captured.loss_gradients())
-        if pair is not None:
-            new = (*pair, 1.0)
-            self._noise = [_NOISE_MEMORY * old + x for old, x in zip(self._noise, new, strict=True)]
+        Memory is taken before the processes meet, and what may fail afterwards is done by each on its own:
+        between two meetings a process may fail, in the middle of one the others would wait for it.
+        """
+        run, share = self.run, self._processes.share
+        totals = dict(run.sums.current.layers)
+        if share is not None:
+            copies = self._prepare(lambda: {name: copy_statistics(layer) for name, layer in totals.items()})
+            self.agree()
+            assert copies is not None
+            totals = copies
+            for layer in totals.values():
+                layer.reduce(share, covariances=True)
+        try:
+            run.sums.set_bases(totals)
+        except NonFiniteError as error:
+            # Sums that cannot be decomposed are of no use to anybody: the next batch begins new ones.
+            self._say(str(error))
+            run.sums.drop_current()
+            run.schedule.end = run.schedule.steps
+            return
+        except Exception as error:
+            if share is None:
+                raise
+            self.fail(describe_error(error))
+        run.schedule.note_basis()
 
-    def _figures(self, gradients: Mapping[str, FactoredGradients], captured: Captured) -> dict[str, float]:
-        best = self.generations.best
+    def _agree_on_costs(self, share: AllReduce) -> None:
+        """Take the mean of what a batch costs on the processes that know it.
+
+        The costs decide when the processes meet next. Their batches may have different shapes, or one may
+        have been left out, so that without it they would wait for each other at different steps.
+        """
+        self.agree()
+        own = self.run.schedule.costs
+        known = [0.0] * 4 if own is None else [1.0, own.covariances, own.squares, own.basis]
+        count, *sums = share(torch.tensor(known, dtype=torch.float64)).tolist()
+        if count:
+            self.run.schedule.restart(Costs(*(value / count for value in sums)))
+            self.run.collected, self._in_step = 0, True
+            self._count()
+
+    def _prepare(self, make: Callable[[], Made]) -> Made | None:
+        """Return what is made, or None after a failure, which the processes hear of when they next meet."""
+        try:
+            return make()
+        except Exception as error:
+            self.fail(describe_error(error))
+            return None
+
+    def _measure(self, gradients: Mapping[str, FactoredGradients]) -> dict[str, float]:
+        run, best = self.run, self.run.sums.best
         figures = spectrum(best)
         if all(layer.inputs.shape[2] == 1 for layer in gradients.values()):
             figures["trace"] = float(squared_norms(gradients).mean()) / best.mean_weight
-        noise, signal, _ = self._noise
+        noise, signal, _ = run.noise
         if noise > 0 and signal > 0:
             figures["noise_scale"] = noise / signal
         figures["examples"] = float(max(layer.examples for layer in best.layers.values()))
-        figures["collected_batches"] = float(self.collected)
+        figures["collected_batches"] = float(run.collected)
         return figures
 
 
-def _costs(gradients: Mapping[str, FactoredGradients], captured: Captured, module: nn.Module) -> Costs:
+def _count_costs(gradients: Mapping[str, FactoredGradients], examples: int, module: nn.Module) -> Costs:
     shapes = [
         (layer.inputs.shape[0], layer.inputs.shape[2], layer.outputs.shape[-1], layer.inputs.shape[-1])
         for layer in gradients.values()
     ]
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Costs.count(shapes, captured.num_examples, parameters)
+    return Costs.count(shapes, examples, parameters)

@@ -20,18 +20,24 @@ from typing_extensions import Self
 
 Phase = Literal["covariances", "squares"]
 
-# Measured on one CPU thread: work besides matrix products, expressed in operations at the speed of those.
+# Work besides matrix products, in operations at the speed of those: what a training step costs before its
+# products (6e7), what the optimizer does with a parameter (150), what a sum does with an entry of a matrix
+# (150), and what a collected batch costs before its products (1.2e8). Measured on one CPU thread;
+# examples/benchmarks/overhead.py measures the overhead that comes of them.
 _STEP_OPERATIONS = 6e7
 _UPDATE_OPERATIONS = 150.0
 _ENTRY_OPERATIONS = 150.0
 _COLLECT_OPERATIONS = 1.2e8
-# Windows shorter than this many steps are not worth starting.
+# Windows shorter than this many steps are not worth starting. Chosen by hand: one batch for covariances, one
+# for squares, and a decomposition between them fill fewer.
 _SHORTEST_WINDOW = 8
-# Share of a window's budget that is spent where no eigendecomposition can be afforded yet: the rest is saved.
+# Share of a window's budget that is spent where no eigendecomposition can be afforded yet: the rest is saved
+# for it. Chosen by hand: a window then still has covariances of recent batches.
 _SAVING_SHARE = 0.25
-# The rest of the budget pays for hooks that run on every step.
+# The rest of the budget pays for hooks that run on every step. Chosen by hand.
 _BUDGETED = 0.9
-# Until the budget allows more, this many batches may be collected.
+# Until the budget allows more, this many batches may be collected, so that short runs have factors at all.
+# Chosen by hand.
 _FIRST_BATCHES = 3
 
 
@@ -114,19 +120,6 @@ class Schedule:
     taken: int = 0
     with_basis: bool = False
 
-    def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            ValueError: if one is out of range.
-        """
-        if not (math.isfinite(self.overhead) and 0 < self.overhead <= 1):
-            raise ValueError(f"Got overhead={self.overhead!r}; accepted are shares of a step in (0, 1].")
-        if self.every_n_steps is not None and self.every_n_steps < 1:
-            raise ValueError(
-                f"Got every_n_steps={self.every_n_steps}; accepted are positive integers or None."
-            )
-
     @property
     def credit(self) -> float:
         """What may be spent now, in steps."""
@@ -142,10 +135,6 @@ class Schedule:
         if self.costs is not None and self.steps < self.end:  # a finished window stays what it is
             self.end = self._boundary(self.steps)
             self._plan_phase(self.phase)
-
-    def advance(self) -> None:
-        """Count one more batch, the one that is about to be trained on."""
-        self.steps += 1
 
     def should_collect(self) -> bool:
         """Return whether to collect the batch that was counted last."""
@@ -180,6 +169,11 @@ class Schedule:
             self.costs = costs
             self.start, self.end = 0, self._boundary(self.steps)
             self._plan_phase("covariances")
+
+    def restart(self, costs: Costs) -> None:
+        """Begin the first window anew with other costs, those that several processes have agreed on."""
+        self.costs, self.spent = None, 0.0
+        self.note_costs(costs)
 
     def note_collected(self, extra: float = 0.0) -> None:
         """Count a batch as collected in the current phase, plus an extra cost in steps."""

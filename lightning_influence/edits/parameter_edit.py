@@ -20,7 +20,12 @@ from typing_extensions import Self
 
 from lightning_influence.results.rendering import build_facts_table, render_plain
 from lightning_influence.support.arguments import are_distinct, is_count
-from lightning_influence.support.errors import EditMismatchError, InfluenceWarning, add_note
+from lightning_influence.support.errors import (
+    EditMismatchError,
+    InfluenceWarning,
+    NonFiniteError,
+    add_note,
+)
 from lightning_influence.support.fields import check_fields, read_tensor
 from lightning_influence.support.storage import PathLike, load_object, save_tensors
 
@@ -98,7 +103,7 @@ class EditReport:
 
     @property
     def numel(self) -> int:
-        """Number of covered parameters."""
+        """Number of parameters of the layers that could change."""
         return sum(total for _, total in self.layers.values())
 
     def facts(self) -> Iterator[tuple[str, str]]:
@@ -184,12 +189,31 @@ class Change:
         before: their values before the edit, ``(k,)``.
         after: their values with it, ``(k,)``.
         shape: of the parameter.
+
+    Raises:
+        ValueError: if a position is not in the parameter or comes twice, there is not one value for each, or
+            a value is NaN or infinite.
     """
 
     index: Tensor
     before: Tensor
     after: Tensor
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        index, count = self.index, math.prod(self.shape)
+        if index.ndim != 1 or index.dtype != torch.int64 or not len(index):
+            raise ValueError(f"positions of shape {tuple(index.shape)} and {index.dtype}, not int64 (k,)")
+        if int(index.min()) < 0 or int(index.max()) >= count or not are_distinct(index):
+            raise ValueError(f"positions that are not distinct and from 0 to {count - 1}")
+        for name, values in (("before", self.before), ("after", self.after)):
+            # One value for all positions would be written to each of them without a word.
+            if values.shape != index.shape:
+                raise ValueError(f"{name!r} of shape {tuple(values.shape)} for {len(index)} positions")
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"NaN or infinity in {name!r}")
+        if self.before.dtype != self.after.dtype:
+            raise ValueError(f"'before' of {self.before.dtype} and 'after' of {self.after.dtype}")
 
 
 class ParameterEdit(JupyterMixin):
@@ -318,7 +342,8 @@ class ParameterEdit(JupyterMixin):
             The edit, applied if the module has the edited values.
 
         Raises:
-            CorruptFileError: if the file is truncated, altered or of another kind.
+            CorruptFileError: if the file is truncated, altered or of another kind, or does not hold one
+                finite value for each position; names the file and the parameter.
             EditMismatchError: if the module has no such parameters.
         """
         changes, report = load_object(path, cls.KIND, _read_edit)
@@ -411,35 +436,16 @@ def _read_edit(
     unknown = tensors.keys() - {f"{name}/{key}" for name in shapes for key in ("index", "before", "after")}
     if unknown:
         raise ValueError(f"{min(unknown)!r} belongs to no parameter; known are {sorted(shapes)}.")
-    changes = {name: _read_change(tensors, name, shape) for name, shape in shapes.items()}
+    changes = {}
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not all(is_count(size, 0) for size in shape):
+            raise ValueError(f"the shape of {name!r} is {shape!r:.40}; accepted is a list of integers.")
+        index, before, after = (read_tensor(tensors, f"{name}/{key}") for key in ("index", "before", "after"))
+        try:
+            changes[name] = Change(index, before, after, tuple(shape))
+        except ValueError as error:
+            raise ValueError(f"of parameter {name!r} it has {error}.") from error
     return changes, EditReport.from_state(metadata.get("report", {}))
-
-
-def _read_change(tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
-    """Read what changes of one parameter; what would be written by broadcasting, twice or as NaN is refused.
-
-    Returns:
-        The change.
-
-    Raises:
-        ValueError: naming the field that is missing or wrong.
-    """
-    if not isinstance(shape, list) or not all(is_count(size, 0) for size in shape):
-        raise ValueError(f"the shape of {name!r} is {shape!r:.40}; accepted is a list of integers.")
-    index = read_tensor(tensors, f"{name}/index", ndim=1)
-    before, after = (read_tensor(tensors, f"{name}/{key}", shape=index.shape) for key in ("before", "after"))
-    if index.dtype != torch.int64 or not are_distinct(index) or bool((index < 0).any()):
-        raise ValueError(f"{name}/index is {index.dtype} or repeated; accepted are distinct integers from 0.")
-    numel = math.prod(shape)
-    if len(index) and int(index.max()) >= numel:
-        raise ValueError(f"{name}/index holds {int(index.max())}; the parameter has {numel} entries.")
-    if not before.is_floating_point() or before.dtype != after.dtype:
-        raise ValueError(
-            f"{name}/before is {before.dtype}, {name}/after {after.dtype}; accepted is one precision."
-        )
-    if not bool(before.isfinite().all() and after.isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinite values; accepted are finite ones.")
-    return Change(index, before, after, tuple(shape))
 
 
 def changes_between(
@@ -454,11 +460,19 @@ def changes_between(
 
     Returns:
         The changes by name; without the parameters of which nothing may change.
+
+    Raises:
+        NonFiniteError: if a value is NaN or infinite.
     """
     changes = {}
     for name, old in before.items():
         index = masks[name].reshape(-1).nonzero().flatten().cpu()
         if len(index):
             olds, news = (part.detach().reshape(-1).cpu()[index].clone() for part in (old, after[name]))
+            if not bool(torch.isfinite(news).all()):
+                raise NonFiniteError(
+                    f"The edit would make values of {name!r} NaN or infinite. Pass a smaller step=, a larger "
+                    "damping=, or a module in a precision with a wider range."
+                )
             changes[name] = Change(index, olds, news, tuple(old.shape))
     return changes

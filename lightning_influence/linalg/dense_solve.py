@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_influence.linalg.estimates import draw_vectors
 from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
 
 #: ``"absolute"`` replaces negative eigenvalues by their magnitudes, ``"clip"`` by zero; ``"keep"`` leaves
@@ -17,7 +18,7 @@ NegativeCurvature = Literal["absolute", "clip", "keep", "refuse"]
 
 
 @dataclass(frozen=True)
-class Definite:
+class TreatedMatrix:
     """A symmetric matrix after its negative eigenvalues were dealt with.
 
     Attributes:
@@ -35,7 +36,7 @@ class Definite:
     largest: float
 
     def describe(self, how: str) -> str:
-        """Return what was found and what was done, in words."""
+        """Return what was found and what was done about it, in words."""
         if not self.negative:
             return f"none: the smallest eigenvalue is {self.smallest:.3g}"
         done = {
@@ -50,7 +51,7 @@ class Definite:
         )
 
 
-def definite(matrix: Tensor, how: NegativeCurvature = "absolute") -> Definite:
+def treat_negative_curvature(matrix: Tensor, how: NegativeCurvature = "absolute") -> TreatedMatrix:
     """Deal with the negative eigenvalues of a symmetric matrix.
 
     A damped inverse divides by ``h + lambda``, which is near zero for an eigenvalue ``h`` near ``-lambda``: a
@@ -80,9 +81,10 @@ def definite(matrix: Tensor, how: NegativeCurvature = "absolute") -> Definite:
         "absolute": magnitude,
         "clip": matrix if not negative else (vectors * values.clamp_min(0)) @ vectors.T,
     }.get(how, matrix)
-    return Definite(changed, magnitude, negative, float(values[0]), float(values[-1]))
+    return TreatedMatrix(changed, magnitude, negative, float(values[0]), float(values[-1]))
 
 
+# Chosen by hand: the matrix takes half a GiB, its factors as much again.
 MAX_PARAMETERS = 8192
 
 
@@ -105,19 +107,41 @@ def check_size(numel: int, limit: int = MAX_PARAMETERS, method: str = "exact") -
         )
 
 
+# Vectors and products that extreme eigenvalues are estimated with. Chosen by hand: each product multiplies
+# the extreme eigenvector's share by a ratio of eigenvalues, which is large where a matrix is singular.
+_PROBES, _POWERS = 4, 3
+
+
 class DenseSolver:
     """Solves ``(H + diag(damping)) X = V`` in float64, any number of times.
+
+    A factorisation of a singular matrix often succeeds, because rounding leaves eigenvalues of the size of
+    rounding where there should be zeros; what is divided by them means nothing. So the smallest eigenvalue is
+    looked at.
 
     Args:
         matrix: ``H``, ``(P, P)``, symmetric.
         damping: ``(P,)``.
+        rounding: eigenvalues of ``H`` up to this, relative to the largest, are rounding, because the matrix
+            was summed from numbers of a lower precision. Damping that is positive replaces them.
+
+    Attributes:
+        smallest: about the smallest magnitude of an eigenvalue of the damped matrix, never below it.
+        floor: the magnitude up to which eigenvalues of ``H`` are rounding.
     """
 
-    def __init__(self, matrix: Tensor, damping: Tensor) -> None:
+    def __init__(self, matrix: Tensor, damping: Tensor, rounding: float = 0.0) -> None:
         self.matrix = matrix.double() + torch.diag(damping.double())
         self._range = float(damping.min()), float(damping.max())
         factor, info = torch.linalg.cholesky_ex(self.matrix)
         self._factor = factor if int(info) == 0 else None
+        self._pivoted = None if self._factor is not None else torch.linalg.lu_factor_ex(self.matrix)[:2]
+        largest = self._grow(lambda vectors: vectors @ self.matrix)
+        grown = self._grow(self._divide)
+        self.smallest = 1.0 / grown if grown > 0 else 0.0
+        least = len(matrix) * torch.finfo(torch.float64).eps
+        self.floor = max(least, rounding) * largest
+        self._is_singular = not self.smallest > (self.floor if self._range[0] == 0 else least * largest)
 
     @property
     def is_definite(self) -> bool:
@@ -133,20 +157,38 @@ class DenseSolver:
         Raises:
             NonFiniteError: if the damped matrix is singular.
         """
-        right, info = vectors.double(), torch.zeros(())
-        if self._factor is not None:
-            solution = torch.cholesky_solve(right.T, self._factor).T
-        else:
-            solution, info = torch.linalg.solve_ex(self.matrix, right.T)
-            solution = solution.T
-        if int(info) != 0 or not bool(torch.isfinite(solution).all()):
+        right = vectors.double()
+        solution = right if self._is_singular else self._divide(right)
+        if self._is_singular or not bool(torch.isfinite(solution).all()):
             low, high = self._range
             raise NonFiniteError(
                 f"The curvature matrix is singular at damping {low:.3g} to {high:.3g}. "
-                "Use a positive damping."
+                f"Use a positive damping, or a larger one: the smallest eigenvalue is about "
+                f"{self.smallest:.2g}, and up to {self.floor:.2g} they are rounding."
             )
         remainder = right - solution @ self.matrix
         return solution, remainder.norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
+
+    def _divide(self, right: Tensor) -> Tensor:
+        """Return ``X`` with whichever factors there are; not finite for an exactly singular matrix."""
+        if self._factor is not None:
+            return torch.cholesky_solve(right.T, self._factor).T
+        assert self._pivoted is not None
+        solution: Tensor = torch.linalg.lu_solve(*self._pivoted, right.T).T
+        return solution
+
+    def _grow(self, multiply: Callable[[Tensor], Tensor]) -> float:
+        """Return about the largest magnitude of an eigenvalue, by the power method; infinite on overflow."""
+        vectors = draw_vectors(
+            _PROBES, len(self.matrix), 0, kind="normal", dtype=torch.float64, device=self.matrix.device
+        )
+        norms = torch.ones(())
+        for _ in range(_POWERS):
+            vectors = multiply(vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-300))
+            norms = vectors.norm(dim=1)
+            if not bool(torch.isfinite(norms).all()):
+                return float("inf")
+        return float(norms.max())
 
 
 class BlockSolver:
@@ -156,12 +198,15 @@ class BlockSolver:
         blocks: the blocks of ``H``, ``(P_b, P_b)``.
         indices: where each stands in a flat vector, ``(P_b,)``; together ``0 .. P - 1``.
         damping: ``(P,)``.
+        rounding: as in :class:`DenseSolver`, of every block.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], indices: Sequence[Tensor], damping: Tensor) -> None:
+    def __init__(
+        self, blocks: Sequence[Tensor], indices: Sequence[Tensor], damping: Tensor, rounding: float = 0.0
+    ) -> None:
         self._indices = list(indices)
         self._solvers = [
-            DenseSolver(block, damping[index]) for block, index in zip(blocks, indices, strict=True)
+            DenseSolver(block, damping[index], rounding) for block, index in zip(blocks, indices, strict=True)
         ]
 
     def solve(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,6 +214,9 @@ class BlockSolver:
 
         Returns:
             ``X (V, P)`` in float64 and the relative residual of each, ``(V,)``.
+
+        Raises:
+            NonFiniteError: if a damped block is singular.
         """
         right = vectors.double()
         solution, squares = torch.zeros_like(right), right.new_zeros(len(right))
@@ -177,8 +225,3 @@ class BlockSolver:
             solution[:, index], residual = solver.solve(own)
             squares += (residual * own.norm(dim=1)).square()
         return solution, squares.sqrt() / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
-
-
-def solve(matrix: Tensor, damping: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return one solution; see :class:`DenseSolver`."""
-    return DenseSolver(matrix, damping).solve(vectors)

@@ -1,28 +1,98 @@
-"""What iterative methods share: the damped operator, groups of queries, certificates and notes."""
+"""Methods that iterate on products with the curvature: ``cg``, ``minres``, ``astra`` and ``lissa``.
+
+They share the damped system, groups of queries, and what is told of the residuals. Products are no passes
+where the curvature gradients fit into memory.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.inverse import BlockInverse
+from lightning_influence.curvature.minibatches import measure_example_variance
 from lightning_influence.curvature.operators import Damped, GaussNewtonOperator, HessianOperator
-from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton
+from lightning_influence.curvature.spectrum import measure_spectrum
+from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton, bound_kappa
+from lightning_influence.curvature.two_level import TwoLevel
+from lightning_influence.linalg.astra import astra, plan_astra
+from lightning_influence.linalg.conjugate_gradients import conjugate_gradients
+from lightning_influence.linalg.estimates import Product, draw_vectors
+from lightning_influence.linalg.lanczos import measure_preconditioned_spectrum
+from lightning_influence.linalg.lissa import LissaPlan, Scale, explain_small_batch, lissa, plan_lissa
+from lightning_influence.linalg.minres import minres
 from lightning_influence.linalg.stopping import Solution
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.methods.context import note_estimate
-from lightning_influence.methods.fitting import fitted_factors
-from lightning_influence.methods.method import Gradients, Method, Queries, Solved
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
+from lightning_influence.methods.coarse_building import CoarseBuilder
+from lightning_influence.methods.context import Context, note_estimate
+from lightning_influence.methods.fitting import provide_factors
+from lightning_influence.methods.method import Gradients, Method, Queries, Solved, register_method
+from lightning_influence.methods.options import (
+    Options,
+    SpaceOptions,
+    require_choice,
+    require_count,
+    require_number,
+)
 from lightning_influence.methods.scorers import DenseScorer
+from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.support.errors import UnsupportedModelError
 
 Operator = GaussNewtonOperator | HessianOperator | StoredGaussNewton
+Iterate = Callable[[Tensor], Solution]
+"""Solves for a group of right-hand sides ``(V, P)``."""
 
-# Most entries of a history that are reported.
+# Most entries of a history that are reported. Chosen by hand: diagnostics are read and saved as text.
 _HISTORY = 100
+
+Curvature = Literal["ggn", "hessian"]
+Preconditioner = Literal["ekfac", "two_level", "none"]
+
+
+@dataclass(frozen=True)
+class IterationOptions(Options):
+    """Options that all iterative methods share.
+
+    Attributes:
+        tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved.
+        max_steps: most steps; None for as many as the curvature asks for.
+        curvature: ``"ggn"``, or the exact ``"hessian"`` where the method allows it.
+    """
+
+    tolerance: float = field(default=1e-3, metadata=require_number())
+    max_steps: int | None = field(default=None, metadata=require_count(0))
+    curvature: Curvature = field(default="ggn", metadata=require_choice(get_args(Curvature)))
+
+
+@dataclass(frozen=True)
+class System:
+    """``H + lambda I``, and an approximate inverse of it.
+
+    Attributes:
+        curvature: ``H``.
+        damping: ``lambda`` of each parameter, ``(P,)``.
+        inverse: EK-FAC's, with the same damping.
+    """
+
+    curvature: Operator
+    damping: Tensor
+    inverse: BlockInverse
+
+    @property
+    def operator(self) -> Damped:
+        """``H + lambda I``."""
+        return Damped(self.curvature, self.damping)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that curvature gradients take, in bytes."""
+        return self.curvature.nbytes if isinstance(self.curvature, StoredGaussNewton) else 0
 
 
 class Iterative(Method):
@@ -32,60 +102,72 @@ class Iterative(Method):
     passes. Groups are as large as what is left of the budget allows.
     """
 
-    uses: ClassVar[frozenset[str]] = frozenset({"tolerance", "max_steps", "curvature"})
-    default_tolerance: ClassVar[float] = 1e-3
-    default_max_steps: ClassVar[int] = 100
-    #: Vectors of the size of the parameters that a right-hand side takes while it is iterated on.
-    vectors_each: ClassVar[int] = 8
+    options: IterationOptions
+    #: Vectors of the size of the parameters that a right-hand side takes while it is iterated on, in the
+    #: precision of the model, and while its residual is computed in float64.
+    vectors_each: ClassVar[int] = 11
     #: Why the exact Hessian is refused, if it is.
     refuses_hessian: ClassVar[str] = ""
 
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._prepared: tuple[System, Iterate] | None = None
+
     def prepare(self) -> None:
-        """Use or fit the factors, and set up the operator."""
+        """Use or fit the factors, set up the system, and derive what the method needs.
+
+        Raises:
+            ValueError: if an option has no meaning for the method, before anything runs.
+        """
         context = self.context
-        self._refuse()
-        factors = fitted_factors(context)
+        if self.refuses_hessian and self.options.curvature == "hessian":
+            raise ValueError(
+                f"Got curvature='hessian' with method={self.name!r}; accepted is 'ggn': "
+                f"{self.refuses_hessian}. Use method='minres'."
+            )
+        factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
         damping = context.resolve_damping(factors, "full")
         like = torch.empty(0, device=context.device, dtype=context.dtype)
-        self.damping = context.layout.expand(damping, like)
-        self.inverse = block_inverse(context.layout, factors, damping, measured_eigenvalues)
-        self.curvature = self._operator()
-        self.operator = Damped(self.curvature, self.damping)
-        self.set_up()
-
-    def set_up(self) -> None:
-        """Prepare what the method needs beyond the operator."""
+        inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
+        system = System(self._choose_operator(), context.layout.expand(damping, like), inverse)
+        self._prepared = system, self.set_up(system)
 
     @abstractmethod
-    def iterate(self, vectors: Tensor) -> Solution:
-        """Solve for a group of right-hand sides ``(V, P)``."""
+    def set_up(self, system: System) -> Iterate:
+        """Derive what the method needs beyond the system, and return what solves for a group."""
 
     def solve(self, queries: Queries) -> Solved:
-        """Return scores of the solutions."""
+        """Solve, and let go of the queries.
+
+        Returns:
+            A scorer of the solutions.
+        """
         solutions, residuals = self.solutions(queries)
         queries.clear()
         return Solved(DenseScorer(self.context.layout.split(solutions)), residuals)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor]:
         """Return solutions ``(Q, P)`` and their residuals ``(Q,)``, group after group."""
-        vectors = self.context.layout.dense(queries)[0].to(self.damping.dtype)
-        groups = torch.split(vectors, self._group_size()) if len(vectors) else (vectors,)
-        results = [self.iterate(group) for group in groups]
+        system, iterate = self._get_prepared()
+        vectors = self.context.layout.dense(queries)[0].to(system.damping.dtype)
+        groups = torch.split(vectors, self._limit_group(system)) if len(vectors) else (vectors,)
+        results = [iterate(group) for group in groups]
         residuals = torch.cat([result.residuals for result in results])
         self._report(results, residuals)
-        self.mean_weight = self.curvature.mean_weight
-        if isinstance(self.curvature, GaussNewtonOperator):
-            note_estimate(self.context, self.curvature.estimated)
+        self.mean_weight = system.curvature.mean_weight
+        if isinstance(system.curvature, GaussNewtonOperator):
+            note_estimate(self.context, system.curvature.estimated)
         return torch.cat([result.solutions for result in results]), residuals
 
-    def quadratic(self) -> Callable[[Gradients], Tensor]:
+    def quadratic(self) -> Quadratic:
         """Return ``g -> g^T (H + lambda I)^{-1} g``, one solve an example; needs the curvature in memory.
 
         Raises:
             UnsupportedModelError: if every product is a pass of its own.
         """
-        if not isinstance(self.curvature, StoredGaussNewton) or self.context.runner.world_size > 1:
+        system, iterate = self._get_prepared()
+        if not isinstance(system.curvature, StoredGaussNewton) or self.context.runner.world_size > 1:
             raise UnsupportedModelError(
                 f"Self-influence with method={self.name!r} solves one system for every training example, "
                 "which is only done on one process, with the Gauss-Newton matrix, and where its gradients "
@@ -94,44 +176,38 @@ class Iterative(Method):
             )
         layout = self.context.layout
 
-        def quadratic(gradients: Gradients) -> Tensor:
-            vectors = layout.dense(gradients)[0].to(self.damping.dtype)
-            parts = []
-            for group in torch.split(vectors, self._group_size()):
-                result = self.iterate(group)
-                parts.append((result.solutions * group).sum(dim=1))
+        def quadratic(gradients: Gradients) -> tuple[Tensor, Tensor]:
+            vectors = layout.dense(gradients)[0].to(system.damping.dtype)
+            values, residuals = [], []
+            for group in torch.split(vectors, self._limit_group(system)):
+                result = iterate(group)
+                values.append((result.solutions * group).sum(dim=1))
+                residuals.append(result.residuals)
                 self._note_unsolved(result.residuals, "training examples")
-            return torch.cat(parts)
+            return torch.cat(values), torch.cat(residuals)
 
         return quadratic
 
-    def _refuse(self) -> None:
-        """Refuse settings that the method has no use for, before anything runs.
+    def _get_prepared(self) -> tuple[System, Iterate]:
+        assert self._prepared is not None, "prepare() was not called"
+        return self._prepared
 
-        Raises:
-            ValueError: naming the methods that have.
-        """
-        if self.refuses_hessian and self.context.options.curvature == "hessian":
-            raise ValueError(
-                f"Got curvature='hessian' with method={self.name!r}; accepted is 'ggn': "
-                f"{self.refuses_hessian}. Use method='minres'."
-            )
-
-    def _operator(self) -> Operator:
+    def _choose_operator(self) -> Operator:
         """Return the curvature: in memory where it fits, else as passes."""
         context = self.context
-        if context.options.curvature == "hessian":
+        if self.options.curvature == "hessian":
             context.extra["curvature"] = "Hessian, a pass a product"
             return HessianOperator(context)
-        fisher = context.options.fisher or "exact"
+        fisher = self.options.fisher or "exact"
         one_pass = StoragePass(
             context.plan,
-            limit=context.options.memory_budget // 2,
+            limit=self.options.memory_budget // 2,
             num_examples=max(1, context.train.num_examples // context.runner.world_size),
             fisher=fisher,
-            seed=context.options.seed,
+            seed=self.options.seed,
         )
         context.runner.run(one_pass, context.train)
+        # All processes decide alike: a product is a collective operation of all of them.
         fits = context.runner.all_reduce_sum(torch.tensor([float(not one_pass.fits)]))
         if float(fits):
             context.extra["curvature"] = "Gauss-Newton, a pass a product"
@@ -141,19 +217,18 @@ class Iterative(Method):
         context.extra["curvature"] = f"Gauss-Newton, {stored.nbytes / 2**20:.1f} MiB of gradients in memory"
         return stored
 
-    def _group_size(self) -> int:
+    def _limit_group(self, system: System) -> int:
         """Return how many right-hand sides fit into what is left of the memory budget."""
-        held = self.curvature.nbytes if isinstance(self.curvature, StoredGaussNewton) else 0
-        each = self.vectors_each * self.context.layout.numel * self.damping.element_size()
-        return max(1, (self.context.options.memory_budget - held) // each)
+        each = self.vectors_each * self.context.layout.numel * system.damping.element_size()
+        return max(1, (self.options.memory_budget - system.nbytes) // each)
 
     def _report(self, results: list[Solution], residuals: Tensor) -> None:
         """Put what the solver did into the diagnostics, and say what is not solved."""
         facts: dict[str, Any] = {
             "steps": [result.steps for result in results],
             "products": sum(result.products for result in results),
-            "tolerance": self.tolerance,
-            "solved": int((residuals <= self.tolerance).sum()),
+            "tolerance": self.options.tolerance,
+            "solved": int((residuals <= self.options.tolerance).sum()),
             "largest_residual_by_step": [
                 [float(f"{value:.4g}") for value in result.history[:_HISTORY]] for result in results
             ],
@@ -165,12 +240,247 @@ class Iterative(Method):
 
     def _note_unsolved(self, residuals: Tensor, subject: str) -> None:
         # A residual of the size of rounding counts as solved: tolerance=0 asks for all steps.
-        limit = max(self.tolerance, 100 * torch.finfo(residuals.dtype).eps)
+        limit = max(self.options.tolerance, 100 * torch.finfo(residuals.dtype).eps)
         count = int((residuals > limit).sum())
         if count:
             self.context.notes.add(
                 f"{count} of {len(residuals)} {subject} were left with a relative residual above the "
-                f"tolerance {self.tolerance:g} (largest {float(residuals.max()):.2g}) by "
+                f"tolerance {self.options.tolerance:g} (largest {float(residuals.max()):.2g}) by "
                 f"method={self.name!r}. Raise max_steps= or the damping; in float32, about 1e-5 is as far "
                 "as most systems go."
             )
+
+
+@dataclass(frozen=True)
+class KrylovOptions(IterationOptions, SpaceOptions):
+    """Options of ``"cg"`` and ``"minres"``.
+
+    Attributes:
+        preconditioner: EK-FAC, EK-FAC with the coarse space of ``"auto"``, or none.
+    """
+
+    max_steps: int = field(default=100, metadata=require_count(0))
+    preconditioner: Preconditioner = field(default="ekfac", metadata=require_choice(get_args(Preconditioner)))
+
+
+class Krylov(Iterative):
+    """A Krylov method with the preconditioner that the options name."""
+
+    options: KrylovOptions
+    #: Solves for a group: of the product and, by keyword, ``precondition``, ``max_steps`` and ``tolerance``.
+    solver: ClassVar[Callable[..., Solution]]
+
+    def set_up(self, system: System) -> Iterate:
+        """Choose the preconditioner.
+
+        Returns:
+            The solver, with everything but the right-hand sides given.
+        """
+        name = self.options.preconditioner
+        precondition: Product | None = None
+        if name == "ekfac":
+            precondition = system.inverse.apply
+        elif name == "two_level":
+            space = CoarseBuilder(self.context, system.inverse, self.options.curvature_examples).find()
+            precondition = TwoLevel(system.inverse, space).precondition
+        self.context.extra["preconditioner"] = name
+        limits = {"max_steps": self.options.max_steps, "tolerance": self.options.tolerance}
+        return partial(type(self).solver, system.operator.product, precondition=precondition, **limits)
+
+
+@register_method("cg", options=KrylovOptions)
+class ConjugateGradients(Krylov):
+    """Preconditioned conjugate gradients (Hestenes and Stiefel 1952)."""
+
+    solver = staticmethod(conjugate_gradients)
+
+
+@register_method("minres", options=KrylovOptions)
+class MinimalResidual(Krylov):
+    """Preconditioned MINRES (Paige and Saunders 1975), also for an indefinite Hessian."""
+
+    vectors_each: ClassVar[int] = 14
+    solver = staticmethod(minres)
+
+
+@dataclass(frozen=True)
+class AstraOptions(IterationOptions):
+    """Options of ``"astra"``.
+
+    Attributes:
+        batch_size: examples of a minibatch product; None for all.
+        step_size: of the iteration; None to derive it from the curvature.
+        momentum: None to derive it from the curvature.
+    """
+
+    tolerance: float = field(default=1e-2, metadata=require_number())
+    max_steps: int = field(default=300, metadata=require_count(0))
+    batch_size: int | None = field(default=None, metadata=require_count(1))
+    step_size: float | None = field(default=None, metadata=require_number(positive=True))
+    momentum: float | None = field(default=None, metadata=require_number(below=1.0))
+
+
+@register_method("astra", options=AstraOptions)
+class Astra(Iterative):
+    """ASTRA (Wang et al. 2025): a stationary iteration that EK-FAC preconditions."""
+
+    options: AstraOptions
+    refuses_hessian: ClassVar[str] = "a fixed step diverges along directions of negative curvature"
+
+    def set_up(self, system: System) -> Iterate:
+        """Derive step and momentum from the preconditioned spectrum.
+
+        Returns:
+            The iteration with them.
+
+        Raises:
+            ValueError: if the damping is not positive.
+        """
+        options, operator, smallest = self.options, system.operator, float(system.damping.min())
+        if not smallest > 0:
+            raise ValueError(
+                "Got a damping of 0; ASTRA accepts positive ones, because its steps may not converge along "
+                "directions without curvature. Pass damping=, or use method='minres'."
+            )
+        spectrum = measure_preconditioned_spectrum(
+            operator.product, system.inverse.apply, system.damping, seed=options.seed
+        )
+        plan = plan_astra(
+            spectrum,
+            self.context.train.num_examples,
+            step_size=options.step_size,
+            momentum=options.momentum,
+            batch_size=options.batch_size,
+            max_steps=self.options.max_steps,
+        )
+        self.context.extra["astra"] = plan.facts()
+        return lambda vectors: astra(
+            operator.product,
+            operator.batch_product,
+            system.inverse.apply,
+            vectors,
+            plan,
+            num_examples=self.context.train.num_examples,
+            smallest=smallest,
+            max_steps=self.options.max_steps,
+            tolerance=self.options.tolerance,
+            seed=options.seed,
+        )
+
+
+# Passes over all data, or products with gradients in memory, from which on a user is told beforehand. Chosen
+# by hand: other methods answer after a few passes.
+_MANY_PASSES, _MANY_PRODUCTS = 200, 2000
+# Random vectors that the scale is measured with. Chosen by hand: its error costs steps, but no accuracy.
+_PROBES = 4
+# Minibatches that the variance of examples is measured from where each is a pass. Chosen by hand, likewise.
+_BATCH, _BATCHES = 32, 8
+
+
+@dataclass(frozen=True)
+class LiSSAOptions(IterationOptions):
+    """Options of ``"lissa"``.
+
+    Attributes:
+        tolerance: of the residual, and of the relative error of the solution as well.
+        batch_size: examples of a minibatch product; None to derive it from the curvature.
+        step_size: of the iteration; None to derive it from the curvature.
+    """
+
+    tolerance: float = field(default=0.02, metadata=require_number())
+    batch_size: int | None = field(default=None, metadata=require_count(1))
+    step_size: float | None = field(default=None, metadata=require_number(positive=True))
+
+
+@register_method("lissa", options=LiSSAOptions)
+class LiSSA(Iterative):
+    """LiSSA (Agarwal et al. 2017), with the hyperparameters of Klochkov and Liu (2024)."""
+
+    options: LiSSAOptions
+    refuses_hessian: ClassVar[str] = "the derivation needs a positive semidefinite curvature"
+
+    def set_up(self, system: System) -> Iterate:
+        """Measure the curvature's scale, derive the hyperparameters, and say what they will cost.
+
+        Returns:
+            The iteration with them.
+        """
+        context, options, operator = self.context, self.options, system.operator
+        scale = _measure_scale(system, options.seed)
+        plan = plan_lissa(
+            scale,
+            tolerance=self.options.tolerance,
+            batch_size=options.batch_size,
+            step_size=options.step_size,
+        )
+        numbers = {"lambda_1": scale.largest, "trace": scale.trace, "kappa": scale.kappa}
+        context.extra["lissa"] = {**plan.facts(), **numbers}
+        note = explain_small_batch(plan, scale) if options.batch_size is not None else None
+        if note is not None:
+            context.notes.add(note)
+        self._announce(plan, plan.cost / scale.num_examples, system)
+        return lambda vectors: lissa(
+            operator.product,
+            operator.batch_product,
+            vectors,
+            plan,
+            scale,
+            tolerance=self.options.tolerance,
+            max_steps=options.max_steps,
+            seed=options.seed,
+            fixed=options.batch_size is not None or options.step_size is not None,
+        )
+
+    def _announce(self, plan: LissaPlan, passes: float, system: System) -> None:
+        """Say beforehand what is expensive, or will not get there."""
+        steps, most = plan.steps * plan.rounds, self.options.max_steps
+        if most is not None and most < steps:
+            self.context.notes.add(
+                f"LiSSA needs about {steps} steps for a relative error of {self.options.tolerance:g}, and "
+                f"max_steps={most} was asked for; the residuals say how far it came."
+            )
+        many = _MANY_PRODUCTS if isinstance(system.curvature, StoredGaussNewton) else _MANY_PASSES
+        if passes > many:
+            self.context.notes.add(
+                f"LiSSA is going to take {plan.why}, as many as {passes:.0f} passes over the training data. "
+                "A larger damping, a larger memory_budget (which keeps curvature gradients), or method='cg' "
+                "or 'auto' costs less."
+            )
+
+
+def _measure_scale(system: System, seed: int) -> Scale:
+    """Return what LiSSA's hyperparameters follow from, measured in a few products."""
+    curvature, damping = system.curvature, system.damping
+    place: dict[str, Any] = {"dtype": damping.dtype, "device": damping.device}
+    spectrum = measure_spectrum(curvature.product, curvature.numel, probes=_PROBES, seed=seed, **place)
+    top = spectrum.eigenvalues[0]
+    random = draw_vectors(_PROBES, curvature.numel, seed + 1, **place)
+    directions = torch.cat([spectrum.ritz.vectors(_PROBES), random])
+    if isinstance(curvature, StoredGaussNewton):
+        trace = curvature.trace()
+        forms = (directions * curvature.product(directions)).sum(dim=1)
+        variance = bound_kappa(curvature.squared_products(directions), forms, trace)
+    else:
+        trace = max(spectrum.trace.value, 0.0)
+        variance = _measure_variance(curvature, directions, trace, seed)
+    return Scale(
+        largest=max(top.value + (top.error or 0.0), 0.0),
+        trace=trace,
+        kappa=variance,
+        damping_low=float(damping.min()),
+        damping_high=float(damping.max()),
+        num_examples=curvature.num_examples,
+    )
+
+
+def _measure_variance(
+    curvature: GaussNewtonOperator | HessianOperator, directions: Tensor, trace: float, seed: int
+) -> float:
+    """Return ``kappa`` from minibatches, which are passes, so that there are few of them."""
+    count = min(_BATCH, curvature.num_examples // 2)
+    if not count or not trace > 0:
+        return 1.0
+    found = measure_example_variance(
+        curvature, directions, trace, count=count, minibatches=_BATCHES, seed=seed
+    )
+    return max(found.value, 0.0) + (found.error or 0.0)

@@ -21,6 +21,13 @@ from lightning_influence.support.random_states import preserve_rng
 _LIMITS = {torch.float64: 1e-8, torch.float32: 1e-2}
 
 
+# Relative difference of one example's gradients that stands for a coupling: where examples trade places it is
+# a factor of two or more. Kernels that add in a varying order, and float16 gradients below its smallest
+# number, leave differences; those of examples whose gradient is nothing beside the largest one's are let
+# pass. Chosen by hand.
+_ROW_LIMIT, _ROW_FLOOR = 1e-2, 1e-3
+
+
 def check_independent(captured: Captured) -> None:
     """Check a batch: finite losses, examples that do not depend on each other, and whole gradients.
 
@@ -66,17 +73,43 @@ def _coupled(recorder: Recorder, values: Tensor, num_examples: int) -> str | Non
     """
     if num_examples < 2:
         return None
-    factors = _factors(values)
     for name, grad in recorder.backward(values[0], None, num_examples).items():
         if bool(grad[:, 1:].nan_to_num(0.0, 0.0, 0.0).any()):  # not finite: refused elsewhere, as such
             return name
-    plain = recorder.backward(values, torch.ones_like(factors), num_examples)
-    weighed = recorder.backward(values, factors, num_examples)
-    for name, grad in plain.items():
-        expected = grad * factors.to(grad.dtype)[:, None, None]
-        if bool((weighed[name] - expected).norm() > 1e-2 * expected.norm()):
-            return name
+    plain = recorder.backward(values, torch.ones_like(values), num_examples)
+    for factors in _powers(values):
+        for name, weighed in recorder.backward(values, factors, num_examples).items():
+            expected = plain[name] * factors.to(weighed.dtype)[:, None, None]
+            wrong, size = _row_norms(weighed - expected), _row_norms(expected)
+            if bool((wrong > _ROW_LIMIT * size.clamp(min=_ROW_FLOOR * float(size.max()))).any()):
+                return name
     return None
+
+
+def _row_norms(gradients: Tensor) -> Tensor:
+    """Return the norm of each example's gradients ``(G, B, R, D)`` at a layer, ``(B,)``."""
+    norms: Tensor = gradients.transpose(0, 1).flatten(1).norm(dim=1)
+    return norms
+
+
+def _powers(values: Tensor) -> Iterator[Tensor]:
+    """Factors for the examples, ``(B,)``, powers of two that no two examples have in common.
+
+    A power of two scales every product and sum of a backward pass without a rounding error, in any precision
+    and at any depth, so that what comes back differs from what was sent for a reason of the model's only.
+    With factors that are none, rounding alone made 1% of a transformer of eight blocks in bfloat16. One
+    vector of moderate powers cannot tell many examples apart: each vector yields one octal digit of their
+    numbers.
+
+    Yields:
+        As many vectors as the number of the last example has octal digits.
+    """
+    numbers = torch.arange(len(values), device=values.device)
+    while True:
+        yield torch.exp2((numbers % 8).to(values.dtype))
+        numbers = numbers // 8
+        if not bool(numbers.any()):
+            return
 
 
 def _factors(values: Tensor) -> Tensor:

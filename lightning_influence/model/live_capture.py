@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import check_independent, check_loss
@@ -13,14 +18,62 @@ from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.model.recorder import Recorder
-from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import UnsupportedModelError
+
+
+class _StepRecorder(Recorder):
+    """A recorder whose hooks raise nothing into the user's forward pass; what failed is kept for later."""
+
+    failure: Exception | None = None
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        record = super()._hook(name)
+
+        def hook(*args: Any) -> None:
+            try:
+                record(*args)
+            except Exception as error:
+                self.failure = self.failure or error
+
+        return hook
+
+
+class _StepLosses(LossCapture):
+    """A loss capture that can be left in any order, and notes whether the step registers gradient hooks."""
+
+    paused: ClassVar[int] = 0
+    hooks: bool = False
+
+    def __exit__(self, *details: Any) -> None:
+        """Leave the stack of modes, also where others have entered it since: those stay."""
+        stack: Any = torch.overrides  # torch itself takes the uppermost mode off, whichever it is
+        above: list[TorchFunctionMode] = []
+        while stack._len_torch_function_stack() and (mode := stack._pop_mode()) is not self:
+            above.append(mode)
+        for mode in reversed(above):
+            stack._push_mode(mode)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the function; keep losses, unless it is another callback's work that runs.
+
+        Returns:
+            What the function returns.
+        """
+        if _StepLosses.paused:
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.register_hook and not args[0].is_leaf:
+            self.hooks = True
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class LiveCapture:
     """Records layers and losses between :meth:`open` and :meth:`close`.
-
-    Compiled submodules run eagerly in between, because a graph that was compiled without hooks calls none.
 
     Args:
         plan: the covered layers.
@@ -28,8 +81,8 @@ class LiveCapture:
 
     def __init__(self, plan: LayerPlan) -> None:
         self._plan = plan
-        self._recorder = Recorder(plan.layers)
-        self._losses = LossCapture()
+        self._recorder = _StepRecorder(plan.layers)
+        self._losses = _StepLosses()
         self._stack: contextlib.ExitStack | None = None
 
     @property
@@ -37,10 +90,22 @@ class LiveCapture:
         """Whether hooks are in place."""
         return self._stack is not None
 
-    def open(self) -> None:
-        """Put hooks on the layers and watch for losses."""
+    def open(self, module: nn.Module) -> None:
+        """Put hooks on the layers and watch for losses.
+
+        Args:
+            module: the model.
+
+        Raises:
+            UnsupportedModelError: if it has hooks on gradients.
+        """
+        hooked = [
+            name for name, part in module.named_modules() if part._backward_hooks or part._backward_pre_hooks
+        ]
+        if hooked:
+            raise UnsupportedModelError(f"Module {hooked[0]!r} has a backward hook. {_GRADIENT_HOOKS}")
+        self._recorder.failure, self._losses.hooks = None, False
         with contextlib.ExitStack() as stack:
-            stack.enter_context(eagerly())
             stack.enter_context(self._recorder)
             stack.enter_context(self._losses)
             self._stack = stack.pop_all()
@@ -56,9 +121,7 @@ class LiveCapture:
         self._recorder.clear()
         self._losses.clear()
 
-    def resolve(
-        self, loss: Tensor, num_examples: int, *, divisor: float = 1.0, wrappers: int = 0
-    ) -> Captured:
+    def resolve(self, loss: Tensor, num_examples: int, divisor: float = 1.0, wrappers: int = 0) -> Captured:
         """Find the training loss among what was recorded.
 
         Args:
@@ -74,8 +137,10 @@ class LiveCapture:
         Raises:
             LossCaptureError: if the loss is not found.
             NonFiniteError: if it is NaN or infinite; the first layer concerned is named.
-            UnsupportedModelError: if no layer took part.
+            UnsupportedModelError: if no layer took part, or the step put hooks on gradients.
         """
+        if self._losses.hooks:
+            raise UnsupportedModelError(f"The training step registers a hook on a tensor. {_GRADIENT_HOOKS}")
         node = loss.grad_fn
         for _ in range(wrappers):
             node = node.next_functions[0][0] if node is not None and node.next_functions else None
@@ -105,7 +170,7 @@ class LiveCapture:
         Raises:
             UnsupportedModelError: if no layer took part.
         """
-        self.open()
+        self.open(module)
         try:
             with context:
                 values = module.influence_loss(batch)
@@ -115,12 +180,9 @@ class LiveCapture:
         loss = per_example_capture(values, self._losses, num_examples)
         return self._complete(Captured(num_examples, loss, values, self._recorder))
 
-    @property
-    def silent(self) -> list[str]:
-        """Layers that took no part in the step."""
-        return self._recorder.silent
-
     def _complete(self, captured: Captured) -> Captured:
+        if self._recorder.failure is not None:
+            raise self._recorder.failure
         if len(self._recorder.silent) == len(self._plan.layers):
             raise UnsupportedModelError(
                 "No covered layer took part in the training step with a gradient graph. Accepted are layers "
@@ -128,6 +190,103 @@ class LiveCapture:
                 f"checkpointing. Layers: {sorted(self._plan.layers)[:8]}."
             )
         return captured
+
+
+_GRADIENT_HOOKS = (
+    "Collecting takes gradients of its own, which would run such hooks more often than the training does, "
+    "and what they do then would change it."
+)
+
+
+@contextlib.contextmanager
+def collecting_alone() -> Iterator[None]:
+    """Keep captures that others have opened on the same step from seeing what runs in here."""
+    _StepLosses.paused += 1
+    try:
+        yield
+    finally:
+        _StepLosses.paused -= 1
+
+
+def check_not_compiled(module: nn.Module) -> None:
+    """Refuse a model with compiled parts.
+
+    Hooks are not called by a graph that was compiled without them, or become part of one that is compiled
+    with them. Running compiled parts eagerly for the time being draws other random numbers.
+
+    Raises:
+        UnsupportedModelError: naming the first compiled part.
+    """
+    for name, part in module.named_modules():
+        found = _find_compiled(part)
+        if found is not None:
+            where = ".".join(filter(None, (name, found)))
+            raise UnsupportedModelError(
+                f"{where!r} of the model is compiled by torch.compile, and compiled parts cannot be watched "
+                "without changing what they compute."
+            )
+
+
+def _find_compiled(part: nn.Module) -> str | None:
+    """Look for what is compiled in a module: itself, its attributes, methods, and the globals they use.
+
+    Returns:
+        Its name, empty for the module itself; None if nothing is compiled.
+    """
+    if _is_compiled(part):
+        return ""
+    for name, value in vars(part).items():
+        if name not in {"_modules", "_trainer", "_fabric"} and _holds_compiled(value):
+            return name
+    for cls in type(part).__mro__:
+        if cls.__module__.partition(".")[0] in {"torch", "lightning", "pytorch_lightning", "builtins"}:
+            continue
+        for name, value in vars(cls).items():
+            if _is_compiled(value):
+                return str(name)
+            code, names = getattr(value, "__code__", None), getattr(value, "__globals__", {})
+            for used in code.co_names if code is not None else ():
+                if _is_compiled(names.get(used)):
+                    return str(used)
+    return None
+
+
+def _is_compiled(value: Any) -> bool:
+    if isinstance(value, nn.Module):  # `torch.compile(module)`, and `module.compile()`
+        return "_orig_mod" in value._modules or value._compiled_call_impl is not None
+    return callable(value) and hasattr(value, "_torchdynamo_orig_callable")
+
+
+def _holds_compiled(value: Any, depth: int = 2) -> bool:
+    if isinstance(value, functools.partial):
+        value = value.func
+    if depth and isinstance(value, dict | list | tuple | set):
+        items = value.values() if isinstance(value, dict) else value
+        return any(_holds_compiled(item, depth - 1) for item in items)
+    return _is_compiled(value) or (
+        isinstance(value, nn.Module) and depth > 0 and any(map(_is_compiled, value.modules()))
+    )
+
+
+def describe_other_loss(values: Tensor, loss: Tensor) -> str | None:
+    """Say that ``influence_loss`` does not make up the training loss of the same batch, or None if it does.
+
+    Args:
+        values: what it returned, ``(B,)``.
+        loss: the training loss of the batch.
+
+    Returns:
+        A sentence with the numbers; what was left out on purpose, such as a penalty, has this effect as well.
+    """
+    mean, total, found = float(values.double().mean()), float(values.double().sum()), float(loss)
+    limit = 1e-2 * abs(found) + 1e-6
+    if min(abs(mean - found), abs(total - found)) <= limit or not math.isfinite(found):
+        return None
+    return (
+        f"The training loss of a batch is {found:.6g}, and the values of `influence_loss` for it have the "
+        f"mean {mean:.6g} and the sum {total:.6g}. Influence estimates are of `influence_loss`: this is "
+        "right if it leaves out a penalty on purpose, and wrong if it lacks weights, a factor or a sign."
+    )
 
 
 def check_first(captured: Captured, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_influence.collecting.callback import InfluenceCallback
-from lightning_influence.collecting.generations import Generations
+from lightning_influence.collecting.sums import WindowSums
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.support.errors import InfluenceWarning
 
@@ -144,7 +144,7 @@ def test_training_goes_on_and_the_reason_is_given_once(module_class, reason) -> 
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "dropped"), [(Generations, "make_bases", 4), (TrainingRecord, "add_step", 1)]
+    ("owner", "name", "dropped"), [(WindowSums, "set_bases", 4), (TrainingRecord, "add_step", 1)]
 )
 def test_errors_outside_the_capture_stop_collecting_too(monkeypatch, owner, name, dropped) -> None:
     counts = []

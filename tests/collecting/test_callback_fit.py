@@ -182,21 +182,6 @@ def test_nothing_is_left_behind_after_an_error_inside_the_step(error) -> None:
     assert callback.factors.layers
 
 
-def test_compiled_submodules_are_seen() -> None:
-    class Compiled(Classifier):
-        def __init__(self) -> None:
-            super().__init__(p=0.0)
-            self.fast = [torch.compile(self.net, backend="eager")]
-
-        def training_step(self, batch, batch_idx):
-            return functional.cross_entropy(self.fast[0](batch[0]), batch[1])
-
-    callback = InfluenceCallback(every_n_steps=3)
-    fit(Compiled(), callback, max_epochs=3)
-    assert callback.num_collected == 5
-    assert list(callback.factors.layers) == ["net.0", "net.3"]
-
-
 def test_figures_are_logged() -> None:
     class Memory(lightning.pytorch.loggers.logger.DummyLogger):
         def __init__(self) -> None:

@@ -45,6 +45,9 @@ class TwoLosses(Classifier):
 def test_loss_that_is_not_found_names_the_hook(module_class, message) -> None:
     module = module_class()
     with pytest.raises(LossCaptureError, match=f"(?s){message}.*influence_loss"):
+        fit(module, InfluenceCallback(strict=True))
+    assert clean(module)
+    with pytest.warns(InfluenceWarning, match=f"(?s)Nothing is collected .*{message}.*Training goes on"):
         fit(module, InfluenceCallback())
     assert clean(module)
 
@@ -155,8 +158,11 @@ def test_model_without_supported_layers() -> None:
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    with pytest.raises(UnsupportedModelError, match="no trainable layer of a supported kind"):
-        fit(Scale(), InfluenceCallback())
+    reason = "no trainable layer of a supported kind"
+    with pytest.raises(UnsupportedModelError, match=reason):
+        fit(Scale(), InfluenceCallback(strict=True))
+    with pytest.warns(InfluenceWarning, match=f"Nothing is collected .*{reason}"):
+        assert fit(Scale(), InfluenceCallback()).state.finished
 
 
 def test_examples_that_depend_on_each_other() -> None:
@@ -165,8 +171,11 @@ def test_examples_that_depend_on_each_other() -> None:
             outputs = self.net(batch[0])
             return functional.cross_entropy(outputs - outputs.mean(0), batch[1])
 
-    with pytest.raises(UnsupportedModelError, match=r"depends on layer .net\.0. at other examples"):
-        fit(Coupled(p=0.0), InfluenceCallback())
+    reason = r"depends on layer .net\.0. at other examples"
+    with pytest.raises(UnsupportedModelError, match=reason):
+        fit(Coupled(p=0.0), InfluenceCallback(strict=True))
+    with pytest.warns(InfluenceWarning, match=f"Nothing is collected .*{reason}"):
+        assert fit(Coupled(p=0.0), InfluenceCallback()).state.finished
 
 
 @pytest.mark.parametrize("size", [1, 7])

@@ -12,7 +12,7 @@ from models import CASES
 from torch import nn
 
 from lightning_influence import InfluenceModule
-from lightning_influence.support.errors import InfluenceWarning, UnsupportedModelError
+from lightning_influence.support.errors import InfluenceWarning, NonFiniteError, UnsupportedModelError
 
 NAME = "mlp_gelu"  # its Hessian is indefinite at random weights, and so is the Hessian plus DAMPING
 
@@ -156,3 +156,36 @@ def test_unknown_outputs_are_said_to_be_estimated(method):
     g = error.tanh()[:, None] * x
     found = module.scores(batch, batch, method="hessian", damping=0.1)
     torch.testing.assert_close(found.scores, oracle.influence(H, 0.1, g, g), **CLOSE)
+
+
+class Copied(Net):
+    """Its curvature is singular: it sees the same input twice."""
+
+    def forward(self, x):
+        return super().forward(torch.cat([x[:, :1], x[:, :1], x[:, 2:]], dim=1))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+SINGULAR = [("exact", {}), ("block_ggn", {}), *(("hessian", {"negative_curvature": how}) for how in REPLACED)]
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("method", "options"), SINGULAR)
+def test_a_singular_curvature_without_damping_is_refused(method, options, double):
+    module = Copied().double() if double else Copied()
+    batches = [(x.double() if double else x, y) for x, y in train()]
+    asked = InfluenceModule(module)
+    for ask in (asked.scores, asked.self_influence):
+        with quiet(), pytest.raises(NonFiniteError, match=r"singular at damping 0 to 0\. Use a positive"):
+            ask(*[batches] * (2 if ask == asked.scores else 1), method=method, damping=0.0, **options)
+
+
+def test_damping_below_the_rounding_of_the_hessian_is_told():
+    asked = InfluenceModule(Copied())
+    with pytest.warns(InfluenceWarning, match=r"\(1e-12\) has an eigenvalue of about 1e-12, and .* float32"):
+        asked.scores(train(), train(), method="hessian", damping=1e-12)
+    found = asked.scores(train(), train(), method="hessian", damping=1e-3)
+    assert not any("rounding" in note for note in found.diagnostics.warnings)
+    assert found.diagnostics.residuals.max() < 1e-9

@@ -12,6 +12,10 @@ from influence_models import Net, fitted, names, queries, train, trainer
 from models import CASES, lightning_module, loader
 
 from lightning_influence import InfluenceModule, influence
+from lightning_influence.curvature.stored import StoragePass
+from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.running.loop_runner import LoopRunner
+from lightning_influence.running.reading import prepare_train
 from lightning_influence.support.errors import (
     DivergenceError,
     IndefiniteError,
@@ -241,3 +245,34 @@ def test_estimates_of_the_fisher():
         torch.testing.assert_close(
             found.scores, asked.scores(method="exact", **options).scores, rtol=1e-6, atol=1e-9
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"), [*((name, 2**30) for name in (*CONVERGED, "lissa")), ("cg", 4000), ("minres", 4000)]
+)
+def test_residuals_in_float32_are_known_better_than_the_answers(method, budget):
+    """At the limit of float32, where a product's own rounding is as large as the residual."""
+    module = Net().eval()
+    data, damping = train(shuffle=False), 1 / 64  # a number of float32
+    options = {"damping": damping, "fisher": "exact", "tolerance": 1e-9, "memory_budget": budget}
+    limit = {} if method == "lissa" else {"max_steps": 400 if budget > 4000 else 40}
+    asked = InfluenceModule(module)
+    with quiet():
+        answers, diagnostics = asked.ihvp(data, queries(), method=method, **options, **limit)
+        right, _ = asked.ihvp(data, queries(), method="identity")
+    runner, plan = LoopRunner(module), find_layers(module)
+    one_pass, batches = StoragePass(plan, limit=2**28, num_examples=22), prepare_train(data)
+    with runner:
+        runner.run(one_pass, batches)
+    stored = one_pass.operator(Layout.of(plan.layers), batches.indices, lambda t: t)
+
+    def flat(by_name):
+        pairs = [(by_name[f"{name}.weight"], by_name[f"{name}.bias"]) for name in plan.layers]
+        parts = [torch.cat([weight, bias[..., None]], dim=-1) for weight, bias in pairs]
+        return torch.cat([part.flatten(1) for part in parts], dim=1).double()
+
+    x, v = flat(answers), flat(right)
+    truth = (v - x @ stored.dense() - damping * x).norm(dim=1) / v.norm(dim=1)
+    assert 1e-9 < truth.max() < 1e-4
+    assert ("a pass a product" in diagnostics.extra["curvature"]) == (budget == 4000)
+    torch.testing.assert_close(diagnostics.residuals.double(), truth, rtol=1e-3, atol=0)

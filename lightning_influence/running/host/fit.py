@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -13,11 +14,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
-from lightning_influence.running.host.module import muted, preserved_states
+from lightning_influence.running.host.module import muted
 from lightning_influence.running.host.processes import sum_over_processes
+from lightning_influence.running.host.states import ModuleStates
 from lightning_influence.running.host.trainer import splits_parameters
-from lightning_influence.support.errors import LossCaptureError
+from lightning_influence.support.errors import (
+    UnsupportedDataError,
+    UnsupportedModelError,
+    UnsupportedTrainerError,
+)
 from lightning_influence.support.random_states import preserve_rng
 
 SEVERAL_BACKWARDS = (
@@ -30,15 +37,28 @@ LOSS_NOT_SEEN = (
 )
 
 
-def why_not_collect(trainer: Trainer) -> str | None:
-    """Return why nothing can be collected from this fit, with what to do instead, or None."""
-    remedy = "The factors will be fitted in a pass of their own when influence is asked for."
+def check_collectable(trainer: Trainer) -> None:
+    """Refuse a fit whose steps cannot be collected from.
+
+    Raises:
+        UnsupportedTrainerError: for LBFGS, and for strategies that split parameters over processes.
+    """
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-        return f"LBFGS runs the training step several times for one batch. {remedy}"
+        raise UnsupportedTrainerError("LBFGS runs the training step several times for one batch.")
     if splits_parameters(trainer):
         name = type(trainer.strategy).__name__
-        return f"{name} splits the parameters over processes. {remedy} Use a whole model for it."
-    return None
+        raise UnsupportedTrainerError(
+            f"{name} splits the parameters over processes; ask for influence with a Trainer that does not."
+        )
+
+
+def refuse_step(reason: str) -> None:
+    """Refuse what a training step does.
+
+    Raises:
+        UnsupportedModelError: always.
+    """
+    raise UnsupportedModelError(reason)
 
 
 def planned_batches(trainer: Trainer, seen: int) -> int | None:
@@ -61,10 +81,13 @@ def planned_batches(trainer: Trainer, seen: int) -> int | None:
 
 
 def loss_wrapping(trainer: Trainer, module: LightningModule) -> tuple[float, int]:
-    """Return what the loss before backward was divided by, and how many operations that took.
+    """Describe what lies between the training loss and the one before the backward pass.
 
     Automatic optimization divides for accumulation (also by 1); mixed float16 precision multiplies by the
     scale of its scaler.
+
+    Returns:
+        What the loss was divided by, and how many operations that took.
     """
     divisor, operations = 1.0, 0
     if module.automatic_optimization:
@@ -75,19 +98,79 @@ def loss_wrapping(trainer: Trainer, module: LightningModule) -> tuple[float, int
     return divisor, operations
 
 
-def batch_size_of(batch: Any) -> int:
-    """Return the number of examples in a batch.
+def will_step(trainer: Trainer, optimizer: torch.optim.Optimizer) -> bool:
+    """Tell, after the backward pass, whether an optimizer is going to change the parameters.
+
+    Returns:
+        False where the training step returned None, and where the scaler of mixed float16 precision has
+        found a gradient that overflowed.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+    if not gradients or scaler is None or not scaler.is_enabled():
+        return bool(gradients)
+    found = scaler._found_inf_per_device(optimizer)
+    if found:
+        return not any(bool(value) for value in found.values())
+    # Fused optimizers unscale the gradients themselves, later than this.
+    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+
+def batch_size_of(trainer: Trainer, batch: Any, batch_idx: int) -> int:
+    """Count the examples in a batch.
+
+    Lightning takes the first dimension of the first tensor, which may be a mask, a table, or one of several
+    sequences of unequal lengths. How many examples the loader has put into the batch decides where that is
+    another number, and some part of the batch has as many rows or items.
+
+    Args:
+        trainer: the Trainer, whose loader the batch is from.
+        batch: the batch.
+        batch_idx: its number in the epoch.
+
+    Returns:
+        ``B``.
 
     Raises:
-        LossCaptureError: if the batch shows none.
+        UnsupportedDataError: if the batch shows no number of examples.
     """
     try:
-        return int(extract_batch_size(batch))
-    except MisconfigurationException as error:
-        raise LossCaptureError(
+        guess = int(extract_batch_size(batch))
+    except MisconfigurationException:
+        guess = None
+    loaded = _count_loaded(trainer.train_dataloader, batch_idx)
+    if loaded is not None and loaded != guess and loaded in _lengths(batch):
+        return loaded
+    if guess is None:
+        raise UnsupportedDataError(
             f"No batch size can be read from a batch of type {type(batch).__name__}. Accepted are tensors, "
             "and collections of tensors whose first dimension is the examples."
-        ) from error
+        )
+    return guess
+
+
+def _count_loaded(loader: Any, batch_idx: int) -> int | None:
+    """Return how many examples a loader put into a batch; None where it does not tell."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if type(sampler) is not BatchSampler or not isinstance(sampler.sampler, Sized):
+        return None
+    left = len(sampler.sampler) - batch_idx * sampler.batch_size
+    return min(sampler.batch_size, left) if left > 0 else None
+
+
+def _lengths(part: Any) -> Iterator[int]:
+    """Yield the first dimensions of the tensors in a batch, and the lengths of its lists."""
+    if isinstance(part, Tensor):
+        if part.ndim:
+            yield len(part)
+    elif isinstance(part, Mapping):
+        for item in part.values():
+            yield from _lengths(item)
+    elif isinstance(part, list | tuple):
+        if isinstance(part, list):
+            yield len(part)
+        for item in part:
+            yield from _lengths(item)
 
 
 def all_reduce(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
@@ -98,14 +181,29 @@ def all_reduce(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
 
 
 @contextlib.contextmanager
-def aside(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """A context for a forward pass of our own, and what is computed from it, before the user's step.
+def aside(trainer: Trainer, module: LightningModule, batch: Any = None) -> Iterator[Any]:
+    """A context for what is computed in addition to the user's step, and leaves no trace in it.
 
-    Random states, buffers and metrics are put back, nothing is logged, and autocast is that of the training
-    step.
+    Random states, the module's state and gradients are put back, and nothing is logged. A backward pass of
+    ours needs this as well: activation checkpointing runs parts of the forward pass once more in it.
+
+    Args:
+        trainer: the Trainer.
+        module: the user's module.
+        batch: what a forward pass of ours reads; without one, parameters are not looked after.
+
+    Yields:
+        A copy of the batch.
     """
-    with preserved_states(module), preserve_rng(), muted(module), torch.enable_grad():
-        yield
+    states = ModuleStates(module, parameters=batch is not None)
+    grads = [(p, p.grad) for p in module.parameters()]
+    try:
+        with preserve_rng(), muted(module), torch.enable_grad():
+            yield copy.deepcopy(batch)
+    finally:
+        states.restore()
+        for parameter, grad in grads:
+            parameter.grad = grad
 
 
 def forward_context(trainer: Trainer) -> contextlib.AbstractContextManager[None]:

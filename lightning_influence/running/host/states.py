@@ -33,11 +33,12 @@ class ModuleStates:
 
     Args:
         module: the user's module.
+        parameters: whether to hold the parameters too.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, parameters: bool = True) -> None:
         parts = list(module.modules())
-        self._live = [t.data for t in module.parameters() if not is_lazy(t)]
+        self._live = [t.data for t in module.parameters() if parameters and not is_lazy(t)]
         self._copies = [t.clone() for t in self._live]
         self._buffers = [(m, name, b.clone()) for m in parts for name, b in m.named_buffers(recurse=False)]
         self._metrics = [(m, _metric_state(m)) for m in parts if isinstance(m, Metric)]
@@ -58,7 +59,8 @@ class ModuleStates:
             for owner, name, held in self._buffers:
                 now: Any = getattr(owner, name, None)
                 if isinstance(now, Tensor) and now.shape == held.shape:
-                    now.copy_(held)
+                    if not _equal(now, held):  # a write counts as a change to graphs that are still needed
+                        now.copy_(held)
                 else:
                     setattr(owner, name, held.clone())
 
@@ -117,7 +119,7 @@ def _machinery(module: nn.Module) -> frozenset[str]:
     names = {"log", "log_dict", "training", "_compiled_call_impl", "_is_full_backward_hook"}
     own = {name for name in vars(module) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))}
     known = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks"}
-    if find_package(module) is not None:
+    if isinstance(getattr(module, "_fabric_optimizers", None), list):  # a LightningModule
         known |= {"_trainer", "_fabric", "_fabric_optimizers", "_device", "_dtype", "_current_fx_name"}
         known |= {"_hparams", "_hparams_initial", "_hparams_name", "_jit_is_scripting", "_device_mesh"}
     return frozenset(names | own | known)

@@ -1,4 +1,4 @@
-"""Sums of a current window of a run, and of the last finished one until the current is worth more."""
+"""What a fit sums up: statistics of the current window of the run, and of the last finished one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics, eigenbasis
+from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics, compute_eigenbasis
 from lightning_influence.model.layers import Layer
+
+#: Sums a tensor over all processes in place and returns it; every process has to call it.
+AllReduce = Callable[[Tensor], Tensor]
 
 
 @dataclass
-class Generations:
+class WindowSums:
     """Factors of successive windows of a run.
 
     Attributes:
@@ -33,7 +36,7 @@ class Generations:
     def start_window(self) -> None:
         """Begin new sums; the best so far stay available."""
         self.previous = self.best if self.best.layers else None
-        self.current = Factors(fisher=self.current.fisher, origin="fit")
+        self.drop_current()
 
     def drop_current(self) -> None:
         """Forget the sums of the current window."""
@@ -51,12 +54,12 @@ class Generations:
         if self.current.has_squares:
             replace = 2 * taken_squares >= planned_squares
         else:
-            replace = not self.previous.has_squares and examples(self.current) >= examples(self.previous)
+            replace = not self.previous.has_squares and _examples(self.current) >= _examples(self.previous)
         if replace:
             self.previous = None
 
     def fill(self, layers: Mapping[str, Layer]) -> None:
-        """Start empty sums for all layers, so that every process has the same ones."""
+        """Start empty sums for the layers that have none, so that every process has the same ones."""
         for name, layer in layers.items():
             weight = layer.rule.weight(layer.module)
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -65,31 +68,43 @@ class Generations:
                     layer.shape, device=weight.device, dtype=dtype
                 )
 
-    def make_bases(self, share: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Decompose the current covariances in the precision of the sums.
+    def set_bases(self, totals: Mapping[str, LayerStatistics]) -> None:
+        """Decompose covariances, and measure squares in their eigenbases from here on.
 
-        A basis has to be orthonormal, and need not be accurate: the squares are exact in whatever basis they
-        are measured.
+        The decomposition has the precision of the sums. A basis has to be orthonormal and need not be
+        accurate: the squares are exact in whatever basis they are measured.
 
         Args:
-            share: sums a tensor over processes in place; all of them then use the basis of the sum.
+            totals: the covariances of each layer; of several processes, those of all of them.
 
         Raises:
             NonFiniteError: if a covariance cannot be decomposed; no basis is set then.
         """
         bases: dict[str, Eigenbasis] = {}
-        for name, layer in self.current.layers.items():
-            total = layer if share is None else reduced(layer, share)
-            bases[name] = eigenbasis(name, total, total.inputs.dtype)
+        for name, layer in totals.items():
+            bases[name] = compute_eigenbasis(name, layer, layer.inputs.dtype)
         for name, basis in bases.items():
             self.current.layers[name].set_basis(basis)
 
-    def summed(self, share: Callable[[Tensor], Tensor]) -> Generations:
-        """Return a copy whose sums run over all processes; every process has to call it."""
-        previous = None if self.previous is None else reduced_factors(self.previous, share)
-        return Generations(reduced_factors(self.current, share), previous)
+    def copy(self) -> WindowSums:
+        """Return a copy that can be summed over processes."""
+        previous = None if self.previous is None else _copy_factors(self.previous)
+        return WindowSums(_copy_factors(self.current), previous)
 
-    def emptied(self) -> Generations:
+    def reduce(self, share: AllReduce, world_size: int) -> None:
+        """Sum over the processes in place; every process has to call it.
+
+        A process that had to leave out batches may still keep its previous sums where another has dropped
+        them. They serve only where all have them, since the others' part of them is gone.
+        """
+        having = torch.tensor([float(self.previous is not None)])
+        if float(share(having)) < world_size:
+            self.previous = None
+        for factors in (self.current, self.previous):
+            if factors is not None:
+                _reduce_factors(factors, share)
+
+    def emptied(self) -> WindowSums:
         """Return a copy with the same bases and all sums zero."""
         state = self.state_dict()
         for part in (state["current"], state["previous"]):
@@ -100,12 +115,12 @@ class Generations:
                     part[key] = [0.0, 0.0, 0.0]
                 elif key in {"weight_sum", "weight_examples"}:
                     part[key] = 0.0
-        return Generations.from_state_dict(state)
+        return WindowSums.from_state_dict(state)
 
-    def to(self, device: torch.device) -> Generations:
+    def to(self, device: torch.device) -> WindowSums:
         """Return the sums on another device."""
         previous = None if self.previous is None else self.previous.to(device)
-        return Generations(self.current.to(device), previous)
+        return WindowSums(self.current.to(device), previous)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives."""
@@ -115,8 +130,11 @@ class Generations:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Generations:
-        """Return the generations that were saved.
+    def from_state_dict(cls, state: Mapping[str, Any]) -> WindowSums:
+        """Rebuild the sums that were saved.
+
+        Returns:
+            The sums, sharing the tensors of the state.
 
         Raises:
             FactorMismatchError: if they were written by an incompatible version.
@@ -128,17 +146,12 @@ class Generations:
         )
 
 
-def examples(factors: Factors) -> float:
-    """Return the largest number of examples in the covariances of a layer."""
-    return max((layer.examples for layer in factors.layers.values()), default=0.0)
-
-
-def reduced(layer: LayerStatistics, share: Callable[[Tensor], Tensor]) -> LayerStatistics:
-    """Return a copy of a layer's statistics, summed over processes."""
+def copy_statistics(layer: LayerStatistics) -> LayerStatistics:
+    """Return a copy of a layer's sums; zero squares where there is a basis, since another may have some."""
     squares = None if layer.squares is None else layer.squares.clone()
-    if squares is None and layer.basis is not None:  # another process may have some
+    if squares is None and layer.basis is not None:
         squares = layer.inputs.new_zeros(layer.shape)
-    total = LayerStatistics(
+    return LayerStatistics(
         layer.inputs.clone(),
         layer.outputs.clone(),
         layer.examples,
@@ -147,18 +160,25 @@ def reduced(layer: LayerStatistics, share: Callable[[Tensor], Tensor]) -> LayerS
         squares,
         layer.squares_examples,
     )
-    total.reduce(share, covariances=True)
-    total.reduce(share, covariances=False)
-    if not total.squares_examples:
-        total.squares = None
-    return total
 
 
-def reduced_factors(factors: Factors, share: Callable[[Tensor], Tensor]) -> Factors:
-    """Return a copy of factors, summed over processes."""
-    layers = {name: reduced(layer, share) for name, layer in factors.layers.items()}
-    layers = {name: layer for name, layer in layers.items() if layer.examples}
+def _examples(factors: Factors) -> float:
+    """Return the largest number of examples in the covariances of a layer."""
+    return max((layer.examples for layer in factors.layers.values()), default=0.0)
+
+
+def _copy_factors(factors: Factors) -> Factors:
+    layers = {name: copy_statistics(layer) for name, layer in factors.layers.items()}
     total = Factors(layers, factors.fisher, factors.weight_sum, factors.weight_examples, factors.origin)
     total.fingerprint = factors.fingerprint
-    total.reduce_counts(share)
     return total
+
+
+def _reduce_factors(factors: Factors, share: AllReduce) -> None:
+    for layer in factors.layers.values():
+        layer.reduce(share, covariances=True)
+        layer.reduce(share, covariances=False)
+        if not layer.squares_examples:
+            layer.squares = None
+    factors.reduce_counts(share)
+    factors.layers = {name: layer for name, layer in factors.layers.items() if layer.examples}
