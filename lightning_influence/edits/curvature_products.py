@@ -28,7 +28,6 @@ from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.losses.draws import draw_generator
-from lightning_influence.model.losses.hook import ScaledLoss
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.running.runner import Runner
@@ -51,9 +50,9 @@ def soften(loss: OutputLoss, temperature: float) -> OutputLoss:
     Returns:
         A detached copy.
     """
-    if isinstance(loss, ScaledLoss):
-        return ScaledLoss.of(soften(loss.inner, temperature), loss.factor)
-    return replace(loss, outputs=loss.outputs.detach() / temperature)
+    if not loss.is_function_of_outputs:
+        return loss
+    return loss.with_outputs(loss.outputs.detach() / temperature)
 
 
 def keep_leading_columns(columns: Tensor, rows: Tensor, share: float) -> Tensor:

@@ -20,12 +20,7 @@ from typing_extensions import Self
 
 from lightning_influence.results.rendering import build_facts_table, render_plain
 from lightning_influence.support.arguments import are_distinct, is_count
-from lightning_influence.support.errors import (
-    EditMismatchError,
-    InfluenceWarning,
-    NonFiniteError,
-    add_note,
-)
+from lightning_influence.support.errors import EditMismatchError, InfluenceWarning, NonFiniteError, add_note
 from lightning_influence.support.fields import check_fields, read_tensor
 from lightning_influence.support.storage import PathLike, load_object, save_tensors
 
@@ -436,16 +431,26 @@ def _read_edit(
     unknown = tensors.keys() - {f"{name}/{key}" for name in shapes for key in ("index", "before", "after")}
     if unknown:
         raise ValueError(f"{min(unknown)!r} belongs to no parameter; known are {sorted(shapes)}.")
-    changes = {}
-    for name, shape in shapes.items():
-        if not isinstance(shape, list) or not all(is_count(size, 0) for size in shape):
-            raise ValueError(f"the shape of {name!r} is {shape!r:.40}; accepted is a list of integers.")
-        index, before, after = (read_tensor(tensors, f"{name}/{key}") for key in ("index", "before", "after"))
-        try:
-            changes[name] = Change(index, before, after, tuple(shape))
-        except ValueError as error:
-            raise ValueError(f"of parameter {name!r} it has {error}.") from error
+    changes = {name: _read_change(tensors, name, shape) for name, shape in shapes.items()}
     return changes, EditReport.from_state(metadata.get("report", {}))
+
+
+def _read_change(tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
+    """Read what changes of one parameter.
+
+    Returns:
+        The change.
+
+    Raises:
+        ValueError: naming the parameter, and what is missing or wrong.
+    """
+    if not isinstance(shape, list) or not all(is_count(size, 0) for size in shape):
+        raise ValueError(f"the shape of {name!r} is {shape!r:.40}; accepted is a list of integers.")
+    index, before, after = (read_tensor(tensors, f"{name}/{key}") for key in ("index", "before", "after"))
+    try:
+        return Change(index, before, after, tuple(shape))
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r} has {error}") from error
 
 
 def changes_between(

@@ -53,6 +53,10 @@ class Captured:
         assert self.values is not None
         return self.values
 
+    def total(self) -> Tensor:
+        """Return the sum of :meth:`per_example`, differentiable."""
+        return self.per_example().sum() if self.loss is None else self.loss.total()
+
     def loss_gradients(self, *, keep_graph: bool = True) -> dict[str, FactoredGradients]:
         """Gradients of the per-example losses, before division by the mean weight.
 
@@ -218,7 +222,7 @@ class LossSum(WeightedCount):
         """Add a batch."""
         super().add(captured)
         with torch.no_grad():  # no graph of its own
-            self.total += float(captured.per_example().double().sum())
+            self.total += float(captured.total().double())
 
     def mean(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> float:
         """Return the mean loss over the examples of all processes, given what sums over these."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,18 +12,28 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.checks import check_independent, check_loss, check_order, missing_positions
+from lightning_influence.model.checks import (
+    check_direction,
+    check_independent,
+    check_loss,
+    check_order,
+)
+from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.plan import LayerPlan, ModuleLoss
+from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
+from lightning_influence.model.unnamed_loss import UnnamedLoss
 from lightning_influence.support.errors import (
+    InfluenceWarning,
     LossCaptureError,
     NonFiniteError,
     UnsupportedModelError,
     add_note,
 )
+from lightning_influence.support.random_states import preserve_rng
 
 _OUTSIDE_FIT = (
     "This was raised by the module's `training_step`, which influence runs on training and query batches, in "
@@ -49,11 +61,16 @@ class Forward:
 
     Args:
         plan: the covered layers.
+        loss: the user's own loss, a callable ``(module, batch)`` that returns the losses of the examples
+            ``(B,)`` or the loss of the batch; None for the plan's, or else that of the module.
     """
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerPlan, loss: ModuleLoss | None = None) -> None:
         self.plan = plan
         self.silent: set[str] = set(plan.layers)
+        self._loss = plan.loss if loss is None else loss
+        self._capture = LossCapture()
+        self._unnamed: UnnamedLoss | None = None
 
     def __call__(
         self, module: Any, batch: Any, num_examples: int, measure: Measure | None = None
@@ -74,16 +91,30 @@ class Forward:
             NonFiniteError: if a loss is NaN or infinite.
             UnsupportedModelError: if the model cannot be differentiated example by example.
         """
-        recorder = Recorder(self.plan.layers)
-        with recorder:
-            captured = self._run(recorder, module, batch, num_examples, measure)
-        self.silent &= set(recorder.silent)
-        if len(recorder.silent) == len(self.plan.layers):
+        if measure is not None and not measure.needs_loss:
+            recorder = Recorder(self.plan.layers)
+            with recorder:
+                values = measure(module, batch, loss=None, batch_size=num_examples)
+            captured = Captured(num_examples, None, values, recorder)
+        else:
+            captured = self._run(module, batch, num_examples)
+            if measure is not None:
+                values = measure(module, batch, loss=captured.loss, batch_size=num_examples)
+                captured = Captured(num_examples, None, values, captured.recorder)
+        silent = captured.recorder.silent
+        self.silent &= set(silent)
+        if len(silent) == len(self.plan.layers):
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
                 "that are called as modules, outside torch.no_grad() and outside gradient checkpointing. "
                 f"Layers: {sorted(self.plan.layers)[:8]}."
             )
+        if measure is None and (self._loss is not None or callable(getattr(module, "influence_loss", None))):
+            self._compare_with_step(captured, module, batch)
+        note = None if captured.loss is None else captured.loss.note
+        if note is not None and note not in self.plan.verified and not isinstance(captured.loss, BatchLoss):
+            warnings.warn(note, InfluenceWarning, stacklevel=2)
+            self.plan.verified.add(note)
         subject = "loss" if measure is None else "measurement"
         if subject not in self.plan.verified:
             check_independent(captured)
@@ -93,86 +124,135 @@ class Forward:
             self._check_order(captured, module, batch)
         return captured
 
-    def _run(
-        self, recorder: Recorder, module: Any, batch: Any, num_examples: int, measure: Measure | None
-    ) -> Captured:
-        """Run the loss, the measurement on top of it, or the measurement alone.
+    def _run(self, module: Any, batch: Any, num_examples: int) -> Captured:
+        """Run the loss: by the functions that it is made of, or where these are not known by its values.
 
         Returns:
-            The captured batch; its values are those of the measurement if there is one.
+            The captured batch.
 
         Raises:
+            LossCaptureError: if the loss is found neither way.
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
-        if measure is not None and not measure.needs_loss:
-            values = measure(module, batch, loss=None, batch_size=num_examples)
-            return Captured(num_examples, None, values, recorder)
-        with LossCapture() as capture:
-            hooked, batch_loss = _call(module, batch)
-        if hooked is not None:
-            check_per_example(hooked, num_examples, "influence_loss(batch)")
-            loss = per_example_capture(hooked, capture, num_examples)
-        else:
-            assert batch_loss is not None
-            try:
-                loss = capture.resolve(batch_loss, num_examples)
-            except NonFiniteError:
+        recorder = Recorder(self.plan.layers)
+        if self._unnamed is not None:
+            unnamed = self._unnamed.read(module, batch, num_examples, recorder)
+            return Captured(num_examples, unnamed, None, recorder)
+        with recorder, self._capture:
+            values, batch_loss = self._call(module, batch)
+        try:
+            if batch_loss is None:
+                source = "influence_loss(batch)" if self._loss is None else "loss="
+                values = check_per_example(values, num_examples, source)
+                loss = per_example_capture(values, self._capture, num_examples)
+                captured = None if loss is not None else self._read_unnamed(module, batch, num_examples)
+                return captured or Captured(num_examples, loss, values, recorder)
+            loss = self._capture.resolve(batch_loss, num_examples, activations=recorder.nodes)
+        except NonFiniteError:
+            if batch_loss is not None:
                 check_loss(batch_loss.detach(), recorder, self.plan.layers)  # says where that began
+            raise
+        except LossCaptureError:
+            assert batch_loss is not None
+            check_loss(batch_loss.detach(), recorder, self.plan.layers)
+            captured = self._read_unnamed(module, batch, num_examples)
+            if captured is None:
                 raise
-        captured = Captured(num_examples, loss, hooked, recorder)
-        if measure is not None:
-            values = measure(module, batch, loss=loss, batch_size=num_examples)
-            captured = Captured(num_examples, None, values, recorder)
-        return captured
+            return captured
+        finally:
+            self._capture.calls = []  # lets go of the graph
+        return Captured(num_examples, loss, None, recorder)
+
+    def _read_unnamed(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
+        """Return the batch by the values of its loss, None if that depends on the output of no module."""
+        unnamed, recorder = UnnamedLoss(self._call, self.plan.verified), Recorder(self.plan.layers)
+        try:
+            loss = unnamed.read(module, batch, num_examples, recorder)
+        except LossCaptureError:
+            return None
+        self._unnamed = unnamed
+        return Captured(num_examples, loss, None, recorder)
+
+    def _compare_with_step(self, captured: Captured, module: Any, batch: Any) -> None:
+        """Compare the gradient of the user's own loss with that of ``training_step``, where that can be run.
+
+        Raises:
+            LossCaptureError: if it points the other way.
+        """
+        name = "`influence_loss`" if self._loss is None else "`loss=`"
+        if name in self.plan.verified:
+            return
+        recorder = Recorder(self.plan.layers)
+        try:
+            with preserve_rng(), recorder:
+                step = run_step(module, batch)
+            theirs = recorder.backward(step, None, captured.num_examples)
+        except Exception:  # the step may need a fit, whence the user's own loss
+            return
+        ours = captured.recorder.backward(captured.total(), None, captured.num_examples)
+        shared = [layer for layer in ours if layer in theirs and ours[layer].shape == theirs[layer].shape]
+        if not shared:
+            return
+        check_direction(
+            torch.cat([ours[layer].flatten() for layer in shared]),
+            torch.cat([theirs[layer].flatten() for layer in shared]),
+            name,
+        )
+        self.plan.verified.add(name)
 
     def _check_order(self, captured: Captured, module: Any, batch: Any) -> None:
         """Check that the losses come in the order of the examples, for each way in which their rows do."""
-        values = captured.per_example()
-        outputs = values if captured.loss is None else captured.loss.outputs
-        subject = f"order {missing_positions(batch, captured.num_examples, len(outputs))}"
+        loss, count = captured.loss, captured.num_examples
+        if isinstance(loss, BatchLoss) and loss.values is None:
+            return  # its gradients were compared with those of parts of the batch
+        outputs = captured.per_example() if loss is None else loss.outputs
+        left_out = 0 if len(outputs) == count else missing_positions(batch, count, len(outputs))
+        subject = f"order {left_out}"
         if subject not in self.plan.verified:
-            check_order(values, batch, partial(compute_losses, module), outputs.dtype)
+            losses = partial(compute_losses, module, call=self._call)
+            check_order(captured.per_example(), batch, losses, outputs.dtype)
             self.plan.verified.add(subject)
 
+    def _call(self, module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Run the loss of the call if there is one, else that of the module.
 
-def compute_losses(module: Any, batch: Any, num_examples: int) -> Tensor:
-    """Forward one batch for the losses of its examples alone, which are not differentiated.
+        Returns:
+            ``(per-example values, None)``, or ``(None, batch loss)``.
 
-    Args:
-        module: the user's LightningModule, checked on such batches by :class:`Forward` before.
-        batch: a batch, on the module's device.
-        num_examples: ``B``.
-
-    Returns:
-        Unnormalised losses, ``(B,)``.
-
-    Raises:
-        LossCaptureError: if the loss is not found or not reproduced.
-        NonFiniteError: if the batch's loss is NaN or infinite.
-    """
-    # The graph need not hold activations.
-    dropped = torch.autograd.graph.saved_tensors_hooks(lambda t: t.new_empty(0), lambda t: t)
-    with dropped, LossCapture() as capture:
-        hooked, batch_loss = _call(module, batch)
-    if batch_loss is None:
-        assert hooked is not None
-        return hooked.detach()
-    return capture.resolve(batch_loss, num_examples).per_example().detach()
+        Raises:
+            TypeError: if the loss of the call is no tensor.
+        """
+        if self._loss is None:
+            return call_loss(module, batch)
+        result = self._loss(module, batch)
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"loss= returned {type(result).__name__}; accepted is a tensor, of shape (B,) or a single "
+                "number."
+            )
+        return (None, result) if result.dim() == 0 else (result, None)
 
 
-def _call(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
+def call_loss(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
     """Run the hook ``influence_loss`` if there is one, else ``training_step``.
 
     Returns:
         ``(per-example values, None)`` from the hook, or ``(None, batch loss)``.
-
-    Raises:
-        LossCaptureError: if ``training_step`` returns no loss.
-        UnsupportedModelError: if the module optimizes manually.
     """
     hook = getattr(module, "influence_loss", None)
-    if callable(hook):
-        return hook(batch), None
+    return (hook(batch), None) if callable(hook) else (None, run_step(module, batch))
+
+
+def run_step(module: Any, batch: Any) -> Tensor:
+    """Run ``training_step``.
+
+    Returns:
+        Its loss.
+
+    Raises:
+        LossCaptureError: if it returns none.
+        UnsupportedModelError: if the module optimizes manually.
+    """
     if not getattr(module, "automatic_optimization", True):
         raise UnsupportedModelError(
             "The module optimizes manually, so its `training_step` cannot be run without changing the "
@@ -192,7 +272,7 @@ def _call(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
             "tensor or a dict with the key 'loss'. If it skips batches, define `influence_loss(batch) -> "
             "(B,)` on the module."
         )
-    return None, loss
+    return loss
 
 
 def _step_arguments(module: Any, batch: Any) -> tuple[Any, ...]:
@@ -218,3 +298,34 @@ def _step_arguments(module: Any, batch: Any) -> tuple[Any, ...]:
     # Lightning gives the batch's number to `training_step(self, *args)` as well.
     variadic = bool(parameters) and parameters[0].kind is parameters[0].VAR_POSITIONAL
     return (batch, *(0 for _ in required), *((0,) if variadic else ()))
+
+
+def compute_losses(
+    module: Any,
+    batch: Any,
+    num_examples: int,
+    call: Callable[[Any, Any], tuple[Tensor | None, Tensor | None]] = call_loss,
+) -> Tensor:
+    """Forward one batch for the losses of its examples alone, which are not differentiated.
+
+    Args:
+        module: the user's LightningModule, checked on such batches by :class:`Forward` before.
+        batch: a batch, on the module's device.
+        num_examples: ``B``.
+        call: runs the module, as :func:`call_loss` does.
+
+    Returns:
+        Unnormalised losses, ``(B,)``.
+
+    Raises:
+        LossCaptureError: if the loss is not found or not reproduced.
+        NonFiniteError: if the batch's loss is NaN or infinite.
+    """
+    # The graph need not hold activations.
+    dropped = torch.autograd.graph.saved_tensors_hooks(lambda t: t.new_empty(0), lambda t: t)
+    with dropped, LossCapture() as capture:
+        hooked, batch_loss = call(module, batch)
+    if batch_loss is None:
+        assert hooked is not None
+        return hooked.detach()
+    return capture.resolve(batch_loss, num_examples).per_example().detach()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.nn.utils import parametrize
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.layers import Layer, find_rule, supported_types
 from lightning_influence.support.errors import UnsupportedModelError
+
+ModuleLoss = Callable[[Any, Any], Tensor]
+"""A loss ``(module, batch)``: those of the examples ``(B,)``, or that of the batch."""
 
 
 class Layout:
@@ -92,11 +96,13 @@ class LayerPlan:
         layers: covered layers by name, in the model's order.
         uncovered: name of each uncovered trainable parameter -> (number of entries, reason).
         verified: what passes have found in order, and need not look at again.
+        loss: the loss that the call is about in place of the module's own; None for the module's.
     """
 
     layers: dict[str, Layer]
     uncovered: dict[str, tuple[int, str]]
     verified: set[str] = field(default_factory=set, compare=False, repr=False)
+    loss: ModuleLoss | None = field(default=None, compare=False, repr=False)
 
     @property
     def numel(self) -> int:

@@ -75,6 +75,11 @@ class Recorder:
         self._calls = {}
 
     @property
+    def nodes(self) -> set[object]:
+        """Autograd nodes of the layers' outputs."""
+        return {edge.node for calls in self._calls.values() for edge in calls.edges}
+
+    @property
     def silent(self) -> list[str]:
         """Names of the layers that did not take part in the forward pass."""
         return [name for name, calls in self._calls.items() if not calls.edges]
@@ -114,6 +119,7 @@ class Recorder:
         Returns:
             The output gradients by layer; zero for a layer that ``outputs`` does not depend on.
         """
+        self._check_rows(num_examples)
         names = [name for name, calls in self._calls.items() if calls.edges]
         edges = [edge for name in names for edge in self._calls[name].edges]
         grads = torch.autograd.grad(
@@ -149,7 +155,6 @@ class Recorder:
         Returns:
             Gradients by layer, ``K = len(seeds)``.
         """
-        self._check_rows(num_examples)
         last = len(seeds) - 1
         passes = [
             self.backward(outputs, seed, num_examples, keep_graph=keep_graph or number < last)
@@ -177,7 +182,6 @@ class Recorder:
         Yields:
             Gradients by layer, ``K = 1``, of the next examples.
         """
-        self._check_rows(num_examples)
         grads = self.backward(outputs, seed, num_examples, keep_graph=False)
         step = self._examples_at_once(grads, num_examples)
         for start in range(0, num_examples, step):
@@ -231,7 +235,7 @@ class Recorder:
         """
         for name, calls in self._calls.items():
             for x in calls.inputs:
-                if x.shape[0] % num_examples:
+                if x.shape[0] % num_examples or (x.ndim == 1 and num_examples > 1):
                     raise UnsupportedModelError(
                         f"Layer {name!r} was called with a tensor of shape {tuple(x.shape)} in a batch of "
                         f"{num_examples} examples. Its first dimension must be the examples (or examples "

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_influence.edits.curvature_products import keep_leading_columns, soften
+from lightning_influence.model.losses.combined import ScaledLoss
 from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
-from lightning_influence.model.losses.hook import ScaledLoss
 from lightning_influence.model.losses.mse import SquaredErrorLoss
 
 EVERY = torch.arange(6)

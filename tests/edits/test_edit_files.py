@@ -50,19 +50,19 @@ def path(tmp_path):
         (
             {"shapes": {"weight": [2, 2]}},
             {},
-            "of parameter 'weight' it has positions that are not distinct and from 0 to 3",
+            "parameter 'weight' has positions that are not distinct and from 0 to 3",
         ),
         ({"report": None}, {}, "report is None; accepted is a table"),
         ({"report": {}}, {}, "report.kind is missing"),
         (
             {},
             {"weight/index": torch.tensor([4, 4])},
-            "it has positions that are not distinct and from 0 to 5",
+            "has positions that are not distinct and from 0 to 5",
         ),
         (
             {},
             {"weight/index": torch.tensor([4, -1])},
-            "it has positions that are not distinct and from 0 to 5",
+            "has positions that are not distinct and from 0 to 5",
         ),
         (
             {},
