@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.api.question import Question
 from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
-from lightning_influence.methods.context import Context, check_current, current, digest
-from lightning_influence.methods.gathering import Gathered, GradientPass, gather, joined
-from lightning_influence.methods.method import Method, find_method
+from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
+from lightning_influence.methods.gathering import Gathered, GradientPass, gather, join_scores
+from lightning_influence.methods.method import Method, find_method, read_options
+from lightning_influence.methods.options import Options, list_names
 from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
-from lightning_influence.methods.spectrum import SpectrumSettings, measured
-from lightning_influence.model.mean_loss import LossPass, LossSum
-from lightning_influence.model.measurements import ResolvedMeasurement, resolve_measurement
+from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
+from lightning_influence.model.captured import LossSum, WeightedCount
+from lightning_influence.model.mean_loss import LossPass
+from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import LayerPlan, find_layers
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.averages import join_queries
@@ -30,7 +31,45 @@ from lightning_influence.results.top_k import StreamingExtremes
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare, prepare_train
 from lightning_influence.running.runner import Runner
+from lightning_influence.support.arguments import check_layers, is_count, to_plain_number
 from lightning_influence.support.notes import Notes
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the engine.
+
+    Attributes:
+        method: name of a registered method.
+        measurement: what is measured on queries.
+        top_k: keep only this many of the strongest at either end; None for all scores.
+        layers: names or patterns of the layers to cover.
+        options: of the method, from :func:`~..methods.method.read_options`, or what all methods share.
+
+    Raises:
+        ValueError: if a setting is out of range, saying what was got and what is accepted.
+        TypeError: if ``layers`` is no list of texts, or the measurement is of a wrong type.
+    """
+
+    method: str = "auto"
+    measurement: Measurement | None = None
+    top_k: int | None = None
+    layers: Sequence[str] | None = None
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, find_method(self.method).options_type):
+            shared = {name: getattr(self.options, name) for name in list_names(type(self.options))}
+            object.__setattr__(self, "options", read_options(self.method, shared))
+        top_k = to_plain_number(self.top_k)
+        object.__setattr__(self, "top_k", top_k)
+        if top_k is not None and not is_count(top_k, 1):
+            raise ValueError(f"Got top_k={top_k!r}; accepted are positive integers, or None for all scores.")
+        check_layers(self.layers)
+        if (
+            self.measurement is not None and self.measurement != "hook"
+        ):  # whether there is a hook is known with the module only
+            resolve_measurement(self.measurement, None)
 
 
 class Engine:
@@ -63,15 +102,17 @@ class Engine:
         """
         measured = resolve_measurement(self._question.measurement, self._runner.module)
         train_loader, query_loaders = prepare_train(train), prepare(queries)
-        return current(self._state, lambda: self._attributed(train_loader, query_loaders, measured))
+        return answer_or_retry(
+            self._state, lambda: self._attribute_all(train_loader, query_loaders, measured)
+        )
 
-    def _attributed(
+    def _attribute_all(
         self, train: IndexedLoader, query_loaders: list[IndexedLoader], measured: ResolvedMeasurement
     ) -> Attributions:
         method = self._prepare(train)
         several = len(query_loaders) > 1
         groups = self._groups(method, query_loaders, measured)
-        answers = (self._attribute(method, group, measured, several) for group in groups)
+        answers = (self._attribute_group(method, group, measured, several) for group in groups)
         return join_queries(answers, sum(loader.num_examples for loader in query_loaders))
 
     def _groups(
@@ -90,7 +131,7 @@ class Engine:
                 groups = [slice(start, start + rows) for start in range(0, len(found.indices), rows)]
                 yield from [found] if len(groups) == 1 else map(found.select, groups)
 
-    def _attribute(
+    def _attribute_group(
         self, method: Method, asked: Gathered, measured: ResolvedMeasurement, several: bool
     ) -> Attributions:
         """Return scores of some queries, from one pass; their gradients are let go."""
@@ -100,15 +141,15 @@ class Engine:
         sink = Columns() if k is None else StreamingExtremes(len(asked.indices), k)
         scoring = ScorePass(context.plan, solved.scorer, sink)
         context.run_on_train(scoring)
-        if not scoring.examples and isinstance(sink, Columns):  # fewer examples than processes
+        if not scoring.losses.examples and isinstance(sink, Columns):  # fewer examples than processes
             sink.update(
                 torch.empty(len(asked.indices), 0, dtype=context.dtype), torch.empty(0, dtype=torch.int64)
             )
-        check_current(method.context, scoring.losses)
-        scale = self._scale(scoring, _is_loss(measured))
+        check_same_data(method.context, scoring.losses)
+        scale = self._scale(scoring.losses, _is_loss(measured))
         diagnostics = self._diagnostics(method, measured.name, solved.residuals)
         dataloaders = asked.dataloaders if several else None
-        return joined(context, sink, scale, asked.indices, dataloaders, diagnostics)
+        return join_scores(context, sink, scale, asked.indices, dataloaders, diagnostics)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.
@@ -120,18 +161,18 @@ class Engine:
             The scores by dataset index.
         """
         train_loader = prepare_train(train)
-        return current(self._state, lambda: self._self_influence(train_loader))
+        return answer_or_retry(self._state, lambda: self._find_self_influence(train_loader))
 
-    def _self_influence(self, train: IndexedLoader) -> SelfInfluence:
+    def _find_self_influence(self, train: IndexedLoader) -> SelfInfluence:
         method = self._prepare(train)
         one_pass = SelfInfluencePass(method.context.plan, method.quadratic())
         method.context.run_on_train(one_pass)
-        check_current(method.context, one_pass.losses)
-        indices, values = one_pass.gathered(self._runner.all_gather_cat, method.context.dtype)
+        check_same_data(method.context, one_pass.losses)
+        found = method.refine(one_pass.gather(self._runner.all_gather_cat, method.context.dtype))
         return SelfInfluence(
-            train_indices=indices,
-            scores=values * self._scale(one_pass, True),
-            diagnostics=self._diagnostics(method, "loss", None),
+            train_indices=found.indices,
+            scores=found.values * self._scale(one_pass.losses, True),
+            diagnostics=self._diagnostics(method, "loss", found.residuals),
         )
 
     def ihvp(self, train: Any, queries: Any) -> tuple[dict[str, Tensor], Diagnostics]:
@@ -170,7 +211,7 @@ class Engine:
         Returns:
             The spectrum.
         """
-        return measured(self._context(prepare_train(train)), settings)
+        return run_spectrum(self._context(prepare_train(train)), settings)
 
     def prepare(self, train: Any) -> None:
         """Run the passes that do not depend on queries; what they give is kept in the state."""
@@ -183,10 +224,10 @@ class Engine:
         def prepared() -> Method:
             method = self._prepare(loader)
             if method.context.made or method.context.reused:
-                check_current(method.context, method.context.losses or self._losses(method, loader))
+                check_same_data(method.context, method.context.losses or self._losses(method, loader))
             return method
 
-        return current(self._state, prepared)
+        return answer_or_retry(self._state, prepared)
 
     def _losses(self, method: Method, loader: IndexedLoader) -> LossSum:
         """Return the losses of the training examples, from a pass of their own."""
@@ -220,7 +261,7 @@ class Engine:
             self._runner.device,
             torch.float64 if dtype == torch.float64 else torch.float32,
             weights=weights,
-            weights_key=digest({name: [f"{x:.9g}" for x in pair] for name, pair in weights.items()}),
+            weights_key=compute_digest({name: [f"{x:.9g}" for x in pair] for name, pair in weights.items()}),
             notes=self._notes,
         )
 
@@ -228,7 +269,7 @@ class Engine:
         """Return the covered layers, with what earlier calls found in order about the same model's loss."""
         plan = find_layers(module, self._question.layers)
         shapes = {name: layer.shape for name, layer in plan.layers.items()}
-        model = digest(type(module).__module__, type(module).__qualname__, shapes)
+        model = compute_digest(type(module).__module__, type(module).__qualname__, shapes)
         plan = replace(plan, verified=self._state.verified.setdefault(model, set()))
         plan.verified.discard("measurement")  # may be another one
         return plan
@@ -240,12 +281,11 @@ class Engine:
         one_pass = GradientPass(context.plan, None if _is_loss(measured) else measured)
         return gather(context, one_pass, loaders)
 
-    def _scale(self, one_pass: ScorePass | SelfInfluencePass, of_loss: bool) -> float:
-        """Return ``1 / N`` and the losses' mean weight, which a loss measurement is divided by as well."""
-        counts = torch.tensor([float(one_pass.examples), one_pass.weight], dtype=torch.float64)
-        examples, weight = self._runner.all_reduce_sum(counts).tolist()
-        mean_weight = weight / examples if weight > 0 else 1.0
-        return float(1.0 / (examples * mean_weight ** (2 if of_loss else 1)))
+    def _scale(self, seen: WeightedCount, of_loss: bool) -> float:
+        """Return ``1 / N`` over the losses' mean weight, which a loss measurement is divided by as well."""
+        count = WeightedCount(seen.examples, seen.weight)
+        count.reduce(self._runner.all_reduce_sum)
+        return 1.0 / (count.examples * count.mean_weight ** (2 if of_loss else 1))
 
     def _diagnostics(self, method: Method, measurement: str, residuals: Tensor | None) -> Diagnostics:
         """Return the certificate that goes with an answer."""

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_influence.api.engine import Engine
-from lightning_influence.api.question import Question
+from lightning_influence.api.engine import Engine, Question
 from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors, fingerprint, fingerprint_differs
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.edits.data import SetTargets
-from lightning_influence.edits.editor import Editor
+from lightning_influence.edits.editor import compute_edit, predict_change, select_parameters
 from lightning_influence.edits.parameter_edit import ParameterEdit
-from lightning_influence.edits.request import EditRequest, Examples, check_targets
-from lightning_influence.edits.rules import SelectionRule
-from lightning_influence.edits.selection import Selection
-from lightning_influence.methods.options import Options
+from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
+from lightning_influence.edits.rules import Selection, SelectionRule
+from lightning_influence.edits.start import Start, set_out
+from lightning_influence.methods.method import read_options
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
 from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
@@ -32,8 +30,9 @@ from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.running.host.checkpoints import load_weights, read_checkpoint
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.loop_runner import LoopRunner
-from lightning_influence.running.runner import Runner
 from lightning_influence.support.arguments import parse_options
+
+Answer = TypeVar("Answer")
 
 
 class EditsParameters:
@@ -75,8 +74,9 @@ class EditsParameters:
             ValueError: if there is nothing or everything to forget, or an option is out of range.
             InfluenceError: if the selected parameters cannot serve; the message says what to change.
         """
-        with self._editor(examples, train_dataloaders, None, None, validation, layers, options) as editor:
-            return editor.edit()
+        settings = parse_options(EditOptions, options)
+        request = EditRequest(examples, settings, validation=validation, layers=layers)
+        return self._ask(request, train_dataloaders, compute_edit)
 
     def relabel(
         self,
@@ -118,10 +118,9 @@ class EditsParameters:
             InfluenceError: if the selected parameters cannot serve; the message says what to change.
         """
         check_targets(new_targets)
-        with self._editor(
-            examples, train_dataloaders, new_targets, set_targets, validation, layers, options
-        ) as editor:
-            return editor.edit()
+        settings = parse_options(EditOptions, options)
+        request = EditRequest(examples, settings, new_targets, set_targets, validation, layers)
+        return self._ask(request, train_dataloaders, compute_edit)
 
     def select_parameters(
         self,
@@ -146,9 +145,9 @@ class EditsParameters:
         Returns:
             Masks by layer.
         """
-        options = {**options, "rule": rule, "ratio": ratio}
-        with self._editor(examples, train_dataloaders, None, None, None, layers, options) as editor:
-            return editor.select()
+        settings = parse_options(EditOptions, {**options, "rule": rule, "ratio": ratio})
+        request = EditRequest(examples, settings, layers=layers)
+        return self._ask(request, train_dataloaders, select_parameters)
 
     def generalized_influence(
         self,
@@ -171,27 +170,15 @@ class EditsParameters:
             By parameter name the change of the theoretical step, of the parameter's shape and zero where it
             was not selected. To add it to the parameters is ``forget(..., step="theory")``.
         """
-        options = {**options, "step": "theory"}
-        with self._editor(examples, train_dataloaders, None, None, None, layers, options) as editor:
-            return editor.direction()
+        settings = parse_options(EditOptions, {**options, "step": "theory"})
+        request = EditRequest(examples, settings, layers=layers)
+        return self._ask(request, train_dataloaders, predict_change)
 
-    @contextlib.contextmanager
-    def _editor(
-        self,
-        examples: Examples,
-        train: Any,
-        targets: Any,
-        set_targets: SetTargets | None,
-        validation: Any,
-        layers: Sequence[str] | None,
-        options: dict[str, Any],
-    ) -> Iterator[Editor]:
-        """Yield an editor on the borrowed module, once all that can be checked beforehand was."""
-        request = EditRequest(examples, targets, set_targets, validation, layers, options)
+    def _ask(self, request: EditRequest, train: Any, answer: Callable[[Start], Answer]) -> Answer:
+        """Return the answer to a request, once all that can be checked beforehand was."""
         data = request.split(train)
-        runner: Runner = self._runner()
-        with runner:
-            yield request.editor(runner, data, self.state.record)
+        with self._runner() as runner:
+            return answer(set_out(runner, request, data, self.state.record))
 
 
 class InfluenceModule(EditsParameters, LightningModule):
@@ -296,12 +283,12 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples: a loader, or ready-made batches.
             method: name of the method.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`.
+            **options: options of the method.
 
         Returns:
             The module; :attr:`state` holds what was computed.
         """
-        question = Question(method, layers=layers, options=parse_options(Options, options))
+        question = Question(method, layers=layers, options=read_options(method, options))
         with self._runner() as runner:
             self._engine(runner, question).prepare(train_dataloaders)
         return self
@@ -314,7 +301,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         Args:
             train_dataloaders: the training examples: a loader, or ready-made batches.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`, such as ``fisher``.
+            **options: options of the method, such as ``fisher``.
 
         Returns:
             The factors, which are also in :attr:`state`.
@@ -327,7 +314,7 @@ class InfluenceModule(EditsParameters, LightningModule):
                 f"Got method={options['method']!r}; fit_factors has no method: its factors serve 'kfac', "
                 "'ekfac', 'auto' and all others. Pass the method to scores or self_influence."
             )
-        question = Question("ekfac", layers=layers, options=parse_options(Options, options))
+        question = Question("ekfac", layers=layers, options=read_options("ekfac", options))
         state = InfluenceState(record=self.state.record)
         with self._runner() as runner:
             self._engine(runner, question, state).prepare(train_dataloaders)
@@ -355,13 +342,13 @@ class InfluenceModule(EditsParameters, LightningModule):
             measurement: what is measured on queries.
             top_k: keep only the strongest at either end; all scores if None.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`, such as ``damping``.
+            **options: options of the method, such as ``damping``.
 
         Returns:
             The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n``
             is removed.
         """
-        question = Question(method, measurement, top_k, layers, parse_options(Options, options))
+        question = Question(method, measurement, top_k, layers, read_options(method, options))
         with self._runner() as runner:
             return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)
 
@@ -379,12 +366,12 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples: a loader, or ready-made batches.
             method: name of the method.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`.
+            **options: options of the method.
 
         Returns:
             One score a training example.
         """
-        question = Question(method, layers=layers, options=parse_options(Options, options))
+        question = Question(method, layers=layers, options=read_options(method, options))
         with self._runner() as runner:
             return self._engine(runner, question).self_influence(train_dataloaders)
 
@@ -406,13 +393,13 @@ class InfluenceModule(EditsParameters, LightningModule):
             method: name of the method.
             measurement: what is measured on queries.
             layers: names or patterns of the layers to cover.
-            **options: fields of :class:`~lightning_influence.methods.Options`.
+            **options: options of the method.
 
         Returns:
             By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the
             residuals.
         """
-        question = Question(method, measurement, layers=layers, options=parse_options(Options, options))
+        question = Question(method, measurement, layers=layers, options=read_options(method, options))
         with self._runner() as runner:
             return self._engine(runner, question).ihvp(train_dataloaders, query_dataloaders)
 

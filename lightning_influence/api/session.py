@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from types import TracebackType
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from typing_extensions import Self
 
-from lightning_influence.api.engine import Engine
-from lightning_influence.api.question import Question
+from lightning_influence.api.engine import Engine, Question
 from lightning_influence.collecting.callback import InfluenceCallback
 from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors
@@ -28,6 +29,18 @@ from lightning_influence.running.trainer_runner import TrainerRunner
 class Session:
     """One call: the borrowed Trainer, and the state that the call starts from and leaves.
 
+    In its ``with`` block the Trainer and the module are borrowed, and a checkpoint has been loaded.
+
+    Args:
+        trainer: the Trainer.
+        model: the module; by default the one the Trainer ran last.
+        datamodule: where loaders come from that are not given.
+        ckpt_path: ``"best"``, ``"last"`` or a path: weights, and a callback's state, to load first.
+        factors: factors to use for this call only, ``"refit"`` to fit them anew, or None for those on record.
+
+    Attributes:
+        runner: runs passes on the borrowed Trainer.
+
     Raises:
         TypeError: if an argument is of a wrong type.
     """
@@ -43,9 +56,10 @@ class Session:
         check_trainer(trainer)
         _check_datamodule(datamodule)
         _check_factors(factors)
-        self._own = _influence_callback(trainer)
+        self._own = _find_callback(trainer)
         self._reader = _CheckpointReader()
         self._factors = factors
+        self._state = InfluenceState()
         restore: list[Callback] = [self._reader] if self._own is None else [self._own, self._reader]
         # Asked now: loading a checkpoint lets go of the loader for the time being.
         self._fitted, last_datamodule = find_last_fit(trainer)
@@ -58,27 +72,41 @@ class Session:
             restore=restore,
         )
 
-    def engine(self, question: Question) -> Engine:
-        """Return the engine, with the state that is there once a checkpoint has been loaded."""
-        self._state = self._found()
+    def __enter__(self) -> Self:
+        """Borrow the Trainer, load the checkpoint if there is one, and find the state to start from.
+
+        Returns:
+            The session itself.
+        """
+        self.runner.__enter__()
+        self._state = self._find_state()
         if self._factors == "refit":
             self._state = InfluenceState(record=self._state.record)
         elif isinstance(self._factors, Factors):
             self._state = replace(self._state, factors=self._factors, factors_key="")
-        return Engine(self.runner, self._state, question, checkpoint=self.runner.ckpt_path)
+        return self
 
-    def _found(self) -> InfluenceState:
-        """Return the state of this Trainer's callback, or of any callback in the checkpoint."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        """Give everything back."""
+        self.runner.__exit__(kind, error, trace)
+
+    def _find_state(self) -> InfluenceState:
+        """Find the state of this Trainer's callback, or of any callback in the checkpoint."""
         if self._own is not None and (self._reader.state is None or self._own in self.runner.restored):
             return self._own.influence_state
         return self._reader.state or InfluenceState()
 
     @property
     def record(self) -> TrainingRecord | None:
-        """The training run on record, once a checkpoint has been loaded."""
-        return self._found().record
+        """The training run on record."""
+        return self._state.record
 
-    def train_loader(self, given: Any) -> Any:
+    def find_train_loader(self, given: Any) -> Any:
         """Return the loader that was given, or those of the datamodule, the last fit, or the module."""
         if given is not None:
             return given
@@ -86,12 +114,20 @@ class Session:
             return self.runner.train_dataloaders()
         return self._fitted
 
+    def find_query_loaders(self, given: Any) -> Any:
+        """Return the loaders that were given, or those of the datamodule or the module."""
+        return self.runner.query_dataloaders() if given is None else given
+
+    def ask(self, question: Question) -> Engine:
+        """Return what answers a question, starting from the state that was found."""
+        return Engine(self.runner, self._state, question, checkpoint=self.runner.ckpt_path)
+
     def keep(self) -> None:
         """Let the callback keep what later queries can use; given factors serve this call only."""
         if self._own is None:
             return
         if isinstance(self._factors, Factors):
-            known = self._found()
+            known = self._find_state()
             self._state = replace(self._state, factors=known.factors, factors_key=known.factors_key)
         self._own.influence_state = self._state
 
@@ -108,7 +144,7 @@ class _CheckpointReader(Callback):
         self.state = read_saved_state(checkpoint)
 
 
-def over_checkpoints(
+def average_over_checkpoints(
     trainer: Trainer,
     model: LightningModule | None,
     paths: Sequence[str],
@@ -133,7 +169,7 @@ def over_checkpoints(
     if not paths or module is None:
         what = "no module" if paths else "an empty ckpt_path"
         raise ValueError(f"Got {what}; pass at least one checkpoint, and the module to load it into.")
-    own = _influence_callback(trainer)
+    own = _find_callback(trainer)
     state = None if own is None else own.influence_state
     put_back = remember_weights(unwrap_compiled(module))
     try:
@@ -144,8 +180,11 @@ def over_checkpoints(
             own.influence_state = state
 
 
-def paths_of(ckpt_path: Any) -> str | list[str] | None:
-    """Return one checkpoint or several as texts, None for the weights in memory.
+def read_paths(ckpt_path: Any) -> str | list[str] | None:
+    """Read one checkpoint or several, None for the weights in memory.
+
+    Returns:
+        Their paths as texts, or ``"best"`` and ``"last"``.
 
     Raises:
         TypeError: if it is something else.
@@ -178,7 +217,7 @@ def check_name(name: object) -> None:
         raise ValueError(f"Got an empty name; {accepted}")
 
 
-def _influence_callback(trainer: Trainer) -> InfluenceCallback | None:
+def _find_callback(trainer: Trainer) -> InfluenceCallback | None:
     host: Any = trainer  # its callbacks are declared nowhere
     return next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
 

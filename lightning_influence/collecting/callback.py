@@ -45,7 +45,7 @@ from lightning_influence.running.host.fit import (
     set_aside,
     will_step,
 )
-from lightning_influence.running.host.trainer import attach_methods
+from lightning_influence.running.host.trainer import attach_methods, keep_last_fit
 from lightning_influence.support.errors import (
     InfluenceError,
     LossCaptureError,
@@ -166,6 +166,7 @@ class InfluenceCallback(Callback):
         """Finish the record, and sum over processes."""
         final = None
         with self._guarded():
+            keep_last_fit(trainer)
             final = self._sum_over_processes()
         self._finish(trainer, pl_module, final)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,14 +29,17 @@ class CoarseSpace:
         layout: the order of flat vectors.
         directions: ``Q``, ``(m, P)``, orthonormal rows.
         product: ``G Q``, ``(m, P)``.
-        probe_product: ``G`` times the random probes of :func:`probes`, ``(s, P)``; it prices residuals.
+        probe_product: ``G`` times the random probes of :func:`draw_probes`, ``(s, P)``; it prices residuals.
         mixing: ``(m, M)``: ``Q = mixing @ P_0^{-1} anchors``.
         anchors: gradients of the ``M`` anchors by layer, for scores in factored form; of a layer whose
-            gradients are no single product, :func:`scored` leaves none.
+            gradients are no single product, :func:`join_scored` leaves none.
         inverse: ``P_0``.
         examples: number of curvature examples in the products.
         mixtures: random mixtures of an example's curvature columns that stand for all in the products; 0 if
             they are made of all columns, or of training labels.
+        limit: most anchors that there was room for when the space was last grown; 0 if nobody tells.
+        tolerance: relative residual that held-out gradients were to reach then.
+        solves: whether most of them did, so that it was grown no further.
     """
 
     layout: Layout
@@ -47,6 +51,9 @@ class CoarseSpace:
     inverse: BlockInverse
     examples: int
     mixtures: int = 0
+    limit: int = 0
+    tolerance: float = math.inf
+    solves: bool = False
 
     def __repr__(self) -> str:
         """Return its size; the tensors would fill the screen."""
@@ -78,6 +85,9 @@ class CoarseSpace:
             "shapes": {name: list(shape) for name, shape in self.layout.shapes.items()},
             "examples": self.examples,
             "mixtures": self.mixtures,
+            "limit": self.limit,
+            "tolerance": self.tolerance,
+            "solves": self.solves,
             "damping": self.inverse.damping,
             "directions": self.directions,
             "product": self.product,
@@ -128,7 +138,7 @@ class CoarseSpace:
             anchors,
             BlockInverse(layout, inverses),
             state["examples"],
-            state.get("mixtures", 0),
+            **{key: state[key] for key in ("mixtures", "limit", "tolerance", "solves") if key in state},
         )
 
 
@@ -146,7 +156,7 @@ def _gradients(state: Mapping[str, Any], prefix: str) -> LayerGradients | None:
     return None
 
 
-def directions(
+def build_directions(
     layout: Layout, inverse: BlockInverse, anchors: Mapping[str, LayerGradients]
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal basis of the preconditioned anchors.
@@ -160,11 +170,11 @@ def directions(
         ``Q (m, P)`` and ``mixing (m, M)`` with ``Q = mixing @ P^{-1} anchors``; ``m < M`` if the anchors are
         dependent.
     """
-    basis, mixing, _ = orthonormalise(preconditioned(layout, inverse, anchors))
+    basis, mixing, _ = orthonormalise(precondition(layout, inverse, anchors))
     return basis, mixing
 
 
-def preconditioned(layout: Layout, inverse: BlockInverse, gradients: Mapping[str, LayerGradients]) -> Tensor:
+def precondition(layout: Layout, inverse: BlockInverse, gradients: Mapping[str, LayerGradients]) -> Tensor:
     """Return ``P^{-1}`` times gradients with ``K = 1``, ``(B, P)``, made layer by layer."""
     first = next(iter(gradients.values()))
     result, start = first.select(slice(0, 0)).dense().new_zeros(first.num_examples, layout.numel), 0
@@ -176,7 +186,7 @@ def preconditioned(layout: Layout, inverse: BlockInverse, gradients: Mapping[str
     return result
 
 
-def scored(parts: Sequence[Mapping[str, LayerGradients]]) -> dict[str, LayerGradients]:
+def join_scored(parts: Sequence[Mapping[str, LayerGradients]]) -> dict[str, LayerGradients]:
     """Join gradients of several groups of examples, but keep only those that are scored in factored form.
 
     Args:
@@ -196,7 +206,7 @@ def scored(parts: Sequence[Mapping[str, LayerGradients]]) -> dict[str, LayerGrad
     return result
 
 
-def extended(
+def extend_space(
     space: CoarseSpace,
     vectors: Tensor,
     anchors: Mapping[str, LayerGradients],
@@ -224,17 +234,17 @@ def extended(
         directions=torch.cat([space.directions, fresh]),
         product=torch.cat([space.product, product(fresh)]),
         mixing=torch.cat([top, bottom]),
-        anchors=scored([space.anchors, anchors]),
+        anchors=join_scored([space.anchors, anchors]),
     )
 
 
-def probes(count: int, numel: int, like: Tensor) -> Tensor:
+def draw_probes(count: int, numel: int, like: Tensor) -> Tensor:
     """Return random signs ``(count, numel)``, the same at every call: ``E[(w^T r)^2] = ||r||^2``."""
-    return probe_bits(count, numel).to(like.device, like.dtype)
+    return draw_signs(count, numel).to(like.device, like.dtype)
 
 
-def probe_bits(count: int, numel: int) -> Tensor:
-    """Return the signs of :func:`probes` in a byte each.
+def draw_signs(count: int, numel: int) -> Tensor:
+    """Return the signs of :func:`draw_probes` in a byte each.
 
     They are drawn on the CPU: a coarse space that was built on one kind of device may be used on another.
     """

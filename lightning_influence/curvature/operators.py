@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.passes import Loader, Passes
 
+# Chosen by hand: 512 MiB of float64.
 MAX_PARAMETERS = 8192
 
 
@@ -61,14 +63,6 @@ class LinearOperator(Protocol):
 
     def dense(self) -> Tensor:
         """``H``, ``(P, P)``, float64."""
-        ...
-
-
-class SampledOperator(LinearOperator, Protocol):
-    """An operator that tells how large its minibatches are."""
-
-    def batch_examples(self, count: int, seed: int) -> int:
-        """Number of examples in the minibatch of this seed."""
         ...
 
 
@@ -125,7 +119,7 @@ class CurvatureOperator(ABC):
         self._check(vectors)
         one_pass = self._run(self._product_pass(vectors.detach(), 0), self._train)
         result: Tensor = one_pass.result(self._runner.all_reduce_sum)
-        self._mean_weight = one_pass.mean_weight
+        self._mean_weight = one_pass.count.mean_weight
         return result
 
     def batch_product(self, vectors: Tensor, count: int, seed: int) -> Tensor:
@@ -174,7 +168,7 @@ class CurvatureOperator(ABC):
             )
         one_pass = self._run(self._dense_pass(), self._train)
         result: Tensor = one_pass.result(self._runner.all_reduce_sum)
-        self._mean_weight = one_pass.mean_weight
+        self._mean_weight = one_pass.count.mean_weight
         return result
 
     @abstractmethod
@@ -245,10 +239,10 @@ class WeightPass(AveragingPass):
         """Count one batch."""
         self._capture(module, batch, len(indices))
 
-    def result(self, all_reduce_sum: Any) -> float:
+    def result(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> float:
         """Return the mean weight over all processes."""
-        self._total(torch.zeros(()), all_reduce_sum)
-        return self.mean_weight
+        self.count.reduce(all_reduce_sum)
+        return self.count.mean_weight
 
 
 class HessianOperator(CurvatureOperator):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.model.captured import RANDOM, Captured, Fisher
+from lightning_influence.model.captured import RANDOM, Captured, Fisher, WeightedCount
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.losses.draws import draw_generator
@@ -25,30 +25,18 @@ class AveragingPass:
 
     Attributes:
         layout: the order of flat vectors.
-        examples: examples seen, by all processes once the result was asked for.
+        count: the examples seen, by all processes once the result was asked for.
     """
 
     def __init__(self, plan: LayerPlan) -> None:
         self.layout = Layout.of(plan.layers)
-        self.examples = 0
-        self._weight = 0.0
+        self.count = WeightedCount()
         self.forward = Forward(plan)
-
-    @property
-    def normaliser(self) -> float:
-        """What the sums are to be divided by: examples times their mean weight."""
-        return self._weight if self._weight > 0 else float(max(self.examples, 1))
-
-    @property
-    def mean_weight(self) -> float:
-        """Mean loss weight of the examples seen; 1 before there are any."""
-        return self.normaliser / max(self.examples, 1)
 
     def _capture(self, module: Any, batch: Any, num_examples: int) -> Captured:
         """Return the batch after its forward pass, counted."""
         captured = self.forward(module, batch, num_examples)
-        self.examples += num_examples
-        self._weight += float(captured.weights.sum())
+        self.count.add(captured)
         return captured
 
     def _total(
@@ -90,19 +78,19 @@ class AveragingPass:
         """
         if all_reduce_sum is not None:
             sums = [all_reduce_sum(part) for part in sums]
-            counts = all_reduce_sum(torch.tensor([float(self.examples), self._weight], dtype=torch.float64))
-            self.examples, self._weight = int(counts[0]), float(counts[1])
+            self.count.reduce(all_reduce_sum)
         if not all(bool(torch.isfinite(part.sum())) for part in sums):
             raise NonFiniteError(
                 "The curvature of the training loss is not finite. Check the training examples and the "
                 "model's weights for NaN or infinity."
             )
+        divisor = self.count.normaliser
         if mean_weight is not None:
-            return [part.div_(mean_weight * max(self.examples, 1)) for part in sums]
-        return [part.div_(self.normaliser) for part in sums]
+            divisor = mean_weight * max(self.count.examples, 1)
+        return [part.div_(divisor) for part in sums]
 
 
-# Most bytes of output gradients that are recorded at once where products are all that is wanted of them.
+# Chosen by hand: bytes of output gradients recorded at once where only products with them are wanted.
 _SEED_BYTES = 2**26
 
 

@@ -26,7 +26,7 @@ from lightning_influence.model.gradients import (
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import NonFiniteError
 
-# Examples whose gradients are formed at once when norms of products are taken.
+# Chosen by hand: examples whose gradients are formed at once when norms of products are taken.
 _EXAMPLES = 64
 
 
@@ -37,7 +37,7 @@ class StoragePass(CurvaturePass):
         plan: the covered layers.
         limit: most bytes to keep; beyond, everything is let go, and what is left of the pass does nothing.
         num_examples: how many examples there will be: what cannot fit is given up after the first batch.
-        fisher: see :class:`~.columns.CurvaturePass`.
+        fisher: see :class:`~.passes.CurvaturePass`.
         draws: see there.
         seed: see there.
 
@@ -77,7 +77,7 @@ class StoragePass(CurvaturePass):
         kept: dict[str, LayerGradients] = {name: compact(layer) for name, layer in gradients.items()}
         self._bytes += sum(layer.nbytes for layer in kept.values())
         # Joining the batches takes as much again for a moment.
-        expected = 2 * self._bytes * max(1.0, self._expected / self.examples)
+        expected = 2 * self._bytes * max(1.0, self._expected / self.count.examples)
         if expected > self._limit:
             self.fits, self._parts, self._indices = False, [], []
             return
@@ -94,13 +94,12 @@ class StoragePass(CurvaturePass):
             everyone: dataset indices of all examples, of all processes, ``(N,)``.
             all_reduce_sum: sums a tensor over the processes.
         """
-        counts = all_reduce_sum(torch.tensor([float(self.examples), self._weight], dtype=torch.float64))
-        mean_weight = float(counts[1] / counts[0]) if counts[1] > 0 else 1.0
+        self.count.reduce(all_reduce_sum)
         names = [name for name in layout.shapes if any(name in part for part in self._parts)]
         gradients = {name: self._joined(name) for name in names}
         indices = torch.cat([torch.zeros(0, dtype=torch.int64), *self._indices])
         self._parts = []
-        return StoredGaussNewton(layout, gradients, indices, everyone, mean_weight, all_reduce_sum)
+        return StoredGaussNewton(layout, gradients, indices, everyone, self.count.mean_weight, all_reduce_sum)
 
     def _joined(self, name: str) -> LayerGradients:
         """Return a layer's gradients of all batches, zero where it took no part."""
@@ -116,7 +115,7 @@ class StoragePass(CurvaturePass):
 
 
 class StoredGaussNewton:
-    """``G`` as products with gradients in memory; a :class:`~.operator.LinearOperator`.
+    """``G`` as products with gradients in memory; a :class:`~.operators.LinearOperator`.
 
     Args:
         layout: the order of flat vectors.
@@ -232,7 +231,7 @@ class StoredGaussNewton:
         return result / (count * self.mean_weight)
 
 
-def kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
+def bound_kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
     """Return ``kappa`` of ``E[h_x^2] <= kappa Tr(H) H``, as far as some directions tell: a lower bound.
 
     Args:

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from lightning_influence.linalg.estimates import Product
 from lightning_influence.linalg.lanczos import PreconditionedSpectrum
-from lightning_influence.linalg.minibatch_rounds import BatchProduct, Round, sampled_rounds
+from lightning_influence.linalg.minibatch_rounds import BatchProduct, Round, run_rounds
 from lightning_influence.linalg.stopping import Progress, Solution, compute_remainder
 from lightning_influence.support.errors import DivergenceError
 
-# Momentum averages over 1 / (1 - beta) steps; more than this long a memory hides what the residual says.
+# Momentum averages over 1 / (1 - beta) steps. Chosen by hand: a memory of more than 20 steps hides what the
+# residual says.
 _MOST_MOMENTUM = 0.95
-# Squared growth of the preconditioned residual that momentum alone cannot explain.
+# Squared growth of the preconditioned residual that momentum alone cannot explain. Chosen by
+# hand.
 _GROWTH = 1e4
 
 
@@ -144,7 +146,7 @@ def astra(
         times = 4.0 / (plan.step * plan.smallest / (1.0 - plan.momentum))
         steps = max(2, min(math.ceil(times), max_steps))
         one = Round(plan.step, plan.batch, steps, max(1, steps // 2), plan.momentum)
-        return sampled_rounds(
+        return run_rounds(
             product,
             batch_product,
             vectors,

@@ -16,12 +16,12 @@ from lightning_influence.linalg.estimates import Product
 from lightning_influence.linalg.stopping import Progress, Solution, bound_errors, compute_remainder
 from lightning_influence.support.errors import DivergenceError
 
-# Exact arithmetic keeps the residual at most twice the first one (of a zero start).
+# Exact arithmetic keeps the residual at most twice the first one; this leaves room for rounding.
 _GROWTH = 4.0
 
 
-def chebyshev_steps(smallest: float, largest: float, tolerance: float) -> int:
-    """Return the steps after which the relative error is at most the tolerance, whatever the right-hand side.
+def count_chebyshev_steps(smallest: float, largest: float, tolerance: float) -> int:
+    """Return after how many steps the relative error is at most the tolerance for any right-hand side.
 
     Args:
         smallest: positive lower bound of the eigenvalues.
@@ -55,7 +55,7 @@ def chebyshev(
         guess: where to begin, ``(V, P)``; costs a product.
         max_steps: most steps.
         enough_steps: the number of steps from which on the interval alone bounds the relative error, as
-            :func:`chebyshev_steps` gives it; never if None.
+            :func:`count_chebyshev_steps` gives it; never if None.
         tolerance: a right-hand side is done when its relative residual is at most this, and the bound on its
             relative error too or there were enough steps.
 
@@ -72,6 +72,7 @@ def chebyshev(
     progress.observe(remainder)
     limit = _GROWTH * max(1.0, progress.history[-1] if progress.history else 1.0)
     middle, half = (largest + smallest) / 2, max((largest - smallest) / 2, 1e-12 * largest)
+    # Also those within the tolerance, because their error may not be.
     rows = (progress.residuals > 0).nonzero().flatten()
     direction, ratio, steps = remainder[rows] / middle, half / middle, 0
     while len(rows) and steps < max_steps:

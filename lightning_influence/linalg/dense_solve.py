@@ -84,6 +84,7 @@ def treat_negative_curvature(matrix: Tensor, how: NegativeCurvature = "absolute"
     return TreatedMatrix(changed, magnitude, negative, float(values[0]), float(values[-1]))
 
 
+# Chosen by hand: the matrix takes half a GiB, its factors as much again.
 MAX_PARAMETERS = 8192
 
 

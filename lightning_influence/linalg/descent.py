@@ -17,8 +17,11 @@ from torch import Tensor
 Evaluate = Callable[[Tensor], tuple[float, Tensor] | None]
 """Maps a point to the objective and its gradient; None if they are not finite."""
 
+# Pairs that the inverse Hessian is made of, and how often a step is shortened. Chosen by hand, within the
+# usual range of 3 to 20 pairs (Nocedal & Wright 2006).
 MEMORY, _MOST_HALVINGS = 10, 8
-# The share of the fall that the slope promises which a step has to bring (Armijo 1966).
+# The share of the fall that the slope promises which a step has to bring (Armijo 1966). Chosen by hand: the
+# usual value, which refuses hardly any step that falls.
 _SUFFICIENT = 1e-4
 
 
@@ -127,20 +130,20 @@ def descend(
             evaluations += 1
             if found is not None and found[0] <= value + _SUFFICIENT * length * slope:
                 break
-            length *= 0.25 if found is None else shorter(value, slope, length, found[0])
+            length *= 0.25 if found is None else shorten(value, slope, length, found[0])
         else:
             break
         inverse.learn(length * direction, found[1] - gradient)
         point, (value, gradient) = point + length * direction, found
         lengths.append(length)
         values.append(value)
-        # A single step may be short because it only learns the curvature.
+        # Three steps are looked at, because a single one may be short and only learn the curvature.
         if len(values) > 3 and values[-4] - value < least_fall * abs(values[-4]):
             break
     return Descent(point, value, lengths, evaluations)
 
 
-def shorter(value: float, slope: float, length: float, reached: float) -> float:
+def shorten(value: float, slope: float, length: float, reached: float) -> float:
     """Return the factor that leads to the minimum of the parabola through what was seen, in [.1, .5].
 
     Args:

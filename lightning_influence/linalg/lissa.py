@@ -1,8 +1,9 @@
-r"""LiSSA's hyperparameters, derived from the curvature.
+r"""LiSSA (Agarwal et al. 2017; Koh and Liang 2017), with hyperparameters derived from the curvature.
 
-Step, batch and number of steps of ``u <- u - eta [(H_b + lambda) u - v]`` follow from three numbers of the
-curvature (Klochkov and Liu 2024): its largest eigenvalue, its trace, and ``kappa`` in ``E[h_x^2] <= kappa
-Tr(H) H`` for the curvature ``h_x`` of one example. With the sampling noise
+LiSSA iterates ``u <- u - eta [(H_b + lambda) u - v]`` with a fresh minibatch ``b`` each step. Step, batch and
+number of steps follow from three numbers of the curvature (Klochkov and Liu 2024): its largest eigenvalue,
+its trace, and ``kappa`` in ``E[h_x^2] <= kappa Tr(H) H`` for the curvature ``h_x`` of one example. With the
+sampling noise
 
 .. math:: \nu(b) = \frac{\kappa \mathrm{Tr}(H)}{b} \frac{N - b}{N - 1}
 
@@ -16,16 +17,11 @@ when the damping is the same for all parameters. Half of this is the step used h
 equal, at ``b = kappa Tr(H) lambda_1 / (lambda_1 + lambda)^2``, the step is half of that without noise: a
 larger batch gains less than a factor 2, a smaller one only makes steps shorter.
 
-What is predicted beforehand is the cost of both ways to the accuracy asked for: rounds of minibatch steps
-(:mod:`.sampled`), each of which leaves about ``sqrt(eta nu lambda_1 / (2 (lambda_1 + lambda)))`` of the error
-as noise, or products over all examples with Chebyshev steps. The cheaper one is taken. When the damping is
-tiny relative to the largest eigenvalue that is the second: ``sqrt(lambda_1 / lambda)`` passes instead of
-``lambda_1 / lambda`` steps.
-
-LiSSA (Agarwal et al. 2017; Koh and Liang 2017) as it was planned by :mod:`.lissa_plan`.
-
-``u <- u - eta [(H_b + lambda) u - v]`` with a fresh minibatch ``b`` each step, an average over the last
-steps, and rounds of refinement; or, where that costs less, products over all examples with Chebyshev steps.
+The cost of two ways to the accuracy asked for is predicted beforehand, and the cheaper one is taken. One is
+rounds of minibatch steps (:mod:`.minibatch_rounds`), each of which averages its last steps and leaves about
+``sqrt(eta nu lambda_1 / (2 (lambda_1 + lambda)))`` of the error as noise. The other is products over all
+examples with Chebyshev steps: where the damping is tiny beside the largest eigenvalue, it takes
+``sqrt(lambda_1 / lambda)`` passes in place of ``lambda_1 / lambda`` steps.
 """
 
 from __future__ import annotations
@@ -36,17 +32,20 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence.linalg.chebyshev import chebyshev, chebyshev_steps
+from lightning_influence.linalg.chebyshev import chebyshev, count_chebyshev_steps
 from lightning_influence.linalg.estimates import Product
-from lightning_influence.linalg.minibatch_rounds import BatchProduct, Round, sampled_rounds
+from lightning_influence.linalg.minibatch_rounds import BatchProduct, Round, run_rounds
 from lightning_influence.linalg.stopping import Solution
 from lightning_influence.support.errors import DivergenceError
 
-# Each round takes this many time constants 1 / (eta lambda); its second half is averaged.
+# Each round takes this many time constants 1 / (eta lambda); its second half is averaged. Chosen by hand: its
+# bias, the next line, is then 6% of the error, below the noise of most rounds.
 _TIMES = 4.0
 _BIAS = (math.exp(-_TIMES / 2) - math.exp(-_TIMES)) / (_TIMES / 2)
-# What a minibatch costs beyond its examples: its own forward pass, loading, vector operations.
+# What a minibatch costs beyond its examples, in examples: its own forward pass, loading, vector operations.
+# Chosen by hand.
 _OVERHEAD = 8
+# Nothing in float64 comes closer, so that plans for tolerance=0 stay finite.
 LEAST_TOLERANCE = 1e-12
 
 
@@ -176,7 +175,7 @@ def plan_lissa(
     return plan_minibatch(scale, tolerance, batch, step_size)
 
 
-def warning_of(plan: LissaPlan, scale: Scale) -> str | None:
+def explain_small_batch(plan: LissaPlan, scale: Scale) -> str | None:
     """Return what a user who asked for this plan's batch should know before it runs, None if nothing."""
     if plan.batch >= plan.smallest_batch:
         return None
@@ -200,7 +199,7 @@ def plan_full(scale: Scale, tolerance: float) -> LissaPlan:
     Returns:
         The plan.
     """
-    steps = chebyshev_steps(scale.damping_low, scale.top, tolerance)
+    steps = count_chebyshev_steps(scale.damping_low, scale.top, tolerance)
     cost = float((steps + 1) * scale.num_examples)
     why = (
         f"{steps} products over all {scale.num_examples} examples with Chebyshev steps, from (lambda_1 + "
@@ -265,8 +264,10 @@ def _check_step(scale: Scale, step: float, batch: int | None) -> None:
         )
 
 
-# What was derived is multiplied by this where nobody sets a limit.
+# Where nobody sets a limit, the derived number of steps is multiplied by this. Chosen by hand.
 _SPARE = 4
+# How often the interval of Chebyshev steps is doubled before divergence is an error. Chosen by hand: Lanczos
+# does not underestimate a largest eigenvalue 16 times.
 _WIDENINGS = 4
 
 
@@ -288,7 +289,7 @@ def lissa(
         product: ``A`` (with its damping) over all examples.
         batch_product: the same on minibatches.
         vectors: ``V``, ``(V, P)``.
-        plan: from :func:`~.lissa_plan.plan_lissa`.
+        plan: from :func:`plan_lissa`.
         scale: what the plan was derived from.
         tolerance: relative residual and relative error to reach.
         max_steps: most steps; by default as many as were derived, with some to spare.
@@ -305,7 +306,7 @@ def lissa(
     if plan.variant == "full":
         return _run_full(product, vectors, scale, None, tolerance, max_steps)
     regrow = None if fixed else lambda batch: _round(plan_minibatch(scale, tolerance, batch))
-    found = sampled_rounds(
+    found = run_rounds(
         product,
         batch_product,
         vectors,
@@ -344,7 +345,7 @@ def _run_full(
     Raises:
         DivergenceError: if it diverges all the same.
     """
-    enough = chebyshev_steps(scale.damping_low, scale.top, max(tolerance, LEAST_TOLERANCE))
+    enough = count_chebyshev_steps(scale.damping_low, scale.top, max(tolerance, LEAST_TOLERANCE))
     try:
         found = chebyshev(
             product,

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_OVERSAMPLE = 8
-_POWER_STEPS = 2
+# Columns of the random sketch beyond the rank, and multiplications that sharpen it. Chosen by hand: the usual
+# values (Halko, Martinsson & Tropp 2011).
+_OVERSAMPLE, _POWER_STEPS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class LowRank:
         return self.left.shape[0]
 
 
-def low_rank(
+def factorise_weights(
     weights: Tensor, row_energy: Tensor, column_energy: Tensor, tolerance: float, max_rank: int
 ) -> LowRank | None:
-    """The smallest factorisation of ``weights`` that is accurate where gradients have energy.
+    """Find the smallest factorisation of ``weights`` that is accurate where gradients have energy.
 
     The error of a score is a sum of ``E_ij (d_q d_n)_i (a_q a_n)_j``, whose mean square is ``sum_ij E_ij^2
     s_i^2 a_j^2`` when the coordinates are uncorrelated with second moments ``s_i`` and ``a_j``; so it is the

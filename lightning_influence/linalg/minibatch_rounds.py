@@ -24,12 +24,14 @@ from lightning_influence.support.errors import DivergenceError
 BatchProduct = Callable[[Tensor, int, int], Tensor]
 """Maps vectors ``(V, P)``, a number of examples and a seed to products ``(V, P)`` on a random minibatch."""
 
-# No iterate of a stable iteration is longer than the longest possible solution by more than this.
-_GROWTH = 10.0
-_CHECK_EVERY = 8
-# A round that leaves more than this of the missing part is too noisy for its batch.
+# An iterate that is longer than the longest possible solution by more than this belongs to an iteration that
+# diverges. Chosen by hand, with room for noise; looked at every few steps, because it waits for the device.
+_GROWTH, _CHECK_EVERY = 10.0, 8
+# A round that leaves more than this of the missing part is too noisy for its batch. Chosen by hand: at .8 a
+# digit takes ten rounds.
 _SLOW = 0.8
-# The error after a round is estimated from how much smaller its correction was than the last round's.
+# The error after a round is estimated from how much smaller its correction was than the last round's, times
+# this, because the rate is that of one draw. Chosen by hand.
 _SAFETY = 2.0
 
 
@@ -52,7 +54,7 @@ class Round:
     momentum: float = 0.0
 
 
-def sampled_rounds(
+def run_rounds(
     product: Product,
     batch_product: BatchProduct,
     vectors: Tensor,

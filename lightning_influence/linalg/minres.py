@@ -17,7 +17,7 @@ from lightning_influence.linalg.estimates import Product
 from lightning_influence.linalg.lanczos import Recursion
 from lightning_influence.linalg.stopping import Progress, Solution, run_sweeps
 
-# A step whose cosine is smaller lowers the residual by less than a twenty-thousandth.
+# A step whose cosine is smaller lowers the residual by less than a twenty-thousandth. Chosen by hand.
 _LITTLE = 0.01
 
 

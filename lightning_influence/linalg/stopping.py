@@ -19,6 +19,7 @@ from lightning_influence.linalg.estimates import Product
 from lightning_influence.support.errors import DivergenceError
 
 # The residual of conjugate gradients may rise on the way, but not by this much on a system that it can solve.
+# Chosen by hand.
 _FAR = 10.0
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -11,25 +11,46 @@ from torch import Tensor
 
 from lightning_influence.curvature.two_level import Correction, TwoLevel
 from lightning_influence.linalg.block_krylov import Subspace, block_krylov
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.methods.coarse_building import CoarseBuilder, vector_bytes
-from lightning_influence.methods.context import digest
-from lightning_influence.methods.fitting import fitted_factors
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
+from lightning_influence.methods.coarse_building import TOLERANCE, CoarseBuilder, count_vector_bytes
+from lightning_influence.methods.context import Context
+from lightning_influence.methods.fitting import provide_factors
+from lightning_influence.methods.gathering import gather_examples
 from lightning_influence.methods.method import Gradients, Method, Queries, Solved, register_method
+from lightning_influence.methods.options import SpaceOptions, require_count, require_number
 from lightning_influence.methods.scorers import DenseScorer, JointScorer, PreconditionedScorer
+from lightning_influence.methods.scoring_passes import Quadratic, Scorer, SelfScores
 from lightning_influence.model.gradients import LayerGradients
 
-# Of the preconditioned queries' scores: the correction is computed from exact ones.
-LOW_RANK_TOLERANCE = 1e-3
 # Measured (examples/benchmarks/krylov.py) after 0, 1, 2 steps on all queries: digits MLP, median
 # residual .14, .12, .05, LDS .715, .715, .711; digits CNN, .18, .15, .06, LDS .529, .534, .538. So steps
 # are taken above the tolerance of .2 only, and at most three. In groups of 20 the MLP's residuals after
 # 1, 2, 3 steps are .14, .08, .05, against .12, .05, .03 together. In float32 its bases stay orthogonal to
 # 4e-6 (CNN 7e-6), and eight steps reach a residual of 1e-6 (4e-7 in float64), which changes no LDS.
+_MAX_STEPS = 3
 _MOST_GROUPS = 4
+_EXAMPLES = "training examples"
 
 
-@register_method("auto")
+@dataclass(frozen=True)
+class AutoOptions(SpaceOptions):
+    """Options of ``"auto"``.
+
+    Attributes:
+        tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` above which a query is iterated on;
+            the coarse space grows until most training gradients are below.
+        max_steps: most steps of block Krylov. None for 3, and for none where the coarse space is made of
+            random mixtures, because a step costs a pass over all columns there.
+        low_rank_tolerance: largest relative error, in norm, of the preconditioned queries' scores from
+            low-rank forms; 0 for exact ones. The correction is computed from exact ones.
+    """
+
+    tolerance: float = field(default=TOLERANCE, metadata=require_number())
+    max_steps: int | None = field(default=None, metadata=require_count(0))
+    low_rank_tolerance: float = field(default=1e-3, metadata=require_number(below=1.0))
+
+
+@register_method("auto", options=AutoOptions)
 class Auto(Method):
     """Two-level EK-FAC: a coarse space of training gradients, Krylov steps where needed.
 
@@ -38,40 +59,34 @@ class Auto(Method):
     more pass over what is new, while more than a quarter of held-out training gradients have a residual above
     the tolerance, as far as the memory budget and :data:`~.coarse_building.MOST_ANCHORS` allow. Queries are
     answered in groups under what it leaves.
+
+    An answer whose residual is above that of ``"ekfac"``'s answer, or above 1, that of an answer of zero, is
+    not given: ``"ekfac"``'s takes its place, with a note.
     """
 
     in_groups: ClassVar[bool] = True
-    uses: ClassVar[frozenset[str]] = frozenset({"tolerance", "max_steps"})
+    options: AutoOptions
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._replaced = 0  # training examples that got EK-FAC's answer, on this process
 
     def prepare(self) -> None:
-        """Use or fit the factors; use or build the coarse space."""
+        """Use or fit the factors; use, grow or build the coarse space."""
         context = self.context
-        factors = fitted_factors(context)
+        factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
+        closed = context.resolve_damping(factors, "closed")
+        self.ekfac = invert_blocks(context.layout, factors, closed, take_eigenvalues)
         damping = context.resolve_damping(factors, "full")
-        self.inverse = block_inverse(context.layout, factors, damping, measured_eigenvalues)
-        builder = CoarseBuilder(context, self.inverse, self.tolerance)
-        key = digest(
-            context.weights_key,
-            context.train.num_examples,
-            min(context.options.curvature_examples, context.train.num_examples),
-            context.options.seed,
-            context.layout.shapes,
-            context.dtype,
+        inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
+        self.builder = CoarseBuilder(
+            context, inverse, self.options.curvature_examples, self.options.tolerance
         )
-        if context.state.coarse is None or context.state.coarse_key != key:
-            context.state.coarse = builder.build()
-            context.state.coarse_key, context.made = key, True
-        else:
-            context.reused = True
-        self.space = context.state.coarse.to(context.device)
-        self._products = builder.products
-        self.inverse = builder.preconditioner(self.space)
+        self.space = self.builder.find()
+        self.inverse = self.builder.rescale(self.space)
         self.operator = TwoLevel(self.inverse, self.space)
-        context.extra["coarse_space"] = self.space.size
-        context.extra["curvature_examples"] = self.space.examples
         if self.space.mixtures:
-            context.extra["curvature_mixtures"] = self.space.mixtures
             context.notes.add(
                 f"The Gauss-Newton matrix was estimated from {self.space.mixtures} random mixtures of the "
                 f"output curvature's columns for each of {self.space.examples} examples: the loss has too "
@@ -82,59 +97,132 @@ class Auto(Method):
     def solve(self, queries: Queries) -> Solved:
         """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
         correction, residuals = self.operator.correction(queries)
-        chosen = self._to_iterate(residuals)
-        if not len(chosen):
-            return Solved(self._scorer(queries, correction), residuals)
-        solutions, residuals[chosen] = self._iterate(_select(queries, chosen))
-        iterated = DenseScorer(self.context.layout.split(solutions))
-        rest = torch.ones_like(residuals, dtype=torch.bool)
+        own = self.operator.estimate_residuals(self.ekfac, queries)
+        chosen = self._choose(residuals, "queries")
+        solutions = None
+        if len(chosen):
+            solutions, residuals[chosen] = self._iterate(_select(queries, chosen), "queries")
+        worse = self._find_worse(residuals, own, "queries")
+        residuals = torch.where(worse, own, residuals)
+        parts: list[tuple[Tensor, Scorer]] = []
+        if solutions is not None:
+            kept = ~worse[chosen]
+            if bool(kept.any()):
+                parts.append((chosen[kept], DenseScorer(self.context.layout.split(solutions[kept]))))
+        rest = ~worse
         rest[chosen] = False
-        others = rest.nonzero().flatten()
-        if not len(others):
-            queries.clear()
-            return Solved(iterated, residuals)
-        kept = replace(correction, coefficients=correction.coefficients[others])
-        left = _select(queries, others)
+        everyone = len(residuals)
+        for positions, falls_back in ((rest.nonzero().flatten(), False), (worse.nonzero().flatten(), True)):
+            if not len(positions):
+                continue
+            # A scorer keeps what it is given: all queries as they are, or copies of some.
+            own_queries = dict(queries) if len(positions) == everyone else _select(queries, positions)
+            if falls_back:
+                parts.append((positions, self._score(own_queries, None)))
+            else:
+                coefficients = correction.coefficients[positions]
+                parts.append((
+                    positions,
+                    self._score(own_queries, replace(correction, coefficients=coefficients)),
+                ))
         queries.clear()
-        return Solved(JointScorer([(others, self._scorer(left, kept)), (chosen, iterated)]), residuals)
+        return Solved(parts[0][1] if len(parts) == 1 else JointScorer(parts), residuals)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
         """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
-        residuals = self.operator.correction(queries)[1]
-        solutions = self.operator.solve(self.context.layout.dense(queries)[0])
-        chosen = self._to_iterate(residuals)
+        correction, residuals = self.operator.correction(queries)
+        own = self.operator.estimate_residuals(self.ekfac, queries)
+        vectors = self.context.layout.dense(queries)[0]
+        solutions = self.inverse.apply(vectors).addmm_(correction.coefficients, self.space.directions)
+        chosen = self._choose(residuals, "queries")
         if len(chosen):
-            solutions[chosen], residuals[chosen] = self._iterate(_select(queries, chosen))
-        return solutions, residuals
+            solutions[chosen], residuals[chosen] = self._iterate(_select(queries, chosen), "queries")
+        worse = self._find_worse(residuals, own, "queries")
+        if bool(worse.any()):
+            solutions[worse] = self.ekfac.apply(vectors[worse])
+        return solutions, torch.where(worse, own, residuals)
 
-    def _to_iterate(self, residuals: Tensor) -> Tensor:
-        """Return queries to iterate on: those above the tolerance, unless they are too many."""
-        chosen = (residuals > self.tolerance).nonzero().flatten()
-        if self.space.mixtures and not self._may_iterate():
+    def quadratic(self) -> Quadratic:
+        """Return EK-FAC's weighted squares plus the correction's products, with the residuals."""
+
+        def quadratic(gradients: Gradients) -> tuple[Tensor, Tensor]:
+            values, residuals = self.operator.quadratic(gradients)[0], self.operator.correction(gradients)[1]
+            own = self.operator.estimate_residuals(self.ekfac, gradients)
+            worse = residuals > own.clamp(max=1.0)
+            if bool(worse.any()):
+                self._replaced += int(worse.sum())
+                values = torch.where(worse, self.ekfac.quadratic(gradients)[0], values)
+            return values, torch.where(worse, own, residuals)
+
+        return quadratic
+
+    def refine(self, scores: SelfScores) -> SelfScores:
+        """Iterate on training examples whose residual is above the tolerance, unless they are too many.
+
+        Args:
+            scores: what :meth:`quadratic` gave, of all processes.
+
+        Returns:
+            The scores, with smaller residuals where iterating helped.
+        """
+        assert scores.residuals is not None
+        values, residuals = scores.values.clone(), scores.residuals.clone()
+        chosen = self._choose(residuals, _EXAMPLES)
+        replaced = int(self.context.runner.all_reduce_sum(torch.tensor(float(self._replaced))))
+        if not len(chosen):  # those that are iterated on keep no answer of EK-FAC's
+            self._note_worse(replaced, _EXAMPLES)
+        for group in torch.split(chosen, self._group_size()) if len(chosen) else ():
+            gradients = gather_examples(
+                self.context, self.context.train, scores.indices[group], "Influence: unsolved examples"
+            )
+            solutions, found = self._iterate(gradients, _EXAMPLES)
+            better = (found < residuals[group].to(found)).cpu()
+            products = (solutions * self.context.layout.dense(gradients)[0]).sum(dim=1)
+            values[group[better]] = products.cpu().to(values)[better]
+            residuals[group[better]] = found.cpu().to(residuals)[better]
+        return SelfScores(scores.indices, values, residuals)
+
+    def _find_worse(self, residuals: Tensor, own: Tensor, subject: str) -> Tensor:
+        """Return which residuals are above EK-FAC's own or above 1, and say so."""
+        worse = residuals > own.clamp(max=1.0)
+        self._note_worse(int(worse.sum()), subject)
+        return worse
+
+    def _note_worse(self, count: int, subject: str) -> None:
+        """Say so if answers of EK-FAC had to take the place of corrected ones."""
+        if count:
+            self.context.notes.add(
+                f"{count} {subject} got the answer of method='ekfac': what a coarse space of "
+                f"{self.space.size} directions makes of it has a residual above that of EK-FAC's own answer, "
+                "or above 1, that of no answer at all. Raise `memory_budget`, `max_steps` or the damping."
+            )
+
+    def _choose(self, residuals: Tensor, subject: str) -> Tensor:
+        """Return what to iterate on: all that is above the tolerance, unless it is too much."""
+        tolerance = self.options.tolerance
+        chosen = (residuals > tolerance).nonzero().flatten()
+        if not len(chosen) or (self.space.mixtures and not self._may_iterate()):
             return chosen[:0]
         groups = -(-len(chosen) // self._group_size())
-        if not len(chosen) or (self.max_steps >= 1 and groups <= _MOST_GROUPS):
+        if self._steps() >= 1 and groups <= _MOST_GROUPS:
             return chosen
         self.context.notes.add(
-            f"{len(chosen)} of {len(residuals)} queries have a residual above the tolerance "
-            f"{self.tolerance:g} (median "
-            f"{float(residuals.median()):.2f}). Iterating on them was left out: it would take {groups} "
-            "groups of at most "
-            f"{_MOST_GROUPS} under the memory budget, with max_steps={self.max_steps}. Raise "
-            "`memory_budget` or "
-            "`max_steps`, or ask fewer queries at a time."
+            f"{len(chosen)} of {len(residuals)} {subject} have a residual above the tolerance "
+            f"{tolerance:g} (median {float(residuals.median()):.2f}). Iterating on them was left out: it "
+            f"would take {groups} groups of at most {_MOST_GROUPS} under the memory budget, with "
+            f"max_steps={self._steps()}. Raise `memory_budget` or `max_steps`, or ask fewer queries at a "
+            "time."
         )
         return chosen[:0]
 
-    def quadratic(self) -> Callable[[Gradients], Tensor]:
-        """Return EK-FAC's weighted squares plus the correction's products."""
-        return lambda gradients: self.operator.quadratic(gradients)[0]
-
-    def _scorer(self, queries: Queries, correction: Correction) -> PreconditionedScorer:
-        asked = self.context.options.low_rank_tolerance
-        tolerance = LOW_RANK_TOLERANCE if asked is None else asked
+    def _score(self, queries: Queries, correction: Correction | None) -> PreconditionedScorer:
+        """Return the scorer of corrected queries, or of EK-FAC's answers if there is no correction."""
         scorer = PreconditionedScorer(
-            self.inverse, queries, correction=correction, tolerance=tolerance, consume=True
+            self.ekfac if correction is None else self.inverse,
+            queries,
+            correction=correction,
+            tolerance=self.options.low_rank_tolerance,
+            consume=True,
         )
         if scorer.ranks:
             self.context.extra["low_rank"] = dict(scorer.ranks)
@@ -146,35 +234,39 @@ class Auto(Method):
         A query is held as its gradient and its answer; where it may be iterated on, half is left for that.
         """
         each = 4 if self._may_iterate() else 2
-        return max(1, self._left() // (each * vector_bytes(self.context)))
+        return max(1, self._left() // (each * count_vector_bytes(self.context)))
 
     def _left(self) -> int:
         """Return what the coarse space, with its damped product if that is needed, leaves of the budget."""
         damped = self.space.directions.nbytes if self._may_iterate() else 0
-        return self.context.options.memory_budget - self.space.nbytes - damped
+        return self.options.memory_budget - self.space.nbytes - damped
+
+    def _steps(self) -> int:
+        """Return the most steps of block Krylov."""
+        return _MAX_STEPS if self.options.max_steps is None else self.options.max_steps
 
     def _may_iterate(self) -> bool:
         """Return whether queries are iterated on: with mixtures only if asked to; a note says so."""
-        asked = not self.space.mixtures or self.context.options.max_steps is not None
-        return asked and self.max_steps > 0
+        asked = not self.space.mixtures or self.options.max_steps is not None
+        return asked and self._steps() > 0
 
     def _group_size(self) -> int:
         """Return how many queries' subspaces fit into half of what the coarse space leaves."""
-        each = (2 * self.max_steps + 8) * vector_bytes(self.context)
+        each = (2 * self._steps() + 8) * count_vector_bytes(self.context)
         return max(1, self._left() // (2 * each))
 
-    def _iterate(self, queries: Gradients) -> tuple[Tensor, Tensor]:
+    def _iterate(self, queries: Gradients, subject: str) -> tuple[Tensor, Tensor]:
         """Return block Krylov on groups of queries, each starting from the coarse space."""
         context, space = self.context, self.space
         damping = context.layout.expand(self.inverse.damping, space.directions)
         start = (space.directions, space.product + damping * space.directions)
         results = [
             block_krylov(
-                lambda v: self._products(v)[0].add_(damping * v),
+                lambda v: self.builder.multiply(v).add_(damping * v),
                 self.inverse.apply,
                 Subspace(vectors, start),
-                max_steps=self.max_steps,
-                tolerance=self.tolerance,
+                max_steps=self._steps(),
+                tolerance=self.options.tolerance,
             )
             for vectors in torch.split(context.layout.dense(queries)[0], self._group_size())
         ]
@@ -182,19 +274,19 @@ class Auto(Method):
         extra["krylov_queries"] = extra.get("krylov_queries", 0) + sum(len(r.residuals) for r in results)
         extra["krylov_steps"] = extra.get("krylov_steps", []) + [result.steps for result in results]
         residuals = torch.cat([result.residuals for result in results])
-        self._note_unsolved(residuals)
+        self._note_unsolved(residuals, subject)
         return torch.cat([result.solutions for result in results]), residuals
 
-    def _note_unsolved(self, residuals: Tensor) -> None:
+    def _note_unsolved(self, residuals: Tensor, subject: str) -> None:
         """Say so if queries that were iterated on are still above the tolerance."""
-        above = int((residuals > self.tolerance).sum())
+        above = int((residuals > self.options.tolerance).sum())
         if above:
             self.context.notes.add(
-                f"{above} of {len(residuals)} queries that were iterated on still have a residual above the "
-                f"tolerance {self.tolerance:g} (largest {float(residuals.max()):.2g}). Raise `max_steps` "
-                f"(now {self.max_steps}) or the damping."
+                f"{above} of {len(residuals)} {subject} that were iterated on still have a residual above "
+                f"the tolerance {self.options.tolerance:g} (largest {float(residuals.max()):.2g}). Raise "
+                f"`max_steps` (now {self._steps()}) or the damping."
             )
 
 
-def _select(gradients: Gradients, index: Tensor) -> dict[str, LayerGradients]:
+def _select(gradients: Mapping[str, LayerGradients], index: Tensor) -> dict[str, LayerGradients]:
     return {name: layer.select(index) for name, layer in gradients.items()}

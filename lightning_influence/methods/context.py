@@ -20,7 +20,8 @@ from lightning_influence.curvature.damping import resolve_damping
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.options import Options
-from lightning_influence.model.mean_loss import LossSum, same_mean
+from lightning_influence.model.captured import LossSum
+from lightning_influence.model.mean_loss import same_mean
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.notes import Notes
@@ -75,7 +76,7 @@ class Context:
         return Layout.of(self.plan.layers)
 
     def resolve_damping(self, factors: Factors, solver: Literal["closed", "full"]) -> dict[str, float]:
-        """Return the damping: decide the damping, and remember it for the diagnostics."""
+        """Decide the damping of each layer, and remember it for the diagnostics."""
         self.damping, self.damping_origin = resolve_damping(
             self.options.damping, factors, self.state.record, solver=solver
         )
@@ -134,7 +135,7 @@ def note_estimate(context: Context, estimated: bool) -> None:
         note_unknown_outputs(context)
 
 
-def digest(*parts: object) -> str:
+def compute_digest(*parts: object) -> str:
     """Return a short text that changes with any of the values."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -151,12 +152,12 @@ class OtherDataError(Exception):
     """What is kept between calls was computed for other data."""
 
 
-def current(state: InfluenceState, answer: Callable[[], Answer]) -> Answer:
+def answer_or_retry(state: InfluenceState, answer: Callable[[], Answer]) -> Answer:
     """Return an answer; once more from scratch if it rests on what was computed for other data.
 
     Args:
         state: what is kept between calls.
-        answer: computes the answer, with :func:`check_current` on the way.
+        answer: computes the answer, with :func:`check_same_data` on the way.
     """
     try:
         return answer()
@@ -165,7 +166,7 @@ def current(state: InfluenceState, answer: Callable[[], Answer]) -> Answer:
         return answer()
 
 
-def check_current(context: Context, losses: LossSum) -> None:
+def check_same_data(context: Context, losses: LossSum) -> None:
     """Compare the mean loss with that of the data which kept factors and coarse space were made on.
 
     Args:

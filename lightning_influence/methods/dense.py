@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.blocks import DenseBlockPass, block_indices
+from lightning_influence.curvature.blocks import Blocks, DenseBlockPass, block_indices
 from lightning_influence.curvature.factors import Factors, LayerStatistics
 from lightning_influence.curvature.gauss_newton import DenseCurvaturePass
 from lightning_influence.curvature.hessian import DenseHessianPass
 from lightning_influence.linalg.dense_solve import (
     BlockSolver,
     DenseSolver,
+    NegativeCurvature,
     check_size,
     treat_negative_curvature,
 )
 from lightning_influence.methods.context import note_estimate
 from lightning_influence.methods.method import Gradients, Method, Solved, register_method
+from lightning_influence.methods.options import Options, require_choice, require_count
 from lightning_influence.methods.scorers import DenseScorer
+from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.model.plan import Layout
 from lightning_influence.support.errors import UnsupportedModelError
 
@@ -38,28 +41,29 @@ class DenseMethod(Method):
     """A method whose :meth:`prepare` leaves a solver of the damped system."""
 
     solver: Solver
+    options: DenseOptions
 
     @abstractmethod
     def prepare(self) -> None:
         """Sum the matrix in one pass, decide the damping, make the solver."""
 
     def solve(self, queries: Gradients) -> Solved:
-        """Return the solutions: solve densely."""
+        """Solve densely, and score training gradients against the solutions."""
         solutions, residuals = self.solutions(queries)
         return Solved(DenseScorer(self.context.layout.split(solutions)), residuals)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor]:
-        """Return the solutions: solve densely."""
+        """Solve densely; the residuals are those of the rounding alone."""
         return self.solver.solve(self.context.layout.dense(queries)[0])
 
-    def quadratic(self) -> Callable[[Gradients], Tensor]:
+    def quadratic(self) -> Quadratic:
         """Return the function that solves for every example of a batch."""
         layout = self.context.layout
 
-        def quadratic(gradients: Gradients) -> Tensor:
+        def quadratic(gradients: Gradients) -> tuple[Tensor, Tensor]:
             vectors = layout.dense(gradients)[0]
-            solutions, _ = self.solver.solve(vectors)
-            return (solutions * vectors).sum(dim=1)
+            solutions, residuals = self.solver.solve(vectors)
+            return (solutions * vectors).sum(dim=1), residuals
 
         return quadratic
 
@@ -75,7 +79,7 @@ class DenseMethod(Method):
         return matrix if bool(kept.all()) else matrix[kept][:, kept]
 
 
-def as_factors(layout: Layout, diagonal: Tensor) -> Factors:
+def make_factors(layout: Layout, diagonal: Tensor) -> Factors:
     """Return a diagonal ``(P,)`` as statistics, which is what damping rules look at."""
     blocks = layout.split(diagonal)
     layers = {}
@@ -86,7 +90,18 @@ def as_factors(layout: Layout, diagonal: Tensor) -> Factors:
     return Factors(layers=layers)
 
 
-@register_method("exact")
+@dataclass(frozen=True)
+class DenseOptions(Options):
+    """Options of ``"exact"``.
+
+    Attributes:
+        max_parameters: a model with more covered parameters is refused.
+    """
+
+    max_parameters: int = field(default=8192, metadata=require_count(1))
+
+
+@register_method("exact", options=DenseOptions)
 class Exact(DenseMethod):
     """``(G + lambda I)^{-1}`` with the dense Gauss-Newton matrix ``G``, in float64.
 
@@ -95,34 +110,44 @@ class Exact(DenseMethod):
 
     def prepare(self) -> None:
         """Sum the matrix in one pass; a model that is too large is refused before it."""
-        context, options = self.context, self.context.options
+        context, options = self.context, self.options
         check_size(context.layout.numel, options.max_parameters)
         layout = context.layout
         one_pass = DenseCurvaturePass(context.plan, fisher=options.fisher or "exact", seed=options.seed)
         context.run_on_train(one_pass)
         matrix = self._covered(one_pass.result(context.runner.all_reduce_sum), layout)
-        self.mean_weight = one_pass.mean_weight
+        self.mean_weight = one_pass.count.mean_weight
         note_estimate(context, one_pass.estimated)
-        damping = context.resolve_damping(as_factors(context.layout, torch.diagonal(matrix)), "full")
+        damping = context.resolve_damping(make_factors(context.layout, torch.diagonal(matrix)), "full")
         # An eigenvalue of a matrix of squares is only as far off as the square of what its roots are.
         rounding = len(matrix) * torch.finfo(context.dtype).eps ** 2
         self.solver = DenseSolver(matrix, context.layout.expand(damping, matrix), rounding)
 
 
-@register_method("block_ggn")
+@dataclass(frozen=True)
+class BlockOptions(DenseOptions):
+    """Options of ``"block_ggn"``.
+
+    Attributes:
+        blocks: one block a layer, or ``"tensor"`` for a layer's weight and bias apart.
+    """
+
+    blocks: Blocks = field(default="layer", metadata=require_choice(get_args(Blocks)))
+
+
+@register_method("block_ggn", options=BlockOptions)
 class BlockGGN(DenseMethod):
     """``(G + lambda I)^{-1}`` without the cross terms between layers, or between tensors, in float64.
 
     It is what EK-FAC approximates: the blocks have their own eigenvectors here, not those of a Kronecker
-    product. The option ``blocks`` is ``"layer"``, or ``"tensor"`` for a layer's weight and bias apart;
-    ``fisher="mixed"``, ``"sampled"`` or ``"empirical"`` replaces the blocks by that estimate.
+    product. ``fisher="mixed"``, ``"sampled"`` or ``"empirical"`` replaces the blocks by that estimate.
     """
 
-    uses: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    options: BlockOptions
 
     def prepare(self) -> None:
         """Sum the blocks in one pass; a model that is too large is refused before it."""
-        context, options = self.context, self.context.options
+        context, options = self.context, self.options
         sizes = [len(index) for index in block_indices(context.plan, options.blocks)]
         # As many entries as the largest dense matrix that is accepted.
         check_size(int(sum(size**2 for size in sizes) ** 0.5), options.max_parameters, "block_ggn")
@@ -134,11 +159,11 @@ class BlockGGN(DenseMethod):
         blocks = [
             block for block, name in zip(found, one_pass.owners, strict=True) if name in context.plan.layers
         ]
-        self.mean_weight = one_pass.mean_weight
+        self.mean_weight = one_pass.count.mean_weight
         note_estimate(context, one_pass.estimated)
         indices = [index.to(found[0].device) for index in block_indices(context.plan, options.blocks)]
         diagonal = _joined([torch.diagonal(block) for block in blocks], indices)
-        damping = context.resolve_damping(as_factors(context.layout, diagonal), "closed")
+        damping = context.resolve_damping(make_factors(context.layout, diagonal), "closed")
         rounding = len(diagonal) * torch.finfo(context.dtype).eps ** 2
         self.solver = BlockSolver(blocks, indices, context.layout.expand(damping, diagonal), rounding)
 
@@ -150,18 +175,32 @@ def _joined(parts: list[Tensor], indices: list[Tensor]) -> Tensor:
     return result
 
 
-@register_method("hessian")
+@dataclass(frozen=True)
+class HessianOptions(DenseOptions):
+    """Options of ``"hessian"``.
+
+    Attributes:
+        negative_curvature: what becomes of negative eigenvalues, which a trained network's Hessian has as a
+            rule: ``"absolute"``, ``"clip"``, ``"keep"`` for ``(H + lambda I)^{-1}`` as it is, or ``"refuse"``
+            for an error where ``H + lambda I`` is not positive definite.
+        curvature: ``"hessian"``, as iterative methods call it.
+    """
+
+    negative_curvature: NegativeCurvature = field(
+        default="absolute", metadata=require_choice(get_args(NegativeCurvature))
+    )
+    curvature: Literal["hessian"] = field(default="hessian", metadata=require_choice(("ggn", "hessian")))
+
+
+@register_method("hessian", options=HessianOptions)
 class Hessian(DenseMethod):
     """``(|H| + lambda I)^{-1}`` with the dense Hessian ``H`` of the average training loss, in float64.
 
-    The option ``negative_curvature`` says what becomes of negative eigenvalues, which a trained network's
-    Hessian has as a rule: ``"absolute"`` (the default; :func:`.treat_negative_curvature`), ``"clip"``,
-    ``"keep"`` for ``(H + lambda I)^{-1}`` as it is, or ``"refuse"`` for an error where ``H + lambda I`` is
-    not positive definite. What was found is in ``diagnostics.extra``. Without negative curvature, all give
-    the same.
+    ``negative_curvature`` says what becomes of negative eigenvalues; what was found is in
+    ``diagnostics.extra``. Without negative curvature, all choices give the same.
     """
 
-    uses: ClassVar[frozenset[str]] = frozenset({"curvature", "negative_curvature"})
+    options: HessianOptions
 
     def prepare(self) -> None:
         """Sum the matrix in one pass; a model that is too large is refused before it.
@@ -169,15 +208,15 @@ class Hessian(DenseMethod):
         Raises:
             UnsupportedModelError: if the damped Hessian is not positive definite and was to be refused.
         """
-        context, options = self.context, self.context.options
+        context, options = self.context, self.options
         check_size(context.layout.numel, options.max_parameters, "hessian")
         layout = context.layout
         one_pass = DenseHessianPass(context.plan)
         context.run_on_train(one_pass)
         matrix = self._covered(one_pass.result(context.runner.all_reduce_sum), layout)
-        self.mean_weight = one_pass.mean_weight
+        self.mean_weight = one_pass.count.mean_weight
         found = treat_negative_curvature(matrix, options.negative_curvature)
-        factors = as_factors(context.layout, torch.diagonal(found.magnitude))
+        factors = make_factors(context.layout, torch.diagonal(found.magnitude))
         damping = context.layout.expand(context.resolve_damping(factors, "full"), found.matrix)
         rounding = len(matrix) ** 0.5 * torch.finfo(context.dtype).eps
         self.solver = DenseSolver(found.matrix, damping, rounding)

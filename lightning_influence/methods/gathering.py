@@ -167,6 +167,27 @@ def gather(context: Context, one_pass: GradientPass, loaders: Sequence[Loader]) 
     return Gathered(joined, indices[order], dataloaders[order])
 
 
+def gather_examples(
+    context: Context, loader: Loader, chosen: Tensor, description: str
+) -> dict[str, LayerGradients]:
+    """Collect the loss gradients of some of a loader's examples, on every process.
+
+    Args:
+        context: runs the pass.
+        loader: whose examples they are.
+        chosen: their dataset indices, ``(M,)``.
+        description: label of the progress bar.
+
+    Returns:
+        By layer the gradients of the ``M`` examples in the order in which they were chosen, ``K = 1``.
+    """
+    one_pass = GradientPass(context.plan, description=description, only=chosen)
+    found = gather(context, one_pass, [loader.holding(chosen)])
+    by_index = found.indices.argsort()
+    rows = by_index[torch.searchsorted(found.indices[by_index], chosen)].to(context.device)
+    return {name: found.gradients.pop(name).select(rows) for name in list(found.gradients)}
+
+
 def _forms(context: Context, gradients: dict[str, LayerGradients], count: int) -> dict[str, int]:
     """Agree on one form a layer: the positions of the factored one, or 0 for the dense one.
 
@@ -227,7 +248,7 @@ def _visiting_order(loaders: Sequence[Loader], indices: Tensor, dataloaders: Ten
     return place.argsort()
 
 
-def joined(
+def join_scores(
     context: Context,
     sink: Columns | StreamingExtremes,
     scale: float,

@@ -8,32 +8,40 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_influence.curvature.inverse import BlockInverse
-from lightning_influence.curvature.minibatches import example_variance
+from lightning_influence.curvature.minibatches import measure_example_variance
 from lightning_influence.curvature.operators import Damped, GaussNewtonOperator, HessianOperator
 from lightning_influence.curvature.spectrum import measure_spectrum
-from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton, kappa
+from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton, bound_kappa
 from lightning_influence.curvature.two_level import TwoLevel
 from lightning_influence.linalg.astra import astra, plan_astra
 from lightning_influence.linalg.conjugate_gradients import conjugate_gradients
 from lightning_influence.linalg.estimates import Product, draw_vectors
 from lightning_influence.linalg.lanczos import measure_preconditioned_spectrum
-from lightning_influence.linalg.lissa import LissaPlan, Scale, lissa, plan_lissa, warning_of
+from lightning_influence.linalg.lissa import LissaPlan, Scale, explain_small_batch, lissa, plan_lissa
 from lightning_influence.linalg.minres import minres
 from lightning_influence.linalg.stopping import Solution
-from lightning_influence.methods.auto import Auto
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
+from lightning_influence.methods.coarse_building import CoarseBuilder
 from lightning_influence.methods.context import Context, note_estimate
-from lightning_influence.methods.fitting import fitted_factors
+from lightning_influence.methods.fitting import provide_factors
 from lightning_influence.methods.method import Gradients, Method, Queries, Solved, register_method
+from lightning_influence.methods.options import (
+    Options,
+    SpaceOptions,
+    require_choice,
+    require_count,
+    require_number,
+)
 from lightning_influence.methods.scorers import DenseScorer
+from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.support.errors import UnsupportedModelError
 
 Operator = GaussNewtonOperator | HessianOperator | StoredGaussNewton
@@ -42,6 +50,24 @@ Iterate = Callable[[Tensor], Solution]
 
 # Most entries of a history that are reported. Chosen by hand: diagnostics are read and saved as text.
 _HISTORY = 100
+
+Curvature = Literal["ggn", "hessian"]
+Preconditioner = Literal["ekfac", "two_level", "none"]
+
+
+@dataclass(frozen=True)
+class IterationOptions(Options):
+    """Options that all iterative methods share.
+
+    Attributes:
+        tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved.
+        max_steps: most steps; None for as many as the curvature asks for.
+        curvature: ``"ggn"``, or the exact ``"hessian"`` where the method allows it.
+    """
+
+    tolerance: float = field(default=1e-3, metadata=require_number())
+    max_steps: int | None = field(default=None, metadata=require_count(0))
+    curvature: Curvature = field(default="ggn", metadata=require_choice(get_args(Curvature)))
 
 
 @dataclass(frozen=True)
@@ -76,9 +102,7 @@ class Iterative(Method):
     passes. Groups are as large as what is left of the budget allows.
     """
 
-    uses: ClassVar[frozenset[str]] = frozenset({"tolerance", "max_steps", "curvature"})
-    default_tolerance: ClassVar[float] = 1e-3
-    default_max_steps: ClassVar[int] = 100
+    options: IterationOptions
     #: Vectors of the size of the parameters that a right-hand side takes while it is iterated on, in the
     #: precision of the model, and while its residual is computed in float64.
     vectors_each: ClassVar[int] = 11
@@ -96,16 +120,16 @@ class Iterative(Method):
             ValueError: if an option has no meaning for the method, before anything runs.
         """
         context = self.context
-        if self.refuses_hessian and context.options.curvature == "hessian":
+        if self.refuses_hessian and self.options.curvature == "hessian":
             raise ValueError(
                 f"Got curvature='hessian' with method={self.name!r}; accepted is 'ggn': "
                 f"{self.refuses_hessian}. Use method='minres'."
             )
-        factors = fitted_factors(context)
+        factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
         damping = context.resolve_damping(factors, "full")
         like = torch.empty(0, device=context.device, dtype=context.dtype)
-        inverse = block_inverse(context.layout, factors, damping, measured_eigenvalues)
+        inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
         system = System(self._choose_operator(), context.layout.expand(damping, like), inverse)
         self._prepared = system, self.set_up(system)
 
@@ -136,7 +160,7 @@ class Iterative(Method):
             note_estimate(self.context, system.curvature.estimated)
         return torch.cat([result.solutions for result in results]), residuals
 
-    def quadratic(self) -> Callable[[Gradients], Tensor]:
+    def quadratic(self) -> Quadratic:
         """Return ``g -> g^T (H + lambda I)^{-1} g``, one solve an example; needs the curvature in memory.
 
         Raises:
@@ -152,14 +176,15 @@ class Iterative(Method):
             )
         layout = self.context.layout
 
-        def quadratic(gradients: Gradients) -> Tensor:
+        def quadratic(gradients: Gradients) -> tuple[Tensor, Tensor]:
             vectors = layout.dense(gradients)[0].to(system.damping.dtype)
-            parts = []
+            values, residuals = [], []
             for group in torch.split(vectors, self._limit_group(system)):
                 result = iterate(group)
-                parts.append((result.solutions * group).sum(dim=1))
+                values.append((result.solutions * group).sum(dim=1))
+                residuals.append(result.residuals)
                 self._note_unsolved(result.residuals, "training examples")
-            return torch.cat(parts)
+            return torch.cat(values), torch.cat(residuals)
 
         return quadratic
 
@@ -170,16 +195,16 @@ class Iterative(Method):
     def _choose_operator(self) -> Operator:
         """Return the curvature: in memory where it fits, else as passes."""
         context = self.context
-        if context.options.curvature == "hessian":
+        if self.options.curvature == "hessian":
             context.extra["curvature"] = "Hessian, a pass a product"
             return HessianOperator(context)
-        fisher = context.options.fisher or "exact"
+        fisher = self.options.fisher or "exact"
         one_pass = StoragePass(
             context.plan,
-            limit=context.options.memory_budget // 2,
+            limit=self.options.memory_budget // 2,
             num_examples=max(1, context.train.num_examples // context.runner.world_size),
             fisher=fisher,
-            seed=context.options.seed,
+            seed=self.options.seed,
         )
         context.runner.run(one_pass, context.train)
         # All processes decide alike: a product is a collective operation of all of them.
@@ -195,15 +220,15 @@ class Iterative(Method):
     def _limit_group(self, system: System) -> int:
         """Return how many right-hand sides fit into what is left of the memory budget."""
         each = self.vectors_each * self.context.layout.numel * system.damping.element_size()
-        return max(1, (self.context.options.memory_budget - system.nbytes) // each)
+        return max(1, (self.options.memory_budget - system.nbytes) // each)
 
     def _report(self, results: list[Solution], residuals: Tensor) -> None:
         """Put what the solver did into the diagnostics, and say what is not solved."""
         facts: dict[str, Any] = {
             "steps": [result.steps for result in results],
             "products": sum(result.products for result in results),
-            "tolerance": self.tolerance,
-            "solved": int((residuals <= self.tolerance).sum()),
+            "tolerance": self.options.tolerance,
+            "solved": int((residuals <= self.options.tolerance).sum()),
             "largest_residual_by_step": [
                 [float(f"{value:.4g}") for value in result.history[:_HISTORY]] for result in results
             ],
@@ -215,21 +240,33 @@ class Iterative(Method):
 
     def _note_unsolved(self, residuals: Tensor, subject: str) -> None:
         # A residual of the size of rounding counts as solved: tolerance=0 asks for all steps.
-        limit = max(self.tolerance, 100 * torch.finfo(residuals.dtype).eps)
+        limit = max(self.options.tolerance, 100 * torch.finfo(residuals.dtype).eps)
         count = int((residuals > limit).sum())
         if count:
             self.context.notes.add(
                 f"{count} of {len(residuals)} {subject} were left with a relative residual above the "
-                f"tolerance {self.tolerance:g} (largest {float(residuals.max()):.2g}) by "
+                f"tolerance {self.options.tolerance:g} (largest {float(residuals.max()):.2g}) by "
                 f"method={self.name!r}. Raise max_steps= or the damping; in float32, about 1e-5 is as far "
                 "as most systems go."
             )
 
 
+@dataclass(frozen=True)
+class KrylovOptions(IterationOptions, SpaceOptions):
+    """Options of ``"cg"`` and ``"minres"``.
+
+    Attributes:
+        preconditioner: EK-FAC, EK-FAC with the coarse space of ``"auto"``, or none.
+    """
+
+    max_steps: int = field(default=100, metadata=require_count(0))
+    preconditioner: Preconditioner = field(default="ekfac", metadata=require_choice(get_args(Preconditioner)))
+
+
 class Krylov(Iterative):
     """A Krylov method with the preconditioner that the options name."""
 
-    uses: ClassVar[frozenset[str]] = Iterative.uses | {"preconditioner"}
+    options: KrylovOptions
     #: Solves for a group: of the product and, by keyword, ``precondition``, ``max_steps`` and ``tolerance``.
     solver: ClassVar[Callable[..., Solution]]
 
@@ -239,27 +276,26 @@ class Krylov(Iterative):
         Returns:
             The solver, with everything but the right-hand sides given.
         """
-        name = self.context.options.preconditioner
+        name = self.options.preconditioner
         precondition: Product | None = None
         if name == "ekfac":
             precondition = system.inverse.apply
         elif name == "two_level":
-            auto = Auto(self.context)
-            auto.prepare()
-            precondition = TwoLevel(system.inverse, auto.space).precondition
+            space = CoarseBuilder(self.context, system.inverse, self.options.curvature_examples).find()
+            precondition = TwoLevel(system.inverse, space).precondition
         self.context.extra["preconditioner"] = name
-        limits = {"max_steps": self.max_steps, "tolerance": self.tolerance}
+        limits = {"max_steps": self.options.max_steps, "tolerance": self.options.tolerance}
         return partial(type(self).solver, system.operator.product, precondition=precondition, **limits)
 
 
-@register_method("cg")
+@register_method("cg", options=KrylovOptions)
 class ConjugateGradients(Krylov):
     """Preconditioned conjugate gradients (Hestenes and Stiefel 1952)."""
 
     solver = staticmethod(conjugate_gradients)
 
 
-@register_method("minres")
+@register_method("minres", options=KrylovOptions)
 class MinimalResidual(Krylov):
     """Preconditioned MINRES (Paige and Saunders 1975), also for an indefinite Hessian."""
 
@@ -267,13 +303,28 @@ class MinimalResidual(Krylov):
     solver = staticmethod(minres)
 
 
-@register_method("astra")
+@dataclass(frozen=True)
+class AstraOptions(IterationOptions):
+    """Options of ``"astra"``.
+
+    Attributes:
+        batch_size: examples of a minibatch product; None for all.
+        step_size: of the iteration; None to derive it from the curvature.
+        momentum: None to derive it from the curvature.
+    """
+
+    tolerance: float = field(default=1e-2, metadata=require_number())
+    max_steps: int = field(default=300, metadata=require_count(0))
+    batch_size: int | None = field(default=None, metadata=require_count(1))
+    step_size: float | None = field(default=None, metadata=require_number(positive=True))
+    momentum: float | None = field(default=None, metadata=require_number(below=1.0))
+
+
+@register_method("astra", options=AstraOptions)
 class Astra(Iterative):
     """ASTRA (Wang et al. 2025): a stationary iteration that EK-FAC preconditions."""
 
-    uses: ClassVar[frozenset[str]] = Iterative.uses | {"batch_size", "step_size", "momentum"}
-    default_tolerance: ClassVar[float] = 1e-2
-    default_max_steps: ClassVar[int] = 300
+    options: AstraOptions
     refuses_hessian: ClassVar[str] = "a fixed step diverges along directions of negative curvature"
 
     def set_up(self, system: System) -> Iterate:
@@ -285,7 +336,7 @@ class Astra(Iterative):
         Raises:
             ValueError: if the damping is not positive.
         """
-        options, operator, smallest = self.context.options, system.operator, float(system.damping.min())
+        options, operator, smallest = self.options, system.operator, float(system.damping.min())
         if not smallest > 0:
             raise ValueError(
                 "Got a damping of 0; ASTRA accepts positive ones, because its steps may not converge along "
@@ -300,7 +351,7 @@ class Astra(Iterative):
             step_size=options.step_size,
             momentum=options.momentum,
             batch_size=options.batch_size,
-            max_steps=self.max_steps,
+            max_steps=self.options.max_steps,
         )
         self.context.extra["astra"] = plan.facts()
         return lambda vectors: astra(
@@ -311,8 +362,8 @@ class Astra(Iterative):
             plan,
             num_examples=self.context.train.num_examples,
             smallest=smallest,
-            max_steps=self.max_steps,
-            tolerance=self.tolerance,
+            max_steps=self.options.max_steps,
+            tolerance=self.options.tolerance,
             seed=options.seed,
         )
 
@@ -326,12 +377,26 @@ _PROBES = 4
 _BATCH, _BATCHES = 32, 8
 
 
-@register_method("lissa")
+@dataclass(frozen=True)
+class LiSSAOptions(IterationOptions):
+    """Options of ``"lissa"``.
+
+    Attributes:
+        tolerance: of the residual, and of the relative error of the solution as well.
+        batch_size: examples of a minibatch product; None to derive it from the curvature.
+        step_size: of the iteration; None to derive it from the curvature.
+    """
+
+    tolerance: float = field(default=0.02, metadata=require_number())
+    batch_size: int | None = field(default=None, metadata=require_count(1))
+    step_size: float | None = field(default=None, metadata=require_number(positive=True))
+
+
+@register_method("lissa", options=LiSSAOptions)
 class LiSSA(Iterative):
     """LiSSA (Agarwal et al. 2017), with the hyperparameters of Klochkov and Liu (2024)."""
 
-    uses: ClassVar[frozenset[str]] = Iterative.uses | {"batch_size", "step_size"}
-    default_tolerance: ClassVar[float] = 0.02
+    options: LiSSAOptions
     refuses_hessian: ClassVar[str] = "the derivation needs a positive semidefinite curvature"
 
     def set_up(self, system: System) -> Iterate:
@@ -340,14 +405,17 @@ class LiSSA(Iterative):
         Returns:
             The iteration with them.
         """
-        context, options, operator = self.context, self.context.options, system.operator
+        context, options, operator = self.context, self.options, system.operator
         scale = _measure_scale(system, options.seed)
         plan = plan_lissa(
-            scale, tolerance=self.tolerance, batch_size=options.batch_size, step_size=options.step_size
+            scale,
+            tolerance=self.options.tolerance,
+            batch_size=options.batch_size,
+            step_size=options.step_size,
         )
         numbers = {"lambda_1": scale.largest, "trace": scale.trace, "kappa": scale.kappa}
         context.extra["lissa"] = {**plan.facts(), **numbers}
-        note = warning_of(plan, scale) if options.batch_size is not None else None
+        note = explain_small_batch(plan, scale) if options.batch_size is not None else None
         if note is not None:
             context.notes.add(note)
         self._announce(plan, plan.cost / scale.num_examples, system)
@@ -357,7 +425,7 @@ class LiSSA(Iterative):
             vectors,
             plan,
             scale,
-            tolerance=self.tolerance,
+            tolerance=self.options.tolerance,
             max_steps=options.max_steps,
             seed=options.seed,
             fixed=options.batch_size is not None or options.step_size is not None,
@@ -365,10 +433,10 @@ class LiSSA(Iterative):
 
     def _announce(self, plan: LissaPlan, passes: float, system: System) -> None:
         """Say beforehand what is expensive, or will not get there."""
-        steps, most = plan.steps * plan.rounds, self.context.options.max_steps
+        steps, most = plan.steps * plan.rounds, self.options.max_steps
         if most is not None and most < steps:
             self.context.notes.add(
-                f"LiSSA needs about {steps} steps for a relative error of {self.tolerance:g}, and "
+                f"LiSSA needs about {steps} steps for a relative error of {self.options.tolerance:g}, and "
                 f"max_steps={most} was asked for; the residuals say how far it came."
             )
         many = _MANY_PRODUCTS if isinstance(system.curvature, StoredGaussNewton) else _MANY_PASSES
@@ -391,7 +459,7 @@ def _measure_scale(system: System, seed: int) -> Scale:
     if isinstance(curvature, StoredGaussNewton):
         trace = curvature.trace()
         forms = (directions * curvature.product(directions)).sum(dim=1)
-        variance = kappa(curvature.squared_products(directions), forms, trace)
+        variance = bound_kappa(curvature.squared_products(directions), forms, trace)
     else:
         trace = max(spectrum.trace.value, 0.0)
         variance = _measure_variance(curvature, directions, trace, seed)
@@ -412,5 +480,7 @@ def _measure_variance(
     count = min(_BATCH, curvature.num_examples // 2)
     if not count or not trace > 0:
         return 1.0
-    found = example_variance(curvature, directions, trace, count=count, minibatches=_BATCHES, seed=seed)
+    found = measure_example_variance(
+        curvature, directions, trace, count=count, minibatches=_BATCHES, seed=seed
+    )
     return max(found.value, 0.0) + (found.error or 0.0)

@@ -5,30 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.methods.context import Context
-from lightning_influence.methods.options import Options
-from lightning_influence.methods.scoring_passes import Scorer
+from lightning_influence.methods.options import Options, parse_options
+from lightning_influence.methods.scoring_passes import Quadratic, Scorer, SelfScores
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import Layout
-
-#: Options that only some methods use, and that change what is computed.
-SPECIFIC = (
-    "tolerance",
-    "max_steps",
-    "curvature",
-    "preconditioner",
-    "batch_size",
-    "step_size",
-    "momentum",
-    "blocks",
-    "negative_curvature",
-)
 
 Gradients = Mapping[str, LayerGradients]
 Queries = MutableMapping[str, LayerGradients]
@@ -60,34 +47,19 @@ class Method(ABC):
     mean_weight: float = 1.0
     #: Whether queries that do not fit into the memory budget together are solved and scored in groups.
     in_groups: ClassVar[bool] = False
-    #: Which of :data:`SPECIFIC` the method uses.
-    uses: ClassVar[frozenset[str]] = frozenset()
-    #: What an iterative method uses where the options say None.
-    default_tolerance: ClassVar[float] = 0.2
-    default_max_steps: ClassVar[int] = 3
+    #: The dataclass of the method's options; :func:`register_method` sets it.
+    options_type: ClassVar[type[Options]] = Options
+    #: What the user asked for. A method with options of its own annotates it with their class.
+    options: Options
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        self.options = context.options
 
     def note_unused(self) -> None:
-        """Say which options were given that the method does not use."""
-        options, default = self.context.options, Options()
-        given = [name for name in SPECIFIC if getattr(options, name) != getattr(default, name)]
-        unused = [f"{name}={getattr(options, name)!r}" for name in given if name not in self.uses]
-        if unused:
-            self.context.notes.add(f"The method {self.name!r} does not use {', '.join(unused)}.")
-
-    @property
-    def tolerance(self) -> float:
-        """Relative residual at which a query counts as solved: the user's, or the method's own."""
-        own = self.context.options.tolerance
-        return self.default_tolerance if own is None else own
-
-    @property
-    def max_steps(self) -> int:
-        """Most steps of an iterative method: the user's, or the method's own."""
-        own = self.context.options.max_steps
-        return self.default_max_steps if own is None else own
+        """Say which options were given that belong to other methods."""
+        if self.options.unused:
+            self.context.notes.add(f"The method {self.name!r} does not use {', '.join(self.options.unused)}.")
 
     @abstractmethod
     def prepare(self) -> None:
@@ -104,36 +76,78 @@ class Method(ABC):
         """
         context = self.context
         width = torch.empty((), dtype=context.dtype).element_size()
-        return max(1, context.options.memory_budget // max(1, 2 * context.layout.numel * width))
+        return max(1, self.options.memory_budget // max(1, 2 * context.layout.numel * width))
 
     @abstractmethod
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
         """``(H + lambda I)^{-1} v`` as flat vectors ``(Q, P)``, and the residuals as in :class:`Solved`."""
 
     @abstractmethod
-    def quadratic(self) -> Callable[[Gradients], Tensor]:
-        """The function ``g -> g^T (.)^{-1} g``, mapping gradients of a batch to ``(B,)``."""
+    def quadratic(self) -> Quadratic:
+        """The function ``g -> g^T (.)^{-1} g`` of a batch's gradients, ``(B,)``; may give residuals too."""
+
+    def refine(self, scores: SelfScores) -> SelfScores:
+        """Improve self-influence once it is known which training examples are not solved.
+
+        Args:
+            scores: what :meth:`quadratic` gave, of all processes.
+
+        Returns:
+            The same, unless the method iterates.
+        """
+        return scores
 
 
 _METHODS: dict[str, type[Method]] = {}
 
 
-def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
+def register_method(
+    name: str, *, options: type[Options] | None = None
+) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: make a method available under a name.
 
     Args:
         name: what users pass as ``method=``.
+        options: the dataclass of its options, derived from :class:`Options`; users pass the fields by name.
+            None for those of the class that the method derives from.
 
     Returns:
-        The decorator; it returns the class with its ``name`` set.
+        The decorator; it returns the class with its ``name`` and ``options_type`` set.
+
+    Raises:
+        TypeError: if the options are no dataclass derived from :class:`Options`.
     """
+    if options is not None and not (
+        isinstance(options, type) and issubclass(options, Options) and "__dataclass_fields__" in vars(options)
+    ):
+        raise TypeError(
+            f"Got options={options!r} for method {name!r}; accepted is a class derived from "
+            "lightning_influence.methods.Options and decorated with @dataclass(frozen=True)."
+        )
 
     def decorate(method: type[Method]) -> type[Method]:
         method.name = name
+        if options is not None:
+            method.options_type = options
         _METHODS[name] = method
         return method
 
     return decorate
+
+
+def read_options(method: str, given: Mapping[str, Any]) -> Options:
+    """Return the options of a method from keyword arguments that a user gave.
+
+    Args:
+        method: name of a registered method.
+        given: values by name; None asks for the default.
+
+    Raises:
+        TypeError: if no method has such an option; names the nearest, and those that this method accepts.
+        ValueError: if there is no such method, or a value is out of range.
+    """
+    others = [other.options_type for other in _METHODS.values()]
+    return parse_options(method, find_method(method).options_type, others, given)
 
 
 def find_method(name: str) -> type[Method]:
@@ -147,7 +161,7 @@ def find_method(name: str) -> type[Method]:
     return _METHODS[name]
 
 
-def identity_inverse(layout: Layout, like: Tensor) -> BlockInverse:
+def make_identity(layout: Layout, like: Tensor) -> BlockInverse:
     """Return the identity on every layer."""
     ones = {name: EigenInverse(None, like.new_ones(shape), 0.0) for name, shape in layout.shapes.items()}
     return BlockInverse(layout, ones)

@@ -1,66 +1,73 @@
-"""Settings of one call, checked before anything runs."""
+"""Options of a method: a dataclass each, read from keyword arguments and checked before anything runs.
+
+:class:`Options` holds what all methods share. A method with options of its own derives a frozen dataclass
+from it and names that class when it is registered. Fields whose metadata come from :func:`require_count`,
+:func:`require_number` or :func:`require_choice` are checked; fields without take any value.
+"""
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, get_args
 
-from lightning_influence.curvature.blocks import Blocks
-from lightning_influence.linalg.dense_solve import NegativeCurvature
 from lightning_influence.model.captured import Fisher
-from lightning_influence.support.arguments import check_choice, check_count, check_number, is_number
+from lightning_influence.support.arguments import (
+    check_choice,
+    check_count,
+    check_number,
+    is_number,
+    to_plain_number,
+)
 
 Damping = float | Literal["auto", "heuristic"]
-Curvature = Literal["ggn", "hessian"]
-Preconditioner = Literal["ekfac", "two_level", "none"]
+
+Check = Callable[[str, object], None]
+
+
+def require_count(least: int) -> dict[str, Check]:
+    """Return the metadata of an option that is an integer of at least ``least``, or None by default."""
+    return {"check": functools.partial(check_count, least=least)}
+
+
+def require_number(*, below: float = math.inf, positive: bool = False) -> dict[str, Check]:
+    """Return the metadata of an option that is a number of at least 0, or None by default.
+
+    Args:
+        below: the first number that is refused.
+        positive: whether 0 is refused.
+    """
+    return {"check": functools.partial(check_number, below=below, positive=positive)}
+
+
+def require_choice(accepted: Iterable[str]) -> dict[str, Check]:
+    """Return the metadata of an option that is one of several texts, or None by default."""
+    return {"check": functools.partial(check_choice, choices=accepted)}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of one call, with what they mean in :func:`~lightning_influence.api.trainer.influence`.
+    """What all methods share, with what it means in :func:`~lightning_influence.influence`.
 
     Attributes:
-        tolerance: relative residual ``||v - (H + damping) x|| / ||v||`` at which a query is solved. None
-            stands for 0.2 with ``"auto"``, which iterates above it and whose coarse space grows until most
-            training gradients are below; 1e-3 with ``"cg"`` and ``"minres"``; 0.01 with ``"astra"``; and 0.02
-            with ``"lissa"``, which also brings the relative error of the solution below it.
-        max_steps: most steps of an iterative method. None stands for 3 (of block Krylov) with ``"auto"``, 100
-            with ``"cg"`` and ``"minres"``, 300 with ``"astra"``, and as many as the curvature asks for with
-            ``"lissa"``.
-        curvature: ``"ggn"``, or the exact ``"hessian"`` for ``"cg"`` and ``"minres"``.
-        preconditioner: of ``"cg"`` and ``"minres"``: EK-FAC, EK-FAC with a coarse space, or none.
-        batch_size: examples of a minibatch product of ``"lissa"`` and ``"astra"``; None for LiSSA's own
-            choice, and for all examples with ASTRA.
-        step_size: step of ``"lissa"`` and ``"astra"``; derived from the curvature if None.
-        momentum: momentum of ``"astra"``; derived from the curvature if None.
-        low_rank_tolerance: largest relative error, in norm, of scores from low-rank forms of the inverse; 0
-            for exact ones. None stands for 0.03 with closed forms, whose eigenvalues are far less exact than
-            that themselves, and for 1e-3 with ``"auto"``.
-        self_influence_tolerance: largest root-mean-square relative error of self-influence in closed form
-            from rotating gradients onto leading eigenvectors only; 0 for the exact form.
+        damping: ``lambda`` in the unit of the mean loss's curvature, or the rule that decides it.
+        fisher: which gradients factors and matrices are made of; None for the method's own choice.
+        memory_budget: bytes for what a method keeps of its own.
+        seed: of random draws.
+        unused: options of other methods that were given, as ``name=value``; :func:`read_options` fills it in.
 
     Raises:
         ValueError: if one is out of range, saying what was got and what is accepted.
     """
 
     damping: Damping = "auto"
-    fisher: Fisher | None = None
-    memory_budget: int = 2**30
-    tolerance: float | None = None
-    max_steps: int | None = None
-    curvature: Curvature = "ggn"
-    preconditioner: Preconditioner = "ekfac"
-    batch_size: int | None = None
-    step_size: float | None = None
-    momentum: float | None = None
-    low_rank_tolerance: float | None = None
-    self_influence_tolerance: float = 1e-2
-    curvature_examples: int = 4096
-    max_parameters: int = 8192
-    seed: int = 0
-    blocks: Blocks = "layer"
-    negative_curvature: NegativeCurvature = "absolute"
+    fisher: Fisher | None = field(default=None, metadata=require_choice(get_args(Fisher)))
+    memory_budget: int = field(default=2**30, metadata=require_count(1))
+    seed: int = field(default=0, metadata=require_count(0))
+    unused: tuple[str, ...] = field(default=(), kw_only=True, compare=False, repr=False)
 
     @property
     def fitted_fisher(self) -> Fisher:
@@ -73,48 +80,82 @@ class Options:
             raise ValueError(
                 f"Got damping={damping!r}; accepted are 'auto', 'heuristic' or a finite number of at least 0."
             )
-        self._check_choices()
-        self._check_counts()
-        self._check_numbers()
+        for option in fields(self):
+            check: Check | None = option.metadata.get("check")
+            value = getattr(self, option.name)
+            if check is not None and not (value is None and option.default is None):
+                check(option.name, value)
 
-    def _check_choices(self) -> None:
-        choices = {
-            "fisher": Fisher,
-            "curvature": Curvature,
-            "preconditioner": Preconditioner,
-            "blocks": Blocks,
-            "negative_curvature": NegativeCurvature,
-        }
-        for name, literal in choices.items():
-            value = getattr(self, name)
-            if not (name == "fisher" and value is None):
-                check_choice(name, value, get_args(literal))
 
-    def _check_counts(self) -> None:
-        least = {
-            "memory_budget": 1,
-            "max_steps": 0,
-            "curvature_examples": 1,
-            "max_parameters": 1,
-            "seed": 0,
-            "batch_size": 1,
-        }
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is None and name in {"max_steps", "batch_size"}:
-                continue
-            check_count(name, value, lowest)
+@dataclass(frozen=True)
+class ClosedFormOptions(Options):
+    """Options of the methods in closed form: ``"identity"``, ``"diagonal"``, ``"kfac"`` and ``"ekfac"``.
 
-    def _check_numbers(self) -> None:
-        limits = {
-            "tolerance": math.inf,
-            "low_rank_tolerance": 1.0,
-            "self_influence_tolerance": 1.0,
-            "step_size": math.inf,
-            "momentum": 1.0,
-        }
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if value is None and name != "self_influence_tolerance":
-                continue
-            check_number(name, value, below=limit, positive=name == "step_size")
+    Attributes:
+        low_rank_tolerance: largest relative error, in norm, of scores from low-rank forms of the inverse; 0
+            for exact ones. The eigenvalues of closed forms are far less exact than the default: one draw an
+            example leaves errors of .4 in scores on the large MLP of the benchmarks, where low-rank forms
+            take a tenth of the operations.
+        self_influence_tolerance: largest root-mean-square relative error of self-influence from rotating
+            gradients onto leading eigenvectors only; 0 for the exact form.
+    """
+
+    low_rank_tolerance: float = field(default=3e-2, metadata=require_number(below=1.0))
+    self_influence_tolerance: float = field(default=1e-2, metadata=require_number(below=1.0))
+
+
+@dataclass(frozen=True)
+class SpaceOptions(Options):
+    """Options of every method that builds a coarse space.
+
+    Attributes:
+        curvature_examples: at most so many training examples enter the coarse space's curvature.
+    """
+
+    curvature_examples: int = field(default=4096, metadata=require_count(1))
+
+
+def list_names(kind: type[Options]) -> list[str]:
+    """Return the names of the options that a user can give."""
+    return [option.name for option in fields(kind) if option.name != "unused"]
+
+
+def parse_options(
+    method: str, kind: type[Options], others: Iterable[type[Options]], given: Mapping[str, Any]
+) -> Options:
+    """Make a method's options of keyword arguments that a user gave.
+
+    Args:
+        method: the method's name, for messages.
+        kind: its dataclass.
+        others: the dataclasses of all methods. An option of theirs is checked, and listed as unused.
+        given: values by name. None asks for the default, whichever method is asked.
+
+    Returns:
+        The options.
+
+    Raises:
+        TypeError: if no method has such an option; names the nearest, and those that this method accepts.
+        ValueError: if a value is out of range.
+    """
+    own = {option.name: option for option in fields(kind) if option.name != "unused"}
+    values: dict[str, Any] = {}
+    unused = []
+    for name, value in given.items():
+        value = to_plain_number(value)
+        if name in own:
+            if value is not None or own[name].default in (None, MISSING):
+                values[name] = value
+            continue
+        foreign = next((other for other in others if name in list_names(other)), None)
+        if foreign is None:
+            near = difflib.get_close_matches(name, own, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(
+                f"Got an unknown option {name!r}.{hint} Accepted are {', '.join(own)} with method={method!r}."
+            )
+        default = next(option.default for option in fields(foreign) if option.name == name)
+        if value is not None and value != default:
+            foreign(**{name: value})  # refuses what is out of range
+            unused.append(f"{name}={value!r}")
+    return kind(**values, unused=tuple(unused))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_influence.model.captured import LossSum
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import FactoredGradients, LayerGradients
-from lightning_influence.model.mean_loss import LossSum
+from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.errors import NonFiniteError
 
@@ -53,8 +54,8 @@ class Columns:
 class ScorePass:
     """Runs over the training data once and hands every batch's scores to a sink.
 
-    Scores are ``x_q^T g_n`` for unnormalised ``g_n``; divide by :attr:`mean_weight` and by ``N`` for the unit
-    of an attribution.
+    Scores are ``x_q^T g_n`` for unnormalised ``g_n``; divide by the mean loss weight and by ``N``, which
+    ``losses`` knows, for the unit of an attribution.
 
     Args:
         plan: the covered layers.
@@ -65,24 +66,35 @@ class ScorePass:
     description = "Influence: scores"
 
     def __init__(self, plan: LayerPlan, scorer: Scorer, sink: Sink) -> None:
-        self.examples = 0
-        self.weight = 0.0
         self.forward, self.losses = Forward(plan), LossSum()
         self._scorer, self._sink = scorer, sink
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
-        parts, weight = _loss_gradients(self, module, batch, len(indices))
-        scores = _joined([self._scorer(gradients) for gradients in parts])
+        captured = self.forward(module, batch, len(indices))
+        self.losses.add(captured)
+        scores = _join([self._scorer(gradients) for gradients in captured.loss_gradient_parts()])
         refuse_non_finite(scores, indices)
         self._sink.update(scores, indices)
-        self.examples += len(indices)
-        self.weight += weight
 
-    @property
-    def mean_weight(self) -> float:
-        """``wbar`` over the training data."""
-        return self.weight / self.examples if self.weight > 0 else 1.0
+
+Quadratic = Callable[[Mapping[str, LayerGradients]], Tensor | tuple[Tensor, Tensor | None]]
+"""Maps gradients of ``B`` examples to ``g^T (.)^{-1} g``, ``(B,)``, or to these and residuals ``(B,)``."""
+
+
+@dataclass(frozen=True)
+class SelfScores:
+    """``g_n^T (.)^{-1} g_n`` of every training example, of all processes.
+
+    Attributes:
+        indices: dataset indices, ascending, ``(N,)``.
+        values: ``(N,)``.
+        residuals: relative residual of each example's system, ``(N,)``; None if it is solved exactly.
+    """
+
+    indices: Tensor
+    values: Tensor
+    residuals: Tensor | None = None
 
 
 class SelfInfluencePass:
@@ -90,34 +102,33 @@ class SelfInfluencePass:
 
     Args:
         plan: the covered layers.
-        quadratic: maps gradients of a batch to ``(B,)``.
+        quadratic: maps gradients of a batch to their values.
         description: label of the progress bar.
     """
 
     def __init__(
-        self, plan: LayerPlan, quadratic: Any, *, description: str = "Influence: self-influence"
+        self, plan: LayerPlan, quadratic: Quadratic, *, description: str = "Influence: self-influence"
     ) -> None:
         self.description = description
-        self.values: list[Tensor] = []
-        self.indices: list[Tensor] = []
-        self.examples = 0
-        self.weight = 0.0
         self.forward, self.losses = Forward(plan), LossSum()
+        self._values: list[Tensor] = []
+        self._residuals: list[Tensor] = []
+        self._indices: list[Tensor] = []
         self._quadratic = quadratic
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
-        parts, weight = _loss_gradients(self, module, batch, len(indices))
-        values = _joined([self._quadratic(gradients) for gradients in parts])
+        captured = self.forward(module, batch, len(indices))
+        self.losses.add(captured)
+        found = [self._quadratic(gradients) for gradients in captured.loss_gradient_parts()]
+        pairs = [pair if isinstance(pair, tuple) else (pair, None) for pair in found]
+        values = _join([value for value, _ in pairs])
         refuse_non_finite(values, indices)
-        self.values.append(values.detach().cpu())
-        self.indices.append(indices.cpu())
-        self.examples += len(indices)
-        self.weight += weight
+        self._values.append(values.detach().cpu())
+        self._residuals += [part.detach().cpu() for _, part in pairs if part is not None]
+        self._indices.append(indices.cpu())
 
-    def gathered(
-        self, all_gather_cat: Callable[[Tensor], Tensor], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def gather(self, all_gather_cat: Callable[[Tensor], Tensor], dtype: torch.dtype) -> SelfScores:
         """Join what all processes have seen.
 
         Args:
@@ -125,31 +136,17 @@ class SelfInfluencePass:
             dtype: of the values; a process without examples knows none.
 
         Returns:
-            Dataset indices, ascending, and their values, each ``(N,)``.
+            The values by dataset index.
         """
-        indices = all_gather_cat(torch.cat([torch.empty(0, dtype=torch.int64), *self.indices]))
         empty = torch.empty(0, dtype=dtype)
-        values = all_gather_cat(torch.cat([empty, *(part.to(dtype) for part in self.values)]))
+        indices = all_gather_cat(torch.cat([torch.empty(0, dtype=torch.int64), *self._indices]))
+        values = all_gather_cat(torch.cat([empty, *(part.to(dtype) for part in self._values)]))
+        residuals = all_gather_cat(torch.cat([empty, *(part.to(dtype) for part in self._residuals)]))
         order = indices.argsort(stable=True)
-        return indices[order], values[order]
-
-    @property
-    def mean_weight(self) -> float:
-        """``wbar`` over the training data."""
-        return self.weight / self.examples if self.weight > 0 else 1.0
+        return SelfScores(indices[order], values[order], residuals[order] if len(residuals) else None)
 
 
-def _loss_gradients(
-    one_pass: ScorePass | SelfInfluencePass, module: Any, batch: Any, num_examples: int
-) -> tuple[Iterator[dict[str, FactoredGradients]], float]:
-    """Return the gradients of a batch, in runs, and its summed loss weight; the pass notes the losses."""
-    captured = one_pass.forward(module, batch, num_examples)
-    one_pass.losses.add(captured)
-    weight = float(captured.weights.sum())
-    return captured.loss_gradient_parts(), weight
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
+def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -126,23 +127,37 @@ class Forward:
 
     def _check_order(self, captured: Captured, module: Any, batch: Any) -> None:
         """Check that the losses come in the order of the examples, for each way in which their rows do."""
-
-        def losses(other: Any, count: int) -> Tensor:
-            # Nothing is differentiated here, so the graph need not hold activations.
-            dropped = torch.autograd.graph.saved_tensors_hooks(lambda t: t.new_empty(0), lambda t: t)
-            with dropped, LossCapture() as capture:
-                hooked, batch_loss = _call(module, other)
-            if batch_loss is None:
-                assert hooked is not None
-                return hooked.detach()
-            return capture.resolve(batch_loss, count).per_example().detach()
-
         values = captured.per_example()
         outputs = values if captured.loss is None else captured.loss.outputs
         subject = f"order {missing_positions(batch, captured.num_examples, len(outputs))}"
         if subject not in self.plan.verified:
-            check_order(values, batch, losses, outputs.dtype)
+            check_order(values, batch, partial(compute_losses, module), outputs.dtype)
             self.plan.verified.add(subject)
+
+
+def compute_losses(module: Any, batch: Any, num_examples: int) -> Tensor:
+    """Forward one batch for the losses of its examples alone, which are not differentiated.
+
+    Args:
+        module: the user's LightningModule, checked on such batches by :class:`Forward` before.
+        batch: a batch, on the module's device.
+        num_examples: ``B``.
+
+    Returns:
+        Unnormalised losses, ``(B,)``.
+
+    Raises:
+        LossCaptureError: if the loss is not found or not reproduced.
+        NonFiniteError: if the batch's loss is NaN or infinite.
+    """
+    # The graph need not hold activations.
+    dropped = torch.autograd.graph.saved_tensors_hooks(lambda t: t.new_empty(0), lambda t: t)
+    with dropped, LossCapture() as capture:
+        hooked, batch_loss = _call(module, batch)
+    if batch_loss is None:
+        assert hooked is not None
+        return hooked.detach()
+    return capture.resolve(batch_loss, num_examples).per_example().detach()
 
 
 def _call(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.model.captured import Captured
+from lightning_influence.model.captured import LossSum
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.plan import LayerPlan
 
 # Means that differ by less are taken for equal: batches of another size round differently.
 _RELATIVE, _ABSOLUTE = 1e-3, 1e-7
 _RELATIVE_HALF = 1e-2
-
-
-class LossSum:
-    """Sums the losses of examples, which passes that see them anyway do on the way."""
-
-    def __init__(self) -> None:
-        self._sum, self._examples = 0.0, 0
-
-    def add(self, captured: Captured) -> None:
-        """Add a batch."""
-        with torch.no_grad():  # no graph of its own
-            self._sum += float(captured.per_example().double().sum())
-        self._examples += captured.num_examples
-
-    def mean(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> float:
-        """Return the mean over the examples of all processes, given what sums over these."""
-        both = all_reduce_sum(torch.tensor([self._sum, self._examples], dtype=torch.float64))
-        return float(both[0] / both[1].clamp_min(1))
 
 
 class LossPass:

@@ -69,10 +69,10 @@ def test_the_sum_over_processes_is_what_is_averaged():
         for part in (slice(0, 5), slice(5, 12))
     ]
     flat = torch.cat([total.flatten() for total in passes[1]._sums.values()])
-    others = [flat, torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
+    others = [flat, torch.tensor([7.0, passes[1].count.normaliser], dtype=torch.float64)]
     blocks = passes[0].result(lambda own: own + others.pop(0))
     torch.testing.assert_close(join_blocks(blocks, passes[0].indices), expected(setup, "layer"), **TIGHT)
-    others = [flat, torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
+    others = [flat, torch.tensor([7.0, passes[1].count.normaliser], dtype=torch.float64)]
     alone = DenseBlockPass(setup.plan).result(lambda own: own + others.pop(0))  # had no examples itself
     rest = run(DenseBlockPass(setup.plan), setup.module, [(case.x[5:], case.y[5:])]).result()
     for block, other in zip(alone, rest, strict=True):

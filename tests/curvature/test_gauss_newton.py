@@ -26,7 +26,7 @@ def test_products_and_matrix(name):
     G, vectors = setup.ggn(), draw(setup)
     pass_ = setup.run(CurvatureProductPass(setup.plan, vectors))
     torch.testing.assert_close(pass_.result(), vectors @ G, **TIGHT)
-    assert pass_.examples == 12
+    assert pass_.count.examples == 12
     assert not pass_.estimated
     assert pass_.columns == setup.case.model(setup.case.x)[0].numel()
     torch.testing.assert_close(setup.run(DenseCurvaturePass(setup.plan)).result(), G, **TIGHT)
@@ -85,7 +85,7 @@ def test_the_sum_over_processes_is_what_is_averaged():
         run(CurvatureProductPass(setup.plan, vectors), setup.module, [(case.x[part], case.y[part])])
         for part in (slice(0, 5), slice(5, 12))
     ]
-    others = [passes[1]._sums[0], torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
+    others = [passes[1]._sums[0], torch.tensor([7.0, passes[1].count.normaliser], dtype=torch.float64)]
     total = passes[0].result(lambda own: own + others.pop(0))
     torch.testing.assert_close(total, vectors @ setup.ggn(), **TIGHT)
 

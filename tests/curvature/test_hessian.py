@@ -30,7 +30,7 @@ def test_products_and_matrix(name):
     H, vectors = hessian(setup), draw(setup)
     pass_ = setup.run(HessianProductPass(setup.plan, vectors))
     torch.testing.assert_close(pass_.result(), vectors @ H, **TIGHT)
-    assert pass_.examples == 12
+    assert pass_.count.examples == 12
     found = setup.run(DenseHessianPass(setup.plan)).result()
     torch.testing.assert_close(found, H, **TIGHT)
     assert torch.equal(found, found.T)
@@ -85,7 +85,7 @@ def test_the_sum_over_processes_is_what_is_averaged(make):
         for part in (slice(0, 5), slice(5, 12))
     ]
     [theirs] = getattr(passes[1], "_sums", None) or [passes[1]._sum]
-    others = [theirs, torch.tensor([7.0, passes[1].normaliser], dtype=torch.float64)]
+    others = [theirs, torch.tensor([7.0, passes[1].count.normaliser], dtype=torch.float64)]
     total = passes[0].result(lambda own: own + others.pop(0))
     torch.testing.assert_close(total, vectors @ matrix, **TIGHT)
 
@@ -204,7 +204,7 @@ def flags():
     backends = torch.backends
     return (
         backends.mkldnn.enabled,
-        backends.mkldnn.allow_tf32,
+        getattr(backends.mkldnn, "allow_tf32", None),
         backends.cudnn.enabled,
         torch.backends.cuda.flash_sdp_enabled(),
     )

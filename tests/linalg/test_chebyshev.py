@@ -2,7 +2,7 @@ import pytest
 import torch
 from finite_sums import FiniteSum
 
-from lightning_influence.linalg.chebyshev import chebyshev, chebyshev_steps
+from lightning_influence.linalg.chebyshev import chebyshev, count_chebyshev_steps
 from lightning_influence.support.errors import DivergenceError
 
 
@@ -16,7 +16,7 @@ def interval(problem):
 def test_as_many_steps_as_are_derived_suffice_for_any_right_hand_side(tolerance, damping):
     problem = FiniteSum(damping=damping)
     ends = interval(problem)
-    steps = chebyshev_steps(ends["smallest"], ends["largest"], tolerance)
+    steps = count_chebyshev_steps(ends["smallest"], ends["largest"], tolerance)
     _, eigenvectors = torch.linalg.eigh(problem.A)
     problem.vectors = torch.cat([problem.vectors, eigenvectors[:, [0, 1, -1]].T])
     problem.exact = torch.linalg.solve(problem.A, problem.vectors.T).T
@@ -26,9 +26,9 @@ def test_as_many_steps_as_are_derived_suffice_for_any_right_hand_side(tolerance,
 
 
 def test_the_number_of_steps_grows_with_the_root_of_the_ratio():
-    few, many = chebyshev_steps(1.0, 100.0, 0.05), chebyshev_steps(1.0, 10_000.0, 0.05)
+    few, many = count_chebyshev_steps(1.0, 100.0, 0.05), count_chebyshev_steps(1.0, 10_000.0, 0.05)
     assert many == pytest.approx(10 * few, rel=0.1)
-    assert chebyshev_steps(1.0, 1.0, 0.05) == 1
+    assert count_chebyshev_steps(1.0, 1.0, 0.05) == 1
 
 
 def test_it_stops_when_the_error_is_certain():
@@ -42,7 +42,7 @@ def test_it_stops_when_the_error_is_certain():
 def test_enough_steps_make_do_with_the_residual():
     problem = FiniteSum(damping=1e-3)
     ends = interval(problem)
-    steps = chebyshev_steps(**ends, tolerance=0.05)
+    steps = count_chebyshev_steps(**ends, tolerance=0.05)
     result = chebyshev(
         problem.product, problem.vectors, **ends, max_steps=10 * steps, enough_steps=steps, tolerance=0.05
     )

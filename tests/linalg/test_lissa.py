@@ -6,7 +6,7 @@ from finite_sums import FiniteSum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.linalg.lissa import Scale, lissa, plan_lissa, plan_minibatch, warning_of
+from lightning_influence.linalg.lissa import Scale, explain_small_batch, lissa, plan_lissa, plan_minibatch
 from lightning_influence.support.errors import DivergenceError
 
 
@@ -93,11 +93,11 @@ def test_batches_below_the_smallest_are_warned_of_and_take_longer():
     scale = scale_of(problem)
     assert scale.smallest_batch > 2
     good = plan_lissa(scale, batch_size=scale.smallest_batch)
-    assert warning_of(good, scale) is None
+    assert explain_small_batch(good, scale) is None
     small = plan_lissa(scale, batch_size=1)
     assert small.step < good.step
     assert small.steps > good.steps
-    message = warning_of(small, scale)
+    message = explain_small_batch(small, scale)
     assert f"ask for {scale.smallest_batch}" in message
     assert "batch_size=1 is too small" in message
     result = solve(problem, small, scale, fixed=True, tolerance=0.05)

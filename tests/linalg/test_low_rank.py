@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.linalg.low_rank import low_rank
+from lightning_influence.linalg.low_rank import factorise_weights
 
 
 def spectrum(d_out: int, d_in: int, damping: float, decay: float = 1.0) -> tuple[torch.Tensor, ...]:
@@ -32,7 +32,7 @@ def scaled(weights: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> 
 def test_error_is_within_the_tolerance_and_the_rank_the_smallest(d_out, d_in, damping, tolerance, seed):
     torch.manual_seed(seed)
     weights, rows, columns = spectrum(d_out, d_in, damping)
-    form = low_rank(weights, rows, columns, tolerance, max_rank=30)
+    form = factorise_weights(weights, rows, columns, tolerance, max_rank=30)
     assert form is not None
     assert (form.left.shape, form.right.shape) == ((form.rank, d_out), (form.rank, d_in))
     exact = scaled(weights, rows, columns)
@@ -54,40 +54,40 @@ def test_a_flat_spectrum_costs_few_terms_more_than_the_best():
     weights, even = (U * values) @ V.T, torch.ones(150, dtype=torch.float64)
     tail = values.square().flip(0).cumsum(0).flip(0).sqrt() / values.norm()
     best = int((tail > 0.05).sum())
-    form = low_rank(weights, even, even, 0.05, max_rank=best + 1)
+    form = factorise_weights(weights, even, even, 0.05, max_rank=best + 1)
     assert form is not None
     assert best <= form.rank <= best + 1
 
 
 def test_energies_decide_where_the_error_goes():
     weights, rows, columns = spectrum(20, 20, 1e-4)
-    weighted = low_rank(weights, rows, columns, 1e-3, 20)
-    even = low_rank(weights, torch.ones(20), torch.ones(20), 1e-3, 20)
+    weighted = factorise_weights(weights, rows, columns, 1e-3, 20)
+    even = factorise_weights(weights, torch.ones(20), torch.ones(20), 1e-3, 20)
     assert weighted.rank != even.rank or not torch.allclose(weighted.left, even.left)
 
 
 def test_a_tolerance_out_of_reach_gives_none():
     weights, rows, columns = spectrum(30, 30, 1e-6)
-    assert low_rank(weights, rows, columns, 1e-6, max_rank=2) is None
+    assert factorise_weights(weights, rows, columns, 1e-6, max_rank=2) is None
 
 
 def test_no_weights_or_no_energy_give_none():
     zero = torch.zeros(3, dtype=torch.float64)
-    assert low_rank(torch.zeros(3, 3), zero + 1, zero + 1, 0.1, 3) is None
-    assert low_rank(torch.ones(3, 3), zero, zero, 0.1, 3) is None
+    assert factorise_weights(torch.zeros(3, 3), zero + 1, zero + 1, 0.1, 3) is None
+    assert factorise_weights(torch.ones(3, 3), zero, zero, 0.1, 3) is None
 
 
 def test_the_same_every_time_without_touching_the_global_state():
     weights, rows, columns = spectrum(20, 25, 1e-3)
     before = torch.get_rng_state()
-    first, second = (low_rank(weights, rows, columns, 1e-3, 20) for _ in range(2))
+    first, second = (factorise_weights(weights, rows, columns, 1e-3, 20) for _ in range(2))
     assert torch.equal(first.left, second.left)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_precision_of_the_weights_is_kept():
     weights, rows, columns = (x.float() for x in spectrum(12, 9, 1e-2))
-    form = low_rank(weights, rows, columns, 1e-3, 9)
+    form = factorise_weights(weights, rows, columns, 1e-3, 9)
     assert form.left.dtype == form.right.dtype == torch.float32
     exact = scaled(weights.double(), rows.double(), columns.double())
     got = scaled((form.left.T @ form.right).double(), rows.double(), columns.double())

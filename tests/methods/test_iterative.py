@@ -247,14 +247,15 @@ def test_estimates_of_the_fisher():
         )
 
 
-@pytest.mark.parametrize("method", [*CONVERGED, "lissa"])
-@pytest.mark.parametrize("budget", [2**30, 4000])
+@pytest.mark.parametrize(
+    ("method", "budget"), [*((name, 2**30) for name in (*CONVERGED, "lissa")), ("cg", 4000), ("minres", 4000)]
+)
 def test_residuals_in_float32_are_known_better_than_the_answers(method, budget):
     """At the limit of float32, where a product's own rounding is as large as the residual."""
     module = Net().eval()
     data, damping = train(shuffle=False), 1 / 64  # a number of float32
     options = {"damping": damping, "fisher": "exact", "tolerance": 1e-9, "memory_budget": budget}
-    limit = {} if method == "lissa" else {"max_steps": 400}
+    limit = {} if method == "lissa" else {"max_steps": 400 if budget > 4000 else 40}
     asked = InfluenceModule(module)
     with quiet():
         answers, diagnostics = asked.ihvp(data, queries(), method=method, **options, **limit)

@@ -29,10 +29,10 @@ def scores(setup: Setup, scorer, batch_size: int = 5) -> torch.Tensor:
     """In the unit of an attribution: queries and training gradients divided by wbar, and by N."""
     sink = Columns()
     pass_ = setup.run(ScorePass(setup.plan, scorer, sink), batch_size)
-    assert pass_.mean_weight == pytest.approx(setup.wbar, rel=1e-12)
+    assert pass_.losses.mean_weight == pytest.approx(setup.wbar, rel=1e-12)
     values, indices = sink.result()
     assert indices.tolist() == list(range(12))
-    return values / (pass_.mean_weight**2 * pass_.examples)
+    return values / (pass_.losses.mean_weight**2 * pass_.losses.examples)
 
 
 def blocks(setup: Setup, factors, kind: str) -> torch.Tensor:
@@ -95,9 +95,11 @@ def test_self_influence_is_the_diagonal_of_the_scores(name, batch_size):
     everyone = setup.run(GradientPass(setup.plan)).gradients
     matrix = scores(setup, PreconditionedScorer(inverse, everyone, tolerance=0))
     pass_ = setup.run(SelfInfluencePass(setup.plan, lambda g: inverse.quadratic(g)[0]), batch_size)
-    got = torch.cat(pass_.values) / (pass_.mean_weight**2 * pass_.examples)
+    found = pass_.gather(lambda own: own, torch.float64)
+    got = found.values / (pass_.losses.mean_weight**2 * pass_.losses.examples)
     torch.testing.assert_close(got, matrix.diagonal(), **TIGHT)
-    assert torch.cat(pass_.indices).tolist() == list(range(12))
+    assert found.indices.tolist() == list(range(12))
+    assert found.residuals is None
 
 
 def test_columns_are_sorted_by_dataset_index():

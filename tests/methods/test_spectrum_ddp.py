@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from lightning_influence import InfluenceModule, InfluenceTrainer
 from lightning_influence.methods.spectrum import SpectrumSettings
-from lightning_influence.api.question import Question
+from lightning_influence.api.engine import Question
 from lightning_influence.api.session import Session
 
 torch.set_num_threads(1)

@@ -2,14 +2,14 @@ import pytest
 import torch
 from finite_sums import FiniteSum
 
-from lightning_influence.linalg.minibatch_rounds import Round, sampled_rounds
+from lightning_influence.linalg.minibatch_rounds import Round, run_rounds
 from lightning_influence.support.errors import DivergenceError
 
 PLAN = Round(step=0.3, batch=20, steps=120, tail=60)
 
 
 def solve(problem, plan=PLAN, **options):
-    return sampled_rounds(
+    return run_rounds(
         problem.product,
         problem.batch_product,
         problem.vectors,
