@@ -65,10 +65,10 @@ class _StepLosses(LossCapture):
         Returns:
             What the function returns.
         """
-        if _StepLosses.paused:
-            return func(*args, **(kwargs or {}))
-        if func is Tensor.register_hook and not args[0].is_leaf:
+        if func is Tensor.register_hook and not (_StepLosses.paused or args[0].is_leaf):
             self.hooks = True
+        if _StepLosses.paused or func not in self._losses:
+            return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
 
