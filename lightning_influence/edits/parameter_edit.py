@@ -103,7 +103,7 @@ class EditReport:
 
     @property
     def numel(self) -> int:
-        """Number of covered parameters."""
+        """Number of parameters of the layers that could change."""
         return sum(total for _, total in self.layers.values())
 
     def facts(self) -> Iterator[tuple[str, str]]:
