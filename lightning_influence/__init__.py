@@ -1,8 +1,7 @@
 """Influence of training data on the predictions of models trained with Lightning."""
 
-from lightning_influence.api.editing import forget, relabel
 from lightning_influence.api.module import InfluenceModule
-from lightning_influence.api.trainer import InfluenceTrainer, influence, self_influence
+from lightning_influence.api.trainer import InfluenceTrainer, forget, influence, relabel, self_influence
 from lightning_influence.collecting.callback import InfluenceCallback
 from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.results.attributions import Attributions

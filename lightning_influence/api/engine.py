@@ -14,12 +14,13 @@ from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
-from lightning_influence.methods.gathering import Gathered, GradientPass, gather, joined
+from lightning_influence.methods.gathering import Gathered, GradientPass, gather, join_scores
 from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
 from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
-from lightning_influence.methods.spectrum import SpectrumSettings, measured
-from lightning_influence.model.mean_loss import LossPass, LossSum, WeightedCount
+from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
+from lightning_influence.model.captured import LossSum, WeightedCount
+from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import LayerPlan, find_layers
 from lightning_influence.results.attributions import Attributions
@@ -148,7 +149,7 @@ class Engine:
         scale = self._scale(scoring.losses, _is_loss(measured))
         diagnostics = self._diagnostics(method, measured.name, solved.residuals)
         dataloaders = asked.dataloaders if several else None
-        return joined(context, sink, scale, asked.indices, dataloaders, diagnostics)
+        return join_scores(context, sink, scale, asked.indices, dataloaders, diagnostics)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.
@@ -210,7 +211,7 @@ class Engine:
         Returns:
             The spectrum.
         """
-        return measured(self._context(prepare_train(train)), settings)
+        return run_spectrum(self._context(prepare_train(train)), settings)
 
     def prepare(self, train: Any) -> None:
         """Run the passes that do not depend on queries; what they give is kept in the state."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -17,11 +16,11 @@ from lightning_influence.curvature.factors import Factors, fingerprint, fingerpr
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.edits.data import SetTargets
-from lightning_influence.edits.editor import Editor
+from lightning_influence.edits.editor import compute_edit, predict_change, select_parameters
 from lightning_influence.edits.parameter_edit import ParameterEdit
-from lightning_influence.edits.request import EditRequest, Examples, check_targets
-from lightning_influence.edits.rules import SelectionRule
-from lightning_influence.edits.selection import Selection
+from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
+from lightning_influence.edits.rules import Selection, SelectionRule
+from lightning_influence.edits.start import Start, set_out
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
 from lightning_influence.model.measurements import Measurement
@@ -31,8 +30,9 @@ from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.running.host.checkpoints import load_weights, read_checkpoint
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.loop_runner import LoopRunner
-from lightning_influence.running.runner import Runner
 from lightning_influence.support.arguments import parse_options
+
+Answer = TypeVar("Answer")
 
 
 class EditsParameters:
@@ -74,8 +74,9 @@ class EditsParameters:
             ValueError: if there is nothing or everything to forget, or an option is out of range.
             InfluenceError: if the selected parameters cannot serve; the message says what to change.
         """
-        with self._editor(examples, train_dataloaders, None, None, validation, layers, options) as editor:
-            return editor.edit()
+        settings = parse_options(EditOptions, options)
+        request = EditRequest(examples, settings, validation=validation, layers=layers)
+        return self._ask(request, train_dataloaders, compute_edit)
 
     def relabel(
         self,
@@ -117,10 +118,9 @@ class EditsParameters:
             InfluenceError: if the selected parameters cannot serve; the message says what to change.
         """
         check_targets(new_targets)
-        with self._editor(
-            examples, train_dataloaders, new_targets, set_targets, validation, layers, options
-        ) as editor:
-            return editor.edit()
+        settings = parse_options(EditOptions, options)
+        request = EditRequest(examples, settings, new_targets, set_targets, validation, layers)
+        return self._ask(request, train_dataloaders, compute_edit)
 
     def select_parameters(
         self,
@@ -145,9 +145,9 @@ class EditsParameters:
         Returns:
             Masks by layer.
         """
-        options = {**options, "rule": rule, "ratio": ratio}
-        with self._editor(examples, train_dataloaders, None, None, None, layers, options) as editor:
-            return editor.select()
+        settings = parse_options(EditOptions, {**options, "rule": rule, "ratio": ratio})
+        request = EditRequest(examples, settings, layers=layers)
+        return self._ask(request, train_dataloaders, select_parameters)
 
     def generalized_influence(
         self,
@@ -170,27 +170,15 @@ class EditsParameters:
             By parameter name the change of the theoretical step, of the parameter's shape and zero where it
             was not selected. To add it to the parameters is ``forget(..., step="theory")``.
         """
-        options = {**options, "step": "theory"}
-        with self._editor(examples, train_dataloaders, None, None, None, layers, options) as editor:
-            return editor.direction()
+        settings = parse_options(EditOptions, {**options, "step": "theory"})
+        request = EditRequest(examples, settings, layers=layers)
+        return self._ask(request, train_dataloaders, predict_change)
 
-    @contextlib.contextmanager
-    def _editor(
-        self,
-        examples: Examples,
-        train: Any,
-        targets: Any,
-        set_targets: SetTargets | None,
-        validation: Any,
-        layers: Sequence[str] | None,
-        options: dict[str, Any],
-    ) -> Iterator[Editor]:
-        """Yield an editor on the borrowed module, once all that can be checked beforehand was."""
-        request = EditRequest(examples, targets, set_targets, validation, layers, options)
+    def _ask(self, request: EditRequest, train: Any, answer: Callable[[Start], Answer]) -> Answer:
+        """Return the answer to a request, once all that can be checked beforehand was."""
         data = request.split(train)
-        runner: Runner = self._runner()
-        with runner:
-            yield request.editor(runner, data, self.state.record)
+        with self._runner() as runner:
+            return answer(set_out(runner, request, data, self.state.record))
 
 
 class InfluenceModule(EditsParameters, LightningModule):

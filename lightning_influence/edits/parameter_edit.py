@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_influence.results.rendering import build_facts_table, render_plain
-from lightning_influence.support.errors import CorruptFileError, EditMismatchError, InfluenceWarning, add_note
+from lightning_influence.support.arguments import are_distinct
+from lightning_influence.support.errors import (
+    CorruptFileError,
+    EditMismatchError,
+    InfluenceWarning,
+    NonFiniteError,
+    add_note,
+)
 from lightning_influence.support.storage import PathLike, check_kind, load_tensors, save_tensors
 
 
@@ -95,7 +103,7 @@ class EditReport:
 
     @property
     def numel(self) -> int:
-        """Number of covered parameters."""
+        """Number of parameters of the layers that could change."""
         return sum(total for _, total in self.layers.values())
 
     def facts(self) -> Iterator[tuple[str, str]]:
@@ -174,12 +182,31 @@ class Change:
         before: their values before the edit, ``(k,)``.
         after: their values with it, ``(k,)``.
         shape: of the parameter.
+
+    Raises:
+        ValueError: if a position is not in the parameter or comes twice, there is not one value for each, or
+            a value is NaN or infinite.
     """
 
     index: Tensor
     before: Tensor
     after: Tensor
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        index, count = self.index, math.prod(self.shape)
+        if index.ndim != 1 or index.dtype != torch.int64 or not len(index):
+            raise ValueError(f"positions of shape {tuple(index.shape)} and {index.dtype}, not int64 (k,)")
+        if int(index.min()) < 0 or int(index.max()) >= count or not are_distinct(index):
+            raise ValueError(f"positions that are not distinct and from 0 to {count - 1}")
+        for name, values in (("before", self.before), ("after", self.after)):
+            # One value for all positions would be written to each of them without a word.
+            if values.shape != index.shape:
+                raise ValueError(f"{name!r} of shape {tuple(values.shape)} for {len(index)} positions")
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"NaN or infinity in {name!r}")
+        if self.before.dtype != self.after.dtype:
+            raise ValueError(f"'before' of {self.before.dtype} and 'after' of {self.after.dtype}")
 
 
 class ParameterEdit(JupyterMixin):
@@ -308,24 +335,24 @@ class ParameterEdit(JupyterMixin):
             The edit, applied if the module has the edited values.
 
         Raises:
-            CorruptFileError: if the file is truncated, altered or of another kind.
+            CorruptFileError: if the file is truncated, altered or of another kind, or does not hold one
+                finite value for each position; names the file and the parameter.
             EditMismatchError: if the module has no such parameters.
         """
         tensors, metadata = load_tensors(path)
         check_kind(path, metadata, cls.KIND)
+        part = "its report"
         try:
-            changes = {
-                name: Change(
-                    tensors[f"{name}/index"],
-                    tensors[f"{name}/before"],
-                    tensors[f"{name}/after"],
-                    tuple(shape),
-                )
-                for name, shape in metadata["shapes"].items()
-            }
-            report = EditReport.from_state(metadata["report"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptFileError(f"{str(path)!r} does not hold a sound {cls.KIND}: {error}") from error
+            report, changes = EditReport.from_state(metadata["report"]), {}
+            for name, shape in metadata["shapes"].items():
+                part = f"parameter {name!r}"
+                index, before, after = (tensors[f"{name}/{key}"] for key in ("index", "before", "after"))
+                changes[name] = Change(index, before, after, tuple(shape))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(
+                f"{str(path)!r} does not hold a sound {cls.KIND}. Of {part} it has: {error}. Compute the "
+                "edit anew, or take the file from where it was made."
+            ) from error
         edit = cls(model, changes, report)
         edit._parameters()
         return edit
@@ -410,11 +437,19 @@ def changes_between(
 
     Returns:
         The changes by name; without the parameters of which nothing may change.
+
+    Raises:
+        NonFiniteError: if a value is NaN or infinite.
     """
     changes = {}
     for name, old in before.items():
         index = masks[name].reshape(-1).nonzero().flatten().cpu()
         if len(index):
             olds, news = (part.detach().reshape(-1).cpu()[index].clone() for part in (old, after[name]))
+            if not bool(torch.isfinite(news).all()):
+                raise NonFiniteError(
+                    f"The edit would make values of {name!r} NaN or infinite. Pass a smaller step=, a larger "
+                    "damping=, or a module in a precision with a wider range."
+                )
             changes[name] = Change(index, olds, news, tuple(old.shape))
     return changes

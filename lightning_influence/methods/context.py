@@ -20,7 +20,8 @@ from lightning_influence.curvature.damping import resolve_damping
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.options import Options
-from lightning_influence.model.mean_loss import LossSum, same_mean
+from lightning_influence.model.captured import LossSum
+from lightning_influence.model.mean_loss import same_mean
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.notes import Notes
@@ -75,7 +76,7 @@ class Context:
         return Layout.of(self.plan.layers)
 
     def resolve_damping(self, factors: Factors, solver: Literal["closed", "full"]) -> dict[str, float]:
-        """Return the damping: decide the damping, and remember it for the diagnostics."""
+        """Decide the damping of each layer, and remember it for the diagnostics."""
         self.damping, self.damping_origin = resolve_damping(
             self.options.damping, factors, self.state.record, solver=solver
         )

@@ -8,16 +8,21 @@ from typing import get_args
 import torch
 
 from lightning_influence.curvature.factor_passes import CovariancePass, DiagonalPass, SquaresPass
-from lightning_influence.curvature.factors import Factors, LayerStatistics, eigenbasis, fingerprint_differs
+from lightning_influence.curvature.factors import (
+    Factors,
+    LayerStatistics,
+    compute_eigenbasis,
+    fingerprint_differs,
+)
 from lightning_influence.methods.context import Context, compute_digest, note_unknown_outputs
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.plan import LayerPlan, find_layers
 
-# Memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
+# Chosen by hand: memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
 CACHE_BYTES = 2**28
 
 
-def fitted_factors(context: Context) -> Factors:
+def provide_factors(context: Context) -> Factors:
     """The model's factors with eigenvalues: those there are, completed, or fitted in passes.
 
     Returns:
@@ -45,7 +50,7 @@ def fitted_factors(context: Context) -> Factors:
     return replace(factors, layers={name: factors.layers[name] for name in context.plan.layers})
 
 
-def fitted_diagonal(context: Context) -> Factors:
+def fit_diagonal(context: Context) -> Factors:
     """Return second moments of the gradients in the parameters' own basis, fitted in one pass."""
     one_pass = DiagonalPass(context.plan, fisher=context.options.fitted_fisher, seed=context.options.seed)
     context.run_on_train(one_pass)
@@ -151,7 +156,7 @@ def _adopt(context: Context, factors: Factors) -> Factors:
     factors.layers = {name: factors.layers[name] for name in covered}
     for name, layer in factors.layers.items():
         if layer.basis is None:
-            layer.set_basis(eigenbasis(name, layer))
+            layer.set_basis(compute_eigenbasis(name, layer))
     squares = SquaresPass(LayerPlan(covered, {}), factors, seed=context.options.seed)
     context.runner.run(squares, context.train)
     _reduce_squares(context, factors)

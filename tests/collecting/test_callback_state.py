@@ -33,7 +33,16 @@ class Repeated(Classifier):
 
 
 @pytest.mark.parametrize(
-    "every", [{"every_n_epochs": 1}, {"every_n_train_steps": 13}], ids=["epoch", "middle"]
+    "every",
+    [
+        pytest.param({"every_n_epochs": 1}, id="epoch"),
+        pytest.param(
+            {"every_n_train_steps": 13},
+            id="middle",
+            # Without the callback, too, weights differ after resuming with Lightning 2.4.
+            marks=pytest.mark.skipif(lightning.__version__ < "2.6", reason="Lightning resumes otherwise"),
+        ),
+    ],
 )
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_resumed_run_ends_in_the_same_state_to_the_last_bit(tmp_path, every, optimizer) -> None:

@@ -204,7 +204,7 @@ def flags():
     backends = torch.backends
     return (
         backends.mkldnn.enabled,
-        backends.mkldnn.allow_tf32,
+        getattr(backends.mkldnn, "allow_tf32", None),
         backends.cudnn.enabled,
         torch.backends.cuda.flash_sdp_enabled(),
     )
