@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_influence.api.engine import Engine, Question
-from lightning_influence.collecting.state import state_from_checkpoint
+from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors, fingerprint, fingerprint_differs
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
@@ -261,7 +261,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             TypeError: if the model is neither, or there are ``kwargs`` for an instance.
         """
         checkpoint = read_checkpoint(path)
-        state = state_from_checkpoint(checkpoint)
+        state = read_saved_state(checkpoint)
         inner = model.model if isinstance(model, InfluenceModule) else model
         loaded = load_weights(inner, path, checkpoint, kwargs)
         module = cls(loaded, state=state, progress=progress)

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from lightning_influence.api.engine import Engine, Question
 from lightning_influence.collecting.callback import InfluenceCallback
-from lightning_influence.collecting.state import state_from_checkpoint
+from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
@@ -141,7 +141,7 @@ class _CheckpointReader(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Read the state."""
-        self.state = state_from_checkpoint(checkpoint)
+        self.state = read_saved_state(checkpoint)
 
 
 def average_over_checkpoints(

@@ -26,23 +26,23 @@ from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.live_capture import (
     check_not_compiled,
-    collecting_alone,
     describe_coupling,
     describe_other_loss,
+    pause_other_captures,
 )
 from lightning_influence.model.plan import find_layers
 from lightning_influence.running.host.fit import (
     LOSS_NOT_SEEN,
     SEVERAL_BACKWARDS,
-    all_reduce,
-    aside,
-    batch_size_of,
     check_collectable,
-    forward_context,
-    log_every,
-    loss_wrapping,
-    planned_batches,
+    count_examples,
+    count_planned_batches,
+    enter_precision,
+    make_all_reduce,
+    read_log_interval,
+    read_loss_wrapping,
     refuse_step,
+    set_aside,
     will_step,
 )
 from lightning_influence.running.host.trainer import attach_methods, keep_last_fit
@@ -154,7 +154,7 @@ class InfluenceCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and continue what was collected before if it belongs to these weights."""
         self._collector = None
-        processes = Processes(trainer.global_rank, trainer.world_size, all_reduce(trainer))
+        processes = Processes(trainer.global_rank, trainer.world_size, make_all_reduce(trainer))
         with self._guarded():
             self._collector = self._start(trainer, pl_module, processes)
         if processes.share is not None:  # all collect or none: they will wait for each other
@@ -188,12 +188,12 @@ class InfluenceCallback(Callback):
         with self._guarded():
             if not collector.begin_batch():
                 return
-            size = self._batch_size = batch_size_of(trainer, batch, batch_idx)
+            size = self._batch_size = count_examples(trainer, batch, batch_idx)
             if not callable(getattr(pl_module, "influence_loss", None)):
                 collector.live.open(pl_module)
                 return
-            with aside(trainer, pl_module, batch) as own:
-                captured = collector.live.run_hook(pl_module, own, size, forward_context(trainer))
+            with set_aside(trainer, pl_module, batch) as own:
+                captured = collector.live.run_hook(pl_module, own, size, enter_precision(trainer))
                 self._add(trainer, pl_module, captured)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -206,14 +206,14 @@ class InfluenceCallback(Callback):
             if collector.live.is_open:
                 collector.live.close()
                 self._from_backward = True
-                divisor, wrappers = loss_wrapping(trainer, pl_module)
-                with aside(trainer, pl_module):
+                divisor, wrappers = read_loss_wrapping(trainer, pl_module)
+                with set_aside(trainer, pl_module):
                     captured = collector.live.resolve(loss, self._batch_size, divisor, wrappers)
                     self._add(trainer, pl_module, captured)
             elif self._from_backward and self._backwards > 1:
                 refuse_step(SEVERAL_BACKWARDS)
             elif self._hooked is not None and self._backwards == 1:
-                divisor, _ = loss_wrapping(trainer, pl_module)
+                divisor, _ = read_loss_wrapping(trainer, pl_module)
                 self._say(describe_other_loss(self._hooked, loss.detach() * divisor), "other loss")
 
     def on_before_optimizer_step(
@@ -296,7 +296,7 @@ class InfluenceCallback(Callback):
         why = self._kept.continue_or_reset(module, plan)
         self._say(why and f"What was collected in an earlier fit is dropped: {why}")
         run = self._kept.run
-        run.schedule.set_horizon(planned_batches(trainer, run.schedule.steps))
+        run.schedule.set_horizon(count_planned_batches(trainer, run.schedule.steps))
         if self._kept.restored and processes.rank > 0:  # what was loaded are sums over all processes
             run.sums = run.sums.emptied()
         self._kept.restored = False
@@ -307,9 +307,11 @@ class InfluenceCallback(Callback):
         collector = self._collector
         assert collector is not None
         self._hooked = None if captured.values is None else captured.values.detach()
-        measure = self._figures.due(trainer.loggers, collector.run.schedule.steps, log_every(trainer))
-        with collecting_alone():
-            self._figures.take(collector.add(captured, module, measure=measure))
+        measure = self._figures.is_due(
+            trainer.loggers, collector.run.schedule.steps, read_log_interval(trainer)
+        )
+        with pause_other_captures():
+            self._figures.keep(collector.add(captured, module, measure=measure))
         collector.close()
 
     def _finish(self, trainer: Trainer, module: LightningModule, final: WindowSums | None) -> None:

@@ -274,7 +274,7 @@ class Kept:
         self.fingerprint, self.extra_state = dict(state["fingerprint"]), dict(state["extra_state"])
 
 
-def state_from_checkpoint(checkpoint: Mapping[str, Any]) -> InfluenceState | None:
+def read_saved_state(checkpoint: Mapping[str, Any]) -> InfluenceState | None:
     """Read what an :class:`~lightning_influence.InfluenceCallback` saved, whatever its settings were.
 
     Args:

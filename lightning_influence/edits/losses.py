@@ -19,7 +19,6 @@ from lightning_influence.edits.data import EditData
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward, compute_losses
 from lightning_influence.model.losses.capture import LossCall, LossCapture
-from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.arguments import list_some
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
@@ -157,8 +156,10 @@ class LossPass(ValuePass):
         values, loss = captured.per_example(), captured.loss
         self._take_graph(values, rows)
         values = values.detach()
-        known = None if loss is None else _lose_at_zero(loss)
-        chance = torch.full_like(values, torch.nan) if known is None else known
+        if loss is None or not loss.is_function_of_outputs:
+            chance = torch.full_like(values, torch.nan)
+        else:
+            chance = loss.with_outputs(torch.zeros_like(loss.outputs)).per_example().detach()
         columns = (values, captured.weights, chance, trace_outputs(captured))
         return tuple(column.cpu()[rows] for column in columns)
 
@@ -191,12 +192,6 @@ def trace_outputs(captured: Captured) -> Tensor:
     for seed in seeds:
         total += seed.reshape(captured.num_examples, -1).square().sum(dim=1)
     return total
-
-
-def _lose_at_zero(loss: OutputLoss) -> Tensor | None:
-    if not loss.is_function_of_outputs:
-        return None
-    return loss.with_outputs(torch.zeros_like(loss.outputs)).per_example().detach()
 
 
 def forward_if_weighted(forward: Forward, module: Any, batch: Any, num_examples: int) -> Captured | None:

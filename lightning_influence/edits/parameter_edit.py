@@ -19,15 +19,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_influence.results.rendering import build_facts_table, render_plain
-from lightning_influence.support.arguments import are_distinct
-from lightning_influence.support.errors import (
-    CorruptFileError,
-    EditMismatchError,
-    InfluenceWarning,
-    NonFiniteError,
-    add_note,
-)
-from lightning_influence.support.storage import PathLike, check_kind, load_tensors, save_tensors
+from lightning_influence.support.arguments import are_distinct, is_count
+from lightning_influence.support.errors import EditMismatchError, InfluenceWarning, NonFiniteError, add_note
+from lightning_influence.support.fields import check_fields, read_tensor
+from lightning_influence.support.storage import PathLike, load_object, save_tensors
 
 
 @dataclass(frozen=True)
@@ -165,8 +160,15 @@ class EditReport:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """Return the report that was stored."""
-        values = dict(state)
+        """Make a report of what :meth:`to_state` returned.
+
+        Returns:
+            An equal report.
+
+        Raises:
+            ValueError: if a value is missing or of a wrong type; names it.
+        """
+        values = dict(check_fields(cls, state, "report"))
         values["layers"] = {name: (pair[0], pair[1]) for name, pair in values["layers"].items()}
         for name in ("edited", "kept"):
             values[name] = LossChange(**values[name])
@@ -339,20 +341,7 @@ class ParameterEdit(JupyterMixin):
                 finite value for each position; names the file and the parameter.
             EditMismatchError: if the module has no such parameters.
         """
-        tensors, metadata = load_tensors(path)
-        check_kind(path, metadata, cls.KIND)
-        part = "its report"
-        try:
-            report, changes = EditReport.from_state(metadata["report"]), {}
-            for name, shape in metadata["shapes"].items():
-                part = f"parameter {name!r}"
-                index, before, after = (tensors[f"{name}/{key}"] for key in ("index", "before", "after"))
-                changes[name] = Change(index, before, after, tuple(shape))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CorruptFileError(
-                f"{str(path)!r} does not hold a sound {cls.KIND}. Of {part} it has: {error}. Compute the "
-                "edit anew, or take the file from where it was made."
-            ) from error
+        changes, report = load_object(path, cls.KIND, _read_edit)
         edit = cls(model, changes, report)
         edit._parameters()
         return edit
@@ -423,6 +412,45 @@ class ParameterEdit(JupyterMixin):
 def _bits(values: Tensor) -> Tensor:
     """Return the values as integers: a comparison that tells signs of zero apart and holds for NaN."""
     return values.contiguous().view(torch.uint8) if values.numel() else values
+
+
+def _read_edit(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> tuple[dict[str, Change], EditReport]:
+    """Make changes and report of what a file holds.
+
+    Returns:
+        The changes by parameter name, and the report.
+
+    Raises:
+        ValueError: naming the field that is missing or wrong.
+    """
+    shapes = metadata.get("shapes")
+    if not isinstance(shapes, dict):
+        raise ValueError(f"shapes are {shapes!r:.40}; accepted is a table of parameters' names and shapes.")
+    unknown = tensors.keys() - {f"{name}/{key}" for name in shapes for key in ("index", "before", "after")}
+    if unknown:
+        raise ValueError(f"{min(unknown)!r} belongs to no parameter; known are {sorted(shapes)}.")
+    changes = {name: _read_change(tensors, name, shape) for name, shape in shapes.items()}
+    return changes, EditReport.from_state(metadata.get("report", {}))
+
+
+def _read_change(tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
+    """Read what changes of one parameter.
+
+    Returns:
+        The change.
+
+    Raises:
+        ValueError: naming the parameter, and what is missing or wrong.
+    """
+    if not isinstance(shape, list) or not all(is_count(size, 0) for size in shape):
+        raise ValueError(f"the shape of {name!r} is {shape!r:.40}; accepted is a list of integers.")
+    index, before, after = (read_tensor(tensors, f"{name}/{key}") for key in ("index", "before", "after"))
+    try:
+        return Change(index, before, after, tuple(shape))
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r} has {error}") from error
 
 
 def changes_between(

@@ -199,7 +199,7 @@ _GRADIENT_HOOKS = (
 
 
 @contextlib.contextmanager
-def collecting_alone() -> Iterator[None]:
+def pause_other_captures() -> Iterator[None]:
     """Keep captures that others have opened on the same step from seeing what runs in here."""
     _StepLosses.paused += 1
     try:
@@ -300,11 +300,11 @@ def check_first(captured: Captured, module: nn.Module) -> None:
         NonFiniteError: if a per-example loss is not finite.
         UnsupportedModelError: if examples are coupled otherwise.
     """
-    if not batch_coupling(module):
+    if not find_batch_coupling(module):
         check_independent(captured)
 
 
-def batch_coupling(module: nn.Module) -> list[str]:
+def find_batch_coupling(module: nn.Module) -> list[str]:
     """Return names of BatchNorm modules that use the statistics of the batch."""
     return [
         name
@@ -315,7 +315,7 @@ def batch_coupling(module: nn.Module) -> list[str]:
 
 def describe_coupling(module: nn.Module) -> str | None:
     """Return what BatchNorm modules that use the batch mean for the factors, or None without any."""
-    names = batch_coupling(module)
+    names = find_batch_coupling(module)
     if not names:
         return None
     return (
