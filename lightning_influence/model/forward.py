@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
-from lightning_influence.model.unnamed_loss import UnnamedLoss
+from lightning_influence.model.unnamed_loss import Run, UnnamedLoss, compute_alone
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,
@@ -209,7 +208,7 @@ class Forward:
         left_out = 0 if len(outputs) == count else missing_positions(batch, count, len(outputs))
         subject = f"order {left_out}"
         if subject not in self.plan.verified:
-            losses = partial(compute_losses, module, call=self._call)
+            losses = partial(compute_losses, module, run=self._call)
             check_order(captured.per_example(), batch, losses, outputs.dtype)
             self.plan.verified.add(subject)
 
@@ -231,6 +230,39 @@ class Forward:
                 "number."
             )
         return (None, result) if result.dim() == 0 else (result, None)
+
+
+def compute_losses(module: Any, batch: Any, num_examples: int, run: Run | None = None) -> Tensor:
+    """Forward one batch for the losses of its examples alone, which are not differentiated.
+
+    Args:
+        module: the user's LightningModule, checked on such batches by :class:`Forward` before.
+        batch: a batch, on the module's device.
+        num_examples: ``B``.
+        run: computes the loss; that of the module if None.
+
+    Returns:
+        Unnormalised losses, ``(B,)``. Where the loss has no name they are those of the examples alone.
+
+    Raises:
+        NonFiniteError: if the batch's loss is NaN or infinite.
+    """
+    run = call_loss if run is None else run
+    capture = LossCapture()
+
+    def pack(saved: Tensor) -> Tensor:
+        # The graph need not hold activations, but what follows the losses, through which factors are found.
+        return saved if capture.calls else saved.new_empty(0)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), capture:
+        values, batch_loss = run(module, batch)
+    if batch_loss is None:
+        assert values is not None
+        return values.detach()
+    try:
+        return capture.resolve(batch_loss, num_examples).per_example().detach()
+    except LossCaptureError:
+        return compute_alone(run, module, batch, num_examples)
 
 
 def call_loss(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -298,34 +330,3 @@ def _step_arguments(module: Any, batch: Any) -> tuple[Any, ...]:
     # Lightning gives the batch's number to `training_step(self, *args)` as well.
     variadic = bool(parameters) and parameters[0].kind is parameters[0].VAR_POSITIONAL
     return (batch, *(0 for _ in required), *((0,) if variadic else ()))
-
-
-def compute_losses(
-    module: Any,
-    batch: Any,
-    num_examples: int,
-    call: Callable[[Any, Any], tuple[Tensor | None, Tensor | None]] = call_loss,
-) -> Tensor:
-    """Forward one batch for the losses of its examples alone, which are not differentiated.
-
-    Args:
-        module: the user's LightningModule, checked on such batches by :class:`Forward` before.
-        batch: a batch, on the module's device.
-        num_examples: ``B``.
-        call: runs the module, as :func:`call_loss` does.
-
-    Returns:
-        Unnormalised losses, ``(B,)``.
-
-    Raises:
-        LossCaptureError: if the loss is not found or not reproduced.
-        NonFiniteError: if the batch's loss is NaN or infinite.
-    """
-    # The graph need not hold activations.
-    dropped = torch.autograd.graph.saved_tensors_hooks(lambda t: t.new_empty(0), lambda t: t)
-    with dropped, LossCapture() as capture:
-        hooked, batch_loss = call(module, batch)
-    if batch_loss is None:
-        assert hooked is not None
-        return hooked.detach()
-    return capture.resolve(batch_loss, num_examples).per_example().detach()

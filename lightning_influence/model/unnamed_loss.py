@@ -104,7 +104,7 @@ class UnnamedLoss:
                 value,
                 num_examples,
                 traits=self._traits,
-                values_of=lambda: self._single_values(module, batch, num_examples),
+                values_of=lambda: compute_alone(self._run, module, batch, num_examples),
                 values=values,
             )
 
@@ -142,18 +142,6 @@ class UnnamedLoss:
         with torch.enable_grad(), OutputTap(module, self._cut) as tap:
             value = _scalar(*self._run(module, batch))
         return list(tap.leaves.values()), value, tap
-
-    def _single_values(self, module: Any, batch: Any, count: int) -> Tensor:
-        """Return the losses of the examples, each run alone; their mean where that cannot be."""
-        values = []
-        with preserve_rng(), torch.no_grad():
-            for n in range(count):
-                try:
-                    values.append(_scalar(*self._run(module, rearranged(batch, [n], count))).reshape(()))
-                except Exception:  # whatever the user's code may raise
-                    mean = _scalar(*self._run(module, batch)).reshape(1)
-                    return mean.expand(count) / (1 if self._traits.is_mean else count)
-        return torch.stack(values)
 
     def _check(self, loss: BatchLoss, module: Any, batch: Any, recorder: Recorder) -> None:
         """Check on a first batch that the examples' losses add up, and find out how.
@@ -226,6 +214,28 @@ class UnnamedLoss:
             value, list(weights.values()), retain_graph=True, allow_unused=True, materialize_grads=True
         )
         return dict(zip(weights, found, strict=True))
+
+
+def compute_alone(run: Run, module: Any, batch: Any, count: int) -> Tensor:
+    """Compute the losses of the examples, each run alone; their mean where that cannot be.
+
+    Args:
+        run: computes the loss.
+        module: the user's module.
+        batch: the batch.
+        count: number of examples ``B``.
+
+    Returns:
+        The losses ``(B,)``, without a graph.
+    """
+    values = []
+    with preserve_rng(), torch.no_grad():
+        for n in range(count):
+            try:
+                values.append(_scalar(*run(module, rearranged(batch, [n], count))))
+            except Exception:  # whatever the user's code may raise
+                return _scalar(*run(module, batch)).expand(count)
+    return torch.stack(values)
 
 
 def _scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_influence.model.forward import Forward
+from lightning_influence.model.forward import Forward, compute_losses
 from lightning_influence.model.plan import find_layers
 from lightning_influence.support.errors import (
     InfluenceWarning,
@@ -316,3 +316,23 @@ def prototypes(module, x, y):
 def test_calls_without_a_batch_dimension_are_named(step, shape):
     with pytest.raises(UnsupportedModelError, match=rf"called with a tensor of shape {shape}.*`layers=`"):
         forward(step, batch(5, 3), 5)
+
+
+@pytest.mark.parametrize("kind", ["named", "weighted", "sum", "unnamed", "hook"])
+def test_losses_alone_are_those_of_the_forward_pass(kind):
+    def step(module, x, y):
+        outputs = module.last(torch.tanh(module.first(x)))
+        values = F.cross_entropy(outputs, y, reduction="none")
+        return {
+            "named": lambda: F.cross_entropy(outputs, y),
+            "weighted": lambda: (values * x[:, 0].exp()).mean(),
+            "sum": lambda: 0.5 * values.mean() + F.mse_loss(outputs, torch.ones_like(outputs)),
+            "unnamed": lambda: (outputs.logsumexp(1) - outputs[:, 0]).mean(),
+            "hook": lambda: values,
+        }[kind]()
+
+    module, data = mute(Module(step)), batch()
+    if kind == "hook":
+        module.influence_loss = lambda data: step(module, *data)
+    expected = Forward(find_layers(module))(module, data, B).per_example()
+    torch.testing.assert_close(compute_losses(module, data, B), expected.detach())
