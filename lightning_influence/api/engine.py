@@ -22,7 +22,7 @@ from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
 from lightning_influence.model.captured import LossSum, WeightedCount
 from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
-from lightning_influence.model.plan import LayerPlan, find_layers
+from lightning_influence.model.plan import LayerPlan, ModuleLoss, find_layers
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.averages import join_queries
 from lightning_influence.results.diagnostics import Diagnostics, PassFacts
@@ -31,7 +31,7 @@ from lightning_influence.results.top_k import StreamingExtremes
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare, prepare_train
 from lightning_influence.running.runner import Runner
-from lightning_influence.support.arguments import check_layers, is_count, to_plain_number
+from lightning_influence.support.arguments import check_callable, check_layers, is_count, to_plain_number
 from lightning_influence.support.notes import Notes
 
 
@@ -45,6 +45,7 @@ class Question:
         top_k: keep only this many of the strongest at either end; None for all scores.
         layers: names or patterns of the layers to cover.
         options: of the method, from :func:`~..methods.method.read_options`, or what all methods share.
+        loss: a callable ``(module, batch)`` in place of the training loss; None for the module's own.
 
     Raises:
         ValueError: if a setting is out of range, saying what was got and what is accepted.
@@ -56,6 +57,7 @@ class Question:
     top_k: int | None = None
     layers: Sequence[str] | None = None
     options: Options = field(default_factory=Options)
+    loss: ModuleLoss | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, find_method(self.method).options_type):
@@ -66,6 +68,7 @@ class Question:
         if top_k is not None and not is_count(top_k, 1):
             raise ValueError(f"Got top_k={top_k!r}; accepted are positive integers, or None for all scores.")
         check_layers(self.layers)
+        check_callable("loss", self.loss)
         if (
             self.measurement is not None and self.measurement != "hook"
         ):  # whether there is a hook is known with the module only
@@ -193,12 +196,14 @@ class Engine:
         solutions, residuals = method.solutions(asked.gradients)
         if _is_loss(measured):
             solutions = solutions / method.mean_weight
+        names = {id(p): name for name, p in self._runner.module.named_parameters()}
         result = {}
         for name, block in method.context.layout.split(solutions).items():
-            weight, bias = plan.layers[name].to_parameters(block)
-            result[f"{name}.weight"] = weight
+            layer = plan.layers[name]
+            weight, bias = layer.to_parameters(block)
+            result[names[id(layer.rule.weight(layer.module))]] = weight
             if bias is not None:
-                result[f"{name}.bias"] = bias
+                result[names[id(layer.rule.bias(layer.module))]] = bias
         return result, self._diagnostics(method, measured.name, residuals)
 
     def spectrum(self, train: Any, settings: SpectrumSettings) -> Spectrum:
@@ -267,9 +272,13 @@ class Engine:
 
     def _plan(self, module: Any) -> LayerPlan:
         """Return the covered layers, with what earlier calls found in order about the same model's loss."""
-        plan = find_layers(module, self._question.layers)
+        loss = self._question.loss
+        plan = replace(find_layers(module, self._question.layers), loss=loss)
         shapes = {name: layer.shape for name, layer in plan.layers.items()}
-        model = compute_digest(type(module).__module__, type(module).__qualname__, shapes)
+        named = [
+            (part.__module__, getattr(part, "__qualname__", "")) for part in (type(module), loss) if part
+        ]
+        model = compute_digest(named, shapes)
         plan = replace(plan, verified=self._state.verified.setdefault(model, set()))
         plan.verified.discard("measurement")  # may be another one
         return plan

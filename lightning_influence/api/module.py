@@ -24,6 +24,7 @@ from lightning_influence.edits.start import Start, set_out
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
 from lightning_influence.model.measurements import Measurement
+from lightning_influence.model.plan import ModuleLoss
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.self_influence import SelfInfluence
@@ -275,6 +276,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         *,
         method: str = "auto",
         layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
         **options: Any,
     ) -> Self:
         """Run the passes that no query is needed for: factors, and for ``"auto"`` the coarse space.
@@ -283,24 +285,31 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples: a loader, or ready-made batches.
             method: name of the method.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method.
 
         Returns:
             The module; :attr:`state` holds what was computed.
         """
-        question = Question(method, layers=layers, options=read_options(method, options))
+        question = Question(method, layers=layers, options=read_options(method, options), loss=loss)
         with self._runner() as runner:
             self._engine(runner, question).prepare(train_dataloaders)
         return self
 
     def fit_factors(
-        self, train_dataloaders: Any, *, layers: Sequence[str] | None = None, **options: Any
+        self,
+        train_dataloaders: Any,
+        *,
+        layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
+        **options: Any,
     ) -> Factors:
         """Fit Kronecker factors in a pass of their own; they replace those that are there.
 
         Args:
             train_dataloaders: the training examples: a loader, or ready-made batches.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method, such as ``fisher``.
 
         Returns:
@@ -314,7 +323,7 @@ class InfluenceModule(EditsParameters, LightningModule):
                 f"Got method={options['method']!r}; fit_factors has no method: its factors serve 'kfac', "
                 "'ekfac', 'auto' and all others. Pass the method to scores or self_influence."
             )
-        question = Question("ekfac", layers=layers, options=read_options("ekfac", options))
+        question = Question("ekfac", layers=layers, options=read_options("ekfac", options), loss=loss)
         state = InfluenceState(record=self.state.record)
         with self._runner() as runner:
             self._engine(runner, question, state).prepare(train_dataloaders)
@@ -331,6 +340,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         measurement: Measurement | None = None,
         top_k: int | None = None,
         layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
         **options: Any,
     ) -> Attributions:
         """Attribution scores, as :func:`lightning_influence.influence` computes them.
@@ -342,13 +352,14 @@ class InfluenceModule(EditsParameters, LightningModule):
             measurement: what is measured on queries.
             top_k: keep only the strongest at either end; all scores if None.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method, such as ``damping``.
 
         Returns:
             The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n``
             is removed.
         """
-        question = Question(method, measurement, top_k, layers, read_options(method, options))
+        question = Question(method, measurement, top_k, layers, read_options(method, options), loss)
         with self._runner() as runner:
             return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)
 
@@ -358,6 +369,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         *,
         method: str = "ekfac",
         layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
         **options: Any,
     ) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.
@@ -366,12 +378,13 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples: a loader, or ready-made batches.
             method: name of the method.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method.
 
         Returns:
             One score a training example.
         """
-        question = Question(method, layers=layers, options=read_options(method, options))
+        question = Question(method, layers=layers, options=read_options(method, options), loss=loss)
         with self._runner() as runner:
             return self._engine(runner, question).self_influence(train_dataloaders)
 
@@ -383,6 +396,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         method: str = "auto",
         measurement: Measurement | None = None,
         layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
         **options: Any,
     ) -> tuple[dict[str, Tensor], Diagnostics]:
         """Inverse-Hessian-vector products ``(H + damping)^{-1} g_q`` of the queries' gradients.
@@ -393,13 +407,16 @@ class InfluenceModule(EditsParameters, LightningModule):
             method: name of the method.
             measurement: what is measured on queries.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method.
 
         Returns:
             By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the
             residuals.
         """
-        question = Question(method, measurement, layers=layers, options=read_options(method, options))
+        question = Question(
+            method, measurement, layers=layers, options=read_options(method, options), loss=loss
+        )
         with self._runner() as runner:
             return self._engine(runner, question).ihvp(train_dataloaders, query_dataloaders)
 
@@ -409,6 +426,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         curvature: CurvatureName = "ggn",
         *,
         layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
         **settings: Any,
     ) -> Spectrum:
         """Trace, leading eigenvalues, ranks and density of the curvature, with error estimates.
@@ -417,6 +435,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples that the curvature is an average over.
             curvature: ``"ggn"`` for the Gauss-Newton matrix, or ``"hessian"``.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **settings: fields of :class:`~lightning_influence.methods.spectrum.SpectrumSettings`, such as
                 ``probes`` and ``steps``: it takes ``steps + 2`` passes over the data.
 
@@ -425,7 +444,9 @@ class InfluenceModule(EditsParameters, LightningModule):
         """
         with self._runner() as runner:
             chosen = parse_options(SpectrumSettings, {"curvature": curvature, **settings})
-            return self._engine(runner, Question(layers=layers)).spectrum(train_dataloaders, chosen)
+            return self._engine(runner, Question(layers=layers, loss=loss)).spectrum(
+                train_dataloaders, chosen
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the wrapped module computes."""

@@ -20,6 +20,7 @@ from lightning_influence.methods.method import read_options
 from lightning_influence.methods.options import Damping
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.measurements import Measurement
+from lightning_influence.model.plan import ModuleLoss
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.loggers import log_attributions, log_edit
 from lightning_influence.results.ranking import Labels, to_labels
@@ -39,6 +40,7 @@ def influence(
     method: str = "auto",
     damping: Damping = "auto",
     measurement: Measurement | None = None,
+    loss: ModuleLoss | None = None,
     top_k: int | None = None,
     ckpt_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     layers: Sequence[str] | None = None,
@@ -78,11 +80,15 @@ def influence(
         measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or
             ``"hook"`` for the
             module's ``influence_measurement``, which is also the default if it is defined; else the loss.
+        loss: a callable ``(module, batch)`` that returns the losses of the examples ``(B,)``, or the loss of
+            the batch, where the training step's own couples the examples or cannot be found; it is compared
+            with the step's gradient. None for the loss of ``training_step``, or of ``influence_loss``.
         top_k: keep only the strongest ``top_k`` at either end of each ranking; all scores if None.
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
             A list of them, such as runs that differ in the seed alone, gives the average of their answers,
             which predicts retraining better than one (the module keeps its own weights then).
-        layers: names or shell patterns of the layers to cover; all supported ones if None.
+        layers: names or shell patterns of the layers to cover, with ``!`` before of those to leave out; all
+            supported ones if None.
         factors: factors to use, or ``"refit"`` to fit them anew; by default the callback's, if it has any.
         fisher: what factors are made of: random mixtures of the columns of the output curvature
             (``"mixed"``), labels drawn from the model (``"sampled"``), all columns (``"exact"``) or the
@@ -121,7 +127,7 @@ def influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, measurement, top_k, layers, read_options(method, further))
+    question = Question(method, measurement, top_k, layers, read_options(method, further), loss)
     to_labels(labels)
     check_name(name)
     paths = read_paths(ckpt_path)
@@ -152,6 +158,7 @@ def self_influence(
     *,
     method: str = "ekfac",
     damping: Damping = "auto",
+    loss: ModuleLoss | None = None,
     ckpt_path: str | os.PathLike[str] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
@@ -174,6 +181,7 @@ def self_influence(
         method: as in :func:`influence`; EK-FAC by default, which needs two small products an example and
             layer.
         damping: as in :func:`influence`.
+        loss: as in :func:`influence`.
         ckpt_path: ``"best"``, ``"last"`` or one path, as in :func:`influence`.
         layers: as in :func:`influence`.
         factors: as in :func:`influence`.
@@ -201,7 +209,7 @@ def self_influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, layers=layers, options=read_options(method, further))
+    question = Question(method, layers=layers, options=read_options(method, further), loss=loss)
     to_labels(labels)
     check_name(name)
     path = read_paths(ckpt_path)

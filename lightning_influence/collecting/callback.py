@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from lightning_influence.model.live_capture import (
     describe_other_loss,
     pause_other_captures,
 )
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.plan import ModuleLoss, find_layers
 from lightning_influence.running.host.fit import (
     LOSS_NOT_SEEN,
     SEVERAL_BACKWARDS,
@@ -40,7 +41,7 @@ from lightning_influence.running.host.fit import (
     enter_precision,
     make_all_reduce,
     read_log_interval,
-    read_loss_wrapping,
+    read_loss_divisor,
     refuse_step,
     set_aside,
     will_step,
@@ -75,7 +76,8 @@ class InfluenceCallback(Callback):
     The sums are those of the training itself: dropout and augmentations are on, and BatchNorm uses the batch.
 
     Args:
-        layers: names or shell patterns of the modules to cover; all supported ones if None.
+        layers: names or shell patterns of the modules to cover, with ``!`` before of those to leave out; all
+            supported ones if None.
         fisher: ``"mixed"`` for random mixtures of the columns of the loss's curvature in the outputs, which
             are right on average and vary least; ``"sampled"`` for labels drawn from the model;
             ``"empirical"`` for the training labels.
@@ -84,9 +86,12 @@ class InfluenceCallback(Callback):
         log_statistics: log figures of the curvature and the gradients under ``influence/``.
         seed: seed of the draws; the global random state is never used.
         strict: raise an error where collecting would otherwise stop with a warning.
+        loss: a callable ``(module, batch)`` that returns the losses of the examples ``(B,)``, or the loss of
+            the batch, where the training step's own couples the examples or cannot be found. It runs in
+            addition to the step, on a copy of the batch, and should be given to the questions as well.
 
     Raises:
-        TypeError: if ``layers`` is no list of texts.
+        TypeError: if ``layers`` is no list of texts, or ``loss`` cannot be called.
         ValueError: if another setting is out of range.
     """
 
@@ -99,8 +104,9 @@ class InfluenceCallback(Callback):
         log_statistics: bool = True,
         seed: int = 0,
         strict: bool = False,
+        loss: ModuleLoss | None = None,
     ) -> None:
-        self._settings = Settings(layers, fisher, every_n_steps, overhead, log_statistics, seed, strict)
+        self._settings = Settings(layers, fisher, every_n_steps, overhead, log_statistics, seed, strict, loss)
         self._kept = Kept(self._settings)
         self._collector: Collector | None = None  # of this fit, or the last; None if it collects nothing
         self._figures = Figures(log_statistics)
@@ -189,7 +195,7 @@ class InfluenceCallback(Callback):
             if not collector.begin_batch():
                 return
             size = self._batch_size = count_examples(trainer, batch, batch_idx)
-            if not callable(getattr(pl_module, "influence_loss", None)):
+            if self._settings.loss is None and not callable(getattr(pl_module, "influence_loss", None)):
                 collector.live.open(pl_module)
                 return
             with set_aside(trainer, pl_module, batch) as own:
@@ -206,14 +212,14 @@ class InfluenceCallback(Callback):
             if collector.live.is_open:
                 collector.live.close()
                 self._from_backward = True
-                divisor, wrappers = read_loss_wrapping(trainer, pl_module)
+                divisor = read_loss_divisor(trainer, pl_module)
                 with set_aside(trainer, pl_module):
-                    captured = collector.live.resolve(loss, self._batch_size, divisor, wrappers)
+                    captured = collector.live.resolve(loss, self._batch_size, divisor)
                     self._add(trainer, pl_module, captured)
             elif self._from_backward and self._backwards > 1:
                 refuse_step(SEVERAL_BACKWARDS)
             elif self._hooked is not None and self._backwards == 1:
-                divisor, _ = read_loss_wrapping(trainer, pl_module)
+                divisor = read_loss_divisor(trainer, pl_module)
                 self._say(describe_other_loss(self._hooked, loss.detach() * divisor), "other loss")
 
     def on_before_optimizer_step(
@@ -290,7 +296,7 @@ class InfluenceCallback(Callback):
         self._kept.begin_fit()
         check_collectable(trainer)
         check_not_compiled(module)
-        plan = find_layers(module, self._settings.layers)
+        plan = replace(find_layers(module, self._settings.layers), loss=self._settings.loss)
         self._say(plan.describe_uncovered())
         self._say(describe_coupling(module))
         why = self._kept.continue_or_reset(module, plan)

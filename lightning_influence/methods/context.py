@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -105,7 +105,7 @@ class Context:
             return
         left_out = {f"{name}.*": (self.plan.layers[name].numel, why) for name in names}
         layers = {name: layer for name, layer in self.plan.layers.items() if name not in names}
-        plan = LayerPlan(layers, {**self.plan.uncovered, **left_out}, self.plan.verified)
+        plan = replace(self.plan, layers=layers, uncovered={**self.plan.uncovered, **left_out})
         share = sum(count for count, _ in left_out.values()) / sum(_all_counts(plan))
         if not layers:
             raise UnsupportedModelError(f"No layer is left to cover: {list(names)} {why}.")

@@ -121,15 +121,13 @@ class LiveCapture:
         self._recorder.clear()
         self._losses.clear()
 
-    def resolve(self, loss: Tensor, num_examples: int, divisor: float = 1.0, wrappers: int = 0) -> Captured:
+    def resolve(self, loss: Tensor, num_examples: int, divisor: float = 1.0) -> Captured:
         """Find the training loss among what was recorded.
 
         Args:
             loss: the scalar that is about to be differentiated.
             num_examples: ``B``.
             divisor: what the training loss was divided by to give ``loss``.
-            wrappers: how many operations (divisions for accumulation, loss scaling) lie between them. The
-                loss is recognised by its node below these, which rounding cannot hide, or else by value.
 
         Returns:
             The captured step; its graph is the user's own and is kept.
@@ -141,22 +139,16 @@ class LiveCapture:
         """
         if self._losses.hooks:
             raise UnsupportedModelError(f"The training step registers a hook on a tensor. {_GRADIENT_HOOKS}")
-        node = loss.grad_fn
-        for _ in range(wrappers):
-            node = node.next_functions[0][0] if node is not None and node.next_functions else None
-        value = loss.detach() * divisor
-        check_loss(value, self._recorder, self._plan.layers)
-        for call in self._losses.calls:
-            if node is not None and call.node is node and call.value.numel() == 1:
-                self._losses.calls, value = [call], call.value
-                break
-        resolved = self._losses.resolve(value, num_examples)
+        check_loss(loss.detach() * divisor, self._recorder, self._plan.layers)
+        resolved = self._losses.resolve(loss, num_examples, activations=self._recorder.nodes, divisor=divisor)
         return self._complete(Captured(num_examples, resolved, None, self._recorder))
 
     def run_hook(
         self, module: Any, batch: Any, num_examples: int, context: contextlib.AbstractContextManager[None]
     ) -> Captured:
-        """Run the module's ``influence_loss`` under capture, in addition to the user's step.
+        """Run the user's own loss under capture, in addition to the user's step.
+
+        That is the plan's, or else the module's ``influence_loss``.
 
         Args:
             module: the user's module.
@@ -173,12 +165,17 @@ class LiveCapture:
         self.open(module)
         try:
             with context:
-                values = module.influence_loss(batch)
+                loss = self._plan.loss
+                values = module.influence_loss(batch) if loss is None else loss(module, batch)
         finally:
             self.close()
-        check_per_example(values, num_examples, "influence_loss(batch)")
-        loss = per_example_capture(values, self._losses, num_examples)
-        return self._complete(Captured(num_examples, loss, values, self._recorder))
+        source = "influence_loss(batch)" if loss is None else "loss="
+        if loss is not None and isinstance(values, Tensor) and values.dim() == 0:
+            found = self._losses.resolve(values, num_examples, activations=self._recorder.nodes)
+            return self._complete(Captured(num_examples, found, None, self._recorder))
+        check_per_example(values, num_examples, source)
+        captured = per_example_capture(values, self._losses, num_examples)
+        return self._complete(Captured(num_examples, captured, values, self._recorder))
 
     def _complete(self, captured: Captured) -> Captured:
         if self._recorder.failure is not None:

@@ -88,9 +88,11 @@ class Layout:
             start += numel
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerPlan:
     """The layers that are covered, and the trainable parameters that are not.
+
+    The layers do not change; what has been verified grows while passes run.
 
     Attributes:
         layers: covered layers by name, in the model's order.
@@ -131,7 +133,8 @@ def find_layers(model: nn.Module, include: Sequence[str] | None = None) -> Layer
 
     Args:
         model: any module.
-        include: names or shell patterns (``"encoder.*"``) of modules to cover; all supported ones if None.
+        include: names or patterns (``"encoder.*"``) of modules to cover; with ``!`` before, of modules to leave
+            out. All supported ones if None.
 
     Returns:
         The plan, with every trainable parameter either in a layer or listed with a reason.
@@ -165,9 +168,9 @@ def _refusal(name: str, module: nn.Module, uses: Counter[int], include: Sequence
     rule = find_rule(module)
     if rule is None:
         return f"{type(module).__name__} is not supported"
-    if include is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+    if not _is_selected(name, include):
         return "not selected"
-    weight = getattr(module, "weight", None)
+    weight: object = rule.weight(module)
     if not isinstance(weight, nn.Parameter):
         return "its weight is computed, not a parameter"
     if not weight.requires_grad:
@@ -175,6 +178,14 @@ def _refusal(name: str, module: nn.Module, uses: Counter[int], include: Sequence
     if any(uses[id(p)] > 1 for p in own):
         return "shared with another module"
     return None
+
+
+def _is_selected(name: str, patterns: Sequence[str] | None) -> bool:
+    """Tell whether patterns select a name: one that matches, if there are any, and none that excludes it."""
+    excluding = [pattern[1:] for pattern in patterns or () if pattern.startswith("!")]
+    selecting = [pattern for pattern in patterns or () if not pattern.startswith("!")]
+    chosen = not selecting or any(fnmatch.fnmatchcase(name, pattern) for pattern in selecting)
+    return chosen and not any(fnmatch.fnmatchcase(name, pattern) for pattern in excluding)
 
 
 def _uncovered(
@@ -202,9 +213,10 @@ def _check_patterns(include: Sequence[str] | None, layers: dict[str, Layer], mod
     """
     if include is not None and not include:
         raise UnsupportedModelError("layers=[] selects nothing; pass names or patterns, or None for all.")
+    supported = [name for name, module in model.named_modules() if find_rule(module) is not None]
     for pattern in include or ():
-        if not fnmatch.filter(layers, pattern):
-            supported = [name for name, module in model.named_modules() if find_rule(module) is not None]
+        among = supported if pattern.startswith("!") else layers
+        if not fnmatch.filter(among, pattern.removeprefix("!")):
             raise UnsupportedModelError(
                 f"layers={pattern!r} selects no supported, trainable layer. Accepted are names or patterns "
                 f"of: {supported}."
@@ -214,5 +226,5 @@ def _check_patterns(include: Sequence[str] | None, layers: dict[str, Layer], mod
         raise UnsupportedModelError(
             "The model has no trainable layer of a supported kind; its parameters are in: "
             f"{found or 'none'}. Supported layers: {', '.join(supported_types())}. Register a rule for yours "
-            "with lightning_influence.layers.register."
+            "with lightning_influence.register_layer."
         )

@@ -80,22 +80,15 @@ def count_planned_batches(trainer: Trainer, seen: int) -> int | None:
     return min(limits) + (0 if abs(offset) <= 1 else max(0, offset))
 
 
-def read_loss_wrapping(trainer: Trainer, module: LightningModule) -> tuple[float, int]:
-    """Describe what lies between the training loss and the one before the backward pass.
+def read_loss_divisor(trainer: Trainer, module: LightningModule) -> float:
+    """Return what the training loss was divided by to give the one before the backward pass.
 
     Automatic optimization divides for accumulation (also by 1); mixed float16 precision multiplies by the
     scale of its scaler.
-
-    Returns:
-        What the loss was divided by, and how many operations that took.
     """
-    divisor, operations = 1.0, 0
-    if module.automatic_optimization:
-        divisor, operations = float(trainer.accumulate_grad_batches), 1
+    divisor = float(trainer.accumulate_grad_batches) if module.automatic_optimization else 1.0
     scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and scaler.is_enabled():
-        divisor, operations = divisor / float(scaler.get_scale()), operations + 1
-    return divisor, operations
+    return divisor / float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else divisor
 
 
 def will_step(trainer: Trainer, optimizer: torch.optim.Optimizer) -> bool:
