@@ -133,8 +133,8 @@ def find_layers(model: nn.Module, include: Sequence[str] | None = None) -> Layer
 
     Args:
         model: any module.
-        include: names or patterns (``"encoder.*"``) of modules to cover; with ``!`` before, of modules to leave
-            out. All supported ones if None.
+        include: names or shell patterns (``"encoder.*"``) of modules to cover, and after ``!`` of modules to
+            leave out; all supported ones if None.
 
     Returns:
         The plan, with every trainable parameter either in a layer or listed with a reason.
