@@ -45,10 +45,14 @@ class TwoLosses(Classifier):
         )
 
 
-@pytest.mark.parametrize(
-    ("module_class", "message"),
-    [(OwnLoss, "no loss function was seen"), (TwoLosses, "no single call of a loss function")],
-)
+def test_the_sum_of_two_losses_is_collected() -> None:
+    callback = InfluenceCallback(every_n_steps=1, strict=True)
+    fit(TwoLosses(), callback)
+    assert callback.num_collected > 0
+    assert callback.factors.layers
+
+
+@pytest.mark.parametrize(("module_class", "message"), [(OwnLoss, "no loss function was seen")])
 def test_loss_that_is_not_found_names_the_hook(module_class, message) -> None:
     module = module_class()
     with pytest.raises(LossCaptureError, match=f"(?s){message}.*influence_loss"):
@@ -332,3 +336,25 @@ def test_the_number_of_examples_is_what_the_loader_put_into_the_batch(size) -> N
     fit(Classifier(p=0.0), plain, data=DataLoader(loader(22).dataset, size), max_epochs=2)
     assert callback.num_collected == 2 * len(data)
     assert same(callback.state_dict(), plain.state_dict())
+
+
+def test_a_loss_of_the_callbacks_own_serves_where_the_steps_is_not_found() -> None:
+    def squares(module, batch):
+        return functional.mse_loss(
+            module.net(batch[0]), torch.zeros(len(batch[0]), 3), reduction="none"
+        ).mean(1)
+
+    def mean(module, batch):
+        return functional.mse_loss(module.net(batch[0]), torch.zeros(len(batch[0]), 3))
+
+    found = []
+    for loss in (squares, mean):
+        callback = InfluenceCallback(every_n_steps=1, strict=True, loss=loss)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InfluenceWarning)
+            fit(OwnLoss(), callback)
+        found.append(callback.factors)
+    for name, layer in found[0].layers.items():
+        torch.testing.assert_close(layer.covariance_out(), found[1].layers[name].covariance_out())
+    with pytest.raises(TypeError, match="Got loss='mse'; accepted is a callable"):
+        InfluenceCallback(loss="mse")
