@@ -254,6 +254,13 @@ class Engine:
         uncovered = plan.describe_uncovered()
         if uncovered is not None:
             self._notes.add(uncovered)
+        hooked = [name for name, layer in plan.layers.items() if layer.has_gradient_hooks]
+        if hooked:
+            self._notes.add(
+                f"Hooks of the module's own change the gradients of the parameters of {hooked} in training. "
+                "Influence is of the gradients before these hooks: leave these layers out with layers= where "
+                "that is not what is asked."
+            )
         first = next(iter(plan.layers.values()))
         dtype = first.rule.weight(first.module).dtype
         weights = fingerprint(module)

@@ -162,7 +162,7 @@ class TwoLevel:
 
     def _coordinates(self, products: Tensor) -> Tensor:
         """Return ``T^{-1} y`` for rows ``y``, solved in float64."""
-        flat = products.reshape(-1, products.shape[-1]).double().T
+        flat = products.reshape(products.shape[:-1].numel(), products.shape[-1]).double().T
         return torch.cholesky_solve(flat, self._small).T.to(products.dtype).view(products.shape)
 
 

@@ -43,8 +43,8 @@ def provide_factors(context: Context) -> Factors:
     _note_empirical(context, factors)
     context.leave_out(
         [name for name in context.plan.layers if name not in factors.layers],
-        "have no factors, because no training step used them or they were not selected when factors were "
-        "collected",
+        "have no factors, because no training step used them: they were frozen when the fit began, not "
+        "called, or not selected. Pass factors='refit' to fit factors of all that take part now",
     )
     context.extra["factors"] = f"from the {factors.origin}, {factors.fisher} Fisher"
     return replace(factors, layers={name: factors.layers[name] for name in context.plan.layers})
@@ -66,7 +66,13 @@ def fit_diagonal(context: Context) -> Factors:
 def _note_empirical(context: Context, factors: Factors) -> None:
     """Say so if factors are made of training labels because the loss is unknown."""
     unknown = callable(getattr(context.runner.module, "influence_loss", None))
-    if unknown and factors.fisher == "empirical" and context.options.fisher != "empirical":
+    # During a fit the empirical Fisher is collected where it was asked for, and never for want of another.
+    if (
+        factors.origin == "pass"
+        and unknown
+        and factors.fisher == "empirical"
+        and context.options.fisher != "empirical"
+    ):
         note_unknown_outputs(context)
 
 

@@ -22,7 +22,7 @@ from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
-from lightning_influence.model.rearranging import missing_positions
+from lightning_influence.model.rearranging import copy_tensors, missing_positions
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.unnamed_loss import Run, UnnamedLoss, compute_alone
 from lightning_influence.support.errors import (
@@ -223,7 +223,7 @@ class Forward:
         """
         if self._loss is None:
             return call_loss(module, batch)
-        result = self._loss(module, batch)
+        result = self._loss(module, copy_tensors(batch))
         if not isinstance(result, Tensor):
             raise TypeError(
                 f"loss= returned {type(result).__name__}; accepted is a tensor, of shape (B,) or a single "
@@ -272,7 +272,9 @@ def call_loss(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
         ``(per-example values, None)`` from the hook, or ``(None, batch loss)``.
     """
     hook = getattr(module, "influence_loss", None)
-    return (hook(batch), None) if callable(hook) else (None, run_step(module, batch))
+    if callable(hook):
+        return hook(copy_tensors(batch)), None
+    return None, run_step(module, batch)
 
 
 def run_step(module: Any, batch: Any) -> Tensor:
@@ -291,7 +293,8 @@ def run_step(module: Any, batch: Any) -> Tensor:
             "weights. Define `influence_loss(self, batch)`, which returns the per-example training loss as a "
             "tensor of shape (B,)."
         )
-    arguments = _step_arguments(module, batch)
+    # A step may change the batch in place, which is the user's, and is run again on it by checks.
+    arguments = _step_arguments(module, copy_tensors(batch))
     try:
         result = module.training_step(*arguments)
     except Exception as error:

@@ -96,6 +96,12 @@ class Layer:
         return self.groups, self.d_out, self.d_in
 
     @property
+    def has_gradient_hooks(self) -> bool:
+        """Whether somebody's hooks change the gradients of the parameters, as masks of a part do."""
+        parameters = (self.rule.weight(self.module), self.rule.bias(self.module))
+        return any(p is not None and p._backward_hooks for p in parameters)
+
+    @property
     def numel(self) -> int:
         """Number of parameters in the gradient matrix."""
         return self.groups * self.d_out * self.d_in

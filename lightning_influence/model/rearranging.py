@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -94,3 +95,14 @@ def _tensors(part: Any) -> Iterator[Tensor]:
     elif isinstance(part, Mapping | list | tuple):
         for item in part.values() if isinstance(part, Mapping) else part:
             yield from _tensors(item)
+
+
+def copy_tensors(batch: Any) -> Any:
+    """Return a batch with copies of its tensors, in any nesting of sequences, mappings and dataclasses.
+
+    What cannot be taken apart and put together again is returned as it is.
+    """
+    try:
+        return apply_to_collection(batch, Tensor, Tensor.clone, allow_frozen=True)
+    except Exception:  # whatever a container's own constructor may raise
+        return batch
