@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -46,6 +46,7 @@ from lightning_influence.running.host.fit import (
     set_aside,
     will_step,
 )
+from lightning_influence.running.host.packages import make_callback_class
 from lightning_influence.running.host.trainer import attach_methods, keep_last_fit
 from lightning_influence.support.errors import (
     InfluenceError,
@@ -53,6 +54,9 @@ from lightning_influence.support.errors import (
     NonFiniteError,
 )
 from lightning_influence.support.notes import Notices
+
+if not TYPE_CHECKING:  # a class that is made is no class to type checkers
+    Callback = make_callback_class()
 
 
 class InfluenceCallback(Callback):

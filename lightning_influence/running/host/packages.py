@@ -7,9 +7,31 @@ The two packages hold the same code. A class of one is nevertheless no class of 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import re
+from contextlib import suppress
 from types import ModuleType
 
+from lightning.pytorch import Callback
+
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def make_callback_class() -> type[Callback]:
+    """Make the class that a callback for Trainers of both packages derives from.
+
+    Before its version 2.6, a Trainer of ``pytorch_lightning`` accepts objects of its own ``Callback`` alone,
+    so that the class then derives from both. The hooks are those of ``lightning.pytorch`` in any case.
+
+    Returns:
+        The class, which adds nothing.
+    """
+    with suppress(ImportError):  # which a package that is not installed raises too
+        version = importlib.metadata.version("pytorch-lightning")
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 6):
+            other = importlib.import_module(PACKAGES[1]).Callback
+            return type("CallbackOfBoth", (Callback, other), {})
+    return Callback
 
 
 def find_package(thing: object) -> str | None:
