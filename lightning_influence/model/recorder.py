@@ -28,6 +28,7 @@ class _Calls:
 
     inputs: list[Tensor] = field(default_factory=list)
     edges: list[GradientEdge] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)  # of the outputs
 
 
 class Recorder:
@@ -133,8 +134,8 @@ class Recorder:
         for name in names:
             calls, layer = self._calls[name], self.layers[name]
             parts: list[Tensor | None] = [
-                None if grad is None else layer.output_gradients(grad, num_examples)
-                for grad in grads[start : start + len(calls.edges)]
+                None if grad is None else layer.output_gradients(grad.reshape(shape), num_examples)
+                for grad, shape in zip(grads[start : start + len(calls.edges)], calls.shapes, strict=True)
             ]
             start += len(calls.edges)
             result[name] = self._fill(name, parts, num_examples)
@@ -219,11 +220,14 @@ class Recorder:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
-                return
-            calls = self._calls[name]
-            calls.inputs.append((args[0] if args else next(iter(kwargs.values()))).detach())
-            calls.edges.append(get_gradient_edge(output))
+            # What is read of tensors here is no operation of the step, and watching it would only cost.
+            with torch._C.DisableTorchFunction():
+                if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+                    return
+                calls = self._calls[name]
+                calls.inputs.append((args[0] if args else next(iter(kwargs.values()))).detach())
+                calls.edges.append(_find_edge(output))
+                calls.shapes.append(output.shape)
 
         return hook
 
@@ -253,6 +257,20 @@ class Recorder:
                 part = like.new_zeros(*like.shape[:3], layer.d_out)
             filled.append(part)
         return _along_positions(filled)
+
+
+def _find_edge(output: Tensor) -> GradientEdge:
+    """Return the edge at which the gradient of an output arrives whatever is done in place afterwards.
+
+    Linear layers compute outputs of more than two dimensions as matrices and return views of these. Writing
+    to a view gives the matrix a new place in the graph, in which the view's own node has no part; the node
+    that made the matrix stays.
+    """
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
+    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
+        return get_gradient_edge(base)
+    return get_gradient_edge(output)
 
 
 def _along_positions(parts: list[Tensor]) -> Tensor:
