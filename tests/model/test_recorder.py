@@ -2,7 +2,7 @@ import pytest
 import torch
 from drive import TIGHT
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_influence.model import recorder as recorder_module
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, check_finite, compact
@@ -177,7 +177,8 @@ def test_non_reentrant_checkpoints(early):
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 
     def forward(x: Tensor) -> Tensor:
-        return net[2](checkpoint(net[:2], x, use_reentrant=False, early_stop=early))
+        with set_checkpoint_early_stop(early):
+            return net[2](checkpoint(net[:2], x, use_reentrant=False))
 
     check(net, draw(B, 3), forward=forward)
 

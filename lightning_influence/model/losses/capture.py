@@ -164,6 +164,8 @@ class LossCapture(TorchFunctionMode):
         if func is functional.l1_loss and "weight" not in kwargs:
             kwargs = {**kwargs, **_lost_weight()}
         result = func(*args, **kwargs)
+        if type(result).__module__.startswith("torch._subclasses."):
+            return result  # the compiler traces it after all: torch 2.4 does not say so
         if func in self._losses and isinstance(result, Tensor) and result.requires_grad:
             versions = versions_of((*args, *kwargs.values()))
             # A copy, because `loss += penalty` would change the value that was seen.
@@ -231,12 +233,13 @@ class LossCapture(TorchFunctionMode):
             LossCaptureError: if it leads to none, or passes them by to what the outputs are made of.
         """
         by_node = {call.node: call for call in self.calls if call.node is not None}
-        outputs = {
-            get_gradient_edge(part).node
-            for call in self.calls
-            for part in (*call.args, *call.kwargs.values())
-            if isinstance(part, Tensor) and part.requires_grad
-        }
+        with torch.enable_grad():  # to find a leaf's node, torch takes a view of it, 2.4 as it is called
+            outputs = {
+                get_gradient_edge(part).node
+                for call in self.calls
+                for part in (*call.args, *call.kwargs.values())
+                if isinstance(part, Tensor) and part.requires_grad
+            }
         met, beside, ends = walk(batch_loss.grad_fn, by_node, outputs.union(activations))
         # Leaves beside the calls are weights: penalties, unless the way there is one of the outputs' too.
         if not met or ends == "layer" or (ends == "leaf" and beside & walk(met, (), ())[1]):
