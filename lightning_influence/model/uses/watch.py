@@ -103,8 +103,8 @@ class Watch(TorchFunctionMode):
         super().__init__()
         if "GradientEdge" not in str(inspect.signature(torch.autograd.grad).parameters["outputs"]):
             raise InfluenceError(
-                f"torch {torch.__version__} differentiates no gradient edges, which following uses needs; "
-                "accepted are versions whose torch.autograd.grad takes them as outputs. Install a newer torch."
+                f"torch {torch.__version__} differentiates no gradient edges, as following uses needs it; "
+                "accepted are versions whose torch.autograd.grad takes them as outputs: install a newer one."
             )
         self.num_examples = num_examples
         self.parameters = dict(parameters)
