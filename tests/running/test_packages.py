@@ -112,6 +112,8 @@ def test_packages_are_told_apart():
     assert is_lightning(make_module(standalone), "LightningModule")
     assert not is_lightning(nn.Linear(1, 1), "LightningModule")
     check_same_package(unified.Trainer, unified.LightningModule)
+    neighbour = type("LightningModule", (), {"__module__": "pytorch_lightning_bolts.models"})
+    assert not is_lightning(neighbour, "LightningModule")
 
 
 @pytest.mark.parametrize(("version", "of_both"), [("2.4.0", True), ("2.5.6", True), ("2.6.0", False)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from types import ModuleType
 
@@ -43,11 +44,7 @@ def find_package(thing: object) -> str | None:
     Returns:
         ``"lightning.pytorch"`` or ``"pytorch_lightning"``; None if it derives from neither.
     """
-    for cls in (thing if isinstance(thing, type) else type(thing)).__mro__:
-        for package in PACKAGES:
-            if cls.__module__ == package or cls.__module__.startswith(f"{package}."):
-                return package
-    return None
+    return next((package for _, package in _find_classes(thing)), None)
 
 
 def is_lightning(thing: object, *kinds: str) -> bool:
@@ -65,10 +62,15 @@ def is_lightning(thing: object, *kinds: str) -> bool:
         >>> is_lightning(BoringModel, "LightningModule"), is_lightning(BoringModel(), "Trainer", "Callback")
         (True, False)
     """
-    return any(
-        cls.__name__ in kinds and cls.__module__.startswith(PACKAGES)
-        for cls in (thing if isinstance(thing, type) else type(thing)).__mro__
-    )
+    return any(cls.__name__ in kinds for cls, _ in _find_classes(thing))
+
+
+def _find_classes(thing: object) -> Iterator[tuple[type, str]]:
+    """Find the classes of Lightning that an object, or a class, derives from, each with its package."""
+    for cls in (thing if isinstance(thing, type) else type(thing)).__mro__:
+        for package in PACKAGES:
+            if cls.__module__ == package or cls.__module__.startswith(f"{package}."):
+                yield cls, package
 
 
 def load_beside(thing: object, path: str = "") -> ModuleType:
