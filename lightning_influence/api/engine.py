@@ -278,14 +278,15 @@ class Engine:
         )
 
     def _plan(self, module: Any) -> LayerPlan:
-        """Return the covered layers, with what earlier calls found in order about the same model's loss."""
-        loss = self._question.loss
-        plan = replace(find_layers(module, self._question.layers), loss=loss)
+        """Return the covered layers, with what earlier calls found in order about the same model's loss.
+
+        A loss of the call is looked at anew in each: functions that are told by nothing may differ in sign.
+        """
+        plan = find_layers(module, self._question.layers)
+        if self._question.loss is not None:
+            return replace(plan, loss=self._question.loss)
         shapes = {name: layer.shape for name, layer in plan.layers.items()}
-        named = [
-            (part.__module__, getattr(part, "__qualname__", "")) for part in (type(module), loss) if part
-        ]
-        model = compute_digest(named, shapes)
+        model = compute_digest(type(module).__module__, type(module).__qualname__, shapes)
         plan = replace(plan, verified=self._state.verified.setdefault(model, set()))
         plan.verified.discard("measurement")  # may be another one
         return plan

@@ -107,3 +107,14 @@ def test_minus_the_loss_is_refused_and_another_is_told(trainer, module):
         trainer.influence(
             module, make_loader(N), make_loader(Q), method="identity", loss=lambda m, b: m.net(b[0])[:, 0]
         )
+
+
+@pytest.mark.filterwarnings("ignore:.loss=. is not the loss of")
+def test_functions_of_one_name_are_told_apart(module):
+    def times(factor):
+        return lambda own, batch: factor * squares(own, batch)
+
+    kept = InfluenceModule(module)
+    kept.scores(make_loader(N), make_loader(Q), method="identity", loss=times(1))
+    with pytest.raises(InfluenceError, match=r"opposite|minus"):
+        kept.scores(make_loader(N), make_loader(Q), method="identity", loss=times(-1))
