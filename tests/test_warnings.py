@@ -48,7 +48,7 @@ def test_no_pass_warns():
 
 @pytest.mark.parametrize("category", [FutureWarning, DeprecationWarning, PendingDeprecationWarning])
 @pytest.mark.parametrize(
-    "module", ["lightning_influence", "lightning_influence.linalg.traces", "oracle", __name__]
+    "module", ["lightning_influence", "lightning_influence.linalg.lanczos", "oracle", __name__]
 )
 def test_deprecations_in_what_we_call_are_errors(category, module):
     with pytest.raises(category):

@@ -14,11 +14,16 @@ from truth import Truth
 from unrolling import FactoredCurvature
 
 from lightning_influence import InfluenceModule
-from lightning_influence.curvature.coarse_space import CoarseSpace, directions, extended, probes
+from lightning_influence.curvature.coarse_space import (
+    CoarseSpace,
+    build_directions,
+    draw_probes,
+    extend_space,
+)
 from lightning_influence.curvature.damping import resolve_damping
 from lightning_influence.curvature.operators import GaussNewtonOperator
 from lightning_influence.curvature.two_level import TwoLevel
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.model.gradients import DenseGradients
 
 PROBES = 16
@@ -42,7 +47,7 @@ class Problem:
         self.previous, self.asked = queries[1::2], queries[::2]
         factors = InfluenceModule(self.source.module).fit_factors(self.task.pass_loader())
         damping, _ = resolve_damping("auto", factors, self.source.record, solver="full")
-        self.inverse = block_inverse(self.layout, factors, damping, measured_eigenvalues)
+        self.inverse = invert_blocks(self.layout, factors, damping, take_eigenvalues)
         self.damping = self.layout.expand(damping, self.train)
         truth = entry.truth(0.5, "loss")
         self.truth = Truth(truth.masks, truth.losses[..., ::2])
@@ -59,7 +64,7 @@ class Problem:
     @cached_property
     def probe_product(self) -> Tensor:
         """Products that price residuals."""
-        return self.operator.product(probes(PROBES, self.layout.numel, self.train))
+        return self.operator.product(draw_probes(PROBES, self.layout.numel, self.train))
 
     def gradients(self, vectors: Tensor) -> dict[str, DenseGradients]:
         """Return flat vectors as gradients by layer."""
@@ -68,11 +73,11 @@ class Problem:
     def grown(self, space: CoarseSpace | None, anchors: Tensor) -> CoarseSpace:
         """Return the space with further anchors ``(k, P)``."""
         if space is not None:
-            return extended(
+            return extend_space(
                 space, self.inverse.apply(anchors), self.gradients(anchors), self.operator.product
             )
         named = self.gradients(anchors)
-        basis, mixing = directions(self.layout, self.inverse, named)
+        basis, mixing = build_directions(self.layout, self.inverse, named)
         product, count = self.operator.product(basis), len(self.task.train)
         return CoarseSpace(
             self.layout, basis, product, self.probe_product, mixing, named, self.inverse, count

@@ -31,7 +31,7 @@ from lightning_influence.curvature.operators import GaussNewtonOperator
 from lightning_influence.curvature.two_level import TwoLevel
 from lightning_influence.linalg import block_krylov as krylov
 from lightning_influence.linalg import orthonormal
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.model.plan import LayerPlan, Layout, find_layers
 from lightning_influence.running.loaders import IndexedLoader
@@ -88,7 +88,7 @@ class Problem:
         self.plan, self.space = find_layers(self.model), module.state.coarse
         self.layout = Layout.of(self.plan.layers)
         damping = answer.diagnostics.damping
-        self.inverse = block_inverse(self.layout, module.state.factors, damping, measured_eigenvalues)
+        self.inverse = invert_blocks(self.layout, module.state.factors, damping, take_eigenvalues)
         self.damping = self.layout.expand(damping, self.space.directions)
 
     def solve(self, steps: int, group: int, precision: str = "float32") -> Row:

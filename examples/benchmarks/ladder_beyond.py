@@ -23,7 +23,7 @@ from lightning_influence import InfluenceModule
 from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.linalg.block_krylov import Subspace, block_krylov
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 
 SEEDS = 3
 STEPS = 3
@@ -87,8 +87,8 @@ def _solve(bench: Bench) -> dict[str, Tensor]:
     source, task = bench.source, bench.entry.task
     damping = bench.damping_of(next(rung for rung in rungs_of(bench.entry) if rung.name == "auto"))
     factors = InfluenceModule(source.module).fit_factors(task.pass_loader())
-    inverse = block_inverse(
-        source.layout, factors, dict.fromkeys(source.plan.layers, damping), measured_eigenvalues
+    inverse = invert_blocks(
+        source.layout, factors, dict.fromkeys(source.plan.layers, damping), take_eigenvalues
     )
     train, queries = (source.gradients(table).float() for table in (task.train, task.queries))
     ggn, hessian = GaussNewtonOperator(source), HessianOperator(source)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
-from lightning_influence.methods.closed_form import block_inverse, kronecker_eigenvalues, measured_eigenvalues
+from lightning_influence.methods.closed_form import invert_blocks, multiply_eigenvalues, take_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.model.measurements import resolve_measurement
 from lightning_influence.model.plan import Layout, find_layers
@@ -23,7 +23,7 @@ from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
 
 OPERATORS = {"hessian": HessianOperator, "ggn": GaussNewtonOperator, "block_ggn": GaussNewtonOperator}
-FACTORED = {"ekfac": measured_eigenvalues, "kfac": kronecker_eigenvalues}
+FACTORED = {"ekfac": take_eigenvalues, "kfac": multiply_eigenvalues}
 
 
 class Source:
@@ -59,7 +59,7 @@ class Source:
         if name == "diagonal":
             return torch.diag(torch.diagonal(OPERATORS["ggn"](self).dense()))
         undamped = dict.fromkeys(self.plan.layers, 0.0)
-        inverse = block_inverse(self.layout, factors, undamped, FACTORED[name])
+        inverse = invert_blocks(self.layout, factors, undamped, FACTORED[name])
         double = {name: layer.to(dtype=torch.float64) for name, layer in inverse.layers.items()}
         matrix = BlockInverse(self.layout, double).multiply(torch.eye(self.layout.numel).double())
         return (matrix + matrix.T) / 2

@@ -24,7 +24,7 @@ from lightning_influence import InfluenceModule
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_influence.evaluation import random_subsets
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.model.plan import Layout, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
@@ -55,7 +55,7 @@ class Source:
         """Return EK-FAC's matrix in float64, from exact columns."""
         factors = InfluenceModule(self.module).fit_factors(self.task.pass_loader(), fisher="exact")
         undamped = dict.fromkeys(self.plan.layers, 0.0)
-        inverse = block_inverse(self.layout, factors, undamped, measured_eigenvalues)
+        inverse = invert_blocks(self.layout, factors, undamped, take_eigenvalues)
         double = {name: layer.to(dtype=torch.float64) for name, layer in inverse.layers.items()}
         matrix = BlockInverse(self.layout, double).multiply(torch.eye(self.layout.numel).double())
         return (matrix + matrix.T) / 2

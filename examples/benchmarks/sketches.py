@@ -21,11 +21,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceModule
-from lightning_influence.curvature.coarse_space import CoarseSpace, directions, probes
+from lightning_influence.curvature.coarse_space import CoarseSpace, build_directions, draw_probes
 from lightning_influence.curvature.inverse import BlockInverse
-from lightning_influence.curvature.two_level import TwoLevel, rescaled
+from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse
 from lightning_influence.linalg.block_krylov import Subspace, block_krylov
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import DenseGradients
 from lightning_influence.model.losses.draws import balanced_signs
@@ -128,7 +128,7 @@ class Problem:
         self.module.eval()
         flat = dict.fromkeys(self.plan.layers, damping)
         self.damping = damping
-        self.inverse: BlockInverse = block_inverse(self.layout, factors, flat, measured_eigenvalues)
+        self.inverse: BlockInverse = invert_blocks(self.layout, factors, flat, take_eigenvalues)
         self.p, self.energies, self.columns, self.train = self._examples(rows)
         self.queries = self._examples(queries)[3]
         flat_columns = self.columns.flatten(0, 1)
@@ -172,14 +172,14 @@ class Problem:
             name: DenseGradients(block[None])
             for name, block in self.layout.split(self.train[:ANCHORS]).items()
         }
-        Q, mixing = directions(self.layout, self.inverse, anchors)
-        W = probes(4, self.layout.numel, Q)
+        Q, mixing = build_directions(self.layout, self.inverse, anchors)
+        W = draw_probes(4, self.layout.numel, Q)
         space = CoarseSpace(self.layout, Q, Q @ G, W @ G, mixing, anchors, self.inverse, TRAIN)
         if not steps:
-            inverse = rescaled(self.inverse, space) if rescale else self.inverse
+            inverse = rescale_inverse(self.inverse, space) if rescale else self.inverse
             return TwoLevel(inverse, space).solve(self.queries)
         if exact:
-            operator = TwoLevel(rescaled(self.inverse, space), space)
+            operator = TwoLevel(rescale_inverse(self.inverse, space), space)
             return block_krylov(
                 lambda v: v @ self.G + self.damping * v,
                 operator.solve,

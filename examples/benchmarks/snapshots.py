@@ -19,7 +19,7 @@ from lightning_influence import InfluenceCallback, InfluenceModule
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.model.plan import Layout, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
@@ -137,4 +137,4 @@ class Checkpoint(Source):
         factors = InfluenceModule(self.module).fit_factors(self.task.pass_loader(), fisher="exact")
         damping = self.task.recipe.damping(len(self.task.train))
         named = dict.fromkeys(self.plan.layers, damping)
-        return block_inverse(self.layout, factors, named, measured_eigenvalues)
+        return invert_blocks(self.layout, factors, named, take_eigenvalues)

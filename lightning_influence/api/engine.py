@@ -14,14 +14,15 @@ from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
-from lightning_influence.methods.gathering import Gathered, GradientPass, gather, joined
+from lightning_influence.methods.gathering import Gathered, GradientPass, gather, join_scores
 from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
 from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
-from lightning_influence.methods.spectrum import SpectrumSettings, measured
-from lightning_influence.model.mean_loss import LossPass, LossSum, WeightedCount
+from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
+from lightning_influence.model.captured import LossSum, WeightedCount
+from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
-from lightning_influence.model.plan import LayerPlan, find_layers
+from lightning_influence.model.plan import LayerPlan, ModuleLoss, find_layers
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.averages import join_queries
 from lightning_influence.results.diagnostics import Diagnostics, PassFacts
@@ -30,7 +31,7 @@ from lightning_influence.results.top_k import StreamingExtremes
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare, prepare_train
 from lightning_influence.running.runner import Runner
-from lightning_influence.support.arguments import check_layers, is_count, to_plain_number
+from lightning_influence.support.arguments import check_callable, check_layers, is_count, to_plain_number
 from lightning_influence.support.notes import Notes
 
 
@@ -44,6 +45,7 @@ class Question:
         top_k: keep only this many of the strongest at either end; None for all scores.
         layers: names or patterns of the layers to cover.
         options: of the method, from :func:`~..methods.method.read_options`, or what all methods share.
+        loss: a callable ``(module, batch)`` in place of the training loss; None for the module's own.
 
     Raises:
         ValueError: if a setting is out of range, saying what was got and what is accepted.
@@ -55,6 +57,7 @@ class Question:
     top_k: int | None = None
     layers: Sequence[str] | None = None
     options: Options = field(default_factory=Options)
+    loss: ModuleLoss | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, find_method(self.method).options_type):
@@ -65,6 +68,7 @@ class Question:
         if top_k is not None and not is_count(top_k, 1):
             raise ValueError(f"Got top_k={top_k!r}; accepted are positive integers, or None for all scores.")
         check_layers(self.layers)
+        check_callable("loss", self.loss)
         if (
             self.measurement is not None and self.measurement != "hook"
         ):  # whether there is a hook is known with the module only
@@ -148,7 +152,7 @@ class Engine:
         scale = self._scale(scoring.losses, _is_loss(measured))
         diagnostics = self._diagnostics(method, measured.name, solved.residuals)
         dataloaders = asked.dataloaders if several else None
-        return joined(context, sink, scale, asked.indices, dataloaders, diagnostics)
+        return join_scores(context, sink, scale, asked.indices, dataloaders, diagnostics)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.
@@ -192,12 +196,14 @@ class Engine:
         solutions, residuals = method.solutions(asked.gradients)
         if _is_loss(measured):
             solutions = solutions / method.mean_weight
+        names = {id(p): name for name, p in self._runner.module.named_parameters()}
         result = {}
         for name, block in method.context.layout.split(solutions).items():
-            weight, bias = plan.layers[name].to_parameters(block)
-            result[f"{name}.weight"] = weight
+            layer = plan.layers[name]
+            weight, bias = layer.to_parameters(block)
+            result[names[id(layer.rule.weight(layer.module))]] = weight
             if bias is not None:
-                result[f"{name}.bias"] = bias
+                result[names[id(layer.rule.bias(layer.module))]] = bias
         return result, self._diagnostics(method, measured.name, residuals)
 
     def spectrum(self, train: Any, settings: SpectrumSettings) -> Spectrum:
@@ -210,7 +216,7 @@ class Engine:
         Returns:
             The spectrum.
         """
-        return measured(self._context(prepare_train(train)), settings)
+        return run_spectrum(self._context(prepare_train(train)), settings)
 
     def prepare(self, train: Any) -> None:
         """Run the passes that do not depend on queries; what they give is kept in the state."""
@@ -248,6 +254,13 @@ class Engine:
         uncovered = plan.describe_uncovered()
         if uncovered is not None:
             self._notes.add(uncovered)
+        hooked = [name for name, layer in plan.layers.items() if layer.has_gradient_hooks]
+        if hooked:
+            self._notes.add(
+                f"Hooks of the module's own change the gradients of the parameters of {hooked} in training. "
+                "Influence is of the gradients before these hooks: leave these layers out with layers= where "
+                "that is not what is asked."
+            )
         first = next(iter(plan.layers.values()))
         dtype = first.rule.weight(first.module).dtype
         weights = fingerprint(module)
@@ -265,8 +278,13 @@ class Engine:
         )
 
     def _plan(self, module: Any) -> LayerPlan:
-        """Return the covered layers, with what earlier calls found in order about the same model's loss."""
+        """Return the covered layers, with what earlier calls found in order about the same model's loss.
+
+        A loss of the call is looked at anew in each: functions that are told by nothing may differ in sign.
+        """
         plan = find_layers(module, self._question.layers)
+        if self._question.loss is not None:
+            return replace(plan, loss=self._question.loss)
         shapes = {name: layer.shape for name, layer in plan.layers.items()}
         model = compute_digest(type(module).__module__, type(module).__qualname__, shapes)
         plan = replace(plan, verified=self._state.verified.setdefault(model, set()))

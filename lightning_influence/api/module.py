@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import Self
 
 from lightning_influence.api.engine import Engine, Question
-from lightning_influence.collecting.state import state_from_checkpoint
+from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors, fingerprint, fingerprint_differs
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.edits.data import SetTargets
-from lightning_influence.edits.editor import Editor
+from lightning_influence.edits.editor import compute_edit, predict_change, select_parameters
 from lightning_influence.edits.parameter_edit import ParameterEdit
-from lightning_influence.edits.request import EditRequest, Examples, check_targets
-from lightning_influence.edits.rules import SelectionRule
-from lightning_influence.edits.selection import Selection
+from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
+from lightning_influence.edits.rules import Selection, SelectionRule
+from lightning_influence.edits.start import Start, set_out
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
 from lightning_influence.model.measurements import Measurement
+from lightning_influence.model.plan import ModuleLoss
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.running.host.checkpoints import load_weights, read_checkpoint
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.loop_runner import LoopRunner
-from lightning_influence.running.runner import Runner
 from lightning_influence.support.arguments import parse_options
+
+Answer = TypeVar("Answer")
 
 
 class EditsParameters:
@@ -74,8 +75,9 @@ class EditsParameters:
             ValueError: if there is nothing or everything to forget, or an option is out of range.
             InfluenceError: if the selected parameters cannot serve; the message says what to change.
         """
-        with self._editor(examples, train_dataloaders, None, None, validation, layers, options) as editor:
-            return editor.edit()
+        settings = parse_options(EditOptions, options)
+        request = EditRequest(examples, settings, validation=validation, layers=layers)
+        return self._ask(request, train_dataloaders, compute_edit)
 
     def relabel(
         self,
@@ -117,10 +119,9 @@ class EditsParameters:
             InfluenceError: if the selected parameters cannot serve; the message says what to change.
         """
         check_targets(new_targets)
-        with self._editor(
-            examples, train_dataloaders, new_targets, set_targets, validation, layers, options
-        ) as editor:
-            return editor.edit()
+        settings = parse_options(EditOptions, options)
+        request = EditRequest(examples, settings, new_targets, set_targets, validation, layers)
+        return self._ask(request, train_dataloaders, compute_edit)
 
     def select_parameters(
         self,
@@ -145,9 +146,9 @@ class EditsParameters:
         Returns:
             Masks by layer.
         """
-        options = {**options, "rule": rule, "ratio": ratio}
-        with self._editor(examples, train_dataloaders, None, None, None, layers, options) as editor:
-            return editor.select()
+        settings = parse_options(EditOptions, {**options, "rule": rule, "ratio": ratio})
+        request = EditRequest(examples, settings, layers=layers)
+        return self._ask(request, train_dataloaders, select_parameters)
 
     def generalized_influence(
         self,
@@ -170,27 +171,15 @@ class EditsParameters:
             By parameter name the change of the theoretical step, of the parameter's shape and zero where it
             was not selected. To add it to the parameters is ``forget(..., step="theory")``.
         """
-        options = {**options, "step": "theory"}
-        with self._editor(examples, train_dataloaders, None, None, None, layers, options) as editor:
-            return editor.direction()
+        settings = parse_options(EditOptions, {**options, "step": "theory"})
+        request = EditRequest(examples, settings, layers=layers)
+        return self._ask(request, train_dataloaders, predict_change)
 
-    @contextlib.contextmanager
-    def _editor(
-        self,
-        examples: Examples,
-        train: Any,
-        targets: Any,
-        set_targets: SetTargets | None,
-        validation: Any,
-        layers: Sequence[str] | None,
-        options: dict[str, Any],
-    ) -> Iterator[Editor]:
-        """Yield an editor on the borrowed module, once all that can be checked beforehand was."""
-        request = EditRequest(examples, targets, set_targets, validation, layers, options)
+    def _ask(self, request: EditRequest, train: Any, answer: Callable[[Start], Answer]) -> Answer:
+        """Return the answer to a request, once all that can be checked beforehand was."""
         data = request.split(train)
-        runner: Runner = self._runner()
-        with runner:
-            yield request.editor(runner, data, self.state.record)
+        with self._runner() as runner:
+            return answer(set_out(runner, request, data, self.state.record))
 
 
 class InfluenceModule(EditsParameters, LightningModule):
@@ -273,7 +262,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             TypeError: if the model is neither, or there are ``kwargs`` for an instance.
         """
         checkpoint = read_checkpoint(path)
-        state = state_from_checkpoint(checkpoint)
+        state = read_saved_state(checkpoint)
         inner = model.model if isinstance(model, InfluenceModule) else model
         loaded = load_weights(inner, path, checkpoint, kwargs)
         module = cls(loaded, state=state, progress=progress)
@@ -287,6 +276,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         *,
         method: str = "auto",
         layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
         **options: Any,
     ) -> Self:
         """Run the passes that no query is needed for: factors, and for ``"auto"`` the coarse space.
@@ -295,24 +285,31 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples: a loader, or ready-made batches.
             method: name of the method.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method.
 
         Returns:
             The module; :attr:`state` holds what was computed.
         """
-        question = Question(method, layers=layers, options=read_options(method, options))
+        question = Question(method, layers=layers, options=read_options(method, options), loss=loss)
         with self._runner() as runner:
             self._engine(runner, question).prepare(train_dataloaders)
         return self
 
     def fit_factors(
-        self, train_dataloaders: Any, *, layers: Sequence[str] | None = None, **options: Any
+        self,
+        train_dataloaders: Any,
+        *,
+        layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
+        **options: Any,
     ) -> Factors:
         """Fit Kronecker factors in a pass of their own; they replace those that are there.
 
         Args:
             train_dataloaders: the training examples: a loader, or ready-made batches.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method, such as ``fisher``.
 
         Returns:
@@ -326,7 +323,7 @@ class InfluenceModule(EditsParameters, LightningModule):
                 f"Got method={options['method']!r}; fit_factors has no method: its factors serve 'kfac', "
                 "'ekfac', 'auto' and all others. Pass the method to scores or self_influence."
             )
-        question = Question("ekfac", layers=layers, options=read_options("ekfac", options))
+        question = Question("ekfac", layers=layers, options=read_options("ekfac", options), loss=loss)
         state = InfluenceState(record=self.state.record)
         with self._runner() as runner:
             self._engine(runner, question, state).prepare(train_dataloaders)
@@ -343,6 +340,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         measurement: Measurement | None = None,
         top_k: int | None = None,
         layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
         **options: Any,
     ) -> Attributions:
         """Attribution scores, as :func:`lightning_influence.influence` computes them.
@@ -354,13 +352,14 @@ class InfluenceModule(EditsParameters, LightningModule):
             measurement: what is measured on queries.
             top_k: keep only the strongest at either end; all scores if None.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method, such as ``damping``.
 
         Returns:
             The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n``
             is removed.
         """
-        question = Question(method, measurement, top_k, layers, read_options(method, options))
+        question = Question(method, measurement, top_k, layers, read_options(method, options), loss)
         with self._runner() as runner:
             return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)
 
@@ -370,6 +369,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         *,
         method: str = "ekfac",
         layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
         **options: Any,
     ) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.
@@ -378,12 +378,13 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples: a loader, or ready-made batches.
             method: name of the method.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method.
 
         Returns:
             One score a training example.
         """
-        question = Question(method, layers=layers, options=read_options(method, options))
+        question = Question(method, layers=layers, options=read_options(method, options), loss=loss)
         with self._runner() as runner:
             return self._engine(runner, question).self_influence(train_dataloaders)
 
@@ -395,6 +396,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         method: str = "auto",
         measurement: Measurement | None = None,
         layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
         **options: Any,
     ) -> tuple[dict[str, Tensor], Diagnostics]:
         """Inverse-Hessian-vector products ``(H + damping)^{-1} g_q`` of the queries' gradients.
@@ -405,13 +407,16 @@ class InfluenceModule(EditsParameters, LightningModule):
             method: name of the method.
             measurement: what is measured on queries.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method.
 
         Returns:
             By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the
             residuals.
         """
-        question = Question(method, measurement, layers=layers, options=read_options(method, options))
+        question = Question(
+            method, measurement, layers=layers, options=read_options(method, options), loss=loss
+        )
         with self._runner() as runner:
             return self._engine(runner, question).ihvp(train_dataloaders, query_dataloaders)
 
@@ -421,6 +426,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         curvature: CurvatureName = "ggn",
         *,
         layers: Sequence[str] | None = None,
+        loss: ModuleLoss | None = None,
         **settings: Any,
     ) -> Spectrum:
         """Trace, leading eigenvalues, ranks and density of the curvature, with error estimates.
@@ -429,6 +435,7 @@ class InfluenceModule(EditsParameters, LightningModule):
             train_dataloaders: the training examples that the curvature is an average over.
             curvature: ``"ggn"`` for the Gauss-Newton matrix, or ``"hessian"``.
             layers: names or patterns of the layers to cover.
+            loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **settings: fields of :class:`~lightning_influence.methods.spectrum.SpectrumSettings`, such as
                 ``probes`` and ``steps``: it takes ``steps + 2`` passes over the data.
 
@@ -437,7 +444,9 @@ class InfluenceModule(EditsParameters, LightningModule):
         """
         with self._runner() as runner:
             chosen = parse_options(SpectrumSettings, {"curvature": curvature, **settings})
-            return self._engine(runner, Question(layers=layers)).spectrum(train_dataloaders, chosen)
+            return self._engine(runner, Question(layers=layers, loss=loss)).spectrum(
+                train_dataloaders, chosen
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the wrapped module computes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -13,17 +14,19 @@ from typing_extensions import Self
 
 from lightning_influence.api.engine import Engine, Question
 from lightning_influence.collecting.callback import InfluenceCallback
-from lightning_influence.collecting.state import state_from_checkpoint
+from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.averages import average_attributions
+from lightning_influence.running.host.attributes import TRANSFER_HOOKS, defines
 from lightning_influence.running.host.checkpoints import remember_weights
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.host.packages import is_lightning
 from lightning_influence.running.host.trainer import find_last_fit
 from lightning_influence.running.trainer_runner import TrainerRunner
+from lightning_influence.support.errors import InfluenceWarning
 
 
 class Session:
@@ -63,11 +66,13 @@ class Session:
         restore: list[Callback] = [self._reader] if self._own is None else [self._own, self._reader]
         # Asked now: loading a checkpoint lets go of the loader for the time being.
         self._fitted, last_datamodule = find_last_fit(trainer)
+        applies = datamodule is None and (model is None or trainer.lightning_module is model)
+        self._last_datamodule = last_datamodule if applies else None
         self.runner = TrainerRunner(
             trainer,
             model,
             datamodule=datamodule,
-            hooks_of=last_datamodule if model is None or trainer.lightning_module is model else None,
+            hooks_of=self._last_datamodule,
             ckpt_path=ckpt_path,
             restore=restore,
         )
@@ -109,10 +114,24 @@ class Session:
     def find_train_loader(self, given: Any) -> Any:
         """Return the loader that was given, or those of the datamodule, the last fit, or the module."""
         if given is not None:
+            self._tell_of_hooks()
             return given
         if self._fitted is None or self.runner.datamodule is not None:
             return self.runner.train_dataloaders()
         return self._fitted
+
+    def _tell_of_hooks(self) -> None:
+        """Say so if loaders that were passed go through the hooks of a datamodule that was not."""
+        last = self._last_datamodule
+        hooks = [hook for hook in TRANSFER_HOOKS if last is not None and defines(last, hook)]
+        if hooks:
+            warnings.warn(
+                f"The loaders that were passed go through {', '.join(hooks)} of {type(last).__name__}, the "
+                "datamodule of the last fit. Pass datamodule= to say that this is meant; ask about loaders "
+                "that need no hooks with a Trainer that was not fitted with it.",
+                InfluenceWarning,
+                stacklevel=3,
+            )
 
     def find_query_loaders(self, given: Any) -> Any:
         """Return the loaders that were given, or those of the datamodule or the module."""
@@ -141,7 +160,7 @@ class _CheckpointReader(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Read the state."""
-        self.state = state_from_checkpoint(checkpoint)
+        self.state = read_saved_state(checkpoint)
 
 
 def average_over_checkpoints(

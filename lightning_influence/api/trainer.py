@@ -1,4 +1,4 @@
-"""``trainer.influence(...)``: the entry points for a Lightning Trainer."""
+"""``trainer.influence``, ``self_influence``, ``forget`` and ``relabel``: the entry points for a Trainer."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lightning_influence.api.editing import forget, relabel
 from lightning_influence.api.engine import Question
 from lightning_influence.api.session import Session, average_over_checkpoints, check_name, read_paths
 from lightning_influence.curvature.factors import Factors
+from lightning_influence.edits.data import SetTargets
+from lightning_influence.edits.editor import compute_edit
+from lightning_influence.edits.parameter_edit import ParameterEdit
+from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
+from lightning_influence.edits.start import set_out
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.options import Damping
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.measurements import Measurement
+from lightning_influence.model.plan import ModuleLoss
 from lightning_influence.results.attributions import Attributions
-from lightning_influence.results.loggers import log_attributions
+from lightning_influence.results.loggers import log_attributions, log_edit
 from lightning_influence.results.ranking import Labels, to_labels
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.running.host.trainer import register_trainer_method
+from lightning_influence.support.arguments import parse_options
+from lightning_influence.support.errors import UnsupportedTrainerError
 
 
 def influence(
@@ -33,6 +40,7 @@ def influence(
     method: str = "auto",
     damping: Damping = "auto",
     measurement: Measurement | None = None,
+    loss: ModuleLoss | None = None,
     top_k: int | None = None,
     ckpt_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     layers: Sequence[str] | None = None,
@@ -72,11 +80,15 @@ def influence(
         measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or
             ``"hook"`` for the
             module's ``influence_measurement``, which is also the default if it is defined; else the loss.
+        loss: a callable ``(module, batch)`` that returns the losses of the examples ``(B,)``, or the loss of
+            the batch, where the training step's own couples the examples or cannot be found; it is compared
+            with the step's gradient. None for the loss of ``training_step``, or of ``influence_loss``.
         top_k: keep only the strongest ``top_k`` at either end of each ranking; all scores if None.
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
             A list of them, such as runs that differ in the seed alone, gives the average of their answers,
             which predicts retraining better than one (the module keeps its own weights then).
-        layers: names or shell patterns of the layers to cover; all supported ones if None.
+        layers: names or shell patterns of the layers to cover, with ``!`` before of those to leave out; all
+            supported ones if None.
         factors: factors to use, or ``"refit"`` to fit them anew; by default the callback's, if it has any.
         fisher: what factors are made of: random mixtures of the columns of the output curvature
             (``"mixed"``), labels drawn from the model (``"sampled"``), all columns (``"exact"``) or the
@@ -115,7 +127,7 @@ def influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, measurement, top_k, layers, read_options(method, further))
+    question = Question(method, measurement, top_k, layers, read_options(method, further), loss)
     to_labels(labels)
     check_name(name)
     paths = read_paths(ckpt_path)
@@ -146,6 +158,7 @@ def self_influence(
     *,
     method: str = "ekfac",
     damping: Damping = "auto",
+    loss: ModuleLoss | None = None,
     ckpt_path: str | os.PathLike[str] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
@@ -168,6 +181,7 @@ def self_influence(
         method: as in :func:`influence`; EK-FAC by default, which needs two small products an example and
             layer.
         damping: as in :func:`influence`.
+        loss: as in :func:`influence`.
         ckpt_path: ``"best"``, ``"last"`` or one path, as in :func:`influence`.
         layers: as in :func:`influence`.
         factors: as in :func:`influence`.
@@ -195,7 +209,7 @@ def self_influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, layers=layers, options=read_options(method, further))
+    question = Question(method, layers=layers, options=read_options(method, further), loss=loss)
     to_labels(labels)
     check_name(name)
     path = read_paths(ckpt_path)
@@ -211,19 +225,6 @@ def self_influence(
     if log:
         _log(trainer, result, name, labels)
     return result
-
-
-class InfluenceTrainer(Trainer):
-    """A Lightning ``Trainer`` that can be asked for influence and edits; everything else is as it was."""
-
-    influence = influence
-    self_influence = self_influence
-    forget = forget
-    relabel = relabel
-
-
-for function in (influence, self_influence, forget, relabel):
-    register_trainer_method(function)
 
 
 def _check_several(top_k: int | None, factors: Factors | Literal["refit"] | None) -> None:
@@ -250,3 +251,152 @@ def _log(trainer: Trainer, result: Attributions | SelfInfluence, name: str, labe
     log_attributions(
         trainer.loggers, result, step=trainer.global_step, name=name, directory=target, labels=labels
     )
+
+
+def forget(
+    trainer: Trainer,
+    examples: Examples,
+    model: LightningModule | None = None,
+    train_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    *,
+    validation: Any = None,
+    ckpt_path: str | os.PathLike[str] | None = None,
+    layers: Sequence[str] | None = None,
+    log: bool = True,
+    name: str = "forget",
+    **options: Any,
+) -> ParameterEdit:
+    """Compute an edit after which the model no longer knows some training examples.
+
+    The passes run on the Trainer's device, with its progress bar; on one process only. After ``apply()`` the
+    model is an ordinary one: ``trainer.save_checkpoint`` writes it, ``load_from_checkpoint`` reads it.
+
+    Args:
+        trainer: the Trainer; a recorded training run, in its callback or the checkpoint, gives the weight
+            decay.
+        examples: dataset indices of the examples to forget, or a boolean mask over the dataset.
+        model: the trained module; by default the one the Trainer ran last.
+        train_dataloaders: the training examples; by default those of the datamodule, of the module, or of
+            the last fit.
+        datamodule: where the loader comes from if it is not given.
+        validation: data whose loss is reported as that of the kept data. Do not pass test data.
+        ckpt_path: ``"best"``, ``"last"`` or a path: weights to load first, which stay in the model.
+        layers: names or shell patterns of the layers that may change.
+        log: whether to log the report to the Trainer's loggers, and the edit to a file in its log directory.
+        name: prefix of what is logged, and name of the folder of files.
+        **options: fields of :class:`~lightning_influence.edits.EditOptions`, as in
+            :meth:`InfluenceModule.forget <lightning_influence.InfluenceModule.forget>`.
+
+    Returns:
+        The edit, not applied.
+
+    Raises:
+        ValueError: if there is nothing or everything to forget, or an option is out of range.
+        InfluenceError: a subclass that says what is not supported and what to do.
+    """
+    check_name(name)
+    request = EditRequest(examples, parse_options(EditOptions, options), validation=validation, layers=layers)
+    return _edit(trainer, request, model, train_dataloaders, datamodule, ckpt_path, name if log else None)
+
+
+def relabel(
+    trainer: Trainer,
+    examples: Examples,
+    new_targets: Any,
+    model: LightningModule | None = None,
+    train_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    *,
+    set_targets: SetTargets | None = None,
+    validation: Any = None,
+    ckpt_path: str | os.PathLike[str] | None = None,
+    layers: Sequence[str] | None = None,
+    log: bool = True,
+    name: str = "relabel",
+    **options: Any,
+) -> ParameterEdit:
+    """Compute an edit after which the model has learned other targets for some training examples.
+
+    Args:
+        trainer: as in :func:`forget`, like all arguments that are not listed here.
+        examples: dataset indices of the examples, or a boolean mask over the dataset.
+        new_targets: one target for each of them, in their order, or one for all.
+        model: as in :func:`forget`.
+        train_dataloaders: as in :func:`forget`.
+        datamodule: as in :func:`forget`.
+        set_targets: puts targets into a batch: ``(batch, rows, targets) -> batch``, a copy. Not needed for
+            batches that are pairs ``(inputs, targets)``.
+        validation: data that take the place of the kept examples in what a search for the step minimises,
+            and in the report; with a given step they are only reported. Do not pass test data.
+        ckpt_path: as in :func:`forget`.
+        layers: as in :func:`forget`.
+        log: as in :func:`forget`.
+        name: as in :func:`forget`.
+        **options: fields of :class:`~lightning_influence.edits.EditOptions`, as in
+            :meth:`InfluenceModule.relabel <lightning_influence.InfluenceModule.relabel>`.
+
+    Returns:
+        The edit, not applied.
+
+    Raises:
+        ValueError: if there is nothing or everything to edit, the targets do not match the examples, or an
+            option is out of range.
+        InfluenceError: a subclass that says what is not supported and what to do.
+    """
+    check_targets(new_targets)
+    check_name(name)
+    request = EditRequest(
+        examples, parse_options(EditOptions, options), new_targets, set_targets, validation, layers
+    )
+    return _edit(trainer, request, model, train_dataloaders, datamodule, ckpt_path, name if log else None)
+
+
+def _edit(
+    trainer: Trainer,
+    request: EditRequest,
+    model: LightningModule | None,
+    train_dataloaders: Any,
+    datamodule: LightningDataModule | None,
+    ckpt_path: str | os.PathLike[str] | None,
+    name: str | None,
+) -> ParameterEdit:
+    """Run an edit through the Trainer, and log it under a name if there is one.
+
+    Returns:
+        The edit.
+
+    Raises:
+        TypeError: if an argument is of a wrong type.
+        UnsupportedTrainerError: if the Trainer has several processes.
+    """
+    path = read_paths(ckpt_path)
+    if isinstance(path, list):
+        raise TypeError(f"Got ckpt_path={ckpt_path!r}; an edit is of one checkpoint.")
+    session = Session(trainer, model, datamodule, path, None)
+    processes = max(trainer.world_size, trainer.num_devices * trainer.num_nodes)
+    if processes > 1:  # before any of them starts
+        raise UnsupportedTrainerError(
+            f"The Trainer has {processes} processes; edits run on one. Pass a Trainer with "
+            "devices=1 (and num_nodes=1), such as Trainer(devices=1), and the same model or ckpt_path."
+        )
+    with session:
+        data = request.split(session.find_train_loader(train_dataloaders))
+        edit = compute_edit(set_out(session.runner, request, data, session.record))
+    if name is not None:
+        directory = trainer.log_dir if trainer.loggers else None
+        log_edit(trainer.loggers, edit, step=trainer.global_step, name=name, directory=directory)
+    return edit
+
+
+class InfluenceTrainer(Trainer):
+    """A Lightning ``Trainer`` that can be asked for influence and edits; everything else is as it was."""
+
+    influence = influence
+    self_influence = self_influence
+    forget = forget
+    relabel = relabel
+
+
+for function in (influence, self_influence, forget, relabel):
+    register_trainer_method(function)

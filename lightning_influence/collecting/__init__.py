@@ -1,1 +1,1 @@
-"""Collecting: the callback, and what it sums up during ``fit``."""
+"""Collecting: the callback, what it sums up during ``fit``, when it does, and what it keeps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,25 +27,26 @@ from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.live_capture import (
     check_not_compiled,
-    collecting_alone,
     describe_coupling,
     describe_other_loss,
+    pause_other_captures,
 )
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.plan import ModuleLoss, find_layers
 from lightning_influence.running.host.fit import (
     LOSS_NOT_SEEN,
     SEVERAL_BACKWARDS,
-    all_reduce,
-    aside,
-    batch_size_of,
     check_collectable,
-    forward_context,
-    log_every,
-    loss_wrapping,
-    planned_batches,
+    count_examples,
+    count_planned_batches,
+    enter_precision,
+    make_all_reduce,
+    read_log_interval,
+    read_loss_divisor,
     refuse_step,
+    set_aside,
     will_step,
 )
+from lightning_influence.running.host.packages import make_callback_class
 from lightning_influence.running.host.trainer import attach_methods, keep_last_fit
 from lightning_influence.support.errors import (
     InfluenceError,
@@ -53,6 +54,9 @@ from lightning_influence.support.errors import (
     NonFiniteError,
 )
 from lightning_influence.support.notes import Notices
+
+if not TYPE_CHECKING:  # a class that is made is no class to type checkers
+    Callback = make_callback_class()
 
 
 class InfluenceCallback(Callback):
@@ -76,7 +80,8 @@ class InfluenceCallback(Callback):
     The sums are those of the training itself: dropout and augmentations are on, and BatchNorm uses the batch.
 
     Args:
-        layers: names or shell patterns of the modules to cover; all supported ones if None.
+        layers: names or shell patterns of the modules to cover, with ``!`` before of those to leave out; all
+            supported ones if None.
         fisher: ``"mixed"`` for random mixtures of the columns of the loss's curvature in the outputs, which
             are right on average and vary least; ``"sampled"`` for labels drawn from the model;
             ``"empirical"`` for the training labels.
@@ -85,9 +90,12 @@ class InfluenceCallback(Callback):
         log_statistics: log figures of the curvature and the gradients under ``influence/``.
         seed: seed of the draws; the global random state is never used.
         strict: raise an error where collecting would otherwise stop with a warning.
+        loss: a callable ``(module, batch)`` that returns the losses of the examples ``(B,)``, or the loss of
+            the batch, where the training step's own couples the examples or cannot be found. It runs in
+            addition to the step, on a copy of the batch, and should be given to the questions as well.
 
     Raises:
-        TypeError: if ``layers`` is no list of texts.
+        TypeError: if ``layers`` is no list of texts, or ``loss`` cannot be called.
         ValueError: if another setting is out of range.
     """
 
@@ -100,8 +108,9 @@ class InfluenceCallback(Callback):
         log_statistics: bool = True,
         seed: int = 0,
         strict: bool = False,
+        loss: ModuleLoss | None = None,
     ) -> None:
-        self._settings = Settings(layers, fisher, every_n_steps, overhead, log_statistics, seed, strict)
+        self._settings = Settings(layers, fisher, every_n_steps, overhead, log_statistics, seed, strict, loss)
         self._kept = Kept(self._settings)
         self._collector: Collector | None = None  # of this fit, or the last; None if it collects nothing
         self._figures = Figures(log_statistics)
@@ -155,7 +164,7 @@ class InfluenceCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and continue what was collected before if it belongs to these weights."""
         self._collector = None
-        processes = Processes(trainer.global_rank, trainer.world_size, all_reduce(trainer))
+        processes = Processes(trainer.global_rank, trainer.world_size, make_all_reduce(trainer))
         with self._guarded():
             self._collector = self._start(trainer, pl_module, processes)
         if processes.share is not None:  # all collect or none: they will wait for each other
@@ -189,12 +198,12 @@ class InfluenceCallback(Callback):
         with self._guarded():
             if not collector.begin_batch():
                 return
-            size = self._batch_size = batch_size_of(trainer, batch, batch_idx)
-            if not callable(getattr(pl_module, "influence_loss", None)):
+            size = self._batch_size = count_examples(trainer, batch, batch_idx)
+            if self._settings.loss is None and not callable(getattr(pl_module, "influence_loss", None)):
                 collector.live.open(pl_module)
                 return
-            with aside(trainer, pl_module, batch) as own:
-                captured = collector.live.run_hook(pl_module, own, size, forward_context(trainer))
+            with set_aside(trainer, pl_module, batch) as own:
+                captured = collector.live.run_hook(pl_module, own, size, enter_precision(trainer))
                 self._add(trainer, pl_module, captured)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -207,14 +216,14 @@ class InfluenceCallback(Callback):
             if collector.live.is_open:
                 collector.live.close()
                 self._from_backward = True
-                divisor, wrappers = loss_wrapping(trainer, pl_module)
-                with aside(trainer, pl_module):
-                    captured = collector.live.resolve(loss, self._batch_size, divisor, wrappers)
+                divisor = read_loss_divisor(trainer, pl_module)
+                with set_aside(trainer, pl_module):
+                    captured = collector.live.resolve(loss, self._batch_size, divisor)
                     self._add(trainer, pl_module, captured)
             elif self._from_backward and self._backwards > 1:
                 refuse_step(SEVERAL_BACKWARDS)
             elif self._hooked is not None and self._backwards == 1:
-                divisor, _ = loss_wrapping(trainer, pl_module)
+                divisor = read_loss_divisor(trainer, pl_module)
                 self._say(describe_other_loss(self._hooked, loss.detach() * divisor), "other loss")
 
     def on_before_optimizer_step(
@@ -293,13 +302,14 @@ class InfluenceCallback(Callback):
         check_not_compiled(module)
         # Parameters that are blocks by themselves are fitted in a pass after the fit: they count as covered.
         uncovered = find_layers(module, self._settings.layers).uncovered
-        plan = replace(find_layers(module, self._settings.layers, parameters=False), uncovered=uncovered)
+        plan = find_layers(module, self._settings.layers, parameters=False)
+        plan = replace(plan, uncovered=uncovered, loss=self._settings.loss)
         self._say(plan.describe_uncovered())
         self._say(describe_coupling(module))
         why = self._kept.continue_or_reset(module, plan)
         self._say(why and f"What was collected in an earlier fit is dropped: {why}")
         run = self._kept.run
-        run.schedule.set_horizon(planned_batches(trainer, run.schedule.steps))
+        run.schedule.set_horizon(count_planned_batches(trainer, run.schedule.steps))
         if self._kept.restored and processes.rank > 0:  # what was loaded are sums over all processes
             run.sums = run.sums.emptied()
         self._kept.restored = False
@@ -310,9 +320,11 @@ class InfluenceCallback(Callback):
         collector = self._collector
         assert collector is not None
         self._hooked = None if captured.values is None else captured.values.detach()
-        measure = self._figures.due(trainer.loggers, collector.run.schedule.steps, log_every(trainer))
-        with collecting_alone():
-            self._figures.take(collector.add(captured, module, measure=measure))
+        measure = self._figures.is_due(
+            trainer.loggers, collector.run.schedule.steps, read_log_interval(trainer)
+        )
+        with pause_other_captures():
+            self._figures.keep(collector.add(captured, module, measure=measure))
         collector.close()
 
     def _finish(self, trainer: Trainer, module: LightningModule, final: WindowSums | None) -> None:

@@ -10,7 +10,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lightning_influence.collecting.figures import noise_and_signal, spectrum, squared_norms
+from lightning_influence.collecting.figures import (
+    estimate_noise_and_signal,
+    measure_spectrum,
+    sum_squared_norms,
+)
 from lightning_influence.collecting.schedule import Costs
 from lightning_influence.collecting.state import Run, Settings
 from lightning_influence.collecting.sums import AllReduce, WindowSums, copy_statistics
@@ -162,7 +166,7 @@ class Collector:
         else:
             add_squares(run.sums.current, gradients)
         run.sums.settle(run.schedule.planned, run.schedule.taken)
-        pair = noise_and_signal(captured.loss_gradients()) if noisy else None
+        pair = estimate_noise_and_signal(captured.loss_gradients()) if noisy else None
         if pair is not None:
             run.noise = [_NOISE_MEMORY * old + x for old, x in zip(run.noise, (*pair, 1.0), strict=True)]
         return self._measure(gradients) if measure else {}
@@ -288,9 +292,9 @@ class Collector:
 
     def _measure(self, gradients: Mapping[str, FactoredGradients]) -> dict[str, float]:
         run, best = self.run, self.run.sums.best
-        figures = spectrum(best)
+        figures = measure_spectrum(best)
         if all(layer.inputs.shape[2] == 1 for layer in gradients.values()):
-            figures["trace"] = float(squared_norms(gradients).mean()) / best.mean_weight
+            figures["trace"] = float(sum_squared_norms(gradients).mean()) / best.mean_weight
         noise, signal, _ = run.noise
         if noise > 0 and signal > 0:
             figures["noise_scale"] = noise / signal

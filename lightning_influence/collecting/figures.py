@@ -14,7 +14,7 @@ from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.layers import Layer
 
 
-def squared_norms(gradients: Mapping[str, FactoredGradients]) -> Tensor:
+def sum_squared_norms(gradients: Mapping[str, FactoredGradients]) -> Tensor:
     """Return the squared norm of each example's gradient over all layers, summed over seeds, ``(B,)``."""
     parts = []
     for layer in gradients.values():
@@ -29,7 +29,7 @@ def squared_norms(gradients: Mapping[str, FactoredGradients]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def noise_and_signal(gradients: Mapping[str, FactoredGradients]) -> tuple[float, float] | None:
+def estimate_noise_and_signal(gradients: Mapping[str, FactoredGradients]) -> tuple[float, float] | None:
     """Estimate the two parts of the gradient noise scale from one batch of per-example gradients.
 
     Args:
@@ -40,7 +40,7 @@ def noise_and_signal(gradients: Mapping[str, FactoredGradients]) -> tuple[float,
         their expectation; None for fewer than two examples. The ratio of their averages over batches is the
         simple noise scale in examples (McCandlish, Kaplan, Amodei et al. 2018).
     """
-    each = squared_norms(gradients)
+    each = sum_squared_norms(gradients)
     count = each.shape[0]
     if count < 2:
         return None
@@ -52,7 +52,7 @@ def noise_and_signal(gradients: Mapping[str, FactoredGradients]) -> tuple[float,
     return float(noise), float(mean - noise / count)
 
 
-def spectrum(factors: Factors) -> dict[str, float]:
+def measure_spectrum(factors: Factors) -> dict[str, float]:
     """Return trace, largest eigenvalue and stable rank of EK-FAC; nothing without eigenvalues.
 
     The stable rank is that of the Jacobian whose Gram matrix the curvature is: trace over largest eigenvalue.
@@ -67,7 +67,7 @@ def spectrum(factors: Factors) -> dict[str, float]:
     return {**result, "stable_rank": trace / largest} if largest > 0 else result
 
 
-def gradient_norms(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, float]:
+def measure_gradient_norms(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, float]:
     """Return norms of the gradients that are there: of all parameters together, and of each layer."""
     named = [(name, _dense(p.grad)) for name, p in module.named_parameters() if p.grad is not None]
     if not named:
@@ -103,11 +103,11 @@ class Figures:
         """Begin a step."""
         self._values = None
 
-    def due(self, loggers: Sequence[Any], steps: int, every: int) -> bool:
+    def is_due(self, loggers: Sequence[Any], steps: int, every: int) -> bool:
         """Return whether to measure figures of this step: at most one in ``every``, if anybody logs."""
         return self._enabled and bool(loggers) and (self._last is None or steps - self._last >= every)
 
-    def take(self, values: dict[str, float]) -> None:
+    def keep(self, values: dict[str, float]) -> None:
         """Take up what was measured on the step's gradients by example; nothing if it was not due."""
         self._values = values
 
@@ -117,7 +117,7 @@ class Figures:
         """Add what the optimizer is about to do, if there are figures of this step."""
         if self._values:
             group = optimizer.param_groups[0]
-            self._values.update(gradient_norms(module, layers))
+            self._values.update(measure_gradient_norms(module, layers))
             self._values["effective_learning_rate"] = effective_rate(group)
             self._values["weight_decay"] = float(group.get("weight_decay", 0.0))
 

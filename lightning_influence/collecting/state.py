@@ -15,8 +15,9 @@ from lightning_influence.collecting.sums import WindowSums
 from lightning_influence.curvature.factors import Factors, fingerprint_differs
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import Family, TrainingRecord
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.support.arguments import (
+    check_callable,
     check_count,
     check_layers,
     is_count,
@@ -40,7 +41,7 @@ class Settings:
     """What a user asks for, with what it means in :class:`~lightning_influence.InfluenceCallback`.
 
     Raises:
-        TypeError: if ``layers`` is no list of texts.
+        TypeError: if ``layers`` is no list of texts, or ``loss`` cannot be called.
         ValueError: if another setting is out of range, saying what was got and what is accepted.
     """
 
@@ -51,8 +52,10 @@ class Settings:
     statistics: bool = True
     seed: int = 0
     strict: bool = False
+    loss: ModuleLoss | None = None
 
     def __post_init__(self) -> None:
+        check_callable("loss", self.loss)
         if isinstance(self.layers, Iterable) and not isinstance(self.layers, str):
             self.layers = list(self.layers)  # it may be passed over once only
         check_layers(self.layers)
@@ -274,7 +277,7 @@ class Kept:
         self.fingerprint, self.extra_state = dict(state["fingerprint"]), dict(state["extra_state"])
 
 
-def state_from_checkpoint(checkpoint: Mapping[str, Any]) -> InfluenceState | None:
+def read_saved_state(checkpoint: Mapping[str, Any]) -> InfluenceState | None:
     """Read what an :class:`~lightning_influence.InfluenceCallback` saved, whatever its settings were.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics, eigenbasis
+from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics, compute_eigenbasis
 from lightning_influence.model.layers import Layer
 
 #: Sums a tensor over all processes in place and returns it; every process has to call it.
@@ -82,7 +82,7 @@ class WindowSums:
         """
         bases: dict[str, Eigenbasis] = {}
         for name, layer in totals.items():
-            bases[name] = eigenbasis(name, layer, layer.inputs.dtype)
+            bases[name] = compute_eigenbasis(name, layer, layer.inputs.dtype)
         for name, basis in bases.items():
             self.current.layers[name].set_basis(basis)
 

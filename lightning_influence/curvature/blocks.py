@@ -55,9 +55,9 @@ class DenseBlockPass(CurvaturePass):
     Args:
         plan: the covered layers.
         blocks: see :func:`block_indices`.
-        fisher: see :class:`~.columns.CurvaturePass`; every column by default.
-        draws: see :class:`~.columns.CurvaturePass`.
-        seed: see :class:`~.columns.CurvaturePass`.
+        fisher: see :class:`~.passes.CurvaturePass`; every column by default.
+        draws: see :class:`~.passes.CurvaturePass`.
+        seed: see :class:`~.passes.CurvaturePass`.
     """
 
     description = "Influence: dense curvature blocks"

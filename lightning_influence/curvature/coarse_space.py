@@ -29,10 +29,10 @@ class CoarseSpace:
         layout: the order of flat vectors.
         directions: ``Q``, ``(m, P)``, orthonormal rows.
         product: ``G Q``, ``(m, P)``.
-        probe_product: ``G`` times the random probes of :func:`probes`, ``(s, P)``; it prices residuals.
+        probe_product: ``G`` times the random probes of :func:`draw_probes`, ``(s, P)``; it prices residuals.
         mixing: ``(m, M)``: ``Q = mixing @ P_0^{-1} anchors``.
         anchors: gradients of the ``M`` anchors by layer, for scores in factored form; of a layer whose
-            gradients are no single product, :func:`scored` leaves none.
+            gradients are no single product, :func:`join_scored` leaves none.
         inverse: ``P_0``.
         examples: number of curvature examples in the products.
         mixtures: random mixtures of an example's curvature columns that stand for all in the products; 0 if
@@ -156,7 +156,7 @@ def _gradients(state: Mapping[str, Any], prefix: str) -> LayerGradients | None:
     return None
 
 
-def directions(
+def build_directions(
     layout: Layout, inverse: BlockInverse, anchors: Mapping[str, LayerGradients]
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal basis of the preconditioned anchors.
@@ -170,11 +170,11 @@ def directions(
         ``Q (m, P)`` and ``mixing (m, M)`` with ``Q = mixing @ P^{-1} anchors``; ``m < M`` if the anchors are
         dependent.
     """
-    basis, mixing, _ = orthonormalise(preconditioned(layout, inverse, anchors))
+    basis, mixing, _ = orthonormalise(precondition(layout, inverse, anchors))
     return basis, mixing
 
 
-def preconditioned(layout: Layout, inverse: BlockInverse, gradients: Mapping[str, LayerGradients]) -> Tensor:
+def precondition(layout: Layout, inverse: BlockInverse, gradients: Mapping[str, LayerGradients]) -> Tensor:
     """Return ``P^{-1}`` times gradients with ``K = 1``, ``(B, P)``, made layer by layer."""
     first = next(iter(gradients.values()))
     result, start = first.select(slice(0, 0)).dense().new_zeros(first.num_examples, layout.numel), 0
@@ -186,7 +186,7 @@ def preconditioned(layout: Layout, inverse: BlockInverse, gradients: Mapping[str
     return result
 
 
-def scored(parts: Sequence[Mapping[str, LayerGradients]]) -> dict[str, LayerGradients]:
+def join_scored(parts: Sequence[Mapping[str, LayerGradients]]) -> dict[str, LayerGradients]:
     """Join gradients of several groups of examples, but keep only those that are scored in factored form.
 
     Args:
@@ -206,7 +206,7 @@ def scored(parts: Sequence[Mapping[str, LayerGradients]]) -> dict[str, LayerGrad
     return result
 
 
-def extended(
+def extend_space(
     space: CoarseSpace,
     vectors: Tensor,
     anchors: Mapping[str, LayerGradients],
@@ -234,17 +234,17 @@ def extended(
         directions=torch.cat([space.directions, fresh]),
         product=torch.cat([space.product, product(fresh)]),
         mixing=torch.cat([top, bottom]),
-        anchors=scored([space.anchors, anchors]),
+        anchors=join_scored([space.anchors, anchors]),
     )
 
 
-def probes(count: int, numel: int, like: Tensor) -> Tensor:
+def draw_probes(count: int, numel: int, like: Tensor) -> Tensor:
     """Return random signs ``(count, numel)``, the same at every call: ``E[(w^T r)^2] = ||r||^2``."""
-    return probe_bits(count, numel).to(like.device, like.dtype)
+    return draw_signs(count, numel).to(like.device, like.dtype)
 
 
-def probe_bits(count: int, numel: int) -> Tensor:
-    """Return the signs of :func:`probes` in a byte each.
+def draw_signs(count: int, numel: int) -> Tensor:
+    """Return the signs of :func:`draw_probes` in a byte each.
 
     They are drawn on the CPU: a coarse space that was built on one kind of device may be used on another.
     """

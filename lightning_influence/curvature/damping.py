@@ -8,6 +8,8 @@ from typing import Literal
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.training_record import LayerRecord, TrainingRecord
 
+# Shares of a layer's mean eigenvalue: the usual heuristic (Grosse et al. 2023), and that of closed forms; the
+# numbers of resolve_damping's docstring are from examples/benchmarks/damping_rules.py.
 _HEURISTIC = 0.1
 _CLOSED_FORM = 0.03
 _UNRESOLVED = 4.0
@@ -72,7 +74,7 @@ def resolve_damping(
     return _from_run(factors, record)
 
 
-def mean_eigenvalue(factors: Factors, name: str) -> float:
+def average_eigenvalues(factors: Factors, name: str) -> float:
     """Return the mean of the layer's ``Lambda``, or of its Kronecker product if no squares were summed."""
     layer = factors.layers[name]
     moment = layer.second_moment()
@@ -84,7 +86,7 @@ def mean_eigenvalue(factors: Factors, name: str) -> float:
 
 
 def _share(factors: Factors, share: float) -> dict[str, float]:
-    return {name: share * mean_eigenvalue(factors, name) for name in factors.layers}
+    return {name: share * average_eigenvalues(factors, name) for name in factors.layers}
 
 
 def _from_run(factors: Factors, record: TrainingRecord | None) -> tuple[dict[str, float], str]:
@@ -108,7 +110,7 @@ def _level(factors: Factors) -> dict[str, float]:
     On the digits MLP it is 2.2 times the run's own damping, on a digits CNN half of it; a tenth of each
     layer's mean, the usual heuristic, is far too small for the full system there.
     """
-    values = [mean_eigenvalue(factors, name) for name in factors.layers]
+    values = [average_eigenvalues(factors, name) for name in factors.layers]
     return dict.fromkeys(factors.layers, sum(values) / max(len(values), 1))
 
 

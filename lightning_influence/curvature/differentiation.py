@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from lightning_influence.model.layers import Layer
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 
-# Memory for the gradients that flow back at once; a batched pass holds a copy of everything a vector.
+# Chosen by hand: memory for what flows back at once; a batched pass holds a copy of everything a vector.
 _BATCHED_BYTES = 2**28
 # How autograd says that an operation has no second derivative.
 _NO_DERIVATIVE = ("is not implemented", "once_differentiable", "not differentiable")
@@ -39,7 +40,9 @@ def differentiable_twice(module: nn.Module) -> Iterator[None]:
         if any(isinstance(part, nn.RNNBase) for part in module.modules()):
             # Other flags as they are: what their defaults would set, not all versions of torch put back.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False, allow_tf32=None))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False, allow_tf32=None))
+            mkldnn: Any = torch.backends.mkldnn  # which has that flag in newer versions
+            kept = {"allow_tf32": None} if hasattr(mkldnn, "allow_tf32") else {}
+            stack.enter_context(mkldnn.flags(enabled=False, **kept))
         yield
 
 

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Factors, LayerStatistics, eigenbasis
-from lightning_influence.model.captured import RANDOM, Captured, Fisher
+from lightning_influence.curvature.factors import Factors, LayerStatistics, compute_eigenbasis
+from lightning_influence.model.captured import RANDOM, Captured, Fisher, LossSum
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients, LayerGradients, check_finite, compact
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, draw_generator
-from lightning_influence.model.mean_loss import LossSum
 from lightning_influence.model.plan import LayerPlan
 
 
@@ -208,7 +207,7 @@ def add_squares(factors: Factors, gradients: dict[str, Any]) -> None:
 def set_bases(factors: Factors, dtype: torch.dtype = torch.float64) -> None:
     """Compute every layer's eigenbasis from its covariances."""
     for name, layer in factors.layers.items():
-        layer.set_basis(eigenbasis(name, layer, dtype))
+        layer.set_basis(compute_eigenbasis(name, layer, dtype))
 
 
 def _smaller(gradients: FactoredGradients) -> LayerGradients:

@@ -135,7 +135,9 @@ def rotate(gradients: LayerGradients, basis: Eigenbasis) -> LayerGradients:
     return gradients.rotate(basis.q_in, basis.q_out)
 
 
-def eigenbasis(name: str, statistics: LayerStatistics, dtype: torch.dtype = torch.float64) -> Eigenbasis:
+def compute_eigenbasis(
+    name: str, statistics: LayerStatistics, dtype: torch.dtype = torch.float64
+) -> Eigenbasis:
     """Eigenvectors of the two covariances of a layer.
 
     Args:

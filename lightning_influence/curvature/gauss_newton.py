@@ -15,7 +15,7 @@ from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.errors import UnsupportedModelError
 
-# Largest block of dense gradients formed at once.
+# Chosen by hand: bytes of dense gradients that are formed at once.
 _DENSE_BYTES = 2**28
 # Up to this many columns, and one more for each vector, backward passes take less time than products through
 # autograd (examples/benchmarks/products.py: at most twice the better way's).
@@ -36,10 +36,10 @@ class CurvatureProductPass(CurvaturePass):
         plan: the covered layers.
         vectors: ``(V, P)``, or several such blocks, which are never copied together.
         description: label of the progress bar.
-        fisher: see :class:`~.columns.CurvaturePass`.
-        max_columns: see :class:`~.columns.CurvaturePass`.
-        draws: see :class:`~.columns.CurvaturePass`.
-        seed: see :class:`~.columns.CurvaturePass`.
+        fisher: see :class:`~.passes.CurvaturePass`.
+        max_columns: see :class:`~.passes.CurvaturePass`.
+        draws: see :class:`~.passes.CurvaturePass`.
+        seed: see :class:`~.passes.CurvaturePass`.
     """
 
     def __init__(
@@ -163,10 +163,10 @@ class DenseCurvaturePass(CurvaturePass):
 
     Args:
         plan: the covered layers.
-        fisher: see :class:`~.columns.CurvaturePass`.
-        max_columns: see :class:`~.columns.CurvaturePass`; every column is used by default.
-        draws: see :class:`~.columns.CurvaturePass`.
-        seed: see :class:`~.columns.CurvaturePass`.
+        fisher: see :class:`~.passes.CurvaturePass`.
+        max_columns: see :class:`~.passes.CurvaturePass`; every column is used by default.
+        draws: see :class:`~.passes.CurvaturePass`.
+        seed: see :class:`~.passes.CurvaturePass`.
     """
 
     description = "Influence: dense curvature"

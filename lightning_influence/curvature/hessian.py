@@ -12,7 +12,7 @@ from lightning_influence.curvature.differentiation import add_hessian_products, 
 from lightning_influence.curvature.passes import AveragingPass
 from lightning_influence.model.plan import LayerPlan
 
-# Rows of the identity that are formed at once.
+# Chosen by hand: rows of the identity that are multiplied by at once; differentiation takes them in chunks.
 _ROWS = 1024
 
 

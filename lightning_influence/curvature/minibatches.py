@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.operators import SampledOperator
 from lightning_influence.linalg.estimates import Estimate, average
 
 
-def example_variance(
+class SampledOperator(Protocol):
+    """A curvature as products with all the data, and with minibatches whose size it tells."""
+
+    @property
+    def num_examples(self) -> int:
+        """``N``."""
+        ...
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """``H V`` for ``V (V, P)``."""
+        ...
+
+    def batch_product(self, vectors: Tensor, count: int, seed: int) -> Tensor:
+        """``H_b V`` on a minibatch ``b`` of ``count`` examples."""
+        ...
+
+    def batch_examples(self, count: int, seed: int) -> int:
+        """Number of examples in the minibatch of this seed."""
+        ...
+
+
+def measure_example_variance(
     operator: SampledOperator,
     directions: Tensor,
     trace: float,

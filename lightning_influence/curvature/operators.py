@@ -17,6 +17,7 @@ from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.passes import Loader, Passes
 
+# Chosen by hand: 512 MiB of float64.
 MAX_PARAMETERS = 8192
 
 
@@ -62,14 +63,6 @@ class LinearOperator(Protocol):
 
     def dense(self) -> Tensor:
         """``H``, ``(P, P)``, float64."""
-        ...
-
-
-class SampledOperator(LinearOperator, Protocol):
-    """An operator that tells how large its minibatches are."""
-
-    def batch_examples(self, count: int, seed: int) -> int:
-        """Number of examples in the minibatch of this seed."""
         ...
 
 

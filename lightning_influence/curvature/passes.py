@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.model.captured import RANDOM, Captured, Fisher
+from lightning_influence.model.captured import RANDOM, Captured, Fisher, WeightedCount
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.losses.draws import draw_generator
-from lightning_influence.model.mean_loss import WeightedCount
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import NonFiniteError
 
@@ -91,7 +90,7 @@ class AveragingPass:
         return [part.div_(divisor) for part in sums]
 
 
-# Most bytes of output gradients that are recorded at once where products are all that is wanted of them.
+# Chosen by hand: bytes of output gradients recorded at once where only products with them are wanted.
 _SEED_BYTES = 2**26
 
 

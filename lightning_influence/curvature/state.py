@@ -12,6 +12,7 @@ from lightning_influence.curvature.coarse_space import CoarseSpace
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.training_record import TrainingRecord
 
+# Chosen by hand: a checkpoint should not grow by more than this for what can be computed again.
 STORED_BYTES = 256 * 2**20
 
 

@@ -26,7 +26,7 @@ from lightning_influence.model.gradients import (
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import NonFiniteError
 
-# Examples whose gradients are formed at once when norms of products are taken.
+# Chosen by hand: examples whose gradients are formed at once when norms of products are taken.
 _EXAMPLES = 64
 
 
@@ -37,7 +37,7 @@ class StoragePass(CurvaturePass):
         plan: the covered layers.
         limit: most bytes to keep; beyond, everything is let go, and what is left of the pass does nothing.
         num_examples: how many examples there will be: what cannot fit is given up after the first batch.
-        fisher: see :class:`~.columns.CurvaturePass`.
+        fisher: see :class:`~.passes.CurvaturePass`.
         draws: see there.
         seed: see there.
 
@@ -115,7 +115,7 @@ class StoragePass(CurvaturePass):
 
 
 class StoredGaussNewton:
-    """``G`` as products with gradients in memory; a :class:`~.operator.LinearOperator`.
+    """``G`` as products with gradients in memory; a :class:`~.operators.LinearOperator`.
 
     Args:
         layout: the order of flat vectors.
@@ -231,7 +231,7 @@ class StoredGaussNewton:
         return result / (count * self.mean_weight)
 
 
-def kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
+def bound_kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
     """Return ``kappa`` of ``E[h_x^2] <= kappa Tr(H) H``, as far as some directions tell: a lower bound.
 
     Args:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,100 @@ from typing_extensions import Self
 from lightning_influence.model.layers import Layer
 
 Family = Literal["sgd", "adam", "adamw", "other"]
+
+
+class OptimizerRule:
+    """What the steps of a kind of optimizer tell of the damping that the run applies.
+
+    Derive from it and decorate the class with :func:`register_optimizer`. The defaults are those of an
+    optimizer that moves along the gradient: no metric, and weight decay that is added to the gradient.
+
+    Attributes:
+        family: which formula of :func:`~.damping.resolve_damping` holds: ``"sgd"``; ``"adam"`` where steps
+            are divided by a metric, weight decay included; ``"adamw"`` where weight decay is not divided.
+    """
+
+    family: ClassVar[Family] = "sgd"
+
+    def read_rate(self, group: Mapping[str, Any]) -> float:
+        """Return the step that a gradient ends up having made, per unit of (preconditioned) gradient.
+
+        Args:
+            group: a parameter group, as it is at this step.
+        """
+        return effective_rate(group)
+
+    def read_weight_decay(self, group: Mapping[str, Any]) -> float:
+        """Return the weight decay of a parameter group, per unit of its rate."""
+        return float(group.get("weight_decay", 0.0))
+
+    def read_metric(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:
+        """Return what steps are divided by, entry by entry, of the parameter's shape.
+
+        Args:
+            state: the optimizer's state of one parameter; empty before its first step.
+            group: the parameter's group.
+
+        Returns:
+            The diagonal of the metric; None if there is none, or none yet.
+        """
+        return None
+
+
+_RULES: dict[type[torch.optim.Optimizer], OptimizerRule] = {}
+
+
+def register_optimizer(
+    *kinds: type[torch.optim.Optimizer],
+) -> Callable[[type[OptimizerRule]], type[OptimizerRule]]:
+    """Class decorator: read optimizers of these classes, and of classes derived from them, with this rule.
+
+    Args:
+        *kinds: classes of optimizers; the nearest registered base of an optimizer's class counts.
+
+    Returns:
+        The decorator; it returns the rule unchanged.
+    """
+
+    def decorate(rule: type[OptimizerRule]) -> type[OptimizerRule]:
+        _RULES.update(dict.fromkeys(kinds, rule()))
+        return rule
+
+    return decorate
+
+
+def find_optimizer_rule(optimizer: torch.optim.Optimizer) -> OptimizerRule | None:
+    """Return the rule of an optimizer's class or its nearest base, None if no rule is registered."""
+    return next((_RULES[base] for base in type(optimizer).__mro__ if base in _RULES), None)
+
+
+@register_optimizer(torch.optim.SGD)
+class SGDRule(OptimizerRule):
+    """SGD with or without momentum; Nesterov's momentum too."""
+
+
+@register_optimizer(torch.optim.Adam)
+class AdamRule(OptimizerRule):
+    """Adam: steps are divided by ``sqrt(v_hat) + eps``, weight decay included (Kingma and Ba 2015)."""
+
+    family: ClassVar[Family] = "adam"
+
+    def read_metric(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:
+        """Return ``sqrt(v_hat) + eps`` of one parameter, None before its first step."""
+        moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+        step = float(state.get("step", 0))
+        if moment is None or step < 1:
+            return None
+        correction = 1.0 - float(group["betas"][1]) ** step
+        roots: Tensor = (moment / correction).sqrt() + float(group["eps"])
+        return roots
+
+
+@register_optimizer(torch.optim.AdamW)
+class AdamWRule(AdamRule):
+    """AdamW: as Adam, but weight decay is not divided by the metric (Loshchilov and Hutter 2019)."""
+
+    family: ClassVar[Family] = "adamw"
 
 
 @dataclass
@@ -78,19 +172,23 @@ class TrainingRecord:
         """Add one step that an optimizer is about to make.
 
         Args:
-            optimizer: an optimizer of torch; its learning rates are those of this step.
+            optimizer: an optimizer of torch that will not skip the step, as a gradient scaler has it do; its
+                learning rates are those of the step.
             layers: the covered layers.
         """
-        family, reason = family_of(optimizer)
+        rule = find_optimizer_rule(optimizer)
+        family, reason = _name_family(rule, optimizer)
         if self.steps and family != self.family:
             family, reason = "other", f"{self.family} and {family} optimizers in one run"
         self.family, self.reason = family, self.reason or reason
         self.steps += 1
+        if rule is None:  # whatever its groups hold
+            return
         for record, parts in self._groups_of(optimizer, layers):
             rate = decay = 0.0
             for share, group in parts:
-                rate += share * effective_rate(group)
-                decay += share * group.get("weight_decay", 0.0)
+                rate += share * rule.read_rate(group)
+                decay += share * rule.read_weight_decay(group)
             record.rate, record.weight_decay = record.rate + rate, float(decay)
 
     def _groups_of(self, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> _Parts:
@@ -114,8 +212,9 @@ class TrainingRecord:
         return found
 
     def read_metric(self, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> None:
-        """Read Adam's second moments as they are now; no other optimizer has any."""
-        if family_of(optimizer)[0] not in {"adam", "adamw"}:
+        """Read the metric of the optimizer's steps as it is now, Adam's second moments for one."""
+        rule = find_optimizer_rule(optimizer)
+        if rule is None:
             return
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, layer in layers.items():
@@ -123,23 +222,13 @@ class TrainingRecord:
                 continue
             total = count = 0.0
             for p in _parameters(layer):
-                roots = _adam_roots(optimizer.state.get(p, {}), groups.get(id(p)))
-                if roots is not None:
-                    total, count = total + float(roots.double().sum()), count + p.numel()
+                if id(p) not in groups:
+                    continue
+                metric = rule.read_metric(optimizer.state.get(p, {}), groups[id(p)])
+                if metric is not None:
+                    total, count = total + float(metric.double().sum()), count + p.numel()
             if count:
                 self.layers[name].metric = total / count
-
-
-def family_of(optimizer: torch.optim.Optimizer) -> tuple[Family, str]:
-    """Return the kind of an optimizer, and a reason if it is one whose damping is not known."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        return "adamw", ""
-    if isinstance(optimizer, torch.optim.Adam):
-        decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
-        return ("adamw" if decoupled else "adam"), ""
-    if isinstance(optimizer, torch.optim.SGD):
-        return "sgd", ""
-    return "other", f"the damping of a run with {type(optimizer).__name__} is not known"
 
 
 def effective_rate(group: Mapping[str, Any]) -> float:
@@ -162,12 +251,10 @@ def _parameters(layer: Layer) -> list[Tensor]:
     return [weight] if bias is None else [weight, bias]
 
 
-def _adam_roots(state: Mapping[str, Any], group: Mapping[str, Any] | None) -> Tensor | None:
-    """Return ``sqrt(v_hat) + eps`` of one parameter, None before its first step."""
-    moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-    step = float(state.get("step", 0))
-    if moment is None or group is None or step < 1:
-        return None
-    correction = 1.0 - float(group["betas"][1]) ** step
-    roots: Tensor = (moment / correction).sqrt() + float(group["eps"])
-    return roots
+def _name_family(rule: OptimizerRule | None, optimizer: torch.optim.Optimizer) -> tuple[Family, str]:
+    """Return the family of an optimizer, and why its damping is not known if it is not."""
+    if rule is None:
+        return "other", f"the damping of a run with {type(optimizer).__name__} is not known"
+    if rule.family == "adam" and any(g.get("decoupled_weight_decay") for g in optimizer.param_groups):
+        return "adamw", ""
+    return rule.family, ""

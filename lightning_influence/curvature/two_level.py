@@ -6,7 +6,8 @@ g_m]`` for ``m`` training gradients. For a right-hand side ``v`` and ``z = P^{-1
 .. math:: x = z + Q T^{-1} (Q^T v - (A Q)^T z), \qquad T = Q^T A Q,
 
 a coarse correction in the sense of deflation and domain decomposition (Frank and Vuik 2001). Where EK-FAC is
-too small as a whole, ``z`` overshoots outside the coarse space, where nothing corrects it: :func:`rescaled`
+too small as a whole, ``z`` overshoots outside the coarse space, where nothing corrects it, and
+:func:`rescale_inverse`
 takes out the common factor, at no cost. ``G Q`` costs
 one pass over the curvature examples, once; afterwards every right-hand side and every damping costs a few
 products.
@@ -21,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.coarse_space import CoarseSpace, probe_bits
+from lightning_influence.curvature.coarse_space import CoarseSpace, draw_signs
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.linalg.orthonormal import inner
 from lightning_influence.model.gradients import LayerGradients
 
-# Flat vectors that are formed at once where only products with them are wanted.
+# Chosen by hand: bytes of flat vectors that are formed at once where only products with them are wanted.
 _FORMED_BYTES = 2**25
 
 
@@ -47,7 +48,7 @@ class TwoLevel:
         self.inverse, self.space = inverse, space
         self._names = list(space.layout.shapes)
         self._blocks = [space.layout.split(x) for x in (space.directions, space.product, space.probe_product)]
-        self._signs = space.layout.split(probe_bits(len(space.probe_product), space.layout.numel))
+        self._signs = space.layout.split(draw_signs(len(space.probe_product), space.layout.numel))
         small = space.directions.new_zeros(space.size, space.size, dtype=torch.float64)
         coarse = space.directions.new_zeros(len(space.probe_product), space.size)
         for name in self._names:
@@ -161,11 +162,11 @@ class TwoLevel:
 
     def _coordinates(self, products: Tensor) -> Tensor:
         """Return ``T^{-1} y`` for rows ``y``, solved in float64."""
-        flat = products.reshape(-1, products.shape[-1]).double().T
+        flat = products.reshape(products.shape[:-1].numel(), products.shape[-1]).double().T
         return torch.cholesky_solve(flat, self._small).T.to(products.dtype).view(products.shape)
 
 
-def rescaled(inverse: BlockInverse, space: CoarseSpace) -> BlockInverse:
+def rescale_inverse(inverse: BlockInverse, space: CoarseSpace) -> BlockInverse:
     r"""Multiply the preconditioner by the step that is best for the anchors of a coarse space.
 
     For the preconditioned anchors ``z_a``, whose products with ``G`` are known, the step
@@ -201,11 +202,11 @@ def rescaled(inverse: BlockInverse, space: CoarseSpace) -> BlockInverse:
 
 def _relative(projected: Tensor, queries: Mapping[str, LayerGradients]) -> Tensor:
     """Return norms of residuals over those of the queries, from projections on the probes ``(Q, s)``."""
-    norms = squared_norms(queries).sqrt()
+    norms = square_norms(queries).sqrt()
     return projected.square().mean(dim=1).sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def squared_norms(gradients: Mapping[str, LayerGradients]) -> Tensor:
+def square_norms(gradients: Mapping[str, LayerGradients]) -> Tensor:
     """Return ``||g||^2`` of each gradient over all layers, ``(B,)``, for ``K = 1``."""
     total: Tensor | None = None
     for layer in gradients.values():

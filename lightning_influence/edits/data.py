@@ -18,9 +18,9 @@ from lightning_influence.support.random_states import preserve_rng
 SetTargets = Callable[[Any, Tensor, Tensor], Any]
 """Maps ``(batch, rows, targets)`` to a copy of the batch whose examples ``rows`` have these targets."""
 
-
 _NOTHING = "There is nothing to edit: `examples` is empty. Pass dataset indices or a mask."
-# Examples that are read again and again are kept in memory up to this size.
+# Examples that are read again and again are kept in memory up to this size. Chosen by hand: it holds some
+# thousand small images, and is little beside what a forward pass of a model that needs more of them takes.
 HELD_BYTES = 256 * 2**20
 
 
@@ -45,22 +45,15 @@ class EditData:
     @cached_property
     def edited_loader(self) -> IndexedLoader:
         """A loader of the edited examples, which is gone through once for every step that is tried."""
-        return self.subset(self.edited).held(HELD_BYTES)
+        return self.loader.holding(self.edited).held(HELD_BYTES)
 
     @cached_property
     def every_loader(self) -> IndexedLoader:
         """A loader of all examples, whose losses are taken before an edit and after it."""
-        return self.subset(torch.cat([self.edited, self.kept])).held(HELD_BYTES)
-
-    @cached_property
-    def chance(self) -> Tensor:
-        """Losses of the edited examples at outputs of zero, ``(E,)``; NaN until a pass has found them."""
-        return torch.full((len(self.edited),), torch.nan, dtype=torch.float64)
-
-    @property
-    def after(self) -> Tensor:
-        """Indices of the examples that the edited objective is about."""
-        return self.kept if self.targets is None else torch.cat([self.edited, self.kept]).sort().values
+        every = torch.cat([self.edited, self.kept])
+        # The edited ones first: few batches get new targets, and are copied for them.
+        loader = self.loader.only(every) if self.loader.ordered else self.loader
+        return loader.held(HELD_BYTES)
 
     def view(self, batch: Any, indices: Tensor) -> Any:
         """Return the batch with the new targets of its edited examples.
@@ -77,13 +70,6 @@ class EditData:
             return batch
         targets = self.targets[torch.searchsorted(self.edited, indices[rows])]
         return (self.set_targets or replace_second)(batch, rows, targets)
-
-    def subset(self, indices: Tensor) -> IndexedLoader:
-        """Return a loader of these examples; of whole batches where only the user's can be collated."""
-        loader = self.loader
-        if loader.ordered:
-            return loader.only(indices)
-        return loader.with_any(indices)
 
 
 def split(
@@ -109,7 +95,7 @@ def split(
         UnsupportedDataError: if an example is not among the training examples.
     """
     every = loader.indices.sort().values
-    chosen = _as_indices(examples, every, int(every[-1]) + 1 if loader.size is None else loader.size)
+    chosen = _read_indices(examples, every, int(every[-1]) + 1 if loader.size is None else loader.size)
     order = chosen.argsort(stable=True)
     edited = chosen[order]
     _check_once(edited)
@@ -119,15 +105,15 @@ def split(
             f"All {len(every)} training examples are to be edited, which leaves nothing to keep the rest of "
             "the model for. Train a new model, or name fewer examples."
         )
-    new = None if targets is None else _as_targets(targets, len(edited), loader, set_targets)[order]
+    new = None if targets is None else _read_targets(targets, len(edited), loader, set_targets)[order]
     return EditData(loader, edited, kept, new, set_targets)
 
 
-def _as_indices(examples: Any, every: Tensor, size: int) -> Tensor:
+def _read_indices(examples: Any, every: Tensor, size: int) -> Tensor:
     accepted = "accepted are dataset indices (n,) or a boolean mask over the dataset"
-    chosen = _as_tensor(examples, f"examples of type {type(examples).__name__}; {accepted}")
+    chosen = _read_tensor(examples, f"examples of type {type(examples).__name__}; {accepted}")
     if chosen.dtype == torch.bool:
-        return _of_mask(chosen, every, size)
+        return _read_mask(chosen, every, size)
     if chosen.numel() == 0:
         raise ValueError(_NOTHING)
     if chosen.ndim != 1 or chosen.is_floating_point() or chosen.is_complex():
@@ -141,7 +127,7 @@ def _as_indices(examples: Any, every: Tensor, size: int) -> Tensor:
     return chosen.long()
 
 
-def _of_mask(mask: Tensor, every: Tensor, size: int) -> Tensor:
+def _read_mask(mask: Tensor, every: Tensor, size: int) -> Tensor:
     """Return the indices at which a mask over the dataset is true.
 
     Raises:
@@ -180,25 +166,25 @@ def _check_once(edited: Tensor) -> None:
         raise ValueError(f"Examples {list_some(again)} come twice; name each one once.{hint}")
 
 
-def _as_tensor(values: Any, what: str) -> Tensor:
+def _read_tensor(values: Any, what: str) -> Tensor:
     try:
         return torch.as_tensor(values).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"Got {what}. ({error})") from error
 
 
-def _as_targets(targets: Any, count: int, loader: IndexedLoader, set_targets: SetTargets | None) -> Tensor:
+def _read_targets(targets: Any, count: int, loader: IndexedLoader, set_targets: SetTargets | None) -> Tensor:
     """Return new targets ``(count, ...)``, of which one may have been given for all.
 
     Raises:
         ValueError: if their number is another.
     """
-    new = _as_tensor(targets, f"new targets of type {type(targets).__name__}; pass numbers or a tensor")
+    new = _read_tensor(targets, f"new targets of type {type(targets).__name__}; pass numbers or a tensor")
     # As many integers as examples are labels; all else may be one target that is a vector.
     unclear = set_targets is None and new.ndim > 0 and (len(new) != count or new.is_floating_point())
     if new.ndim == 0:
         new = new.expand(count)
-    elif unclear and new.shape == _target_shape(loader):
+    elif unclear and new.shape == _find_target_shape(loader):
         new = new.expand(count, *new.shape)
     if len(new) != count:
         raise ValueError(
@@ -208,7 +194,7 @@ def _as_targets(targets: Any, count: int, loader: IndexedLoader, set_targets: Se
     return new
 
 
-def _target_shape(loader: IndexedLoader) -> torch.Size | None:
+def _find_target_shape(loader: IndexedLoader) -> torch.Size | None:
     """Return the shape of one example's target, from the first batch; None if that is no pair."""
     with preserve_rng():
         batch, _ = next(iter(loader.shard()))
@@ -232,7 +218,7 @@ def replace_second(batch: Any, rows: Tensor, targets: Tensor) -> Any:
             "the batch with these targets at these rows."
         )
     changed = batch[1].clone()
-    if _sizes(targets) != _sizes(changed):
+    if _drop_ones(targets) != _drop_ones(changed):
         raise UnsupportedDataError(
             f"A new target has shape {tuple(targets.shape[1:])}, those of the training data "
             f"{tuple(changed.shape[1:])}. Pass targets of the same shape."
@@ -245,19 +231,19 @@ def replace_second(batch: Any, rows: Tensor, targets: Tensor) -> Any:
     return batch[0], changed
 
 
-def _sizes(targets: Tensor) -> list[int]:
+def _drop_ones(targets: Tensor) -> list[int]:
     """Return the shape of one target without ones, which say nothing."""
     return [size for size in targets.shape[1:] if size != 1]
 
 
-def same(batch: Any, other: Any) -> bool:
+def hold_equal(batch: Any, other: Any) -> bool:
     """Return whether two batches hold equal tensors, numbers and texts, and otherwise the same objects."""
     if batch is other:
         return True
     if isinstance(batch, Tensor) and isinstance(other, Tensor):
         return torch.equal(batch, other)
     if isinstance(batch, Mapping) and isinstance(other, Mapping):
-        return batch.keys() == other.keys() and all(same(batch[key], other[key]) for key in batch)
+        return batch.keys() == other.keys() and all(hold_equal(batch[key], other[key]) for key in batch)
     if isinstance(batch, list | tuple) and isinstance(other, list | tuple):
-        return len(batch) == len(other) and all(map(same, batch, other))
+        return len(batch) == len(other) and all(map(hold_equal, batch, other))
     return isinstance(batch, int | float | str | bytes) and bool(batch == other)

@@ -1,4 +1,8 @@
-"""Directions of an edit: generalized influence and its baselines, and the registry."""
+"""Directions of an edit: which change of the selected parameters nullifies the examples' gradient.
+
+Generalized influence and its baselines are those of Lyu, Jang, Ryu & Yang (2023), the second-order direction
+is that of Basu, You & Feizi (2020); others are registered.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,9 @@ from lightning_influence.support.errors import InfluenceError
 
 Product = Callable[[Tensor], Tensor]
 """Maps vectors ``(V, P)`` to their products ``(V, P)`` with a symmetric matrix."""
+
+# Below every number that a preconditioner divides by, in single precision too.
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -98,17 +105,14 @@ class Problem:
             inverse = self._inverse_diagonal(mask)
             solve = solve_positive(damped, right, inverse_diagonal=inverse, **limits)
             if solve.definite:
-                return resolved(solve, self.damping)
+                return check_resolved(solve, self.damping)
         inverse = keep / (self.squared_norms + self.damping**2).clamp_min(_TINY)
         normal = make_normal_product(damped, mask, 0.0)
         solve = solve_positive(normal, damped(right[None])[0], inverse_diagonal=inverse, **limits)
-        return resolved(solve, self.damping)
+        return check_resolved(solve, self.damping)
 
 
-_TINY = 1e-30
-
-
-def resolved(solve: SubsetSolution, damping: float) -> SubsetSolution:
+def check_resolved(solve: SubsetSolution, damping: float) -> SubsetSolution:
     """Return the solution, unless the system was singular where the right-hand side is not zero.
 
     Raises:
@@ -129,7 +133,7 @@ class Direction:
 
     Attributes:
         name: what users pass as ``method=``.
-        function: maps a :class:`Problem` to a :class:`~..normal_equations.SubsetSolution`.
+        function: maps a :class:`Problem` to a :class:`~lightning_influence.edits.SubsetSolution`.
         selects: whether it changes selected parameters only.
     """
 
@@ -152,9 +156,31 @@ def register_direction(
 
     Returns:
         The decorator; it returns the function unchanged.
+
+    Raises:
+        TypeError: if there is no name, or what is decorated is no function.
+
+    Example:
+        >>> @register_direction("downhill")
+        ... def step_downhill(problem):
+        ...     vector = problem.gradient * problem.mask * problem.inverse_diagonal
+        ...     return SubsetSolution(vector, residual=0.0, steps=0)
+        >>> "downhill" in direction_names()
+        True
+        >>> _ = _DIRECTIONS.pop("downhill")
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"Got register_direction({name!r}); accepted is the name that users pass as method=: "
+            f"@register_direction('my_direction')."
+        )
 
     def decorate(function: Callable[[Problem], SubsetSolution]) -> Callable[[Problem], SubsetSolution]:
+        if not callable(function):
+            raise TypeError(
+                f"Got {function!r} to register as direction {name!r}; accepted is a function of a Problem "
+                "that returns a SubsetSolution."
+            )
         _DIRECTIONS[name] = Direction(name, function, selects)
         return function
 
@@ -179,7 +205,7 @@ def direction_names() -> list[str]:
 
 
 @register_direction("if", selects=False)
-def influence(problem: Problem) -> SubsetSolution:
+def solve_influence(problem: Problem) -> SubsetSolution:
     """Solve over all parameters; the selection is not looked at.
 
     Args:
@@ -192,7 +218,7 @@ def influence(problem: Problem) -> SubsetSolution:
 
 
 @register_direction("fif")
-def freeze(problem: Problem) -> SubsetSolution:
+def solve_frozen(problem: Problem) -> SubsetSolution:
     """Solve within the selected parameters.
 
     Args:
@@ -205,12 +231,12 @@ def freeze(problem: Problem) -> SubsetSolution:
         InfluenceError: if the selected parameters have no gradient.
     """
     if not bool((problem.gradient * problem.mask).any()):
-        raise InfluenceError(nothing_to_gain(int(problem.mask.sum())))
+        raise InfluenceError(describe_miss(int(problem.mask.sum())))
     return problem.solve(problem.gradient, problem.mask)
 
 
 @register_direction("gif")
-def generalized(problem: Problem) -> SubsetSolution:
+def solve_generalized(problem: Problem) -> SubsetSolution:
     """Solve the least-squares problem, with the damping's square as a ridge.
 
     Args:
@@ -226,21 +252,21 @@ def generalized(problem: Problem) -> SubsetSolution:
     inside = problem.mask.to(problem.gradient)
     right = problem.image * inside
     if not bool(right.any()):
-        raise InfluenceError(nothing_to_gain(int(problem.mask.sum())))
+        raise InfluenceError(describe_miss(int(problem.mask.sum())))
     if problem.solver == "dense":
         return solve_densely(problem.product, problem.gradient, problem.mask, ridge)
     normal = make_normal_product(problem.product, problem.mask, ridge)
     if problem.solver == "lissa":
         nu2 = derive_squared_scale(normal, draw_start(problem.mask, right, problem.seed))
         return solve_by_lissa(normal, right, nu2, tolerance=problem.tolerance, max_steps=problem.max_steps)
-    inverse = inside / (problem.squared_norms + ridge).clamp_min(1e-30)
+    inverse = inside / (problem.squared_norms + ridge).clamp_min(_TINY)
     solve = solve_positive(
         normal, right, inverse_diagonal=inverse, tolerance=problem.tolerance, max_steps=problem.max_steps
     )
-    return resolved(solve, problem.damping)
+    return check_resolved(solve, problem.damping)
 
 
-def nothing_to_gain(count: int) -> str:
+def describe_miss(count: int) -> str:
     """Return what to say of a selection that no part of the gradient reaches."""
     return (
         f"The {count:,} selected parameters miss the gradient of the edited examples altogether: "
@@ -249,7 +275,7 @@ def nothing_to_gain(count: int) -> str:
 
 
 @register_direction("pif")
-def projected(problem: Problem) -> SubsetSolution:
+def solve_projected(problem: Problem) -> SubsetSolution:
     """Solve over all parameters, and drop what is not selected.
 
     Args:
@@ -264,12 +290,12 @@ def projected(problem: Problem) -> SubsetSolution:
     full = problem.solve(problem.gradient)
     cut = full.vector * problem.mask.to(full.vector)
     if not bool(cut.any()):
-        raise InfluenceError(nothing_to_gain(int(problem.mask.sum())))
+        raise InfluenceError(describe_miss(int(problem.mask.sum())))
     return replace(full, vector=cut)
 
 
 @register_direction("second_order", selects=False)
-def second_order(problem: Problem) -> SubsetSolution:
+def solve_second_order(problem: Problem) -> SubsetSolution:
     """Solve twice with the curvature before the removal.
 
     Args:

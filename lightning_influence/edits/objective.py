@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.edits.data import HELD_BYTES, EditData
-from lightning_influence.edits.passes import LossPass
-from lightning_influence.edits.sampling import Sample
-from lightning_influence.edits.weights import Weights
-from lightning_influence.model.forward import Forward
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.edits.editable_weights import EditableWeights
+from lightning_influence.edits.losses import LossPass, Sample
+from lightning_influence.model.forward import Forward, compute_losses
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Runner
 from lightning_influence.support.errors import NonFiniteError
@@ -65,46 +63,39 @@ class Objective:
 
     Args:
         runner: an entered runner on the module.
-        plan: the covered layers.
-        weights: the covered weights.
-        decay: weight decay ``w`` of each of them, ``(P,)``.
+        weights: the editable weights, with the decay ``w`` of each.
         sources: examples whose losses, times their coefficients, stand for the first term.
         whole: the first term over all examples at the weights as they were; None if the sources are all.
     """
 
     def __init__(
-        self,
-        runner: Runner,
-        plan: LayerPlan,
-        weights: Weights,
-        decay: Tensor,
-        sources: list[Source],
-        whole: Whole | None = None,
+        self, runner: Runner, weights: EditableWeights, sources: list[Source], whole: Whole | None = None
     ) -> None:
-        self._runner, self._plan, self._weights = runner, plan, weights
-        self._decay, self._sources, self._whole = decay, sources, whole
-        self._loaders = [_held(source) for source in sources]
-        self._missing, self._departure = Whole(0.0, torch.zeros_like(decay)), torch.zeros_like(decay)
+        self._runner, self._weights, self._sources, self._whole = runner, weights, sources, whole
+        self._loaders = [source.loader.holding(source.sample.indices).held(HELD_BYTES) for source in sources]
+        nothing = torch.zeros_like(weights.decay)
+        # What the sources miss, and the gradient at the weights as they were: both are found once.
+        self._missing, self._first_gradient = Whole(0.0, nothing), nothing
         self._last: tuple[Tensor, _ObjectivePass] | None = None
 
     def value(self, change: Tensor) -> float:
         """Return the objective at a change of the weights; the module keeps the change.
 
         Args:
-            change: of the covered weights as they were, ``(P,)``.
+            change: of the editable weights as they were, ``(P,)``.
 
         Returns:
             The value; infinity if it is not finite.
         """
         self._compare()
         one_pass = self._run(change, gradient=False)
-        return math.inf if one_pass is None else self._corrected(one_pass.value, change)
+        return math.inf if one_pass is None else self._correct(one_pass.value, change)
 
     def __call__(self, change: Tensor) -> tuple[float, Tensor] | None:
         """Return the objective and its gradient at a change of the weights; the module keeps the change.
 
         Args:
-            change: of the covered weights as they were, ``(P,)``.
+            change: of the editable weights as they were, ``(P,)``.
 
         Returns:
             The value and the gradient ``(P,)``; None if they are not finite.
@@ -115,20 +106,20 @@ class Objective:
             return None
         theta = self._weights.flat()
         own = self._weights.join(one_pass.gradients).to(theta)
-        gradient = own + self._missing.gradient + self._decay * theta
-        value = self._corrected(one_pass.value, change)
+        gradient = own + self._missing.gradient + self._weights.decay * theta
+        value = self._correct(one_pass.value, change)
         return (value, gradient) if bool(torch.isfinite(gradient.sum())) else None
 
     def slope(self, change: Tensor) -> float:
         """Return the derivative along a change at the weights as they were; 0 if no sample stands for all."""
-        return float(self._departure @ change)
+        return float(self._first_gradient @ change)
 
     def shrinkage(self) -> float:
         """Return the term of the weight decay at the weights that the module has now."""
         theta = self._weights.flat()
-        return 0.5 * float(theta @ (self._decay * theta))
+        return 0.5 * float(theta @ (self._weights.decay * theta))
 
-    def _corrected(self, value: float, change: Tensor) -> float:
+    def _correct(self, value: float, change: Tensor) -> float:
         missing = self._missing
         return value + missing.value + float(missing.gradient @ change) + self.shrinkage()
 
@@ -137,18 +128,17 @@ class Objective:
         whole, self._whole = self._whole, None
         if whole is None:
             return
-        one_pass = self._run(torch.zeros_like(self._decay), gradient=True)
+        one_pass = self._run(torch.zeros_like(self._weights.decay), gradient=True)
         if one_pass is not None:
             own = self._weights.join(one_pass.gradients).to(whole.gradient)
             self._missing = Whole(whole.value - one_pass.value, whole.gradient - own)
-            self._departure = whole.gradient + self._decay * self._weights.flat()
+            self._first_gradient = whole.gradient + self._weights.decay * self._weights.flat()
 
     def _run(self, change: Tensor, *, gradient: bool) -> _ObjectivePass | None:
         self._weights.move(change)
         if self._last is not None and torch.equal(self._last[0], change):
             return self._last[1]
-        one_pass = _ObjectivePass(self._plan, self._sources, self._weights)
-        one_pass.differentiates = gradient
+        one_pass = _ObjectivePass(self._sources, self._weights, differentiates=gradient)
         try:
             self._runner.run(one_pass, self._loaders)
         except NonFiniteError:
@@ -160,15 +150,11 @@ class Objective:
         return one_pass
 
 
-def _held(source: Source) -> IndexedLoader:
-    return source.loader.holding(source.sample.indices).held(HELD_BYTES)
-
-
 class _Gradients:
-    """Sums gradients of the covered parameters, by name."""
+    """Sums gradients of the editable parameters, by name."""
 
-    def __init__(self, weights: Weights) -> None:
-        self._parameters = weights.parameters()
+    def __init__(self, weights: EditableWeights) -> None:
+        self._parameters = weights.parameters
         self.sums = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
 
     def add(self, total: Tensor, *, keep_graph: bool = False) -> None:
@@ -184,10 +170,10 @@ class _ObjectivePass:
 
     description = "Edit: objective"
 
-    def __init__(self, plan: LayerPlan, sources: list[Source], weights: Weights) -> None:
-        self.forward = Forward(plan)
+    def __init__(self, sources: list[Source], weights: EditableWeights, *, differentiates: bool) -> None:
+        self._forward = Forward(weights.plan)
         self._sources, self._gradients = sources, _Gradients(weights)
-        self.value, self.differentiates = 0.0, True
+        self.value, self._differentiates = 0.0, differentiates
 
     @property
     def gradients(self) -> dict[str, Tensor]:
@@ -196,34 +182,34 @@ class _ObjectivePass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         source = self._sources[dataloader_idx]
-        values = self.forward(module, source.view(batch, indices), len(indices)).per_example()
-        rows, coefficients = source.sample.rows(indices)
+        seen, count = source.view(batch, indices), len(indices)
+        if self._differentiates:
+            values = self._forward(module, seen, count).per_example()
+        else:
+            values = compute_losses(module, seen, count)
+        rows, coefficients = source.sample.find(indices)
         total = values[rows.to(values.device)] @ coefficients.to(values)
         self.value += float(total.detach())
-        if self.differentiates:
+        if self._differentiates:
             self._gradients.add(total)
 
 
-class DepartingPass(LossPass):
-    """Losses where an edit sets out, with their curvature in the outputs and the gradient of their sum.
+class LossGradientPass(LossPass):
+    """Losses of some examples, all that is told of them, and the gradient of their sum.
 
     Args:
-        plan: the covered layers.
+        weights: the editable weights.
         data: the examples, whose new targets count; None for other data.
-        weights: the covered weights.
         chosen: dataset indices of those to look at; all examples if None.
     """
 
-    def __init__(
-        self, plan: LayerPlan, data: EditData | None, weights: Weights, chosen: Tensor | None = None
-    ) -> None:
-        super().__init__(plan, data, chosen, curvature=True)
+    def __init__(self, weights: EditableWeights, data: EditData | None, chosen: Tensor | None = None) -> None:
+        super().__init__(weights.plan, data, chosen)
         self._weights, self._gradients = weights, _Gradients(weights)
 
-    def take(self, values: Tensor) -> None:
-        """Add the gradient of the losses."""
-        if len(values):
-            self._gradients.add(values.sum(), keep_graph=True)  # what they curve in the outputs is asked next
+    def _take_graph(self, values: Tensor, rows: Tensor) -> None:
+        if len(rows):  # the graph is kept: the curvature in the outputs is asked for next
+            self._gradients.add(values[rows.to(values.device)].sum(), keep_graph=True)
 
     @property
     def gradient(self) -> Tensor:

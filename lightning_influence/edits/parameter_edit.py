@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_influence.results.rendering import build_facts_table, render_plain
-from lightning_influence.support.errors import CorruptFileError, EditMismatchError, InfluenceWarning, add_note
-from lightning_influence.support.storage import PathLike, check_kind, load_tensors, save_tensors
+from lightning_influence.support.arguments import are_distinct, is_count
+from lightning_influence.support.errors import EditMismatchError, InfluenceWarning, NonFiniteError, add_note
+from lightning_influence.support.fields import check_fields, read_tensor
+from lightning_influence.support.storage import PathLike, load_object, save_tensors
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class EditReport:
 
     @property
     def numel(self) -> int:
-        """Number of covered parameters."""
+        """Number of parameters of the layers that could change."""
         return sum(total for _, total in self.layers.values())
 
     def facts(self) -> Iterator[tuple[str, str]]:
@@ -157,8 +160,15 @@ class EditReport:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """Return the report that was stored."""
-        values = dict(state)
+        """Make a report of what :meth:`to_state` returned.
+
+        Returns:
+            An equal report.
+
+        Raises:
+            ValueError: if a value is missing or of a wrong type; names it.
+        """
+        values = dict(check_fields(cls, state, "report"))
         values["layers"] = {name: (pair[0], pair[1]) for name, pair in values["layers"].items()}
         for name in ("edited", "kept"):
             values[name] = LossChange(**values[name])
@@ -174,12 +184,31 @@ class Change:
         before: their values before the edit, ``(k,)``.
         after: their values with it, ``(k,)``.
         shape: of the parameter.
+
+    Raises:
+        ValueError: if a position is not in the parameter or comes twice, there is not one value for each, or
+            a value is NaN or infinite.
     """
 
     index: Tensor
     before: Tensor
     after: Tensor
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        index, count = self.index, math.prod(self.shape)
+        if index.ndim != 1 or index.dtype != torch.int64 or not len(index):
+            raise ValueError(f"positions of shape {tuple(index.shape)} and {index.dtype}, not int64 (k,)")
+        if int(index.min()) < 0 or int(index.max()) >= count or not are_distinct(index):
+            raise ValueError(f"positions that are not distinct and from 0 to {count - 1}")
+        for name, values in (("before", self.before), ("after", self.after)):
+            # One value for all positions would be written to each of them without a word.
+            if values.shape != index.shape:
+                raise ValueError(f"{name!r} of shape {tuple(values.shape)} for {len(index)} positions")
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"NaN or infinity in {name!r}")
+        if self.before.dtype != self.after.dtype:
+            raise ValueError(f"'before' of {self.before.dtype} and 'after' of {self.after.dtype}")
 
 
 class ParameterEdit(JupyterMixin):
@@ -308,24 +337,11 @@ class ParameterEdit(JupyterMixin):
             The edit, applied if the module has the edited values.
 
         Raises:
-            CorruptFileError: if the file is truncated, altered or of another kind.
+            CorruptFileError: if the file is truncated, altered or of another kind, or does not hold one
+                finite value for each position; names the file and the parameter.
             EditMismatchError: if the module has no such parameters.
         """
-        tensors, metadata = load_tensors(path)
-        check_kind(path, metadata, cls.KIND)
-        try:
-            changes = {
-                name: Change(
-                    tensors[f"{name}/index"],
-                    tensors[f"{name}/before"],
-                    tensors[f"{name}/after"],
-                    tuple(shape),
-                )
-                for name, shape in metadata["shapes"].items()
-            }
-            report = EditReport.from_state(metadata["report"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptFileError(f"{str(path)!r} does not hold a sound {cls.KIND}: {error}") from error
+        changes, report = load_object(path, cls.KIND, _read_edit)
         edit = cls(model, changes, report)
         edit._parameters()
         return edit
@@ -398,6 +414,45 @@ def _bits(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8) if values.numel() else values
 
 
+def _read_edit(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> tuple[dict[str, Change], EditReport]:
+    """Make changes and report of what a file holds.
+
+    Returns:
+        The changes by parameter name, and the report.
+
+    Raises:
+        ValueError: naming the field that is missing or wrong.
+    """
+    shapes = metadata.get("shapes")
+    if not isinstance(shapes, dict):
+        raise ValueError(f"shapes are {shapes!r:.40}; accepted is a table of parameters' names and shapes.")
+    unknown = tensors.keys() - {f"{name}/{key}" for name in shapes for key in ("index", "before", "after")}
+    if unknown:
+        raise ValueError(f"{min(unknown)!r} belongs to no parameter; known are {sorted(shapes)}.")
+    changes = {name: _read_change(tensors, name, shape) for name, shape in shapes.items()}
+    return changes, EditReport.from_state(metadata.get("report", {}))
+
+
+def _read_change(tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change:
+    """Read what changes of one parameter.
+
+    Returns:
+        The change.
+
+    Raises:
+        ValueError: naming the parameter, and what is missing or wrong.
+    """
+    if not isinstance(shape, list) or not all(is_count(size, 0) for size in shape):
+        raise ValueError(f"the shape of {name!r} is {shape!r:.40}; accepted is a list of integers.")
+    index, before, after = (read_tensor(tensors, f"{name}/{key}") for key in ("index", "before", "after"))
+    try:
+        return Change(index, before, after, tuple(shape))
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r} has {error}") from error
+
+
 def changes_between(
     before: Mapping[str, Tensor], after: Mapping[str, Any], masks: Mapping[str, Tensor]
 ) -> dict[str, Change]:
@@ -410,11 +465,19 @@ def changes_between(
 
     Returns:
         The changes by name; without the parameters of which nothing may change.
+
+    Raises:
+        NonFiniteError: if a value is NaN or infinite.
     """
     changes = {}
     for name, old in before.items():
         index = masks[name].reshape(-1).nonzero().flatten().cpu()
         if len(index):
             olds, news = (part.detach().reshape(-1).cpu()[index].clone() for part in (old, after[name]))
+            if not bool(torch.isfinite(news).all()):
+                raise NonFiniteError(
+                    f"The edit would make values of {name!r} NaN or infinite. Pass a smaller step=, a larger "
+                    "damping=, or a module in a precision with a wider range."
+                )
             changes[name] = Change(index, olds, news, tuple(old.shape))
     return changes

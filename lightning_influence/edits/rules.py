@@ -1,28 +1,9 @@
-r"""What a selection rule is: something that maps scores of channels or parameters to masks.
+"""Selection rules: which parameters of each layer an edit may change.
 
-Shapes: a layer has ``C = G * D_out`` output channels, each a row of ``D_in`` parameters (weights, then the
-bias if it is trained); a mask is boolean of the layer's matrix shape ``(G, D_out, D_in)``.
-
-The channels with the highest scores (Lyu et al. 2023).
-
-The channels with the lowest scores: the control of Lyu et al. 2023.
-
-Random channels other than the highest: the control that tells choice from number (Lyu et al. 2023).
-
-The parameters that lower the edit's residual most, each on its own.
-
-Generalized influence minimises :math:`\|H_{:,S} x - g\|^2 + r \|x\|^2`. With one parameter :math:`i` alone
-the minimum is :math:`\|g\|^2 - (Hg)_i^2 / ((H^2)_{ii} + r)`: the second term is the gain of that parameter,
-the first step of an orthogonal matching pursuit. It looks at parameters and not at channels, counts the
-curvature that a change meets, and needs no notion of a channel's activity. Own rule of this library.
-
-Relabelling counts the ridge, the damping's square; without it the rule prefers parameters with hardly any
-curvature, which are of little use to a descent. Forgetting goes a long way along one direction and is better
-off with just these: the ridge counts as zero there.
-
-Random parameters, whatever their channel.
-
-Channels whose score reaches a share of the layer's highest.
+A layer has ``C = G * D_out`` output channels, each a row of ``D_in`` parameters (weights, then the bias if it
+is trained). A rule looks at scores of channels or of parameters and returns a mask: boolean, of the layer's
+matrix shape ``(G, D_out, D_in)``. The rules by channel, with their controls "lowest" and "exclusive", are
+those of Lyu, Jang, Ryu & Yang (2023); "gain" is a rule of this library.
 """
 
 from __future__ import annotations
@@ -31,17 +12,24 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar, get_args
+from fractions import Fraction
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+import numpy as np
 import torch
+from rich.jupyter import JupyterMixin
+from rich.table import Table
 from torch import Tensor
+
+from lightning_influence.model.plan import Layout
+from lightning_influence.support.arguments import is_number
 
 Source = Literal["outputs", "gradients", "gain"]
 Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RuleScores:
     """What rules look at, for the examples that an edit is about.
 
     Attributes:
@@ -57,14 +45,24 @@ class Evidence:
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     gain: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def scores(self, source: Source) -> Mapping[str, Tensor]:
-        """Return the scores of one kind, by layer."""
-        scores: Mapping[str, Tensor] = getattr(self, source)
+    def by_layer(self, source: Source | None) -> Mapping[str, Tensor]:
+        """Return the scores of one kind; nothing for a rule that looks at none."""
+        scores: Mapping[str, Tensor] = {} if source is None else getattr(self, source)
         return scores
 
 
 class SelectionRule(ABC):
-    """Chooses parameters layer by layer; register it with :func:`register_rule`."""
+    """Chooses parameters layer by layer; register it with :func:`register_rule`.
+
+    Example:
+        >>> class Biases(SelectionRule):
+        ...     source = "outputs"
+        ...     def mask(self, scores, shape, ratio, generator):
+        ...         chosen = torch.zeros(shape, dtype=torch.bool)
+        ...         strongest = scores.argsort(descending=True)[: count_budget(shape, ratio)]
+        ...         chosen.view(-1, shape[-1])[strongest.cpu(), -1] = True
+        ...         return chosen
+    """
 
     name: ClassVar[str] = "unnamed"
     #: Which scores the rule needs; None if it looks at none.
@@ -78,7 +76,8 @@ class SelectionRule(ABC):
             scores: the layer's scores of :attr:`source`: ``(C,)`` for channels, ``(G, D_out, D_in)`` for
                 parameters; None without a source.
             shape: ``(G, D_out, D_in)``.
-            ratio: largest share of the layer's parameters, in (0, 1].
+            ratio: largest share of the layer's parameters, in (0, 1]; :func:`count_budget` says how many
+                that is.
             generator: source of randomness, on the CPU.
 
         Returns:
@@ -86,9 +85,147 @@ class SelectionRule(ABC):
         """
 
 
-def budget(shape: Shape, ratio: float) -> int:
-    """Return how many parameters of a layer a ratio stands for: the nearest number, and at least one."""
-    return max(1, round(ratio * math.prod(shape)))
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection(JupyterMixin):
+    """Masks of the selected parameters, layer by layer.
+
+    Attributes:
+        masks: by layer boolean, ``(G, D_out, D_in)``: rows are output channels, the last column the bias if
+            the layer has a trained one.
+        rule: the rule's name.
+        ratio: what was asked for.
+    """
+
+    masks: dict[str, Tensor]
+    rule: str
+    ratio: float
+
+    @property
+    def count(self) -> int:
+        """Number of selected parameters."""
+        return sum(int(mask.sum()) for mask in self.masks.values())
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters to choose from."""
+        return sum(mask.numel() for mask in self.masks.values())
+
+    def flat(self) -> Tensor:
+        """Return the mask over the flat vector of all editable parameters, ``(P,)``."""
+        shapes = {name: (mask.shape[0], mask.shape[1], mask.shape[2]) for name, mask in self.masks.items()}
+        return Layout(shapes).join(self.masks)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.count:,} of {self.numel:,} parameters by {self.rule!r}")
+        for column in ("layer", "channels", "parameters", "share"):
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for name, mask in self.masks.items():
+            rows = mask.flatten(0, 1)
+            channels = f"{int(rows.any(1).sum())} of {len(rows)}"
+            table.add_row(name, channels, f"{int(mask.sum()):,}", f"{float(mask.float().mean()):.1%}")
+        return table
+
+    def __repr__(self) -> str:
+        return f"Selection(rule={self.rule!r}, ratio={self.ratio:g}, {self.count} of {self.numel} parameters)"
+
+
+def select(rule: SelectionRule, scores: RuleScores, ratio: float, seed: int = 0) -> Selection:
+    """Apply a rule to every layer.
+
+    Args:
+        rule: the rule.
+        scores: those of the kind that the rule needs.
+        ratio: share of each layer's parameters, in (0, 1].
+        seed: of the rule's random choices.
+
+    Returns:
+        The masks.
+
+    Raises:
+        TypeError: if the rule returns something else than a boolean mask.
+        ValueError: if the ratio is outside (0, 1], a mask has another shape or selects more than the ratio
+            allows, or nothing is selected.
+    """
+    check_ratio(ratio)
+    check_source(rule, rule.name)
+    generator = torch.Generator().manual_seed(seed)
+    by_layer = scores.by_layer(rule.source)
+    masks = {}
+    for name, shape in scores.shapes.items():
+        mask = _read_mask(rule.mask(by_layer.get(name), shape, ratio, generator), rule.name, shape)
+        _check_share(mask, rule.name, name, ratio)
+        masks[name] = mask
+    if not any(bool(mask.any()) for mask in masks.values()):
+        raise ValueError(f"Rule {rule.name!r} selects no parameter in any layer; nothing could be edited.")
+    return Selection(masks, rule.name, ratio)
+
+
+def _read_mask(mask: Any, rule: str, shape: Shape) -> Tensor:
+    """Return what a rule returned as a boolean tensor on the CPU.
+
+    Raises:
+        TypeError: if it is no boolean tensor or array.
+        ValueError: if its shape is not the layer's.
+    """
+    accepted = f"accepted is a boolean tensor of shape {shape}, True at the parameters that may change"
+    if isinstance(mask, np.ndarray):
+        mask = torch.as_tensor(mask)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"Rule {rule!r} returned {type(mask).__name__}; {accepted}.")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"Rule {rule!r} returned {mask.dtype}; {accepted}. Compare scores with a level to get one."
+        )
+    if mask.shape != shape:
+        raise ValueError(f"Rule {rule!r} returned a mask of shape {tuple(mask.shape)}; {accepted}.")
+    return mask.cpu()
+
+
+def _check_share(mask: Tensor, rule: str, layer: str, ratio: float) -> None:
+    """Refuse a mask of more parameters than the ratio stands for, rounded up.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    # A rule of the user's may round up where the built-in ones round to the nearest number.
+    count, most = int(mask.sum()), max(1, math.ceil(ratio * mask.numel()))
+    if count > most:
+        raise ValueError(
+            f"Rule {rule!r} selects {count:,} of the {mask.numel():,} parameters of layer {layer!r}; "
+            f"ratio={ratio:g} allows {most:,}. Pass a larger ratio= (up to 1.0), or select fewer in mask()."
+        )
+
+
+def check_ratio(ratio: object) -> None:
+    """Refuse a ratio outside (0, 1].
+
+    Raises:
+        ValueError: saying what was got.
+    """
+    if not is_number(ratio) or not 0 < ratio <= 1:
+        raise ValueError(
+            f"Got ratio={ratio!r}; accepted is a share of each layer's parameters in (0, 1], such as 0.05."
+        )
+
+
+def count_budget(shape: Shape, ratio: float) -> int:
+    """Count the parameters of a layer that a ratio stands for: the nearest number, and at least one.
+
+    The ratio counts as the decimal that it is written as, so that the number depends neither on the order in
+    which floats are multiplied nor on their rounding; of two that are equally near the even one is taken.
+
+    Args:
+        shape: ``(G, D_out, D_in)``.
+        ratio: in (0, 1].
+
+    Returns:
+        The number.
+
+    Example:
+        >>> count_budget((3, 6, 5), 0.05), count_budget((1, 2, 2), 0.05)
+        (4, 1)
+    """
+    return max(1, round(Fraction(str(float(ratio))) * math.prod(shape)))
 
 
 def spend_on_rows(order: Tensor, shape: Shape, count: int) -> Tensor:
@@ -190,11 +327,13 @@ def rule_names() -> list[str]:
 
 
 class _Highest(SelectionRule):
+    """The rule that generalized influence was published with (Lyu et al. 2023)."""
+
     def mask(self, scores: Tensor | None, shape: Shape, ratio: float, generator: torch.Generator) -> Tensor:
         """Return the rows with the highest scores; of equal ones the first."""
         assert scores is not None
         order = scores.argsort(descending=True, stable=True)
-        return spend_on_rows(order, shape, budget(shape, ratio))
+        return spend_on_rows(order, shape, count_budget(shape, ratio))
 
 
 @register_rule("highest_outputs")
@@ -212,10 +351,12 @@ class HighestGradients(_Highest):
 
 
 class _Lowest(SelectionRule):
+    """The control that tells whether the highest scores were the right ones (Lyu et al. 2023)."""
+
     def mask(self, scores: Tensor | None, shape: Shape, ratio: float, generator: torch.Generator) -> Tensor:
         """Return the rows with the lowest scores; of equal ones the first."""
         assert scores is not None
-        return spend_on_rows(scores.argsort(stable=True), shape, budget(shape, ratio))
+        return spend_on_rows(scores.argsort(stable=True), shape, count_budget(shape, ratio))
 
 
 @register_rule("lowest_outputs")
@@ -233,6 +374,8 @@ class LowestGradients(_Lowest):
 
 
 class _Exclusive(SelectionRule):
+    """The control that tells choice from number (Lyu et al. 2023)."""
+
     def mask(self, scores: Tensor | None, shape: Shape, ratio: float, generator: torch.Generator) -> Tensor:
         """Return random rows without those that the highest rule touches.
 
@@ -240,7 +383,7 @@ class _Exclusive(SelectionRule):
         follow, so that the number of parameters stays comparable.
         """
         assert scores is not None
-        count = budget(shape, ratio)
+        count = count_budget(shape, ratio)
         order = scores.argsort(descending=True, stable=True).cpu()
         highest = min(len(order), -(-count // shape[-1]))
         others = order[highest:]
@@ -264,7 +407,17 @@ class ExclusiveGradients(_Exclusive):
 
 @register_rule("gain")
 class Gain(SelectionRule):
-    """Parameters with the largest gain, layer by layer."""
+    r"""The parameters that lower the edit's residual most, each on its own, layer by layer.
+
+    Generalized influence minimises :math:`\|H_{:,S} x - g\|^2 + r \|x\|^2`. With one parameter :math:`i`
+    alone the minimum is :math:`\|g\|^2 - (Hg)_i^2 / ((H^2)_{ii} + r)`: the second term is the gain of that
+    parameter, the first step of an orthogonal matching pursuit. The rule looks at parameters and not at
+    channels, counts the curvature that a change meets, and needs no notion of a channel's activity.
+
+    Relabelling counts the ridge, the damping's square; without it the rule prefers parameters with hardly any
+    curvature, which are of little use to a descent. Forgetting goes a long way along one direction and is
+    better off with just these: the ridge counts as zero there.
+    """
 
     source = "gain"
 
@@ -273,11 +426,11 @@ class Gain(SelectionRule):
         assert scores is not None
         order = scores.flatten().argsort(descending=True, stable=True).cpu()
         chosen = torch.zeros(len(order), dtype=torch.bool)
-        chosen[order[: budget(shape, ratio)]] = True
+        chosen[order[: count_budget(shape, ratio)]] = True
         return chosen.view(shape)
 
 
-def gains(hg: Tensor, squared_norms: Tensor, ridge: float = 0.0) -> Tensor:
+def compute_gains(hg: Tensor, squared_norms: Tensor, ridge: float = 0.0) -> Tensor:
     """Return ``(Hg)_i^2 / ((H^2)_ii + r)``, zero where a parameter has no curvature and there is no ridge.
 
     Args:
@@ -300,7 +453,7 @@ class RandomElements(SelectionRule):
     def mask(self, scores: Tensor | None, shape: Shape, ratio: float, generator: torch.Generator) -> Tensor:
         """Return exactly the budget, drawn at random."""
         chosen = torch.zeros(math.prod(shape), dtype=torch.bool)
-        chosen[torch.randperm(len(chosen), generator=generator)[: budget(shape, ratio)]] = True
+        chosen[torch.randperm(len(chosen), generator=generator)[: count_budget(shape, ratio)]] = True
         return chosen.view(shape)
 
 
@@ -326,7 +479,7 @@ class _Threshold(SelectionRule):
         assert scores is not None
         order = scores.argsort(descending=True, stable=True)
         reaching = int((scores >= self.level * scores.max()).sum())
-        return spend_on_rows(order[:reaching], shape, budget(shape, ratio))
+        return spend_on_rows(order[:reaching], shape, count_budget(shape, ratio))
 
 
 @register_rule("threshold_outputs")

@@ -27,6 +27,7 @@ from torch.func import functional_call, grad, grad_and_value, vjp
 from typing_extensions import Self
 
 from lightning_influence.evaluation.losses import ExampleLoss, cross_entropy
+from lightning_influence.linalg.conjugate_gradients import ConjugateDirections
 from lightning_influence.support.arguments import check_losses, read_examples
 from lightning_influence.support.errors import InfluenceError, NonFiniteError
 
@@ -217,20 +218,16 @@ class _Objective:
             The step ``(P,)``; a shorter one where the curvature turns out negative on the way.
         """
         multiply = self.hessian(theta)
-        step, residual = torch.zeros_like(gradient), -gradient
-        direction, square = residual, residual.dot(residual)
-        goal = square * max(relative, least) ** 2
+        recursion = ConjugateDirections(-gradient[None])
+        step, goal = torch.zeros_like(gradient), gradient.dot(gradient) * max(relative, least) ** 2
         for _ in range(2 * len(gradient)):
-            product = multiply(direction)
-            curvature = direction.dot(product)
-            if curvature <= 0:
+            change, curvature = recursion.advance(lambda vectors: multiply(vectors[0])[None])
+            if not float(curvature) > 0:
                 return step if bool(step.any()) else -gradient
-            length = square / curvature
-            step, residual = step + length * direction, residual - length * product
-            square, previous = residual.dot(residual), square
-            if square <= goal:
+            step = step + change[0]
+            if recursion.remainder.square().sum() <= goal:
                 break
-            direction = residual + square / previous * direction
+            recursion.turn(torch.ones_like(curvature, dtype=torch.bool))
         return step
 
 

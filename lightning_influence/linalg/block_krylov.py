@@ -46,6 +46,7 @@ class Subspace:
 
     def add(self, fresh: Tensor, image: Tensor) -> None:
         """Take in directions ``(k, P)``, orthonormal and outside, with their products; solve anew."""
+        # Only the new rows and columns are computed: the rest of Q^T A Q is as before.
         cross = torch.cat([inner(block, image) for block in [*self._basis, fresh]])  # (m + k, k)
         size = self.size
         small = cross.new_zeros(len(cross), len(cross))
@@ -60,6 +61,7 @@ class Subspace:
 
     def find_outside(self, directions: Tensor) -> Tensor:
         """Return an orthonormal basis of what is numerically outside; the directions are overwritten."""
+        # Chosen by hand: what is nearer to the basis brings mostly rounding of what is taken out of it.
         least = 1e2 * torch.finfo(directions.dtype).eps ** 0.5
         return orthonormalise(directions, self._basis, least=least)[0]
 

@@ -72,6 +72,7 @@ def chebyshev(
     progress.observe(remainder)
     limit = _GROWTH * max(1.0, progress.history[-1] if progress.history else 1.0)
     middle, half = (largest + smallest) / 2, max((largest - smallest) / 2, 1e-12 * largest)
+    # Also those within the tolerance, because their error may not be.
     rows = (progress.residuals > 0).nonzero().flatten()
     direction, ratio, steps = remainder[rows] / middle, half / middle, 0
     while len(rows) and steps < max_steps:

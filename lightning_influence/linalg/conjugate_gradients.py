@@ -15,7 +15,7 @@ from lightning_influence.support.errors import IndefiniteError
 
 
 class ConjugateDirections:
-    """The recursion, for the right-hand sides that are open, ``(k, P)``.
+    """The recursion of Hestenes and Stiefel (1952), for the right-hand sides that are open, ``(k, P)``.
 
     Args:
         remainder: their residuals at the start.
@@ -47,6 +47,7 @@ class ConjugateDirections:
         square = direction.square().sum(dim=1)
         self._size = max([self._size, *(image.norm(dim=1) / square.sqrt()).tolist()])
         curvature = _dot(direction, image)
+        # A sum of products is this far off; eight is chosen by hand, for the summation over a long vector.
         rounding = 8 * torch.finfo(direction.dtype).eps * self._size * square
         curvature = torch.where(curvature.abs() > rounding, curvature, torch.zeros_like(curvature))
         length = torch.where(curvature > 0, self._energy / curvature, torch.zeros_like(curvature))[:, None]
@@ -135,6 +136,7 @@ def conjugate_gradients(
             solutions[rows] += change
             steps += 1
             kept = progress.observe(recursion.remainder, rows) & (curvature > 0)
+            # Turning costs a preconditioning, which only those that go on are worth.
             rows = rows[kept]
             recursion.turn(kept)
         return steps

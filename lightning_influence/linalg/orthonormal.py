@@ -49,6 +49,7 @@ def orthonormalise(
         norms.clamp_min(torch.finfo(vectors.dtype).tiny) if scale is None else norms.new_full((1, 1), scale)
     )
     vectors.div_(sizes)
+    # Chosen by hand: four times what as many terms of rounding add up to at most.
     rounding = 4 * len(vectors) * torch.finfo(vectors.dtype).eps
     # Twice: a single projection leaves rounding errors of the size of what it removed, and the conditioning
     # of the first Gram matrix costs its basis orthogonality, which the second restores.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lightning_influence.curvature.two_level import Correction, TwoLevel
 from lightning_influence.linalg.block_krylov import Subspace, block_krylov
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
-from lightning_influence.methods.coarse_building import TOLERANCE, CoarseBuilder, vector_bytes
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
+from lightning_influence.methods.coarse_building import TOLERANCE, CoarseBuilder, count_vector_bytes
 from lightning_influence.methods.context import Context
-from lightning_influence.methods.fitting import fitted_factors
+from lightning_influence.methods.fitting import provide_factors
 from lightning_influence.methods.gathering import gather_examples
 from lightning_influence.methods.method import Gradients, Method, Queries, Solved, register_method
 from lightning_influence.methods.options import SpaceOptions, require_count, require_number
@@ -74,12 +74,12 @@ class Auto(Method):
     def prepare(self) -> None:
         """Use or fit the factors; use, grow or build the coarse space."""
         context = self.context
-        factors = fitted_factors(context)
+        factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
         closed = context.resolve_damping(factors, "closed")
-        self.ekfac = block_inverse(context.layout, factors, closed, measured_eigenvalues)
+        self.ekfac = invert_blocks(context.layout, factors, closed, take_eigenvalues)
         damping = context.resolve_damping(factors, "full")
-        inverse = block_inverse(context.layout, factors, damping, measured_eigenvalues)
+        inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
         self.builder = CoarseBuilder(
             context, inverse, self.options.curvature_examples, self.options.tolerance
         )
@@ -115,7 +115,8 @@ class Auto(Method):
         for positions, falls_back in ((rest.nonzero().flatten(), False), (worse.nonzero().flatten(), True)):
             if not len(positions):
                 continue
-            own_queries = queries if len(positions) == everyone else _select(queries, positions)
+            # A scorer keeps what it is given: all queries as they are, or copies of some.
+            own_queries = dict(queries) if len(positions) == everyone else _select(queries, positions)
             if falls_back:
                 parts.append((positions, self._score(own_queries, None)))
             else:
@@ -233,7 +234,7 @@ class Auto(Method):
         A query is held as its gradient and its answer; where it may be iterated on, half is left for that.
         """
         each = 4 if self._may_iterate() else 2
-        return max(1, self._left() // (each * vector_bytes(self.context)))
+        return max(1, self._left() // (each * count_vector_bytes(self.context)))
 
     def _left(self) -> int:
         """Return what the coarse space, with its damped product if that is needed, leaves of the budget."""
@@ -251,7 +252,7 @@ class Auto(Method):
 
     def _group_size(self) -> int:
         """Return how many queries' subspaces fit into half of what the coarse space leaves."""
-        each = (2 * self._steps() + 8) * vector_bytes(self.context)
+        each = (2 * self._steps() + 8) * count_vector_bytes(self.context)
         return max(1, self._left() // (2 * each))
 
     def _iterate(self, queries: Gradients, subject: str) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lightning_influence.curvature.factors import Factors, LayerStatistics
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
-from lightning_influence.methods.fitting import fitted_diagonal, fitted_factors
+from lightning_influence.methods.fitting import fit_diagonal, provide_factors
 from lightning_influence.methods.method import (
     Gradients,
     Method,
     Queries,
     Solved,
-    identity_inverse,
+    make_identity,
     register_method,
 )
 from lightning_influence.methods.options import ClosedFormOptions, Options
@@ -35,7 +35,7 @@ class ClosedForm(Method):
     options: ClosedFormOptions
 
     def solve(self, queries: Queries) -> Solved:
-        """Return the solutions: apply the inverse, within the scores where that is cheaper."""
+        """Apply the inverse, within the scores where that is cheaper."""
         tolerance = self.options.low_rank_tolerance
         scorer = PreconditionedScorer(self.inverse, queries, tolerance=tolerance, consume=True)
         if scorer.ranks:
@@ -43,7 +43,7 @@ class ClosedForm(Method):
         return Solved(scorer)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
-        """Return the solutions: apply the inverse."""
+        """Apply the inverse to the queries' gradients."""
         return self.inverse.apply(self.context.layout.dense(queries)[0]), None
 
     def quadratic(self) -> Quadratic:
@@ -66,7 +66,7 @@ class Identity(ClosedForm):
     def prepare(self) -> None:
         """Nothing to fit."""
         like = torch.empty(0, device=self.context.device, dtype=self.context.dtype)
-        self.inverse = identity_inverse(self.context.layout, like)
+        self.inverse = make_identity(self.context.layout, like)
 
 
 @register_method("diagonal")
@@ -75,10 +75,10 @@ class Diagonal(ClosedForm):
 
     def prepare(self) -> None:
         """Fit second moments in one pass."""
-        factors = fitted_diagonal(self.context)
+        factors = fit_diagonal(self.context)
         self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = block_inverse(self.context.layout, factors, damping, measured_eigenvalues)
+        self.inverse = invert_blocks(self.context.layout, factors, damping, take_eigenvalues)
 
 
 @register_method("kfac")
@@ -87,10 +87,10 @@ class KFAC(ClosedForm):
 
     def prepare(self) -> None:
         """Use or fit the factors."""
-        factors = fitted_factors(self.context)
+        factors = provide_factors(self.context)
         self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = block_inverse(self.context.layout, factors, damping, kronecker_eigenvalues)
+        self.inverse = invert_blocks(self.context.layout, factors, damping, multiply_eigenvalues)
 
 
 @register_method("ekfac")
@@ -99,13 +99,13 @@ class EKFAC(ClosedForm):
 
     def prepare(self) -> None:
         """Use or fit the factors."""
-        factors = fitted_factors(self.context)
+        factors = provide_factors(self.context)
         self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = block_inverse(self.context.layout, factors, damping, measured_eigenvalues)
+        self.inverse = invert_blocks(self.context.layout, factors, damping, take_eigenvalues)
 
 
-def block_inverse(
+def invert_blocks(
     layout: Layout,
     factors: Factors,
     damping: dict[str, float],
@@ -130,14 +130,14 @@ def block_inverse(
     return BlockInverse(layout, layers)
 
 
-def measured_eigenvalues(statistics: LayerStatistics) -> Tensor:
+def take_eigenvalues(statistics: LayerStatistics) -> Tensor:
     """Return EK-FAC's Lambda: mean squared gradient entries in the basis."""
     moment = statistics.second_moment()
     assert moment is not None
     return moment
 
 
-def kronecker_eigenvalues(statistics: LayerStatistics) -> Tensor:
+def multiply_eigenvalues(statistics: LayerStatistics) -> Tensor:
     """Return K-FAC's eigenvalues, products of those of the two covariances, in the statistics' own basis."""
     basis = statistics.basis
     assert basis is not None

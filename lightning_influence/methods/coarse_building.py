@@ -7,10 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.coarse_space import CoarseSpace, extended, preconditioned, probes, scored
+from lightning_influence.curvature.coarse_space import (
+    CoarseSpace,
+    draw_probes,
+    extend_space,
+    join_scored,
+    precondition,
+)
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass
 from lightning_influence.curvature.inverse import BlockInverse
-from lightning_influence.curvature.two_level import TwoLevel, rescaled
+from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse
 from lightning_influence.linalg.orthonormal import orthonormalise
 from lightning_influence.methods.context import Context, compute_digest
 from lightning_influence.methods.gathering import gather_examples
@@ -96,7 +102,7 @@ class CoarseBuilder:
         On a character transformer that helps; on the digits MLP it lowers the rank correlation with exact
         scores (.82 to .77 with 256 anchors), although its step is the best in the norm of ``A``.
         """
-        return rescaled(self.inverse, space) if space.mixtures else self.inverse
+        return rescale_inverse(self.inverse, space) if space.mixtures else self.inverse
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """Return ``G V`` over the curvature examples for ``V (V, P)``."""
@@ -170,9 +176,9 @@ class CoarseBuilder:
         first = self.inverse if space is None else space.inverse
         vectors, anchors = self._precondition(sample, chosen, first)
         if space is not None:
-            return extended(space, vectors, anchors, self.multiply)
+            return extend_space(space, vectors, anchors, self.multiply)
         fresh, mixing, _ = orthonormalise(vectors)
-        one_pass = self._run_products([fresh, probes(PROBES, layout.numel, fresh)])
+        one_pass = self._run_products([fresh, draw_probes(PROBES, layout.numel, fresh)])
         product, probe_product = one_pass.results(self.context.runner.all_reduce_sum)
         mixtures = self._mixtures() if one_pass.estimated and one_pass.columns is not None else 0
         return CoarseSpace(
@@ -198,15 +204,15 @@ class CoarseBuilder:
         Some anchors at a time: where their gradients have to be formed, they are not held beside the result.
         """
         context = self.context
-        rows = max(1, _FORMED_BYTES // vector_bytes(context))
+        rows = max(1, _FORMED_BYTES // count_vector_bytes(context))
         vectors = torch.empty(len(chosen), context.layout.numel, dtype=context.dtype, device=context.device)
         parts = []
         for start in range(0, len(chosen), rows):
             part = slice(start, start + rows)
             gradients = gather_examples(context, sample, chosen[part], "Influence: anchors")
-            vectors[part] = preconditioned(context.layout, inverse, gradients)
-            parts.append(scored([gradients]))
-        return vectors, scored(parts)
+            vectors[part] = precondition(context.layout, inverse, gradients)
+            parts.append(join_scored([gradients]))
+        return vectors, join_scored(parts)
 
     def _affordable(self) -> int:
         """Return how many directions fit.
@@ -214,11 +220,11 @@ class CoarseBuilder:
         Each is held with its product, and self-influence holds what corrects it; to grow, the space is held
         twice.
         """
-        room = self.context.options.memory_budget // vector_bytes(self.context)
+        room = self.context.options.memory_budget // count_vector_bytes(self.context)
         most = min(MOST_ANCHORS, room // 3 - PROBES)
         return most if most <= FIRST_ANCHORS else max(FIRST_ANCHORS, min(most, room // 4))
 
 
-def vector_bytes(context: Context) -> int:
+def count_vector_bytes(context: Context) -> int:
     """Return the memory of a flat vector over all covered parameters, in bytes."""
     return context.layout.numel * torch.empty((), dtype=context.dtype).element_size()

@@ -20,12 +20,18 @@ from lightning_influence.curvature.damping import resolve_damping
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.options import Options
-from lightning_influence.model.mean_loss import LossSum, same_mean
+from lightning_influence.model.captured import LossSum
+from lightning_influence.model.mean_loss import same_mean
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.notes import Notes
 from lightning_influence.support.passes import Loader as Loader
 from lightning_influence.support.passes import Passes as Passes
+
+_NOT_CALLED = (
+    "were not called as modules by the training step; what only a function takes the weights of, as "
+    "nn.MultiheadAttention does with its out_proj, is not seen"
+)
 
 
 @dataclass
@@ -75,7 +81,7 @@ class Context:
         return Layout.of(self.plan.layers)
 
     def resolve_damping(self, factors: Factors, solver: Literal["closed", "full"]) -> dict[str, float]:
-        """Return the damping: decide the damping, and remember it for the diagnostics."""
+        """Decide the damping of each layer, and remember it for the diagnostics."""
         self.damping, self.damping_origin = resolve_damping(
             self.options.damping, factors, self.state.record, solver=solver
         )
@@ -88,7 +94,7 @@ class Context:
         heard = torch.tensor([float(name not in silent) for name in self.plan.layers])
         heard = self.runner.all_reduce_sum(heard)
         names = [name for name, count in zip(self.plan.layers, heard.tolist(), strict=True) if not count]
-        self.leave_out(names, "took no part in the training loss")
+        self.leave_out(names, _NOT_CALLED)
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
         """Take layers out of the plan, and say so.

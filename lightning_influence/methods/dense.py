@@ -48,12 +48,12 @@ class DenseMethod(Method):
         """Sum the matrix in one pass, decide the damping, make the solver."""
 
     def solve(self, queries: Gradients) -> Solved:
-        """Return the solutions: solve densely."""
+        """Solve densely, and score training gradients against the solutions."""
         solutions, residuals = self.solutions(queries)
         return Solved(DenseScorer(self.context.layout.split(solutions)), residuals)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor]:
-        """Return the solutions: solve densely."""
+        """Solve densely; the residuals are those of the rounding alone."""
         return self.solver.solve(self.context.layout.dense(queries)[0])
 
     def quadratic(self) -> Quadratic:
@@ -79,7 +79,7 @@ class DenseMethod(Method):
         return matrix if bool(kept.all()) else matrix[kept][:, kept]
 
 
-def as_factors(layout: Layout, diagonal: Tensor) -> Factors:
+def make_factors(layout: Layout, diagonal: Tensor) -> Factors:
     """Return a diagonal ``(P,)`` as statistics, which is what damping rules look at."""
     blocks = layout.split(diagonal)
     layers = {}
@@ -118,7 +118,7 @@ class Exact(DenseMethod):
         matrix = self._covered(one_pass.result(context.runner.all_reduce_sum), layout)
         self.mean_weight = one_pass.count.mean_weight
         note_estimate(context, one_pass.estimated)
-        damping = context.resolve_damping(as_factors(context.layout, torch.diagonal(matrix)), "full")
+        damping = context.resolve_damping(make_factors(context.layout, torch.diagonal(matrix)), "full")
         # An eigenvalue of a matrix of squares is only as far off as the square of what its roots are.
         rounding = len(matrix) * torch.finfo(context.dtype).eps ** 2
         self.solver = DenseSolver(matrix, context.layout.expand(damping, matrix), rounding)
@@ -163,7 +163,7 @@ class BlockGGN(DenseMethod):
         note_estimate(context, one_pass.estimated)
         indices = [index.to(found[0].device) for index in block_indices(context.plan, options.blocks)]
         diagonal = _joined([torch.diagonal(block) for block in blocks], indices)
-        damping = context.resolve_damping(as_factors(context.layout, diagonal), "closed")
+        damping = context.resolve_damping(make_factors(context.layout, diagonal), "closed")
         rounding = len(diagonal) * torch.finfo(context.dtype).eps ** 2
         self.solver = BlockSolver(blocks, indices, context.layout.expand(damping, diagonal), rounding)
 
@@ -216,7 +216,7 @@ class Hessian(DenseMethod):
         matrix = self._covered(one_pass.result(context.runner.all_reduce_sum), layout)
         self.mean_weight = one_pass.count.mean_weight
         found = treat_negative_curvature(matrix, options.negative_curvature)
-        factors = as_factors(context.layout, torch.diagonal(found.magnitude))
+        factors = make_factors(context.layout, torch.diagonal(found.magnitude))
         damping = context.layout.expand(context.resolve_damping(factors, "full"), found.matrix)
         rounding = len(matrix) ** 0.5 * torch.finfo(context.dtype).eps
         self.solver = DenseSolver(found.matrix, damping, rounding)

@@ -8,17 +8,22 @@ from typing import get_args
 import torch
 
 from lightning_influence.curvature.factor_passes import CovariancePass, DiagonalPass, SquaresPass
-from lightning_influence.curvature.factors import Factors, LayerStatistics, eigenbasis, fingerprint_differs
+from lightning_influence.curvature.factors import (
+    Factors,
+    LayerStatistics,
+    compute_eigenbasis,
+    fingerprint_differs,
+)
 from lightning_influence.methods.context import Context, compute_digest, note_unknown_outputs
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.layers import ParameterRule
 from lightning_influence.model.plan import LayerPlan, find_layers
 
-# Memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
+# Chosen by hand: memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
 CACHE_BYTES = 2**28
 
 
-def fitted_factors(context: Context) -> Factors:
+def provide_factors(context: Context) -> Factors:
     """The model's factors with eigenvalues: those there are, completed, or fitted in passes.
 
     Returns:
@@ -39,14 +44,14 @@ def fitted_factors(context: Context) -> Factors:
     _note_empirical(context, factors)
     context.leave_out(
         [name for name in context.plan.layers if name not in factors.layers],
-        "have no factors, because no training step used them or they were not selected when factors were "
-        "collected",
+        "have no factors, because no training step used them: they were frozen when the fit began, not "
+        "called, or not selected. Pass factors='refit' to fit factors of all that take part now",
     )
     context.extra["factors"] = f"from the {factors.origin}, {factors.fisher} Fisher"
     return replace(factors, layers={name: factors.layers[name] for name in context.plan.layers})
 
 
-def fitted_diagonal(context: Context) -> Factors:
+def fit_diagonal(context: Context) -> Factors:
     """Return second moments of the gradients in the parameters' own basis, fitted in one pass."""
     one_pass = DiagonalPass(context.plan, fisher=context.options.fitted_fisher, seed=context.options.seed)
     context.run_on_train(one_pass)
@@ -62,7 +67,13 @@ def fitted_diagonal(context: Context) -> Factors:
 def _note_empirical(context: Context, factors: Factors) -> None:
     """Say so if factors are made of training labels because the loss is unknown."""
     unknown = callable(getattr(context.runner.module, "influence_loss", None))
-    if unknown and factors.fisher == "empirical" and context.options.fisher != "empirical":
+    # During a fit the empirical Fisher is collected where it was asked for, and never for want of another.
+    if (
+        factors.origin == "pass"
+        and unknown
+        and factors.fisher == "empirical"
+        and context.options.fisher != "empirical"
+    ):
         note_unknown_outputs(context)
 
 
@@ -152,7 +163,7 @@ def _adopt(context: Context, factors: Factors) -> Factors:
     factors.layers = {name: factors.layers[name] for name in covered}
     for name, layer in factors.layers.items():
         if layer.basis is None:
-            layer.set_basis(eigenbasis(name, layer))
+            layer.set_basis(compute_eigenbasis(name, layer))
     squares = SquaresPass(LayerPlan(covered, {}), factors, seed=context.options.seed)
     context.runner.run(squares, context.train)
     _reduce_squares(context, factors)

@@ -248,7 +248,7 @@ def _visiting_order(loaders: Sequence[Loader], indices: Tensor, dataloaders: Ten
     return place.argsort()
 
 
-def joined(
+def join_scores(
     context: Context,
     sink: Columns | StreamingExtremes,
     scale: float,

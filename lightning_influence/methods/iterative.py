@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.inverse import BlockInverse
-from lightning_influence.curvature.minibatches import example_variance
+from lightning_influence.curvature.minibatches import measure_example_variance
 from lightning_influence.curvature.operators import Damped, GaussNewtonOperator, HessianOperator
 from lightning_influence.curvature.spectrum import measure_spectrum
-from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton, kappa
+from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton, bound_kappa
 from lightning_influence.curvature.two_level import TwoLevel
 from lightning_influence.linalg.astra import astra, plan_astra
 from lightning_influence.linalg.conjugate_gradients import conjugate_gradients
@@ -28,10 +28,10 @@ from lightning_influence.linalg.lanczos import measure_preconditioned_spectrum
 from lightning_influence.linalg.lissa import LissaPlan, Scale, explain_small_batch, lissa, plan_lissa
 from lightning_influence.linalg.minres import minres
 from lightning_influence.linalg.stopping import Solution
-from lightning_influence.methods.closed_form import block_inverse, measured_eigenvalues
+from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.methods.coarse_building import CoarseBuilder
 from lightning_influence.methods.context import Context, note_estimate
-from lightning_influence.methods.fitting import fitted_factors
+from lightning_influence.methods.fitting import provide_factors
 from lightning_influence.methods.method import Gradients, Method, Queries, Solved, register_method
 from lightning_influence.methods.options import (
     Options,
@@ -125,11 +125,11 @@ class Iterative(Method):
                 f"Got curvature='hessian' with method={self.name!r}; accepted is 'ggn': "
                 f"{self.refuses_hessian}. Use method='minres'."
             )
-        factors = fitted_factors(context)
+        factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
         damping = context.resolve_damping(factors, "full")
         like = torch.empty(0, device=context.device, dtype=context.dtype)
-        inverse = block_inverse(context.layout, factors, damping, measured_eigenvalues)
+        inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
         system = System(self._choose_operator(), context.layout.expand(damping, like), inverse)
         self._prepared = system, self.set_up(system)
 
@@ -459,7 +459,7 @@ def _measure_scale(system: System, seed: int) -> Scale:
     if isinstance(curvature, StoredGaussNewton):
         trace = curvature.trace()
         forms = (directions * curvature.product(directions)).sum(dim=1)
-        variance = kappa(curvature.squared_products(directions), forms, trace)
+        variance = bound_kappa(curvature.squared_products(directions), forms, trace)
     else:
         trace = max(spectrum.trace.value, 0.0)
         variance = _measure_variance(curvature, directions, trace, seed)
@@ -480,5 +480,7 @@ def _measure_variance(
     count = min(_BATCH, curvature.num_examples // 2)
     if not count or not trace > 0:
         return 1.0
-    found = example_variance(curvature, directions, trace, count=count, minibatches=_BATCHES, seed=seed)
+    found = measure_example_variance(
+        curvature, directions, trace, count=count, minibatches=_BATCHES, seed=seed
+    )
     return max(found.value, 0.0) + (found.error or 0.0)

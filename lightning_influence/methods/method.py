@@ -161,7 +161,7 @@ def find_method(name: str) -> type[Method]:
     return _METHODS[name]
 
 
-def identity_inverse(layout: Layout, like: Tensor) -> BlockInverse:
+def make_identity(layout: Layout, like: Tensor) -> BlockInverse:
     """Return the identity on every layer."""
     ones = {name: EigenInverse(None, like.new_ones(shape), 0.0) for name, shape in layout.shapes.items()}
     return BlockInverse(layout, ones)

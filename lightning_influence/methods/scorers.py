@@ -1,6 +1,4 @@
-"""The low-rank route: queries of one layer as sums of few outer products.
-
-Scores of many queries against a batch of training gradients, by the cheaper of two routes a layer.
+"""Scores of many queries against a batch of training gradients, by the cheaper of two routes a layer.
 
 *Dense*: the solved query ``x_q`` is formed, ``2 D_out D_in`` operations a pair. *Low rank* (one position per
 example): the preconditioner's weights are a sum of ``r`` outer products, ``2 r (D_in + D_out)`` operations a
@@ -21,7 +19,7 @@ from lightning_influence.curvature.two_level import Correction
 from lightning_influence.linalg.low_rank import LowRank, factorise_weights
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
 
-# Entries of an intermediate that should stay in a processor's cache.
+# Chosen by hand: entries of an intermediate that should stay in a processor's cache, 1 MiB of float32.
 _CACHED = 2**18
 
 
@@ -74,13 +72,15 @@ def factorise(inverse: EigenInverse, tolerance: float, max_rank: int) -> LowRank
 
 Scorer = Callable[[Mapping[str, LayerGradients]], Tensor]
 
-# Thin products run below the speed of square ones, so the low-rank route must save more than it costs.
+# Chosen by hand: thin products run below the speed of square ones, so the low-rank route has to save more
+# operations than it takes. A few pairs are enough to tell whether its scores are right.
 _THIN = 0.6
 _MAX_RANK = 256
 _CHECK_QUERIES = 16
-# Where the first batch shows too large an error, the tolerance is divided by this, so many times at most.
+# Chosen by hand: where the first batch shows too large an error, the tolerance of the layer that errs most is
+# divided by this, so many times at most.
 _REFINE, _REFINEMENTS = 3, 4
-# From so many queries on, rotating every training example is cheaper than rotating every query back.
+# Chosen by hand: from so many queries on, every training example is rotated in place of every query back.
 _ROTATE_QUERIES = 16
 _CHECK_EXAMPLES = 32
 

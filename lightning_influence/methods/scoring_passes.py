@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_influence.model.captured import LossSum
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.mean_loss import LossSum
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.errors import NonFiniteError
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from lightning_influence.curvature.minibatches import example_variance
+from lightning_influence.curvature.minibatches import measure_example_variance
 from lightning_influence.curvature.operators import (
     CurvatureOperator,
     GaussNewtonOperator,
@@ -19,7 +19,7 @@ from lightning_influence.methods.context import Context, note_estimate
 from lightning_influence.support.arguments import check_choice, check_count
 
 CurvatureName = Literal["ggn", "hessian"]
-# Directions that the variance of examples is measured along: leading eigenvectors.
+# Chosen by hand: leading eigenvectors that the variance of examples is measured along; the first limit steps.
 _DIRECTIONS = 4
 
 
@@ -56,7 +56,7 @@ class SpectrumSettings:
             check_count(name, getattr(self, name), lowest)
 
 
-def measured(context: Context, settings: SpectrumSettings) -> Spectrum:
+def run_spectrum(context: Context, settings: SpectrumSettings) -> Spectrum:
     """Measure the spectrum of the context's training data.
 
     Args:
@@ -93,7 +93,7 @@ def measured(context: Context, settings: SpectrumSettings) -> Spectrum:
             f"trace, and there are {operator.num_examples} and {spectrum.trace.value:.3g}."
         )
         return spectrum
-    kappa = example_variance(
+    kappa = measure_example_variance(
         operator,
         spectrum.ritz.vectors(_DIRECTIONS),
         spectrum.trace.value,

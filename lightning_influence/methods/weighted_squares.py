@@ -1,18 +1,14 @@
-"""Weights of squares that are exact along leading eigenvectors, and averages over the rest of the basis.
+"""Self-influence in closed form: weighted squares in the eigenbasis, rotated only as far as it matters.
 
-A weighted norm ``sum_ij W_ij g_ij^2`` in an eigenbasis needs every rotated entry. Along the many directions
-of little energy the weights differ less than the squares vary, and the sum of the squares over all of them
-follows from norms, which need no rotation. So the leading ``p`` and ``q`` vectors of the two bases keep their
-weights; the rest of each row, the rest of each column, and what is in neither get one weight each, the
-average over the directions it stands for, weighted by their energy: right on average.
+``g^T P^{-1} g = sum_ij W_ij g'_ij^2`` with ``g' = Q_out^T g Q_in`` needs every rotated entry. Along the many
+directions of little energy the weights differ less than the squares vary, and the sum of the squares over
+all of them follows from norms, which need no rotation. So the leading ``p`` and ``q`` vectors of the two
+bases keep their weights; the rest of each row, the rest of each column, and what is in neither get one weight
+each: the average over the directions it stands for, weighted by their energy, which is right on average. All
+terms are positive, so that the weights' errors average out.
 
-Self-influence in closed form: weighted squares in the eigenbasis, rotated only as far as it matters.
-
-``g^T P^{-1} g = sum_ij W_ij g'_ij^2`` with ``g' = Q_out^T g Q_in``. All terms are positive, so errors of the
-weights average out: along directions of little energy an average weight serves, and only the leading
-eigenvectors have to be multiplied by.
-How many is found on a few examples of the first batch: every layer starts with few, and the layer that errs
-most gets more, until the sums over the layers are right.
+How many vectors are kept is found on a few examples of the first batch: every layer starts with few, and the
+layer that errs most gets more, until the sums over the layers are right.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from lightning_influence.model.gradients import FactoredGradients, LayerGradient
 
 # Shares of a basis that may be its leading part.
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
-# A basis as small as this is not cut: there is little to save.
+# Chosen by hand: a basis as small as this is not cut, as there is little to save.
 _SMALL = 64
 
 
@@ -134,15 +130,16 @@ def _average(weights: Tensor, energy: Tensor, dim: int) -> Tensor:
     return torch.where(total > 0, mean, weights.mean(dim))
 
 
-# How many examples the search looks at; with several positions each, fewer.
+# Chosen by hand: how many examples the search looks at; with several positions each, fewer: each costs more.
 _CHECK_EXAMPLES, _CHECK_LONG = 64, 16
-# How many times the tolerance one example may be off.
+# Chosen by hand: how many times the mean error that is tolerated one example may be off.
 _WORST = 5.0
-# Layers of fewer multiply-adds an example are not worth the search, nor are forms that save less than this.
+# Chosen by hand: layers of fewer multiply-adds an example are not worth the search, nor are forms that save
+# less than this share.
 _SMALLEST = 2**15
 _WORTH = 0.2
-# Leading vectors whose part is taken out before norms are measured: the norm of what is left would otherwise
-# be the small difference of large numbers.
+# Chosen by hand: leading vectors whose part is taken out before norms are measured. The norm of what is left
+# would otherwise be the small difference of large numbers.
 _DEFLATED = 8
 
 
@@ -180,7 +177,7 @@ class PreconditionedSquares:
         if form is None or not _simple(gradients) or (all(form.cut) and _positions(gradients) > 1):
             return inverse.quadratic(gradients)
         assert isinstance(gradients, FactoredGradients)
-        return averaged_squares(gradients, form)
+        return sum_averaged_squares(gradients, form)
 
     def _search(self, gradients: Mapping[str, LayerGradients]) -> dict[str, Aggregated]:
         """Return the forms of the layers that have one; few of the gradients are compared with exact ones."""
@@ -220,11 +217,11 @@ class _Search:
         self._aggregation = Aggregation(inverse)
         d_out, d_in = inverse.eigenvalues.shape[1:]
         positions = _positions(gradients)
-        limit = (1 - _WORTH) * exact_operations(d_out, d_in, positions)
+        limit = (1 - _WORTH) * count_exact(d_out, d_in, positions)
         self._sizes = [
             size
             for size in self._aggregation.sizes(positions)
-            if averaged_operations(*size, d_out, d_in, positions) < limit
+            if count_averaged(*size, d_out, d_in, positions) < limit
         ]
         self.form: Aggregated | None = None
         self.error = torch.zeros_like(self.exact)
@@ -236,10 +233,10 @@ class _Search:
             self.form, self.error = None, torch.zeros_like(self.exact)
             return
         self.form = self._aggregation.at(*self._sizes.pop(0))
-        self.error = averaged_squares(self._gradients, self.form) - self.exact
+        self.error = sum_averaged_squares(self._gradients, self.form) - self.exact
 
 
-def averaged_squares(gradients: FactoredGradients, form: Aggregated) -> Tensor:
+def sum_averaged_squares(gradients: FactoredGradients, form: Aggregated) -> Tensor:
     """Weighted norms of gradients of one group and one seed.
 
     Args:
@@ -300,7 +297,7 @@ def _row_norms(rows: Tensor, inputs: Tensor) -> Tensor:
     return torch.bmm(rows.transpose(1, 2), inputs).square_().sum(2)
 
 
-def exact_operations(d_out: int, d_in: int, positions: int) -> float:
+def count_exact(d_out: int, d_in: int, positions: int) -> float:
     """Return the multiply-adds of the exact weighted norm of one example."""
     if positions == 1:
         return d_in**2 + d_out**2 + d_in * d_out
@@ -309,8 +306,8 @@ def exact_operations(d_out: int, d_in: int, positions: int) -> float:
     return min(factored, dense) + d_in * d_out
 
 
-def averaged_operations(p: int, q: int, d_out: int, d_in: int, positions: int) -> float:
-    """Return the multiply-adds of :func:`averaged_squares` for one example."""
+def count_averaged(p: int, q: int, d_out: int, d_in: int, positions: int) -> float:
+    """Return the multiply-adds of :func:`sum_averaged_squares` for one example."""
     if positions == 1:
         return (p + _DEFLATED) * d_out + (q + _DEFLATED) * d_in + p * q
     norms = min(positions**2 * (d_in + d_out), positions * d_in * d_out)
@@ -341,4 +338,4 @@ def _worth_a_search(inverse: EigenInverse, gradients: LayerGradients) -> bool:
     if inverse.basis is None or not _simple(gradients):
         return False
     d_out, d_in = inverse.eigenvalues.shape[1:]
-    return exact_operations(d_out, d_in, _positions(gradients)) >= _SMALLEST
+    return count_exact(d_out, d_in, _positions(gradients)) >= _SMALLEST

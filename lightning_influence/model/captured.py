@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +52,10 @@ class Captured:
             return self.loss.per_example()
         assert self.values is not None
         return self.values
+
+    def total(self) -> Tensor:
+        """Return the sum of :meth:`per_example`, differentiable."""
+        return self.per_example().sum() if self.loss is None else self.loss.total()
 
     def loss_gradients(self, *, keep_graph: bool = True) -> dict[str, FactoredGradients]:
         """Gradients of the per-example losses, before division by the mean weight.
@@ -171,3 +175,58 @@ class Captured:
         else:
             weights = balanced_signs(loss.column_energies(), count, generator)
         return (loss.mix_columns(few) for few in weights)
+
+
+@dataclass
+class WeightedCount:
+    """How many examples a pass has seen, and how much they weigh in the loss.
+
+    Attributes:
+        examples: their number.
+        weight: the sum of their loss weights: as many, but for class weights and ignored positions.
+    """
+
+    examples: int = 0
+    weight: float = 0.0
+
+    def add(self, captured: Captured) -> None:
+        """Count a batch."""
+        self.examples += captured.num_examples
+        self.weight += float(captured.weights.sum())
+
+    def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Count the examples of all processes, given what sums over these."""
+        both = all_reduce_sum(torch.tensor([float(self.examples), self.weight], dtype=torch.float64))
+        self.examples, self.weight = int(both[0]), float(both[1])
+
+    @property
+    def normaliser(self) -> float:
+        """What sums over the examples are to be divided by: their number times their mean weight."""
+        return self.weight if self.weight > 0 else float(max(self.examples, 1))
+
+    @property
+    def mean_weight(self) -> float:
+        """``wbar``; 1 before there are any examples, and where all weights are zero."""
+        return self.normaliser / max(self.examples, 1)
+
+
+@dataclass
+class LossSum(WeightedCount):
+    """The sum of the losses beside the count, which passes that see them anyway take on the way.
+
+    Attributes:
+        total: sum of the examples' unnormalised losses.
+    """
+
+    total: float = 0.0
+
+    def add(self, captured: Captured) -> None:
+        """Add a batch."""
+        super().add(captured)
+        with torch.no_grad():  # no graph of its own
+            self.total += float(captured.total().double())
+
+    def mean(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> float:
+        """Return the mean loss over the examples of all processes, given what sums over these."""
+        both = all_reduce_sum(torch.tensor([self.total, self.examples], dtype=torch.float64))
+        return float(both[0] / both[1].clamp_min(1))

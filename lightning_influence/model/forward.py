@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.checks import check_independent, check_loss, check_order, missing_positions
+from lightning_influence.model.checks import (
+    check_direction,
+    check_independent,
+    check_loss,
+    check_order,
+)
+from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.plan import LayerPlan, ModuleLoss
+from lightning_influence.model.rearranging import copy_tensors, missing_positions
 from lightning_influence.model.recorder import Recorder
+from lightning_influence.model.unnamed_loss import Run, UnnamedLoss, compute_alone
 from lightning_influence.support.errors import (
+    InfluenceWarning,
     LossCaptureError,
     NonFiniteError,
     UnsupportedModelError,
     add_note,
 )
+from lightning_influence.support.random_states import preserve_rng
 
 _OUTSIDE_FIT = (
     "This was raised by the module's `training_step`, which influence runs on training and query batches, in "
@@ -48,11 +60,16 @@ class Forward:
 
     Args:
         plan: the covered layers.
+        loss: the user's own loss, a callable ``(module, batch)`` that returns the losses of the examples
+            ``(B,)`` or the loss of the batch; None for the plan's, or else that of the module.
     """
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerPlan, loss: ModuleLoss | None = None) -> None:
         self.plan = plan
         self.silent: set[str] = set(plan.layers)
+        self._loss = plan.loss if loss is None else loss
+        self._capture = LossCapture()
+        self._unnamed: UnnamedLoss | None = None
 
     def __call__(
         self, module: Any, batch: Any, num_examples: int, measure: Measure | None = None
@@ -73,16 +90,31 @@ class Forward:
             NonFiniteError: if a loss is NaN or infinite.
             UnsupportedModelError: if the model cannot be differentiated example by example.
         """
-        recorder = Recorder(self.plan.layers, batch, num_examples, self.plan.slow)
-        with recorder:
-            captured = self._run(recorder, module, batch, num_examples, measure)
-        self.silent &= set(recorder.silent)
-        if len(recorder.silent) == len(self.plan.layers):
+        if measure is not None and not measure.needs_loss:
+            recorder = self._make_recorder(batch, num_examples)
+            with recorder:
+                values = measure(module, batch, loss=None, batch_size=num_examples)
+            captured = Captured(num_examples, None, values, recorder)
+        else:
+            captured = self._run(module, batch, num_examples)
+            recorder = captured.recorder
+            if measure is not None:
+                values = measure(module, batch, loss=captured.loss, batch_size=num_examples)
+                captured = Captured(num_examples, None, values, recorder)
+        silent = recorder.silent
+        self.silent &= set(silent)
+        if len(silent) == len(self.plan.layers):
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
                 "that are called as modules, outside torch.no_grad() and outside gradient checkpointing. "
                 f"Layers: {sorted(self.plan.layers)[:8]}."
             )
+        if measure is None and (self._loss is not None or callable(getattr(module, "influence_loss", None))):
+            self._compare_with_step(captured, module, batch)
+        note = None if captured.loss is None else captured.loss.note
+        if note is not None and note not in self.plan.verified and not isinstance(captured.loss, BatchLoss):
+            warnings.warn(note, InfluenceWarning, stacklevel=2)
+            self.plan.verified.add(note)
         subject = "loss" if measure is None else "measurement"
         if subject not in self.plan.verified:
             if recorder.parameters is not None:
@@ -101,79 +133,184 @@ class Forward:
             self._check_order(captured, module, batch)
         return captured
 
-    def _run(
-        self, recorder: Recorder, module: Any, batch: Any, num_examples: int, measure: Measure | None
-    ) -> Captured:
-        """Run the loss, the measurement on top of it, or the measurement alone.
+    def _make_recorder(self, batch: Any, num_examples: int) -> Recorder:
+        return Recorder(self.plan.layers, batch, num_examples, self.plan.slow)
+
+    def _run(self, module: Any, batch: Any, num_examples: int) -> Captured:
+        """Run the loss: by the functions that it is made of, or where these are not known by its values.
 
         Returns:
-            The captured batch; its values are those of the measurement if there is one.
+            The captured batch.
 
         Raises:
+            LossCaptureError: if the loss is found neither way.
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
-        if measure is not None and not measure.needs_loss:
-            values = measure(module, batch, loss=None, batch_size=num_examples)
-            return Captured(num_examples, None, values, recorder)
-        with LossCapture() as capture:
-            hooked, batch_loss = _call(module, batch)
-        if hooked is not None:
-            check_per_example(hooked, num_examples, "influence_loss(batch)")
-            loss = per_example_capture(hooked, capture, num_examples)
-        else:
-            assert batch_loss is not None
-            try:
-                loss = capture.resolve(batch_loss, num_examples)
-            except NonFiniteError:
+        recorder = self._make_recorder(batch, num_examples)
+        if self._unnamed is not None:
+            unnamed = self._unnamed.read(module, batch, num_examples, recorder)
+            return Captured(num_examples, unnamed, None, recorder)
+        with recorder, self._capture:
+            values, batch_loss = self._call(module, batch)
+        try:
+            if batch_loss is None:
+                source = "influence_loss(batch)" if self._loss is None else "loss="
+                values = check_per_example(values, num_examples, source)
+                loss = per_example_capture(values, self._capture, num_examples)
+                captured = None if loss is not None else self._read_unnamed(module, batch, num_examples)
+                return captured or Captured(num_examples, loss, values, recorder)
+            loss = self._capture.resolve(batch_loss, num_examples, activations=recorder.nodes)
+        except NonFiniteError:
+            if batch_loss is not None:
                 check_loss(batch_loss.detach(), recorder, self.plan.layers)  # says where that began
+            raise
+        except LossCaptureError:
+            assert batch_loss is not None
+            check_loss(batch_loss.detach(), recorder, self.plan.layers)
+            captured = self._read_unnamed(module, batch, num_examples)
+            if captured is None:
                 raise
-        captured = Captured(num_examples, loss, hooked, recorder)
-        if measure is not None:
-            values = measure(module, batch, loss=loss, batch_size=num_examples)
-            captured = Captured(num_examples, None, values, recorder)
-        return captured
+            return captured
+        finally:
+            self._capture.calls = []  # lets go of the graph
+        return Captured(num_examples, loss, None, recorder)
+
+    def _read_unnamed(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
+        """Return the batch by the values of its loss, None if that depends on the output of no module."""
+        unnamed, recorder = (
+            UnnamedLoss(self._call, self.plan.verified),
+            self._make_recorder(batch, num_examples),
+        )
+        try:
+            loss = unnamed.read(module, batch, num_examples, recorder)
+        except LossCaptureError:
+            return None
+        self._unnamed = unnamed
+        return Captured(num_examples, loss, None, recorder)
+
+    def _compare_with_step(self, captured: Captured, module: Any, batch: Any) -> None:
+        """Compare the gradient of the user's own loss with that of ``training_step``, where that can be run.
+
+        Raises:
+            LossCaptureError: if it points the other way.
+        """
+        name = "`influence_loss`" if self._loss is None else "`loss=`"
+        if name in self.plan.verified:
+            return
+        recorder = self._make_recorder(batch, captured.num_examples)
+        try:
+            with preserve_rng(), recorder:
+                step = run_step(module, batch)
+            theirs = recorder.backward(step, None, captured.num_examples)
+        except Exception:  # the step may need a fit, whence the user's own loss
+            return
+        ours = captured.recorder.backward(captured.total(), None, captured.num_examples)
+        shared = [layer for layer in ours if layer in theirs and ours[layer].shape == theirs[layer].shape]
+        if not shared:
+            return
+        check_direction(
+            torch.cat([ours[layer].flatten() for layer in shared]),
+            torch.cat([theirs[layer].flatten() for layer in shared]),
+            name,
+        )
+        self.plan.verified.add(name)
 
     def _check_order(self, captured: Captured, module: Any, batch: Any) -> None:
         """Check that the losses come in the order of the examples, for each way in which their rows do."""
-
-        def losses(other: Any, count: int) -> Tensor:
-            # Nothing is differentiated here, so the graph need not hold activations.
-            dropped = torch.autograd.graph.saved_tensors_hooks(lambda t: t.new_empty(0), lambda t: t)
-            with dropped, LossCapture() as capture:
-                hooked, batch_loss = _call(module, other)
-            if batch_loss is None:
-                assert hooked is not None
-                return hooked.detach()
-            return capture.resolve(batch_loss, count).per_example().detach()
-
-        values = captured.per_example()
-        outputs = values if captured.loss is None else captured.loss.outputs
-        subject = f"order {missing_positions(batch, captured.num_examples, len(outputs))}"
+        loss, count = captured.loss, captured.num_examples
+        if isinstance(loss, BatchLoss) and loss.values is None:
+            return  # its gradients were compared with those of parts of the batch
+        outputs = captured.per_example() if loss is None else loss.outputs
+        left_out = 0 if len(outputs) == count else missing_positions(batch, count, len(outputs))
+        subject = f"order {left_out}"
         if subject not in self.plan.verified:
-            check_order(values, batch, losses, outputs.dtype)
+            losses = partial(compute_losses, module, run=self._call)
+            check_order(captured.per_example(), batch, losses, outputs.dtype)
             self.plan.verified.add(subject)
 
+    def _call(self, module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Run the loss of the call if there is one, else that of the module.
 
-def _call(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
+        Returns:
+            ``(per-example values, None)``, or ``(None, batch loss)``.
+
+        Raises:
+            TypeError: if the loss of the call is no tensor.
+        """
+        if self._loss is None:
+            return call_loss(module, batch)
+        result = self._loss(module, copy_tensors(batch))
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"loss= returned {type(result).__name__}; accepted is a tensor, of shape (B,) or a single "
+                "number."
+            )
+        return (None, result) if result.dim() == 0 else (result, None)
+
+
+def compute_losses(module: Any, batch: Any, num_examples: int, run: Run | None = None) -> Tensor:
+    """Forward one batch for the losses of its examples alone, which are not differentiated.
+
+    Args:
+        module: the user's LightningModule, checked on such batches by :class:`Forward` before.
+        batch: a batch, on the module's device.
+        num_examples: ``B``.
+        run: computes the loss; that of the module if None.
+
+    Returns:
+        Unnormalised losses, ``(B,)``. Where the loss has no name they are those of the examples alone.
+
+    Raises:
+        NonFiniteError: if the batch's loss is NaN or infinite.
+    """
+    run = call_loss if run is None else run
+    capture = LossCapture()
+
+    def pack(saved: Tensor) -> Tensor:
+        # The graph need not hold activations, but what follows the losses, through which factors are found.
+        return saved if capture.calls else saved.new_empty(0)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), capture:
+        values, batch_loss = run(module, batch)
+    if batch_loss is None:
+        assert values is not None
+        return values.detach()
+    try:
+        return capture.resolve(batch_loss, num_examples).per_example().detach()
+    except LossCaptureError:
+        return compute_alone(run, module, batch, num_examples)
+
+
+def call_loss(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
     """Run the hook ``influence_loss`` if there is one, else ``training_step``.
 
     Returns:
         ``(per-example values, None)`` from the hook, or ``(None, batch loss)``.
-
-    Raises:
-        LossCaptureError: if ``training_step`` returns no loss.
-        UnsupportedModelError: if the module optimizes manually.
     """
     hook = getattr(module, "influence_loss", None)
     if callable(hook):
-        return hook(batch), None
+        return hook(copy_tensors(batch)), None
+    return None, run_step(module, batch)
+
+
+def run_step(module: Any, batch: Any) -> Tensor:
+    """Run ``training_step``.
+
+    Returns:
+        Its loss.
+
+    Raises:
+        LossCaptureError: if it returns none.
+        UnsupportedModelError: if the module optimizes manually.
+    """
     if not getattr(module, "automatic_optimization", True):
         raise UnsupportedModelError(
             "The module optimizes manually, so its `training_step` cannot be run without changing the "
             "weights. Define `influence_loss(self, batch)`, which returns the per-example training loss as a "
             "tensor of shape (B,)."
         )
-    arguments = _step_arguments(module, batch)
+    # A step may change the batch in place, which is the user's, and is run again on it by checks.
+    arguments = _step_arguments(module, copy_tensors(batch))
     try:
         result = module.training_step(*arguments)
     except Exception as error:
@@ -186,7 +323,7 @@ def _call(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
             "tensor or a dict with the key 'loss'. If it skips batches, define `influence_loss(batch) -> "
             "(B,)` on the module."
         )
-    return None, loss
+    return loss
 
 
 def _step_arguments(module: Any, batch: Any) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ from torch.nn import functional
 
 
 class LayerRule(ABC):
-    """How one class of modules fits the weight-sharing format; register it with :func:`..layers.register`."""
+    """How one class of modules fits the weight-sharing format; see :func:`register_layer`."""
 
     @abstractmethod
     def shape(self, module: nn.Module) -> tuple[int, int, int]:
@@ -46,9 +46,8 @@ class LayerRule(ABC):
         """Output gradients ``(G, B, R, D_out)`` from the gradient of the module's output tensor."""
 
     def weight(self, module: nn.Module) -> nn.Parameter:
-        """Return the weight; its rows in row-major order are the ``G * D_out`` rows of the matrix."""
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
+        """The weight, ``module.weight`` by default; its rows are the ``G * D_out`` rows of the matrix."""
+        weight: nn.Parameter = module.weight  # type: ignore[assignment]
         return weight
 
     def bias(self, module: nn.Module) -> nn.Parameter | None:
@@ -95,6 +94,12 @@ class Layer:
     def shape(self) -> tuple[int, int, int]:
         """``(G, D_out, D_in)`` of the gradient matrix."""
         return self.groups, self.d_out, self.d_in
+
+    @property
+    def has_gradient_hooks(self) -> bool:
+        """Whether somebody's hooks change the gradients of the parameters, as masks of a part do."""
+        parameters = (self.rule.weight(self.module), self.rule.bias(self.module))
+        return any(p is not None and p._backward_hooks for p in parameters)
 
     @property
     def numel(self) -> int:
@@ -194,7 +199,7 @@ def split_rows(x: Tensor, num_examples: int) -> Tensor:
 _RULES: dict[type[nn.Module], LayerRule] = {}
 
 
-def register(*module_types: type[nn.Module]) -> Callable[[type[LayerRule]], type[LayerRule]]:
+def register_layer(*module_types: type[nn.Module]) -> Callable[[type[LayerRule]], type[LayerRule]]:
     """Class decorator: serve modules of these types with the decorated rule.
 
     Args:
@@ -226,7 +231,7 @@ def supported_types() -> list[str]:
     return sorted(module_type.__name__ for module_type in _RULES)
 
 
-@register(nn.Linear)
+@register_layer(nn.Linear)
 class LinearRule(LayerRule):
     """``nn.Linear`` on ``(B, ..., D)`` or on rows ``(B * R, D)``."""
 
@@ -247,7 +252,7 @@ class LinearRule(LayerRule):
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvRule(LayerRule):
     """``nn.ConvNd`` with any stride, dilation, groups, padding and padding mode."""
 

@@ -65,10 +65,10 @@ class _StepLosses(LossCapture):
         Returns:
             What the function returns.
         """
-        if _StepLosses.paused:
-            return func(*args, **(kwargs or {}))
-        if func is Tensor.register_hook and not args[0].is_leaf:
+        if func is Tensor.register_hook and not (_StepLosses.paused or args[0].is_leaf):
             self.hooks = True
+        if _StepLosses.paused or func not in self._losses:
+            return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -121,15 +121,13 @@ class LiveCapture:
         self._recorder.clear()
         self._losses.clear()
 
-    def resolve(self, loss: Tensor, num_examples: int, divisor: float = 1.0, wrappers: int = 0) -> Captured:
+    def resolve(self, loss: Tensor, num_examples: int, divisor: float = 1.0) -> Captured:
         """Find the training loss among what was recorded.
 
         Args:
             loss: the scalar that is about to be differentiated.
             num_examples: ``B``.
             divisor: what the training loss was divided by to give ``loss``.
-            wrappers: how many operations (divisions for accumulation, loss scaling) lie between them. The
-                loss is recognised by its node below these, which rounding cannot hide, or else by value.
 
         Returns:
             The captured step; its graph is the user's own and is kept.
@@ -141,22 +139,16 @@ class LiveCapture:
         """
         if self._losses.hooks:
             raise UnsupportedModelError(f"The training step registers a hook on a tensor. {_GRADIENT_HOOKS}")
-        node = loss.grad_fn
-        for _ in range(wrappers):
-            node = node.next_functions[0][0] if node is not None and node.next_functions else None
-        value = loss.detach() * divisor
-        check_loss(value, self._recorder, self._plan.layers)
-        for call in self._losses.calls:
-            if node is not None and call.node is node and call.value.numel() == 1:
-                self._losses.calls, value = [call], call.value
-                break
-        resolved = self._losses.resolve(value, num_examples)
+        check_loss(loss.detach() * divisor, self._recorder, self._plan.layers)
+        resolved = self._losses.resolve(loss, num_examples, activations=self._recorder.nodes, divisor=divisor)
         return self._complete(Captured(num_examples, resolved, None, self._recorder))
 
     def run_hook(
         self, module: Any, batch: Any, num_examples: int, context: contextlib.AbstractContextManager[None]
     ) -> Captured:
-        """Run the module's ``influence_loss`` under capture, in addition to the user's step.
+        """Run the user's own loss under capture, in addition to the user's step.
+
+        That is the plan's, or else the module's ``influence_loss``.
 
         Args:
             module: the user's module.
@@ -173,12 +165,17 @@ class LiveCapture:
         self.open(module)
         try:
             with context:
-                values = module.influence_loss(batch)
+                loss = self._plan.loss
+                values = module.influence_loss(batch) if loss is None else loss(module, batch)
         finally:
             self.close()
-        check_per_example(values, num_examples, "influence_loss(batch)")
-        loss = per_example_capture(values, self._losses, num_examples)
-        return self._complete(Captured(num_examples, loss, values, self._recorder))
+        source = "influence_loss(batch)" if loss is None else "loss="
+        if loss is not None and isinstance(values, Tensor) and values.dim() == 0:
+            found = self._losses.resolve(values, num_examples, activations=self._recorder.nodes)
+            return self._complete(Captured(num_examples, found, None, self._recorder))
+        check_per_example(values, num_examples, source)
+        captured = per_example_capture(values, self._losses, num_examples)
+        return self._complete(Captured(num_examples, captured, values, self._recorder))
 
     def _complete(self, captured: Captured) -> Captured:
         if self._recorder.failure is not None:
@@ -199,7 +196,7 @@ _GRADIENT_HOOKS = (
 
 
 @contextlib.contextmanager
-def collecting_alone() -> Iterator[None]:
+def pause_other_captures() -> Iterator[None]:
     """Keep captures that others have opened on the same step from seeing what runs in here."""
     _StepLosses.paused += 1
     try:
@@ -300,11 +297,11 @@ def check_first(captured: Captured, module: nn.Module) -> None:
         NonFiniteError: if a per-example loss is not finite.
         UnsupportedModelError: if examples are coupled otherwise.
     """
-    if not batch_coupling(module):
+    if not find_batch_coupling(module):
         check_independent(captured)
 
 
-def batch_coupling(module: nn.Module) -> list[str]:
+def find_batch_coupling(module: nn.Module) -> list[str]:
     """Return names of BatchNorm modules that use the statistics of the batch."""
     return [
         name
@@ -315,7 +312,7 @@ def batch_coupling(module: nn.Module) -> list[str]:
 
 def describe_coupling(module: nn.Module) -> str | None:
     """Return what BatchNorm modules that use the batch mean for the factors, or None without any."""
-    names = batch_coupling(module)
+    names = find_batch_coupling(module)
     if not names:
         return None
     return (

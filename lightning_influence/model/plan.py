@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.nn.utils import parametrize
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.layers import Layer, ParameterRule, find_rule, supported_types
 from lightning_influence.support.errors import UnsupportedModelError
+
+ModuleLoss = Callable[[Any, Any], Tensor]
+"""A loss ``(module, batch)``: those of the examples ``(B,)``, or that of the batch."""
 
 
 class Layout:
@@ -84,21 +88,25 @@ class Layout:
             start += numel
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerPlan:
     """The layers that are covered, and the trainable parameters that are not.
+
+    The layers do not change; what has been verified grows while passes run.
 
     Attributes:
         layers: covered layers by name, in the model's order.
         uncovered: name of each uncovered trainable parameter -> (number of entries, reason).
         slow: names of those whose gradients take a backward pass for each example, as passes have found.
         verified: what passes have found in order, and need not look at again.
+        loss: the loss that the call is about in place of the module's own; None for the module's.
     """
 
     layers: dict[str, Layer]
     uncovered: dict[str, tuple[int, str]]
     verified: set[str] = field(default_factory=set, compare=False, repr=False)
     slow: set[str] = field(default_factory=set, compare=False, repr=False)
+    loss: ModuleLoss | None = field(default=None, compare=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -133,8 +141,8 @@ def find_layers(
 
     Args:
         model: any module.
-        include: names or shell patterns (``"encoder.*"``) of modules or parameters to cover; all if None.
-            Those that begin with ``!`` are taken out again.
+        include: names or shell patterns (``"encoder.*"``) of modules or parameters to cover, and after ``!``
+            of those to leave out; all if None.
         parameters: False to cover modules alone.
 
     Returns:
@@ -208,9 +216,9 @@ def _refusal(name: str, module: nn.Module, uses: Counter[int], include: Sequence
     rule = find_rule(module)
     if rule is None:
         return f"{type(module).__name__} is not supported"
-    if include is not None and not _is_selected((name,), include):
+    if not _is_selected((name,), include):
         return "not selected"
-    weight = getattr(module, "weight", None)
+    weight: object = rule.weight(module)
     if not isinstance(weight, nn.Parameter):
         return "its weight is computed, not a parameter"
     if not weight.requires_grad:
@@ -241,11 +249,11 @@ def _check_patterns(include: Sequence[str] | None, layers: dict[str, Layer], mod
     if include is not None and not include:
         raise UnsupportedModelError("layers=[] selects nothing; pass names or patterns, or None for all.")
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    owners = {name for layer in layers for name in (layer, layer.rpartition(".")[0])}
+    supported = [name for name, module in model.named_modules() if find_rule(module) is not None]
     for pattern in include or ():
-        taken_out = pattern.startswith("!") and fnmatch.filter(names, pattern[1:])
-        owners = {name for layer in layers for name in (layer, layer.rpartition(".")[0])}
-        if not taken_out and not fnmatch.filter(owners, pattern):
-            supported = [name for name, module in model.named_modules() if find_rule(module) is not None]
+        among = names if pattern.startswith("!") else owners
+        if not fnmatch.filter(among, pattern.removeprefix("!")):
             raise UnsupportedModelError(
                 f"layers={pattern!r} selects no supported, trainable layer. Accepted are names or patterns "
                 f"of: {supported}."
@@ -255,5 +263,5 @@ def _check_patterns(include: Sequence[str] | None, layers: dict[str, Layer], mod
         raise UnsupportedModelError(
             "The model has no trainable layer of a supported kind; its parameters are in: "
             f"{found or 'none'}. Supported layers: {', '.join(supported_types())}. Register a rule for yours "
-            "with lightning_influence.layers.register."
+            "with lightning_influence.register_layer."
         )

@@ -29,6 +29,7 @@ class _Calls:
 
     inputs: list[Tensor] = field(default_factory=list)
     edges: list[GradientEdge] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)  # of the outputs
 
 
 class Recorder:
@@ -100,6 +101,11 @@ class Recorder:
             self.parameters.clear()
 
     @property
+    def nodes(self) -> set[object]:
+        """Autograd nodes of the layers' outputs."""
+        return {edge.node for calls in self._calls.values() for edge in calls.edges}
+
+    @property
     def silent(self) -> list[str]:
         """Names of the layers that did not take part in the forward pass."""
         heard = {name for name, calls in self._calls.items() if calls.edges}
@@ -150,6 +156,7 @@ class Recorder:
         Returns:
             The output gradients by layer; zero for a layer that ``outputs`` does not depend on.
         """
+        self._check_rows(num_examples)
         names = [name for name, calls in self._calls.items() if calls.edges]
         edges = [edge for name in names for edge in self._calls[name].edges]
         single = self.parameters.edges() if self.parameters is not None else []
@@ -164,8 +171,8 @@ class Recorder:
         for name in names:
             calls, layer = self._calls[name], self.layers[name]
             parts: list[Tensor | None] = [
-                None if grad is None else layer.output_gradients(grad, num_examples)
-                for grad in grads[start : start + len(calls.edges)]
+                None if grad is None else layer.output_gradients(grad.reshape(shape), num_examples)
+                for grad, shape in zip(grads[start : start + len(calls.edges)], calls.shapes, strict=True)
             ]
             start += len(calls.edges)
             result[name] = self._fill(name, parts, num_examples)
@@ -188,7 +195,6 @@ class Recorder:
         Returns:
             Gradients by layer, ``K = len(seeds)``.
         """
-        self._check_rows(num_examples)
         last = len(seeds) - 1
         passes = [
             self.backward(outputs, seed, num_examples, keep_graph=keep_graph or number < last)
@@ -216,7 +222,6 @@ class Recorder:
         Yields:
             Gradients by layer, ``K = 1``, of the next examples.
         """
-        self._check_rows(num_examples)
         grads = self.backward(outputs, seed, num_examples, keep_graph=False)
         step = self._examples_at_once(grads, num_examples)
         for start in range(0, num_examples, step):
@@ -259,11 +264,14 @@ class Recorder:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
-                return
-            calls = self._calls[name]
-            calls.inputs.append((args[0] if args else next(iter(kwargs.values()))).detach())
-            calls.edges.append(get_gradient_edge(output))
+            # What is read of tensors here is no operation of the step, and watching it would only cost.
+            with torch._C.DisableTorchFunction():
+                if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+                    return
+                calls = self._calls[name]
+                calls.inputs.append((args[0] if args else next(iter(kwargs.values()))).detach())
+                calls.edges.append(_find_edge(output))
+                calls.shapes.append(output.shape)
 
         return hook
 
@@ -275,7 +283,7 @@ class Recorder:
         """
         for name, calls in self._calls.items():
             for x in calls.inputs:
-                if x.shape[0] % num_examples:
+                if x.shape[0] % num_examples or (x.ndim == 1 and num_examples > 1):
                     raise UnsupportedModelError(
                         f"Layer {name!r} was called with a tensor of shape {tuple(x.shape)} in a batch of "
                         f"{num_examples} examples. Its first dimension must be the examples (or examples "
@@ -293,6 +301,20 @@ class Recorder:
                 part = like.new_zeros(*like.shape[:3], layer.d_out)
             filled.append(part)
         return _along_positions(filled)
+
+
+def _find_edge(output: Tensor) -> GradientEdge:
+    """Return the edge at which the gradient of an output arrives whatever is done in place afterwards.
+
+    Linear layers compute outputs of more than two dimensions as matrices and return views of these. Writing
+    to a view gives the matrix a new place in the graph, in which the view's own node has no part; the node
+    that made the matrix stays.
+    """
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
+    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
+        return get_gradient_edge(base)
+    return get_gradient_edge(output)
 
 
 def _along_positions(parts: list[Tensor]) -> Tensor:

@@ -79,7 +79,7 @@ class Attributions(Result):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Q, N = len(self.query_indices), len(self.train_indices)
+        Q, N = len(self.query_indices) if self.query_indices.ndim else 1, len(self.train_indices)
         ends = [self.top_scores, self.top_indices, self.bottom_scores, self.bottom_indices]
         if sum(end is not None for end in ends) != (4 if self.scores is None else 0):
             raise ValueError(

@@ -47,17 +47,18 @@ def _average(scores: Sequence[Tensor]) -> tuple[Tensor, float | None]:
         The mean ``(Q, N)`` in the precision of the first, and the mean correlation over queries and pairs of
         models; None for one model alone.
     """
-    mean, agreements, count = torch.empty_like(scores[0]), [], len(scores)
+    mean, count = torch.empty_like(scores[0]), len(scores)
+    agreements = torch.empty(len(mean), dtype=torch.float64)
     for row in range(len(mean)):
         models = torch.stack([part[row].double() for part in scores])  # (models, N)
         mean[row] = models.mean(dim=0)
         centred = models - models.mean(dim=1, keepdim=True)
         unit = centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         # The square of a sum holds every pair twice, and the squares.
-        agreements.append(unit.sum(dim=0).square().sum() - unit.square().sum())
+        agreements[row] = unit.sum(dim=0).square().sum() - unit.square().sum()
     if count < 2:
         return mean, None
-    return mean, float(torch.stack(agreements).mean()) / (count * (count - 1))
+    return mean, float(agreements.mean()) / (count * (count - 1))
 
 
 _OF_QUERIES = (

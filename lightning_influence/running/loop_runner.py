@@ -13,7 +13,7 @@ from torch import nn
 from lightning_influence.running.host.module import borrowed_module, unwrap_compiled
 from lightning_influence.running.host.trainer import make_idle_trainer
 from lightning_influence.running.loaders import IndexedLoader
-from lightning_influence.running.runner import Count, Pass, Runner, run_step
+from lightning_influence.running.runner import Expected, Runner, Stepper
 from lightning_influence.support.errors import InfluenceError
 
 
@@ -42,17 +42,17 @@ class LoopRunner(Runner):
         if self._fit_loop:
             self.module.trainer = make_idle_trainer(self.module, self._fit_loop)
 
-    def _run(self, one_pass: Pass, loaders: list[IndexedLoader], expected: Count, done: Count) -> None:
+    def _run(self, stepper: Stepper, loaders: list[IndexedLoader], expected: Expected) -> None:
         module, device = self.module, self.module.device
         expected.batches = sum(map(len, loaders))
         expected.examples = sum(loader.num_examples for loader in loaders)
-        with Progress(transient=True, disable=not self.progress) as bar:
-            task = bar.add_task(one_pass.description, total=expected.batches)
+        bar = Progress(transient=True)
+        with bar if self.progress else contextlib.nullcontext():  # a disabled bar of rich 13 prints a line
+            task = bar.add_task(stepper.one_pass.description, total=expected.batches)
             for position, loader in enumerate(loaders):
                 for batch, indices in loader.shard():
                     batch = module.on_before_batch_transfer(batch, position)
                     batch = module.transfer_batch_to_device(batch, device, position)
                     batch = module.on_after_batch_transfer(batch, position)
-                    run_step(one_pass, module, batch, indices, position)
-                    done.add(indices)
+                    stepper.step(batch, indices, position)
                     bar.advance(task)

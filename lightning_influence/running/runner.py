@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_influence.running.host.module import preserved_states, training_stage
+from lightning_influence.running.host.module import TrainingStage, preserved_states
 from lightning_influence.running.host.processes import sum_over_processes
 from lightning_influence.running.host.states import ModuleStates
 from lightning_influence.running.loaders import IndexedLoader
@@ -104,7 +104,7 @@ class Runner(ABC):
 
         Args:
             one_pass: what to do with each batch.
-            dataloaders: anything that :func:`~.dataloading.prepare` reads, or its result.
+            dataloaders: anything that :func:`~.reading.prepare` reads, or its result.
                 Hand in the result to several passes: workers that persist then persist between them.
 
         Returns:
@@ -117,11 +117,11 @@ class Runner(ABC):
             with self:
                 return self.run(one_pass, dataloaders)
         loaders = prepare(dataloaders)
-        expected = Count()
-        done = Count()
+        expected = Expected()
         start = time.perf_counter()
         with preserved_states(self.module) as states, preserve_rng(), eagerly():
-            self._run(_Undone(one_pass, states), loaders, expected, done)
+            done = Stepper(one_pass, self.module, states)
+            self._run(done, loaders, expected)
         seconds = time.perf_counter() - start
         if (done.batches, done.examples) != (expected.batches, expected.examples):
             raise InfluenceError(
@@ -167,25 +167,46 @@ class Runner(ABC):
         """Enter, on the stack, what has to be undone at the end."""
 
     @abstractmethod
-    def _run(self, one_pass: Pass, loaders: list[IndexedLoader], expected: Count, done: Count) -> None:
+    def _run(self, stepper: Stepper, loaders: list[IndexedLoader], expected: Expected) -> None:
         """Visit every batch of this process's share."""
 
 
-class _Undone(Pass):
-    """A pass after whose steps the weights are what they were, where a step changes them at all.
+class Stepper:
+    """Hands batches to a pass as a fit would: gradients enabled, autocast off, the Trainer at training.
 
     A step that keeps a moving average of the weights, or clips them, would show later batches another model
-    than the first. Whether there is such a step is seen at the first batch, with one comparison.
+    than the first; what it did to the weights is undone. Whether there is such a step is seen at the first
+    batch, with one comparison.
+
+    Args:
+        one_pass: the pass.
+        module: the user's module, borrowed.
+        states: of the module, at the beginning of the pass.
+
+    Attributes:
+        batches: how many were handed over.
+        examples: how many they held.
     """
 
-    def __init__(self, inner: Pass, states: ModuleStates) -> None:
-        self.description = inner.description
-        self._inner, self._states = inner, states
+    def __init__(self, one_pass: Pass, module: LightningModule, states: ModuleStates) -> None:
+        self.one_pass = one_pass
+        self.batches = self.examples = 0
+        self._module, self._states, self._stage = module, states, TrainingStage(module)
         self._changes: bool | None = None
 
-    def step(self, module: LightningModule, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
-        """Take one batch, and undo what it did to the weights."""
-        self._inner.step(module, batch, indices, dataloader_idx)
+    def step(self, batch: Any, indices: Tensor, position: int) -> None:
+        """Hand over one batch.
+
+        Args:
+            batch: the batch, on the module's device.
+            indices: dataset indices ``(B,)``.
+            position: of its loader among those of the pass.
+        """
+        off = torch.autocast(self._module.device.type, enabled=False)
+        with torch.enable_grad(), off, self._stage:
+            self.one_pass.step(self._module, batch, indices, position)
+        self.batches += 1
+        self.examples += len(indices)
         if self._changes is None:
             self._changes = self._states.have_weights_changed()
         if self._changes:
@@ -193,28 +214,8 @@ class _Undone(Pass):
 
 
 @dataclass
-class Count:
-    """Batches and examples seen."""
+class Expected:
+    """How many batches and examples a process is going to visit; known when its loaders are."""
 
     batches: int = 0
     examples: int = 0
-
-    def add(self, indices: Tensor) -> None:
-        """Count one batch."""
-        self.batches += 1
-        self.examples += len(indices)
-
-
-def run_step(one_pass: Pass, module: LightningModule, batch: Any, indices: Tensor, position: int) -> None:
-    """Hand one batch to a pass: gradients enabled, autocast off, the Trainer in its training stage.
-
-    Args:
-        one_pass: the pass.
-        module: the user's module.
-        batch: the batch, on the module's device.
-        indices: dataset indices ``(B,)``.
-        position: of the loader among those of the pass.
-    """
-    off = torch.autocast(module.device.type, enabled=False)
-    with torch.enable_grad(), off, training_stage(module):
-        one_pass.step(module, batch, indices, position)

@@ -32,7 +32,7 @@ from lightning_influence.running.host.trainer import (
     set_progress,
 )
 from lightning_influence.running.loaders import IndexedLoader
-from lightning_influence.running.runner import Count, Pass, Runner, run_step
+from lightning_influence.running.runner import Expected, Runner, Stepper
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 from lightning_influence.support.random_states import preserve_rng
 
@@ -60,10 +60,10 @@ class _PassModule:
         for hook in TRANSFER_HOOKS:
             from_data = datamodule is not None and defines(datamodule, hook)
             self._hooks[hook] = getattr(datamodule if from_data else module, hook)
-        self._work: tuple[Pass, list[IndexedLoader], Count, Count] | None = None
+        self._work: tuple[Stepper, list[IndexedLoader], Expected] | None = None
 
-    def begin(self, one_pass: Pass, loaders: list[IndexedLoader], expected: Count, done: Count) -> None:
-        self._work = (one_pass, loaders, expected, done)
+    def begin(self, stepper: Stepper, loaders: list[IndexedLoader], expected: Expected) -> None:
+        self._work = (stepper, loaders, expected)
 
     def end(self) -> None:
         self._work = None
@@ -87,7 +87,7 @@ class _PassModule:
 
     def predict_dataloader(self) -> Any:
         assert self._work is not None
-        _, loaders, expected, _ = self._work
+        _, loaders, expected = self._work
         strategy, trainer = self.trainer.strategy, self.trainer
         shards = []
         for loader in loaders:
@@ -110,10 +110,8 @@ class _PassModule:
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[()]:
         assert self._work is not None
-        one_pass, _, _, done = self._work
         inputs, indices = batch
-        run_step(one_pass, self.module, inputs, indices, dataloader_idx)
-        done.add(indices)
+        self._work[0].step(inputs, indices, dataloader_idx)
         return ()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -366,12 +364,12 @@ class TrainerRunner(Runner):
         if self.ckpt_path is not None:
             set_progress(host, held.get("loops", {}).get("fit_loop", {}))
 
-    def _run(self, one_pass: Pass, loaders: list[IndexedLoader], expected: Count, done: Count) -> None:
+    def _run(self, stepper: Stepper, loaders: list[IndexedLoader], expected: Expected) -> None:
         host: Any = self.trainer
         host.datamodule = None
         if self._bar is not None:
-            self._bar.label = one_pass.description
-        self._wrapper.begin(one_pass, loaders, expected, done)
+            self._bar.label = stepper.one_pass.description
+        self._wrapper.begin(stepper, loaders, expected)
         try:
             self.trainer.predict(self._wrapper, return_predictions=False)
         finally:

@@ -281,3 +281,20 @@ def list_some(indices: Tensor) -> str:
     """Return the first indices as text, and how many more there are."""
     shown = ", ".join(map(str, indices[:10].tolist()))
     return shown if len(indices) <= 10 else f"{shown} and {len(indices) - 10} more"
+
+
+def check_callable(name: str, value: object) -> None:
+    """Refuse what cannot be called, as a loss has to be.
+
+    Args:
+        name: of the argument.
+        value: what was given; None is accepted.
+
+    Raises:
+        TypeError: saying what was got and what is accepted.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"Got {name}={value!r}; accepted is a callable (module, batch) that returns the losses of the "
+            "examples (B,) or the loss of the batch, or None for the module's own."
+        )

@@ -62,4 +62,4 @@ def add_note(error: BaseException, note: str) -> None:
     else:
         error.__notes__ = [*getattr(error, "__notes__", []), note]
         if error.args and isinstance(error.args[0], str):
-            error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
+            error.args = (f"{error.args[0]} {note}", *error.args[1:])

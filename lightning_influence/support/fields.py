@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import types
-import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
 from torch import Tensor
+from typing_extensions import NotRequired, get_type_hints, is_typeddict
 
 from lightning_influence.support.arguments import is_number
 
@@ -86,13 +86,14 @@ def _take_apart(value: Any, hint: Any, where: str) -> list[tuple[Any, Any, str]]
         ValueError: if the value is no such container.
     """
     origin, inner = get_origin(hint), get_args(hint)
-    if typing.is_typeddict(hint) or issubclass(origin, Mapping):
+    if is_typeddict(hint) or issubclass(origin, Mapping):
         _require(isinstance(value, dict), value, where, "a table of names and values")
         if origin is not None:
             return [(item, inner[1], f"{where}[{name!r}]") for name, item in value.items()]
         # Not `__required_keys__`, which does not see through annotations that are strings.
         marked, hints = get_type_hints(hint, include_extras=True), get_type_hints(hint)
-        wanted = [name for name, part in marked.items() if get_origin(part) is not typing.NotRequired]
+        optional: Any = NotRequired
+        wanted = [name for name, part in marked.items() if get_origin(part) is not optional]
         _require(value.keys() >= {*wanted}, value, where, f"a table with {', '.join(wanted)}")
         return [(item, hints.get(name, Any), f"{where}.{name}") for name, item in value.items()]
     _require(isinstance(value, list | tuple), value, where, "a list")

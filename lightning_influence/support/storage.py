@@ -256,8 +256,11 @@ def check_kind(path: PathLike, metadata: Mapping[str, Any], kind: str) -> None:
 
 
 def _to_os_error(error: SafetensorError) -> OSError:
-    """Return the system's error behind one of the library's, which gives its number in words alone."""
-    code = re.search(r"os error (\d+)", str(error))
+    """Return the system's error behind one of the library's, which gives its number in words alone.
+
+    Before safetensors 0.6, the words are another form of the same.
+    """
+    code = re.search(r"(?:os error |Os \{ code: )(\d+)", str(error))
     return OSError(str(error)) if code is None else OSError(int(code[1]), os.strerror(int(code[1])))
 
 

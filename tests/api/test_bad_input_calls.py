@@ -20,7 +20,6 @@ from lightning_influence.results.attributions import Attributions
 from lightning_influence.support.errors import (
     CorruptFileError,
     InfluenceWarning,
-    LossCaptureError,
     NonFiniteError,
     UnsupportedDataError,
     UnsupportedModelError,
@@ -234,9 +233,9 @@ class Coupled(Net):
         return self.body(x) - self.body(x).mean(dim=0)
 
 
-class NoLoss(Net):
+class RootOfTheBatch(Net):
     def training_step(self, batch, batch_idx):
-        return self(batch[0]).square().sum()
+        return (self(batch[0]) - 1).square().mean().sqrt()
 
 
 @pytest.mark.parametrize(
@@ -245,7 +244,7 @@ class NoLoss(Net):
         (NoLayers, UnsupportedModelError, "no trainable layer of a supported kind.*LayerNorm"),
         (Manual, UnsupportedModelError, "optimizes manually, so its `training_step` cannot be run"),
         (Coupled, UnsupportedModelError, "loss of one example depends on layer 'body.*' at other examples"),
-        (NoLoss, LossCaptureError, "influence_loss"),
+        (RootOfTheBatch, UnsupportedModelError, "depends on the others.*`loss=`"),
     ],
 )
 def test_models_that_cannot_be_used(kind, error, message):
@@ -328,7 +327,9 @@ def test_no_damping_of_a_singular_curvature():
             for damping in (1e-11, 0.0)
         )
         torch.testing.assert_close(none, tiny, rtol=1e-5, atol=1e-7)
-    exact = module.scores(data, data, method="exact", damping=0.0).scores
+    with pytest.raises(NonFiniteError, match="singular at damping 0"):
+        module.scores(data, data, method="exact", damping=0.0)
+    exact = module.scores(data, data, method="exact", damping=1e-14).scores
     solved = module.scores(data, data, damping=0.0, fisher="exact", tolerance=1e-8, max_steps=30).scores
     torch.testing.assert_close(solved, exact, rtol=1e-6, atol=1e-7)
 

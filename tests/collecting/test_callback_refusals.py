@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 
@@ -10,12 +11,18 @@ import numpy as np
 import pytest
 import torch
 from callback_models import Classifier, fit, loader, same
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence.collecting.callback import InfluenceCallback
-from lightning_influence.support.errors import InfluenceWarning, LossCaptureError, UnsupportedModelError
+from lightning_influence.support.errors import (
+    InfluenceWarning,
+    LossCaptureError,
+    UnsupportedModelError,
+    UnsupportedTrainerError,
+)
 
 
 def clean(module: nn.Module) -> bool:
@@ -38,10 +45,14 @@ class TwoLosses(Classifier):
         )
 
 
-@pytest.mark.parametrize(
-    ("module_class", "message"),
-    [(OwnLoss, "no loss function was seen"), (TwoLosses, "sum of several of these calls")],
-)
+def test_the_sum_of_two_losses_is_collected() -> None:
+    callback = InfluenceCallback(every_n_steps=1, strict=True)
+    fit(TwoLosses(), callback)
+    assert callback.num_collected > 0
+    assert callback.factors.layers
+
+
+@pytest.mark.parametrize(("module_class", "message"), [(OwnLoss, "no loss function was seen")])
 def test_loss_that_is_not_found_names_the_hook(module_class, message) -> None:
     module = module_class()
     with pytest.raises(LossCaptureError, match=f"(?s){message}.*influence_loss"):
@@ -246,3 +257,104 @@ def test_layers_are_a_list_of_texts(layers, hint) -> None:
     got = re.escape(repr(layers))
     with pytest.raises(TypeError, match=f"Got layers={got}; accepted is a list of names or patterns{hint}"):
         InfluenceCallback(layers=layers)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_steps_that_a_scaler_skips_are_not_recorded(manual) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+    callback, module = InfluenceCallback(every_n_steps=1), Manual() if manual else Classifier()
+    start = copy.deepcopy(module.state_dict())
+    taken = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            taken.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    module.configure_optimizers = lambda: Counting(module.parameters(), 0.05)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    fit(module, callback, seed=0, max_epochs=4, plugins=[plugin])
+    assert 0 < len(taken) < 20
+    assert callback.record.steps == len(taken)
+    assert callback.record.layers["net.0"].rate == pytest.approx(sum(taken))
+    assert not same(start, module.state_dict())
+
+
+def test_steps_without_a_loss_are_not_recorded() -> None:
+    class Skipping(Classifier):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    callback = InfluenceCallback(every_n_steps=1)
+    fit(Skipping(), callback, max_epochs=2)
+    assert callback.record.steps == 6
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1.0, False), (-1.0, True), (3.0, True)])
+def test_a_hook_of_another_loss_is_told(factor, told) -> None:
+    class Other(Classifier):
+        def influence_loss(self, batch):
+            return factor * functional.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        fit(Other(), InfluenceCallback(every_n_steps=1), max_epochs=1)
+    messages = [str(w.message) for w in record if "leaves out a penalty on purpose" in str(w.message)]
+    assert len(messages) == told
+
+
+def test_strict_raises_where_collecting_would_stop() -> None:
+    for module, error, match in [
+        (Classifier("lbfgs", p=0.0), UnsupportedTrainerError, "LBFGS"),
+        (Manual(raw=True), UnsupportedModelError, "did not call self.manual_backward"),
+        (Manual(times=2), UnsupportedModelError, "several backward passes"),
+    ]:
+        with pytest.raises(error, match=match):
+            fit(module, InfluenceCallback(every_n_steps=1, strict=True), max_epochs=1)
+        assert clean(module)
+    callback = InfluenceCallback(every_n_steps=1, strict=True)
+    with pytest.warns(InfluenceWarning, match="left out"):  # a single batch is no reason to stop
+        fit(Nan(), callback, max_epochs=1)
+    assert callback.num_collected == 4
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_the_number_of_examples_is_what_the_loader_put_into_the_batch(size) -> None:
+    """A square mask comes first, and the batch says its side."""
+
+    class Masked(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    def collate(rows):
+        x, y = torch.utils.data.default_collate(rows)
+        return {"mask": torch.ones(5, 5), "x": x, "y": y}
+
+    data = DataLoader(loader(22).dataset, size, collate_fn=collate)
+    callback, plain = InfluenceCallback(every_n_steps=1), InfluenceCallback(every_n_steps=1)
+    fit(Masked(p=0.0), callback, data=data, max_epochs=2)
+    fit(Classifier(p=0.0), plain, data=DataLoader(loader(22).dataset, size), max_epochs=2)
+    assert callback.num_collected == 2 * len(data)
+    assert same(callback.state_dict(), plain.state_dict())
+
+
+def test_a_loss_of_the_callbacks_own_serves_where_the_steps_is_not_found() -> None:
+    def squares(module, batch):
+        return functional.mse_loss(
+            module.net(batch[0]), torch.zeros(len(batch[0]), 3), reduction="none"
+        ).mean(1)
+
+    def mean(module, batch):
+        return functional.mse_loss(module.net(batch[0]), torch.zeros(len(batch[0]), 3))
+
+    found = []
+    for loss in (squares, mean):
+        callback = InfluenceCallback(every_n_steps=1, strict=True, loss=loss)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InfluenceWarning)
+            fit(OwnLoss(), callback)
+        found.append(callback.factors)
+    for name, layer in found[0].layers.items():
+        torch.testing.assert_close(layer.covariance_out(), found[1].layers[name].covariance_out())
+    with pytest.raises(TypeError, match="Got loss='mse'; accepted is a callable"):
+        InfluenceCallback(loss="mse")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 
 import lightning
 import pytest
@@ -33,7 +34,16 @@ class Repeated(Classifier):
 
 
 @pytest.mark.parametrize(
-    "every", [{"every_n_epochs": 1}, {"every_n_train_steps": 13}], ids=["epoch", "middle"]
+    "every",
+    [
+        pytest.param({"every_n_epochs": 1}, id="epoch"),
+        pytest.param(
+            {"every_n_train_steps": 13},
+            id="middle",
+            # Without the callback, too, weights differ after resuming with Lightning 2.4.
+            marks=pytest.mark.skipif(lightning.__version__ < "2.6", reason="Lightning resumes otherwise"),
+        ),
+    ],
 )
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_resumed_run_ends_in_the_same_state_to_the_last_bit(tmp_path, every, optimizer) -> None:
@@ -127,10 +137,13 @@ def test_two_callbacks_in_one_trainer_keep_their_own_state(tmp_path) -> None:
     assert (first.num_collected, second.num_collected) == (10, 5)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own loaders, while pickled
 def test_plain_trainer_answers_and_survives_pickling() -> None:
     callback = InfluenceCallback()
     host = fit(Classifier(), callback, max_epochs=1)
-    again = pickle.loads(pickle.dumps(host))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about a class of its own in the pickle
+        again = pickle.loads(pickle.dumps(host))
     for name in ("influence", "self_influence"):
         assert callable(getattr(again, name))
         # Bound to the Trainer it hangs on, not to the one it was copied from.

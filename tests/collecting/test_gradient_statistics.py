@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_influence.collecting.figures import gradient_norms, noise_and_signal, spectrum, squared_norms
+from lightning_influence.collecting.figures import (
+    estimate_noise_and_signal,
+    measure_gradient_norms,
+    measure_spectrum,
+    sum_squared_norms,
+)
 from lightning_influence.curvature.factors import Factors, LayerStatistics
 from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.plan import find_layers
@@ -28,8 +33,8 @@ def gradients(positions: int, groups: int) -> dict[str, FactoredGradients]:
 def test_norms_and_noise_scale(positions, groups) -> None:
     batch = gradients(positions, groups)
     each = torch.cat([layer.dense()[0].flatten(1) for layer in batch.values()], 1)  # (B, P)
-    torch.testing.assert_close(squared_norms(batch), each.square().sum(1), rtol=1e-12, atol=0)
-    noise, signal = noise_and_signal(batch)
+    torch.testing.assert_close(sum_squared_norms(batch), each.square().sum(1), rtol=1e-12, atol=0)
+    noise, signal = estimate_noise_and_signal(batch)
     assert noise == pytest.approx(each.var(dim=0).sum().item(), rel=1e-12)
     # Unbiased: the mean over pairs of different examples of the product of their gradients.
     products = each @ each.T
@@ -39,25 +44,28 @@ def test_norms_and_noise_scale(positions, groups) -> None:
 
 def test_one_example_has_no_noise() -> None:
     assert (
-        noise_and_signal({name: layer.select(slice(0, 1)) for name, layer in gradients(1, 1).items()}) is None
+        estimate_noise_and_signal({
+            name: layer.select(slice(0, 1)) for name, layer in gradients(1, 1).items()
+        })
+        is None
     )
 
 
 def test_spectrum() -> None:
     layer = LayerStatistics.zeros((1, 2, 2))
     factors = Factors({"a": layer}, weight_sum=8.0, weight_examples=4.0)
-    assert spectrum(factors) == {}
+    assert measure_spectrum(factors) == {}
     layer.squares, layer.squares_examples = torch.tensor([[[8.0, 4.0], [4.0, 0.0]]]), 4.0
-    assert spectrum(factors) == {"trace": 2.0, "top_eigenvalue": 1.0, "stable_rank": 2.0}
+    assert measure_spectrum(factors) == {"trace": 2.0, "top_eigenvalue": 1.0, "stable_rank": 2.0}
 
 
 def test_gradient_norms() -> None:
     model = nn.Sequential(nn.Linear(2, 1), nn.LayerNorm(1), nn.Linear(1, 1, bias=False))
     layers = find_layers(model).layers
-    assert gradient_norms(model, layers) == {}
+    assert measure_gradient_norms(model, layers) == {}
     for p in model.parameters():
         p.grad = torch.full_like(p, 2.0)
-    found = gradient_norms(model, layers)
+    found = measure_gradient_norms(model, layers)
     assert found == pytest.approx({"grad_norm": 24**0.5, "grad_norm/0": 12**0.5, "grad_norm/2": 2.0})
 
 
@@ -66,5 +74,5 @@ def test_norms_of_sparse_gradients() -> None:
     model["out"](model["table"](torch.tensor([1, 1, 4]))).square().sum().backward()
     whole = torch.cat([p.grad.to_dense().flatten() for p in model.parameters()])
     assert model["table"].weight.grad.is_sparse
-    norms = gradient_norms(model, find_layers(model, ["out"]).layers)
+    norms = measure_gradient_norms(model, find_layers(model, ["out"]).layers)
     assert norms["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_influence.curvature.damping import mean_eigenvalue, resolve_damping
+from lightning_influence.curvature.damping import average_eigenvalues, resolve_damping
 from lightning_influence.curvature.factors import Factors, LayerStatistics
 from lightning_influence.curvature.training_record import LayerRecord, TrainingRecord, effective_rate
 from lightning_influence.model.plan import find_layers
@@ -32,7 +32,7 @@ def factors(squares: bool = True) -> Factors:
     return result
 
 
-LEVEL = (mean_eigenvalue(factors(), "0") + mean_eigenvalue(factors(), "2")) / 2
+LEVEL = (average_eigenvalues(factors(), "0") + average_eigenvalues(factors(), "2")) / 2
 
 
 def stepped(optimizer: torch.optim.Optimizer, rates: list[float]) -> TrainingRecord:
@@ -145,7 +145,7 @@ def test_layer_that_no_step_updated() -> None:
 def test_closed_forms_use_three_percent_whatever_the_record() -> None:
     record = TrainingRecord(steps=5, layers={"0": LayerRecord(rate=2.0)})
     values, _ = resolve_damping("auto", factors(), record, solver="closed")
-    assert values == {name: 0.03 * mean_eigenvalue(factors(), name) for name in "02"}
+    assert values == {name: 0.03 * average_eigenvalues(factors(), name) for name in "02"}
 
 
 def test_mean_eigenvalue_is_the_trace_over_the_size() -> None:
@@ -153,10 +153,10 @@ def test_mean_eigenvalue_is_the_trace_over_the_size() -> None:
     for name, layer in with_squares.layers.items():
         assert layer.squares is not None
         expected = layer.squares.sum().item() / 10 / math.prod(layer.shape) / 2.0  # mean weight 2
-        assert mean_eigenvalue(with_squares, name) == pytest.approx(expected, rel=1e-12)
+        assert average_eigenvalues(with_squares, name) == pytest.approx(expected, rel=1e-12)
         traces = layer.inputs[0].trace() / 10 * layer.outputs[0].trace() / 10
         expected = traces.item() / math.prod(layer.shape) / 2.0
-        assert mean_eigenvalue(without, name) == pytest.approx(expected, rel=1e-12)
+        assert average_eigenvalues(without, name) == pytest.approx(expected, rel=1e-12)
 
 
 def test_number_is_taken_as_it_is() -> None:

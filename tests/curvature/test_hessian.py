@@ -204,7 +204,7 @@ def flags():
     backends = torch.backends
     return (
         backends.mkldnn.enabled,
-        backends.mkldnn.allow_tf32,
+        getattr(backends.mkldnn, "allow_tf32", None),
         backends.cudnn.enabled,
         torch.backends.cuda.flash_sdp_enabled(),
     )
@@ -307,7 +307,7 @@ class Hooked(Step):
         return (self(batch[0]) - F.one_hot(batch[1], 3)).square().sum(1).sqrt()
 
 
-def test_a_hand_written_loss_has_a_hessian_and_an_empirical_estimate_of_its_curvature():
+def test_a_hand_written_loss_has_a_hessian_and_the_curvature_of_its_outputs():
     torch.manual_seed(3)
     module = mute(Hooked(nn.Linear(4, 5), 5).double())
     plan, (x, y) = find_layers(module), batch()
@@ -324,8 +324,19 @@ def test_a_hand_written_loss_has_a_hessian_and_an_empirical_estimate_of_its_curv
 
     flat = torch.cat([matrix(module.body), matrix(module.head)]).detach()
     torch.testing.assert_close(found, torch.func.hessian(objective)(flat), **TIGHT)
-    estimate = run(DenseCurvaturePass(plan, fisher="exact"), module, [(x, y)])
-    assert estimate.estimated
+    by_outputs = run(DenseCurvaturePass(plan, fisher="exact"), module, [(x, y)])
+    assert not by_outputs.estimated
+
+    def outputs_of(flat):
+        first, second = flat[:25].reshape(5, 5), flat[25:].reshape(3, 6)
+        hidden = x @ first[:, :-1].T + first[:, -1]
+        return hidden @ second[:, :-1].T + second[:, -1]
+
+    jacobian, outputs = torch.func.jacrev(outputs_of)(flat), outputs_of(flat)
+    bend = torch.func.vmap(torch.func.hessian(lambda f, target: (f - target).square().sum().sqrt()))
+    inner = bend(outputs, F.one_hot(y, 3).to(outputs))
+    expected = torch.einsum("ncp,ncd,ndq->pq", jacobian, inner, jacobian) / len(x)
+    torch.testing.assert_close(by_outputs.result(), expected, **TIGHT)
 
 
 def test_layers_that_take_no_part_are_constants():

@@ -10,7 +10,7 @@ import torch
 from models import CASES
 from operator_source import CaseSource
 
-from lightning_influence.curvature.minibatches import example_variance
+from lightning_influence.curvature.minibatches import measure_example_variance
 from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_influence.linalg.estimates import Estimate, draw_vectors
 from lightning_influence.running.reading import prepare_train
@@ -38,7 +38,7 @@ def test_variance_of_examples_is_that_of_dense_matrices(name, count):
     directions = torch.cat([vectors[:, -3:].T, draw_vectors(2, len(H), 0, dtype=torch.float64)])
     ratios = [float((h @ v).square().sum(1).mean() / (trace * (v @ H @ v))) for v in directions]
     operator = GaussNewtonOperator(CaseSource.of(name, batch_size=1))
-    found = example_variance(operator, directions, trace, count=count, minibatches=150)
+    found = measure_example_variance(operator, directions, trace, count=count, minibatches=150)
     assert abs(found.value - max(ratios)) < 3 * found.error
     assert found.error < 0.2 * found.value
     # It is a lower bound of the kappa that holds in every direction.
@@ -64,7 +64,7 @@ def test_every_example_alone_gives_the_ratio_itself():
             self.calls += 1
             return super().batch_product(vectors, count, seeds[self.calls - 1])
 
-    found = example_variance(Once(source), vector, float(H.trace()), minibatches=12)
+    found = measure_example_variance(Once(source), vector, float(H.trace()), minibatches=12)
     v = vector[0]
     expected = float((h @ v).square().sum(1).mean() / (H.trace() * (v @ H @ v)))
     assert found.value == pytest.approx(expected, rel=1e-9)
@@ -79,7 +79,7 @@ def test_ready_made_batches_are_drawn_whole(sizes):
     batches = list(zip(case.x.split(sizes), case.y.split(sizes), strict=True))
     operator = GaussNewtonOperator(replace(source, train=prepare_train(batches)))
     v = torch.linalg.eigh(H).eigenvectors[:, -1:].T.contiguous()
-    found = example_variance(operator, v, float(H.trace()), minibatches=40)
+    found = measure_example_variance(operator, v, float(H.trace()), minibatches=40)
     along = float(H.trace() * (v[0] @ H @ v[0]))
     if len(sizes) == 1:
         assert found == Estimate(pytest.approx(float((H @ v[0]).square().sum()) / along), None)
@@ -101,9 +101,9 @@ def test_what_is_refused():
     v = torch.randn(1, operator.numel, dtype=torch.float64)
     for count in (0, 12):
         with pytest.raises(ValueError, match=f"count={count}; accepted are 1 to 11"):
-            example_variance(operator, v, 1.0, count=count)
+            measure_example_variance(operator, v, 1.0, count=count)
     with pytest.raises(ValueError, match="trace=-1; accepted are positive"):
-        example_variance(operator, v, -1.0)
+        measure_example_variance(operator, v, -1.0)
     down = torch.linalg.eigh(operator.dense()).eigenvectors[:, :1].T
     with pytest.raises(ValueError, match=r"positive curvature\. Pass leading eigenvectors"):
-        example_variance(operator, down.contiguous(), 1.0)
+        measure_example_variance(operator, down.contiguous(), 1.0)

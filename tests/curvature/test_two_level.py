@@ -6,16 +6,16 @@ from models import CASES
 
 from lightning_influence.curvature.coarse_space import (
     CoarseSpace,
-    directions,
-    extended,
-    preconditioned,
-    probes,
-    scored,
+    build_directions,
+    draw_probes,
+    extend_space,
+    join_scored,
+    precondition,
 )
 from lightning_influence.curvature.factor_passes import CovariancePass
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass
 from lightning_influence.curvature.inverse import BlockInverse
-from lightning_influence.curvature.two_level import TwoLevel, rescaled, squared_norms
+from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse, square_norms
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.methods.scorers import PreconditionedScorer
 from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
@@ -51,8 +51,8 @@ class Problem:
 
     def build(self, count: int) -> CoarseSpace:
         layout = self.setup.layout
-        Q, mixing = directions(layout, self.inverse, self.anchors)
-        W = probes(count, layout.numel, Q)
+        Q, mixing = build_directions(layout, self.inverse, self.anchors)
+        W = draw_probes(count, layout.numel, Q)
         pass_ = self.setup.run(CurvatureProductPass(self.setup.plan, torch.cat([Q, W])))
         GQ, GW = pass_.result().split([len(Q), count])
         return CoarseSpace(layout, Q, GQ, GW, mixing, self.anchors, self.inverse, pass_.count.examples)
@@ -91,11 +91,11 @@ def test_dependent_and_zero_anchors_are_left_out():
     flat = p.setup.layout.dense(p.train)[0][:3]
     flat = torch.cat([flat, flat[:1] * 5, flat[1:2] - flat[2:3], torch.zeros_like(flat[:1])])
     anchors = {k: DenseGradients(v[None]) for k, v in p.setup.layout.split(flat).items()}
-    Q, mixing = directions(p.setup.layout, p.inverse, anchors)
+    Q, mixing = build_directions(p.setup.layout, p.inverse, anchors)
     assert Q.shape[0] == 3
     assert mixing.shape == (3, 6)
     torch.testing.assert_close(Q @ Q.T, torch.eye(3).double(), **TIGHT)
-    none, _ = directions(p.setup.layout, p.inverse, {k: g.scaled(0.0) for k, g in anchors.items()})
+    none, _ = build_directions(p.setup.layout, p.inverse, {k: g.scaled(0.0) for k, g in anchors.items()})
     assert len(none) == 0
 
 
@@ -235,8 +235,8 @@ def test_layers_that_queries_or_anchors_lack_are_still_corrected():
 
 def test_probes_are_signs_and_always_the_same():
     like = torch.zeros(1, dtype=torch.float32)
-    W = probes(50, 200, like)
-    assert torch.equal(W, probes(50, 200, like.double()).float())
+    W = draw_probes(50, 200, like)
+    assert torch.equal(W, draw_probes(50, 200, like.double()).float())
     assert W.dtype == torch.float32
     assert W.abs().eq(1).all()
     assert abs(float(W.mean())) < 0.05  # 10000 signs: five standard errors
@@ -247,7 +247,7 @@ def test_probes_are_signs_and_always_the_same():
 def test_squared_norms_and_memory():
     p = Problem("tokens_weighted")
     expected = p.setup.layout.dense(p.train)[0].square().sum(1)
-    torch.testing.assert_close(squared_norms(p.train), expected, **TIGHT)
+    torch.testing.assert_close(square_norms(p.train), expected, **TIGHT)
     rows = p.space.size * 2 + 64
     anchors = sum(g.nbytes for g in p.anchors.values())
     assert p.space.nbytes == 8 * rows * p.setup.layout.numel + anchors
@@ -279,7 +279,7 @@ def test_the_rescaled_preconditioner_takes_the_best_step_on_the_anchors(name, da
     Z = p.inverse.apply(p.setup.layout.dense(p.anchors)[0])
     V = torch.linalg.solve(inverse.apply(torch.eye(len(A)).double()), Z.T).T  # P z
     error = lambda step: step * Z - torch.linalg.solve(A, V.T).T  # noqa: E731
-    scaled = rescaled(inverse, p.space)
+    scaled = rescale_inverse(inverse, p.space)
     step = float((scaled.apply(Z) * Z).sum() / (inverse.apply(Z) * Z).sum())
     errors = [float((error(t) @ A * error(t)).sum()) for t in (step, 0.999 * step, 1.001 * step)]
     assert errors[0] < min(errors[1:])
@@ -297,23 +297,23 @@ def test_the_rescaled_preconditioner_takes_the_best_step_on_the_anchors(name, da
 def test_anchors_of_zero_leave_the_preconditioner_as_it_is():
     p = Problem("mlp_gelu")
     p.anchors = {k: g.scaled(0.0) for k, g in p.anchors.items()}
-    assert rescaled(p.inverse, p.build(8)) is p.inverse
+    assert rescale_inverse(p.inverse, p.build(8)) is p.inverse
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_a_space_grows_to_what_all_anchors_span(name):
     p = Problem(name, anchors=5)
     more = {k: g.select(slice(5, 9)) for k, g in p.train.items()}
-    vectors = preconditioned(p.setup.layout, p.inverse, more)
+    vectors = precondition(p.setup.layout, p.inverse, more)
     G = p.setup.ggn()
-    grown = extended(p.space, vectors, scored([more]), lambda fresh: fresh @ G)
+    grown = extend_space(p.space, vectors, join_scored([more]), lambda fresh: fresh @ G)
     whole = Problem(name, anchors=9).space
     Q = grown.directions
     torch.testing.assert_close(Q @ Q.T, torch.eye(grown.size).double(), **TIGHT)
     torch.testing.assert_close(Q.T @ Q, whole.directions.T @ whole.directions, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(grown.product, Q @ G, **TIGHT)
     nine = {k: g.select(slice(0, 9)) for k, g in p.train.items()}
-    mixed = grown.mixing @ preconditioned(p.setup.layout, p.inverse, nine)
+    mixed = grown.mixing @ precondition(p.setup.layout, p.inverse, nine)
     torch.testing.assert_close(mixed, Q, rtol=1e-6, atol=1e-8)
 
 
@@ -321,11 +321,11 @@ def test_only_factored_gradients_of_anchors_are_kept():
     p = Problem("mlp_gelu")
     first, *_, last = p.train
     halves = [{k: g.select(part) for k, g in p.train.items()} for part in (slice(0, 6), slice(6, 12))]
-    joined = scored(halves)
+    joined = join_scored(halves)
     torch.testing.assert_close(joined[first].dense(), p.train[first].dense(), **TIGHT)
     halves[1][first] = DenseGradients(halves[1][first].dense())
     del halves[0][last]
-    kept = scored(halves)
+    kept = join_scored(halves)
     assert kept[first].num_examples == kept[last].num_examples == 0
     assert kept[first].dense().shape[2:] == p.train[first].dense().shape[2:]
     # The dense route is taken for such layers, and the scores stay what they are.

@@ -11,7 +11,7 @@ def source():
 
 
 @pytest.fixture
-def asking(source):
+def wrapped(source):
     """A module whose weights and modes have to be the same after the test."""
     before = {name: value.clone() for name, value in source.state_dict().items()}
     yield asked(source)

@@ -1,6 +1,7 @@
 """Applying, reverting and storing edits, to the bit."""
 
 import json
+import warnings
 
 import lightning
 import pytest
@@ -10,9 +11,15 @@ from influence_models import Net, trainer
 from rich.console import Console
 
 from lightning_influence import InfluenceCallback, InfluenceModule
-from lightning_influence.edits.parameter_edit import ParameterEdit
+from lightning_influence.edits.parameter_edit import Change, ParameterEdit, changes_between
 from lightning_influence.results.rendering import render_plain
-from lightning_influence.support.errors import CorruptFileError, EditMismatchError
+from lightning_influence.support.errors import (
+    CorruptFileError,
+    EditMismatchError,
+    InfluenceWarning,
+    NonFiniteError,
+)
+from lightning_influence.support.storage import load_tensors, save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +173,62 @@ def test_load_refuses_another_module_and_other_files(edit, tmp_path):
         ParameterEdit.load(tmp_path / "nothing", Net(16))
 
 
+def rewritten(edit, path, **tensors):
+    """The file of an edit, sealed anew with other tensors of its first parameter."""
+    edit.save(path)
+    stored, metadata = load_tensors(path)
+    name = next(iter(edit.changes))
+    save_tensors(path, stored | {f"{name}/{key}": value for key, value in tensors.items()}, metadata)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda c: {"after": c.after[:1]}, r"'after' of shape \(1,\) for \d+ positions"),
+        (lambda c: {"after": c.after[0]}, r"'after' of shape \(\) for \d+ positions"),
+        (lambda c: {"before": c.before[:1]}, r"'before' of shape \(1,\) for"),
+        (lambda c: {"after": c.after.clone().fill_(float("nan"))}, "NaN or infinity in 'after'"),
+        (lambda c: {"after": c.after / 0}, "NaN or infinity in 'after'"),
+        (lambda c: {"before": c.before.clone().fill_(float("nan"))}, "NaN or infinity in 'before'"),
+        (lambda c: {"after": c.after.double()}, "'after' of torch.float64"),
+        (lambda c: {"index": c.index.float()}, "torch.float32, not int64"),
+        (lambda c: {"index": c.index - c.index[0] - 1}, "not distinct and from 0 to 63"),
+        (lambda c: {"index": c.index + 64}, "not distinct and from 0 to 63"),
+        (lambda c: {"index": c.index * 0}, "not distinct"),
+        (lambda c: {key: getattr(c, key)[:0] for key in ("index", "before", "after")}, r"of shape \(0,\)"),
+    ],
+)
+def test_a_file_without_one_finite_value_a_position_is_refused(module, edit, tmp_path, spoil, says):
+    before, path = bits(module), tmp_path / "spoilt.safetensors"
+    name = rewritten(edit, path, **spoil(next(iter(edit.changes.values()))))
+    with pytest.raises(CorruptFileError, match=rf"spoilt\.safetensors.*{name!r}.*{says}"):
+        ParameterEdit.load(path, module)
+    assert same(before, bits(module))
+
+
+def test_a_file_that_lacks_a_part_is_refused(module, edit, tmp_path):
+    path, name = edit.save(tmp_path / "less.safetensors"), next(iter(edit.changes))
+    tensors, metadata = load_tensors(path)
+    del tensors[f"{name}/after"]
+    save_tensors(path, tensors, metadata)
+    with pytest.raises(CorruptFileError, match=rf"less\.safetensors.*{name}/after"):
+        ParameterEdit.load(path, module)
+    save_tensors(path, tensors, {**metadata, "shapes": None})
+    with pytest.raises(CorruptFileError, match=r"less\.safetensors"):
+        ParameterEdit.load(path, module)
+
+
+def test_changes_of_ones_own_are_checked_too():
+    index = torch.tensor([0, 2])
+    with pytest.raises(ValueError, match=r"'after' of shape \(1,\) for 2 positions"):
+        Change(index, torch.zeros(2), torch.zeros(1), (3,))
+    with pytest.raises(NonFiniteError, match=r"values of 'weight' NaN or infinite.*smaller step="):
+        changes_between(
+            {"weight": torch.zeros(2)}, {"weight": torch.tensor([0.0, torch.inf])}, {"weight": index < 3}
+        )
+
+
 def test_half_precision_is_edited_in_its_own_values(source):
     module = Net(16)
     module.load_state_dict(source.state_dict())
@@ -204,8 +267,8 @@ def test_from_a_checkpoint_alone_weight_decay_is_that_of_the_run(tmp_path):
     host.fit(module, train())
     host.save_checkpoint(tmp_path / "a.ckpt")
     options = {"ratio": 0.2, "step": "theory", "damping": 0.01}
-    asking = InfluenceModule.from_checkpoint(str(tmp_path / "a.ckpt"), Net(16))
-    own = asking.generalized_influence(of_class(0), train(), **options)
+    wrapped = InfluenceModule.from_checkpoint(str(tmp_path / "a.ckpt"), Net(16))
+    own = wrapped.generalized_influence(of_class(0), train(), **options)
     told = InfluenceModule(module).generalized_influence(of_class(0), train(), weight_decay=1e-3, **options)
     none = InfluenceModule(module).generalized_influence(of_class(0), train(), **options)
     for name in own:
@@ -230,3 +293,41 @@ def test_a_summary(edit):
 def test_layers_that_are_not_named_stay(source):
     edit = asked(source).forget(of_class(0), train(), ratio=0.5, layers=["body.3"])
     assert set(edit.changes) <= {"body.3.weight", "body.3.bias"}
+
+
+def test_an_error_inside_the_context_is_not_replaced(source):
+    module = Net(16)
+    module.load_state_dict(source.state_dict())
+    edit = asked(module).forget(of_class(0), train(), ratio=0.2)
+
+    def fail():
+        with edit, torch.no_grad():
+            module.body[0].weight.add_(1)
+            raise KeyError("boom")
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyError) as caught:
+            fail()
+    assert [found.category for found in warned] == [InfluenceWarning]
+    assert warned[0].filename == __file__
+    assert any("cannot be reverted: the module's weights differ" in note for note in caught.value.__notes__)
+    module.load_state_dict(source.state_dict())
+    with pytest.raises(EditMismatchError), edit, torch.no_grad():
+        module.body[0].weight.add_(1)
+    module.load_state_dict(source.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError) as caught, edit:
+            raise KeyError("boom")
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_printing_shows_the_tables(wrapped, capsys):
+    edit = wrapped.forget(of_class(0), train(), ratio=0.2, kept_bound=1e9)
+    print(edit)
+    shown = capsys.readouterr().out
+    for part in ("forget 20 examples (not applied)", "Parameters that change", "Mean loss", "predicted"):
+        assert part in shown
+    assert "\x1b" not in shown
+    assert "\n" not in repr(edit)

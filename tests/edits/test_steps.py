@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from influence_models import Net
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence.edits.line_search import Point, search_forgetting, search_objective
+from lightning_influence.edits.steps import Point, search_forgetting, search_objective
 
 
 def ramp(where, spread=0.0):

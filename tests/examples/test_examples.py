@@ -77,7 +77,7 @@ def test_ci_finds_commands_of_readme():
     )
     assert [name for name, _ in blocks] == ["example", "tests"]
     assert blocks[0][1].endswith("python examples/digits.py")
-    assert blocks[1][1].endswith("python -m pytest")
+    assert blocks[1][1].endswith("python -m pytest -n auto")
 
 
 def test_first_code_of_readme_runs(tmp_path, monkeypatch, capsys):

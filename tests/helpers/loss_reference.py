@@ -1,14 +1,24 @@
 """What every loss must satisfy against torch itself, by automatic differentiation in float64."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_influence.model.losses.loss import OutputLoss
 
+# Whether an error is weighted; in torch 2.4 mse_loss, l1_loss and huber_loss take no weights.
+WEIGHTED = st.booleans() if "weight" in inspect.signature(F.mse_loss).parameters else st.just(False)
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}  # float64 rounding over at most a few hundred terms
+
+
+def given_weight(weight: Tensor | None) -> dict[str, Tensor]:
+    """The weight as an option of torch's function, if there is one."""
+    return {} if weight is None else {"weight": weight}
 
 
 def blocks(matrix: Tensor, num_examples: int) -> Tensor:

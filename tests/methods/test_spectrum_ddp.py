@@ -65,9 +65,8 @@ for curvature in ("ggn", "hessian"):
     # A module of its own visits everything on each process, also where Lightning has split the loader.
     for train in (loader, trainer.train_dataloader):
         found.append(InfluenceModule(module).spectrum(train, curvature, **settings))
-    session = Session(trainer, module, None, None, None)
-    with session.runner:  # the processes share the examples
-        engine = session.engine(Question())
+    with Session(trainer, module, None, None, None) as session:  # the processes share the examples
+        engine = session.ask(Question())
         found.append(engine.spectrum(loader, SpectrumSettings(curvature, **settings)))
     for spectrum in found:
         assert spectrum.numel == len(truth)

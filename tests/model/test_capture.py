@@ -1,5 +1,9 @@
+import inspect
+import math
+
 import pytest
 import torch
+from loss_reference import check_products
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,14 +120,24 @@ def test_the_same_loss_twice_is_one(logits, target):
 def test_equal_values_are_told_apart_by_the_graph(logits, target):
     other = logits.detach().flip(0).requires_grad_()
 
-    def step(use_graph):
+    def step():
         F.cross_entropy(other, target.flip(0))
-        loss = F.cross_entropy(logits, target)
-        return loss if use_graph else loss * 1
+        return F.cross_entropy(logits, target)
 
-    assert resolve(lambda: step(True)).outputs is logits
-    message = refusal(lambda: step(False), "2 different calls have that value")
+    assert resolve(step).outputs is logits
+    assert resolve(lambda: step() * 1).outputs is logits
+    message = refusal(lambda: step().detach(), "2 different calls have that value")
     assert message.count("F.cross_entropy = ") == 2
+
+
+def check_gradient(step, loss: OutputLoss, outputs: Tensor) -> None:
+    """The loss's seed leads to the gradient of the batch's loss in what the model gave out."""
+    (expected,) = torch.autograd.grad(step(), outputs)
+    share = loss.scale / loss.weights().sum()
+    (found,) = torch.autograd.grad(loss.outputs, outputs, share * loss.gradient())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    (values,) = torch.autograd.grad(share * loss.per_example().sum(), outputs)
+    torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -135,25 +149,161 @@ def test_a_penalty_is_refused(logits, target, inplace):
             return loss
         return loss + 0.01 * logits.square().sum()
 
-    message = refusal(step, "no single call of a loss function has that value")
+    message = refusal(step, "no single call of a loss function, nor a sum of several, makes it up")
     assert f"1. F.cross_entropy = {F.cross_entropy(logits, target).item():.6g}" in message
-    assert "A penalty, a factor or a second term" in message
+    assert "A second term that depends on the outputs" in message
 
 
-def test_a_sum_of_losses_is_refused(logits, target):
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-12])
+def test_sums_of_losses_are_read_whatever_their_sizes(logits, target, scale):
+    """The second term may be a million times smaller in value, and have all of some outputs' gradient."""
+    head = torch.randn(B, 2, dtype=torch.float64, requires_grad=True)
+
     def step():
-        return F.cross_entropy(logits, target) + F.mse_loss(logits, torch.ones_like(logits))
+        small = scale * F.mse_loss(head, torch.ones_like(head), reduction="none").sum(1).mean()
+        return 3 * F.cross_entropy(logits, target) + small + F.l1_loss(logits, torch.zeros_like(logits)) / 4
 
-    message = refusal(step, "sum of several of these calls")
-    assert "1. F.cross_entropy" in message
-    assert "2. F.mse_loss" in message
+    loss = resolve(step)
+    torch.testing.assert_close(loss.batch_value(), step().detach(), rtol=1e-12, atol=0)
+    check_gradient(step, loss, logits)
+    check_gradient(step, loss, head)
+    odds = F.cross_entropy(logits, target, reduction="none").neg().exp().logit()
+    torch.testing.assert_close(loss.margin(), odds)
+    assert "absolute error" in loss.note
 
 
-def test_a_small_change_is_noticed(logits, target):
-    refusal(lambda: F.cross_entropy(logits, target) * (1 + 1e-6), "no single call")
+def test_a_sum_has_the_curvature_of_its_terms(logits, target):
+    """Two terms on one output, in the parameters behind it, against the Hessian of the batch's loss."""
+    weight = torch.randn(C, C, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(B, C, dtype=torch.float64)
+
+    def value(w):
+        f = x @ w
+        return 0.5 * F.cross_entropy(f, target, reduction="sum") + F.mse_loss(f, x, reduction="sum")
+
+    loss = resolve(lambda: value(weight))
+    assert (loss.reduction, loss.scale) == ("sum", B)
+    check_products(loss)
+    hessian = torch.func.hessian(value)(weight.detach()).reshape(C * C, C * C)
+    # Column k belongs to one example at a time: its outer products between examples mean nothing.
+    jacobian = torch.func.jacrev(lambda w: torch.cat([x @ w, x @ w], 1))(weight.detach()).flatten(2)
+    columns = torch.stack([column.reshape(B, -1) for column in loss.columns()])
+    pulled = torch.einsum("kbo,bop->kbp", columns, jacobian).flatten(0, 1)
+    torch.testing.assert_close(pulled.T @ pulled, hessian)
+    moved = loss.with_outputs(torch.zeros_like(loss.outputs)).per_example()
+    torch.testing.assert_close(moved, 0.5 * math.log(C) + x.square().sum(1))
+
+
+def test_terms_that_leave_out_positions_are_normalised_by_their_batch(logits, target):
+    target[0] = -100
+    step = lambda: F.cross_entropy(logits, target) + F.mse_loss(logits, torch.ones_like(logits))  # noqa: E731
+    loss = resolve(step)
+    torch.testing.assert_close(loss.batch_value(), step().detach())
+    check_gradient(step, loss, logits)
+
+
+@pytest.mark.parametrize("kind", ["learned", "schedule", "weighted", "masked", "summed"])
+def test_factors_of_every_kind_are_derivatives(logits, target, kind):
+    weight = torch.tensor([0.2, 0.0, 3.0, 1.0], dtype=torch.float64)
+    mask, spread = (weight > 0).double(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def step():
+        values = F.cross_entropy(logits, target, reduction="none")
+        return {
+            "learned": lambda: torch.exp(-spread) * values.mean() + spread,
+            "schedule": lambda: values.mean() * 0.37,
+            "weighted": lambda: (values * weight).mean(),
+            "masked": lambda: (values * mask).sum() / mask.sum(),
+            "summed": lambda: (values * weight).sum(),
+        }[kind]()
+
+    loss = resolve(step)
+    torch.testing.assert_close(loss.batch_value(), step().detach())
+    check_gradient(step, loss, logits)
+    check_products(loss)
+    if kind == "masked":
+        assert loss.weights().tolist() == mask.tolist()
+    if kind in ("weighted", "summed"):
+        torch.testing.assert_close(
+            loss.per_example(), weight * F.cross_entropy(logits, target, reduction="none")
+        )
+
+
+def test_elements_are_weighed_by_the_users_own_factors(logits):
+    weight = torch.rand(B, C, dtype=torch.float64)
+    step = lambda: (F.mse_loss(logits, torch.ones_like(logits), reduction="none") * weight).mean()  # noqa: E731
+    loss = resolve(step)
+    check_gradient(step, loss, logits)
+    torch.testing.assert_close(loss.curvature() / B, 2 * weight / weight.numel())
+    variance = torch.rand(B, C, dtype=torch.float64).add(0.1).requires_grad_()
+
+    def step():
+        values = F.gaussian_nll_loss(logits, torch.ones_like(logits), variance, reduction="none")
+        return (values * weight).sum()
+
+    loss = resolve(step)
+    check_gradient(step, loss, logits)
+    check_gradient(step, loss, variance)
+
+
+def test_a_function_of_the_loss_is_refused(logits, target):
+    for function in (torch.sqrt, torch.square, lambda v: (1 - torch.exp(-v)) * v):
+        refusal(lambda: function(F.cross_entropy(logits, target)), "a root")  # noqa: B023
+        refusal(lambda: function(F.cross_entropy(logits, target, reduction="none")).mean(), "a root")  # noqa: B023
+
+
+def test_minus_a_loss_is_refused(logits, target):
+    refusal(lambda: -F.cross_entropy(logits, target), "factor of -1; accepted are positive")
+
+
+def test_a_penalty_on_weights_alone_is_told_apart(target):
+    net, x = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, C)).double(), torch.randn(B, 5).double()
+
+    def step():
+        return F.cross_entropy(net(x), target) + 0.1 * sum(p.square().sum() for p in net.parameters())
+
+    assert resolve(step).reduction == "mean"
+
+    def on_activations():
+        hidden = net[:2](x)
+        return F.cross_entropy(net[2](hidden), target) + hidden.square().mean()
+
+    refusal(on_activations, "A second term that depends on the outputs")
+
+
+def test_a_term_of_value_zero_is_seen_by_its_gradient(target):
+    net, x = nn.Linear(5, C).double(), torch.randn(B, 5).double()
+
+    def step():
+        outputs = net(x)
+        surrogate = outputs.square().mean()
+        return F.cross_entropy(outputs, target) + surrogate - surrogate.detach()
+
+    refusal(step, "A second term that depends on the outputs")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_of_exactly_zero_keeps_its_reduction(reduction):
+    outputs = torch.ones(B, 2, dtype=torch.float64, requires_grad=True)
+    loss = resolve(lambda: F.mse_loss(outputs * 1, torch.ones(B, 2).double(), reduction=reduction))
+    assert loss.reduction == reduction
+    values = resolve(lambda: F.mse_loss(outputs * 1, torch.ones(B, 2).double(), reduction="none").mean())
+    torch.testing.assert_close(values.curvature(), torch.ones(B, 2).double())
+
+
+def test_batches_without_weight_have_no_gradient_and_no_weight(logits, target):
+    loss = resolve(lambda: F.cross_entropy(logits, torch.full_like(target, -100)))
+    assert loss.weights().tolist() == [0] * B
+    assert not loss.gradient().any()
+    assert not torch.stack(list(loss.columns())).any()
+
+
+def test_a_small_change_is_a_factor(logits, target):
+    loss = resolve(lambda: F.cross_entropy(logits, target) * (1 + 1e-6))
+    assert loss.factor == pytest.approx(1 + 1e-6, rel=1e-12)
     single = logits.detach().float().requires_grad_()
     assert resolve(lambda: F.cross_entropy(single, target) * (1 + 1e-6)).reduction == "mean"
-    refusal(lambda: F.cross_entropy(single, target) * (1 + 1e-3), "no single call")
+    assert resolve(lambda: F.cross_entropy(single, target) * (1 + 1e-3)).factor == pytest.approx(1.001)
 
 
 @pytest.mark.parametrize("name", ["soft_margin_loss", "multilabel_soft_margin_loss", "hinge_embedding_loss"])
@@ -266,12 +416,13 @@ def test_outputs_changed_in_place_are_noticed(logits, target):
 
 def test_last_batch_of_one(logits, target):
     loss = resolve(lambda: F.cross_entropy(logits[:1], target[:1], reduction="none"), batch_size=1)
-    assert (loss.num_examples, loss.reduction, loss.scale) == (1, "position_mean", 1)
+    assert (loss.num_examples, loss.scale) == (1, 1)
+    assert loss.per_example().tolist() == [F.cross_entropy(logits[:1], target[:1]).item()]
 
 
 def test_long_lists_of_calls_are_counted(logits, target):
     def step():
-        return sum(F.cross_entropy(logits * k, target) for k in range(1, 15)) * 3
+        return sum(F.cross_entropy(logits * k, target) for k in range(1, 15)).sqrt()
 
     message = refusal(step, "no single call")
     assert "  10. F.cross_entropy" in message
@@ -319,3 +470,17 @@ def test_loss_inside_a_compiled_function_is_explained(target):
     fast = torch.compile(lambda a, y: F.cross_entropy(net(a), y), backend="aot_eager")
     refusal(lambda: fast(x, target), "compile the network and not its loss")
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(
+    "weight" not in inspect.signature(F.l1_loss).parameters, reason="l1_loss of torch 2.4 takes no weight"
+)
+def test_a_weight_that_torch_loses_on_the_way_is_given_back(logits):
+    """Torch leaves out the weight of F.l1_loss where a mode looks on; watching must not change the loss."""
+    target, weight = torch.zeros_like(logits), torch.rand(B, C, dtype=torch.float64)
+    expected = F.l1_loss(logits, target, weight=weight)
+    with LossCapture() as capture:
+        value = F.l1_loss(logits, target, weight=weight)
+    assert torch.equal(value, expected)
+    loss = capture.resolve(value, B)
+    torch.testing.assert_close(loss.batch_value(), expected.detach())

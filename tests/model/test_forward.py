@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from drive import TIGHT, Setup, mute
@@ -5,9 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_influence.model.forward import Forward
+from lightning_influence.model.forward import Forward, compute_losses
 from lightning_influence.model.plan import find_layers
-from lightning_influence.support.errors import LossCaptureError, NonFiniteError, UnsupportedModelError
+from lightning_influence.support.errors import (
+    InfluenceWarning,
+    LossCaptureError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 
 B = 4
 
@@ -87,7 +94,11 @@ def sequence_first_in_one_layer(module, x, y):
 def test_examples_that_are_not_rows_of_their_own_are_refused(step, shape, layer):
     data = torch.randn(*shape), torch.randint(2, (B,))
     with pytest.raises(
-        UnsupportedModelError, match=rf"depends on layer '{layer}' at other examples.*influence_loss"
+        UnsupportedModelError,
+        match=(
+            rf"depends on layer '{layer}' at other examples.*influence_loss"
+            rf"|Layer '{layer}' was called with a tensor of shape \(3, 4, 3\)"
+        ),
     ):
         forward(step, data)
 
@@ -216,16 +227,27 @@ def test_influence_loss_takes_the_place_of_the_step():
     assert captured.weights.tolist() == [1] * 12
 
 
-def test_values_of_an_unknown_loss_have_empirical_curvature():
+def test_values_of_an_unknown_loss_have_the_curvature_of_their_second_derivative():
     setup = Setup.of("mlp_gelu")
     module = setup.module
     module.influence_loss = lambda data: module.model(data[0]).square().sum(1)
     captured = Forward(setup.plan)(module, (setup.case.x, setup.case.y), 12)
-    assert captured.loss is None
     assert captured.weights.tolist() == [1] * 12
-    loss = setup.layout.dense(captured.loss_gradients())
-    for fisher in ("exact", "mixed", "sampled", "empirical"):
-        assert torch.equal(setup.layout.dense(captured.curvature_gradients(fisher)), loss)
+    model, x = setup.case.model, setup.case.x
+    parameters = [p for name in setup.case.layers for p in model.get_submodule(name).parameters()]
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(output, parameters, retain_graph=True)])
+        for output in model(x).flatten()
+    ]
+    jacobian = torch.stack(rows)
+    columns = setup.layout.dense(captured.curvature_gradients("exact")).flatten(0, 1)
+    assert columns.shape == jacobian.shape
+    # The layout joins weight and bias row by row, so that only what no order changes can be compared.
+    torch.testing.assert_close(
+        torch.linalg.eigvalsh(columns @ columns.T), torch.linalg.eigvalsh(2 * jacobian @ jacobian.T), **TIGHT
+    )
+    gradients = setup.layout.dense(captured.loss_gradients())[0]
+    assert gradients.shape == (12, setup.plan.numel)
 
 
 def test_gradients_that_are_not_finite_are_not_taken_for_coupling():
@@ -276,3 +298,59 @@ def test_errors_of_the_step_say_where_it_ran():
         forward(step)
     assert "outside of a fit" in info.value.__notes__[0]
     assert "influence_loss(batch)" in info.value.__notes__[0]
+
+
+def test_what_stands_for_the_curvature_is_said_once():
+    def step(module, x, y):
+        return F.l1_loss(module.last(module.first(x))[:, 0], y.float())
+
+    module = mute(Module(step))
+    run = Forward(find_layers(module))
+    with pytest.warns(InfluenceWarning, match="absolute error, whose second derivative is zero"):
+        run(module, batch(), B)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InfluenceWarning)
+        run(module, batch(), B)
+
+
+def test_batches_in_which_no_example_counts_have_no_gradient():
+    def step(module, x, y):
+        return F.cross_entropy(module.last(module.first(x)), torch.full_like(y, -100))
+
+    captured = forward(step)
+    assert captured.weights.tolist() == [0] * B
+    assert not any(gradient.dense().any() for gradient in captured.loss_gradients().values())
+
+
+def loop(module, x, y):
+    return F.cross_entropy(torch.stack([module.last(module.first(one)) for one in x]), y)
+
+
+def prototypes(module, x, y):
+    return F.cross_entropy(module.first(x) @ module.last.weight.T + module.last(torch.ones(2, 3)).sum(), y)
+
+
+@pytest.mark.parametrize(("step", "shape"), [(loop, r"\(3,\)"), (prototypes, r"\(2, 3\)")])
+def test_calls_without_a_batch_dimension_are_named(step, shape):
+    with pytest.raises(UnsupportedModelError, match=rf"called with a tensor of shape {shape}.*`layers=`"):
+        forward(step, batch(5, 3), 5)
+
+
+@pytest.mark.parametrize("kind", ["named", "weighted", "sum", "unnamed", "hook"])
+def test_losses_alone_are_those_of_the_forward_pass(kind):
+    def step(module, x, y):
+        outputs = module.last(torch.tanh(module.first(x)))
+        values = F.cross_entropy(outputs, y, reduction="none")
+        return {
+            "named": lambda: F.cross_entropy(outputs, y),
+            "weighted": lambda: (values * x[:, 0].exp()).mean(),
+            "sum": lambda: 0.5 * values.mean() + F.mse_loss(outputs, torch.ones_like(outputs)),
+            "unnamed": lambda: (outputs.logsumexp(1) - outputs[:, 0]).mean(),
+            "hook": lambda: values,
+        }[kind]()
+
+    module, data = mute(Module(step)), batch()
+    if kind == "hook":
+        module.influence_loss = lambda data: step(module, *data)
+    expected = Forward(find_layers(module))(module, data, B).per_example()
+    torch.testing.assert_close(compute_losses(module, data, B), expected.detach())

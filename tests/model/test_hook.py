@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.model.losses.capture import LossCapture
-from lightning_influence.model.losses.hook import ScaledLoss, check_per_example, per_example_capture
+from lightning_influence.model.losses.combined import ScaledLoss
+from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.support.errors import NonFiniteError
 
 B, T, C = 4, 5, 3

@@ -3,9 +3,9 @@ import torch
 from torch.nn import functional as F
 
 from lightning_influence.model.losses.bce import parse_bce_with_logits
+from lightning_influence.model.losses.combined import ScaledLoss
 from lightning_influence.model.losses.cross_entropy import parse_cross_entropy
 from lightning_influence.model.losses.draws import balanced_signs
-from lightning_influence.model.losses.hook import ScaledLoss
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.losses.mse import parse_mse_loss
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_reference import TIGHT, check_against_torch, check_rows, curvature
+from loss_reference import TIGHT, WEIGHTED, check_against_torch, check_rows, curvature, given_weight
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,18 +25,18 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     rest=st.lists(st.integers(1, 3), max_size=3),
     flat=st.integers(1, 2),
     reduction=st.sampled_from(["mean", "sum"]),
-    weighted=st.booleans(),
+    weighted=WEIGHTED,
 )
 def test_closed_forms(rest, flat, reduction, weighted):
     shape = (flat * B, *rest)
     outputs, target = normal(*shape).requires_grad_(), normal(*shape, seed=1)
     weight = normal(*shape, seed=2).abs() if weighted else None
     loss = replace(parse_mse_loss(outputs, target, reduction=reduction, weight=weight), num_examples=B)
-    check_against_torch(loss, lambda o: F.mse_loss(o, target, reduction=reduction, weight=weight))
+    check_against_torch(loss, lambda o: F.mse_loss(o, target, reduction=reduction, **given_weight(weight)))
     check_rows(
         loss,
         lambda o, at: F.mse_loss(
-            o, target[at], reduction="sum", weight=None if weight is None else weight[at]
+            o, target[at], reduction="sum", **given_weight(None if weight is None else weight[at])
         ),
     )
 

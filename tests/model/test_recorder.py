@@ -2,7 +2,7 @@ import pytest
 import torch
 from drive import TIGHT
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_influence.model import recorder as recorder_module
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, check_finite, compact
@@ -177,7 +177,8 @@ def test_non_reentrant_checkpoints(early):
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 
     def forward(x: Tensor) -> Tensor:
-        return net[2](checkpoint(net[:2], x, use_reentrant=False, early_stop=early))
+        with set_checkpoint_early_stop(early):
+            return net[2](checkpoint(net[:2], x, use_reentrant=False))
 
     check(net, draw(B, 3), forward=forward)
 
@@ -245,3 +246,34 @@ def test_compact_form():
     several = FactoredGradients(draw(2, B, 3, 3), draw(2, 2, B, 3, 4))
     assert isinstance(compact(several), DenseGradients)
     torch.testing.assert_close(compact(several).dense(), several.dense(), **TIGHT)
+
+
+class Residual(nn.Module):
+    """Writes to the output of a linear layer, which is a view of a matrix where it has positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.first(x)
+        y += x
+        y.relu_()
+        return self.last(y)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4), (5, 2, 3, 4)])
+def test_writing_to_an_output_with_positions(shape):
+    torch.manual_seed(0)
+    model, x = Residual().double(), torch.randn(shape, dtype=torch.float64)
+    recorder = Recorder(find_layers(model).layers)
+    with recorder:
+        losses = model(x).flatten(1).square().sum(1)
+    gradients = recorder.gradients(losses, [torch.ones_like(losses)], len(x))
+    for n in range(len(x)):
+        loss = model(x[n : n + 1]).square().sum()
+        for name in ("first", "last"):
+            layer = model.get_submodule(name)
+            weight, bias = torch.autograd.grad(loss, [layer.weight, layer.bias], retain_graph=True)
+            expected = torch.cat([weight, bias[:, None]], dim=1)
+            torch.testing.assert_close(gradients[name].dense()[0, n, 0], expected, rtol=1e-10, atol=1e-12)

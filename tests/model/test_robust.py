@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_reference import check_against_torch, check_rows, curvature
+from loss_reference import WEIGHTED, check_against_torch, check_rows, curvature, given_weight
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,13 +29,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     flat=st.integers(1, 2),
     reduction=st.sampled_from(["mean", "sum"]),
     width=st.sampled_from([0.3, 1.0, 2.5]),
-    weighted=st.booleans(),
+    weighted=WEIGHTED,
 )
 def test_huber_and_smooth_l1(rest, flat, reduction, width, weighted):
     shape = (flat * B, *rest)
     outputs, target = normal(*shape).requires_grad_(), normal(*shape, seed=1)
     weight = normal(*shape, seed=2).abs() if weighted else None
-    options = {"reduction": reduction, "delta": width, "weight": weight}
+    options = {"reduction": reduction, "delta": width, **given_weight(weight)}
     loss = replace(parse_huber_loss(outputs, target, **options), num_examples=B)
     check_against_torch(loss, lambda o: F.huber_loss(o, target, **options))
     if weight is None:
@@ -49,7 +49,7 @@ def test_huber_and_smooth_l1(rest, flat, reduction, width, weighted):
 @given(
     rest=st.lists(st.integers(1, 3), max_size=2),
     reduction=st.sampled_from(["mean", "sum"]),
-    weighted=st.booleans(),
+    weighted=WEIGHTED,
 )
 def test_absolute_error_has_the_information_of_a_laplace_distribution(rest, reduction, weighted):
     outputs, target = normal(B, *rest).requires_grad_(), normal(B, *rest, seed=1)
@@ -62,7 +62,9 @@ def test_absolute_error_has_the_information_of_a_laplace_distribution(rest, redu
     if reduction == "mean":
         diagonal = diagonal / (target.numel() if weight is None else weight.sum())
     check_against_torch(
-        loss, lambda o: F.l1_loss(o, target, reduction=reduction, weight=weight), torch.diag_embed(diagonal)
+        loss,
+        lambda o: F.l1_loss(o, target, reduction=reduction, **given_weight(weight)),
+        torch.diag_embed(diagonal),
     )
     assert "absolute error" in loss.note
 

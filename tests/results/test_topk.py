@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_influence.results import top_k
 from lightning_influence.results.top_k import StreamingExtremes, StreamingTopK, check_finite, select_topk
 from lightning_influence.support.errors import NonFiniteError
 
@@ -132,3 +133,15 @@ def test_result_holds_no_graph():
     stream = StreamingTopK(1, 1)
     stream.update(torch.ones(1, 2, requires_grad=True) * 2, torch.tensor([0, 1]))
     assert not stream.result().scores.requires_grad
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_rows_that_are_ranked_in_turns_are_ranked_alike(monkeypatch, largest):
+    scores, indices = torch.randint(4, (9, 20)).float(), torch.randperm(40)[:20]
+    whole = select_topk(scores, indices, 6, largest=largest)
+    for at_once in (1, 45, 60):
+        monkeypatch.setattr(top_k, "_SCORES_AT_ONCE", at_once)
+        parts = select_topk(scores, indices, 6, largest=largest)
+        assert torch.equal(parts.scores, whole.scores)
+        assert torch.equal(parts.indices, whole.indices)
+    assert select_topk(scores[:0], indices, 6).scores.shape == (0, 6)

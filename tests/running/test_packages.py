@@ -1,5 +1,7 @@
 """Both packages of Lightning as hosts: a fit, a query and an edit under ``pytorch_lightning``."""
 
+import importlib.metadata
+
 import lightning.pytorch as unified
 import pytest
 import torch
@@ -7,7 +9,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceModule, InfluenceTrainer, forget, influence
-from lightning_influence.running.host.packages import check_same_package, find_package, is_lightning
+from lightning_influence.running.host.packages import (
+    check_same_package,
+    find_package,
+    is_lightning,
+    make_callback_class,
+)
 
 standalone = pytest.importorskip("pytorch_lightning")
 PACKAGES = {"lightning.pytorch": unified, "pytorch_lightning": standalone}
@@ -105,3 +112,22 @@ def test_packages_are_told_apart():
     assert is_lightning(make_module(standalone), "LightningModule")
     assert not is_lightning(nn.Linear(1, 1), "LightningModule")
     check_same_package(unified.Trainer, unified.LightningModule)
+    neighbour = type("LightningModule", (), {"__module__": "pytorch_lightning_bolts.models"})
+    assert not is_lightning(neighbour, "LightningModule")
+
+
+@pytest.mark.parametrize(("version", "of_both"), [("2.4.0", True), ("2.5.6", True), ("2.6.0", False)])
+def test_old_versions_of_the_other_package_get_a_callback_of_their_own_class(monkeypatch, version, of_both):
+    monkeypatch.setattr(importlib.metadata, "version", {"pytorch-lightning": version}.__getitem__)
+    made = make_callback_class()
+    assert issubclass(made, unified.Callback)
+    assert issubclass(made, standalone.Callback) == of_both
+    assert made.on_train_start is unified.Callback.on_train_start
+
+
+def test_without_the_other_package_a_callback_is_as_ever(monkeypatch):
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    assert make_callback_class() is unified.Callback

@@ -1,12 +1,14 @@
 """Passes run as the fit did: in the training stage, at its epoch and step, in the module's own mode."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import InfluenceCallback, InfluenceModule, InfluenceTrainer
+from lightning_influence import InfluenceCallback, InfluenceModule, InfluenceTrainer, InfluenceWarning
 
 SEEN = []
 
@@ -114,3 +116,33 @@ def test_loaders_of_the_last_fit_go_through_its_datamodules_hooks(tmp_path):
     own = trainer.self_influence(method="identity").scores
     expected = trainer.self_influence(datamodule=Scaled(), method="identity").scores
     torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_loaders_that_are_passed_after_such_a_fit_are_told_to_go_through_the_hooks(tmp_path):
+    trainer, module, data = make_trainer(tmp_path, InfluenceCallback()), Net(), Scaled()
+    trainer.fit(module, datamodule=data)
+    loaders = data.train_dataloader(), data.test_dataloader()
+    with pytest.warns(InfluenceWarning, match="go through on_after_batch_transfer of Scaled"):
+        passed = trainer.influence(module, *loaders, method="identity").scores
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InfluenceWarning)
+        meant = trainer.influence(module, *loaders, datamodule=data, method="identity").scores
+        trainer.influence(method="identity")
+    torch.testing.assert_close(passed, meant, rtol=1e-5, atol=1e-8)
+
+
+class Tested(Net):
+    def test_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize("with_data", [False, True])
+def test_the_last_fits_loader_and_datamodule_are_known_after_a_test(tmp_path, with_data):
+    """Lightning forgets both when another loop runs."""
+    trainer, module = make_trainer(tmp_path, InfluenceCallback()), Tested()
+    trainer.fit(module, **({"datamodule": Scaled()} if with_data else {"train_dataloaders": make_loader()}))
+    before = trainer.self_influence(method="identity").scores
+    trainer.test(module, make_loader(6), verbose=False)
+    after = trainer.self_influence(method="identity")
+    assert len(after.train_indices) == 24
+    torch.testing.assert_close(after.scores, before, rtol=0, atol=0)

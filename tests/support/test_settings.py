@@ -4,7 +4,7 @@ import numpy
 import pytest
 
 from lightning_influence.api.engine import Question
-from lightning_influence.edits.options import EditOptions
+from lightning_influence.edits.request import EditOptions
 from lightning_influence.methods.options import Options
 from lightning_influence.methods.spectrum import SpectrumSettings
 from lightning_influence.support.arguments import parse_options, to_plain_number

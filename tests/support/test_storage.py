@@ -1,8 +1,13 @@
 """One file of tensors and metadata: round trips, atomic writes, and refusal of every altered file."""
 
+import errno
 import json
 import os
+import re
+import resource
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +18,13 @@ from safetensors.torch import save_file
 
 from lightning_influence.support import storage
 from lightning_influence.support.errors import CorruptFileError
-from lightning_influence.support.storage import check_kind, load_tensors, save_tensors, write_atomically
+from lightning_influence.support.storage import (
+    check_kind,
+    load_object,
+    load_tensors,
+    save_tensors,
+    write_atomically,
+)
 
 TENSORS = {
     "matrix": torch.arange(6.0).view(2, 3),
@@ -215,3 +226,108 @@ def test_check_kind_names_both_kinds():
     check_kind("f", {"kind": "factors"}, "factors")
     with pytest.raises(CorruptFileError, match="'f' holds 'factors', expected 'attributions'"):
         check_kind("f", {"kind": "factors"}, "attributions")
+
+
+@pytest.fixture
+def small_disk():
+    """Files cannot grow beyond 20,000 bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_content(file, small_disk):
+    with pytest.raises(OSError, match=re.escape(str(file))) as caught:
+        save_tensors(file, {"matrix": torch.zeros(10_000)}, {})
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
+    with pytest.raises(OSError, match=re.escape(str(file))), write_atomically(file) as temporary:
+        temporary.write_bytes(bytes(30_000))
+    assert torch.equal(load_tensors(file)[0]["matrix"], TENSORS["matrix"])
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_errors_about_other_files_stay_as_they_are(file):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), write_atomically(file):
+        os.stat("/nowhere/elsewhere")
+
+
+KILLED = """
+import os, signal, sys
+from lightning_influence.support.storage import write_atomically
+with write_atomically(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(file):
+    others = file.with_name("b.safetensors"), file.with_name(f".{file.name}.backup.tmp")
+    others[1].touch()
+    for path in (file, file, others[0]):
+        subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    left = {path.name for path in file.parent.iterdir()}
+    assert len(left) == 4  # a killed writer is a next one, too
+    save_tensors(file, TENSORS, METADATA)
+    assert len({path.name for path in file.parent.iterdir()}) == 3
+    save_tensors(others[0], TENSORS, METADATA)
+    assert {path.name for path in file.parent.iterdir()} == {file.name, *(path.name for path in others)}
+
+
+def test_a_writer_leaves_another_that_is_at_work_alone(file):
+    with write_atomically(file) as slow:
+        slow.write_text("slow")
+        with write_atomically(file) as quick:
+            quick.write_text("quick")
+        assert file.read_text() == "quick"
+    assert file.read_text() == "slow"
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_what_a_version_before_left_is_removed(file):
+    file.with_name(f".{file.name}.{'0' * 32}.tmp").write_text("half")
+    save_tensors(file, {}, {})
+    assert os.listdir(file.parent) == [file.name]
+
+
+def resign(path, **changes):
+    """Write other entries of the header, under a checksum that is right."""
+    with safe_open(path, framework="pt") as opened:
+        header = {**opened.metadata(), **changes}
+    rewrite_header(path, **changes, checksum=storage._checksum(header))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metadata": "{"}, r"entry 'metadata' in the header of .* is '\{', which is no readable JSON"),
+        ({"metadata": "[" * 10**5}, "is no readable JSON"),
+        ({"metadata": "[]"}, "entry 'metadata' .* is a list, accepted is a JSON object"),
+        ({"tensors": "[]"}, "entry 'tensors' .* is a list, accepted is a JSON object"),
+        ({"tensors": json.dumps(dict.fromkeys(TENSORS, 3))}, "says '3' of tensor '.*', accepted are its"),
+        (
+            {"tensors": json.dumps({name: {"zz": 1} for name in TENSORS})},
+            "accepted are its shape, dtype, sha",
+        ),
+    ],
+)
+def test_headers_that_make_no_sense_are_refused_whatever_their_checksum(file, changes, message):
+    resign(file, **changes)
+    with pytest.raises(CorruptFileError, match=message):
+        load_tensors(file)
+
+
+def test_whatever_goes_wrong_with_the_content_is_one_error(file):
+    def build(tensors, metadata):
+        raise metadata["error"]
+
+    save_tensors(file, {}, {"kind": "thing"})
+    for error, told in (
+        (ValueError("x is 3"), "sound thing: x is 3"),
+        (KeyError("x"), "thing: KeyError: 'x'"),
+    ):
+        with pytest.raises(CorruptFileError, match=told):
+            load_object(file, "thing", lambda tensors, metadata, error=error: build({}, {"error": error}))
+    with pytest.raises(MemoryError):
+        load_object(file, "thing", lambda tensors, metadata: build({}, {"error": MemoryError()}))

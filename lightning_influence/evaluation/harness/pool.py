@@ -265,11 +265,13 @@ class _Reporter:
         self._task, self._total = self._bar.add_task("Retraining", total=total), total
 
     def __enter__(self) -> Callable[[int], None]:
-        self._bar.start()
+        if not self._bar.disable:  # rich 13 prints a line all the same
+            self._bar.start()
         return self._report
 
     def __exit__(self, *details: object) -> None:
-        self._bar.stop()
+        if not self._bar.disable:
+            self._bar.stop()
 
     def _report(self, done: int) -> None:
         self._bar.update(self._task, completed=done)

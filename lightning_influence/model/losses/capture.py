@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from lightning_influence.model.losses.combined import ScaledLoss, SumLoss
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
 from lightning_influence.model.losses.registry import (
     find_losses,
@@ -42,6 +47,7 @@ class LossCall:
         kwargs: its keyword arguments.
         value: a copy of what it returned.
         node: the autograd node of what it returned.
+        output_number: which output of the node it is.
         versions: of its tensor arguments, to notice changes in place after the call.
     """
 
@@ -49,7 +55,8 @@ class LossCall:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     value: Tensor
-    node: object
+    node: Any
+    output_number: int
     versions: tuple[int, ...]
 
     def read(self, batch_size: int) -> OutputLoss:
@@ -58,12 +65,12 @@ class LossCall:
         Raises:
             LossCaptureError: if the function, its arguments or the number of its rows cannot be worked with.
         """
-        if is_supported(self.function) and self.versions != versions_of((*self.args, *self.kwargs.values())):
+        loss = parse(self.function, self.args, self.kwargs)
+        if self.versions != versions_of((*self.args, *self.kwargs.values())):
             raise LossCaptureError(
                 f"An argument of {loss_name(self.function)} was changed in place after the call. Accepted "
                 "are outputs and targets that stay as they were: change a copy."
             )
-        loss = parse(self.function, self.args, self.kwargs)
         rows = loss.outputs.shape[0]
         if rows == 0 or rows % batch_size:
             raise LossCaptureError(
@@ -73,10 +80,6 @@ class LossCall:
                 "`ignore_index`."
             )
         return replace(loss, num_examples=batch_size)
-
-    def has_value(self, batch_loss: Tensor) -> bool:
-        """Return whether the call gave one number, and that is the batch's loss."""
-        return self.value.numel() == 1 and same_value(self.value, batch_loss)
 
     def describe(self) -> str:
         """Return the call for a message: name, shape or value, and whether it can be read."""
@@ -104,6 +107,7 @@ def same_loss(first: OutputLoss, second: OutputLoss) -> bool:
 
 
 _LISTED = 10
+_REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "position_mean", "example_mean")
 _REMEDY = (
     "To solve it, define `influence_loss(batch) -> (B,)` on the module: the training loss of each example of "
     "the batch."
@@ -157,12 +161,16 @@ class LossCapture(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # the compiler must not trace what follows
             return func(*args, **kwargs)
+        if func is functional.l1_loss and "weight" not in kwargs:
+            kwargs = {**kwargs, **_lost_weight()}
         result = func(*args, **kwargs)
+        if type(result).__module__.startswith("torch._subclasses."):
+            return result  # the compiler traces it after all: torch 2.4 does not say so
         if func in self._losses and isinstance(result, Tensor) and result.requires_grad:
             versions = versions_of((*args, *kwargs.values()))
             # A copy, because `loss += penalty` would change the value that was seen.
             value = result.detach().clone()
-            self.calls.append(LossCall(func, args, kwargs, value, result.grad_fn, versions))
+            self.calls.append(LossCall(func, args, kwargs, value, result.grad_fn, result.output_nr, versions))
         return result
 
     def clear(self) -> None:
@@ -170,107 +178,255 @@ class LossCapture(TorchFunctionMode):
         self.calls = []
 
     @torch.no_grad()
-    def resolve(self, batch_loss: Tensor, batch_size: int) -> OutputLoss:
-        """Find the call that is the training loss.
+    def resolve(
+        self,
+        batch_loss: Tensor,
+        batch_size: int,
+        *,
+        activations: Collection[object] = (),
+        divisor: float = 1.0,
+    ) -> OutputLoss:
+        """Find the call, or the calls, that make up the training loss.
+
+        The graph of the loss is walked back to the recorded calls. The derivative of the loss in what a call
+        returned says how it was reduced, scaled or weighed, whatever the values are. What the loss holds
+        beside the calls may depend on weights alone, as penalties do: gradients at activations are none of
+        theirs.
 
         Args:
-            batch_loss: what the training step returned, one element, before any division for accumulation.
+            batch_loss: what the training step returned, one element. Without a graph (``detach()``) calls
+                are recognised by their values.
             batch_size: number of examples ``B``.
+            activations: autograd nodes of layers' outputs, by which a term that passes all calls by is
+                recognised.
+            divisor: what the training loss was divided by to give ``batch_loss``.
 
         Returns:
-            The loss, with its outputs attached to the graph, and the reduction that gives the batch's loss:
-            after ``reduction="none"`` or a sum, the user's own ``.mean()``, ``.sum()``, or division by ``B``
-            is recognised.
+            The loss, with its outputs attached to the graph.
 
         Raises:
-            LossCaptureError: if no call reproduces the loss, or several do, or it cannot be read.
-            NonFiniteError: if the loss is NaN or infinite.
+            LossCaptureError: if the loss is not made of calls that can be read.
+            NonFiniteError: if the loss is NaN or infinite, unless no example has a weight in it.
             ValueError: if the batch size is not positive.
         """
         _check_request(batch_loss, batch_size)
         if not self.calls:
+            _check_finite(batch_loss)
             raise LossCaptureError(_message_no_calls(batch_loss))
         with torch._C.DisableTorchFunction():
-            return self._choose(batch_loss, batch_size)
+            if batch_loss.grad_fn is None:
+                _check_finite(batch_loss)
+                return self._by_value(batch_loss * divisor, batch_size)
+            terms = self._terms(batch_loss, activations)
+            if not bool(torch.isfinite(batch_loss).all()):
+                loss = terms[0].read(batch_size) if len(terms) == 1 else None
+                if loss is None or bool(loss.weights().any()):
+                    _check_finite(batch_loss)
+                assert loss is not None
+                return loss
+            return self._join(terms, batch_loss, batch_size, divisor)
 
-    def _choose(self, batch_loss: Tensor, batch_size: int) -> OutputLoss:
-        """Return the call that reproduces the loss: its very result, its value, or a reduction of it.
+    def _terms(self, batch_loss: Tensor, activations: Collection[object]) -> list[LossCall]:
+        """Return the calls that the loss's graph leads to.
 
         Raises:
-            LossCaptureError: if none does, or several, or it cannot be read.
+            LossCaptureError: if it leads to none, or passes them by to what the outputs are made of.
         """
-        for matches in (
-            [call for call in self.calls if call.node is batch_loss.grad_fn and call.has_value(batch_loss)],
-            [call for call in self.calls if call.has_value(batch_loss)],
-        ):
-            if matches:
-                return _single(_read(matches, batch_loss, batch_size), matches, batch_loss)
-        derived = [(call, _derived(call, batch_loss, batch_size)) for call in self.calls]
-        found = [(call, loss) for call, loss in derived if loss is not None]
-        if not found:
-            raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss, batch_size))
-        return _single([loss for _, loss in found], [call for call, _ in found], batch_loss)
+        by_node = {call.node: call for call in self.calls if call.node is not None}
+        with torch.enable_grad():  # to find a leaf's node, torch takes a view of it, 2.4 as it is called
+            outputs = {
+                get_gradient_edge(part).node
+                for call in self.calls
+                for part in (*call.args, *call.kwargs.values())
+                if isinstance(part, Tensor) and part.requires_grad
+            }
+        met, beside, ends = walk(batch_loss.grad_fn, by_node, outputs.union(activations))
+        # Leaves beside the calls are weights: penalties, unless the way there is one of the outputs' too.
+        if not met or ends == "layer" or (ends == "leaf" and beside & walk(met, (), ())[1]):
+            raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
+        return [by_node[node] for node in met]
 
+    def _join(
+        self, calls: Sequence[LossCall], batch_loss: Tensor, batch_size: int, divisor: float
+    ) -> OutputLoss:
+        """Return one call under its reduction, or the sum of several.
 
-def _read(calls: Sequence[LossCall], batch_loss: Tensor, batch_size: int) -> list[OutputLoss]:
-    """Return the losses of the calls that have the batch's value.
+        Raises:
+            LossCaptureError: if a call cannot be read or has a negative factor.
+        """
+        edges = [GradientEdge(call.node, call.output_number) for call in calls]
+        with torch.enable_grad():
+            slopes = torch.autograd.grad(batch_loss, edges, create_graph=True)
+            bent = [slope.sum() for slope in slopes if slope.requires_grad]
+            if bent and any(
+                part is not None and bool(part.any())
+                for part in torch.autograd.grad(bent, edges, allow_unused=True, retain_graph=True)
+            ):
+                raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
+        slopes = tuple(slope.detach() for slope in slopes)
+        summed = _is_sum(batch_loss.grad_fn, divisor != 1)
+        losses = []
+        for call, slope in zip(calls, slopes, strict=True):
+            try:
+                loss = call.read(batch_size)
+                losses.append(_reduced(loss, call.value, slope.to(loss.detached.dtype) * divisor, summed))
+            except LossCaptureError as error:
+                raise LossCaptureError(
+                    f"The training loss is {batch_loss.item():.6g}, and this call is part of it:\n"
+                    f"{_listing([call])}\n{error} {_REMEDY}"
+                ) from error
+        if len(losses) == 1:
+            return losses[0]
+        return _summed(losses)
 
-    Raises:
-        LossCaptureError: if one of them cannot be read; the message names it.
-    """
-    losses = []
-    for call in calls:
-        try:
-            loss = call.read(batch_size)
-        except LossCaptureError as error:
+    def _by_value(self, batch_loss: Tensor, batch_size: int) -> OutputLoss:
+        """Return the one call whose value is the loss's.
+
+        Raises:
+            LossCaptureError: if there is none, or several, or it cannot be read.
+        """
+        losses: list[tuple[LossCall, OutputLoss]] = []
+        for call in self.calls:
+            try:
+                loss = call.read(batch_size)
+            except LossCaptureError:
+                continue
+            for reduction in _REDUCTIONS[:1] if loss.reduction == "mean" else _REDUCTIONS:
+                reduced = replace(loss, reduction=reduction)
+                if same_value(reduced.batch_value(), batch_loss):
+                    losses.append((call, reduced))
+                    break
+        if not losses:
+            raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
+        if any(not same_loss(losses[0][1], other) for _, other in losses[1:]):
             raise LossCaptureError(
-                f"The training loss is {batch_loss.item():.6g}, the value of this call:\n{_listing([call])}\n"
-                f"{error} {_REMEDY}"
-            ) from error
-        losses.append(replace(loss, reduction="position_mean") if loss.reduction == "none" else loss)
-    return losses
+                f"The training loss is {batch_loss.item():.6g}, and {len(losses)} different calls have that "
+                f"value:\n{_listing([call for call, _ in losses])}\nAccepted is exactly one. {_REMEDY}"
+            )
+        return losses[0][1]
 
 
-def _derived(call: LossCall, batch_loss: Tensor, batch_size: int) -> OutputLoss | None:
-    """Return the loss under the reduction that the user applied to a call's values, None if none fits."""
-    try:
-        loss = call.read(batch_size)
-    except LossCaptureError:
-        return None
-    if loss.reduction == "mean":
-        return None
-    for reduction, value in _candidates(call, loss):
-        if same_value(value, batch_loss):
-            return replace(loss, reduction=reduction)
-    return None
+def _is_sum(node: Any, is_divided: bool) -> bool:
+    """Return whether a loss is the result of a sum; the host's own division is looked through."""
+    while is_divided and type(node).__name__.startswith(("DivBackward", "MulBackward")):
+        node = node.next_functions[0][0]
+    return type(node).__name__.startswith("SumBackward")
 
 
-def _candidates(call: LossCall, loss: OutputLoss) -> Iterator[tuple[Reduction, Tensor]]:
-    """What the usual reductions make of a call's values, in the user's arithmetic where it is known."""
-    total = call.value.sum()
-    yield "mean", replace(loss, reduction="mean").batch_value()
-    yield "sum", total
-    plain = (
-        call.value.mean()
-        if call.value.numel() > 1
-        else replace(loss, reduction="position_mean").batch_value()
-    )
-    yield "position_mean", plain
-    yield "example_mean", total / loss.num_examples
+def _lost_weight() -> dict[str, Tensor]:
+    """Return the weight of the call of ``F.l1_loss`` that is on the stack, as a keyword.
+
+    Torch (2.13 still) does not hand it to function modes, under which the loss would come out unweighted.
+    """
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not functional.l1_loss.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    weight = None if frame is None else frame.f_locals.get("weight")
+    return {} if weight is None else {"weight": weight}
 
 
-def _single(losses: Sequence[OutputLoss], calls: Sequence[LossCall], batch_loss: Tensor) -> OutputLoss:
-    """Return the first of the losses if the others are the same loss computed once more.
+def walk(
+    roots: Any, stops: Collection[Any], activations: Collection[Any]
+) -> tuple[list[Any], set[Any], Literal["call", "leaf", "layer"]]:
+    """Walk an autograd graph back from some nodes, up to others.
+
+    Args:
+        roots: a node, or several, to begin at.
+        stops: nodes beyond which not to look.
+        activations: nodes at which the walk ends too.
+
+    Returns:
+        The stops that were met; the nodes passed on the way, without leaves; what was met beside the stops:
+        an activation, or else a leaf, or nothing.
+    """
+    todo = list(roots) if isinstance(roots, list) else [roots]
+    met: list[Any] = []
+    passed: set[Any] = set()
+    seen: set[Any] = {None, *todo}
+    ends: Literal["call", "leaf", "layer"] = "call"
+    while todo:
+        node = todo.pop()
+        if node in stops:
+            met.append(node)
+        elif node in activations:
+            ends = "layer"
+        elif not node.next_functions:
+            ends = "leaf" if ends == "call" else ends
+        else:
+            passed.add(node)
+            for following, _ in node.next_functions:
+                if following not in seen:
+                    seen.add(following)
+                    todo.append(following)
+    return met, passed, ends
+
+
+def _reduced(loss: OutputLoss, value: Tensor, slope: Tensor, summed: bool) -> OutputLoss:
+    """Return a call's loss as the batch's loss takes it.
+
+    Args:
+        loss: the call, under the reduction that it was made with.
+        value: what it returned.
+        slope: derivative of the batch's loss in it, of its shape.
+        summed: whether the batch's loss is the sum of something over the batch.
+
+    Returns:
+        The loss, under the reduction that is in force.
 
     Raises:
-        LossCaptureError: if they differ.
+        LossCaptureError: if the slope is negative somewhere, zero everywhere, or cannot be taken in.
     """
-    if any(not same_loss(losses[0], other) for other in losses[1:]):
+    if bool((slope < 0).any()) or not bool((slope > 0).any()):
         raise LossCaptureError(
-            f"The training loss is {batch_loss.item():.6g}, and {len(calls)} different calls have that value:"
-            f"\n{_listing(calls)}\nAccepted is exactly one. {_REMEDY}"
+            f"The training loss takes it with a factor of {slope.min().item():.4g}; accepted are positive "
+            "ones."
         )
-    return losses[0]
+    if loss.reduction != "none":
+        return _scaled(loss, float(slope.sum()))
+    factor = slope.max()
+    taken = slope > 0
+    if bool(((slope - factor).abs() <= tolerance(slope.dtype) * factor)[taken].all()):
+        if not bool(taken.all()):
+            loss = loss.weighted(taken.to(slope.dtype))
+        return _scaled(replace(loss, reduction="sum"), float(factor), int(taken.sum()))
+    if summed:
+        return replace(loss.weighted(slope), reduction="sum")
+    return replace(loss.weighted(slope * loss.num_examples), reduction="example_mean")
+
+
+def _scaled(loss: OutputLoss, factor: float, count: int | None = None) -> OutputLoss:
+    """Return the loss times a factor, as one of the usual reductions of its values where that is one.
+
+    Args:
+        loss: a loss.
+        factor: what the batch's loss takes it with.
+        count: number of values that are summed, where the function returned them one by one.
+    """
+    near = tolerance(loss.detached.dtype)
+    if abs(factor - 1) <= near:
+        return loss
+    if loss.reduction == "sum":
+        for reduction in ("mean", "position_mean", "example_mean"):
+            candidate = replace(loss, reduction=reduction)
+            share = float(candidate.share())
+            if math.isfinite(share) and abs(share - factor) <= near * factor:
+                return candidate
+        if count is not None and abs(factor * count - 1) <= near:  # the mean over what a mask leaves
+            return ScaledLoss.of(loss, factor * loss.num_examples)
+    return ScaledLoss.of(loss, factor, loss.reduction)
+
+
+def _summed(losses: Sequence[OutputLoss]) -> OutputLoss:
+    """Return the sum of losses, each normalised by the weights of its batch.
+
+    Sums over the examples stay sums if all terms are.
+    """
+    everywhere = all(loss.reduction == "sum" for loss in losses)
+    terms = []
+    for loss in losses:
+        factor = 1.0 if everywhere else loss.scale * loss.num_examples / float(loss.weights().sum())
+        terms.append(loss if factor == 1 else ScaledLoss.of(loss, factor, loss.reduction))
+    return SumLoss.of(terms, "sum" if everywhere else "example_mean")
 
 
 def _listing(calls: Sequence[LossCall]) -> str:
@@ -290,24 +446,12 @@ def _message_no_calls(batch_loss: Tensor) -> str:
     )
 
 
-def _message_not_reproduced(calls: Sequence[LossCall], batch_loss: Tensor, batch_size: int) -> str:
-    reasons = []
-    for call in calls:
-        try:
-            call.read(batch_size)
-        except LossCaptureError as error:
-            reasons.append(str(error))
-    scalars = [call.value for call in calls if call.value.numel() == 1]
-    if len(scalars) > 1 and same_value(
-        torch.stack([value.double().reshape(()) for value in scalars]).sum(), batch_loss
-    ):
-        reasons.append("The training loss is the sum of several of these calls.")
-    else:
-        reasons.append("A penalty, a factor or a second term in the training loss has this effect.")
+def _message_not_reproduced(calls: Sequence[LossCall], batch_loss: Tensor) -> str:
     return (
-        f"The training loss is {batch_loss.item():.6g}, and no single call of a loss function has that "
-        f"value. Seen:\n{_listing(calls)}\n{' '.join(dict.fromkeys(reasons))} Accepted is one call of "
-        f"{supported_losses()} that is the whole training loss. {_REMEDY}"
+        f"The training loss is {batch_loss.item():.6g}, and no single call of a loss function, nor a sum of "
+        f"several, makes it up. Seen:\n{_listing(calls)}\nA second term that depends on the outputs, or a "
+        f"function of the loss such as a root, has this effect. Accepted are sums of calls of "
+        f"{supported_losses()}, with positive factors. {_REMEDY}"
     )
 
 
@@ -316,7 +460,6 @@ def _check_request(batch_loss: Tensor, batch_size: int) -> None:
 
     Raises:
         LossCaptureError: if the loss is not one number.
-        NonFiniteError: if it is NaN or infinite.
         ValueError: if the batch size is not positive.
     """
     if batch_size < 1:
@@ -325,6 +468,14 @@ def _check_request(batch_loss: Tensor, batch_size: int) -> None:
         raise LossCaptureError(
             f"Got a training loss of shape {tuple(batch_loss.shape)}; accepted is a single number. {_REMEDY}"
         )
+
+
+def _check_finite(batch_loss: Tensor) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NonFiniteError: naming the value.
+    """
     if not bool(torch.isfinite(batch_loss).all()):
         raise NonFiniteError(
             f"The training loss is {batch_loss.item()}. Accepted are finite losses: look at the learning "

@@ -12,12 +12,13 @@ Shapes: positions are ``(B, T, C)`` here, whatever the shape of the outputs: ``(
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import Self
 
 from lightning_influence.model.losses.draws import draw_labels
 from lightning_influence.model.losses.loss import OutputLoss, Reduction, working
@@ -33,11 +34,13 @@ class CrossEntropyLoss(OutputLoss):
         class_weights: shape ``(C,)``, or None.
         ignore_index: the class index that marks positions to leave out; has no effect on probability targets.
         label_smoothing: share of the uniform distribution in the targets.
+        position_weights: factor of each position's loss, in the shape of the labels, or None.
     """
 
     class_weights: Tensor | None = None
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    position_weights: Tensor | None = None
 
     def per_example(self) -> Tensor:
         """Return the unnormalised loss of each example, shape ``(B,)``, differentiable in ``outputs``."""
@@ -50,16 +53,25 @@ class CrossEntropyLoss(OutputLoss):
             label_smoothing=self.label_smoothing,
             reduction="none",
         )
+        if self.position_weights is not None:
+            values = values * self.position_weights.to(values.dtype)
         return values.reshape(self.num_examples, -1).sum(1)
+
+    def weighted(self, coefficients: Tensor) -> Self:
+        """Return the loss with its positions weighed."""
+        return replace(self, position_weights=coefficients)
 
     def weights(self) -> Tensor:
         """Return the weight of each example, ``(B,)``: positions, or class weights of its labels."""
         if not self.divides_by_positions:
             return self.ones()
         if self.reduction != "mean" or self.has_probabilities:
-            return self.ones() * (self.num_columns // self.outputs.shape[1])
+            positions = self.num_columns // self.outputs.shape[1]
+            if self.reduction != "mean" or self.position_weights is None:
+                return self.ones() * positions
+            return self._weigh_positions(self.ones()[:, None].expand(-1, positions)).sum(1)
         labels, kept = self._labels()
-        return (kept * self._class_weights()[labels]).sum(1)
+        return self._weigh_positions(kept * self._class_weights()[labels]).sum(1)
 
     def gradient(self) -> Tensor:
         """Return the seed of the training loss, ``s p - q`` at each position."""
@@ -175,7 +187,16 @@ class CrossEntropyLoss(OutputLoss):
             target = functional.one_hot(labels, weights.numel()).to(weights.dtype)
         smooth = self.label_smoothing
         target = (target * (1 - smooth) + smooth / weights.numel()) * weights
-        return target if kept is None else target * kept.unsqueeze(-1)
+        if kept is not None:
+            target = target * kept.unsqueeze(-1)
+        return self._weigh_positions(target)
+
+    def _weigh_positions(self, values: Tensor) -> Tensor:
+        """Return values ``(B, T)`` or ``(B, T, C)`` times the weights of the positions."""
+        if self.position_weights is None:
+            return values
+        weights = self.position_weights.to(values.dtype).reshape(self.num_examples, -1)
+        return values * (weights if values.dim() == 2 else weights.unsqueeze(-1))
 
     @cached_property
     def _mass(self) -> Tensor:

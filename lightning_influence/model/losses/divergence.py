@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import Self
 
 from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
 from lightning_influence.model.losses.loss import Reduction, working
@@ -34,6 +35,14 @@ class DivergenceLoss(CrossEntropyLoss):
         """Return the summed divergence of each example, shape ``(B,)``, differentiable in ``outputs``."""
         entropy: Tensor = torch.special.entr(self.targets.to(self.detached.dtype))
         return super().per_example() - entropy.reshape(self.num_examples, -1).sum(1)
+
+    def weighted(self, coefficients: Tensor) -> Self:
+        """Refuse weights by element: those of one position would have to be equal.
+
+        Raises:
+            LossCaptureError: always.
+        """
+        raise LossCaptureError("F.kl_div with weights by element has no known output curvature.")
 
     def weights(self) -> Tensor:
         """Return how many rows or elements an example has, where the mean is over them, else 1, ``(B,)``."""

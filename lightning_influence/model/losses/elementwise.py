@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.model.losses.draws import draw_signs
 from lightning_influence.model.losses.loss import OutputLoss, working
@@ -90,6 +91,16 @@ class ElementwiseLoss(OutputLoss):
     def unit(self) -> float:
         """Factor of each element's term in :meth:`per_example`: ``1 / d`` for means, 1 for sums."""
         return 1 / self.num_columns if self.divides_by_positions else 1.0
+
+    def share(self) -> Tensor:
+        """Return the derivative of the batch's loss in the sum of the elements' terms."""
+        return super().share() * self.unit
+
+    def weighted(self, coefficients: Tensor) -> Self:
+        """Return the loss with its elements' terms weighed."""
+        if self.element_weights is not None:
+            coefficients = coefficients * self.element_weights
+        return replace(self, element_weights=coefficients)
 
     @cached_property
     def goals(self) -> Tensor:

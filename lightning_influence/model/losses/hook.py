@@ -6,92 +6,16 @@ function, up to a factor that all examples share, its output curvature is known 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from lightning_influence.model.losses.capture import LossCapture, same_loss
+from lightning_influence.model.losses.combined import ScaledLoss
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
-
-
-@dataclass(frozen=True, eq=False)
-class ScaledLoss(OutputLoss):
-    """Another loss times a positive factor; each example has weight 1 and the batch's loss is the mean.
-
-    Attributes:
-        inner: the loss without the factor.
-        factor: what to multiply it with.
-    """
-
-    inner: OutputLoss
-    factor: float
-
-    @classmethod
-    def of(cls, inner: OutputLoss, factor: float) -> Self:
-        """Scale the per-example sums of a loss.
-
-        Returns:
-            The scaled loss, its mean over examples being the batch's.
-
-        Raises:
-            ValueError: if the factor is not positive.
-        """
-        if not factor > 0:
-            raise ValueError(f"Got factor={factor}; accepted are positive numbers.")
-        inner = replace(inner, reduction="example_mean")
-        return cls(inner.outputs, inner.targets, inner.num_examples, "example_mean", inner, factor)
-
-    def per_example(self) -> Tensor:
-        """Return the loss of each example, shape ``(B,)``, differentiable in ``outputs``."""
-        return self.inner.per_example() * self.factor
-
-    def weights(self) -> Tensor:
-        """Return ones, shape ``(B,)``."""
-        return self.ones()
-
-    def gradient(self) -> Tensor:
-        """Return the seed of the training loss, times the factor."""
-        return self.inner.gradient() * self.factor
-
-    @property
-    def num_columns(self) -> int:
-        """``K`` of the inner loss."""
-        return self.inner.num_columns
-
-    def columns(self) -> Iterator[Tensor]:
-        """The inner loss's seeds, times the square root of the factor."""
-        for seed in self.inner.columns():
-            yield seed * math.sqrt(self.factor)
-
-    def column_energies(self) -> Tensor:
-        """Return the inner loss's energies, times the factor."""
-        return self.inner.column_energies() * self.factor
-
-    def mix_columns(self, weights: Tensor) -> Tensor:
-        """Return the inner loss's mixture, times the square root of the factor."""
-        return self.inner.mix_columns(weights) * math.sqrt(self.factor)
-
-    def curvature_products(self, tangents: Tensor) -> Tensor:
-        """Return the inner loss's products, times the factor."""
-        return self.inner.curvature_products(tangents) * self.factor
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Return one random seed of the inner loss, times the square root of the factor."""
-        seed = self.inner.sample(generator)
-        return seed * math.sqrt(self.factor)
-
-    def true_score(self) -> Tensor:
-        """Return the score of the inner loss, shape ``(B,)``: a logit has no loss factor."""
-        return self.inner.true_score()
-
-    def margin(self) -> Tensor:
-        """Return the margin of the inner loss, shape ``(B,)``: log-odds have no loss factor."""
-        return self.inner.margin()
 
 
 def check_per_example(values: object, batch_size: int, source: str) -> Tensor:

@@ -13,11 +13,12 @@ variances.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import Self
 
 from lightning_influence.model.losses.elementwise import ElementwiseLoss
 from lightning_influence.model.losses.loss import Reduction, working
@@ -76,6 +77,19 @@ class GaussianLoss(ElementwiseLoss):
     def unit(self) -> float:
         """Factor of each element's term: ``1 / d`` for means, 1 for sums."""
         return 2 * super().unit if self.divides_by_positions else 1.0
+
+    def weighted(self, coefficients: Tensor) -> Self:
+        """Return the loss with its ``d`` terms weighed, which counts for means and variances alike."""
+        coefficients = coefficients.reshape(self.goals.shape)
+        if self.element_weights is not None:
+            coefficients = coefficients * self.element_weights
+        return replace(self, element_weights=coefficients)
+
+    def _weighted(self, values: Tensor) -> Tensor:
+        if self.element_weights is None:
+            return values
+        weights = self.element_weights.to(values.dtype)
+        return values * (weights if values.shape == weights.shape else torch.cat([weights, weights], 1))
 
     def terms(self, outputs: Tensor) -> Tensor:
         """Return the likelihoods' negative logarithms, ``(B, d)``."""

@@ -15,13 +15,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from lightning_influence.model.losses.draws import draw_signs
-from lightning_influence.support.errors import UnsupportedModelError
+from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 
 #: How the batch's loss is formed from the losses of its elements: ``mean``, ``sum`` and ``none`` are torch's
 #: own (the plain mean stands for ``none``); ``position_mean`` divides the sum by the number of positions,
@@ -135,12 +135,9 @@ class OutputLoss(ABC):
             total += weights[:, k, None] * column.reshape(self.num_examples, -1)
         return total.reshape(self.outputs.shape)
 
+    @abstractmethod
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Return one random seed ``s``, ``E[s s^T]`` being the curvature: columns with random signs.
-
-        Losses that are likelihoods override this by the gradient at labels that the model draws.
-        """
-        return self.mix_columns(draw_signs(self.ones()[:, None].expand(-1, self.num_columns), generator))
+        """One random seed ``s``, ``E[s s^T]`` being the curvature: the gradient at labels the model draws."""
 
     def true_score(self) -> Tensor:
         """Return the output that belongs to the true label, summed over positions, ``(B,)``, differentiable.
@@ -165,6 +162,11 @@ class OutputLoss(ABC):
             "one output per example."
         )
 
+    @property
+    def is_function_of_outputs(self) -> bool:
+        """Whether :meth:`with_outputs` can be asked for."""
+        return True
+
     def with_outputs(self, outputs: Tensor) -> Self:
         """Return the same loss at other outputs, of the same shape."""
         return replace(self, outputs=outputs)
@@ -183,6 +185,21 @@ class OutputLoss(ABC):
     def scale(self) -> float:
         """Batch loss divided by the average of the per-example losses: ``B`` for sums, else 1."""
         return float(self.num_examples) if self.reduction == "sum" else 1.0
+
+    def share(self) -> Tensor:
+        """Return the derivative of the batch's loss in the sum of the loss function's unreduced values."""
+        return self.scale / self.weights().sum()
+
+    def weighted(self, coefficients: Tensor) -> OutputLoss:
+        """Return the loss with its unreduced values weighed.
+
+        Args:
+            coefficients: in the shape of what the function returns under ``reduction="none"``, not negative.
+
+        Raises:
+            LossCaptureError: if the curvature is not known then.
+        """
+        raise LossCaptureError(f"{type(self).__name__} cannot be weighed by position.")
 
     @property
     def divides_by_positions(self) -> bool:

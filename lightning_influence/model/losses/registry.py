@@ -32,9 +32,8 @@ def register_loss(function: Callable[..., Any]) -> Callable[[P], P]:
     """Make the decorated function the parser of a loss function.
 
     Args:
-        function: the loss function, such as ``F.cross_entropy``, or one of your own that goes through torch's
-            function protocol (:func:`torch.overrides.handle_torch_function`). Registering it again replaces
-            its parser.
+        function: the loss function, such as ``F.cross_entropy``, or one of your own that torch's function
+            modes see, as below. Registering it again replaces its parser.
 
     Returns:
         The decorator; it returns its parser unchanged. The parser takes the function's arguments by their
@@ -42,15 +41,15 @@ def register_loss(function: Callable[..., Any]) -> Callable[[P], P]:
         ``size_average`` and ``reduce`` are folded into ``reduction`` before it is called.
 
     Example:
+        >>> from torch.overrides import wrap_torch_function
         >>> from lightning_influence.model.losses.mse import SquaredErrorLoss
-        >>> def scaled_error(input, target):
-        ...     if torch.overrides.has_torch_function((input, target)):
-        ...         return torch.overrides.handle_torch_function(scaled_error, (input, target), input, target)
+        >>> @wrap_torch_function(lambda input, target: (input, target))
+        ... def my_error(input, target):
         ...     return (input - target).square().mean()
-        >>> @register_loss(scaled_error)
-        ... def parse_scaled_error(input, target):
+        >>> @register_loss(my_error)
+        ... def parse_my_error(input, target):
         ...     return SquaredErrorLoss(input, target, len(input), "mean")
-        >>> del _PARSERS[scaled_error]
+        >>> del _PARSERS[my_error]
     """
 
     def add(parser: P) -> P:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from lightning_influence.model.uses.following import (
 )
 from lightning_influence.model.uses.operations.registry import find_operation
 from lightning_influence.model.uses.places import Place, whole
+from lightning_influence.support.errors import InfluenceError
 
 # Questions that no tensor comes out of: not worth a look.
 _QUESTIONS = {
@@ -86,6 +88,9 @@ class Watch(TorchFunctionMode):
             hold the examples in it, the first one if it is of that size.
         num_examples: ``B``.
         places: where the examples stand in tensors of the batch of other forms, by tensor.
+
+    Raises:
+        InfluenceError: with a torch that differentiates no gradient edges.
     """
 
     def __init__(
@@ -96,6 +101,11 @@ class Watch(TorchFunctionMode):
         places: Mapping[Tensor, Place] | None = None,
     ) -> None:
         super().__init__()
+        if "GradientEdge" not in str(inspect.signature(torch.autograd.grad).parameters["outputs"]):
+            raise InfluenceError(
+                f"torch {torch.__version__} differentiates no gradient edges, as following uses needs it; "
+                "accepted are versions whose torch.autograd.grad takes them as outputs: install a newer one."
+            )
         self.num_examples = num_examples
         self.parameters = dict(parameters)
         self.uses: list[Use] = []

@@ -7,6 +7,7 @@ import copy
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,16 +39,46 @@ def read_checkpoint(path: PathLike) -> dict[str, Any]:
         UnsafeCheckpointError: if it holds more than tensors and plain values.
         OSError: if there is none, or it may not be read.
     """
+    _check_sums(path)
     with open(os.path.expanduser(path), "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # depends on where the damage is
             refusal = _unreadable(path, error)
             raise refusal from error
-    return _checked(path, checkpoint)
+    return _check_checkpoint(path, checkpoint)
 
 
-def _checked(path: PathLike, checkpoint: Any) -> dict[str, Any]:
+def _check_sums(path: PathLike) -> None:
+    """Verify the checksums that a checkpoint has of its records, which torch writes but does not look at.
+
+    Weights, factors or sums in which a bit has flipped would otherwise load, and change every answer. Files
+    of a form that torch had before it wrote zip archives have no checksums.
+
+    Raises:
+        CorruptFileError: if a record is not as it was written.
+        OSError: if there is no such file, or it may not be read.
+    """
+    where = repr(os.fspath(path))
+    with open(os.path.expanduser(path), "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+        try:
+            with zipfile.ZipFile(file) as archive:
+                altered = archive.testzip()
+        except Exception as error:  # depends on where the damage is
+            raise CorruptFileError(
+                f"{where} cannot be read as a Lightning checkpoint: it is truncated or damaged "
+                f"({type(error).__name__}: {error}). Write it again."
+            ) from error
+    if altered is not None:
+        raise CorruptFileError(
+            f"{where} was altered since it was written: the checksum of its record {altered!r} is wrong. "
+            "Write it again, with torch.serialization.set_crc32_options(True) if that was turned off."
+        )
+
+
+def _check_checkpoint(path: PathLike, checkpoint: Any) -> dict[str, Any]:
     """Return a checkpoint that is one of Lightning's.
 
     Raises:
@@ -119,6 +150,8 @@ class ExplainingCheckpointIO(CheckpointIO):
         Raises:
             InfluenceError: if it is damaged or not unpickled, in place of torch's error.
         """
+        if os.path.isfile(os.path.expanduser(path)):
+            _check_sums(path)
         try:
             checkpoint = self._load(path, *args, **kwargs)
         except Exception as error:
@@ -126,7 +159,7 @@ class ExplainingCheckpointIO(CheckpointIO):
                 raise
             refusal = _unreadable(path, error)
             raise refusal from error
-        return _checked(path, checkpoint)
+        return _check_checkpoint(path, checkpoint)
 
     def _load(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what a plugin reads, or torch without unpickling, no default before Lightning 2.6."""
@@ -207,7 +240,7 @@ def remember_weights(module: nn.Module) -> Callable[[], None]:
 
     def held(name: str, value: Any) -> Any:
         shared = name in live and isinstance(value, Tensor) and value.is_set_to(live[name])
-        return own[name] if shared else _copied(value)
+        return own[name] if shared else _copy_entry(value)
 
     state = {name: held(name, value) for name, value in module.state_dict().items() if not is_lazy(value)}
 
@@ -227,6 +260,6 @@ def _tensors(module: nn.Module) -> Mapping[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if not is_lazy(tensor)}
 
 
-def _copied(value: Any) -> Any:
+def _copy_entry(value: Any) -> Any:
     """Return a copy of an entry of a state dict, which need not be a tensor."""
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -61,7 +61,7 @@ def refuse_step(reason: str) -> None:
     raise UnsupportedModelError(reason)
 
 
-def planned_batches(trainer: Trainer, seen: int) -> int | None:
+def count_planned_batches(trainer: Trainer, seen: int) -> int | None:
     """Return how many batches will have been seen at the run's planned end, None if it has none.
 
     Args:
@@ -80,22 +80,15 @@ def planned_batches(trainer: Trainer, seen: int) -> int | None:
     return min(limits) + (0 if abs(offset) <= 1 else max(0, offset))
 
 
-def loss_wrapping(trainer: Trainer, module: LightningModule) -> tuple[float, int]:
-    """Describe what lies between the training loss and the one before the backward pass.
+def read_loss_divisor(trainer: Trainer, module: LightningModule) -> float:
+    """Return what the training loss was divided by to give the one before the backward pass.
 
     Automatic optimization divides for accumulation (also by 1); mixed float16 precision multiplies by the
     scale of its scaler.
-
-    Returns:
-        What the loss was divided by, and how many operations that took.
     """
-    divisor, operations = 1.0, 0
-    if module.automatic_optimization:
-        divisor, operations = float(trainer.accumulate_grad_batches), 1
+    divisor = float(trainer.accumulate_grad_batches) if module.automatic_optimization else 1.0
     scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and scaler.is_enabled():
-        divisor, operations = divisor / float(scaler.get_scale()), operations + 1
-    return divisor, operations
+    return divisor / float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else divisor
 
 
 def will_step(trainer: Trainer, optimizer: torch.optim.Optimizer) -> bool:
@@ -116,7 +109,7 @@ def will_step(trainer: Trainer, optimizer: torch.optim.Optimizer) -> bool:
     return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
 
-def batch_size_of(trainer: Trainer, batch: Any, batch_idx: int) -> int:
+def count_examples(trainer: Trainer, batch: Any, batch_idx: int) -> int:
     """Count the examples in a batch.
 
     Lightning takes the first dimension of the first tensor, which may be a mask, a table, or one of several
@@ -173,7 +166,7 @@ def _lengths(part: Any) -> Iterator[int]:
             yield from _lengths(item)
 
 
-def all_reduce(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
+def make_all_reduce(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
     """Return a function that sums a tensor over the processes in place, None for one process."""
     if trainer.world_size == 1:
         return None
@@ -181,7 +174,7 @@ def all_reduce(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
 
 
 @contextlib.contextmanager
-def aside(trainer: Trainer, module: LightningModule, batch: Any = None) -> Iterator[Any]:
+def set_aside(trainer: Trainer, module: LightningModule, batch: Any = None) -> Iterator[Any]:
     """A context for what is computed in addition to the user's step, and leaves no trace in it.
 
     Random states, the module's state and gradients are put back, and nothing is logged. A backward pass of
@@ -197,6 +190,8 @@ def aside(trainer: Trainer, module: LightningModule, batch: Any = None) -> Itera
     """
     states = ModuleStates(module, parameters=batch is not None)
     grads = [(p, p.grad) for p in module.parameters()]
+    for parameter, _ in grads:
+        parameter.grad = None  # a backward pass in here would add to what a window of batches accumulates
     try:
         with preserve_rng(), muted(module), torch.enable_grad():
             yield copy.deepcopy(batch)
@@ -206,12 +201,12 @@ def aside(trainer: Trainer, module: LightningModule, batch: Any = None) -> Itera
             parameter.grad = grad
 
 
-def forward_context(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
+def enter_precision(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
     """Return the precision context that the Trainer runs training steps in."""
     return trainer.precision_plugin.train_step_context()
 
 
-def log_every(trainer: Trainer) -> int:
+def read_log_interval(trainer: Trainer) -> int:
     """Return after how many steps the Trainer logs again."""
     host: Any = trainer  # the attribute is declared nowhere
     return int(host.log_every_n_steps)

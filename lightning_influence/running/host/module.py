@@ -103,19 +103,32 @@ def unwrap_compiled(model: object) -> LightningModule:
     )
 
 
-@contextlib.contextmanager
-def training_stage(module: LightningModule) -> Iterator[None]:
-    """Let the Trainer of a module, if it has one, say for a step that it is training, as in a fit."""
-    trainer: Any = module._trainer
-    if trainer is None:
-        yield
-        return
-    states, before = load_beside(trainer, "trainer.states"), (trainer.state.fn, trainer.state.stage)
-    trainer.state.fn, trainer.state.stage = states.TrainerFn.FITTING, states.RunningStage.TRAINING
-    try:
-        yield
-    finally:
-        trainer.state.fn, trainer.state.stage = before
+class TrainingStage:
+    """A context in which the Trainer of a module, if it has one, says that it is training, as in a fit.
+
+    Args:
+        module: the user's module.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = module
+        self._trainer: Any = None
+        self._before: tuple[Any, Any] = (None, None)
+        states = load_beside(module, "trainer.states")
+        self._training = states.TrainerFn.FITTING, states.RunningStage.TRAINING
+
+    def __enter__(self) -> None:
+        """Set the Trainer's state."""
+        self._trainer = self._module._trainer  # asked now: the first pass attaches one
+        if self._trainer is not None:
+            state = self._trainer.state
+            self._before = state.fn, state.stage
+            state.fn, state.stage = self._training
+
+    def __exit__(self, *error: object) -> None:
+        """Put the Trainer's state back."""
+        if self._trainer is not None:
+            self._trainer.state.fn, self._trainer.state.stage = self._before
 
 
 def enter_eval_mode(module: LightningModule) -> None:

@@ -7,9 +7,32 @@ The two packages hold the same code. A class of one is nevertheless no class of 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from types import ModuleType
 
+from lightning.pytorch import Callback
+
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def make_callback_class() -> type[Callback]:
+    """Make the class that a callback for Trainers of both packages derives from.
+
+    Before its version 2.6, a Trainer of ``pytorch_lightning`` accepts objects of its own ``Callback`` alone,
+    so that the class then derives from both. The hooks are those of ``lightning.pytorch`` in any case.
+
+    Returns:
+        The class, which adds nothing.
+    """
+    with suppress(ImportError):  # which a package that is not installed raises too
+        version = importlib.metadata.version("pytorch-lightning")
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 6):
+            other = importlib.import_module(PACKAGES[1]).Callback
+            return type("CallbackOfBoth", (Callback, other), {})
+    return Callback
 
 
 def find_package(thing: object) -> str | None:
@@ -21,11 +44,7 @@ def find_package(thing: object) -> str | None:
     Returns:
         ``"lightning.pytorch"`` or ``"pytorch_lightning"``; None if it derives from neither.
     """
-    for cls in (thing if isinstance(thing, type) else type(thing)).__mro__:
-        for package in PACKAGES:
-            if cls.__module__ == package or cls.__module__.startswith(f"{package}."):
-                return package
-    return None
+    return next((package for _, package in _find_classes(thing)), None)
 
 
 def is_lightning(thing: object, *kinds: str) -> bool:
@@ -43,10 +62,15 @@ def is_lightning(thing: object, *kinds: str) -> bool:
         >>> is_lightning(BoringModel, "LightningModule"), is_lightning(BoringModel(), "Trainer", "Callback")
         (True, False)
     """
-    return any(
-        cls.__name__ in kinds and cls.__module__.startswith(PACKAGES)
-        for cls in (thing if isinstance(thing, type) else type(thing)).__mro__
-    )
+    return any(cls.__name__ in kinds for cls, _ in _find_classes(thing))
+
+
+def _find_classes(thing: object) -> Iterator[tuple[type, str]]:
+    """Find the classes of Lightning that an object, or a class, derives from, each with its package."""
+    for cls in (thing if isinstance(thing, type) else type(thing)).__mro__:
+        for package in PACKAGES:
+            if cls.__module__ == package or cls.__module__.startswith(f"{package}."):
+                yield cls, package
 
 
 def load_beside(thing: object, path: str = "") -> ModuleType:

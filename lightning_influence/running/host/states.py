@@ -119,7 +119,7 @@ def _machinery(module: nn.Module) -> frozenset[str]:
     names = {"log", "log_dict", "training", "_compiled_call_impl", "_is_full_backward_hook"}
     own = {name for name in vars(module) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))}
     known = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks"}
-    if find_package(module) is not None:
+    if isinstance(getattr(module, "_fabric_optimizers", None), list):  # a LightningModule
         known |= {"_trainer", "_fabric", "_fabric_optimizers", "_device", "_dtype", "_current_fx_name"}
         known |= {"_hparams", "_hparams_initial", "_hparams_name", "_jit_is_scripting", "_device_mesh"}
     return frozenset(names | own | known)

@@ -1,13 +1,11 @@
-"""Softer and fewer columns for the curvature of each example's outputs.
-
-A classifier that hesitates does so between few classes: most of the trace of an example's output curvature
-``B B^T`` lies along its leading eigenvectors, and every column saved is a backward pass saved.
-
-Curvature of the loss on some examples, as a function of flat vectors.
+"""Products of flat vectors with the curvature of the loss on some examples.
 
 Edits multiply one vector at a time with the curvature, dozens of times at the same weights. The gradients
 that make up the Gauss-Newton matrix are therefore kept in memory, where a product costs a few matrix
 products and no forward or backward pass; where they do not fit, every product is a pass.
+
+A classifier that hesitates does so between few classes: most of the trace of an example's output curvature
+``B B^T`` lies along its leading eigenvectors, and every column saved is a backward pass saved.
 """
 
 from __future__ import annotations
@@ -25,13 +23,11 @@ from lightning_influence.curvature.differentiation import (
     differentiable_twice,
 )
 from lightning_influence.edits.data import EditData
-from lightning_influence.edits.passes import MAX_COLUMNS
-from lightning_influence.edits.sampling import Sample
+from lightning_influence.edits.losses import MAX_COLUMNS, Sample
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.losses.draws import draw_generator
-from lightning_influence.model.losses.hook import ScaledLoss
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.running.runner import Runner
@@ -39,7 +35,7 @@ from lightning_influence.support.errors import NonFiniteError, UnsupportedModelE
 from lightning_influence.support.notes import Notes
 
 
-def softened(loss: OutputLoss, temperature: float) -> OutputLoss:
+def soften(loss: OutputLoss, temperature: float) -> OutputLoss:
     """Return the loss with its outputs divided by a temperature, for its curvature.
 
     The curvature of a classifier's loss vanishes where it is sure, right or wrong: such examples
@@ -54,12 +50,12 @@ def softened(loss: OutputLoss, temperature: float) -> OutputLoss:
     Returns:
         A detached copy.
     """
-    if isinstance(loss, ScaledLoss):
-        return ScaledLoss.of(softened(loss.inner, temperature), loss.factor)
-    return replace(loss, outputs=loss.outputs.detach() / temperature)
+    if not loss.is_function_of_outputs:
+        return loss
+    return loss.with_outputs(loss.outputs.detach() / temperature)
 
 
-def leading_columns(columns: Tensor, rows: Tensor, share: float) -> Tensor:
+def keep_leading_columns(columns: Tensor, rows: Tensor, share: float) -> Tensor:
     """Replace a square root of each example's output curvature by its leading part.
 
     With ``Z_n (K, m)`` the columns of example ``n``, the eigenvectors of ``Z_n Z_n^T`` rotate them into
@@ -96,7 +92,12 @@ def leading_columns(columns: Tensor, rows: Tensor, share: float) -> Tensor:
     return few
 
 
+# Random mixtures that stand for more columns. Chosen by hand, as four times fewer than the columns of which
+# each is used: the estimate is averaged over the examples.
 DRAWS = 16
+# Batches of gradients are joined up to so many bytes, so that small ones take one product. Chosen by hand, as
+# the limit in `model.gradients` below which a block stays in the cache; larger batches stay as they are.
+JOINED_BYTES = 4 * 2**20
 MIXED = (
     f"The curvature of outputs, of which an example has more than {MAX_COLUMNS}, was estimated from {DRAWS} "
     "random mixtures. curvature_examples=None or solver='dense' takes it exactly, with a pass for every "
@@ -106,21 +107,38 @@ Autograd = Literal["never", "many", "always"]
 """Whether products are taken by differentiating twice: where outputs are many, for instance."""
 
 
-class Curvature:
+@dataclass(frozen=True)
+class ProductSettings:
+    """Which curvature, and how it is computed.
+
+    Attributes:
+        exact: the Hessian if True, the Gauss-Newton matrix otherwise.
+        memory_budget: most bytes of gradients to keep.
+        seed: of random mixtures, which stand in for the columns of more than 64 outputs.
+        share: of the trace of each example's output curvature that its columns hold; 1 for all columns.
+        temperature: of the outputs whose curvature is taken; 1 for the model's own, and of more than 64
+            outputs.
+        mixes: whether there may be mixtures; if not, every product is a pass where there are so many outputs,
+            and exact.
+    """
+
+    exact: bool = False
+    memory_budget: int = 2**30
+    seed: int = 0
+    share: float = 1.0
+    temperature: float = 1.0
+    mixes: bool = True
+
+
+class CurvatureProducts:
     """``V -> H V`` of a sum of losses, at the new targets of the examples that have any.
 
     Args:
         runner: an entered runner on the module.
-        plan: the covered layers.
+        plan: the editable layers.
         data: the examples.
         sample: whose losses, and what they are multiplied with.
-        exact: the Hessian if True, the Gauss-Newton matrix otherwise.
-        memory_budget: most bytes of gradients to keep.
-        seed: of random mixtures, which stand in for the columns of more than 64 outputs.
-        mixes: whether they may; if not, every product is a pass where there are so many, and exact.
-        share: of the trace of each example's output curvature that its columns hold; 1 for all columns.
-        temperature: of the outputs whose curvature is taken; 1 for the model's own, and of more than 64
-            outputs.
+        settings: which curvature, and how.
         notes: where to say that there are mixtures.
     """
 
@@ -130,42 +148,30 @@ class Curvature:
         plan: LayerPlan,
         data: EditData,
         sample: Sample,
-        *,
-        exact: bool = False,
-        memory_budget: int = 2**30,
-        seed: int = 0,
-        share: float = 1.0,
-        temperature: float = 1.0,
-        mixes: bool = True,
-        notes: Notes | None = None,
+        settings: ProductSettings,
+        notes: Notes,
     ) -> None:
-        self._runner, self._plan, self._data = runner, plan, data
-        self._sample, self._notes = sample, notes or Notes()
-        self._autograd: Autograd = "never" if mixes else "many"
-        self._exact, self._budget, self._seed, self._share = exact, memory_budget, seed, share
-        self._temperature = temperature
-        self._loader = data.subset(sample.indices)
+        self._runner, self._plan, self._data, self._sample = runner, plan, data, sample
+        self._settings, self._notes = settings, notes
+        self._autograd: Autograd = "never" if settings.mixes else "many"
+        self._budget = 0 if settings.exact else settings.memory_budget
+        self._loader = data.loader.holding(sample.indices)
         self._layout = Layout.of(plan.layers)
         self._kept: list[_Part] | None = None
 
-    @property
-    def definite(self) -> bool:
-        """Whether no eigenvalue is negative, whatever the model."""
-        return not self._exact
-
-    def product(self, vectors: Tensor) -> Tensor:
+    def multiply(self, vectors: Tensor) -> Tensor:
         """Return ``H V``, ``(V, P)``.
 
         Raises:
             NonFiniteError: if the result is NaN or infinite.
         """
         if self._kept is None:
-            result = self._by_pass(vectors)
+            result = self._run(vectors)
         else:
             result = torch.zeros_like(vectors)
             for part in self._kept:
                 part.add_products(result, self._layout, vectors)
-        return _finite(result)
+        return _check_finite(result)
 
     def energy(self, vector: Tensor) -> float:
         """Return ``v^T H v`` of a vector ``(P,)``.
@@ -173,37 +179,47 @@ class Curvature:
         Raises:
             NonFiniteError: if it is NaN or infinite.
         """
-        plain = self._share == 1 and self._temperature == 1
-        if self._kept is None and plain and not self._exact:
+        settings = self._settings
+        plain = settings.share == 1 and settings.temperature == 1 and not settings.exact
+        if self._kept is None and plain:
             # Where no other product was asked for, keeping gradients would not pay.
             with contextlib.suppress(UnsupportedModelError):
-                return float(vector @ _finite(self._by_pass(vector[None], "always"))[0])
-        return float(vector @ self.product(vector[None])[0])
+                one_pass = self._make_pass(vector[None], "always")
+                self._runner.run(one_pass, self._loader)
+                return float(vector @ _check_finite(one_pass.total)[0])
+        return float(vector @ self.multiply(vector[None])[0])
 
-    def _by_pass(self, vectors: Tensor, autograd: Autograd | None = None) -> Tensor:
-        asked = self._autograd if autograd is None else autograd
-        budget = 0 if self._exact or asked == "always" else self._budget
-        one_pass = _ProductPass(
-            self._plan, self._data, self._sample, vectors, self._exact, budget, self._seed
-        )
-        one_pass.share, one_pass.temperature, one_pass.autograd = self._share, self._temperature, asked
+    def _run(self, vectors: Tensor) -> Tensor:
+        """Run a pass for the products, and keep what serves the next ones.
+
+        Returns:
+            The products, ``(V, P)``.
+
+        Raises:
+            UnsupportedModelError: if the model lacks second derivatives that the Hessian needs.
+        """
+        one_pass = self._make_pass(vectors, self._autograd)
         try:
             self._runner.run(one_pass, self._loader)
         except UnsupportedModelError:  # an operation without second derivatives
-            if asked == "never" or autograd is not None:
+            if self._autograd == "never":
                 raise
             self._autograd = "never"
-            return self._by_pass(vectors)
-        if autograd is None:
-            self._kept, self._budget, self._autograd = one_pass.kept, 0, one_pass.autograd
+            return self._run(vectors)
+        # What did not fit once will not fit later.
+        self._kept, self._budget, self._autograd = one_pass.kept, 0, one_pass.autograd
         if one_pass.mixed and MIXED not in self._notes.messages:
             self._notes.messages.append(MIXED)  # for the report: nothing is wrong
         return one_pass.total
 
+    def _make_pass(self, vectors: Tensor, autograd: Autograd) -> _ProductPass:
+        settings = replace(self._settings, memory_budget=0 if autograd == "always" else self._budget)
+        return _ProductPass(self._plan, self._data, self._sample, vectors, settings, autograd)
+
 
 @dataclass(frozen=True)
 class _Part:
-    """Gradients whose outer products, times coefficients, add up to the curvature of one batch.
+    """Gradients whose outer products, times coefficients, add up to the curvature of some examples.
 
     Attributes:
         gradients: by layer.
@@ -213,16 +229,34 @@ class _Part:
     gradients: dict[str, FactoredGradients]
     coefficients: Tensor
 
-    def add_products(self, out: Tensor, layout: Layout, vectors: Tensor) -> None:
-        products = layout.dot(self.gradients, vectors)
-        layout.add_combination(out, self.gradients, products * self.coefficients[:, None])
-
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.gradients.values())
 
+    @property
+    def shapes(self) -> list[tuple[str, int, int]]:
+        """By layer the numbers of columns and of positions, which parts have to share to be joined."""
+        return [(name, len(g.outputs), g.inputs.shape[2]) for name, g in self.gradients.items()]
 
-def _finite(total: Tensor) -> Tensor:
+    def join(self, other: _Part) -> _Part:
+        """Return one part for the examples of two."""
+        return _Part(
+            {
+                name: FactoredGradients(
+                    torch.cat([own.inputs, other.gradients[name].inputs], dim=1),
+                    torch.cat([own.outputs, other.gradients[name].outputs], dim=2),
+                )
+                for name, own in self.gradients.items()
+            },
+            torch.cat([self.coefficients, other.coefficients]),
+        )
+
+    def add_products(self, out: Tensor, layout: Layout, vectors: Tensor) -> None:
+        products = layout.dot(self.gradients, vectors)
+        layout.add_combination(out, self.gradients, products * self.coefficients[:, None])
+
+
+def _check_finite(total: Tensor) -> Tensor:
     if not bool(torch.isfinite(total.sum())):
         raise NonFiniteError(
             "A curvature product is not finite. Check the training examples and the model's weights for NaN "
@@ -242,63 +276,65 @@ class _ProductPass:
         data: EditData,
         sample: Sample,
         vectors: Tensor,
-        exact: bool,
-        budget: int,
-        seed: int,
+        settings: ProductSettings,
+        autograd: Autograd,
     ) -> None:
-        self.forward = Forward(plan)
         self.total = torch.zeros_like(vectors)
-        self.kept: list[_Part] | None = [] if budget else None
-        self._plan, self._layout = plan, Layout.of(plan.layers)
-        self._data, self._sample, self._vectors = data, sample, vectors
-        self._exact, self._free, self._seed, self._batches = exact, budget, seed, 0
-        self.share, self.temperature, self.mixed = 1.0, 1.0, False
-        self.autograd: Autograd = "never"
+        self.mixed, self.autograd = False, autograd
+        self._plan, self._data, self._sample, self._vectors = plan, data, sample, vectors
+        self._settings, self._forward, self._layout = settings, Forward(plan), Layout.of(plan.layers)
+        self.kept: list[_Part] | None = [] if settings.memory_budget else None
+        self._free, self._batches = settings.memory_budget, 0
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        twice = self._exact or self.autograd == "always"
-        captured = self._captured(module, batch, indices, twice)
-        if self.autograd == "many" and not twice and _many(captured):
+        exact = self._settings.exact
+        twice = exact or self.autograd == "always"
+        captured = self._capture(module, batch, indices, twice)
+        if self.autograd == "many" and not twice and _has_many(captured):
             self.kept, self.autograd, twice = None, "always", True
-            captured = self._captured(module, batch, indices, twice)
-        rows, coefficients = self._sample.rows(indices)
-        if self._exact or (twice and captured.loss is not None):
-            add = add_hessian_products if self._exact else add_gauss_newton_products
+            captured = self._capture(module, batch, indices, twice)
+        rows, coefficients = self._sample.find(indices)
+        if exact or (twice and captured.loss is not None):
+            add = add_hessian_products if exact else add_gauss_newton_products
             every = coefficients.new_zeros(len(indices)).index_put((rows,), coefficients)
             add(self.total, self._plan, captured, self._vectors, every)
             return
-        gradients = {name: layer.select(rows) for name, layer in self._gradients(captured, rows).items()}
+        gradients = {name: layer.select(rows) for name, layer in self._differentiate(captured, rows).items()}
         part = _Part(gradients, coefficients.to(self.total))
         part.add_products(self.total, self._layout, self._vectors)
         if self.kept is not None:
             self._free -= part.nbytes
-            self.kept.append(part)
+            last = self.kept[-1] if self.kept else None
+            if last is not None and last.nbytes + part.nbytes <= JOINED_BYTES and last.shapes == part.shapes:
+                self.kept[-1] = last.join(part)
+            else:
+                self.kept.append(part)
             if self._free < 0:
                 self.kept = None
 
-    def _captured(self, module: Any, batch: Any, indices: Tensor, twice: bool) -> Captured:
+    def _capture(self, module: Any, batch: Any, indices: Tensor, twice: bool) -> Captured:
         with differentiable_twice(module) if twice else contextlib.nullcontext():
-            return self.forward(module, self._data.view(batch, indices), len(indices))
+            return self._forward(module, self._data.view(batch, indices), len(indices))
 
-    def _gradients(self, captured: Captured, rows: Tensor) -> dict[str, FactoredGradients]:
+    def _differentiate(self, captured: Captured, rows: Tensor) -> dict[str, FactoredGradients]:
         """Return gradients of columns of the output curvature, or random mixtures of them if it has many."""
-        self._batches += 1
-        if not _many(captured):
-            if captured.loss is None or (self.share == 1 and self.temperature == 1):
+        settings, self._batches = self._settings, self._batches + 1
+        if not _has_many(captured):
+            if captured.loss is None or (settings.share == 1 and settings.temperature == 1):
                 return captured.curvature_gradients("exact")
             shape, count = captured.loss.outputs.shape, captured.num_examples
-            loss = softened(captured.loss, self.temperature)
+            loss = soften(captured.loss, settings.temperature)
             columns = torch.stack([column.reshape(count, -1) for column in loss.columns()])
-            few = leading_columns(columns, rows.to(columns.device), self.share)
+            few = keep_leading_columns(columns, rows.to(columns.device), settings.share)
             return captured.recorder.gradients(
                 captured.loss.outputs, [column.reshape(shape) for column in few], count
             )
         assert captured.loss is not None
         self.mixed = True
-        generator = draw_generator(self._seed, self._batches, captured.loss.outputs.device)
+        generator = draw_generator(settings.seed, self._batches, captured.loss.outputs.device)
         return captured.curvature_gradients("mixed", generator, DRAWS)
 
 
-def _many(captured: Captured) -> bool:
+def _has_many(captured: Captured) -> bool:
     return captured.loss is not None and captured.loss.num_columns > MAX_COLUMNS

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_influence import InfluenceModule
 from lightning_influence.edits import directions
 from lightning_influence.edits.directions import register_direction
-from lightning_influence.edits.options import EditOptions
+from lightning_influence.edits.request import EditOptions
 from lightning_influence.edits.rules import SelectionRule
 from lightning_influence.linalg.normal_equations import SingularSubsetError, SubsetSolution
 from lightning_influence.support.errors import (
@@ -26,57 +26,57 @@ from lightning_influence.support.errors import (
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 1.5, float("nan"), "5%", True])
-def test_ratio(asking, ratio):
+def test_ratio(wrapped, ratio):
     with pytest.raises(ValueError, match=r"Got ratio=.*\(0, 1\], such as 0.05"):
-        asking.forget([0], train(), ratio=ratio)
+        wrapped.forget([0], train(), ratio=ratio)
     with pytest.raises(ValueError, match="Got ratio="):
-        asking.select_parameters([0], train(), ratio=ratio)
+        wrapped.select_parameters([0], train(), ratio=ratio)
 
 
 @pytest.mark.parametrize(
     "nothing", [[], torch.zeros(60, dtype=torch.bool), torch.tensor([], dtype=torch.int64)]
 )
-def test_nothing_to_forget(asking, nothing):
+def test_nothing_to_forget(wrapped, nothing):
     with pytest.raises(ValueError, match=r"nothing to edit: `examples` is empty"):
-        asking.forget(nothing, train())
+        wrapped.forget(nothing, train())
 
 
-def test_everything_to_forget(asking):
+def test_everything_to_forget(wrapped):
     with pytest.raises(ValueError, match=r"All 60 training examples .* Train a new model"):
-        asking.forget(range(60), train())
+        wrapped.forget(range(60), train())
 
 
-def test_examples_that_are_not_there(asking):
+def test_examples_that_are_not_there(wrapped):
     with pytest.raises(UnsupportedDataError, match=r"Examples 60, 99 are not among the 60"):
-        asking.forget([3, 99, 60], train())
+        wrapped.forget([3, 99, 60], train())
     with pytest.raises(UnsupportedDataError, match=r"Examples -1 are not among"):
-        asking.forget([-1], train())
+        wrapped.forget([-1], train())
 
 
 @pytest.mark.parametrize("examples", ["zeros", {1, 2}, None, train()])
-def test_examples_of_another_kind(asking, examples):
+def test_examples_of_another_kind(wrapped, examples):
     with pytest.raises(ValueError, match=r"Got examples of type .* accepted are dataset indices"):
-        asking.forget(examples, train())
+        wrapped.forget(examples, train())
 
 
-def test_a_mask_over_something_else(asking):
+def test_a_mask_over_something_else(wrapped):
     with pytest.raises(ValueError, match=r"mask of shape \(59,\) over 60 training examples"):
-        asking.forget(torch.ones(59, dtype=torch.bool), train())
+        wrapped.forget(torch.ones(59, dtype=torch.bool), train())
     picked = torch.zeros(60, dtype=torch.bool)
     picked[[3, 9]] = True
-    first, second = (asking.select_parameters(ask, train()) for ask in (picked, [9, 3]))
+    first, second = (wrapped.select_parameters(ask, train()) for ask in (picked, [9, 3]))
     assert torch.equal(first.flat(), second.flat())
 
 
-def test_examples_named_twice(asking):
+def test_examples_named_twice(wrapped):
     with pytest.raises(ValueError, match="Examples 3 come twice"):
-        asking.forget([3, 4, 3], train())
+        wrapped.forget([3, 4, 3], train())
 
 
 @pytest.mark.parametrize("examples", [torch.tensor([0.5]), torch.tensor([[1, 2]])])
-def test_examples_that_are_no_indices(asking, examples):
+def test_examples_that_are_no_indices(wrapped, examples):
     with pytest.raises(ValueError, match="accepted are dataset indices"):
-        asking.forget(examples, train())
+        wrapped.forget(examples, train())
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_examples_that_are_no_indices(asking, examples):
         ("kept_bound", None, "at least 0"),
     ],
 )
-def test_options(asking, option, value, accepted):
+def test_options(wrapped, option, value, accepted):
     with pytest.raises(ValueError, match=rf"Got {option}=.*{accepted}"):
-        asking.forget([0], train(), **{option: value})
+        wrapped.forget([0], train(), **{option: value})
 
 
-def test_unknown_option(asking):
+def test_unknown_option(wrapped):
     with pytest.raises(TypeError, match="stepsize"):
-        asking.forget([0], train(), stepsize=1)
+        wrapped.forget([0], train(), stepsize=1)
 
 
 def test_lissa_is_for_gif():
@@ -116,14 +116,14 @@ def test_lissa_is_for_gif():
         EditOptions(solver="lissa", method="if")
 
 
-def test_layers_as_a_text(asking):
+def test_layers_as_a_text(wrapped):
     with pytest.raises(TypeError, match=r"layers=\['body.0'\]"):
-        asking.forget([0], train(), layers="body.0")
+        wrapped.forget([0], train(), layers="body.0")
 
 
-def test_several_training_loaders(asking):
+def test_several_training_loaders(wrapped):
     with pytest.raises(UnsupportedDataError, match="Got 2 training loaders"):
-        asking.forget([0], [train(), train()])
+        wrapped.forget([0], [train(), train()])
 
 
 class Dead(Net):
@@ -185,19 +185,19 @@ def test_a_singular_system_along_the_gradient():
         module.forget([0], loader(case, 5), damping=0, method="fif", ratio=1.0)
 
 
-def test_an_edit_that_costs_too_much(asking, source):
+def test_an_edit_that_costs_too_much(wrapped, source):
     with pytest.warns(InfluenceWarning, match=r"raises the mean loss on the kept examples .*edit.revert\(\)"):
-        edit = asking.forget(of_class(0), train(), rule="lowest_gradients", ratio=0.1, step=3000)
+        edit = wrapped.forget(of_class(0), train(), rule="lowest_gradients", ratio=0.1, step=3000)
     assert any("kept_bound=0.1" in note for note in edit.report.notes)
     before = {name: value.clone() for name, value in source.state_dict().items()}
     edit.apply().revert()  # the way back
     assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        asking.forget(of_class(0), train(), ratio=0.2, kept_bound=1e9)
+        wrapped.forget(of_class(0), train(), ratio=0.2, kept_bound=1e9)
 
 
-def test_an_edit_that_cannot_forget(asking):
+def test_an_edit_that_cannot_forget(wrapped):
     class Bias(SelectionRule):
         """One bias of a hidden unit: not enough to forget a class."""
 
@@ -209,45 +209,45 @@ def test_an_edit_that_cannot_forget(asking):
             return chosen
 
     with pytest.warns(InfluenceWarning, match=r"No step makes the model forget .* ratio="):
-        asking.forget(of_class(0), train(), rule=Bias(), layers=["body.0"])
+        wrapped.forget(of_class(0), train(), rule=Bias(), layers=["body.0"])
 
 
-def test_a_direction_that_does_not_help(asking, monkeypatch):
+def test_a_direction_that_does_not_help(wrapped, monkeypatch):
     """One shot is refused; in several steps the descent starts from where the model is."""
     monkeypatch.setattr(directions, "_DIRECTIONS", dict(directions._DIRECTIONS))
     register_direction("uphill")(lambda problem: SubsetSolution(-problem.gradient * problem.mask, 0.0, 1))
     request = (of_class(2)[:5], 0, train())
     with quiet():
         with pytest.raises(InfluenceError, match=r"No step along .* lowers the loss .*larger ratio"):
-            asking.relabel(*request, method="uphill", ratio=0.3, linearisations=1)
-        report = asking.relabel(*request, method="uphill", ratio=0.3).report
+            wrapped.relabel(*request, method="uphill", ratio=0.3, linearisations=1)
+        report = wrapped.relabel(*request, method="uphill", ratio=0.3).report
     assert report.step[0] == 0
     assert report.edited.after < report.edited.before
 
 
-def test_a_solver_that_stops_early_says_so(asking):
+def test_a_solver_that_stops_early_says_so(wrapped):
     with pytest.warns(InfluenceWarning, match=r"residual of 0\.\d\d only, after 1 iterations"):
-        asking.forget(
+        wrapped.forget(
             of_class(0), train(), ratio=1.0, max_steps=1, tolerance=1e-6, damping=1e-4, step="theory"
         )
 
 
-def test_targets(asking):
+def test_targets(wrapped):
     with pytest.raises(ValueError, match="Got 2 new targets for 3 examples"):
-        asking.relabel([0, 1, 2], [1, 1], train())
+        wrapped.relabel([0, 1, 2], [1, 1], train())
     with pytest.raises(ValueError, match="new_targets=None"):
-        asking.relabel([0, 1, 2], None, train())
+        wrapped.relabel([0, 1, 2], None, train())
     with pytest.raises(ValueError, match="new targets of type str"):
-        asking.relabel([0, 1, 2], "one", train())
+        wrapped.relabel([0, 1, 2], "one", train())
     with pytest.raises(UnsupportedDataError, match=r"are torch.float32, .* torch.int64. Pass integers"):
-        asking.relabel([0], 1.5, train())
+        wrapped.relabel([0], 1.5, train())
     with pytest.raises(UnsupportedDataError, match=r"A new target has shape \(2,\)"):
-        asking.relabel([0], torch.zeros(1, 2), train())
+        wrapped.relabel([0], torch.zeros(1, 2), train())
 
 
-def test_targets_that_are_the_old_ones(asking):
+def test_targets_that_are_the_old_ones(wrapped):
     with pytest.raises(InfluenceError, match=r"new targets are the old ones"):
-        asking.relabel(of_class(0), 0, train())
+        wrapped.relabel(of_class(0), 0, train())
 
 
 class Mapped(Net):
@@ -294,11 +294,11 @@ def test_a_loss_whose_outputs_are_unknown():
     assert edit.report.edited.after > 1.5
 
 
-def test_values_that_are_not_finite(asking):
+def test_values_that_are_not_finite(wrapped):
     x, y = blobs().tensors
     x = x.clone()
     x[7] = float("nan")
-    for ask in (asking.forget, lambda *given: asking.relabel(given[0], 1, given[1])):
+    for ask in (wrapped.forget, lambda *given: wrapped.relabel(given[0], 1, given[1])):
         with pytest.raises(NonFiniteError, match=r"loss .*not finite|loss is NaN or infinite"):
             ask([0], DataLoader(TensorDataset(x, y), 16))
 

@@ -198,12 +198,12 @@ def test_the_sample_of_kept_examples_stands_for_all(monkeypatch):
     """With no limit nothing is estimated; with 16 of 40 kept examples the edit does the same on average."""
     from edit_models import accuracy, blobs, fitted, of_class, train
 
-    from lightning_influence.edits import editor
+    from lightning_influence.edits import start
 
     source = fitted()
     with quiet():
         whole = InfluenceModule(source).relabel(of_class(2), 0, train(), ratio=0.3, curvature_examples=None)
-        monkeypatch.setattr(editor, "OBJECTIVE_EXAMPLES", 16)
+        monkeypatch.setattr(start, "OBJECTIVE_EXAMPLES", 16)
         parts = [
             InfluenceModule(source).relabel(
                 of_class(2), 0, train(), ratio=0.3, curvature_examples=16, seed=seed

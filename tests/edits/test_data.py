@@ -1,7 +1,5 @@
 """Masks, new targets and losses of the user's own: what an edit makes of them, and what it refuses."""
 
-import warnings
-
 import pytest
 import torch
 from edit_models import asked, blobs, of_class, quiet, train
@@ -12,12 +10,11 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, Wei
 
 from lightning_influence import InfluenceModule
 from lightning_influence.api.module import EditsParameters
-from lightning_influence.edits import data
-from lightning_influence.edits.options import EditOptions
-from lightning_influence.running.reading import prepare_train
+from lightning_influence.edits.request import EditOptions, EditRequest
+from lightning_influence.edits.start import set_out
+from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.support.errors import (
-    EditMismatchError,
-    InfluenceWarning,
+    LossCaptureError,
     NonFiniteError,
     UnsupportedDataError,
 )
@@ -78,12 +75,13 @@ def test_forgetting_with_a_loss_of_ones_own_is_that_without(batch_size):
 def test_where_the_loss_of_knowing_nothing_is_unknown_nothing_counts_as_forgotten():
     module, dataset, y = known(Hooked)
     loader = DataLoader(dataset, 16)
-    split = data.split(prepare_train(loader), y == 0)
-    with module._editor(y == 0, loader, None, None, None, None, {}) as editor:
-        losses = editor._before.at(split.edited)
+    request = EditRequest(y == 0)
+    split = request.split(loader)
+    with LoopRunner(module.model) as runner:
+        losses = set_out(runner, request, split, None).losses.at(split.edited)
     assert losses.chance.tolist() == pytest.approx([1.0986] * len(split.edited), rel=1e-3)
     losses._chance[0] = torch.nan
-    with pytest.raises(NonFiniteError, match=rf"not known .* {split.edited[0]}\. Pass forgotten_loss="):
+    with pytest.raises(LossCaptureError, match=rf"not known .* {split.edited[0]}\. Pass forgotten_loss="):
         _ = losses.chance
 
 
@@ -109,72 +107,72 @@ def drawn(sampler=None):
     return train(shuffle=False, sampler=sampler or SubsetRandomSampler(range(0, 60, 2)))
 
 
-def test_a_mask_is_over_the_dataset_also_where_the_loader_draws_a_part(asking):
+def test_a_mask_is_over_the_dataset_also_where_the_loader_draws_a_part(wrapped):
     mask = torch.zeros(60, dtype=torch.bool)
     mask[[4, 20]] = True
     for given in (mask, mask.numpy(), mask.tolist()):
-        by_mask = asking.forget(given, drawn(), step="theory", ratio=0.3)
-        assert same_edits(by_mask, asking.forget([4, 20], drawn(), step="theory", ratio=0.3))
+        by_mask = wrapped.forget(given, drawn(), step="theory", ratio=0.3)
+        assert same_edits(by_mask, wrapped.forget([4, 20], drawn(), step="theory", ratio=0.3))
 
 
 @pytest.mark.parametrize("length", [30, 59, 61])
-def test_a_mask_over_the_drawn_examples_is_refused(asking, length):
+def test_a_mask_over_the_drawn_examples_is_refused(wrapped, length):
     with pytest.raises(
         ValueError, match=rf"mask of shape \({length},\) over 60 .*each example of the dataset, .*\(30 are\)"
     ):
-        asking.forget(torch.ones(length, dtype=torch.bool), drawn())
+        wrapped.forget(torch.ones(length, dtype=torch.bool), drawn())
 
 
 @pytest.mark.parametrize(
     "sampler", [SubsetRandomSampler(range(50)), WeightedRandomSampler([1.0] * 50 + [0.0] * 10, 60)]
 )
-def test_a_mask_at_examples_that_are_not_drawn(asking, sampler):
+def test_a_mask_at_examples_that_are_not_drawn(wrapped, sampler):
     with pytest.raises(
         UnsupportedDataError, match=r"True at examples 51, 54, 57 .* does not draw: it draws 50 of 60"
     ):
-        asking.forget(blobs().tensors[1] == 0, drawn(sampler))
+        wrapped.forget(blobs().tensors[1] == 0, drawn(sampler))
 
 
 @pytest.mark.parametrize("wrap", [lambda loader: [loader], lambda loader: {"a": loader}])
-def test_the_dataset_of_a_loader_in_a_list(asking, wrap):
+def test_the_dataset_of_a_loader_in_a_list(wrapped, wrap):
     with pytest.raises(ValueError, match=r"shape \(30,\) over 60"):
-        asking.forget(torch.ones(30, dtype=torch.bool), wrap(drawn()))
+        wrapped.forget(torch.ones(30, dtype=torch.bool), wrap(drawn()))
 
 
-def test_a_mask_over_ready_made_batches(asking):
+def test_a_mask_over_ready_made_batches(wrapped):
     mask = blobs().tensors[1] == 0
     batches = list(train(shuffle=False))
-    one, other = (asking.forget(mask, given, step="theory", ratio=0.3) for given in (batches, train()))
+    one, other = (wrapped.forget(mask, given, step="theory", ratio=0.3) for given in (batches, train()))
     assert len(one.changes) == len(other.changes)
     with pytest.raises(ValueError, match=r"shape \(16,\) over 60"):
-        asking.forget(mask[:16], batches)
+        wrapped.forget(mask[:16], batches)
 
 
 @pytest.mark.parametrize("convert", [torch.Tensor.int, torch.Tensor.byte, lambda mask: mask.int().numpy()])
-def test_a_mask_of_integers(asking, convert):
+def test_a_mask_of_integers(wrapped, convert):
     with pytest.raises(ValueError, match=r"Examples 0, 1 come twice.*pass mask\.bool\(\)"):
-        asking.forget(convert(blobs().tensors[1] == 0), train())
+        wrapped.forget(convert(blobs().tensors[1] == 0), train())
 
 
 # New targets
 
 
 @pytest.mark.parametrize(("targets", "wrong"), [([7, 1], "7"), ([1, -1], "-1"), (3, "3")])
-def test_targets_that_are_no_classes(asking, targets, wrong):
+def test_targets_that_are_no_classes(wrapped, targets, wrong):
     says = rf"of examples 1, 2 cannot be computed .* Target {wrong} is out of bounds.* {wrong}\b.*C - 1"
     with pytest.raises(UnsupportedDataError, match=says):
-        asking.relabel([1, 2], targets, train(), step="theory")
+        wrapped.relabel([1, 2], targets, train(), step="theory")
 
 
-def test_one_label_for_all_is_no_list(asking):
+def test_one_label_for_all_is_no_list(wrapped):
     options = {"step": "theory", "ratio": 0.3}
     examples = of_class(0)[:4]
-    one, each = (asking.relabel(examples, given, train(), **options) for given in (1, [1] * 4))
+    one, each = (wrapped.relabel(examples, given, train(), **options) for given in (1, [1] * 4))
     assert same_edits(one, each)
     with pytest.raises(
         ValueError, match=r"Got 1 new targets for 4 examples; .* one for all, of the shape of"
     ):
-        asking.relabel(examples, [1], train())
+        wrapped.relabel(examples, [1], train())
 
 
 class Regressor(Net):
@@ -217,9 +215,9 @@ def test_targets_of_other_shapes_are_refused():
 
 
 @pytest.mark.parametrize("method", [["gif"], {"gif"}, None, 3])
-def test_methods_that_are_no_text(asking, method):
+def test_methods_that_are_no_text(wrapped, method):
     with pytest.raises(ValueError, match=r"Got method=.*'gif'"):
-        asking.forget([0], train(), method=method)
+        wrapped.forget([0], train(), method=method)
 
 
 # Examples without weight
@@ -234,9 +232,9 @@ def partly_ignored(batch_size=16):
 
 @pytest.mark.parametrize("examples", [[0, 1], [0, 1, 30]])
 @pytest.mark.parametrize("step", ["theory", "search"])
-def test_ignored_examples_cannot_be_forgotten(asking, examples, step):
+def test_ignored_examples_cannot_be_forgotten(wrapped, examples, step):
     with pytest.raises(UnsupportedDataError, match=r"Examples 0, 1 have no weight .* Leave them out"):
-        asking.forget(examples, partly_ignored(), step=step)
+        wrapped.forget(examples, partly_ignored(), step=step)
 
 
 def test_a_class_of_weight_zero_cannot_be_forgotten(source):
@@ -251,21 +249,21 @@ def test_a_class_of_weight_zero_cannot_be_forgotten(source):
 
 
 @pytest.mark.parametrize("step", ["theory", "search"])
-def test_labels_cannot_become_ignored(asking, step):
+def test_labels_cannot_become_ignored(wrapped, step):
     with pytest.raises(UnsupportedDataError, match=r"new targets, examples 20, 21 have no weight .* forget"):
-        asking.relabel([20, 21], [-100, -100], train(), step=step)
+        wrapped.relabel([20, 21], [-100, -100], train(), step=step)
     with pytest.raises(UnsupportedDataError, match=r"new targets, examples 21 have no weight"):
-        asking.relabel([20, 21], [1, -100], train(), step=step)
+        wrapped.relabel([20, 21], [1, -100], train(), step=step)
 
 
 @pytest.mark.parametrize(
     "options", [{"step": "theory"}, {}, {"linearisations": 1}, {"rule": "highest_gradients"}]
 )
 @pytest.mark.parametrize("examples", [[0, 1], [0, 1, 30]])
-def test_ignored_examples_can_be_given_labels(source, asking, options, examples):
+def test_ignored_examples_can_be_given_labels(source, wrapped, options, examples):
     labels = (blobs().tensors[1][examples] + 1) % 3
     with quiet():
-        edit = asking.relabel(examples, labels, partly_ignored(), ratio=0.3, **options)
+        edit = wrapped.relabel(examples, labels, partly_ignored(), ratio=0.3, **options)
     assert edit.report.edited.after < edit.report.edited.before
     with edit, torch.no_grad():
         loss = functional.cross_entropy(source.eval()(blobs().tensors[0][examples]), labels)
@@ -323,57 +321,16 @@ def test_the_theory_for_ignored_examples_counts_their_new_gradient_alone():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_loss_that_is_nan_for_another_reason_says_so(asking):
+def test_a_loss_that_is_nan_for_another_reason_says_so(wrapped):
     x, y = blobs().tensors
     x = x.clone()
     x[0] = float("nan")
     with pytest.raises(NonFiniteError):
-        asking.forget([0], DataLoader(TensorDataset(x, y), 16))
+        wrapped.forget([0], DataLoader(TensorDataset(x, y), 16))
 
 
-# Errors inside the context, and printing
-
-
-def test_an_error_inside_the_context_is_not_replaced(source):
-    module = Net(16)
-    module.load_state_dict(source.state_dict())
-    edit = asked(module).forget(of_class(0), train(), ratio=0.2)
-
-    def fail():
-        with edit, torch.no_grad():
-            module.body[0].weight.add_(1)
-            raise KeyError("boom")
-
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        with pytest.raises(KeyError) as caught:
-            fail()
-    assert [found.category for found in warned] == [InfluenceWarning]
-    assert warned[0].filename == __file__
-    assert any("cannot be reverted: the module's weights differ" in note for note in caught.value.__notes__)
-    module.load_state_dict(source.state_dict())
-    with pytest.raises(EditMismatchError), edit, torch.no_grad():
-        module.body[0].weight.add_(1)
-    module.load_state_dict(source.state_dict())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(KeyError) as caught, edit:
-            raise KeyError("boom")
-    assert not hasattr(caught.value, "__notes__")
-
-
-def test_printing_shows_the_tables(asking, capsys):
-    edit = asking.forget(of_class(0), train(), ratio=0.2, kept_bound=1e9)
-    print(edit)
-    shown = capsys.readouterr().out
-    for part in ("forget 20 examples (not applied)", "Parameters that change", "Mean loss", "predicted"):
-        assert part in shown
-    assert "\x1b" not in shown
-    assert "\n" not in repr(edit)
-
-
-def test_every_way_to_ask_is_checked_alike(asking):
+def test_every_way_to_ask_is_checked_alike(wrapped):
     assert EditOptions().method == "gif"
     for name in ("forget", "select_parameters", "generalized_influence"):
         with pytest.raises(ValueError, match=r"Got method="):
-            getattr(EditsParameters, name)(asking, [0], train(), method=["gif"])
+            getattr(EditsParameters, name)(wrapped, [0], train(), method=["gif"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.coarse_space import directions
+from lightning_influence.curvature.coarse_space import build_directions
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.curvature.two_level import Correction
@@ -57,7 +57,7 @@ class Problem:
         return result
 
     def correction(self) -> Correction:
-        Q_, mixing = directions(self.layout, self.inverse, self.anchors)
+        Q_, mixing = build_directions(self.layout, self.inverse, self.anchors)
         coefficients = torch.randn(Q, len(Q_), dtype=torch.float64).to(self.dtype)
         solved = self.inverse.apply(self.layout.dense(self.queries)[0])
         coefficients *= 0.3 * solved.norm(dim=1, keepdim=True) / coefficients.norm(dim=1, keepdim=True)

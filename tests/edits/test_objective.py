@@ -1,5 +1,7 @@
 """Relabelling lowers the loss over *all* training examples, though most of its steps look at a sample."""
 
+import contextlib
+
 import pytest
 import torch
 from edit_models import quiet
@@ -8,9 +10,10 @@ from whole_models import line, noisy_classes, regression, retrained
 
 from lightning_influence import InfluenceModule
 from lightning_influence.edits import editor
-from lightning_influence.edits.passes import Losses
-from lightning_influence.edits.sampling import drawn
+from lightning_influence.edits.request import EditRequest
+from lightning_influence.edits.start import set_out
 from lightning_influence.linalg.descent import Descent
+from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.support.errors import InfluenceError, InfluenceWarning
 
 
@@ -46,10 +49,12 @@ def test_a_linear_model_is_relabelled_as_retraining_would():
         assert (model.vector() - goal).norm() < 0.3 * (goal - before).norm()
 
 
-def edited_by(model, examples, targets, **options):
-    """The editor of a relabelling, on the borrowed module."""
-    arguments = (examples, model.data, targets, None, None, None, options)
-    return InfluenceModule(model)._editor(*arguments)
+@contextlib.contextmanager
+def started(model, examples, targets):
+    """Where a relabelling sets out, on the borrowed module."""
+    request = EditRequest(examples, targets=targets)
+    with LoopRunner(model) as runner:
+        yield set_out(runner, request, request.split(model.data), None)
 
 
 @pytest.mark.parametrize("make", [regression, noisy_classes])
@@ -57,11 +62,11 @@ def test_the_objective_sets_out_with_the_value_and_gradient_of_all(make):
     model, examples, new = make(0)
     value = model.loss(model.net(model.x), new)
     gradients = torch.autograd.grad(value, list(model.net.parameters()))
-    with quiet(), edited_by(model, examples, new[examples]) as asked:
-        objective = asked._stepping.objective
-        start = torch.zeros_like(asked._decay)
+    with quiet(), started(model, examples, new[examples]) as begun:
+        objective = begun.objective
+        start = torch.zeros_like(begun.weights.decay)
         found, gradient = objective(start)
-        by_name = asked._weights.by_parameter(gradient)
+        by_name = begun.weights.by_parameter(gradient)
         assert objective.value(start) == found == pytest.approx(float(value), rel=1e-9)
         for (name, _), expected in zip(model.named_parameters(), gradients, strict=True):
             torch.testing.assert_close(by_name[name], expected, rtol=1e-7, atol=1e-10)
@@ -70,35 +75,7 @@ def test_the_objective_sets_out_with_the_value_and_gradient_of_all(make):
         at, (_, slope) = 0.1 * step, objective(0.1 * step)
         ahead, behind = (objective.value(at + sign * 1e-5 * step) for sign in (1, -1))
         assert (ahead - behind) / 2e-5 == pytest.approx(float(slope @ step), rel=1e-5)
-        asked._weights.restore()
-
-
-@pytest.mark.parametrize("limit", [7, 30])
-def test_drawn_samples_are_unbiased(limit):
-    generator = torch.Generator().manual_seed(0)
-    curvature, weights, values = torch.rand(3, 60, generator=generator).double()
-    curvature, weights = curvature**8, weights + 0.1
-    losses = Losses(torch.arange(100, 160), values, weights, values, curvature)
-    total, draws = torch.zeros(160).double(), 8000
-    for seed in range(draws):
-        sample = drawn(losses, limit, seed)
-        assert len(sample.indices) == limit
-        assert (sample.coefficients >= 1 / weights.sum() * (1 - 1e-9)).all()
-        assert (sample.coefficients <= 4 * len(values) / limit / weights.sum() * weights.mean() / 0.1).all()
-        total[sample.indices] += sample.coefficients / draws
-    torch.testing.assert_close(total[100:], torch.ones(60).double() / weights.sum(), rtol=0.6, atol=0.0)
-    assert float(total.sum()) == pytest.approx(60 / float(weights.sum()), rel=0.02)
-    everything = drawn(losses, 60, 0)
-    assert everything.coefficients.tolist() == pytest.approx([1 / float(weights.sum())] * 60)
-
-
-def test_draws_without_curvature_or_weight():
-    nothing, ones = torch.zeros(20), torch.ones(20)
-    plain = drawn(Losses(torch.arange(20), ones, ones, ones, nothing), 5, 0)
-    assert plain.coefficients.tolist() == pytest.approx([1 / 5] * 5)
-    few = torch.tensor([1.0, 2.0, 1.0] + 17 * [0.0])
-    assert drawn(Losses(torch.arange(20), ones, few, ones, nothing), 5, 0).indices.tolist() == [0, 1, 2]
-    assert len(drawn(Losses(torch.arange(20), ones, nothing, ones, nothing), 5, 0).indices) == 5
+        begun.weights.restore()
 
 
 @pytest.mark.parametrize("factor", [30.0, -1.0])

@@ -6,9 +6,9 @@ from edit_models import asked, blobs, fitted, of_class, quiet, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.edits.curvature import leading_columns, softened
+from lightning_influence.edits.curvature_products import keep_leading_columns, soften
+from lightning_influence.model.losses.combined import ScaledLoss
 from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
-from lightning_influence.model.losses.hook import ScaledLoss
 from lightning_influence.model.losses.mse import SquaredErrorLoss
 
 EVERY = torch.arange(6)
@@ -27,7 +27,7 @@ def curvature(columns):
 @settings(max_examples=40, deadline=None)
 def test_what_is_kept_is_the_leading_part_with_the_whole_trace(seed, share):
     columns = random_columns(seed)
-    few = leading_columns(columns, EVERY, share)
+    few = keep_leading_columns(columns, EVERY, share)
     whole, part = curvature(columns), curvature(few)
     for full, kept in zip(whole, part, strict=True):
         values, vectors = torch.linalg.eigh(full)
@@ -40,21 +40,24 @@ def test_what_is_kept_is_the_leading_part_with_the_whole_trace(seed, share):
 def test_no_column_more_than_the_rows_need():
     columns = random_columns(0)
     columns[1:, 0] = 0
-    assert len(leading_columns(columns, torch.tensor([0]), 0.9)) == 1
-    assert len(leading_columns(columns, EVERY, 0.999)) > 1
-    assert len(leading_columns(columns, EVERY[:0], 0.9)) == 1
+    assert len(keep_leading_columns(columns, torch.tensor([0]), 0.9)) == 1
+    assert len(keep_leading_columns(columns, EVERY, 0.999)) > 1
+    assert len(keep_leading_columns(columns, EVERY[:0], 0.9)) == 1
 
 
 def test_an_example_keeps_the_same_whatever_its_batch():
     columns = random_columns(3)
-    alone, among = leading_columns(columns[:, 2:3], EVERY[:1], 0.8), leading_columns(columns, EVERY, 0.8)
+    alone, among = (
+        keep_leading_columns(columns[:, 2:3], EVERY[:1], 0.8),
+        keep_leading_columns(columns, EVERY, 0.8),
+    )
     torch.testing.assert_close(curvature(alone)[0], curvature(among)[2])
 
 
 def test_examples_without_curvature_stay_without():
     columns = random_columns(1)
     columns[:, 4] = 0
-    few = leading_columns(columns, EVERY, 0.5)
+    few = keep_leading_columns(columns, EVERY, 0.5)
     assert bool(torch.isfinite(few).all())
     assert not bool(few[:, 4].any())
 
@@ -62,7 +65,7 @@ def test_examples_without_curvature_stay_without():
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
 def test_shares_out_of_range_are_refused(share):
     with pytest.raises(ValueError, match="accepted are numbers above 0"):
-        leading_columns(random_columns(0), EVERY, share)
+        keep_leading_columns(random_columns(0), EVERY, share)
 
 
 def test_softer_outputs_have_the_curvature_of_a_tempered_softmax():
@@ -71,8 +74,8 @@ def test_softer_outputs_have_the_curvature_of_a_tempered_softmax():
     loss = CrossEntropyLoss(logits, torch.arange(6) % 5, 6, "mean")
     p = (logits.detach() / 3).softmax(1)
     expected = torch.diag_embed(p) - p[:, :, None] * p[:, None]
-    torch.testing.assert_close(curvature(torch.stack(list(softened(loss, 3.0).columns()))), expected)
-    scaled = softened(ScaledLoss.of(loss, 2.0), 3.0)
+    torch.testing.assert_close(curvature(torch.stack(list(soften(loss, 3.0).columns()))), expected)
+    scaled = soften(ScaledLoss.of(loss, 2.0), 3.0)
     torch.testing.assert_close(curvature(torch.stack(list(scaled.columns()))), 2 * expected)
     assert not scaled.outputs.requires_grad
 
@@ -80,7 +83,7 @@ def test_softer_outputs_have_the_curvature_of_a_tempered_softmax():
 def test_squared_error_is_as_soft_as_it_was():
     outputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = SquaredErrorLoss(outputs, torch.zeros_like(outputs), 6, "mean")
-    columns = [torch.stack(list(one.columns())) for one in (loss, softened(loss, 3.0))]
+    columns = [torch.stack(list(one.columns())) for one in (loss, soften(loss, 3.0))]
     torch.testing.assert_close(*columns)
 
 

@@ -8,7 +8,7 @@ from lightning_influence.curvature.factors import (
     Eigenbasis,
     Factors,
     LayerStatistics,
-    eigenbasis,
+    compute_eigenbasis,
     fingerprint,
     fingerprint_differs,
     rotate,
@@ -44,7 +44,7 @@ def test_sums_and_averages(sizes, seed):
     torch.testing.assert_close(sums.covariance_in(), A, **TIGHT)
     torch.testing.assert_close(sums.covariance_out(), S, **TIGHT)
     assert (sums.examples, sums.positions) == (6, 6 * R)
-    basis = eigenbasis("layer", sums)
+    basis = compute_eigenbasis("layer", sums)
     sums.set_basis(basis)
     for i, part in enumerate(parts):
         sums.add_squares(DenseGradients(part.dense()) if i % 2 else part)
@@ -79,7 +79,7 @@ def test_rotation_takes_the_cheaper_form():
 def test_the_basis_is_decomposed_in_float64_and_kept_in_the_precision_of_the_sums():
     sums = LayerStatistics.zeros((1, 3, 4))
     sums.add_covariances(draw(1, 1, 2, 3, 4).to(dtype=torch.float32))
-    basis = eigenbasis("layer", sums)
+    basis = compute_eigenbasis("layer", sums)
     assert basis.q_in.dtype == torch.float32
     identity = basis.q_in[0].T @ basis.q_in[0]
     torch.testing.assert_close(identity, torch.eye(4), rtol=0, atol=3e-7)  # float32 rounding of the columns
@@ -102,7 +102,7 @@ def test_covariances_that_are_not_finite_are_refused_by_name(side, value):
     with pytest.raises(
         NonFiniteError, match=rf"The {which} covariance of layer 'enc.fc' is not finite after 5"
     ):
-        eigenbasis("enc.fc", sums)
+        compute_eigenbasis("enc.fc", sums)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def factors() -> Factors:
         gradients = draw(2, shape[0], 2, shape[1], shape[2])
         layers[name].add_covariances(gradients)
         if name == "a":
-            layers[name].set_basis(eigenbasis(name, layers[name]))
+            layers[name].set_basis(compute_eigenbasis(name, layers[name]))
             layers[name].add_squares(gradients)
     return Factors(layers, "exact", 6.0, 3.0, "fit", {"a.weight": [1.0, 2.0]})
 

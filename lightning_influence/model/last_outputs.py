@@ -1,0 +1,120 @@
+"""The outputs of the modules that come last before the loss, and the loss as a function of them alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
+
+Key = tuple[str, int, int]
+"""Name of a module, number of its call in the forward pass, and place of a tensor in what it returned."""
+
+
+class OutputTap:
+    """Hooks on all modules that own parameters, for the duration of a ``with`` block.
+
+    Args:
+        module: the model.
+        cut: outputs at which to cut the graph: each is replaced by a leaf of the same values. None to watch.
+        leaves: whether to cut; if not, outputs in ``cut`` are only kept, and copies handed on, which in-place
+            operations may change.
+
+    Attributes:
+        outputs: what the modules returned at the keys of ``cut``, by key.
+        leaves: what took their place, by key.
+    """
+
+    def __init__(self, module: nn.Module, cut: Sequence[Key] | None = None, *, leaves: bool = True) -> None:
+        self.outputs: dict[Key, Tensor] = {}
+        self.leaves: dict[Key, Tensor] = {}
+        self._module, self._cut, self._replaces = module, cut, leaves
+        self._nodes: dict[tuple[Any, int], Key] = {}
+        self._calls: Counter[str] = Counter()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        """Register the hooks.
+
+        Returns:
+            The tap itself.
+        """
+        for name, part in self._module.named_modules():
+            if next(part.parameters(recurse=False), None) is not None:
+                self._handles.append(part.register_forward_hook(self._hook(name), prepend=False))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def last(self, loss: Tensor) -> list[Key]:
+        """Return the outputs that a graph leads to without passing another one, in the order of the model.
+
+        Args:
+            loss: a scalar of the forward pass that was watched.
+        """
+        met: set[Key] = set()
+        todo: list[tuple[Any, int]] = [(get_gradient_edge(loss).node, loss.output_nr)]
+        seen = set(todo)
+        while todo:
+            node, number = todo.pop()
+            if (node, number) in self._nodes:
+                met.add(self._nodes[node, number])
+                continue
+            for following in node.next_functions:
+                if following[0] is not None and following not in seen:
+                    seen.add(following)
+                    todo.append(following)
+        return [key for key in self._nodes.values() if key in met]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            call = self._calls[name]
+            self._calls[name] += 1
+            parts, form = pytree.tree_flatten(output)
+            changed = False
+            for place, part in enumerate(parts):
+                if not (isinstance(part, Tensor) and part.requires_grad and torch.is_grad_enabled()):
+                    continue
+                key = name, call, place
+                if self._cut is None:
+                    # A module that hands on what another made is not its last user.
+                    self._nodes.setdefault((get_gradient_edge(part).node, part.output_nr), key)
+                elif key in self._cut:
+                    self.outputs[key] = part
+                    if self._replaces:
+                        parts[place] = self.leaves[key] = part.detach().requires_grad_()
+                    else:
+                        parts[place] = part.clone()
+                    changed = True
+            return pytree.tree_unflatten(parts, form) if changed else None
+
+        return hook
+
+
+def are_chained(tap: OutputTap) -> bool:
+    """Return whether one of the outputs depends on another: cutting at it loses the other's share."""
+    leaves = {get_gradient_edge(leaf).node for leaf in tap.leaves.values()}
+    todo = [get_gradient_edge(output).node for output in tap.outputs.values()]
+    seen: set[Any] = set(todo)
+    while todo:
+        node = todo.pop()
+        if node in leaves:
+            return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return False

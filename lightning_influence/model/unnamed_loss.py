@@ -1,0 +1,314 @@
+"""Losses of which no loss function is known by name: batches are read, and examples checked to add up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.model.last_outputs import Key, OutputTap, are_chained
+from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
+from lightning_influence.model.rearranging import rearranged
+from lightning_influence.model.recorder import Recorder
+from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
+from lightning_influence.support.random_states import preserve_rng
+
+Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
+"""Maps a module and a batch to the losses of the examples ``(B,)``, or else to the loss of the batch."""
+
+_MEAN, _SUM = "loss is a mean", "loss is a sum"
+# Relative error of gradients that come from batches of another size.
+_LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
+_HALF_LIMIT = 5e-2
+
+_REMEDY = (
+    "Pass `loss=`, a callable `(module, batch) -> (B,)`, or define `influence_loss(batch) -> (B,)` on the "
+    "module, with the loss that each example is to have."
+)
+_COUPLED = (
+    "The loss of a batch is not made of losses of its examples: what one example adds depends on the others, "
+    "as it does for a root of a mean, a Dice or contrastive loss over the batch. " + _REMEDY
+)
+_SECOND_USE = (
+    "The loss depends on the weights of layer {name!r} in another way than by calling the layer, so its "
+    "gradients would be wrong. Accepted are weights that are used by their own layer only, and penalties on "
+    "weights: leave out a layer whose weight is used a second time with `layers=`."
+)
+_UNKNOWN_PARTS = (
+    "The loss of a batch is taken for the mean of its examples' losses, without a check: the batch could not "
+    "be taken apart. If it is a sum, or couples examples, define `influence_loss(batch) -> (B,)`."
+)
+_RANDOM = (
+    "The training loss draws noise in eval mode too, so that it could be checked by its second derivatives "
+    "only: it is taken for the mean of its examples' losses, and scores are those of one draw."
+)
+_WEIGHTED = (
+    "The loss of a batch is a weighted mean of its examples' losses. Weights count as shares of their batch, "
+    "so scores depend a little on how examples are batched."
+)
+
+
+class UnnamedLoss:
+    """Reads batch after batch of a loss that is known by its values only.
+
+    Args:
+        run: computes the loss.
+        verified: what passes have found in order; completed here.
+    """
+
+    def __init__(self, run: Run, verified: set[str]) -> None:
+        self._run, self._verified = run, verified
+        self._traits = BatchLossTraits()
+        self._cut: list[Key] | None = None
+        # Whether the network has a run of its own: outputs that feed one another cannot be cut in the same
+        # one, and values that the user gives for the examples keep their graph, by which they are checked.
+        self._chained = False
+
+    def read(self, module: Any, batch: Any, num_examples: int, recorder: Recorder) -> BatchLoss:
+        """Run a batch.
+
+        Args:
+            module: the user's module.
+            batch: the batch.
+            num_examples: ``B``.
+            recorder: records the layers.
+
+        Returns:
+            The loss of the batch.
+
+        Raises:
+            LossCaptureError: if the loss does not depend on the outputs of any module.
+            UnsupportedModelError: if it couples examples.
+        """
+        if self._cut is None:
+            self._find_cut(module, batch)
+        assert self._cut is not None
+        if self._chained:
+            with preserve_rng():
+                leaves, value, _ = self._run_from_leaves(module, batch)
+            with recorder, OutputTap(module, self._cut, leaves=False) as tap:
+                values, _ = self._run(module, batch)
+        else:
+            values = None
+            with recorder, OutputTap(module, self._cut) as tap:
+                value = _scalar(*self._run(module, batch))
+            leaves = list(tap.leaves.values())
+
+        def describe() -> BatchLoss:
+            return BatchLoss.of(
+                list(tap.outputs.values()),
+                leaves,
+                value,
+                num_examples,
+                traits=self._traits,
+                values_of=lambda: compute_alone(self._run, module, batch, num_examples),
+                values=values,
+            )
+
+        if values is None and not self._is_known():
+            self._check(describe(), module, batch, recorder)
+        return describe()
+
+    def _is_known(self) -> bool:
+        """Return whether the loss was checked before; what was found then is taken over."""
+        if _SUM in self._verified:
+            self._traits.is_mean = False
+        return bool({_MEAN, _SUM} & self._verified)
+
+    def _find_cut(self, module: Any, batch: Any) -> None:
+        """Find the outputs that the loss depends on directly, and whether some depend on others of them.
+
+        Raises:
+            LossCaptureError: if there is none.
+        """
+        with preserve_rng(), OutputTap(module) as tap:
+            values, batch_loss = self._run(module, batch)
+        cut = tap.last(_scalar(values, batch_loss))
+        if not cut:
+            raise LossCaptureError(
+                f"The training loss does not depend on the output of any module with parameters. {_REMEDY}"
+            )
+        self._cut, self._chained = cut, values is not None or len(cut) > 1
+        if values is None and len(cut) > 1:
+            with preserve_rng(), OutputTap(module, cut) as tap:
+                self._run(module, batch)
+            self._chained = are_chained(tap)
+
+    def _run_from_leaves(self, module: Any, batch: Any) -> tuple[list[Tensor], Tensor, OutputTap]:
+        """Return the leaves at the cut, and the batch's loss as a function of them."""
+        with torch.enable_grad(), OutputTap(module, self._cut) as tap:
+            value = _scalar(*self._run(module, batch))
+        return list(tap.leaves.values()), value, tap
+
+    def _check(self, loss: BatchLoss, module: Any, batch: Any, recorder: Recorder) -> None:
+        """Check on a first batch that the examples' losses add up, and find out how.
+
+        Raises:
+            UnsupportedModelError: if they do not, or if a covered weight is used outside its layer.
+        """
+        count = loss.num_examples
+        if count == 1:  # shows nothing
+            return
+        rows = loss.gradient() / loss.factor
+        if not bool(rows.any()):
+            return
+        limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
+        parts = _halves(count)
+        _check_cross_derivatives(loss, parts[0], limit)
+        direct = self._direct_gradients(loss.batch_loss, recorder)
+        ratios = []
+        for part in parts:
+            found = self._part_gradients(module, batch, part, count, rows.shape[1], recorder)
+            if found is None:
+                self._traits.warn(_UNKNOWN_PARTS)
+                self._verified.add(_MEAN)
+                return
+            ratio = _ratio(found[0], rows[part], limit)
+            if ratio is None:
+                self._accept_noise(module, batch, rows, limit)
+                return
+            ratios.append(ratio * len(part) / count)
+            for name, gradient in direct.items():
+                if (found[1][name] - gradient).norm() > 10 * limit * gradient.norm():
+                    raise UnsupportedModelError(_SECOND_USE.format(name=name))
+        shares = [len(part) / count for part in parts]
+        self._traits.is_mean = _is_mean(ratios, shares, limit, self._traits)
+        self._verified.add(_MEAN if self._traits.is_mean else _SUM)
+
+    def _accept_noise(self, module: Any, batch: Any, rows: Tensor, limit: float) -> None:
+        """Accept losses that come out differently each time: their second derivatives have been checked.
+
+        Raises:
+            UnsupportedModelError: if it comes out the same, so that the batch itself couples its examples.
+        """
+        leaves, value, _ = self._run_from_leaves(module, batch)
+        again = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([part.reshape(len(rows), -1) for part in again], 1).to(rows)
+        if bool((flat - rows).norm() <= limit * rows.norm()):
+            raise UnsupportedModelError(_COUPLED)
+        self._traits.warn(_RANDOM)
+        self._verified.add(_MEAN)
+
+    def _part_gradients(
+        self, module: Any, batch: Any, part: list[int], count: int, width: int, recorder: Recorder
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Return the gradient of a part's loss in its outputs ``(b, d)``, and directly in covered weights."""
+        with preserve_rng():
+            try:
+                leaves, value, _ = self._run_from_leaves(module, rearranged(batch, part, count))
+                grads = torch.autograd.grad(
+                    value, leaves, allow_unused=True, materialize_grads=True, retain_graph=True
+                )
+                rows = torch.cat([grad.reshape(len(part), -1) for grad in grads], 1)
+            except Exception:  # whatever the user's code may raise
+                return None
+        return (rows, self._direct_gradients(value, recorder)) if rows.shape[1] == width else None
+
+    def _direct_gradients(self, value: Tensor, recorder: Recorder) -> dict[str, Tensor]:
+        """Return gradients of a loss in covered weights that do not pass through the last outputs."""
+        weights = {name: layer.rule.weight(layer.module) for name, layer in recorder.layers.items()}
+        found = torch.autograd.grad(
+            value, list(weights.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(weights, found, strict=True))
+
+
+def compute_alone(run: Run, module: Any, batch: Any, count: int) -> Tensor:
+    """Compute the losses of the examples, each run alone; their mean where that cannot be.
+
+    Args:
+        run: computes the loss.
+        module: the user's module.
+        batch: the batch.
+        count: number of examples ``B``.
+
+    Returns:
+        The losses ``(B,)``, without a graph.
+    """
+    values = []
+    with preserve_rng(), torch.no_grad():
+        for n in range(count):
+            try:
+                values.append(_scalar(*run(module, rearranged(batch, [n], count))))
+            except Exception:  # whatever the user's code may raise
+                return _scalar(*run(module, batch)).expand(count)
+    return torch.stack(values)
+
+
+def _scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:
+    if values is not None:
+        return values.mean()
+    assert batch_loss is not None
+    if batch_loss.numel() != 1:
+        raise LossCaptureError(
+            f"Got a training loss of shape {tuple(batch_loss.shape)}; accepted is a single number. {_REMEDY}"
+        )
+    return batch_loss.reshape(())
+
+
+def _halves(count: int) -> list[list[int]]:
+    """Return two random halves of the examples, and two others, each in order."""
+    generator = torch.Generator().manual_seed(count)
+    halves = []
+    for _ in range(2):
+        order = torch.randperm(count, generator=generator).tolist()
+        halves += [sorted(order[: count // 2]), sorted(order[count // 2 :])]
+    return halves
+
+
+def _check_cross_derivatives(loss: BatchLoss, part: Sequence[int], limit: float) -> None:
+    """Refuse a loss in whose Hessian the outputs of some examples meet those of others.
+
+    Raises:
+        UnsupportedModelError: if they do.
+    """
+    probe = torch.randn(loss.outputs.shape, generator=torch.Generator().manual_seed(1)).to(loss.detached)
+    probe[[n for n in range(loss.num_examples) if n not in part]] = 0
+    bent = loss.products(probe)
+    others = bent.clone()
+    others[list(part)] = 0
+    if bool(others.norm() > limit * bent.norm()):
+        raise UnsupportedModelError(_COUPLED)
+
+
+def _ratio(part: Tensor, rows: Tensor, limit: float) -> float | None:
+    """Return the factor between a part's own gradients and those in the whole batch.
+
+    Returns:
+        The factor; NaN where all gradients are zero, None where no single one fits.
+    """
+    part, rows = part.double(), rows.double()
+    energy = rows.square().sum()
+    if not bool(energy > 0):
+        return None if bool(part.any()) else math.nan
+    ratio = (part * rows).sum() / energy
+    fits = (part - ratio * rows).norm() <= limit * part.norm()
+    return float(ratio) if bool(fits) and float(ratio) > 0 else None
+
+
+def _is_mean(ratios: Sequence[float], shares: Sequence[float], limit: float, traits: BatchLossTraits) -> bool:
+    """Return whether parts of a batch are means of their examples, weighted or not, and not sums.
+
+    Args:
+        ratios: factor between the gradients of a part and of the whole, times the part's share.
+        shares: the part's share in the examples.
+        limit: relative error.
+        traits: says what is odd.
+
+    Raises:
+        UnsupportedModelError: if they are neither.
+    """
+    known = [(ratio, share) for ratio, share in zip(ratios, shares, strict=True) if not math.isnan(ratio)]
+    if all(abs(ratio - 1) <= 10 * limit for ratio, _ in known):
+        return True
+    if all(abs(ratio - share) <= 10 * limit for ratio, share in known):
+        return False
+    weights = [share / ratio for ratio, share in zip(ratios, shares, strict=True)]
+    for first, second in zip(weights[::2], weights[1::2], strict=True):
+        if abs(first + second - 1) > 10 * limit:  # what two halves weigh makes up one
+            raise UnsupportedModelError(_COUPLED)
+    traits.warn(_WEIGHTED)
+    return True
