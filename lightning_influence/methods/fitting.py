@@ -183,12 +183,16 @@ def _complete(context: Context, factors: Factors) -> Factors:
     }
     if not single or factors.origin != "fit":
         return factors
-    fitted = _fit(context, replace(context.plan, layers=single))
+    # A pass in which no layer takes part is refused, and these may take none: one goes along that did.
+    known = {name: layer for name, layer in context.plan.layers.items() if name in factors.layers}
+    guide = min(known, key=lambda name: known[name].numel)
+    fitted = _fit(context, replace(context.plan, layers={**single, guide: known[guide]}))
     context.notes.add(
         f"Factors of {len(single)} parameters that no supported layer holds are not collected during a fit; "
         "they were fitted in a pass of their own."
     )
-    return replace(factors, layers=factors.layers | fitted.layers)
+    added = {name: layer for name, layer in fitted.layers.items() if name in single}
+    return replace(factors, layers=factors.layers | added)
 
 
 def _fill(context: Context, factors: Factors, plan: LayerPlan) -> None:

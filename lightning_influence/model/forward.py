@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,13 +19,15 @@ from lightning_influence.model.checks import (
     check_order,
 )
 from lightning_influence.model.losses.batch import BatchLoss
-from lightning_influence.model.losses.capture import LossCapture
+from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import copy_tensors, missing_positions
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.unnamed_loss import Run, UnnamedLoss, compute_alone
+from lightning_influence.model.uses.calls import differentiates_edges
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,
@@ -40,6 +43,10 @@ _OUTSIDE_FIT = (
     "batches are of another form, define `influence_loss(batch) -> (B,)` on the module: the loss of each "
     "example of the batch."
 )
+
+
+# Says that all layers are modules whose weights are used by calling them: uses need not be watched.
+_ALL_CALLED = "all layers are called"
 
 
 class Measure(Protocol):
@@ -97,11 +104,10 @@ class Forward:
             captured = Captured(num_examples, None, values, recorder)
         else:
             captured = self._run(module, batch, num_examples)
-            recorder = captured.recorder
             if measure is not None:
                 values = measure(module, batch, loss=captured.loss, batch_size=num_examples)
-                captured = Captured(num_examples, None, values, recorder)
-        silent = recorder.silent
+                captured = Captured(num_examples, None, values, captured.recorder)
+        silent = captured.recorder.silent
         self.silent &= set(silent)
         if len(silent) == len(self.plan.layers):
             raise UnsupportedModelError(
@@ -115,26 +121,40 @@ class Forward:
         if note is not None and note not in self.plan.verified and not isinstance(captured.loss, BatchLoss):
             warnings.warn(note, InfluenceWarning, stacklevel=2)
             self.plan.verified.add(note)
-        subject = "loss" if measure is None else "measurement"
-        if subject not in self.plan.verified:
-            if recorder.parameters is not None:
-                recorder.parameters.certify(captured.per_example())
+        self._check_examples(captured, module, batch, measured=measure is not None)
+        return captured
+
+    def _check_examples(self, captured: Captured, module: Any, batch: Any, *, measured: bool) -> None:
+        """Check, on a first batch, that gradients are right, examples independent and losses in their order.
+
+        Raises:
+            UnsupportedModelError: if they are not.
+        """
+        uses, verified, alone = captured.recorder.uses, self.plan.verified, captured.num_examples == 1
+        subject = "measurement" if measured else "loss"
+        if subject not in verified:
+            if uses is not None:
+                uses.certify(captured.per_example())
             try:
                 check_independent(captured)
             except UnsupportedModelError:
                 # The rows of layers that are had from their uses are known to be the examples': it may be the
                 # losses that are in another order, of which more can be said.
-                if measure is None and num_examples > 1 and recorder.follows_modules:
+                if not measured and not alone and captured.recorder.follows_modules:
                     self._check_order(captured, module, batch)
                 raise
-            if num_examples > 1:  # one example alone shows no coupling
-                self.plan.verified.add(subject)
-        if measure is None and num_examples > 1:
+            if not alone:  # one example alone shows no coupling
+                verified.add(subject)
+                if uses is None or not uses.is_needed:
+                    verified.add(_ALL_CALLED)
+        if not measured and not alone:
             self._check_order(captured, module, batch)
-        return captured
 
     def _make_recorder(self, batch: Any, num_examples: int) -> Recorder:
-        return Recorder(self.plan.layers, batch, num_examples, self.plan.slow)
+        plan = self.plan
+        if _ALL_CALLED in plan.verified or not differentiates_edges():
+            return Recorder(plan.layers)
+        return Recorder(plan.layers, ParameterRecorder(plan.layers, batch, num_examples, plan.slow))
 
     def _run(self, module: Any, batch: Any, num_examples: int) -> Captured:
         """Run the loss: by the functions that it is made of, or where these are not known by its values.
@@ -349,3 +369,35 @@ def _step_arguments(module: Any, batch: Any) -> tuple[Any, ...]:
     # Lightning gives the batch's number to `training_step(self, *args)` as well.
     variadic = bool(parameters) and parameters[0].kind is parameters[0].VAR_POSITIONAL
     return (batch, *(0 for _ in required), *((0,) if variadic else ()))
+
+
+def forward_if_weighted(forward: Forward, module: Any, batch: Any, num_examples: int) -> Captured | None:
+    """Forward a batch, if any of its examples has weight in the loss: the mean over none of them is NaN.
+
+    Args:
+        forward: what runs the batch.
+        module: the user's module.
+        batch: the batch.
+        num_examples: ``B``.
+
+    Returns:
+        The captured batch; None if all of its labels are ignored or of classes of weight zero.
+
+    Raises:
+        NonFiniteError: if a loss is NaN or infinite for another reason.
+    """
+    with LossCapture() as capture:
+        try:
+            return forward(module, batch, num_examples)
+        except NonFiniteError:
+            if any(_is_weightless(call, num_examples) for call in capture.calls):
+                return None
+            raise
+
+
+def _is_weightless(call: LossCall, num_examples: int) -> bool:
+    try:
+        loss = call.read(num_examples)
+    except LossCaptureError:
+        return False
+    return not bool(replace(loss, reduction="mean").weights().any())

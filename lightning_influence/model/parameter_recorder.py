@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.model.layers import Layer, ParameterRule, full_precision
-from lightning_influence.model.uses import (
-    ParameterGradient,
-    Place,
-    Watch,
-    certify,
+from lightning_influence.model.uses.calls import Use
+from lightning_influence.model.uses.certificate import certify, draw_weights, weigh_losses
+from lightning_influence.model.uses.gradients import (
     differentiate_rows,
-    draw_weights,
     edges_of,
     gather_passes,
     names_of,
     pull_gradients,
     pull_uses,
-    weigh_losses,
 )
-from lightning_influence.model.uses.calls import Use
+from lightning_influence.model.uses.parts import ParameterGradient
+from lightning_influence.model.uses.places import Place
+from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
 
 _WEIGHT, _BIAS = "weight of ", "bias of "
@@ -62,14 +60,14 @@ class ParameterRecorder:
         """Names of the layers that are had from uses, and took part in the forward pass."""
         return [name for name in self.layers if name in self._heard or name in self._slow & self._single]
 
-    def __enter__(self) -> Self:
-        """Begin to watch.
+    @property
+    def is_needed(self) -> bool:
+        """Whether a layer is a parameter by itself, or a module whose weight is used without calling it."""
+        return bool(self._single or self._heard)
 
-        Returns:
-            The recorder itself.
-        """
+    def __enter__(self) -> None:
+        """Begin to watch."""
         self.watch.__enter__()  # type: ignore[no-untyped-call]
-        return self
 
     def __exit__(self, *details: Any) -> None:
         """Stop watching; what was recorded stays until :meth:`clear`."""

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.layers import Layer, ParameterRule, find_rule, supported_types
+from lightning_influence.model.uses.calls import differentiates_edges
 from lightning_influence.support.errors import UnsupportedModelError
 
 ModuleLoss = Callable[[Any, Any], Tensor]
@@ -165,7 +166,7 @@ def find_layers(
             deep = parametrize.is_parametrized(module)
             for p in module.parameters(recurse=deep):
                 reasons.setdefault(id(p), reason)
-    if parameters:
+    if parameters and differentiates_edges():
         layers = _with_parameters(model, layers, include)
     _check_patterns(include, layers, model)
     return LayerPlan(layers, _uncovered(model, layers, reasons))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from typing_extensions import Self
 
 from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.layers import Layer, ParameterRule
-from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.support.errors import UnsupportedModelError
 
 # Unfolded inputs of so many bytes are made at once where they are used once, to be still in the cache then;
@@ -32,6 +31,52 @@ class _Calls:
     shapes: list[torch.Size] = field(default_factory=list)  # of the outputs
 
 
+class UseRecorder(Protocol):
+    """Has gradients of layers from the operations that use their weights, in place of calls of modules."""
+
+    @property
+    def heard(self) -> list[str]:
+        """Names of the layers that it has, and that took part in the forward pass."""
+        ...
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a layer is a parameter by itself, or a module that is not called."""
+        ...
+
+    def certify(self, values: Tensor) -> None:
+        """Check the gradients of the examples' values ``(B,)``."""
+        ...
+
+    def __enter__(self) -> object:
+        """Begin to watch."""
+        ...
+
+    def __exit__(self, *details: Any) -> None:
+        """Stop watching."""
+        ...
+
+    def close(self, calls: Mapping[str, int]) -> set[str]:
+        """Choose the modules that it has, knowing how often each was called, and return their names."""
+        ...
+
+    def clear(self) -> None:
+        """Let go of what was recorded."""
+        ...
+
+    def edges(self) -> list[GradientEdge]:
+        """Where a backward pass is to be differentiated."""
+        ...
+
+    def inputs(self, name: str) -> Tensor:
+        """Inputs ``(G, B, R, D_in)`` of a layer."""
+        ...
+
+    def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Output gradients ``(G, B, R, D_out)`` by layer, from the gradients ``found`` at the edges."""
+        ...
+
+
 class Recorder:
     """Hooks on the covered layers, for the duration of a ``with`` block.
 
@@ -41,25 +86,15 @@ class Recorder:
 
     Args:
         layers: the covered layers by name.
-        batch: the batch that is going to be seen; without, blocks of one parameter stay silent.
-        num_examples: ``B``, if there is a batch.
-        slow: names of parameters that take a backward pass for each example.
+        uses: has the layers that are parameters by themselves, and modules whose weights are used without
+            calling them; without, the former stay silent.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, Layer],
-        batch: Any = None,
-        num_examples: int = 0,
-        slow: set[str] | None = None,
-    ) -> None:
-        self.layers = dict(layers)
-        single = {name: layer for name, layer in layers.items() if isinstance(layer.rule, ParameterRule)}
-        self._modules = {name: layer for name, layer in layers.items() if name not in single}
-        self.parameters = None
-        if num_examples:
-            slow = set() if slow is None else slow
-            self.parameters = ParameterRecorder(layers, batch, num_examples, slow)
+    def __init__(self, layers: Mapping[str, Layer], uses: UseRecorder | None = None) -> None:
+        self.layers, self.uses = dict(layers), uses
+        self._modules = {
+            name: layer for name, layer in layers.items() if not isinstance(layer.rule, ParameterRule)
+        }
         self._handles: list[RemovableHandle] = []
         self._calls: dict[str, _Calls] = {}
 
@@ -74,8 +109,8 @@ class Recorder:
             # Before the user's own hooks, which may replace the output that the weights made.
             hook = layer.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
             self._handles.append(hook)
-        if self.parameters is not None:
-            self.parameters.__enter__()
+        if self.uses is not None:
+            self.uses.__enter__()
         return self
 
     def __exit__(
@@ -85,10 +120,10 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         """Remove the hooks; what was recorded stays until :meth:`clear`."""
-        if self.parameters is not None:
-            self.parameters.__exit__(kind, error, trace)
+        if self.uses is not None:
+            self.uses.__exit__(kind, error, trace)
             counts = {name: len(calls.edges) for name, calls in self._calls.items()}
-            for name in self.parameters.close(counts):
+            for name in self.uses.close(counts):
                 self._calls[name] = _Calls()
         for handle in self._handles:
             handle.remove()
@@ -97,26 +132,27 @@ class Recorder:
     def clear(self) -> None:
         """Let go of the recorded tensors and their graph."""
         self._calls = {}
-        if self.parameters is not None:
-            self.parameters.clear()
+        if self.uses is not None:
+            self.uses.clear()
 
     @property
     def nodes(self) -> set[object]:
         """Autograd nodes of the layers' outputs."""
-        return {edge.node for calls in self._calls.values() for edge in calls.edges}
+        edges = [edge for calls in self._calls.values() for edge in calls.edges]
+        return {edge.node for edge in (*edges, *(self.uses.edges() if self.uses is not None else ()))}
 
     @property
     def silent(self) -> list[str]:
         """Names of the layers that did not take part in the forward pass."""
         heard = {name for name, calls in self._calls.items() if calls.edges}
-        if self.parameters is not None:
-            heard.update(self.parameters.heard)
+        if self.uses is not None:
+            heard.update(self.uses.heard)
         return [name for name in self.layers if name not in heard]
 
     @property
     def follows_modules(self) -> bool:
         """Whether some modules are had from the uses of their weights, not from their calls."""
-        heard = self.parameters.heard if self.parameters is not None else []
+        heard = self.uses.heard if self.uses is not None else []
         return any(name in self._modules for name in heard)
 
     def inputs(self, num_examples: int, *, release: bool = False) -> dict[str, Tensor]:
@@ -134,7 +170,7 @@ class Recorder:
         for name, calls in self._calls.items():
             if calls.edges:
                 result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
-        for name in self.parameters.heard if self.parameters is not None else ():
+        for name in self.uses.heard if self.uses is not None else ():
             result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
         return {name: result[name] for name in self.layers if name in result}
 
@@ -159,9 +195,9 @@ class Recorder:
         self._check_rows(num_examples)
         names = [name for name, calls in self._calls.items() if calls.edges]
         edges = [edge for name in names for edge in self._calls[name].edges]
-        single = self.parameters.edges() if self.parameters is not None else []
+        single = self.uses.edges() if self.uses is not None else []
         seed = None if seed is None else seed.to(outputs.dtype)
-        keep = keep_graph or self.parameters is not None
+        keep = keep_graph or self.uses is not None
         grads: Sequence[Tensor | None] = ()
         if edges or single:
             grads = torch.autograd.grad(
@@ -176,8 +212,8 @@ class Recorder:
             ]
             start += len(calls.edges)
             result[name] = self._fill(name, parts, num_examples)
-        if self.parameters is not None:
-            result |= self.parameters.pull(outputs, seed, grads[len(edges) :])
+        if self.uses is not None:
+            result |= self.uses.pull(outputs, seed, grads[len(edges) :])
         return {name: result[name] for name in self.layers if name in result}
 
     def gradients(
@@ -249,8 +285,8 @@ class Recorder:
     def _inputs_of(self, name: str, run: slice, num_examples: int, *, release: bool) -> Tensor:
         """Return one layer's inputs ``(G, B', R, D_in)`` of a run of the examples, and let go of all."""
         layer, count = self.layers[name], run.stop - run.start
-        if self.parameters is not None and name in self.parameters.heard:
-            return self.parameters.inputs(name)[:, run]
+        if self.uses is not None and name in self.uses.heard:
+            return self.uses.inputs(name)[:, run]
         calls = self._calls[name]
         parts = []
         for x in calls.inputs:

@@ -404,17 +404,22 @@ def _build(name: str, seed: int, examples: int = 12, queries: int = 3) -> Case:
         model = make().double().eval()
         inputs = torch.randn(examples + queries, *shape, dtype=torch.float64)
         labels = targets(model(inputs))
+    compute = _torch_nll(loss) if name == "mlp_nll" else _torch_loss(loss)
+    n = examples
+    blocks = find_blocks(model)
+    return Case(name, model, inputs[:n], labels[:n], inputs[n:], labels[n:], loss, blocks, compute)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Names of the Linear and convolution layers and of all other parameters, in the model's order."""
     mapped = nn.Linear | nn.modules.conv._ConvNd
-    layers = tuple(
+    return tuple(
         name
         for k, m in model.named_modules()
         for name in (
             [k] if isinstance(m, mapped) else [f"{k}.{n}" for n, _ in m.named_parameters(recurse=False)]
         )
     )
-    compute = _torch_nll(loss) if name == "mlp_nll" else _torch_loss(loss)
-    n = examples
-    return Case(name, model, inputs[:n], labels[:n], inputs[n:], labels[n:], loss, layers, compute)
 
 
 CASES: dict[str, Case] = {name: _build(name, seed) for seed, name in enumerate(_RECIPES)}

@@ -15,10 +15,10 @@ from lightning_influence.model.uses.exact import (
     Way,
     differentiate_examples,
     differentiate_losses,
-    differentiate_rows,
 )
 from lightning_influence.model.uses.gradients import (
     UseGradients,
+    differentiate_rows,
     edges_of,
     gather_passes,
     names_of,

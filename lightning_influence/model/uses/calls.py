@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,6 +133,11 @@ class Derivation:
     edge: GradientEdge
     number: int
     shapes: list[torch.Size] = field(default_factory=list)
+
+
+def differentiates_edges() -> bool:
+    """Return whether this torch differentiates gradient edges, which following uses needs."""
+    return "GradientEdge" in str(inspect.signature(torch.autograd.grad).parameters["outputs"])
 
 
 def tensors_of(call: Call) -> dict[Slot, Tensor]:

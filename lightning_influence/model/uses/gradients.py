@@ -10,12 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.model.uses.calls import Derivation, Slot, Use
-from lightning_influence.model.uses.operations import (
-    ExampleCall,
-    find_operation,
-    pull_in_loop,
-    pull_mapped,
-)
+from lightning_influence.model.uses.operations.general import pull_in_loop, pull_mapped
+from lightning_influence.model.uses.operations.registry import ExampleCall, find_operation
 from lightning_influence.model.uses.parts import Dense, ParameterGradient, Part, Product
 from lightning_influence.model.uses.watch import Watch
 
@@ -346,3 +342,38 @@ def names_of(watch: Watch, use: Use) -> set[str]:
 
     visit(use.sources)
     return names
+
+
+def differentiate_rows(
+    watch: Watch, outputs: Tensor, rows: Tensor, names: set[str]
+) -> dict[str, ParameterGradient]:
+    """Differentiate a tensor by a backward pass for each example.
+
+    Args:
+        watch: what watched the forward pass.
+        outputs: a tensor with its graph, which is kept.
+        rows: what each example's pass starts from, ``(B, *outputs.shape)``.
+        names: of the parameters.
+
+    Returns:
+        Their gradients, ``K = 1``, as they are.
+    """
+    parameters = {name: p for name, p in watch.parameters.items() if name in names}
+    leaves = list(parameters.values())
+    try:
+        grads = torch.autograd.grad(
+            outputs, leaves, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except RuntimeError:  # an operation without a rule to vectorise its backward pass
+        each = [
+            torch.autograd.grad(
+                outputs, leaves, row, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for row in rows
+        ]
+        grads = tuple(torch.stack(column) for column in zip(*each, strict=True))
+    return {
+        name: ParameterGradient(p.shape, [(Dense(full_precision(grad)[None]), None)], 1, len(rows), grad)
+        for (name, p), grad in zip(parameters.items(), grads, strict=True)
+        if grad is not None
+    }

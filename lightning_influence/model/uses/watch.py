@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from lightning_influence.model.uses.calls import (
     Derivation,
     Slot,
     Use,
+    differentiates_edges,
     fingerprint,
     outputs_of,
     tensors_of,
@@ -101,7 +101,7 @@ class Watch(TorchFunctionMode):
         places: Mapping[Tensor, Place] | None = None,
     ) -> None:
         super().__init__()
-        if "GradientEdge" not in str(inspect.signature(torch.autograd.grad).parameters["outputs"]):
+        if not differentiates_edges():
             raise InfluenceError(
                 f"torch {torch.__version__} differentiates no gradient edges, as following uses needs it; "
                 "accepted are versions whose torch.autograd.grad takes them as outputs: install a newer one."
