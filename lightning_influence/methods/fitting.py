@@ -188,8 +188,8 @@ def _complete(context: Context, factors: Factors) -> Factors:
     guide = min(known, key=lambda name: known[name].numel)
     fitted = _fit(context, replace(context.plan, layers={**single, guide: known[guide]}))
     context.notes.add(
-        f"Factors of {len(single)} parameters that no supported layer holds are not collected during a fit; "
-        "they were fitted in a pass of their own."
+        f"Factors of {len(single)} parameters outside of Linear and convolution layers, such as "
+        f"{next(iter(single))!r}, are not collected during a fit; they were fitted in a pass of their own."
     )
     added = {name: layer for name, layer in fitted.layers.items() if name in single}
     return replace(factors, layers=factors.layers | added)

@@ -112,7 +112,7 @@ class Forward:
         if len(silent) == len(self.plan.layers):
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
-                "that are called as modules, outside torch.no_grad() and outside gradient checkpointing. "
+                "and parameters that are used outside torch.no_grad() and outside gradient checkpointing. "
                 f"Layers: {sorted(self.plan.layers)[:8]}."
             )
         if measure is None and (self._loss is not None or callable(getattr(module, "influence_loss", None))):

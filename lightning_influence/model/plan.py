@@ -259,6 +259,8 @@ def _check_patterns(include: Sequence[str] | None, layers: dict[str, Layer], mod
                 f"layers={pattern!r} selects no supported, trainable layer. Accepted are names or patterns "
                 f"of: {supported}."
             )
+    if not layers and not any(p.requires_grad for p in model.parameters()):
+        raise UnsupportedModelError("The model has no trainable parameter: nothing in it was learned.")
     if not layers:
         found = sorted({type(m).__name__ for m in model.modules() if list(m.parameters(recurse=False))})
         raise UnsupportedModelError(
