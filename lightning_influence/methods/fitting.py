@@ -16,11 +16,12 @@ from lightning_influence.curvature.factors import (
 )
 from lightning_influence.methods.context import Context, compute_digest, note_unknown_outputs
 from lightning_influence.model.captured import Fisher
-from lightning_influence.model.layers import ParameterRule
 from lightning_influence.model.plan import LayerPlan, find_layers
 
 # Chosen by hand: memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
 CACHE_BYTES = 2**28
+# What passes have found out of a layer that a fit has no factors of either.
+_TAKES_NO_PART = "{} takes no part"
 
 
 def provide_factors(context: Context) -> Factors:
@@ -175,23 +176,28 @@ def _adopt(context: Context, factors: Factors) -> Factors:
 
 
 def _complete(context: Context, factors: Factors) -> Factors:
-    """Fit factors of the parameters that a fit collects none for, in a pass of their own."""
-    single = {
+    """Fit factors of what the fit has collected none of, as parameters outside of layers, in a pass."""
+    known = {name: layer for name, layer in context.plan.layers.items() if name in factors.layers}
+    verified = context.plan.verified
+    missing = {
         name: layer
         for name, layer in context.plan.layers.items()
-        if isinstance(layer.rule, ParameterRule) and name not in factors.layers
+        if name not in known and _TAKES_NO_PART.format(name) not in verified
     }
-    if not single or factors.origin != "fit":
+    if factors.origin != "fit" or not missing or not known:
         return factors
     # A pass in which no layer takes part is refused, and these may take none: one goes along that did.
-    known = {name: layer for name, layer in context.plan.layers.items() if name in factors.layers}
     guide = min(known, key=lambda name: known[name].numel)
-    fitted = _fit(context, replace(context.plan, layers={**single, guide: known[guide]}))
-    context.notes.add(
-        f"Factors of {len(single)} parameters outside of Linear and convolution layers, such as "
-        f"{next(iter(single))!r}, are not collected during a fit; they were fitted in a pass of their own."
-    )
-    added = {name: layer for name, layer in fitted.layers.items() if name in single}
+    fitted = _fit(context, replace(context.plan, layers={**missing, guide: known[guide]}))
+    added = {name: layer for name, layer in fitted.layers.items() if name in missing}
+    verified.update(_TAKES_NO_PART.format(name) for name in missing.keys() - added.keys())
+    if added:
+        context.notes.add(
+            f"The fit has collected no factors of {next(iter(added))!r}"
+            + (f" and {len(added) - 1} more" if len(added) > 1 else "")
+            + ": it collects those of the Linear and convolution layers that it was to watch and that were "
+            "called. The others were fitted in a pass of their own."
+        )
     return replace(factors, layers=factors.layers | added)
 
 
