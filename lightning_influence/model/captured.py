@@ -159,10 +159,7 @@ class Captured:
         seeds = [seed for source in generators for seed in self.curvature_seeds(fisher, source, draws)]
         joint = self.recorder.gradients(self.loss.outputs, list(seeds), self.num_examples)
         return [
-            {
-                name: FactoredGradients(layer.inputs, layer.outputs[start : start + draws])
-                for name, layer in joint.items()
-            }
+            {name: layer.seeds(slice(start, start + draws)) for name, layer in joint.items()}
             for start in range(0, len(seeds), draws)
         ]
 

@@ -20,7 +20,7 @@ from lightning_influence.model.uses.gradients import (
     pull_gradients,
     pull_uses,
 )
-from lightning_influence.model.uses.parts import ParameterGradient
+from lightning_influence.model.uses.parts import ParameterGradient, Product
 from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
@@ -52,6 +52,11 @@ class ParameterRecorder:
             if bias is not None:
                 parameters[_BIAS + name] = bias
         self.watch = Watch(parameters, batch, num_examples)
+        # Matrices may be products of the inputs and output gradients of what they map.
+        self._matrices = {name for name in self._single if layers[name].d_in > 1}
+        self._products: dict[
+            str, Tensor | None
+        ] = {}  # inputs of matrices that are; None for those that are not
         self._uses: list[Use] | None = None
         self._heard: set[str] = set()
 
@@ -76,7 +81,7 @@ class ParameterRecorder:
     def clear(self) -> None:
         """Let go of the recorded tensors and their graph."""
         self.watch.clear()
-        self._uses, self._heard = [], set()
+        self._uses, self._heard, self._products = [], set(), {}
 
     def close(self, calls: Mapping[str, int]) -> set[str]:
         """Choose the uses that matter when the forward pass is over.
@@ -117,17 +122,50 @@ class ParameterRecorder:
         """Return the edges at which a backward pass is to be differentiated."""
         return edges_of(self._uses or [])
 
+    def is_whole(self, name: str) -> bool:
+        """Return whether a layer is a matrix whose gradients are no products, so that it has no inputs."""
+        return name in self._matrices and self._product_inputs(name) is None
+
     def inputs(self, name: str) -> Tensor:
-        """Return the inputs ``(G, B, R, D_in)`` of a layer: ones for a parameter by itself."""
+        """Return the inputs ``(G, B, R, D_in)`` of a layer: ones or the identity where it has none."""
         layer, count = self.layers[name], self.watch.num_examples
-        weight = layer.rule.weight(layer.module)
         if name in self._single:
-            return layer.inputs(full_precision(weight), count)
+            inputs = self._product_inputs(name) if name in self._matrices else None
+            return (
+                layer.inputs(full_precision(layer.rule.weight(layer.module)), count)
+                if inputs is None
+                else inputs
+            )
+        return self._pair(name, self._pull_zeros())[0]
+
+    def _product_inputs(self, name: str) -> Tensor | None:
+        """Return the inputs of a matrix that maps some in all its uses; None if it is used otherwise."""
+        if name not in self._products:
+            self._read_products(self._pull_zeros())
+        return self._products[name]
+
+    def _read_products(self, gradients: Mapping[str, ParameterGradient]) -> None:
+        """Find out which matrices map inputs, from gradients that all their uses have a part in."""
+        for name in self._matrices:
+            known = name in gradients and name not in self._slow
+            product = self._product_of(name, gradients[name]) if known else None
+            self._products[name] = None if product is None else product.inputs
+
+    def _product_of(self, name: str, gradient: ParameterGradient) -> Product | None:
+        product = gradient.product(tables=False)
+        if product is None or not product.is_plain():
+            return None
+        shape = (product.inputs.shape[0], product.outputs.shape[-1], product.inputs.shape[-1])
+        return product if shape == self.layers[name].shape else None
+
+    def _pull_zeros(self) -> dict[str, ParameterGradient]:
+        """Pull gradients of zero back, which shows the inputs."""
         uses = self._uses or []
-        zeros: list[list[Tensor | None]] = [
-            [weight.new_zeros(1, *shape) for shape in use.shapes] for use in uses
+        zeros = [
+            [None if edge is None else _zeros(use, place) for place, edge in enumerate(use.edges)]
+            for use in uses
         ]
-        return self._pair(name, pull_uses(self.watch, uses, zeros, 1).gradients)[0]
+        return pull_uses(self.watch, uses, zeros, 1).gradients
 
     def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """Pull the gradients of one backward pass back, example by example.
@@ -144,7 +182,13 @@ class ParameterRecorder:
             UnsupportedModelError: if the gradients of a parameter cannot be had.
         """
         uses = self._uses or []
-        pulled = pull_uses(self.watch, uses, gather_passes(uses, [found]), 1)
+        passes = gather_passes(uses, [found])
+        for use, grads in zip(uses, passes, strict=True):
+            if all(grad is None for grad in grads) and names_of(self.watch, use) & self._matrices:
+                grads[:] = [None if edge is None else _zeros(use, n) for n, edge in enumerate(use.edges)]
+        pulled = pull_uses(self.watch, uses, passes, 1)
+        if not self._products:
+            self._read_products(pulled.gradients)
         gradients = {name: grad for name, grad in pulled.gradients.items() if name not in self._slow}
         slow = self._slow & self._single
         if slow:
@@ -228,9 +272,19 @@ class ParameterRecorder:
     def _block(self, name: str, gradient: ParameterGradient | None) -> Tensor:
         layer, count = self.layers[name], self.watch.num_examples
         if gradient is None:
-            weight = layer.rule.weight(layer.module)
+            weight = full_precision(layer.rule.weight(layer.module))
             return layer.output_gradients(weight.new_zeros(count, *weight.shape), count)
+        if name in self._matrices and not self.is_whole(name):
+            product = self._product_of(name, gradient)
+            assert product is not None
+            return product.outputs[0]
         return layer.output_gradients(gradient.dense()[0], count)
+
+
+def _zeros(use: Use, number: int) -> Tensor:
+    """Return a gradient ``(1, *shape)`` of zero at an output of a use."""
+    like = next(iter(use.sources.values()))
+    return like.new_zeros(1, *use.shapes[number])
 
 
 def _is_called(uses: Sequence[Use], calls: int) -> bool:

@@ -183,7 +183,13 @@ def _with_parameters(
         owner, _, attribute = name.rpartition(".")
         if owner in layers and id(p) in covered:
             blocks.setdefault(owner, layers[owner])
-        elif p.requires_grad and id(p) not in covered and _is_selected((name, owner), include):
+        elif (
+            p.requires_grad
+            and p.numel()
+            and p.is_floating_point()
+            and id(p) not in covered
+            and _is_selected((name, owner), include)
+        ):
             blocks[name] = Layer.of(name, modules[owner], ParameterRule(attribute))
     return blocks
 

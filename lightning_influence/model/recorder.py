@@ -68,6 +68,10 @@ class UseRecorder(Protocol):
         """Where a backward pass is to be differentiated."""
         ...
 
+    def is_whole(self, name: str) -> bool:
+        """Whether the inputs of a layer are the identity, see :class:`FactoredGradients`."""
+        ...
+
     def inputs(self, name: str) -> Tensor:
         """Inputs ``(G, B, R, D_in)`` of a layer."""
         ...
@@ -240,7 +244,8 @@ class Recorder:
         result = {}
         for name, abar in inputs.items():
             parts = [grads.pop(name) for grads in passes]
-            result[name] = FactoredGradients(abar, parts[0][None] if len(parts) == 1 else torch.stack(parts))
+            outputs_ = parts[0][None] if len(parts) == 1 else torch.stack(parts)
+            result[name] = FactoredGradients(abar, outputs_, self._is_whole(name))
         return result
 
     def gradient_parts(
@@ -266,9 +271,13 @@ class Recorder:
                 name: FactoredGradients(
                     self._inputs_of(name, run, num_examples, release=run.stop == num_examples),
                     grad[None, :, run],
+                    self._is_whole(name),
                 )
                 for name, grad in grads.items()
             }
+
+    def _is_whole(self, name: str) -> bool:
+        return self.uses is not None and self.uses.is_whole(name)
 
     def _examples_at_once(self, grads: Mapping[str, Tensor], num_examples: int) -> int:
         """Return how many examples' inputs to unfold at once: all of them where nothing grows by it."""

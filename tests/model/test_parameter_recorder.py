@@ -6,8 +6,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional
 
+from lightning_influence.curvature.factors import LayerStatistics
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.layers import DENSE_WIDTH
+from lightning_influence.model.layers import MATRIX_WIDTH
 from lightning_influence.model.plan import find_layers
 
 B = 5
@@ -81,10 +82,23 @@ class Unseen(nn.Module):
 class Wide(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(DENSE_WIDTH, 8)
+        self.embed = nn.Embedding(1 + MATRIX_WIDTH, 8)
 
     def forward(self, x):
         return self.embed(x).mean(1)
+
+
+class Mapped(nn.Module):
+    """A bare matrix that maps by a function, twice, and one that maps from the left."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.w = nn.Embedding(9, 8), nn.Parameter(torch.randn(8, 8) / 3)
+        self.left = nn.Parameter(torch.randn(8, 6) / 3)
+
+    def forward(self, x):
+        h = functional.linear(torch.tanh(functional.linear(self.embed(x), self.w)), self.w)
+        return (self.left @ h).sum(1)
 
 
 BODIES = {
@@ -93,11 +107,20 @@ BODIES = {
     "tied": (Tied, 9),
     "unseen": (Unseen, 8),
     "wide": (Wide, 8),
+    "mapped": (Mapped, 8),
 }
 
 
+@pytest.fixture(params=["vectors", "matrices", "diagonals"])
+def form(request, monkeypatch):
+    if request.param != "vectors":
+        monkeypatch.setattr("lightning_influence.model.layers.DENSE_WIDTH", 10)
+    if request.param == "diagonals":
+        monkeypatch.setattr("lightning_influence.model.layers.MATRIX_WIDTH", 7)
+
+
 @pytest.fixture(params=BODIES)
-def case(request):
+def case(request, form):
     make, width = BODIES[request.param]
     model = Net(make(), nn.Linear(width, 3)).double()
     return model, (torch.randint(0, 9, (B, 6)), torch.randint(0, 3, (B,)))
@@ -159,8 +182,67 @@ def test_what_is_not_seen_takes_the_slow_way_and_is_named():
 
 def test_a_wide_parameter_has_a_diagonal():
     layers = find_layers(Net(Wide(), nn.Linear(8, 3))).layers
-    assert layers["body.embed.weight"].shape == (8 * DENSE_WIDTH, 1, 1)
+    assert layers["body.embed.weight"].shape == (8 * (1 + MATRIX_WIDTH), 1, 1)
     assert layers["head"].shape == (1, 3, 9)
+
+
+def curvature_statistics(model, batch, name):
+    captured = Forward(find_layers(model))(model, batch, B)
+    gradients = captured.curvature_gradients("exact")[name]
+    layer = find_layers(model).layers[name]
+    statistics = LayerStatistics.zeros(layer.shape, dtype=torch.float64)
+    statistics.add_covariances(gradients)
+    return gradients, statistics
+
+
+def test_a_matrix_that_maps_has_the_factors_of_a_linear_layer(monkeypatch):
+    monkeypatch.setattr("lightning_influence.model.layers.DENSE_WIDTH", 10)
+
+    class Bare(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.w = nn.Parameter(layer.weight.detach().clone())
+
+        def forward(self, x):
+            return functional.linear(x, self.w)
+
+    linear, head = nn.Linear(6, 8, bias=False), nn.Linear(8, 3)
+    batch = (torch.randn(B, 4, 6).double(), torch.randint(0, 3, (B, 4)))
+
+    class Tokens(Net):
+        def training_step(self, batch, batch_idx):
+            return functional.cross_entropy(self.head(self.body(batch[0])).flatten(0, 1), batch[1].flatten())
+
+    known, expected = curvature_statistics(Tokens(linear, head).double(), batch, "body")
+    gradients, found = curvature_statistics(Tokens(Bare(linear), head).double(), batch, "body.w")
+    assert not gradients.whole
+    torch.testing.assert_close(gradients.dense(), known.dense())
+    torch.testing.assert_close(found.covariance_in(), expected.covariance_in())
+    torch.testing.assert_close(found.covariance_out(), expected.covariance_out())
+
+
+def test_another_matrix_has_the_moments_of_its_rows_and_columns(monkeypatch):
+    monkeypatch.setattr("lightning_influence.model.layers.DENSE_WIDTH", 10)
+    model = Net(Sequence(), nn.Linear(8, 3)).double()
+    batch = (torch.randint(0, 9, (B, 6)), torch.randint(0, 3, (B,)))
+    gradients, found = curvature_statistics(model, batch, "body.rnn.weight_ih_l0")
+    assert gradients.whole
+    flat = gradients.dense()[:, :, 0].flatten(0, 1)
+    rows = torch.einsum("nij,nkj->ik", flat, flat)
+    columns = torch.einsum("nij,nik->jk", flat, flat)
+    total = flat.square().sum()
+    torch.testing.assert_close(found.covariance_out()[0], rows / B)
+    torch.testing.assert_close(found.covariance_in()[0], columns / total)
+    # Their product has the trace of the block of the Gauss-Newton matrix.
+    trace = found.covariance_out()[0].trace() * found.covariance_in()[0].trace()
+    torch.testing.assert_close(trace, total / B)
+    first = gradients.select(slice(0, 2)).scaled(2.0).seeds(slice(0, 1))
+    torch.testing.assert_close(first.dense(), 2 * gradients.dense()[:1, :2])
+    vectors = torch.randn(3, 1, 32, 4, dtype=torch.float64)
+    products = torch.einsum("kbgoi,vgoi->kbv", gradients.dense(), vectors)
+    torch.testing.assert_close(gradients.dot(vectors), products)
+    expected = torch.einsum("kbv,kbgoi->vgoi", products, gradients.dense())
+    torch.testing.assert_close(gradients.combine(products), expected)
 
 
 def test_patterns_select_and_take_out():

@@ -220,10 +220,12 @@ class ParameterGradient:
             total += part.bound(weights if example is None else weights[:, example : example + 1])
         return total
 
-    def product(self) -> Product | None:
+    def product(self, *, tables: bool = True) -> Product | None:
         """Return all parts as one product along the positions, or None if they are not of this form.
 
-        Tables that are looked up and used as a head as well are products where that takes fewer numbers.
+        Args:
+            tables: whether tables that are looked up and used as a head as well are made products where that
+                takes fewer numbers; their inputs then hold gradients.
         """
         if any(example is not None for _, example in self.parts) or not self.parts:
             return None
@@ -232,6 +234,8 @@ class ParameterGradient:
         products = []
         for part, _ in self.parts:
             if isinstance(part, Rows):
+                if not tables:
+                    return None
                 K, _, R, _ = part.values.shape
                 if K * K * R * sum(self.shape) > K * prod(self.shape):
                     return None
