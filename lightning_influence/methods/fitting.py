@@ -165,7 +165,8 @@ def _adopt(context: Context, factors: Factors) -> Factors:
     for name, layer in factors.layers.items():
         if layer.basis is None:
             layer.set_basis(compute_eigenbasis(name, layer))
-    squares = SquaresPass(LayerPlan(covered, {}), factors, seed=context.options.seed)
+    plan = LayerPlan(covered, {}, loss=context.plan.loss)
+    squares = SquaresPass(plan, factors, seed=context.options.seed)
     context.runner.run(squares, context.train)
     _reduce_squares(context, factors)
     factors.layers = {name: layer for name, layer in factors.layers.items() if layer.squares_examples}

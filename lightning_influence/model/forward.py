@@ -27,7 +27,6 @@ from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import copy_tensors, missing_positions
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.unnamed_loss import Run, UnnamedLoss, compute_alone
-from lightning_influence.model.uses.calls import differentiates_edges
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,
@@ -152,7 +151,7 @@ class Forward:
 
     def _make_recorder(self, batch: Any, num_examples: int) -> Recorder:
         plan = self.plan
-        if _ALL_CALLED in plan.verified or not differentiates_edges():
+        if _ALL_CALLED in plan.verified:
             return Recorder(plan.layers)
         return Recorder(plan.layers, ParameterRecorder(plan.layers, batch, num_examples, plan.slow))
 

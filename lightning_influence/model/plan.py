@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.layers import Layer, ParameterRule, find_rule, supported_types
-from lightning_influence.model.uses.calls import differentiates_edges
 from lightning_influence.support.errors import UnsupportedModelError
 
 ModuleLoss = Callable[[Any, Any], Tensor]
@@ -166,7 +165,7 @@ def find_layers(
             deep = parametrize.is_parametrized(module)
             for p in module.parameters(recurse=deep):
                 reasons.setdefault(id(p), reason)
-    if parameters and differentiates_edges():
+    if parameters:
         layers = _with_parameters(model, layers, include)
     _check_patterns(include, layers, model)
     return LayerPlan(layers, _uncovered(model, layers, reasons))

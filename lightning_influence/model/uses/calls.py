@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,11 +132,6 @@ class Derivation:
     edge: GradientEdge
     number: int
     shapes: list[torch.Size] = field(default_factory=list)
-
-
-def differentiates_edges() -> bool:
-    """Return whether this torch differentiates gradient edges, which following uses needs."""
-    return "GradientEdge" in str(inspect.signature(torch.autograd.grad).parameters["outputs"])
 
 
 def tensors_of(call: Call) -> dict[Slot, Tensor]:

@@ -19,7 +19,6 @@ from lightning_influence.model.uses.calls import (
     Derivation,
     Slot,
     Use,
-    differentiates_edges,
     fingerprint,
     outputs_of,
     tensors_of,
@@ -33,7 +32,6 @@ from lightning_influence.model.uses.following import (
 )
 from lightning_influence.model.uses.operations.registry import find_operation
 from lightning_influence.model.uses.places import Place, whole
-from lightning_influence.support.errors import InfluenceError
 
 # Questions that no tensor comes out of: not worth a look.
 _QUESTIONS = {
@@ -88,9 +86,6 @@ class Watch(TorchFunctionMode):
             hold the examples in it, the first one if it is of that size.
         num_examples: ``B``.
         places: where the examples stand in tensors of the batch of other forms, by tensor.
-
-    Raises:
-        InfluenceError: with a torch that differentiates no gradient edges.
     """
 
     def __init__(
@@ -101,11 +96,6 @@ class Watch(TorchFunctionMode):
         places: Mapping[Tensor, Place] | None = None,
     ) -> None:
         super().__init__()
-        if not differentiates_edges():
-            raise InfluenceError(
-                f"torch {torch.__version__} differentiates no gradient edges, as following uses needs it; "
-                "accepted are versions whose torch.autograd.grad takes them as outputs: install a newer one."
-            )
         self.num_examples = num_examples
         self.parameters = dict(parameters)
         self.uses: list[Use] = []
