@@ -1,4 +1,4 @@
-"""The tables of the documentation say what the package does: coverage, methods, options, logged names, names."""
+"""The tables of the documentation say what the package does: coverage, methods, options, names of all kinds."""
 
 import re
 import warnings
