@@ -1,4 +1,4 @@
-"""The tables of the documentation say what the package does: coverage, methods, options, all kinds of names."""
+"""The tables of the documentation say what the package does: coverage, methods, options, and names."""
 
 import re
 import warnings
