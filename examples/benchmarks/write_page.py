@@ -2,8 +2,8 @@
 
     python examples/benchmarks/write_page.py [--json examples/benchmarks/.cache/results.json]
 
-Everything between ``<!-- table: NAME -->`` and ``<!-- /table -->`` is replaced; the sentences around are by hand
-and should be read again. Methods and tasks that the file does not hold are left out of the tables.
+Everything between ``<!-- table: NAME -->`` and ``<!-- /table -->`` is replaced; the sentences around were
+written by hand and should be read again. Methods and tasks that the file does not hold are left out.
 """
 
 from __future__ import annotations
