@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from lightning_influence import Attributions
-from lightning_influence.edits import rules
+from lightning_influence.curvature import training_record
+from lightning_influence.edits import directions, rules
 from lightning_influence.methods import method
 from lightning_influence.model import layers
 from lightning_influence.model.losses import registry
+from lightning_influence.model.uses.operations import registry as operations
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -34,7 +36,15 @@ def read_code(path):
 
 
 def run_page(path, monkeypatch, folder):
-    for owner, table in ((rules, "_RULES"), (method, "_METHODS"), (layers, "_RULES"), (registry, "_PARSERS")):
+    for owner, table in (
+        (rules, "_RULES"),
+        (method, "_METHODS"),
+        (layers, "_RULES"),
+        (registry, "_PARSERS"),
+        (directions, "_DIRECTIONS"),
+        (operations, "_OPERATIONS"),
+        (training_record, "_RULES"),
+    ):
         monkeypatch.setattr(owner, table, dict(getattr(owner, table)))  # registrations last for the process
     monkeypatch.chdir(folder)
     names = {"__name__": "documentation"}
