@@ -20,7 +20,7 @@ from lightning_influence.model.uses.operations import registry as operations
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # Pages that show no code of their own: a table of contents, lists, figures, and what is made of docstrings.
-WITHOUT_CODE = {"index.md", "references.md", "benchmarks.md", "limits.md"}
+WITHOUT_CODE = {"index.md", "references.md", "benchmarks.md", "limits.md", "examples.md"}
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 WITH_CODE = [page for page in PAGES if page not in WITHOUT_CODE and not page.startswith("api/")]
 WORDS_OF_README = 900
