@@ -95,13 +95,27 @@ def test_every_page_can_be_reached():
     assert listed == set(PAGES)
 
 
-def test_picture_of_readme_is_drawn(tmp_path, monkeypatch):
+def load_example(name, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    spec = importlib.util.spec_from_file_location("picture", ROOT / "examples" / "picture.py")
-    picture = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "picture", picture)
-    spec.loader.exec_module(picture)
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_picture_of_readme_is_drawn(tmp_path, monkeypatch):
+    picture = load_example("picture", monkeypatch)
     drawn = picture.draw(tmp_path / "new" / "picture.png", epochs=1)
     assert drawn.scores.shape == (picture.QUERIES, 1617)
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert (ROOT / "docs" / "images" / "proponents.png").read_bytes().startswith(b"\x89PNG")
+    assert picture.DEFAULT.read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_drawn_from_a_log(tmp_path, monkeypatch):
+    curves = load_example("curves", monkeypatch)
+    figure = curves.draw(curves.train(tmp_path, epochs=3))
+    panels = {axes.get_title(): len(axes.lines[0].get_xdata()) for axes in figure.axes}
+    assert set(panels) == {f"influence/{name}" for name in curves.CURVES}
+    assert panels["influence/grad_norm"] > 1
+    assert curves.DEFAULT.read_bytes().startswith(b"\x89PNG")
