@@ -59,6 +59,7 @@ class ParameterRecorder:
         ] = {}  # inputs of matrices that are; None for those that are not
         self._uses: list[Use] | None = None
         self._heard: set[str] = set()
+        self._aligned: set[str] = set()  # parameters whose uses are positions, in one order for all seeds
 
     @property
     def heard(self) -> list[str]:
@@ -105,6 +106,7 @@ class ParameterRecorder:
         chosen = {id(use): use for name in wanted for use in uses.get(name, [])}
         self._uses = list(chosen.values())
         self._heard = {wanted[name] for name in uses.keys() & wanted.keys()}
+        self._aligned = self._matrices | (wanted.keys() - self._single)
         return mine & self._heard
 
     def _is_linear(self, name: str, uses: Mapping[str, list[Use]]) -> bool:
@@ -184,7 +186,7 @@ class ParameterRecorder:
         uses = self._uses or []
         passes = gather_passes(uses, [found])
         for use, grads in zip(uses, passes, strict=True):
-            if all(grad is None for grad in grads) and names_of(self.watch, use) & self._matrices:
+            if all(grad is None for grad in grads) and self._aligned & names_of(self.watch, use):
                 grads[:] = [None if edge is None else _zeros(use, n) for n, edge in enumerate(use.edges)]
         pulled = pull_uses(self.watch, uses, passes, 1)
         if not self._products:
@@ -254,19 +256,23 @@ class ParameterRecorder:
         """
         layer = self.layers[name]
         weight, bias = (gradients.get(kind + name) for kind in (_WEIGHT, _BIAS))
-        product = None if weight is None else weight.product()
-        shift = None if bias is None else bias.product()
-        same = not layer.has_bias or (
-            shift is not None and product is not None and torch.equal(shift.outputs, product.outputs)
-        )
-        if product is None or not product.is_plain() or not same:
+        product = None if weight is None else weight.product(tables=False)
+        # Uses without the bias have 0 where the others have 1; both gradients of one use are of one tensor.
+        shifted = [] if bias is None else [part for part, _ in bias.parts]
+        columns = []
+        for part in [] if weight is None or product is None else [part for part, _ in weight.parts]:
+            assert isinstance(part, Product)
+            mate = next((b for b in shifted if isinstance(b, Product) and b.outputs is part.outputs), None)
+            shifted = [b for b in shifted if b is not mate]
+            columns.append(part.inputs.new_full((*part.inputs.shape[:-1], 1), float(mate is not None)))
+        if product is None or not product.is_plain() or (layer.has_bias and shifted):
             raise UnsupportedModelError(
                 f"The weight of layer {name!r} is used without calling the layer, and in another way. "
                 f"Leave it out with layers=['!{name}']."
             )
         inputs = product.inputs
         if layer.has_bias:
-            inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
+            inputs = torch.cat([inputs, torch.cat(columns, dim=2)], dim=-1)
         return inputs, product.outputs[0]
 
     def _block(self, name: str, gradient: ParameterGradient | None) -> Tensor:

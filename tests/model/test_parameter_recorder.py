@@ -101,7 +101,20 @@ class Mapped(nn.Module):
         return (self.left @ h).sum(1)
 
 
+class Again(nn.Module):
+    """A layer that is called, and whose weight a function takes a second and a third time."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = torch.tanh(functional.linear(self.embed(x).mean(1), self.layer.weight))
+        return functional.linear(torch.tanh(self.layer(h)), self.layer.weight, self.layer.bias)
+
+
 BODIES = {
+    "again": (Again, 8),
     "text": (Text, 8),
     "recurrent": (Sequence, 8),
     "tied": (Tied, 9),
