@@ -128,9 +128,14 @@ def _describe_residuals(diagnostics: Diagnostics) -> list[Sentence]:
         "query (0% would be exact)"
     )
     if worst <= _GOOD:
-        return [say(f"{text}: the rankings are those of the exact solution, but for near ties.", "good")]
+        return [say(f"{text}: the rankings hardly differ from those of the exact solution.", "good")]
     if worst <= _FAIR:
-        return [say(f"{text}: the strongest examples are right, their order may change a little.", "fair")]
+        return [
+            say(
+                f"{text}: the strongest examples stand out, their order may be another one.",
+                "fair",
+            )
+        ]
     return [
         say(
             f"{text}: {share:.0%} of the queries are within {_FAIR:.0%}. Read the others with care, or ask "
