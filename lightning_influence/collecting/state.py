@@ -314,6 +314,28 @@ def read_saved_state(checkpoint: Mapping[str, Any]) -> InfluenceState | None:
         CorruptFileError: if a part of it is missing, malformed or altered; the message names it.
         FactorMismatchError: if it was written by an incompatible version.
     """
+    kept = _read_kept(checkpoint)
+    return None if kept is None else kept.influence_state
+
+
+def read_saved_dynamics(checkpoint: Mapping[str, Any]) -> Moments | None:
+    """Read the moments of losses that an :class:`~lightning_influence.InfluenceCallback` saved.
+
+    Args:
+        checkpoint: a Lightning checkpoint, loaded.
+
+    Returns:
+        The moments, in which an epoch that was cut short counts as one; None if there are none.
+
+    Raises:
+        CorruptFileError: if a part of the state is missing, malformed or altered; the message names it.
+        FactorMismatchError: if it was written by an incompatible version.
+    """
+    kept = _read_kept(checkpoint)
+    return None if kept is None else kept.read_dynamics()
+
+
+def _read_kept(checkpoint: Mapping[str, Any]) -> Kept | None:
     callbacks = checkpoint.get("callbacks", {})
     saved = [
         key
@@ -324,4 +346,4 @@ def read_saved_state(checkpoint: Mapping[str, Any]) -> InfluenceState | None:
         return None
     kept = Kept(Settings())
     kept.load_state_dict(callbacks[_DEFAULT_KEY if _DEFAULT_KEY in saved else saved[0]])
-    return kept.influence_state
+    return kept

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_influence.results.attributions import Attributions
+from lightning_influence.results.dynamics import TrainingDynamics
 from lightning_influence.results.images import to_image
 from lightning_influence.results.ranking import Labels, Ranking
 from lightning_influence.results.self_influence import SelfInfluence
@@ -101,6 +102,44 @@ def histogram(attributions: Attributions | SelfInfluence, bins: int = 50) -> Fig
     axes.set_yscale("log")
     axes.set_xlabel(f"score: predicted change of the {attributions.diagnostics.measurement} on removal")
     axes.set_ylabel("count")
+    return figure
+
+
+def data_map(dynamics: TrainingDynamics) -> Figure:
+    """Mean loss against its spread over the epochs, one dot an example (Swayamdipta et al. 2020).
+
+    Low and left are easy examples; right are those that were ambiguous for a time; high and left those that
+    were hard to the end, wrong labels among them.
+
+    Args:
+        dynamics: of a fit.
+
+    Returns:
+        A figure; where margins are known, the colour is the share of the epochs in which the example was
+        right.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    figure = _new_figure(6, 4.5)
+    axes = figure.subplots()
+    right = dynamics.epochs_right
+    colour = "tab:blue" if right is None else (right / dynamics.epochs_seen).numpy()
+    dots = axes.scatter(
+        dynamics.loss_spread.numpy(),
+        dynamics.loss_mean.numpy(),
+        c=colour,
+        s=8,
+        alpha=0.7,
+        cmap=None if right is None else "coolwarm_r",
+        vmin=None if right is None else 0,
+        vmax=None if right is None else 1,
+    )
+    if right is not None:
+        figure.colorbar(dots, label="share of the epochs in which it was right")
+    axes.set_xlabel("spread of the loss over the epochs")
+    axes.set_ylabel("mean loss over the epochs")
+    axes.set_title(f"{dynamics.stored} training examples, {dynamics.epochs} epochs", fontsize=10)
     return figure
 
 

@@ -90,6 +90,38 @@ def build_ranking(
     }
 
 
+def build_map(
+    section: str,
+    title: str,
+    lead: str,
+    axes: tuple[str, str],
+    points: Sequence[tuple[int, float, float, int]],
+    shades: Sequence[str],
+) -> Section:
+    """A map of training examples by two numbers.
+
+    Args:
+        section: name of the section, for links.
+        title: its title.
+        lead: what it shows.
+        axes: what the numbers are, across and up.
+        points: dataset index, the two numbers, and the number of the shade.
+        shades: what the shades mean.
+
+    Returns:
+        The section.
+    """
+    return {
+        "kind": "map",
+        "id": section,
+        "title": title,
+        "lead": lead,
+        "axes": list(axes),
+        "points": [[f"train-{index}", *rest] for index, *rest in points],
+        "shades": list(shades),
+    }
+
+
 def build_tables(
     section: str, title: str, lead: str, tables: Sequence[tuple[str, list[str], list[list[Any]]]]
 ) -> Section:

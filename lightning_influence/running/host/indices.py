@@ -129,10 +129,9 @@ def count_dataset(trainer: Trainer) -> int:
     return len(dataset)
 
 
-def describe_collate(trainer: Trainer) -> str | None:
-    """Return what is assumed of a loader's own way to make batches, None for torch's."""
-    loader: Any = trainer.train_dataloader
-    if loader.collate_fn is default_collate:
+def describe_collate(loader: Any) -> str | None:
+    """Return what is assumed of a loader's own way to make batches, None for torch's, or without a loader."""
+    if getattr(loader, "collate_fn", default_collate) is default_collate:
         return None
     return (
         "The loader has a collate_fn of its own, which is taken to keep the order of the examples in a batch."
