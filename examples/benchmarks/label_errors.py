@@ -1,10 +1,10 @@
 """Finding wrong labels: training dynamics, self-influence and ``suspects`` against confident learning.
 
 ``python examples/benchmarks/label_errors.py [--cleanlab PYTHON] [--seeds 3] [--json FILE]``. A share of the
-digits' training labels is flipped, either to any other class (symmetric) or to the next one (asymmetric). One
-fit gives the dynamics, from which ``suspects`` and its parts rank all examples. Confident learning (Northcutt,
-Jiang, Chuang 2021) gets probabilities out of sample, from five more fits of the same model on four fifths of
-the data each; it runs under the Python of an environment where cleanlab is installed.
+digits' training labels is flipped, either to any other class (symmetric) or to the next one (asymmetric).
+One fit gives the dynamics, from which ``suspects`` and its parts rank all examples. Confident learning
+(Northcutt, Jiang, Chuang 2021) gets probabilities out of sample, from five more fits of the same model on
+four fifths of the data each; it runs under the Python of an environment where cleanlab is installed.
 """
 
 from __future__ import annotations
