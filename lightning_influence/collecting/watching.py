@@ -112,7 +112,8 @@ class Watching:
         Args:
             backwards: how many backward passes it ran.
         """
-        if self._gone:
+        if self._gone:  # the others may go on, and the count of what they lack with them
+            self.moments.sums[-1, 0] += 1
             return
         self._losses.close()
         if backwards > 1:
