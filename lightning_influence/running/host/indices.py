@@ -26,7 +26,8 @@ _MOST_AHEAD = 100_000
 class IndexWatch:
     """Notes the indices of batches between :meth:`open` and :meth:`close`."""
 
-    _open: ClassVar[list[IndexWatch]] = []
+    # Weakly: a watch that nobody closes ends with the callback that opened it.
+    _open: ClassVar[weakref.WeakSet[IndexWatch]] = weakref.WeakSet()
     _original: ClassVar[Callable[[Any], Any] | None] = None
 
     def __init__(self) -> None:
@@ -43,17 +44,16 @@ class IndexWatch:
 
             def next_index(iterator: Any) -> Any:
                 index = original(iterator)
-                for watch in IndexWatch._open:
+                for watch in tuple(IndexWatch._open):
                     watch._note(iterator, index)
                 return index
 
             cls._next_index = next_index
-        IndexWatch._open.append(self)
+        IndexWatch._open.add(self)
 
     def close(self) -> None:
         """Note no more, and forget what was noted."""
-        if self in IndexWatch._open:
-            IndexWatch._open.remove(self)
+        IndexWatch._open.discard(self)
         if not IndexWatch._open and IndexWatch._original is not None:
             cls: Any = torch_dataloader._BaseDataLoaderIter
             cls._next_index, IndexWatch._original = IndexWatch._original, None
