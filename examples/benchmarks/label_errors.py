@@ -98,7 +98,7 @@ def rank_by_signals(dataset: TensorDataset, seed: int) -> dict[str, NDArray[Any]
     Returns:
         Scores by the name of the signal, the most suspect highest.
     """
-    trainer, model = fit(dataset, seed, InfluenceCallback())
+    trainer, model = fit(dataset, seed, InfluenceCallback(dynamics=True))
     found = trainer.suspects(model, DataLoader(dataset, batch_size=256))
     dynamics = trainer.training_dynamics()
     assert found.margin_mean is not None

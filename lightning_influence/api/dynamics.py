@@ -31,7 +31,7 @@ def training_dynamics(
     """What each training example's loss and margin did over the epochs of the last fit.
 
     Args:
-        trainer: the Trainer, with an :class:`~lightning_influence.InfluenceCallback` that watched the fit.
+        trainer: the Trainer, whose fit was watched by ``InfluenceCallback(dynamics=True)``.
         ckpt_path: ``"best"``, ``"last"`` or a path: read what the callback saved there; the model and the
             callback stay as they are.
         log: whether to log the answer to the Trainer's loggers, and to files in its log directory.
@@ -60,8 +60,8 @@ def training_dynamics(
     if moments is None or not moments.epochs:
         reasons = " ".join(moments.notes) if moments is not None else ""
         raise UnsupportedTrainerError(
-            f"There are no training dynamics in {where}. {reasons} Fit with InfluenceCallback() (which keeps "
-            "them unless dynamics=False), whose warnings give the reason where they cannot be kept.".replace(
+            f"There are no training dynamics in {where}. {reasons} Fit with "
+            "InfluenceCallback(dynamics=True), whose warnings give the reason where they cannot be kept.".replace(
                 "  ", " "
             )
         )

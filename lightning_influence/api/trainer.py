@@ -248,7 +248,7 @@ def suspects(
 
     Args:
         trainer: as in :func:`influence`, like all arguments that are not listed here; its fit was watched by
-            an :class:`~lightning_influence.InfluenceCallback`.
+            ``InfluenceCallback(dynamics=True)``.
         model: the trained module.
         train_dataloaders: the training examples, of the dataset that was fitted.
         datamodule: where the loader comes from if it is not given.

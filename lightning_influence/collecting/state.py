@@ -54,7 +54,7 @@ class Settings:
     seed: int = 0
     strict: bool = False
     loss: ModuleLoss | None = None
-    dynamics: bool = True
+    dynamics: bool = False
 
     def __post_init__(self) -> None:
         check_callable("loss", self.loss)

@@ -127,7 +127,7 @@ class Watching:
         if self._tried == _TRIES and not self._seen and self._reason is not None:
             self._say(
                 f"Training dynamics are not kept during this fit: {self._reason} Training goes on as it is. "
-                "Pass dynamics=False to ask for none.",
+                "dynamics=False asks for none.",
                 "dynamics",
             )
             self._gone = True

@@ -55,7 +55,7 @@ def test_resumed_run_ends_in_the_same_state_to_the_last_bit(tmp_path, every, opt
         host.fit(module, ckpt_path=ckpt_path)
         return host, module
 
-    whole, resumed = InfluenceCallback(overhead=0.9), InfluenceCallback(overhead=0.9)
+    whole, resumed = (InfluenceCallback(overhead=0.9, dynamics=True) for _ in range(2))
     with torch.random.fork_rng(devices=[]):
         _, module = run(whole, "whole")
         paths = sorted(

@@ -100,17 +100,17 @@ class NoLength:
 @pytest.mark.parametrize("name", LOADERS)
 def test_dynamics_are_those_of_a_diary(name):
     module = Diary()
-    check(fit(module, InfluenceCallback(), data=LOADERS[name]()), module)
+    check(fit(module, InfluenceCallback(dynamics=True), data=LOADERS[name]()), module)
 
 
 def test_torch_is_left_as_it_was():
     iterator = torch_dataloader._BaseDataLoaderIter
     before = iterator._next_index
-    host = fit(Diary(), InfluenceCallback(), data=data(), max_epochs=1)
+    host = fit(Diary(), InfluenceCallback(dynamics=True), data=data(), max_epochs=1)
     assert host.callbacks[0]._indices is None
     assert iterator._next_index is before
     with pytest.raises(RuntimeError, match="twice"):
-        fit(Fails(), InfluenceCallback(), data=data(), max_epochs=1)
+        fit(Fails(), InfluenceCallback(dynamics=True), data=data(), max_epochs=1)
     assert iterator._next_index is before
 
 
@@ -121,7 +121,7 @@ class Fails(Diary):
 
 
 def test_batches_that_are_fetched_ahead_keep_their_indices():
-    module, host = Diary(), trainer(InfluenceCallback())
+    module, host = Diary(), trainer(InfluenceCallback(dynamics=True))
     host.fit(module, DataLoader(data().dataset, batch_sampler=NoLength()))
     assert len(module.epochs) == 4
     check(host, module)
@@ -137,13 +137,13 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_dynamics_do_not_depend_on_how_the_trainer_steps(name):
     module = Diary()
-    check(fit(module, InfluenceCallback(), data=data(), **OPTIONS[name]), module)
+    check(fit(module, InfluenceCallback(dynamics=True), data=data(), **OPTIONS[name]), module)
 
 
 def test_a_cut_epoch_of_workers_that_stay_leaves_nothing_behind():
     module = Diary()
     loaders = data(num_workers=2, persistent_workers=True)
-    check(fit(module, InfluenceCallback(), data=loaders, limit_train_batches=2), module)
+    check(fit(module, InfluenceCallback(dynamics=True), data=loaders, limit_train_batches=2), module)
 
 
 class Sum(Diary):
@@ -178,23 +178,25 @@ class Validated(Diary):
 @pytest.mark.parametrize("make", [Sum, Manual])
 def test_losses_are_found_in_steps_of_all_kinds(make):
     module = make()
-    check(fit(module, InfluenceCallback(), data=data()), module)
+    check(fit(module, InfluenceCallback(dynamics=True), data=data()), module)
 
 
 def test_other_passes_over_the_same_loader_confuse_nothing():
-    module, host = Validated(), trainer(InfluenceCallback(), val_check_interval=3)
+    module, host = Validated(), trainer(InfluenceCallback(dynamics=True), val_check_interval=3)
     host.fit(module, data(), data(shuffle=False))
     check(host, module)
 
 
 def test_a_fit_that_stops_or_fails_has_dynamics_up_to_there():
     module = Validated()
-    host = trainer(InfluenceCallback(), EarlyStopping("loss", patience=0, min_delta=9.0), max_epochs=9)
+    host = trainer(
+        InfluenceCallback(dynamics=True), EarlyStopping("loss", patience=0, min_delta=9.0), max_epochs=9
+    )
     host.fit(module, data(), data())
     assert len(module.epochs) < 9
     check(host, module)
 
-    module, host = Fails(), trainer(InfluenceCallback())
+    module, host = Fails(), trainer(InfluenceCallback(dynamics=True))
     with pytest.raises(RuntimeError, match="twice"):
         host.fit(module, data())
     assert len(module.epochs) == 3
@@ -205,12 +207,12 @@ def test_a_fit_that_stops_or_fails_has_dynamics_up_to_there():
 def test_dynamics_go_on_after_a_resumption(tmp_path, every):
     first = Diary()
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **every)
-    fit(first, InfluenceCallback(), saving, data=data(), max_epochs=2)
+    fit(first, InfluenceCallback(dynamics=True), saving, data=data(), max_epochs=2)
     paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))
     again = Diary()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's of resuming in the middle of an epoch
-        host = fit(again, InfluenceCallback(), data=data(), ckpt_path=paths[0], max_epochs=4)
+        host = fit(again, InfluenceCallback(dynamics=True), data=data(), ckpt_path=paths[0], max_epochs=4)
     assert len(again.epochs) == 4
     found = check(host, again)
     assert found.diagnostics.extra["batches"] > 6 * 3
@@ -218,7 +220,7 @@ def test_dynamics_go_on_after_a_resumption(tmp_path, every):
 
 def test_a_checkpoint_alone_has_the_dynamics(tmp_path):
     module = Diary()
-    host = fit(module, InfluenceCallback(), data=data())
+    host = fit(module, InfluenceCallback(dynamics=True), data=data())
     found = check(host, module)
     host.save_checkpoint(tmp_path / "a.ckpt")
     read = training_dynamics(trainer(), ckpt_path=tmp_path / "a.ckpt", log=False)
@@ -232,7 +234,7 @@ def test_a_checkpoint_alone_has_the_dynamics(tmp_path):
 
 
 def test_a_second_fit_continues_and_another_dataset_begins_anew():
-    callback, module = InfluenceCallback(), Diary()
+    callback, module = InfluenceCallback(dynamics=True), Diary()
     host = trainer(callback, max_epochs=2)
     host.fit(module, data())
     host.fit_loop.max_epochs = 3
@@ -286,7 +288,7 @@ def test_what_is_not_seen_is_said_once_and_ends_nothing(name):
     make, batches, reason = UNSEEN[name]
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
-        host = trainer(InfluenceCallback(), max_epochs=3)
+        host = trainer(InfluenceCallback(dynamics=True), max_epochs=3)
         host.fit(make(), batches())
     assert host.current_epoch == 3
     told = [str(w.message) for w in record if "raining dynamics" in str(w.message)]
@@ -306,7 +308,7 @@ def test_batches_that_are_missed_are_counted():
             return super().training_step(batch, batch_idx)
 
     with pytest.warns(InfluenceWarning, match="Training dynamics lack 4 of 20 batches: The training loss"):
-        host = fit(Sometimes(), InfluenceCallback(), max_epochs=4)
+        host = fit(Sometimes(), InfluenceCallback(dynamics=True), max_epochs=4)
     found = training_dynamics(host, log=False)
     assert found.diagnostics.extra["batches_missed"] == 4
     assert any("Of 20 batches, 4 were not seen" in warning for warning in found.diagnostics.warnings)
@@ -314,13 +316,13 @@ def test_batches_that_are_missed_are_counted():
 
 
 def test_dynamics_can_be_switched_off():
-    callback = InfluenceCallback(dynamics=False)
+    callback = InfluenceCallback()
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         host = fit(OwnLoss(), callback, max_epochs=1)
     assert not [w for w in record if "dynamics" in str(w.message)]
     assert callback.dynamics is None
-    with pytest.raises(UnsupportedTrainerError, match="unless dynamics=False"):
+    with pytest.raises(UnsupportedTrainerError, match=r"Fit with InfluenceCallback\(dynamics=True\)"):
         training_dynamics(host)
     with pytest.raises(ValueError, match="dynamics='yes'"):
         InfluenceCallback(dynamics="yes")
@@ -330,7 +332,7 @@ def test_a_collate_of_the_users_is_told_of():
     def collate(rows):
         return torch.utils.data.default_collate(rows)
 
-    host = fit(Diary(), InfluenceCallback(), data=data(collate_fn=collate), max_epochs=1)
+    host = fit(Diary(), InfluenceCallback(dynamics=True), data=data(collate_fn=collate), max_epochs=1)
     found = training_dynamics(host, log=False)
     assert any("collate_fn of its own" in warning for warning in found.diagnostics.warnings)
 
@@ -340,7 +342,7 @@ def test_regression_has_losses_alone():
         def training_step(self, batch, batch_idx):
             return functional.mse_loss(self.net(batch[0]), functional.one_hot(batch[1], 3).float())
 
-    found = training_dynamics(fit(Regression(), InfluenceCallback(), data=data()), log=False)
+    found = training_dynamics(fit(Regression(), InfluenceCallback(dynamics=True), data=data()), log=False)
     assert found.margin_mean is None
     assert found.loss_mean.shape == (23,)
     with pytest.raises(ValueError, match="by='late', but the loss has no labels"):
@@ -348,7 +350,7 @@ def test_regression_has_losses_alone():
 
 
 def test_a_plain_trainer_answers_and_survives_pickling():
-    host = fit(Diary(), InfluenceCallback(), data=data(), max_epochs=1)
+    host = fit(Diary(), InfluenceCallback(dynamics=True), data=data(), max_epochs=1)
     assert host.training_dynamics(log=False).epochs == 1
     again = pickle.loads(pickle.dumps(host.callbacks[0]))
     assert torch.equal(again.dynamics.floats, host.callbacks[0].dynamics.floats)
