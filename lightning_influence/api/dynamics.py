@@ -58,12 +58,10 @@ def training_dynamics(
         path = resolve_checkpoint(trainer, os.fspath(ckpt_path))
         moments, where = read_saved_dynamics(read_checkpoint(path)), f"the checkpoint {path!r}"
     if moments is None or not moments.epochs:
-        reasons = " ".join(moments.notes) if moments is not None else ""
+        reasons = "".join(f" {note}" for note in moments.notes) if moments is not None else ""
         raise UnsupportedTrainerError(
-            f"There are no training dynamics in {where}. {reasons} Fit with "
-            "InfluenceCallback(dynamics=True), whose warnings give the reason where they cannot be kept.".replace(
-                "  ", " "
-            )
+            f"There are no training dynamics in {where}.{reasons} Fit with InfluenceCallback(dynamics=True), "
+            "whose warnings give the reason where they cannot be kept."
         )
     result = build_dynamics(moments, describe_collate(find_last_fit(trainer)[0]))
     if log:

@@ -47,7 +47,9 @@ def fit(module, epochs=EPOCHS, ckpt_path=None, **saving):
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", devices=2, strategy="ddp", logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1],
-        callbacks=[InfluenceCallback(dynamics=True), *([ModelCheckpoint(sys.argv[1], **saving)] if saving else [])],
+        callbacks=[
+            InfluenceCallback(dynamics=True), *([ModelCheckpoint(sys.argv[1], **saving)] if saving else [])
+        ],
         enable_checkpointing=bool(saving),
     )
     torch.manual_seed(1)
