@@ -27,6 +27,10 @@ from lightning_influence.support.storage import PathLike
 if TYPE_CHECKING:
     import pandas as pd
 
+# Weight of the rank by self-influence beside that by margin. On flipped digits (one seed, eight cases) 0.05
+# found as much as the margin alone (mean average precision .970 and .971), and more where 1% were flipped (.980
+# and .979); equal weights of loss, margin and self-influence found less (.951).
+_SHARE = 0.05
 # Chosen by hand: what is higher than in this share of the examples is worth mentioning.
 _REMARKABLE = 0.95
 
@@ -38,7 +42,7 @@ class Suspects(Result):
     Attributes:
         train_indices: ``(N,)`` distinct dataset indices.
         diagnostics: those of the self-influence, with the notes of the dynamics.
-        scores: ``(N,)`` between 0 and 1: the mean of the ranks that the signals give an example.
+        scores: ``(N,)`` between 0 and 1: the mean of the ranks that the signals give an example, weighted.
         loss_mean: ``(N,)`` mean loss over the epochs of the fit.
         self_influence: ``(N,)`` influence of each example on its own loss.
         epochs_seen: ``(N,)`` in how many epochs the example came.
@@ -112,7 +116,8 @@ class Suspects(Result):
             own = labels.train_text(index) if labels is not None else ""
             texts[index] = "; ".join([*([own] if own else []), *reasons])
         title = f"{'Most' if largest else 'Least'} likely wrong labels"
-        caption = "Score: mean of the ranks of loss, margin and self-influence, 1 for the most suspect."
+        signal = "loss" if self.margin_mean is None else "margin"
+        caption = f"Score: rank by mean {signal}, and by self-influence to a small part; 1: most suspect."
         return Ranking(indices, scores, title=title, caption=caption, labels=Labels(train=texts))
 
     def reasons(self, train_indices: Tensor) -> list[list[str]]:
@@ -211,8 +216,9 @@ class Suspects(Result):
         certificate = build_certificate(
             [
                 say(
-                    "Suspicion is the mean of an example's ranks by mean loss and mean margin over the fit "
-                    "and by self-influence: it orders examples, and is no probability."
+                    "Suspicion is an example's rank by its mean margin over the fit (its mean loss, where "
+                    "there are no classes), and to a small part by self-influence: it orders examples, and is "
+                    "no probability."
                 ),
                 say("An example that is rare or hard is suspected as well, with the right label."),
                 *(say(warning, "fair") for warning in self.diagnostics.warnings),
@@ -239,8 +245,9 @@ class Suspects(Result):
 def find_suspects(dynamics: TrainingDynamics, influence: SelfInfluence) -> Suspects:
     """Rank examples by how likely their labels are wrong.
 
-    The score is the mean of an example's ranks by mean loss, mean margin (where there is one) and
-    self-influence, each from 0 to 1. Ranks, because the signals have different units and tails.
+    The score is a weighted mean of an example's ranks from 0 to 1: 0.95 by mean margin (by mean loss, where
+    the loss has no labels) and 0.05 by self-influence, which tells apart those that the fit leaves near a
+    tie. Ranks, because the signals have different units and tails.
 
     Args:
         dynamics: of the fit.
@@ -265,10 +272,9 @@ def find_suspects(dynamics: TrainingDynamics, influence: SelfInfluence) -> Suspe
     }
     ordered, places = influence.train_indices.sort()
     own = influence.scores[places[torch.searchsorted(ordered, indices)]]
-    signals = [picked["loss_mean"], own]
-    if picked["margin_mean"] is not None:
-        signals.append(-picked["margin_mean"])
-    scores = torch.stack([_ranks(signal) for signal in signals if signal is not None]).mean(0)
+    margins = picked["margin_mean"]
+    watched = picked["loss_mean"] if margins is None else -margins
+    scores = (1 - _SHARE) * _ranks(watched) + _SHARE * _ranks(own)
     facts = influence.diagnostics
     left = len(dynamics.train_indices) + len(influence.train_indices) - 2 * len(indices)
     notes = [*facts.warnings, *dynamics.diagnostics.warnings]

@@ -97,14 +97,18 @@ def test_tables_plots_and_loggers_take_them(tmp_path, changes):
     assert metrics.count("\n") == 3, "one line for each result"
 
 
-def test_suspects_are_ranked_by_the_mean_of_ranks():
+def test_suspects_are_ranked_by_a_mean_of_ranks():
     found = find_suspects(dynamics(), self_influence())
     order = torch.argsort(TRAIN)
-    signals = [LOSSES, self_influence().scores, -MARGINS]
-    expected = sum((rankdata(signal.numpy()) - 1) / 7 for signal in signals) / 3
+    ranks = [(rankdata(signal.numpy()) - 1) / 7 for signal in (-MARGINS, self_influence().scores)]
+    expected = 0.95 * ranks[0] + 0.05 * ranks[1]
     assert torch.equal(found.train_indices, TRAIN[order])
     torch.testing.assert_close(found.scores.double(), torch.tensor(expected)[order], rtol=1e-6, atol=1e-6)
     assert found.top(1).indices.tolist() == [[31]]
+    plain = find_suspects(dynamics(**LOSS_ALONE), self_influence())
+    ranks[0] = (rankdata(LOSSES.numpy()) - 1) / 7
+    expected = torch.tensor(0.95 * ranks[0] + 0.05 * ranks[1])[order]
+    torch.testing.assert_close(plain.scores.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @settings(max_examples=50, deadline=None)
