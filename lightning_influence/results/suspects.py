@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Weight of the rank by self-influence beside that by margin. On flipped digits (one seed, eight cases) 0.05
-# found as much as the margin alone (mean average precision .970 and .971), and more where 1% were flipped (.980
-# and .979); equal weights of loss, margin and self-influence found less (.951).
+# found as much as the margin alone (mean average precision .970 and .971), and more where 1% were flipped
+# (.980 and .979); equal weights of loss, margin and self-influence found less (.951).
 _SHARE = 0.05
 # Chosen by hand: what is higher than in this share of the examples is worth mentioning.
 _REMARKABLE = 0.95
@@ -217,8 +217,8 @@ class Suspects(Result):
             [
                 say(
                     "Suspicion is an example's rank by its mean margin over the fit (its mean loss, where "
-                    "there are no classes), and to a small part by self-influence: it orders examples, and is "
-                    "no probability."
+                    "there are no classes), and to a small part by self-influence: it orders examples, and "
+                    "is no probability."
                 ),
                 say("An example that is rare or hard is suspected as well, with the right label."),
                 *(say(warning, "fair") for warning in self.diagnostics.warnings),
