@@ -124,6 +124,7 @@ class InfluenceCallback(Callback):
         seed: int = 0,
         strict: bool = False,
         loss: ModuleLoss | None = None,
+        *,
         dynamics: bool = False,
     ) -> None:
         self._settings = Settings(
