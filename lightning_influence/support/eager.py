@@ -1,22 +1,43 @@
-"""Compiled modules run eagerly: a graph that was compiled without hooks calls none."""
+"""Passes run a model's own operations: compiled modules eagerly, checkpointed parts without a graph of their own.
+
+A graph that was compiled without hooks calls none, and reentrant activation checkpointing allows of no gradients
+but those of a plain backward pass.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils import checkpoint
 
 
-def eagerly() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which what ``torch.compile`` made runs as if it had not been compiled."""
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Run what ``torch.compile`` made, and what is checkpointed, as if it were neither."""
     stance: Any = getattr(torch.compiler, "set_stance", None)
     context: contextlib.AbstractContextManager[Any] = (
         _without_compiled_frames() if stance is None else stance("force_eager")
     )
-    return context
+    kept = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _Direct  # type: ignore[misc, assignment]
+    try:
+        with context:
+            yield
+    finally:
+        checkpoint.CheckpointFunction = kept  # type: ignore[misc]
+
+
+class _Direct:
+    """Stands in for reentrant checkpointing."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        """Return what the function makes of the arguments, with its graph."""
+        return function(*args)
 
 
 @contextlib.contextmanager
