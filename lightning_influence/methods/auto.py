@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.two_level import Correction, TwoLevel
+from lightning_influence.curvature.two_level import Correction
 from lightning_influence.linalg.block_krylov import Subspace, block_krylov
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.methods.coarse_building import TOLERANCE, CoarseBuilder, count_vector_bytes
@@ -85,7 +85,7 @@ class Auto(Method):
         )
         self.space = self.builder.find()
         self.inverse = self.builder.rescale(self.space)
-        self.operator = TwoLevel(self.inverse, self.space)
+        self.operator = self.builder.correct(self.inverse, self.space)
         if self.space.mixtures:
             context.notes.add(
                 f"The Gauss-Newton matrix was estimated from {self.space.mixtures} random mixtures of the "

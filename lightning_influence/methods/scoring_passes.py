@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,22 +33,20 @@ class Sink(Protocol):
 
 
 class Columns:
-    """A sink that keeps everything: ``(Q, N)`` in the order seen."""
+    """A sink that keeps everything: each score is written once, to its place in the answer.
 
-    def __init__(self) -> None:
-        self._scores: list[Tensor] = []
-        self._indices: list[Tensor] = []
+    Args:
+        scores: the answer's rows, ``(Q, N)``, written to in place.
+        indices: dataset indices of its columns, ascending, ``(N,)``.
+    """
+
+    def __init__(self, scores: Tensor, indices: Tensor) -> None:
+        self._scores, self._indices = scores, indices
 
     def update(self, scores: Tensor, indices: Tensor) -> None:
-        """Keep a block of columns on the CPU."""
-        self._scores.append(scores.cpu())
-        self._indices.append(indices.cpu())
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Return ``(scores (Q, N), indices (N,))``, columns sorted by dataset index."""
-        indices = torch.cat(self._indices)
-        order = indices.argsort(stable=True)
-        return torch.cat(self._scores, dim=1)[:, order], indices[order]
+        """Write the columns of some examples."""
+        columns = torch.searchsorted(self._indices, indices.cpu())
+        self._scores.index_copy_(1, columns, scores.detach().to(self._scores))
 
 
 class ScorePass:
@@ -61,21 +59,46 @@ class ScorePass:
         plan: the covered layers.
         scorer: the solved queries.
         sink: where scores go.
+        most_examples: how many examples of a batch are scored at once.
     """
 
     description = "Influence: scores"
 
-    def __init__(self, plan: LayerPlan, scorer: Scorer, sink: Sink) -> None:
+    def __init__(
+        self, plan: LayerPlan, scorer: Scorer, sink: Sink, *, most_examples: int | None = None
+    ) -> None:
         self.forward, self.losses = Forward(plan), LossSum()
-        self._scorer, self._sink = scorer, sink
+        self._scorer, self._sink, self._most = scorer, sink, most_examples
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
         captured = self.forward(module, batch, len(indices))
         self.losses.add(captured)
-        scores = _join([self._scorer(gradients) for gradients in captured.loss_gradient_parts()])
-        refuse_non_finite(scores, indices)
-        self._sink.update(scores, indices)
+        start = 0
+        for gradients in captured.loss_gradient_parts():
+            for few in split_examples(gradients, self._most):
+                scores = self._scorer(few)
+                rows = indices[start : start + scores.shape[1]]
+                refuse_non_finite(scores, rows)
+                self._sink.update(scores, rows)
+                start += scores.shape[1]
+
+
+def split_examples(
+    gradients: Mapping[str, LayerGradients], most: int | None
+) -> Iterator[Mapping[str, LayerGradients]]:
+    """Yield gradients a few examples at a time.
+
+    Args:
+        gradients: of some examples, by layer.
+        most: how many at a time; None for all at once.
+    """
+    count = next((layer.num_examples for layer in gradients.values()), 0)
+    if most is None or count <= most:
+        yield gradients
+        return
+    for start in range(0, count, most):
+        yield {name: layer.select(slice(start, start + most)) for name, layer in gradients.items()}
 
 
 Quadratic = Callable[[Mapping[str, LayerGradients]], Tensor | tuple[Tensor, Tensor | None]]

@@ -143,6 +143,16 @@ class Runner(ABC):
         """Where passes run."""
         return self.module.device
 
+    def agree(self, loader: IndexedLoader) -> None:
+        """Let all processes visit the first one's batches: a sampler may have drawn others elsewhere.
+
+        Passes do so as well; what is decided by a loader's indices before the first pass has to wait for it.
+
+        Args:
+            loader: changed in place.
+        """
+        return  # there is one process
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes, computed in place; on one process, the tensor."""
         if self.world_size == 1:
