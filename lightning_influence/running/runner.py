@@ -26,6 +26,7 @@ from lightning_influence.running.reading import prepare
 from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import InfluenceError
 from lightning_influence.support.random_states import preserve_rng
+from lightning_influence.support.turns import turn
 
 
 class Pass(Protocol):
@@ -75,12 +76,17 @@ class Runner(ABC):
     def __enter__(self) -> Self:
         """Return the runner with the module (and Trainer) borrowed; on failure everything is as before.
 
+        Other threads wait until the block is left.
+
         Raises:
             InfluenceError: if the runner is in use already.
         """
-        if self._stack is not None:
-            raise InfluenceError("This runner is in use; leave its `with` block before entering it again.")
         with contextlib.ExitStack() as stack:
+            stack.enter_context(turn())
+            if self._stack is not None:
+                raise InfluenceError(
+                    "This runner is in use; leave its `with` block before entering it again."
+                )
             self._borrow(stack)
             self._stack = stack.pop_all()
         return self
