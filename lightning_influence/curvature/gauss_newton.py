@@ -66,15 +66,15 @@ class CurvatureProductPass(CurvaturePass):
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         if self._fisher != "exact":
-            self._add_by_columns(self._capture(module, batch, len(indices)))
+            self._add_by_columns(self._capture(module, batch, len(indices)), indices)
             return
         with differentiable_twice(module):
             captured = self._capture(module, batch, len(indices))
             if not self._autograd_is_cheaper(captured) or not self._tried_autograd(captured):
-                self._add_by_columns(captured)
+                self._add_by_columns(captured, indices)
 
-    def _add_by_columns(self, captured: Captured) -> None:
-        for run in self._runs(captured):
+    def _add_by_columns(self, captured: Captured, indices: Tensor) -> None:
+        for run in self._runs(captured, indices):
             gradients = run
             dtype = next(iter(gradients.values())).outputs.dtype
             if self._sums[0].dtype == torch.float64 != dtype:  # asked for the residual of what is in float32
@@ -202,7 +202,7 @@ class DenseCurvaturePass(CurvaturePass):
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        gradients = self._gradients(self._capture(module, batch, len(indices)))
+        gradients = self._gradients(self._capture(module, batch, len(indices)), indices)
         if self._sum is None:
             like = next(iter(gradients.values())).outputs
             size = self.layout.numel

@@ -74,7 +74,7 @@ class StoragePass(CurvaturePass):
         if captured.loss is not None and captured.loss.num_columns > MAX_COLUMNS:
             self.fits, self._parts, self._indices = False, [], []
             return
-        gradients = self._gradients(captured)
+        gradients = self._gradients(captured, indices)
         check_finite(gradients)
         kept: dict[str, LayerGradients] = {name: compact(layer) for name, layer in gradients.items()}
         self._bytes += sum(layer.nbytes for layer in kept.values())
@@ -139,7 +139,7 @@ class StoredGaussNewton:
     ) -> None:
         self.layout, self.mean_weight = layout, mean_weight
         self._gradients, self._all_reduce_sum = gradients, all_reduce_sum
-        self._indices, self._everyone = indices, everyone
+        self._indices, self._everyone = indices, everyone.sort().values  # in no loader's order
 
     @property
     def numel(self) -> int:
