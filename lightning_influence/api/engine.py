@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,8 @@ from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
 from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
-from lightning_influence.model.captured import LossSum, WeightedCount
+from lightning_influence.model.captured import WeightedCount
+from lightning_influence.model.content import SeenData
 from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import LayerPlan, ModuleLoss, find_layers
@@ -31,6 +33,7 @@ from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare, prepare_train
 from lightning_influence.running.runner import Runner
 from lightning_influence.support.arguments import check_callable, check_layers, is_count, to_plain_number
+from lightning_influence.support.digests import digest_tensors
 from lightning_influence.support.notes import Notes
 
 
@@ -229,7 +232,7 @@ class Engine:
 
         return answer_or_retry(self._state, prepared)
 
-    def _losses(self, method: Method, loader: IndexedLoader) -> LossSum:
+    def _losses(self, method: Method, loader: IndexedLoader) -> SeenData:
         """Return the losses of the training examples, from a pass of their own."""
         one_pass = LossPass(method.context.plan)
         self._runner.run(one_pass, loader)
@@ -269,7 +272,9 @@ class Engine:
             self._runner.device,
             torch.float64 if dtype == torch.float64 else torch.float32,
             weights=weights,
-            weights_key=compute_digest({name: [f"{x:.9g}" for x in pair] for name, pair in weights.items()}),
+            weights_key=digest_tensors(
+                dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+            ),
             notes=self._notes,
         )
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.factors import Factors, LayerStatistics, compute_eigenbasis
-from lightning_influence.model.captured import RANDOM, Captured, Fisher, LossSum
+from lightning_influence.model.captured import RANDOM, Captured, Fisher
+from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients, LayerGradients, check_finite, compact
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, ExampleGenerator
@@ -46,13 +47,14 @@ class CovariancePass:
         self.factors = Factors(fisher=fisher)
         self.cache: list[dict[str, LayerGradients]] | None = []
         self.forward = Forward(plan)
-        self.losses = LossSum()
+        self.losses = SeenData()
         self._draws = Draws(fisher, seed, draws)
         self._free = cache_bytes
         self._expected = num_examples
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
+        self.losses.read(batch, indices)
         captured = self.forward(module, batch, len(indices))
         self.losses.add(captured)
         gradients, others = self._draws.pair(captured, indices, second=self.cache is not None)

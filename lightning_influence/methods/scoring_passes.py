@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_influence.model.captured import LossSum
+from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import LayerPlan
@@ -67,11 +67,12 @@ class ScorePass:
     def __init__(
         self, plan: LayerPlan, scorer: Scorer, sink: Sink, *, most_examples: int | None = None
     ) -> None:
-        self.forward, self.losses = Forward(plan), LossSum()
+        self.forward, self.losses = Forward(plan), SeenData()
         self._scorer, self._sink, self._most = scorer, sink, most_examples
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
+        self.losses.read(batch, indices)
         captured = self.forward(module, batch, len(indices))
         self.losses.add(captured)
         start = 0
@@ -133,7 +134,7 @@ class SelfInfluencePass:
         self, plan: LayerPlan, quadratic: Quadratic, *, description: str = "Influence: self-influence"
     ) -> None:
         self.description = description
-        self.forward, self.losses = Forward(plan), LossSum()
+        self.forward, self.losses = Forward(plan), SeenData()
         self._values: list[Tensor] = []
         self._residuals: list[Tensor] = []
         self._indices: list[Tensor] = []
@@ -141,6 +142,7 @@ class SelfInfluencePass:
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
+        self.losses.read(batch, indices)
         captured = self.forward(module, batch, len(indices))
         self.losses.add(captured)
         found = [self._quadratic(gradients) for gradients in captured.loss_gradient_parts()]
