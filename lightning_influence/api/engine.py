@@ -19,6 +19,7 @@ from lightning_influence.methods.context import Context, answer_or_retry, check_
 from lightning_influence.methods.gathering import Gathered, GradientPass, gather
 from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
+from lightning_influence.methods.rounding import tell_rounding
 from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
 from lightning_influence.model.captured import WeightedCount
@@ -150,7 +151,8 @@ class Engine:
         scoring = ScorePass(context.plan, solved.scorer, sink, most_examples=answer.count_examples())
         context.run_on_train(scoring)
         check_same_data(context, scoring.losses)
-        answer.end(asked, self._scale(scoring.losses, _is_loss(measured)), solved.residuals)
+        residuals = tell_rounding(context, scoring.rounding, solved.residuals)
+        answer.end(asked, self._scale(scoring.losses, _is_loss(measured)), residuals)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.
@@ -170,10 +172,11 @@ class Engine:
         method.context.run_on_train(one_pass)
         check_same_data(method.context, one_pass.losses)
         found = method.refine(one_pass.gather(self._runner.all_gather_cat, method.context.dtype))
+        residuals = tell_rounding(method.context, one_pass.rounding, found.residuals)
         return SelfInfluence(
             train_indices=found.indices,
             scores=found.values * self._scale(one_pass.losses, True),
-            diagnostics=self._diagnostics(method, "loss", found.residuals),
+            diagnostics=self._diagnostics(method, "loss", residuals),
         )
 
     def ihvp(self, train: Any, queries: Any) -> tuple[dict[str, Tensor], Diagnostics]:

@@ -75,7 +75,7 @@ class TwoLevel:
         """Yield which of a layer's vectors to form at once."""
         each = self._blocks[0][name].element_size() * self.space.layout.numels[name]
         step = max(1, self._most_bytes // each)
-        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+        return (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
 
     def _image(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return ``A Q`` in one layer, ``(m, G, D_out, D_in)``."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_influence.methods.rounding import Rounding
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import LayerGradients
@@ -69,6 +70,7 @@ class ScorePass:
     ) -> None:
         self.forward, self.losses = Forward(plan), SeenData()
         self._scorer, self._sink, self._most = scorer, sink, most_examples
+        self.rounding = Rounding(plan)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
@@ -83,6 +85,7 @@ class ScorePass:
                 refuse_non_finite(scores, rows)
                 self._sink.update(scores, rows)
                 start += scores.shape[1]
+                self.rounding.look(module, batch, len(indices), few, self._scorer)
 
 
 def split_examples(
@@ -139,19 +142,27 @@ class SelfInfluencePass:
         self._residuals: list[Tensor] = []
         self._indices: list[Tensor] = []
         self._quadratic = quadratic
+        self.rounding = Rounding(plan)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
         self.losses.read(batch, indices)
         captured = self.forward(module, batch, len(indices))
         self.losses.add(captured)
-        found = [self._quadratic(gradients) for gradients in captured.loss_gradient_parts()]
+        found = []
+        for gradients in captured.loss_gradient_parts():
+            found.append(self._quadratic(gradients))
+            self.rounding.look(module, batch, len(indices), gradients, self._find_values)
         pairs = [pair if isinstance(pair, tuple) else (pair, None) for pair in found]
         values = _join([value for value, _ in pairs])
         refuse_non_finite(values, indices)
         self._values.append(values.detach().cpu())
         self._residuals += [part.detach().cpu() for _, part in pairs if part is not None]
         self._indices.append(indices.cpu())
+
+    def _find_values(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
+        found = self._quadratic(gradients)
+        return found[0] if isinstance(found, tuple) else found
 
     def gather(self, all_gather_cat: Callable[[Tensor], Tensor], dtype: torch.dtype) -> SelfScores:
         """Join what all processes have seen.
