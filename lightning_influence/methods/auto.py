@@ -29,8 +29,8 @@ from lightning_influence.model.gradients import LayerGradients
 # 1, 2, 3 steps are .14, .08, .05, against .12, .05, .03 together. In float32 its bases stay orthogonal to
 # 4e-6 (CNN 7e-6), and eight steps reach a residual of 1e-6 (4e-7 in float64), which changes no LDS.
 _MAX_STEPS = 3
-# Chosen by hand: residuals that are to be below this are rounded by products in float32. With one more product,
-# they are computed anew in float64.
+# Chosen by hand: residuals that are to be below this are rounded by products in float32. One more product
+# computes them anew in float64.
 _ROUNDED = 1e-2
 _MOST_GROUPS = 4
 _EXAMPLES = "training examples"
