@@ -21,7 +21,7 @@ from lightning_influence.results.top_k import Extremes, StreamingExtremes
 _SUMMED = 64 * 2**20
 # Chosen by hand: the share of the memory budget that the scores of a few examples for all queries of a group
 # may take. Their ranking, or the products that they are sums of, take several times as much.
-_SHARE = 8
+_SHARE = 16
 
 
 class Answer:
