@@ -42,7 +42,7 @@ def context(runner):
         runner=runner,
         train=SimpleNamespace(indices=ORDER),
         dtype=torch.float64,
-        options=Options(memory_budget=8 * 8 * 3 * 2),
+        options=Options(memory_budget=16 * 8 * 3 * 2),
     )
 
 
