@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,25 +14,27 @@ from torch import Tensor
 from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.methods.answers import Answer
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
-from lightning_influence.methods.gathering import Gathered, GradientPass, gather, join_scores
+from lightning_influence.methods.gathering import Gathered, GradientPass, gather
 from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
-from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
+from lightning_influence.methods.rounding import tell_rounding
+from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
-from lightning_influence.model.captured import LossSum, WeightedCount
+from lightning_influence.model.captured import WeightedCount
+from lightning_influence.model.content import SeenData
 from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import LayerPlan, ModuleLoss, find_layers
 from lightning_influence.results.attributions import Attributions
-from lightning_influence.results.averages import join_queries
 from lightning_influence.results.diagnostics import Diagnostics, PassFacts
 from lightning_influence.results.self_influence import SelfInfluence
-from lightning_influence.results.top_k import StreamingExtremes
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare, prepare_train
 from lightning_influence.running.runner import Runner
 from lightning_influence.support.arguments import check_callable, check_layers, is_count, to_plain_number
+from lightning_influence.support.digests import digest_tensors
 from lightning_influence.support.notes import Notes
 
 
@@ -113,10 +116,13 @@ class Engine:
         self, train: IndexedLoader, query_loaders: list[IndexedLoader], measured: ResolvedMeasurement
     ) -> Attributions:
         method = self._prepare(train)
-        several = len(query_loaders) > 1
-        groups = self._groups(method, query_loaders, measured)
-        answers = (self._attribute_group(method, group, measured, several) for group in groups)
-        return join_queries(answers, sum(loader.num_examples for loader in query_loaders))
+        count = sum(loader.num_examples for loader in query_loaders)
+        answer = Answer(method.context, count, self._question.top_k)
+        for group in self._groups(method, query_loaders, measured):
+            self._attribute_group(method, group, measured, answer)
+            del group  # before the next one is read
+        found, residuals = answer.take(several=len(query_loaders) > 1)
+        return Attributions(diagnostics=self._diagnostics(method, measured.name, residuals), **found)
 
     def _groups(
         self, method: Method, loaders: list[IndexedLoader], measured: ResolvedMeasurement
@@ -135,24 +141,18 @@ class Engine:
                 yield from [found] if len(groups) == 1 else map(found.select, groups)
 
     def _attribute_group(
-        self, method: Method, asked: Gathered, measured: ResolvedMeasurement, several: bool
-    ) -> Attributions:
-        """Return scores of some queries, from one pass; their gradients are let go."""
-        context, k = method.context, self._question.top_k
+        self, method: Method, asked: Gathered, measured: ResolvedMeasurement, answer: Answer
+    ) -> None:
+        """Find the scores of some queries, in one pass; their gradients are let go."""
+        context = method.context
         solved = method.solve(asked.gradients)
         asked = replace(asked, gradients={})  # methods let go of what the scores do not need
-        sink = Columns() if k is None else StreamingExtremes(len(asked.indices), k)
-        scoring = ScorePass(context.plan, solved.scorer, sink)
+        sink = answer.begin(len(asked.indices))
+        scoring = ScorePass(context.plan, solved.scorer, sink, most_examples=answer.count_examples())
         context.run_on_train(scoring)
-        if not scoring.losses.examples and isinstance(sink, Columns):  # fewer examples than processes
-            sink.update(
-                torch.empty(len(asked.indices), 0, dtype=context.dtype), torch.empty(0, dtype=torch.int64)
-            )
-        check_same_data(method.context, scoring.losses)
-        scale = self._scale(scoring.losses, _is_loss(measured))
-        diagnostics = self._diagnostics(method, measured.name, solved.residuals)
-        dataloaders = asked.dataloaders if several else None
-        return join_scores(context, sink, scale, asked.indices, dataloaders, diagnostics)
+        check_same_data(context, scoring.losses)
+        residuals = tell_rounding(context, scoring.rounding, solved.residuals)
+        answer.end(asked, self._scale(scoring.losses, _is_loss(measured)), residuals)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.
@@ -172,10 +172,11 @@ class Engine:
         method.context.run_on_train(one_pass)
         check_same_data(method.context, one_pass.losses)
         found = method.refine(one_pass.gather(self._runner.all_gather_cat, method.context.dtype))
+        residuals = tell_rounding(method.context, one_pass.rounding, found.residuals)
         return SelfInfluence(
             train_indices=found.indices,
             scores=found.values * self._scale(one_pass.losses, True),
-            diagnostics=self._diagnostics(method, "loss", found.residuals),
+            diagnostics=self._diagnostics(method, "loss", residuals),
         )
 
     def ihvp(self, train: Any, queries: Any) -> tuple[dict[str, Tensor], Diagnostics]:
@@ -234,7 +235,7 @@ class Engine:
 
         return answer_or_retry(self._state, prepared)
 
-    def _losses(self, method: Method, loader: IndexedLoader) -> LossSum:
+    def _losses(self, method: Method, loader: IndexedLoader) -> SeenData:
         """Return the losses of the training examples, from a pass of their own."""
         one_pass = LossPass(method.context.plan)
         self._runner.run(one_pass, loader)
@@ -250,6 +251,7 @@ class Engine:
     def _context(self, train: IndexedLoader) -> Context:
         """Return everything a method works with: find the layers, and say what is not covered."""
         module = self._runner.module
+        self._runner.agree(train)
         plan = self._plan(module)
         uncovered = plan.describe_uncovered()
         if uncovered is not None:
@@ -273,7 +275,9 @@ class Engine:
             self._runner.device,
             torch.float64 if dtype == torch.float64 else torch.float32,
             weights=weights,
-            weights_key=compute_digest({name: [f"{x:.9g}" for x in pair] for name, pair in weights.items()}),
+            weights_key=digest_tensors(
+                dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+            ),
             notes=self._notes,
         )
 

@@ -31,8 +31,10 @@ from lightning_influence.results.suspects import Suspects, find_suspects
 from lightning_influence.running.host.trainer import register_trainer_method
 from lightning_influence.support.arguments import parse_options
 from lightning_influence.support.errors import UnsupportedTrainerError
+from lightning_influence.support.turns import take_turns
 
 
+@take_turns
 def influence(
     trainer: Trainer,
     model: LightningModule | None = None,
@@ -153,6 +155,7 @@ def influence(
     return attributions
 
 
+@take_turns
 def self_influence(
     trainer: Trainer,
     model: LightningModule | None = None,
@@ -404,6 +407,7 @@ def relabel(
     return _edit(trainer, request, model, train_dataloaders, datamodule, ckpt_path, name if log else None)
 
 
+@take_turns
 def _edit(
     trainer: Trainer,
     request: EditRequest,

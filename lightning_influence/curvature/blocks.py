@@ -83,7 +83,7 @@ class DenseBlockPass(CurvaturePass):
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        gradients = self._gradients(self._capture(module, batch, len(indices)))
+        gradients = self._gradients(self._capture(module, batch, len(indices)), indices)
         for name, layer in gradients.items():
             numel = self.layout.numels[name]
             if name not in self._sums:

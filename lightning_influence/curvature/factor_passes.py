@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.factors import Factors, LayerStatistics, compute_eigenbasis
-from lightning_influence.model.captured import RANDOM, Captured, Fisher, LossSum
+from lightning_influence.model.captured import RANDOM, Captured, Fisher
+from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients, LayerGradients, check_finite, compact
-from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, draw_generator
+from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, ExampleGenerator
 from lightning_influence.model.plan import LayerPlan
 
 
@@ -46,16 +47,17 @@ class CovariancePass:
         self.factors = Factors(fisher=fisher)
         self.cache: list[dict[str, LayerGradients]] | None = []
         self.forward = Forward(plan)
-        self.losses = LossSum()
+        self.losses = SeenData()
         self._draws = Draws(fisher, seed, draws)
         self._free = cache_bytes
         self._expected = num_examples
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
+        self.losses.read(batch, indices)
         captured = self.forward(module, batch, len(indices))
         self.losses.add(captured)
-        gradients, others = self._draws.pair(captured, second=self.cache is not None)
+        gradients, others = self._draws.pair(captured, indices, second=self.cache is not None)
         check_finite(gradients)
         add_covariances(self.factors, gradients, captured)
         if self.cache is not None and others is not None:
@@ -83,8 +85,7 @@ class SquaresPass:
     Args:
         plan: the covered layers.
         factors: factors whose layers have a basis; their squares are replaced.
-        seed: seed of the draws; the same seed and loader give the second draw of
-            :class:`CovariancePass`.
+        seed: seed of the draws; the same seed gives the second draw of :class:`CovariancePass`.
         draws: mixtures or sampled labels per example.
     """
 
@@ -100,7 +101,7 @@ class SquaresPass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         captured = self.forward(module, batch, len(indices))
-        gradients = self._draws.gradients(captured, purpose=SQUARES)
+        gradients = self._draws.gradients(captured, indices, SQUARES)
         check_finite(gradients)
         add_squares(self.factors, gradients)
 
@@ -125,7 +126,7 @@ class DiagonalPass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         captured = self.forward(module, batch, len(indices))
-        gradients = self._draws.gradients(captured)
+        gradients = self._draws.gradients(captured, indices)
         check_finite(gradients)
         add_layers(self.factors, gradients)
         add_squares(self.factors, gradients)
@@ -133,7 +134,7 @@ class DiagonalPass:
 
 
 class Draws:
-    """Reproducible curvature gradients: a draw depends on the seed and the batch's number only.
+    """Reproducible curvature gradients: an example's draw depends on the seed and its dataset index only.
 
     Args:
         fisher: which output gradients to use.
@@ -143,33 +144,40 @@ class Draws:
 
     def __init__(self, fisher: Fisher, seed: int = 0, draws: int = 1) -> None:
         self.fisher, self.seed, self.draws = fisher, seed, draws
-        self.batches = 0
 
-    def gradients(self, captured: Captured, purpose: int = COVARIANCES) -> dict[str, FactoredGradients]:
-        """Return gradients for the next batch, of the first or the second draw."""
-        generator = None
-        if captured.loss is not None and self.fisher in RANDOM:
-            generator = draw_generator(self.seed, self.batches, captured.loss.outputs.device, purpose)
-        self.batches += 1
-        return captured.curvature_gradients(self.fisher, generator, self.draws)
-
-    def pair(
-        self, captured: Captured, *, second: bool
-    ) -> tuple[dict[str, FactoredGradients], dict[str, FactoredGradients] | None]:
-        """Return gradients for the next batch of both draws; the same twice where nothing is drawn.
+    def gradients(
+        self, captured: Captured, indices: Tensor, purpose: int = COVARIANCES
+    ) -> dict[str, FactoredGradients]:
+        """Return gradients of a batch, of the first or the second draw.
 
         Args:
             captured: the batch.
+            indices: dataset indices of its examples, ``(B,)``.
+            purpose: which of the draws.
+        """
+        generator = self._source(captured, indices, purpose)
+        return captured.curvature_gradients(self.fisher, generator, self.draws)
+
+    def pair(
+        self, captured: Captured, indices: Tensor, *, second: bool
+    ) -> tuple[dict[str, FactoredGradients], dict[str, FactoredGradients] | None]:
+        """Return gradients of both draws; the same twice where nothing is drawn.
+
+        Args:
+            captured: the batch.
+            indices: dataset indices of its examples, ``(B,)``.
             second: whether the second draw is wanted.
         """
-        if captured.loss is None or self.fisher not in RANDOM or not second:
-            gradients = self.gradients(captured)
+        sources = [self._source(captured, indices, purpose) for purpose in (COVARIANCES, SQUARES)]
+        if sources[0] is None or not second:
+            gradients = captured.curvature_gradients(self.fisher, sources[0], self.draws)
             return gradients, gradients if second else None
-        device = captured.loss.outputs.device
-        sources = [draw_generator(self.seed, self.batches, device, p) for p in (COVARIANCES, SQUARES)]
-        self.batches += 1
         first, others = captured.random_gradients(self.fisher, sources, self.draws)
         return first, others
+
+    def _source(self, captured: Captured, indices: Tensor, purpose: int) -> ExampleGenerator | None:
+        drawn = captured.loss is not None and self.fisher in RANDOM
+        return ExampleGenerator(self.seed, indices, purpose) if drawn else None
 
 
 def add_covariances(factors: Factors, gradients: dict[str, FactoredGradients], captured: Captured) -> None:

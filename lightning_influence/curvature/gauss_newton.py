@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_influence.curvature.differentiation import add_gauss_newton_products, differentiable_twice
 from lightning_influence.curvature.passes import CurvaturePass
 from lightning_influence.model.captured import MAX_COLUMNS, Captured, Fisher
-from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.gradients import FactoredGradients, LayerGradients
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.errors import UnsupportedModelError
 
@@ -40,6 +40,8 @@ class CurvatureProductPass(CurvaturePass):
         max_columns: see :class:`~.passes.CurvaturePass`.
         draws: see :class:`~.passes.CurvaturePass`.
         seed: see :class:`~.passes.CurvaturePass`.
+        most_bytes: of the vectors that go through recorded factors at once, which takes twice as much again;
+            None for no limit.
     """
 
     def __init__(
@@ -52,53 +54,68 @@ class CurvatureProductPass(CurvaturePass):
         max_columns: int = 64,
         draws: int = 16,
         seed: int = 0,
+        most_bytes: int | None = None,
     ) -> None:
         super().__init__(plan, fisher=fisher, max_columns=max_columns, draws=draws, seed=seed)
         self.description = description
         self.vectors = [vectors] if isinstance(vectors, Tensor) else list(vectors)
         self._twice = True
         self._sums = [torch.zeros_like(block) for block in self.vectors]
+        self._most_bytes = most_bytes
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         if self._fisher != "exact":
-            self._add_by_columns(self._capture(module, batch, len(indices)))
+            self._add_by_columns(self._capture(module, batch, len(indices)), indices)
             return
         with differentiable_twice(module):
             captured = self._capture(module, batch, len(indices))
             if not self._autograd_is_cheaper(captured) or not self._tried_autograd(captured):
-                self._add_by_columns(captured)
+                self._add_by_columns(captured, indices)
 
-    def _add_by_columns(self, captured: Captured) -> None:
-        for run in self._runs(captured):
+    def _add_by_columns(self, captured: Captured, indices: Tensor) -> None:
+        for run in self._runs(captured, indices):
             gradients = run
             dtype = next(iter(gradients.values())).outputs.dtype
             if self._sums[0].dtype == torch.float64 != dtype:  # asked for the residual of what is in float32
                 dtype = torch.float64
                 gradients = {name: layer.to(dtype=dtype) for name, layer in run.items()}
-            blocks = self._layer_vectors(dtype)
-            products = torch.stack([layer.dot(blocks[name]()) for name, layer in gradients.items()]).sum(
-                dim=0
-            )
-            start = 0
-            for name, numel in self.layout.numels.items():
-                if name in gradients:
-                    self._add(gradients[name].combine(products).flatten(1), slice(start, start + numel))
-                start += numel
+            for parts in self._parts():
+                self._add_products(gradients, dtype, parts)
             del gradients, run  # before the next ones are made
 
-    def _layer_vectors(self, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-        """Return what makes each layer's part of all vectors, ``(V, G, D_out, D_in)``."""
-        views = [self.layout.split(block) for block in self.vectors]
-        return {
-            name: lambda name=name: torch.cat([view[name] for view in views]).to(dtype)  # type: ignore[misc]
-            for name in self.layout.shapes
-        }
+    def _parts(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Yield rows of the vectors and of their sums, as many as may be multiplied at once."""
+        pairs = zip(self.vectors, self._sums, strict=True)
+        if self._most_bytes is None or sum(block.nbytes for block in self.vectors) <= self._most_bytes:
+            yield list(pairs)
+            return
+        for block, out in pairs:
+            rows = max(1, self._most_bytes // (self.layout.numel * block.element_size()))
+            for few in zip(torch.split(block, rows), torch.split(out, rows), strict=True):
+                yield [few]
 
-    def _add(self, parts: Tensor, columns: slice) -> None:
-        shares = torch.split(parts, [len(out) for out in self._sums])
-        for out, part in zip(self._sums, shares, strict=True):
-            out[:, columns] += part
+    def _add_products(
+        self,
+        gradients: Mapping[str, LayerGradients],
+        dtype: torch.dtype,
+        parts: Sequence[tuple[Tensor, Tensor]],
+    ) -> None:
+        """Add what some gradients contribute to the products with some of the vectors."""
+        views = [self.layout.split(block) for block, _ in parts]
+        products = torch.stack([
+            layer.dot(torch.cat([view[name] for view in views]).to(dtype))
+            for name, layer in gradients.items()
+        ]).sum(dim=0)
+        start = 0
+        for name, numel in self.layout.numels.items():
+            if name in gradients:
+                found = gradients[name].combine(products).flatten(1)
+                for (_, out), share in zip(
+                    parts, torch.split(found, [len(o) for _, o in parts]), strict=True
+                ):
+                    out[:, start : start + numel] += share
+            start += numel
 
     def _tried_autograd(self, captured: Captured) -> bool:
         """Take the way through autograd.
@@ -185,7 +202,7 @@ class DenseCurvaturePass(CurvaturePass):
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
-        gradients = self._gradients(self._capture(module, batch, len(indices)))
+        gradients = self._gradients(self._capture(module, batch, len(indices)), indices)
         if self._sum is None:
             like = next(iter(gradients.values())).outputs
             size = self.layout.numel

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_influence.model.captured import RANDOM, Captured, Fisher, WeightedCount
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients
-from lightning_influence.model.losses.draws import draw_generator
+from lightning_influence.model.losses.draws import ExampleGenerator
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import NonFiniteError
 
@@ -126,16 +126,15 @@ class CurvaturePass(AveragingPass):
         self.estimated = False
         self._fisher = fisher
         self._max_columns, self._draws, self._seed = max_columns, draws, seed
-        self._batches = 0
 
-    def _gradients(self, captured: Captured) -> dict[str, FactoredGradients]:
-        """Return curvature gradients of one batch."""
-        fisher, generator = self._next(captured)
+    def _gradients(self, captured: Captured, indices: Tensor) -> dict[str, FactoredGradients]:
+        """Return curvature gradients of a batch, whose draws follow its dataset indices ``(B,)``."""
+        fisher, generator = self._next(captured, indices)
         return captured.curvature_gradients(fisher, generator, self._draws)
 
-    def _runs(self, captured: Captured) -> Iterator[dict[str, FactoredGradients]]:
+    def _runs(self, captured: Captured, indices: Tensor) -> Iterator[dict[str, FactoredGradients]]:
         """Yield the same gradients a few seeds at a time, so that their number needs no memory."""
-        fisher, generator = self._next(captured)
+        fisher, generator = self._next(captured, indices)
         if captured.loss is None:
             yield captured.curvature_gradients(fisher)
             return
@@ -144,12 +143,11 @@ class CurvaturePass(AveragingPass):
         while few := list(itertools.islice(seeds, size)):
             yield captured.recorder.gradients(captured.loss.outputs, list(few), captured.num_examples)
 
-    def _next(self, captured: Captured) -> tuple[Fisher, torch.Generator | None]:
-        """Return what the next batch's gradients are, and where their draws come from."""
+    def _next(self, captured: Captured, indices: Tensor) -> tuple[Fisher, torch.Generator | None]:
+        """Return what a batch's gradients are, and where their draws come from."""
         fisher, generator = self._choose(captured), None
         if captured.loss is not None and fisher in RANDOM:
-            generator = draw_generator(self._seed, self._batches, captured.loss.outputs.device)
-        self._batches += 1
+            generator = ExampleGenerator(self._seed, indices)
         self.estimated |= fisher != "exact"
         return fisher, generator
 

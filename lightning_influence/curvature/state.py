@@ -29,6 +29,8 @@ class InfluenceState:
             for factors of a training run and for those that a user brings, which are used as they are.
         mean_loss: of the training data that factors from a pass and the coarse space were made on, at these
             weights; None if unknown. Both are made again when it changes.
+        content: digest of these examples and of the loss's settings; None if unknown, as in states that were
+            stored without one.
         verified: what passes of earlier calls have found in order, by model; not stored.
     """
 
@@ -38,11 +40,12 @@ class InfluenceState:
     coarse_key: str = ""
     factors_key: str = ""
     mean_loss: float | None = None
+    content: int | None = None
     verified: dict[str, set[str]] = field(default_factory=dict, compare=False, repr=False)
 
     def forget(self) -> None:
         """Let go of what passes have computed; factors of a training run, or a user's own, stay."""
-        self.coarse, self.coarse_key, self.mean_loss = None, "", None
+        self.coarse, self.coarse_key, self.mean_loss, self.content = None, "", None, None
         if self.factors_key:
             self.factors, self.factors_key = None, ""
 
@@ -54,7 +57,7 @@ class InfluenceState:
             limit: what takes more bytes than this is left out, and has to be computed again.
 
         Returns:
-            The coarse space, factors unless ``collected`` are as good, and the mean loss of their data.
+            The coarse space, factors unless ``collected`` are as good, and what their data were.
         """
         result: dict[str, Any] = {}
         if self.coarse is not None:
@@ -66,7 +69,9 @@ class InfluenceState:
             for name, value in result.items()
             if _nbytes(result[name.removesuffix("_key")]) <= limit
         }
-        return {**kept, "mean_loss": self.mean_loss} if kept and self.mean_loss is not None else kept
+        if kept and self.mean_loss is not None:
+            kept |= {"mean_loss": self.mean_loss, "content": self.content}
+        return kept
 
     def take_results(self, stored: Mapping[str, Any]) -> None:
         """Take up what :meth:`stored_results` returned.
@@ -78,6 +83,7 @@ class InfluenceState:
             FactorMismatchError: if they were written by an incompatible version.
         """
         self.mean_loss = stored.get("mean_loss", self.mean_loss)
+        self.content = stored.get("content", self.content)
         if "coarse" in stored:
             self.coarse = CoarseSpace.from_state_dict(stored["coarse"])
             self.coarse_key = stored["coarse_key"]

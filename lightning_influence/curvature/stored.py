@@ -28,6 +28,8 @@ from lightning_influence.support.errors import NonFiniteError
 
 # Chosen by hand: examples whose gradients are formed at once when norms of products are taken.
 _EXAMPLES = 64
+# Chosen by hand: bytes of inner products with the gradients of some examples that are held at once.
+_PRODUCT_BYTES = 2**21
 
 
 class StoragePass(CurvaturePass):
@@ -72,7 +74,7 @@ class StoragePass(CurvaturePass):
         if captured.loss is not None and captured.loss.num_columns > MAX_COLUMNS:
             self.fits, self._parts, self._indices = False, [], []
             return
-        gradients = self._gradients(captured)
+        gradients = self._gradients(captured, indices)
         check_finite(gradients)
         kept: dict[str, LayerGradients] = {name: compact(layer) for name, layer in gradients.items()}
         self._bytes += sum(layer.nbytes for layer in kept.values())
@@ -137,7 +139,7 @@ class StoredGaussNewton:
     ) -> None:
         self.layout, self.mean_weight = layout, mean_weight
         self._gradients, self._all_reduce_sum = gradients, all_reduce_sum
-        self._indices, self._everyone = indices, everyone
+        self._indices, self._everyone = indices, everyone.sort().values  # in no loader's order
 
     @property
     def numel(self) -> int:
@@ -219,7 +221,7 @@ class StoredGaussNewton:
 
     def _product(self, vectors: Tensor, gradients: dict[str, LayerGradients], count: int) -> Tensor:
         result = torch.zeros_like(vectors)
-        for few in _convert(gradients, vectors.dtype):
+        for few in _convert(gradients, vectors):
             self.layout.add_combination(result, few, self.layout.dot(few, vectors))
         result = self._all_reduce_sum(result)
         if not bool(torch.isfinite(result.sum())):
@@ -248,18 +250,20 @@ def bound_kappa(squares: Tensor, forms: Tensor, trace: float) -> float:
     return float((squares[kept] / forms[kept]).max()) / trace
 
 
-def _convert(gradients: dict[str, LayerGradients], dtype: torch.dtype) -> Iterator[dict[str, LayerGradients]]:
-    """Yield gradients in a precision: all together if they have it, else a few examples at a time."""
+def _convert(gradients: dict[str, LayerGradients], vectors: Tensor) -> Iterator[dict[str, LayerGradients]]:
+    """Yield gradients in the precision of vectors ``(V, P)``, so few at a time that products take no memory.
+
+    Products are ``(K, B, V)``. Where the precision is another one, few enough are converted, too.
+    """
     first = next(iter(gradients.values()), None)
     if first is None:
         return
     tensor = first.outputs if isinstance(first, FactoredGradients) else first.dense()
-    if tensor.dtype == dtype:
-        yield gradients
-        return
-    for start in range(0, first.num_examples, _EXAMPLES):
-        part = slice(start, start + _EXAMPLES)
-        yield {name: layer.select(part).to(dtype=dtype) for name, layer in gradients.items()}
+    step = _PRODUCT_BYTES // max(1, vectors[:, :1].nbytes * _seeds(first))
+    step = max(1, step if tensor.dtype == vectors.dtype else min(step, _EXAMPLES))
+    for start in range(0, first.num_examples, step):
+        part = slice(start, start + step)
+        yield {name: layer.select(part).to(dtype=vectors.dtype) for name, layer in gradients.items()}
 
 
 def _seeds(gradients: LayerGradients) -> int:

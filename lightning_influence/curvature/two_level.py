@@ -16,7 +16,7 @@ products.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.linalg.orthonormal import inner
 from lightning_influence.model.gradients import LayerGradients
 
-# Chosen by hand: bytes of flat vectors that are formed at once where only products with them are wanted.
+# Chosen by hand: bytes of vectors that are formed at once where only products with them are wanted.
 _FORMED_BYTES = 2**25
 
 
@@ -42,10 +42,11 @@ class TwoLevel:
     Args:
         inverse: ``P``, with the damping of ``A``.
         space: the coarse space.
+        most_bytes: of the space's vectors that are formed at once, which takes three times as much again.
     """
 
-    def __init__(self, inverse: BlockInverse, space: CoarseSpace) -> None:
-        self.inverse, self.space = inverse, space
+    def __init__(self, inverse: BlockInverse, space: CoarseSpace, most_bytes: int = _FORMED_BYTES) -> None:
+        self.inverse, self.space, self._most_bytes = inverse, space, most_bytes
         self._names = list(space.layout.shapes)
         self._blocks = [space.layout.split(x) for x in (space.directions, space.product, space.probe_product)]
         self._signs = space.layout.split(draw_signs(len(space.probe_product), space.layout.numel))
@@ -53,8 +54,10 @@ class TwoLevel:
         coarse = space.directions.new_zeros(len(space.probe_product), space.size)
         for name in self._names:
             directions = self._blocks[0][name].flatten(1)
-            small += inner(directions, self._image(name).flatten(1))
-            coarse += self._probe_image(name)[1].flatten(1) @ directions.T
+            for rows in self._runs(name, space.size):
+                small[rows] += inner(self._image(name, rows).flatten(1), directions)
+            for rows in self._runs(name, len(coarse)):
+                coarse[rows] += self._probe_image(name, rows)[1].flatten(1) @ directions.T
         self._small = torch.linalg.cholesky((small + small.T) / 2)
         self._residual_coarse = coarse  # W^T A Q, (s, m)
 
@@ -68,19 +71,33 @@ class TwoLevel:
         """``Q - P^{-1} A Q`` by layer."""
         return {name: self._right(name) for name in self._names}
 
-    def _image(self, name: str) -> Tensor:
+    def _runs(self, name: str, count: int) -> Iterator[slice]:
+        """Yield which of a layer's vectors to form at once."""
+        each = self._blocks[0][name].element_size() * self.space.layout.numels[name]
+        step = max(1, self._most_bytes // each)
+        return (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
+
+    def _image(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return ``A Q`` in one layer, ``(m, G, D_out, D_in)``."""
-        return self._blocks[1][name] + self.inverse.layers[name].damping * self._blocks[0][name]
+        return self._blocks[1][name][rows] + self.inverse.layers[name].damping * self._blocks[0][name][rows]
 
-    def _right(self, name: str) -> Tensor:
+    def _right(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return ``Q - P^{-1} A Q`` in one layer."""
-        return self._blocks[0][name] - self.inverse.layers[name].apply(self._image(name))
+        return self._blocks[0][name][rows] - self.inverse.layers[name].apply(self._image(name, rows))
 
-    def _probe_image(self, name: str) -> tuple[Tensor, Tensor]:
+    def _probe_image(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Return the probes ``W`` and ``A W`` in one layer, ``(s, G, D_out, D_in)``."""
-        product = self._blocks[2][name]
-        signs = self._signs[name].to(product.device, product.dtype)
+        product = self._blocks[2][name][rows]
+        signs = self._signs[name][rows].to(product.device, product.dtype)
         return signs, product + self.inverse.layers[name].damping * signs
+
+    def _project(self, inverse: BlockInverse, name: str, gradients: LayerGradients) -> Tensor:
+        """Return products of a layer's gradients with ``W - P'^{-1} A W``, ``(Q, s)``."""
+        parts = []
+        for rows in self._runs(name, len(self._signs[name])):
+            signs, image = self._probe_image(name, rows)
+            parts.append(gradients.dot(signs - inverse.layers[name].apply(image))[0])
+        return torch.cat(parts, dim=1)
 
     def correction(self, queries: Mapping[str, LayerGradients]) -> tuple[Correction, Tensor]:
         """What to add to the preconditioned queries, and how far from solved they are then.
@@ -92,14 +109,17 @@ class TwoLevel:
             The correction, and the estimated relative residual ``||v - A x|| / ||v||`` of each query,
             ``(Q,)``.
         """
-        space, products = self.space, []
-        for name in self._names:
-            if name in queries:
-                signs, image = self._probe_image(name)
-                residual = signs - self.inverse.layers[name].apply(image)  # W - P^{-1} A W
-                products.append(queries[name].dot(torch.cat([self._right(name), residual]))[0])
-        total = torch.stack(products).sum(dim=0)
-        coefficients, projected = self._coordinates(total[:, : space.size]), total[:, space.size :]
+        space = self.space
+        names = [name for name in self._names if name in queries]
+        products = [
+            torch.cat(
+                [queries[name].dot(self._right(name, rows))[0] for rows in self._runs(name, space.size)],
+                dim=1,
+            )
+            for name in names
+        ]
+        coefficients = self._coordinates(torch.stack(products).sum(dim=0))
+        projected = sum(self._project(self.inverse, name, queries[name]) for name in names)
         projected = projected - coefficients @ self._residual_coarse.T
         residuals = _relative(projected, queries)
         correction = Correction(coefficients, space.directions, space.mixing, space.anchors, space.inverse)
@@ -116,11 +136,7 @@ class TwoLevel:
             The relative residuals ``||v - A P'^{-1} v|| / ||v||``, ``(Q,)``, from the random projections that
             :meth:`correction` uses as well.
         """
-        products = []
-        for name in self._names:
-            if name in queries:
-                signs, image = self._probe_image(name)
-                products.append(queries[name].dot(signs - inverse.layers[name].apply(image))[0])
+        products = [self._project(inverse, name, queries[name]) for name in self._names if name in queries]
         return _relative(torch.stack(products).sum(dim=0), queries)
 
     def solve(self, vectors: Tensor) -> Tensor:

@@ -42,8 +42,10 @@ PROBES = 16
 # mixtures (max_steps=2) reach .75.
 MIXTURES = 4096
 _FEWEST_MIXTURES, _MOST_MIXTURES = 4, 64
-# Chosen by hand: anchors' gradients that are formed at once, 64 MiB.
+# Chosen by hand: the most anchors' gradients that are formed at once, 64 MiB.
 _FORMED_BYTES = 2**26
+# Chosen by hand: the share of the memory budget that vectors may take which are made or multiplied at once.
+_MULTIPLIED = 8
 # Chosen by hand: 32 held-out gradients tell a share of a quarter to about .08.
 _CHECK = 32
 _MOST_UNSOLVED = 0.25
@@ -103,6 +105,10 @@ class CoarseBuilder:
         scores (.82 to .77 with 256 anchors), although its step is the best in the norm of ``A``.
         """
         return rescale_inverse(self.inverse, space) if space.mixtures else self.inverse
+
+    def correct(self, inverse: BlockInverse, space: CoarseSpace) -> TwoLevel:
+        """Return the two-level operator of a preconditioner; it forms what the memory budget has room for."""
+        return TwoLevel(inverse, space, self.context.options.memory_budget // (2 * _MULTIPLIED))
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """Return ``G V`` over the curvature examples for ``V (V, P)``."""
@@ -167,7 +173,7 @@ class CoarseBuilder:
     def _suffices(self, space: CoarseSpace, sample: Loader, held_out: Tensor) -> bool:
         """Return whether most held-out training gradients have a residual below the tolerance."""
         gradients = gather_examples(self.context, sample, held_out, "Influence: held-out gradients")
-        residuals = TwoLevel(self.rescale(space), space).correction(gradients)[1]
+        residuals = self.correct(self.rescale(space), space).correction(gradients)[1]
         return float((residuals > self.tolerance).float().mean()) <= _MOST_UNSOLVED
 
     def _grow(self, space: CoarseSpace | None, sample: Loader, chosen: Tensor) -> CoarseSpace:
@@ -187,7 +193,13 @@ class CoarseBuilder:
 
     def _run_products(self, blocks: list[Tensor]) -> CurvatureProductPass:
         """Return the pass for ``G V`` after it has visited the curvature examples."""
-        one_pass = CurvatureProductPass(self.context.plan, blocks, draws=self._mixtures(), seed=self._seed)
+        one_pass = CurvatureProductPass(
+            self.context.plan,
+            blocks,
+            draws=self._mixtures(),
+            seed=self._seed,
+            most_bytes=self.context.options.memory_budget // _MULTIPLIED,
+        )
         self.context.runner.run(one_pass, self._curvature)
         return one_pass
 
@@ -204,7 +216,8 @@ class CoarseBuilder:
         Some anchors at a time: where their gradients have to be formed, they are not held beside the result.
         """
         context = self.context
-        rows = max(1, _FORMED_BYTES // count_vector_bytes(context))
+        formed = min(_FORMED_BYTES, context.options.memory_budget // _MULTIPLIED)
+        rows = max(1, formed // count_vector_bytes(context))
         vectors = torch.empty(len(chosen), context.layout.numel, dtype=context.dtype, device=context.device)
         parts = []
         for start in range(0, len(chosen), rows):

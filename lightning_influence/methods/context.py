@@ -2,14 +2,13 @@
 
 Whether what an earlier call computed is of the data, loss and buffers of this one.
 
-Weights, layers and number of examples are known before a pass, and are part of what results are kept under.
-The rest shows in the mean loss of the training data, which passes that score it see on the way: if it is
-another one, what was kept is computed again, and so is the answer.
+Weights, buffers, layers and number of examples are known before a pass, and are part of what results are kept
+under. The rest shows in digests of the training examples and in their mean loss, which passes that score them
+see on the way: if they are others, what was kept is computed again, and so is the answer.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -20,9 +19,10 @@ from lightning_influence.curvature.damping import resolve_damping
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.options import Options
-from lightning_influence.model.captured import LossSum
+from lightning_influence.model.content import SeenData
 from lightning_influence.model.mean_loss import same_mean
 from lightning_influence.model.plan import LayerPlan, Layout
+from lightning_influence.support.digests import digest_text
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.notes import Notes
 from lightning_influence.support.passes import Loader as Loader
@@ -45,7 +45,7 @@ class Context:
         device: where passes run.
         dtype: precision of the gradients.
         weights: fingerprint of the model's weights.
-        weights_key: a short text that changes with them.
+        weights_key: a short text that changes with any weight or buffer.
         notes: what was left out or assumed.
         extra: further diagnostics.
         made: whether this call computed something that later calls use again.
@@ -68,7 +68,7 @@ class Context:
     extra: dict[str, Any] = field(default_factory=dict)
     made: bool = False
     reused: bool = False
-    losses: LossSum | None = None
+    losses: SeenData | None = None
     damping: dict[str, float] = field(default_factory=dict)
     damping_origin: str = "not used"
 
@@ -139,7 +139,7 @@ def note_estimate(context: Context, estimated: bool) -> None:
 
 def compute_digest(*parts: object) -> str:
     """Return a short text that changes with any of the values."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    return digest_text(repr(parts))
 
 
 def _all_counts(plan: LayerPlan) -> Iterable[int]:
@@ -168,28 +168,32 @@ def answer_or_retry(state: InfluenceState, answer: Callable[[], Answer]) -> Answ
         return answer()
 
 
-def check_same_data(context: Context, losses: LossSum) -> None:
-    """Compare the mean loss with that of the data which kept factors and coarse space were made on.
+def check_same_data(context: Context, losses: SeenData) -> None:
+    """Compare what a pass saw with the data which kept factors and coarse space were made on.
 
     Args:
         context: of the call, after its method was prepared.
-        losses: of all training examples.
+        losses: of all training examples, and their content.
 
     Raises:
-        OtherDataError: if it is another one.
+        OtherDataError: if they are others.
     """
     if not (context.made or context.reused):
         return
     state, mean = context.state, losses.mean(context.runner.all_reduce_sum)
+    content = losses.identify(context.runner.all_reduce_sum)
     if not context.reused or state.mean_loss is None:
-        state.mean_loss = mean
-    elif not same_mean(state.mean_loss, mean, _precision(context)):
-        context.notes.add(
-            "What an earlier call computed was for other training data, another loss or other buffers (mean "
-            f"loss {state.mean_loss:.6g} then, {mean:.6g} now); it is computed again. Where the data are "
-            "augmented at random, that is so in every call: switch the augmentation off."
-        )
-        raise OtherDataError
+        state.mean_loss, state.content = mean, content
+        return
+    known = state.content
+    if known in (None, content) and same_mean(state.mean_loss, mean, _precision(context)):
+        return
+    context.notes.add(
+        "What an earlier call computed was for other training data, another loss or other buffers (mean "
+        f"loss {state.mean_loss:.6g} then, {mean:.6g} now); it is computed again. Where the data are "
+        "augmented at random, that is so in every call: switch the augmentation off."
+    )
+    raise OtherDataError
 
 
 def _precision(context: Context) -> torch.dtype:

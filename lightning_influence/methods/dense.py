@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.model.plan import Layout
 from lightning_influence.support.errors import UnsupportedModelError
 
+# Vectors in float64 that a query takes while it is solved and its residual is found.
+_VECTORS_EACH = 6
+
 
 class Solver(Protocol):
     """Solves its system for flat vectors."""
@@ -40,8 +43,13 @@ class Solver(Protocol):
 class DenseMethod(Method):
     """A method whose :meth:`prepare` leaves a solver of the damped system."""
 
+    in_groups: ClassVar[bool] = True
     solver: Solver
     options: DenseOptions
+
+    def group_size(self) -> int:
+        """Return how many queries are solved and scored at once: solving takes some vectors in float64."""
+        return max(1, self.options.memory_budget // (_VECTORS_EACH * self.context.layout.numel * 8))
 
     @abstractmethod
     def prepare(self) -> None:

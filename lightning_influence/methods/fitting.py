@@ -94,8 +94,8 @@ def _is_stale(context: Context) -> bool:
         stale = state.factors_key not in {_key(context, kind) for kind in kinds}
         if stale:
             context.notes.add(
-                "The factors of an earlier call were fitted for other weights, training examples, layers or "
-                "another kind of Fisher; they are fitted again."
+                "The factors of an earlier call were fitted for other weights, buffers, training examples, "
+                "layers or another kind of Fisher; they are fitted again."
             )
         return stale
     differing = fingerprint_differs(factors.fingerprint, context.weights)

@@ -1,4 +1,4 @@
-"""Gradients of small sets of examples, and scores of all: of all processes, in the order of the data."""
+"""Gradients of small sets of examples, of all processes, in the order of the data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_influence.methods.context import Context
-from lightning_influence.methods.scoring_passes import Columns
 from lightning_influence.model.forward import Forward, Measure
 from lightning_influence.model.gradients import (
     DenseGradients,
@@ -22,9 +21,6 @@ from lightning_influence.model.gradients import (
 )
 from lightning_influence.model.layers import Layer
 from lightning_influence.model.plan import LayerPlan
-from lightning_influence.results.attributions import Attributions
-from lightning_influence.results.diagnostics import Diagnostics
-from lightning_influence.results.top_k import StreamingExtremes
 from lightning_influence.support.errors import NonFiniteError
 from lightning_influence.support.passes import Loader, Passes
 
@@ -246,55 +242,3 @@ def _visiting_order(loaders: Sequence[Loader], indices: Tensor, dataloaders: Ten
         place[mine] = start + by_index[torch.searchsorted(visited[by_index], indices[mine])]
         start += len(visited)
     return place.argsort()
-
-
-def join_scores(
-    context: Context,
-    sink: Columns | StreamingExtremes,
-    scale: float,
-    query_indices: Tensor,
-    dataloaders: Tensor | None,
-    diagnostics: Diagnostics,
-) -> Attributions:
-    """Join what all processes have seen: all scores, or both ends of the rankings.
-
-    Args:
-        context: its runner knows the processes.
-        sink: what took the scores on this process.
-        scale: factor of the scores.
-        query_indices: dataset indices of the queries, ``(Q,)``.
-        dataloaders: the loader that each query is from, or None.
-        diagnostics: the certificate.
-
-    Returns:
-        The attributions.
-    """
-    runner = context.runner
-    if isinstance(sink, Columns):
-        scores, indices = sink.result()
-        if runner.world_size > 1:
-            scores = runner.all_gather_cat(scores.T.contiguous()).T
-            indices = runner.all_gather_cat(indices)
-            order = indices.argsort(stable=True)
-            scores, indices = scores[:, order], indices[order]
-        return Attributions(
-            scores=scores * scale,
-            train_indices=indices,
-            query_indices=query_indices,
-            query_dataloaders=dataloaders,
-            diagnostics=diagnostics,
-        )
-    extremes = sink.result()
-    if runner.world_size > 1:
-        # A process without examples knows no precision.
-        top, bottom = (
-            end._replace(scores=end.scores.to(context.dtype)) for end in (extremes.top, extremes.bottom)
-        )
-        extremes = extremes._replace(top=top, bottom=bottom)
-        extremes = extremes.gather(runner.all_gather_cat, sink.k)
-    return Attributions.from_extremes(
-        extremes.scale(scale),
-        query_indices=query_indices,
-        query_dataloaders=dataloaders,
-        diagnostics=diagnostics,
-    )

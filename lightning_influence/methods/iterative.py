@@ -20,7 +20,6 @@ from lightning_influence.curvature.minibatches import measure_example_variance
 from lightning_influence.curvature.operators import Damped, GaussNewtonOperator, HessianOperator
 from lightning_influence.curvature.spectrum import measure_spectrum
 from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton, bound_kappa
-from lightning_influence.curvature.two_level import TwoLevel
 from lightning_influence.linalg.astra import astra, plan_astra
 from lightning_influence.linalg.conjugate_gradients import conjugate_gradients
 from lightning_influence.linalg.estimates import Product, draw_vectors
@@ -102,6 +101,7 @@ class Iterative(Method):
     passes. Groups are as large as what is left of the budget allows.
     """
 
+    in_groups: ClassVar[bool] = True
     options: IterationOptions
     #: Vectors of the size of the parameters that a right-hand side takes while it is iterated on, in the
     #: precision of the model, and while its residual is computed in float64.
@@ -112,6 +112,12 @@ class Iterative(Method):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._prepared: tuple[System, Iterate] | None = None
+        self._facts: dict[str, Any] = {
+            "steps": [],
+            "products": 0,
+            "solved": 0,
+            "largest_residual_by_step": [],
+        }
 
     def prepare(self) -> None:
         """Use or fit the factors, set up the system, and derive what the method needs.
@@ -217,24 +223,30 @@ class Iterative(Method):
         context.extra["curvature"] = f"Gauss-Newton, {stored.nbytes / 2**20:.1f} MiB of gradients in memory"
         return stored
 
+    def group_size(self) -> int:
+        """Return how many queries to solve and score at once: half of the room is for iterating."""
+        return self._fit(self._get_prepared()[0], 2 * 3)  # as they were found, as vectors, and solved
+
     def _limit_group(self, system: System) -> int:
-        """Return how many right-hand sides fit into what is left of the memory budget."""
-        each = self.vectors_each * self.context.layout.numel * system.damping.element_size()
+        """Return how many right-hand sides to iterate on at once."""
+        return self._fit(system, 2 * self.vectors_each)
+
+    def _fit(self, system: System, vectors: int) -> int:
+        """Return how often so many vectors fit into what the curvature leaves of the memory budget."""
+        each = vectors * self.context.layout.numel * system.damping.element_size()
         return max(1, (self.options.memory_budget - system.nbytes) // each)
 
     def _report(self, results: list[Solution], residuals: Tensor) -> None:
-        """Put what the solver did into the diagnostics, and say what is not solved."""
-        facts: dict[str, Any] = {
-            "steps": [result.steps for result in results],
-            "products": sum(result.products for result in results),
-            "tolerance": self.options.tolerance,
-            "solved": int((residuals <= self.options.tolerance).sum()),
-            "largest_residual_by_step": [
-                [float(f"{value:.4g}") for value in result.history[:_HISTORY]] for result in results
-            ],
-        }
-        for key in results[0].facts:
-            facts[key] = [result.facts.get(key) for result in results]
+        """Put what the solver did into the diagnostics, group after group, and say what is not solved."""
+        facts = self._facts
+        facts["tolerance"] = self.options.tolerance
+        facts["products"] += sum(result.products for result in results)
+        facts["solved"] += int((residuals <= self.options.tolerance).sum())
+        for result in results:
+            history = [float(f"{value:.4g}") for value in result.history[:_HISTORY]]
+            told = {"steps": result.steps, "largest_residual_by_step": history, **result.facts}
+            for key, value in told.items():
+                facts.setdefault(key, []).append(value)
         self.context.extra["solver"] = facts
         self._note_unsolved(residuals, "queries")
 
@@ -281,8 +293,8 @@ class Krylov(Iterative):
         if name == "ekfac":
             precondition = system.inverse.apply
         elif name == "two_level":
-            space = CoarseBuilder(self.context, system.inverse, self.options.curvature_examples).find()
-            precondition = TwoLevel(system.inverse, space).precondition
+            builder = CoarseBuilder(self.context, system.inverse, self.options.curvature_examples)
+            precondition = builder.correct(system.inverse, builder.find()).precondition
         self.context.extra["preconditioner"] = name
         limits = {"max_steps": self.options.max_steps, "tolerance": self.options.tolerance}
         return partial(type(self).solver, system.operator.product, precondition=precondition, **limits)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_influence.model.captured import LossSum
+from lightning_influence.methods.rounding import Rounding
+from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import LayerPlan
@@ -33,22 +34,20 @@ class Sink(Protocol):
 
 
 class Columns:
-    """A sink that keeps everything: ``(Q, N)`` in the order seen."""
+    """A sink that keeps everything: each score is written once, to its place in the answer.
 
-    def __init__(self) -> None:
-        self._scores: list[Tensor] = []
-        self._indices: list[Tensor] = []
+    Args:
+        scores: the answer's rows, ``(Q, N)``, written to in place.
+        indices: dataset indices of its columns, ascending, ``(N,)``.
+    """
+
+    def __init__(self, scores: Tensor, indices: Tensor) -> None:
+        self._scores, self._indices = scores, indices
 
     def update(self, scores: Tensor, indices: Tensor) -> None:
-        """Keep a block of columns on the CPU."""
-        self._scores.append(scores.cpu())
-        self._indices.append(indices.cpu())
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Return ``(scores (Q, N), indices (N,))``, columns sorted by dataset index."""
-        indices = torch.cat(self._indices)
-        order = indices.argsort(stable=True)
-        return torch.cat(self._scores, dim=1)[:, order], indices[order]
+        """Write the columns of some examples."""
+        columns = torch.searchsorted(self._indices, indices.cpu())
+        self._scores.index_copy_(1, columns, scores.detach().to(self._scores))
 
 
 class ScorePass:
@@ -61,21 +60,49 @@ class ScorePass:
         plan: the covered layers.
         scorer: the solved queries.
         sink: where scores go.
+        most_examples: how many examples of a batch are scored at once.
     """
 
     description = "Influence: scores"
 
-    def __init__(self, plan: LayerPlan, scorer: Scorer, sink: Sink) -> None:
-        self.forward, self.losses = Forward(plan), LossSum()
-        self._scorer, self._sink = scorer, sink
+    def __init__(
+        self, plan: LayerPlan, scorer: Scorer, sink: Sink, *, most_examples: int | None = None
+    ) -> None:
+        self.forward, self.losses = Forward(plan), SeenData()
+        self._scorer, self._sink, self._most = scorer, sink, most_examples
+        self.rounding = Rounding(plan)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
+        self.losses.read(batch, indices)
         captured = self.forward(module, batch, len(indices))
         self.losses.add(captured)
-        scores = _join([self._scorer(gradients) for gradients in captured.loss_gradient_parts()])
-        refuse_non_finite(scores, indices)
-        self._sink.update(scores, indices)
+        start = 0
+        for gradients in captured.loss_gradient_parts():
+            for few in split_examples(gradients, self._most):
+                scores = self._scorer(few)
+                rows = indices[start : start + scores.shape[1]]
+                refuse_non_finite(scores, rows)
+                self._sink.update(scores, rows)
+                start += scores.shape[1]
+                self.rounding.look(module, batch, len(indices), few, self._scorer)
+
+
+def split_examples(
+    gradients: Mapping[str, LayerGradients], most: int | None
+) -> Iterator[Mapping[str, LayerGradients]]:
+    """Yield gradients a few examples at a time.
+
+    Args:
+        gradients: of some examples, by layer.
+        most: how many at a time; None for all at once.
+    """
+    count = next((layer.num_examples for layer in gradients.values()), 0)
+    if most is None or count <= most:
+        yield gradients
+        return
+    for start in range(0, count, most):
+        yield {name: layer.select(slice(start, start + most)) for name, layer in gradients.items()}
 
 
 Quadratic = Callable[[Mapping[str, LayerGradients]], Tensor | tuple[Tensor, Tensor | None]]
@@ -110,23 +137,32 @@ class SelfInfluencePass:
         self, plan: LayerPlan, quadratic: Quadratic, *, description: str = "Influence: self-influence"
     ) -> None:
         self.description = description
-        self.forward, self.losses = Forward(plan), LossSum()
+        self.forward, self.losses = Forward(plan), SeenData()
         self._values: list[Tensor] = []
         self._residuals: list[Tensor] = []
         self._indices: list[Tensor] = []
         self._quadratic = quadratic
+        self.rounding = Rounding(plan)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Score one batch."""
+        self.losses.read(batch, indices)
         captured = self.forward(module, batch, len(indices))
         self.losses.add(captured)
-        found = [self._quadratic(gradients) for gradients in captured.loss_gradient_parts()]
+        found = []
+        for gradients in captured.loss_gradient_parts():
+            found.append(self._quadratic(gradients))
+            self.rounding.look(module, batch, len(indices), gradients, self._find_values)
         pairs = [pair if isinstance(pair, tuple) else (pair, None) for pair in found]
         values = _join([value for value, _ in pairs])
         refuse_non_finite(values, indices)
         self._values.append(values.detach().cpu())
         self._residuals += [part.detach().cpu() for _, part in pairs if part is not None]
         self._indices.append(indices.cpu())
+
+    def _find_values(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
+        found = self._quadratic(gradients)
+        return found[0] if isinstance(found, tuple) else found
 
     def gather(self, all_gather_cat: Callable[[Tensor], Tensor], dtype: torch.dtype) -> SelfScores:
         """Join what all processes have seen.

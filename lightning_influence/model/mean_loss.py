@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.model.captured import LossSum
+from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.plan import LayerPlan
 
@@ -27,10 +27,11 @@ class LossPass:
 
     def __init__(self, plan: LayerPlan) -> None:
         self.forward = Forward(plan)
-        self.losses = LossSum()
+        self.losses = SeenData()
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
+        self.losses.read(batch, indices)
         self.losses.add(self.forward(module, batch, len(indices)))
 
 

@@ -1,4 +1,4 @@
-"""Several attributions as one: averages over models, and groups of queries put together."""
+"""Several attributions as one: averages over models."""
 
 from __future__ import annotations
 
@@ -59,51 +59,6 @@ def _average(scores: Sequence[Tensor]) -> tuple[Tensor, float | None]:
     if count < 2:
         return mean, None
     return mean, float(agreements.mean()) / (count * (count - 1))
-
-
-_OF_QUERIES = (
-    "query_indices",
-    "query_dataloaders",
-    "scores",
-    "top_scores",
-    "top_indices",
-    "bottom_scores",
-    "bottom_indices",
-)
-
-
-def join_queries(parts: Iterable[Attributions], num_queries: int) -> Attributions:
-    """Put together what one model answered to several groups of queries.
-
-    Every part is copied to its place and let go before the next one is asked for: beside the whole there is
-    never more than one part.
-
-    Args:
-        parts: answers for the same training examples, in order; the last one's diagnostics hold for all.
-        num_queries: ``Q``, of all parts together.
-
-    Returns:
-        All queries, in the order of the parts.
-    """
-    joined: dict[str, Tensor] = {}
-    residuals, start = [], 0
-    for part in parts:
-        count = len(part.query_indices)
-        if count == num_queries:
-            return part
-        for name in _OF_QUERIES:
-            values = getattr(part, name)
-            if values is not None:
-                if name not in joined:
-                    joined[name] = values.new_empty(num_queries, *values.shape[1:])
-                joined[name][start : start + count] = values
-        if part.diagnostics.residuals is not None:
-            residuals.append(part.diagnostics.residuals)
-        start, template = start + count, (part.train_indices, part.diagnostics)
-        del part, values
-    train_indices, last = template
-    diagnostics = dataclasses.replace(last, residuals=torch.cat(residuals) if residuals else None)
-    return Attributions(train_indices=train_indices, diagnostics=diagnostics, **joined)
 
 
 def _to_list(parts: object) -> list[Attributions]:

@@ -32,7 +32,8 @@ class Diagnostics:
         damping: lambda of each layer.
         damping_origin: where lambda comes from, in words.
         residuals: ``(Q,)`` relative residual ``||v - (H + lambda)x|| / ||v||`` per query, None if not
-            computed.
+            computed. Of a model in half precision, whose system is rounded, they are raised by the relative
+            error that was measured in float32.
         passes: the passes over data, in order.
         seconds: wall-clock time of the whole call.
         layers: parameter counts of the layers that scores account for.

@@ -11,9 +11,9 @@ from torch import Tensor
 from lightning_influence.support.errors import NonFiniteError
 
 # Scores that are ranked together: a ranking needs several times their memory, which for all scores of all
-# queries would be the peak of the whole call. Of 2,000 x 12,000 scores, 2**18 at once took 1.0 s and 18 MiB,
-# 2**20 took 1.1 s and 58 MiB, 2**22 took 1.6 s and 135 MiB (one thread, measured by hand).
-_SCORES_AT_ONCE = 2**18
+# queries would be the peak of the whole call. Of 2,000 x 12,000 scores, 2**16 at once took .27 s and 4 MiB,
+# 2**18 took .25 s and 14 MiB, 2**20 took .40 s and 30 MiB (one thread, measured by hand).
+_SCORES_AT_ONCE = 2**16
 
 
 class Ranked(NamedTuple):

@@ -26,6 +26,7 @@ from lightning_influence.running.reading import prepare
 from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import InfluenceError
 from lightning_influence.support.random_states import preserve_rng
+from lightning_influence.support.turns import turn
 
 
 class Pass(Protocol):
@@ -75,12 +76,17 @@ class Runner(ABC):
     def __enter__(self) -> Self:
         """Return the runner with the module (and Trainer) borrowed; on failure everything is as before.
 
+        Other threads wait until the block is left.
+
         Raises:
             InfluenceError: if the runner is in use already.
         """
-        if self._stack is not None:
-            raise InfluenceError("This runner is in use; leave its `with` block before entering it again.")
         with contextlib.ExitStack() as stack:
+            stack.enter_context(turn())
+            if self._stack is not None:
+                raise InfluenceError(
+                    "This runner is in use; leave its `with` block before entering it again."
+                )
             self._borrow(stack)
             self._stack = stack.pop_all()
         return self
@@ -142,6 +148,16 @@ class Runner(ABC):
     def device(self) -> torch.device:
         """Where passes run."""
         return self.module.device
+
+    def agree(self, loader: IndexedLoader) -> None:
+        """Let all processes visit the first one's batches: a sampler may have drawn others elsewhere.
+
+        Passes do so as well; what is decided by a loader's indices before the first pass has to wait for it.
+
+        Args:
+            loader: changed in place.
+        """
+        return  # there is one process
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes, computed in place; on one process, the tensor."""

@@ -247,6 +247,11 @@ class TrainerRunner(Runner):
         """The device of this process, which the module may be moved to by the first pass only."""
         return self.trainer.strategy.root_device
 
+    def agree(self, loader: IndexedLoader) -> None:
+        """Let all processes visit the first one's batches; in the context only."""
+        if self.world_size > 1:
+            loader.agree(self.trainer.strategy.broadcast)
+
     def train_dataloaders(self) -> Any:
         """Return the train loader of the datamodule or, without one, of the module; in the context only.
 

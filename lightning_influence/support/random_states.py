@@ -1,4 +1,9 @@
-"""Random states, put back after something of the user's has drawn from them."""
+"""Random states, put back after something of the user's has drawn from them; draws that need no state.
+
+A draw that is a function of a seed, an index and a number is the same in whatever order, batch or process its
+index comes. The function is the output of splitmix64 (Steele, Lea and Flood 2014): a counter times an odd
+number, mixed by shifts and multiplications until every bit depends on all.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
+
+# The odd increment of the counter and the two multipliers of the mix, as 64-bit integers with a sign.
+_STEP, _FIRST, _SECOND = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 @contextlib.contextmanager
@@ -36,3 +45,35 @@ def preserve_generators(*owners: object) -> Iterator[None]:
     finally:
         for generator, state in saved:
             generator.set_state(state)
+
+
+def hash_numbers(keys: Tensor, count: int) -> Tensor:
+    """Return random 64-bit integers that depend on their key and their place alone.
+
+    Args:
+        keys: any integers, ``(B,)`` int64; different ones give independent rows.
+        count: how many of each key.
+
+    Returns:
+        ``(B, count)`` int64, uniform over all 64 bits.
+    """
+    places = torch.arange(1, count + 1, device=keys.device)
+    return _mix(keys[:, None] + places * _STEP)
+
+
+def combine_keys(keys: Tensor, number: int) -> Tensor:
+    """Return keys ``(B,)`` that depend on other keys and a number."""
+    return _mix(keys ^ _mix(torch.tensor(number + 1, device=keys.device) * _STEP))
+
+
+def _mix(numbers: Tensor) -> Tensor:
+    """Return a bijection of 64-bit integers that changes about half of the bits for every bit changed."""
+    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+        numbers = (numbers ^ _shift(numbers, shift)) * factor
+    return numbers ^ _shift(numbers, 31)
+
+
+def _shift(numbers: Tensor, count: int) -> Tensor:
+    """Return numbers shifted to the right, zeros coming in: torch's own shift repeats the sign."""
+    shifted: Tensor = (numbers >> count) & (2 ** (64 - count) - 1)
+    return shifted

@@ -83,8 +83,9 @@ def test_other_buffers_and_another_loss(model, data):
     module = InfluenceModule(model)
     ask(module, data, FIRST)
     model.net[1].running_var.mul_(9)
-    with pytest.warns(InfluenceWarning, match=AGAIN):
-        ask(module, data, FIRST)
+    with pytest.warns(InfluenceWarning, match=r"for other weights, buffers, .* fitted again"):
+        found = ask(module, data, FIRST)
+    torch.testing.assert_close(found.scores, ask(InfluenceModule(model), data, FIRST).scores)
     model.weights = torch.tensor([1.0, 20.0, 0.05])
     with pytest.warns(InfluenceWarning, match=AGAIN):
         found = ask(module, data, FIRST)
@@ -107,7 +108,7 @@ def test_a_model_in_half_precision_rounds_its_losses(model, data, dtype, again):
     data = TensorDataset(data.tensors[0].to(dtype), data.tensors[1])
     module = InfluenceModule(model)
     ask(module, data, FIRST, "ekfac")
-    module.state.mean_loss *= 1.005
+    module.state.mean_loss *= 1.005  # as if the loss had another temperature that its settings do not show
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InfluenceWarning)
         ask(module, data, FIRST, "ekfac")
@@ -124,6 +125,69 @@ def test_what_was_prepared_is_of_the_data_it_was_prepared_on(model, data):
         assert module.state.factors.layers["net.0"].inputs is kept.layers["net.0"].inputs
 
 
+class Head(LightningModule):
+    """At a head of zeros every example has the same loss, whatever it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        nn.init.zeros_(self.net[2].weight)
+        nn.init.zeros_(self.net[2].bias)
+        self.smoothing = 0.0
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1], label_smoothing=self.smoothing)
+
+
+def shuffled_units(model):
+    """The same function, its hidden units in another order."""
+    order = torch.tensor([3, 0, 1, 2, 7, 6, 5, 4])
+    with torch.no_grad():
+        model.net[0].weight.copy_(model.net[0].weight[order])
+        model.net[0].bias.copy_(model.net[0].bias[order])
+        model.net[2].weight.copy_(model.net[2].weight[:, order])
+
+
+@pytest.mark.parametrize("method", ["auto", "ekfac", "cg"])
+def test_other_examples_of_the_same_mean_loss(data, method):
+    model = Head()
+    module = InfluenceModule(model)
+    ask(module, data, FIRST, method)
+    with pytest.warns(InfluenceWarning, match=AGAIN):
+        found = ask(module, data, SECOND, method)
+    fresh = ask(InfluenceModule(model), data, SECOND, method)
+    torch.testing.assert_close(found.scores, fresh.scores, rtol=1e-4, atol=1e-7)
+
+
+def test_one_label_of_one_example_and_a_setting_of_the_loss_of_the_same_mean_loss(data):
+    model = Head()
+    module = InfluenceModule(model)
+    ask(module, data, FIRST)
+    data.tensors[1][17] = (data.tensors[1][17] + 1) % 3
+    with pytest.warns(InfluenceWarning, match=AGAIN):
+        ask(module, data, FIRST)
+    model.smoothing = 0.3
+    with pytest.warns(InfluenceWarning, match=AGAIN):
+        ask(module, data, FIRST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InfluenceWarning)
+        ask(module, data, FIRST)
+
+
+@pytest.mark.parametrize("method", ["auto", "ekfac"])
+def test_hidden_units_that_traded_places(data, method):
+    torch.manual_seed(2)
+    model = Head()
+    nn.init.normal_(model.net[2].weight)
+    module = InfluenceModule(model)
+    ask(module, data, FIRST, method)
+    shuffled_units(model)
+    with pytest.warns(InfluenceWarning, match="for other weights, buffers"):
+        found = ask(module, data, FIRST, method)
+    fresh = ask(InfluenceModule(model), data, FIRST, method).scores
+    torch.testing.assert_close(found.scores, fresh, rtol=1e-3, atol=1e-6)
+
+
 def test_methods_that_keep_nothing_do_not_care(model, data):
     module = InfluenceModule(model)
     ask(module, data, FIRST)
@@ -137,7 +201,7 @@ def test_the_mean_loss_is_stored_with_what_it_belongs_to(model, data):
     module = InfluenceModule(model)
     ask(module, data, FIRST)
     stored = module.state.stored_results(module.state.factors)
-    assert stored["mean_loss"] == module.state.mean_loss
+    assert (stored["mean_loss"], stored["content"]) == (module.state.mean_loss, module.state.content)
     state = InfluenceState()
     state.take_results(stored)
     with pytest.warns(InfluenceWarning, match=AGAIN):

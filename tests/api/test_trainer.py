@@ -141,7 +141,7 @@ def test_factors_for_other_data_are_not_reused_silently():
     half = DataLoader(Subset(dataset(), range(11)), 4)
     module.scores(half, queries(), method="ekfac")
     with pytest.warns(
-        InfluenceWarning, match="factors of an earlier call were fitted for other weights, training"
+        InfluenceWarning, match="factors of an earlier call were fitted for other weights, buffers, training"
     ):
         found = module.scores(train(), queries(), method="ekfac")
     assert names(found)[0] == "covariances"

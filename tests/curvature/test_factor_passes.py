@@ -6,7 +6,12 @@ from models import CASES
 
 from lightning_influence.curvature.factor_passes import CovariancePass, SquaresPass
 from lightning_influence.model.losses.capture import LossCapture
-from lightning_influence.model.losses.draws import balanced_signs, draw_generator
+from lightning_influence.model.losses.draws import (
+    ExampleGenerator,
+    balanced_signs,
+    draw_generator,
+    draw_signs,
+)
 from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
 
 # Cases of every kind of layer and loss, where reductions differ.
@@ -23,7 +28,7 @@ def mixtures(loss, draws: int, generator: torch.Generator) -> list[torch.Tensor]
     """Columns summed with the signs that the generator gives; sqrt(draws) undoes the oracle's average."""
     columns = torch.stack([column.reshape(loss.num_examples, -1) for column in loss.columns()], 1)
     if draws == 1:
-        signs = (2 * torch.randint(0, 2, columns.shape[:2], generator=generator, dtype=torch.int8) - 1)[None]
+        signs = draw_signs(columns[:, :, 0], generator)[None]
     else:
         signs = balanced_signs(columns.square().sum(2), draws, generator)
     return list(torch.einsum("sbk,bko->sbo", signs.to(columns.dtype), columns) * draws**0.5)
@@ -34,8 +39,9 @@ def drawn_seeds(
 ) -> torch.Tensor:
     """The very seeds (draws, N, *outputs) that a pass draws, by running the loss under its generators."""
     x, y, parts = setup.case.x, setup.case.y, []
-    for i, (bx, by) in enumerate(zip(x.split(batch_size), y.split(batch_size), strict=True)):
-        generator = draw_generator(seed, i, purpose=purpose)
+    everyone = torch.arange(len(x)).split(batch_size)
+    for bx, by, indices in zip(x.split(batch_size), y.split(batch_size), everyone, strict=True):
+        generator = ExampleGenerator(seed, indices, purpose)
         with LossCapture() as capture:
             value = setup.module.training_step((bx, by), 0)
         loss = capture.resolve(value, len(bx))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import oracle
 import pytest
 import torch
@@ -18,7 +20,7 @@ from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse, square_norms
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.methods.scorers import PreconditionedScorer
-from lightning_influence.methods.scoring_passes import Columns, ScorePass, SelfInfluencePass
+from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluencePass
 from lightning_influence.model.gradients import DenseGradients
 
 SOME = [
@@ -63,9 +65,10 @@ class Problem:
         return G + torch.diag(self.setup.layout.expand(values, G))
 
     def scores(self, scorer) -> torch.Tensor:
-        sink = Columns()
+        seen: list[torch.Tensor] = []
+        sink = SimpleNamespace(update=lambda scores, indices: seen.append(scores))
         pass_ = self.setup.run(ScorePass(self.setup.plan, scorer, sink))
-        return sink.result()[0] / (pass_.losses.mean_weight * pass_.losses.examples)
+        return torch.cat(seen, dim=1) / (pass_.losses.mean_weight * pass_.losses.examples)
 
 
 def definition(problem: Problem, inverse: BlockInverse, damping, vectors: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 import copy
 import pathlib
-import weakref
 
 import pytest
 import torch
@@ -8,7 +7,6 @@ from influence_cases import quiet
 from influence_models import Net, fitted, queries, train, trainer
 
 from lightning_influence import Attributions, Diagnostics, InfluenceCallback, average_attributions
-from lightning_influence.results.averages import join_queries
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*logging interval")
 
@@ -117,27 +115,3 @@ def test_the_weights_return_after_an_error(runs, tmp_path):
 def test_settings_without_meaning_are_refused(options, message):
     with quiet(), pytest.raises(ValueError, match=message):
         trainer().influence(Net(), train(), queries(), **options)
-
-
-def test_groups_of_queries_are_put_in_their_places_and_let_go():
-    alive, scores = [], torch.randn(7, 5)
-
-    def answer():
-        for rows in (slice(0, 3), slice(3, 6), slice(6, 7)):
-            assert not [reference for reference in alive if reference() is not None]
-            part = made(
-                scores[rows].clone(),
-                query_indices=torch.arange(7)[rows],
-                query_dataloaders=torch.arange(7)[rows],
-            )
-            alive.append(weakref.ref(part))
-            yield part
-            del part
-
-    found = join_queries(answer(), 7)
-    assert torch.equal(found.scores, scores)
-    assert torch.equal(found.diagnostics.residuals, scores[:, 0].abs())
-    assert found.query_indices.tolist() == found.query_dataloaders.tolist() == list(range(7))
-    assert found.diagnostics.damping == {"a": 1.0}  # the last part's
-    whole = made(scores)
-    assert join_queries([whole], 7) is whole

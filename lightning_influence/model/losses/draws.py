@@ -1,12 +1,78 @@
-"""Random draws: labels from the model's own distributions, noise, signs, mixtures of columns."""
+"""Random draws: labels from the model's own distributions, noise, signs, mixtures of columns.
+
+Sources of randomness are generators. A :class:`ExampleGenerator` gives each example the draws that belong to
+its dataset index, whatever batch it is in and whatever process sees it.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import Self
+
+from lightning_influence.support.random_states import combine_keys, hash_numbers
 
 # Purposes of draws that have to be independent of each other.
 COVARIANCES, SQUARES = 0, 1
+
+
+class ExampleGenerator(torch.Generator):
+    """A source of draws that follow dataset indices; each draw from it is another one.
+
+    What draws from it has one row an example, or several rows in a run, as the outputs of a batch have. Rows
+    that are no multiple of the examples are drawn from the generator that it is as well.
+
+    Args:
+        seed: of the whole pass.
+        indices: dataset indices of the batch's examples, ``(B,)``.
+        purpose: :data:`COVARIANCES` or :data:`SQUARES`: independent draws for the two.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the generator, on the CPU."""
+        return super().__new__(cls)
+
+    def __init__(self, seed: int, indices: Tensor, purpose: int = COVARIANCES) -> None:
+        super().__init__()
+        keys = combine_keys(combine_keys(indices.new_tensor([seed]), purpose), 0)
+        self._keys = hash_numbers(keys ^ indices, 1)[:, 0]
+        self._draws = 0
+        first = int(self._keys[0]) if len(indices) else seed
+        self.manual_seed(first % 2**63)
+
+    def next_keys(self, device: torch.device) -> Tensor:
+        """Return a key of each example for one draw, ``(B,)``."""
+        self._draws += 1
+        return combine_keys(self._keys.to(device), self._draws)
+
+    def count_each(self, shape: torch.Size) -> int | None:
+        """Return how many numbers of a draw are each example's; None if they cannot be told apart."""
+        examples = len(self._keys)
+        return shape.numel() // examples if shape and examples and shape[0] % examples == 0 else None
+
+
+def draw_uniform(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw numbers between 0 (included) and 1.
+
+    Args:
+        like: gives their shape, dtype and device.
+        generator: source of the randomness; its device may differ from that of ``like``.
+
+    Returns:
+        Independent draws in the shape of ``like``.
+    """
+    if isinstance(generator, ExampleGenerator):
+        count = generator.count_each(like.shape)
+        if count is not None:
+            bits = 53 if like.dtype == torch.float64 else 24  # as many as the precision holds
+            numbers = hash_numbers(generator.next_keys(like.device), count) >> (64 - bits)
+            result: Tensor = (numbers & (2**bits - 1)).to(like.dtype) * 2.0**-bits
+            return result.view(like.shape)
+    device = generator.device if generator is not None else like.device
+    return torch.rand(like.shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
 
 
 def draw_labels(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -20,10 +86,7 @@ def draw_labels(probabilities: Tensor, generator: torch.Generator | None = None)
         Labels, shape ``(...)``.
     """
     cumulative = probabilities.cumsum(-1).contiguous()
-    device = generator.device if generator is not None else cumulative.device
-    uniform = torch.rand(
-        (*cumulative.shape[:-1], 1), dtype=cumulative.dtype, device=device, generator=generator
-    ).to(cumulative.device)
+    uniform = draw_uniform(cumulative[..., -1:], generator)
     labels = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).squeeze(-1)
     return labels.clamp_(max=probabilities.shape[-1] - 1)
 
@@ -38,9 +101,7 @@ def draw_bits(probabilities: Tensor, generator: torch.Generator | None = None) -
     Returns:
         Zeros and ones in the shape, dtype and device of the probabilities.
     """
-    device = generator.device if generator is not None else probabilities.device
-    uniform = torch.rand(probabilities.shape, dtype=probabilities.dtype, device=device, generator=generator)
-    return (uniform.to(probabilities.device) < probabilities).to(probabilities.dtype)
+    return (draw_uniform(probabilities, generator) < probabilities).to(probabilities.dtype)
 
 
 def draw_normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -53,6 +114,9 @@ def draw_normal(like: Tensor, generator: torch.Generator | None = None) -> Tenso
     Returns:
         Independent draws in the shape of ``like``.
     """
+    if isinstance(generator, ExampleGenerator):  # the pairs of Box and Muller (1958), of which one is used
+        radius = (-2 * (1 - draw_uniform(like, generator)).log()).sqrt()
+        return radius * (2 * math.pi * draw_uniform(like, generator)).cos()
     device = generator.device if generator is not None else like.device
     return torch.randn(like.shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
 
@@ -67,6 +131,12 @@ def draw_signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor
     Returns:
         Independent signs in the shape, dtype and device of ``like``.
     """
+    if isinstance(generator, ExampleGenerator):
+        count = generator.count_each(like.shape)
+        if count is not None:  # 64 signs of a number
+            numbers = hash_numbers(generator.next_keys(like.device), -(-count // 64))
+            bits = (numbers[:, :, None] >> torch.arange(64, device=like.device)) & 1
+            return (2 * bits.flatten(1)[:, :count] - 1).to(like.dtype).reshape(like.shape)
     device = generator.device if generator is not None else like.device
     bits = torch.randint(0, 2, like.shape, generator=generator, device=device, dtype=torch.int8)
     return (2 * bits - 1).to(like.device, like.dtype)

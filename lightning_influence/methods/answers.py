@@ -1,0 +1,118 @@
+"""The answer to all queries: scores of all processes, each in the place where the result holds it.
+
+Nothing of the answer's size is made beside it: scores go to their rows and columns as they are computed, and
+are summed over processes and scaled in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.methods.context import Context
+from lightning_influence.methods.gathering import Gathered
+from lightning_influence.methods.scoring_passes import Columns
+from lightning_influence.results.top_k import Extremes, StreamingExtremes
+
+# Chosen by hand: bytes of scores that processes sum at once; where they communicate on a device of their own,
+# so much is copied there and back.
+_SUMMED = 64 * 2**20
+# Chosen by hand: the share of the memory budget that the scores of a few examples for all queries of a group
+# may take. Their ranking, or the products that they are sums of, take several times as much.
+_SHARE = 16
+
+
+class Answer:
+    """Scores of all training examples for all queries, which come in groups and in order.
+
+    Args:
+        context: knows the training examples, the processes and the memory budget.
+        num_queries: ``Q``.
+        k: how many to keep at either end of each ranking; None for all scores.
+    """
+
+    def __init__(self, context: Context, num_queries: int, k: int | None) -> None:
+        self._context, self._count, self._k = context, num_queries, k
+        self._columns = context.train.indices.sort().values
+        self._tensors: dict[str, Tensor] = {}
+        self._residuals: list[Tensor] = []
+        self._rows = slice(0, 0)
+        self._sink: Columns | StreamingExtremes | None = None
+        if k is None:
+            # Memory of zeros is not taken before it is written to. Processes write to their own columns.
+            scores = torch.zeros(num_queries, len(self._columns), dtype=context.dtype)
+            self._tensors["scores"] = scores
+
+    def begin(self, count: int) -> Columns | StreamingExtremes:
+        """Return the sink of the next ``count`` queries' scores."""
+        self._rows = slice(self._rows.stop, self._rows.stop + count)
+        if self._k is None:
+            self._sink = Columns(self._tensors["scores"][self._rows], self._columns)
+        else:
+            self._sink = StreamingExtremes(count, self._k)
+        return self._sink
+
+    def count_examples(self) -> int:
+        """Return how many training examples to score at once for the queries that were begun."""
+        width = torch.empty((), dtype=self._context.dtype).element_size()
+        rows = max(1, self._rows.stop - self._rows.start)
+        return max(1, self._context.options.memory_budget // (_SHARE * rows * width))
+
+    def end(self, asked: Gathered, scale: float, residuals: Tensor | None) -> None:
+        """Join what all processes have seen of the queries that were begun.
+
+        Args:
+            asked: the queries; their gradients are not needed.
+            scale: positive factor of the scores.
+            residuals: of the queries, ``(Q,)``, or None.
+        """
+        self._place("query_indices", asked.indices)
+        self._place("query_dataloaders", asked.dataloaders)
+        if residuals is not None:
+            self._residuals.append(residuals.detach().float().cpu())
+        if isinstance(self._sink, StreamingExtremes):
+            found = self._gather(self._sink).scale(scale)
+            for name, end in (("top", found.top), ("bottom", found.bottom)):
+                self._place(f"{name}_scores", end.scores.cpu())
+                self._place(f"{name}_indices", end.indices.cpu())
+        else:
+            self._sum_in_place(self._tensors["scores"][self._rows].mul_(scale))
+        self._sink = None
+
+    def take(self, *, several: bool) -> tuple[dict[str, Any], Tensor | None]:
+        """Return what attributions are made of, and the residuals ``(Q,)`` if there are any.
+
+        Args:
+            several: whether the queries are of several loaders.
+        """
+        fields = {"train_indices": self._columns, **self._tensors}
+        if not several:
+            del fields["query_dataloaders"]
+        return fields, torch.cat(self._residuals) if self._residuals else None
+
+    def _place(self, name: str, values: Tensor) -> None:
+        if len(values) == self._count:
+            self._tensors[name] = values
+            return
+        if name not in self._tensors:
+            self._tensors[name] = values.new_empty(self._count, *values.shape[1:])
+        self._tensors[name][self._rows] = values
+
+    def _sum_in_place(self, scores: Tensor) -> None:
+        """Sum scores over the processes: every column is zero on all but one of them."""
+        runner = self._context.runner
+        if runner.world_size > 1:
+            rows = max(1, _SUMMED // max(1, scores[:1].nbytes))
+            for part in torch.split(scores, rows):
+                runner.all_reduce_sum(part)
+
+    def _gather(self, sink: StreamingExtremes) -> Extremes:
+        """Return both ends of the rankings of all processes."""
+        found, runner = sink.result(), self._context.runner
+        if runner.world_size == 1:
+            return found
+        # A process without examples knows no precision.
+        ends = [end._replace(scores=end.scores.to(self._context.dtype)) for end in (found.top, found.bottom)]
+        return found._replace(top=ends[0], bottom=ends[1]).gather(runner.all_gather_cat, sink.k)

@@ -1,0 +1,98 @@
+"""What half precision makes of an answer: measured in float32 on a few examples, and told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.methods.context import Context
+from lightning_influence.model.gradients import LayerGradients
+from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.rounding import EXAMPLES, find_half_precision, take_in_float32
+
+
+class Rounding:
+    """What half precision makes of scores, seen on a few examples of a pass's first batch.
+
+    Args:
+        plan: the covered layers.
+
+    Attributes:
+        squares: sums of squares over values of these examples: of their differences from values for gradients
+            in float32, and of the latter.
+        examples: how many were looked at; 0 where the model does not run in float32.
+    """
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self._plan, self._looked = plan, False
+        self.squares, self.examples = (0.0, 0.0), 0
+
+    def look(
+        self,
+        module: Any,
+        batch: Any,
+        num_examples: int,
+        gradients: Mapping[str, LayerGradients],
+        values: Callable[[Mapping[str, LayerGradients]], Tensor],
+    ) -> None:
+        """Compare the values of the first examples of the first batch, if the model is in half precision.
+
+        Args:
+            module: the user's module.
+            batch: the batch.
+            num_examples: ``B``.
+            gradients: of its first examples.
+            values: the scores, or whatever else is asked, of gradients, ``(..., B)``.
+        """
+        if self._looked or find_half_precision(self._plan) is None:
+            return
+        self._looked = True
+        single = take_in_float32(self._plan, module, batch, num_examples)
+        if single is None:
+            return
+        count = min(layer.num_examples for layer in (*gradients.values(), *single.values()))
+        few = slice(0, min(count, EXAMPLES))
+        rounded, exact = (
+            values({name: layer.select(few) for name, layer in part.items()}).double()
+            for part in (gradients, single)
+        )
+        self.squares = float((rounded - exact).square().sum()), float(exact.square().sum())
+        self.examples = rounded.shape[-1]
+
+    def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> tuple[float | None, int]:
+        """Return the relative error in norm, None if it is unknown, and the examples of all processes."""
+        told = torch.tensor([*self.squares, float(self.examples)], dtype=torch.float64)
+        lost, size, examples = all_reduce_sum(told).tolist()
+        return (lost / size) ** 0.5 if size > 0 else None, int(examples)
+
+
+def tell_rounding(context: Context, rounding: Rounding, residuals: Tensor | None) -> Tensor | None:
+    """Say what half precision makes of an answer, which its residuals cannot: their system is rounded, too.
+
+    Args:
+        context: takes the note.
+        rounding: what a pass over the training data has seen.
+        residuals: of the answer, or None.
+
+    Returns:
+        The residuals, raised by the error that was measured, or else as they are.
+    """
+    dtype = find_half_precision(context.plan)
+    if dtype is None:
+        return residuals
+    error, examples = rounding.reduce(context.runner.all_reduce_sum)
+    told = (
+        "how far, is not known, because the model does not run in float32"
+        if error is None
+        else f"with gradients in float32, scores of {examples} training examples change by {error:.2g} of "
+        "their norm, to which rounding of the queries and of the curvature adds"
+    )
+    context.extra["rounding"] = error
+    context.notes.add(
+        f"The model is in {str(dtype).removeprefix('torch.')}, which rounds its gradients: {told}. Ask with "
+        "the model in float32, as after model.float(), for scores without it."
+    )
+    return residuals if residuals is None or error is None else residuals.hypot(residuals.new_tensor(error))

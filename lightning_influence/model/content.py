@@ -1,0 +1,122 @@
+"""What the training data are: losses and content of the examples that a pass has seen.
+
+Each example has a digest of its index, of what the batch holds of it and of the loss's settings; their sum is
+the same whatever batches the examples come in and whatever processes see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.model.captured import Captured, LossSum
+from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.support.digests import digest_number, digest_rows
+from lightning_influence.support.random_states import combine_keys
+
+_PLAIN = (str, bytes, int, float, bool, type(None))
+# Settings of a loss that are tensors; others hold values of the examples, which the batch tells.
+_SETTINGS = {"class_weights", "pos_weight"}
+# Chosen by hand: objects in objects are followed so far.
+_DEPTH = 6
+
+
+@dataclass
+class SeenData(LossSum):
+    """The sum of the losses, and of digests of the examples.
+
+    Attributes:
+        content: sum of the digests, modulo ``2**64``; 0 before there are any.
+    """
+
+    content: int = 0
+    _examples: Tensor | None = field(default=None, repr=False)
+
+    def read(self, batch: Any, indices: Tensor) -> None:
+        """Read a batch, before a step may write to it; :meth:`add` counts it.
+
+        Args:
+            batch: as the step gets it.
+            indices: dataset indices of its examples, ``(B,)``.
+        """
+        self._examples = digest_examples(batch, indices)
+
+    def add(self, captured: Captured) -> None:
+        """Add the batch that was read."""
+        super().add(captured)
+        if self._examples is not None:
+            settings = 0 if captured.loss is None else digest_number(_describe(captured.loss))
+            digests = combine_keys(self._examples ^ settings, 0)
+            self.content = _wrap(self.content + int(digests.sum()))
+            self._examples = None
+
+    def identify(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> int:
+        """Return the digest of the examples of all processes, given what sums over these."""
+        return _wrap(int(all_reduce_sum(torch.tensor([self.content]))[0]))
+
+
+def digest_examples(batch: Any, indices: Tensor) -> Tensor:
+    """Return digests of the examples of a batch, by their index and what the batch holds of them.
+
+    Args:
+        batch: tensors, numbers and texts in any nesting. A part that cannot be split among the examples
+            counts as the first one's.
+        indices: dataset indices ``(B,)``.
+
+    Returns:
+        ``(B,)`` int64, on the CPU.
+    """
+    count = len(indices)
+    total = combine_keys(indices, 0)
+    for number, part in enumerate(_parts(batch, count, 0)):
+        rows = part.transpose(0, 1) if part.ndim > 1 and part.shape[0] != count == part.shape[1] else part
+        if rows.ndim and len(rows) and len(rows) % count == 0:
+            found = digest_rows(rows.reshape(count, -1))
+        else:
+            found = torch.zeros(count, dtype=torch.int64)
+            found[0] = digest_rows(rows.reshape(1, -1))[0]
+        total = total + combine_keys(found.cpu(), number + 1)
+    return total
+
+
+def _parts(item: Any, count: int, depth: int) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, and tensors of digests of what is plain."""
+    if isinstance(item, Tensor):
+        if item.layout == torch.strided:
+            yield item
+    elif isinstance(item, _PLAIN):
+        yield torch.tensor(digest_number(item))
+    elif isinstance(item, list | tuple) and item and all(isinstance(part, _PLAIN) for part in item):
+        yield torch.tensor([digest_number(part) for part in item])
+    elif depth < _DEPTH:
+        if isinstance(item, Mapping):
+            item = list(item.values())
+        elif not isinstance(item, list | tuple):
+            item = list(getattr(item, "__dict__", {}).values())
+        for part in item:
+            yield from _parts(part, count, depth + 1)
+
+
+def _describe(loss: OutputLoss) -> tuple[Any, ...]:
+    """Return the settings of a loss: no value of a batch, and no factor that may depend on its size."""
+    told: list[Any] = [type(loss).__name__]
+    for part in fields(loss):
+        value = getattr(loss, part.name)
+        if isinstance(value, OutputLoss):
+            told.append(_describe(value))
+        elif isinstance(value, tuple):
+            told += [_describe(term) for term in value if isinstance(term, OutputLoss)]
+        elif isinstance(value, Tensor) and part.name in _SETTINGS:
+            told.append(int(digest_rows(value.reshape(1, -1))))
+        elif isinstance(value, _PLAIN) and part.name not in ("num_examples", "factor"):
+            told.append(value)
+    return tuple(told)
+
+
+def _wrap(number: int) -> int:
+    """Return an integer modulo ``2**64``, with a sign."""
+    return (number + 2**63) % 2**64 - 2**63
