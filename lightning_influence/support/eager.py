@@ -1,6 +1,6 @@
-"""Passes run a model's own operations: compiled modules eagerly, checkpointed parts without a graph of their own.
+"""Passes run a model's own operations: neither compiled, nor checkpointed with a graph of their own.
 
-A graph that was compiled without hooks calls none, and reentrant activation checkpointing allows of no gradients
+A graph that was compiled without hooks calls none, and reentrant checkpointing allows of no gradients
 but those of a plain backward pass.
 """
 
