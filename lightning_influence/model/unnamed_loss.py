@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_influence.model.last_outputs import Key, OutputTap, are_chained
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
+from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.model.rearranging import rearranged
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
@@ -44,10 +45,6 @@ _UNKNOWN_PARTS = (
 _RANDOM = (
     "The training loss draws noise in eval mode too, so that it could be checked by its second derivatives "
     "only: it is taken for the mean of its examples' losses, and scores are those of one draw."
-)
-_WEIGHTED = (
-    "The loss of a batch is a weighted mean of its examples' losses. Weights count as shares of their batch, "
-    "so scores depend a little on how examples are batched."
 )
 
 
@@ -310,5 +307,5 @@ def _is_mean(ratios: Sequence[float], shares: Sequence[float], limit: float, tra
     for first, second in zip(weights[::2], weights[1::2], strict=True):
         if abs(first + second - 1) > 10 * limit:  # what two halves weigh makes up one
             raise UnsupportedModelError(_COUPLED)
-    traits.warn(_WEIGHTED)
+    traits.warn(WEIGHTED)
     return True

@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
-from lightning_influence.model.losses.combined import ScaledLoss, SumLoss
+from lightning_influence.model.losses.combined import WEIGHTED, ScaledLoss, SumLoss
+from lightning_influence.model.losses.divisors import find_divisor
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
 from lightning_influence.model.losses.registry import (
     find_losses,
@@ -108,6 +109,7 @@ def same_loss(first: OutputLoss, second: OutputLoss) -> bool:
 
 _LISTED = 10
 _REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "position_mean", "example_mean")
+_MEANS: tuple[Reduction, ...] = ("mean", "position_mean", "example_mean")
 _REMEDY = (
     "To solve it, define `influence_loss(batch) -> (B,)` on the module: the training loss of each example of "
     "the batch."
@@ -264,12 +266,14 @@ class LossCapture(TorchFunctionMode):
             ):
                 raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
         slopes = tuple(slope.detach() for slope in slopes)
-        summed = _is_sum(batch_loss.grad_fn, divisor != 1)
+        nodes = {call.node for call in calls}
         losses = []
         for call, slope in zip(calls, slopes, strict=True):
             try:
                 loss = call.read(batch_size)
-                losses.append(_reduced(loss, call.value, slope.to(loss.detached.dtype) * divisor, summed))
+                slope = slope.to(loss.detached.dtype) * divisor
+                own = find_divisor(batch_loss.grad_fn, call.node, nodes, _counts(loss, slope), divisor)
+                losses.append(_reduced(loss, slope, own))
             except LossCaptureError as error:
                 raise LossCaptureError(
                     f"The training loss is {batch_loss.item():.6g}, and this call is part of it:\n"
@@ -304,13 +308,6 @@ class LossCapture(TorchFunctionMode):
                 f"value:\n{_listing([call for call, _ in losses])}\nAccepted is exactly one. {_REMEDY}"
             )
         return losses[0][1]
-
-
-def _is_sum(node: Any, is_divided: bool) -> bool:
-    """Return whether a loss is the result of a sum; the host's own division is looked through."""
-    while is_divided and type(node).__name__.startswith(("DivBackward", "MulBackward")):
-        node = node.next_functions[0][0]
-    return type(node).__name__.startswith("SumBackward")
 
 
 def _lost_weight() -> dict[str, Tensor]:
@@ -361,14 +358,21 @@ def walk(
     return met, passed, ends
 
 
-def _reduced(loss: OutputLoss, value: Tensor, slope: Tensor, summed: bool) -> OutputLoss:
+def _counts(loss: OutputLoss, slope: Tensor) -> list[float]:
+    """Return the numbers by which a user may divide a sum of values to have their mean."""
+    whole = replace(loss, reduction="sum")
+    shares = [float(replace(whole, reduction=reduction).share()) for reduction in _MEANS]
+    sizes = [loss.num_examples, len(loss.outputs), slope.numel(), int((slope > 0).sum())]
+    return [*map(float, sizes), *(1 / share for share in shares if 0 < share < math.inf)]
+
+
+def _reduced(loss: OutputLoss, slope: Tensor, divisor: float | None) -> OutputLoss:
     """Return a call's loss as the batch's loss takes it.
 
     Args:
         loss: the call, under the reduction that it was made with.
-        value: what it returned.
-        slope: derivative of the batch's loss in it, of its shape.
-        summed: whether the batch's loss is the sum of something over the batch.
+        slope: derivative of the batch's loss in what the call returned, of its shape.
+        divisor: what the batch's loss divides the call's values by; None for a sum.
 
     Returns:
         The loss, under the reduction that is in force.
@@ -382,38 +386,41 @@ def _reduced(loss: OutputLoss, value: Tensor, slope: Tensor, summed: bool) -> Ou
             "ones."
         )
     if loss.reduction != "none":
-        return _scaled(loss, float(slope.sum()))
-    factor = slope.max()
+        return _scaled(loss, float(slope.sum()), divisor)
+    factor, near = slope.max(), tolerance(slope.dtype)
     taken = slope > 0
-    if bool(((slope - factor).abs() <= tolerance(slope.dtype) * factor)[taken].all()):
+    if bool(((slope - factor).abs() <= near * factor)[taken].all()):
         if not bool(taken.all()):
             loss = loss.weighted(taken.to(slope.dtype))
-        return _scaled(replace(loss, reduction="sum"), float(factor), int(taken.sum()))
-    if summed:
-        return replace(loss.weighted(slope), reduction="sum")
-    return replace(loss.weighted(slope * loss.num_examples), reduction="example_mean")
+        return _scaled(replace(loss, reduction="sum"), float(factor), divisor)
+    if divisor in {loss.num_examples, slope.numel()}:
+        return replace(loss.weighted(slope * loss.num_examples), reduction="example_mean")
+    if divisor is not None:
+        return ScaledLoss.divided(loss.weighted(slope * divisor), 1.0, divisor)
+    if abs(float(slope.sum()) - 1) <= near:  # by what they were divided is not to be seen
+        shares = ScaledLoss.of(loss.weighted(slope * loss.num_examples), 1.0)
+        return replace(shares, remark=WEIGHTED)
+    return replace(loss.weighted(slope), reduction="sum")
 
 
-def _scaled(loss: OutputLoss, factor: float, count: int | None = None) -> OutputLoss:
+def _scaled(loss: OutputLoss, factor: float, divisor: float | None) -> OutputLoss:
     """Return the loss times a factor, as one of the usual reductions of its values where that is one.
 
     Args:
         loss: a loss.
         factor: what the batch's loss takes it with.
-        count: number of values that are summed, where the function returned them one by one.
+        divisor: the part of the factor that the batch's loss divides by, if it does.
     """
     near = tolerance(loss.detached.dtype)
-    if abs(factor - 1) <= near:
-        return loss
-    if loss.reduction == "sum":
-        for reduction in ("mean", "position_mean", "example_mean"):
+    if loss.reduction == "sum" and divisor is not None:
+        # With a factor beside the divisor a reduction fits by chance only, as in a batch of one example.
+        for reduction in _MEANS if abs(factor * divisor - 1) <= near else ():
             candidate = replace(loss, reduction=reduction)
             share = float(candidate.share())
             if math.isfinite(share) and abs(share - factor) <= near * factor:
                 return candidate
-        if count is not None and abs(factor * count - 1) <= near:  # the mean over what a mask leaves
-            return ScaledLoss.of(loss, factor * loss.num_examples)
-    return ScaledLoss.of(loss, factor, loss.reduction)
+        return ScaledLoss.divided(loss, factor * divisor, divisor)
+    return loss if abs(factor - 1) <= near else ScaledLoss.of(loss, factor, loss.reduction)
 
 
 def _summed(losses: Sequence[OutputLoss]) -> OutputLoss:
