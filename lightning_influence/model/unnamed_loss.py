@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence.model.last_outputs import Key, OutputTap, are_chained
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.losses.combined import WEIGHTED
+from lightning_influence.model.losses.picked import PickedRows
 from lightning_influence.model.rearranging import rearranged
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
@@ -37,6 +38,11 @@ _SECOND_USE = (
     "The loss depends on the weights of layer {name!r} in another way than by calling the layer, so its "
     "gradients would be wrong. Accepted are weights that are used by their own layer only, and penalties on "
     "weights: leave out a layer whose weight is used a second time with `layers=`."
+)
+_PICKED = (
+    "A layer was called on rows that a mask picked: by their number it cannot be told which example each row "
+    "is of. Call the layers on all rows, and mask the losses: `ignore_index`, or `(losses * mask).sum() / "
+    "mask.sum()`. " + _REMEDY
 )
 _UNKNOWN_PARTS = (
     "The loss of a batch is taken for the mean of its examples' losses, without a check: the batch could not "
@@ -83,16 +89,22 @@ class UnnamedLoss:
         if self._cut is None:
             self._find_cut(module, batch)
         assert self._cut is not None
+        picked = PickedRows()
         if self._chained:
             with preserve_rng():
                 leaves, value, _ = self._run_from_leaves(module, batch)
-            with recorder, OutputTap(module, self._cut, leaves=False) as tap:
+            with recorder, picked, OutputTap(module, self._cut, leaves=False) as tap:
                 values, _ = self._run(module, batch)
         else:
             values = None
-            with recorder, OutputTap(module, self._cut) as tap:
+            with recorder, picked, OutputTap(module, self._cut) as tap:
                 value = _scalar(*self._run(module, batch))
             leaves = list(tap.leaves.values())
+        rows = {len(output) for output in tap.outputs.values() if output.dim()} - {num_examples}
+        if rows & picked.counts:
+            raise UnsupportedModelError(_PICKED)
+        if picked.counts:  # as many for each example in one batch, and not in the next
+            self._traits.warn(WEIGHTED)
 
         def describe() -> BatchLoss:
             return BatchLoss.of(
@@ -153,16 +165,21 @@ class UnnamedLoss:
         if not bool(rows.any()):
             return
         limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
-        parts = _halves(count)
+        # The example of the least gradient, alone: a loss of the hardest examples gives it none among others.
+        parts = [*_halves(count), [int(rows.norm(dim=1).argmin())]]
         _check_cross_derivatives(loss, parts[0], limit)
         direct = self._direct_gradients(loss.batch_loss, recorder)
-        ratios = []
+        ratios: list[float] = []
         for part in parts:
             found = self._part_gradients(module, batch, part, count, rows.shape[1], recorder)
-            if found is None:
+            if found is None and len(ratios) < 4:
                 self._traits.warn(_UNKNOWN_PARTS)
                 self._verified.add(_MEAN)
                 return
+            # Steps may fail on one example; what has no weight, such as padding alone, divides by zero.
+            if found is None or not bool(torch.isfinite(found[0]).all()):
+                ratios.append(math.nan)
+                continue
             ratio = _ratio(found[0], rows[part], limit)
             if ratio is None:
                 self._accept_noise(module, batch, rows, limit)
@@ -304,7 +321,7 @@ def _is_mean(ratios: Sequence[float], shares: Sequence[float], limit: float, tra
     if all(abs(ratio - share) <= 10 * limit for ratio, share in known):
         return False
     weights = [share / ratio for ratio, share in zip(ratios, shares, strict=True)]
-    for first, second in zip(weights[::2], weights[1::2], strict=True):
+    for first, second in zip(weights[0:4:2], weights[1:4:2], strict=True):
         if abs(first + second - 1) > 10 * limit:  # what two halves weigh makes up one
             raise UnsupportedModelError(_COUPLED)
     traits.warn(WEIGHTED)

@@ -150,7 +150,7 @@ def make_recipe(number: int) -> Recipe:
     labelled = kind.targets == "labels" and kind.named and not kind.coupled
     ask = draw.among("scores", "scores", "top_k", "self_influence", "ihvp")
     measured = [None, "loss", "function"] + (["margin", "logit"] if labelled and name != "ce_picked" else [])
-    alone = makes == "vector" and not kind.coupled
+    alone = makes == "vector" and not kind.coupled and name != "l1"
     return Recipe(
         net=net,
         shape=Shape(

@@ -11,6 +11,7 @@ from typing import Any
 
 import oracle
 import torch
+from fuzz_losses import IGNORED
 from fuzz_recipes import Problem, squares
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ class Reference:
             z = flat.reshape(z.shape[1:])
         value, weight = self.kind.example(self.problem.settings, z, t, w)
         weight = float(weight)
-        if self.values:
+        if self.values or not (self.kind.named or self.shares):  # known as means of examples
             return self.recipe.factor * value / weight, 1.0
         return self.recipe.factor * value, weight
 
@@ -83,11 +84,11 @@ class Reference:
     def bend(self, n: int) -> Tensor:
         """Curvature of one example's loss in its outputs, unnormalised."""
         z = self.outputs(n).detach()
-        if self.kind.bend is not None and not self.values:
+        if self.kind.bend is not None:
             _, t, _ = self.problem.parts(n)
             return self.recipe.factor * self.kind.bend(self.problem.settings, z, t)
         H = torch.autograd.functional.hessian(lambda flat: self.loss(n, flat)[0], z)
-        if self.recipe.loss == "pinball" or (self.values and self.recipe.loss == "l1"):  # no curvature of its own
+        if self.recipe.loss == "pinball":  # no curvature of its own
             z = z.requires_grad_()
             g = torch.autograd.grad(self.loss(n, z)[0], z)[0]
             return g[:, None] * g
@@ -130,8 +131,11 @@ class Reference:
 
     def _labelled(self, n: int, measured: str) -> Tensor:
         """Sum over counted positions of the true output, or of its log-odds."""
-        _, t, _ = self.problem.parts(n)
+        _, t, w = self.problem.parts(n)
+        if self.kind.uses_weights and w.dtype == torch.bool:
+            t = torch.where(w, t, IGNORED)
         z = self.outputs(n).reshape(*t.shape, -1)
+        z = z.log_softmax(-1) if self.recipe.loss == "nll" else z  # what the loss takes for outputs
         total = z.sum() * 0
         for row, label in zip(z.reshape(-1, z.shape[-1]), t.reshape(-1).tolist(), strict=True):
             if label >= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +14,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
-from lightning_influence.model.losses.combined import WEIGHTED, ScaledLoss, SumLoss
 from lightning_influence.model.losses.divisors import find_divisor
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
+from lightning_influence.model.losses.picked import count_picked
+from lightning_influence.model.losses.reductions import count_ways, reduced, summed, tolerance
 from lightning_influence.model.losses.registry import (
     find_losses,
     is_supported,
@@ -26,11 +26,6 @@ from lightning_influence.model.losses.registry import (
     supported_losses,
 )
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative difference that two values of one loss may have: 1e-8 in float64, else 1e-4."""
-    return 1e-8 if dtype == torch.float64 else 1e-4
 
 
 def versions_of(tensors: Iterable[Any]) -> tuple[int, ...]:
@@ -50,6 +45,7 @@ class LossCall:
         node: the autograd node of what it returned.
         output_number: which output of the node it is.
         versions: of its tensor arguments, to notice changes in place after the call.
+        picked: whether it has as many rows as a mask has left, which are nobody's by their number.
     """
 
     function: Callable[..., Any]
@@ -59,6 +55,7 @@ class LossCall:
     node: Any
     output_number: int
     versions: tuple[int, ...]
+    picked: bool = False
 
     def read(self, batch_size: int) -> OutputLoss:
         """Return the call as a loss of ``batch_size`` examples.
@@ -73,6 +70,12 @@ class LossCall:
                 "are outputs and targets that stay as they were: change a copy."
             )
         rows = loss.outputs.shape[0]
+        if self.picked:
+            raise LossCaptureError(
+                f"{loss_name(self.function)} was computed on {rows} rows that a mask picked. Accepted are B "
+                "rows, or B * T with the T positions of each example together: mark rows to leave out with "
+                "`ignore_index`."
+            )
         if rows == 0 or rows % batch_size:
             raise LossCaptureError(
                 f"The loss was computed on {rows} rows (outputs of shape {tuple(loss.outputs.shape)}), which "
@@ -109,7 +112,6 @@ def same_loss(first: OutputLoss, second: OutputLoss) -> bool:
 
 _LISTED = 10
 _REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "position_mean", "example_mean")
-_MEANS: tuple[Reduction, ...] = ("mean", "position_mean", "example_mean")
 _REMEDY = (
     "To solve it, define `influence_loss(batch) -> (B,)` on the module: the training loss of each example of "
     "the batch."
@@ -137,6 +139,7 @@ class LossCapture(TorchFunctionMode):
         super().__init__()
         self.calls: list[LossCall] = []
         self._losses = find_losses()
+        self._picked: set[int] = set()
 
     def __enter__(self) -> Self:
         """Start recording, with an empty list of calls.
@@ -168,16 +171,23 @@ class LossCapture(TorchFunctionMode):
         result = func(*args, **kwargs)
         if type(result).__module__.startswith("torch._subclasses."):
             return result  # the compiler traces it after all: torch 2.4 does not say so
+        count = count_picked(func, args, result)
+        self._picked |= set() if count is None else {count}
         if func in self._losses and isinstance(result, Tensor) and result.requires_grad:
             versions = versions_of((*args, *kwargs.values()))
             # A copy, because `loss += penalty` would change the value that was seen.
             value = result.detach().clone()
-            self.calls.append(LossCall(func, args, kwargs, value, result.grad_fn, result.output_nr, versions))
+            picked = any(
+                isinstance(part, Tensor) and part.dim() and len(part) in self._picked for part in args
+            )
+            self.calls.append(
+                LossCall(func, args, kwargs, value, result.grad_fn, result.output_nr, versions, picked)
+            )
         return result
 
     def clear(self) -> None:
         """Forget the recorded calls and their graph."""
-        self.calls = []
+        self.calls, self._picked = [], set()
 
     @torch.no_grad()
     def resolve(
@@ -272,8 +282,8 @@ class LossCapture(TorchFunctionMode):
             try:
                 loss = call.read(batch_size)
                 slope = slope.to(loss.detached.dtype) * divisor
-                own = find_divisor(batch_loss.grad_fn, call.node, nodes, _counts(loss, slope), divisor)
-                losses.append(_reduced(loss, slope, own))
+                own = find_divisor(batch_loss.grad_fn, call.node, nodes, count_ways(loss, slope), divisor)
+                losses.append(reduced(loss, slope, own))
             except LossCaptureError as error:
                 raise LossCaptureError(
                     f"The training loss is {batch_loss.item():.6g}, and this call is part of it:\n"
@@ -281,7 +291,7 @@ class LossCapture(TorchFunctionMode):
                 ) from error
         if len(losses) == 1:
             return losses[0]
-        return _summed(losses)
+        return summed(losses)
 
     def _by_value(self, batch_loss: Tensor, batch_size: int) -> OutputLoss:
         """Return the one call whose value is the loss's.
@@ -356,84 +366,6 @@ def walk(
                     seen.add(following)
                     todo.append(following)
     return met, passed, ends
-
-
-def _counts(loss: OutputLoss, slope: Tensor) -> list[float]:
-    """Return the numbers by which a user may divide a sum of values to have their mean."""
-    whole = replace(loss, reduction="sum")
-    shares = [float(replace(whole, reduction=reduction).share()) for reduction in _MEANS]
-    sizes = [loss.num_examples, len(loss.outputs), slope.numel(), int((slope > 0).sum())]
-    return [*map(float, sizes), *(1 / share for share in shares if 0 < share < math.inf)]
-
-
-def _reduced(loss: OutputLoss, slope: Tensor, divisor: float | None) -> OutputLoss:
-    """Return a call's loss as the batch's loss takes it.
-
-    Args:
-        loss: the call, under the reduction that it was made with.
-        slope: derivative of the batch's loss in what the call returned, of its shape.
-        divisor: what the batch's loss divides the call's values by; None for a sum.
-
-    Returns:
-        The loss, under the reduction that is in force.
-
-    Raises:
-        LossCaptureError: if the slope is negative somewhere, zero everywhere, or cannot be taken in.
-    """
-    if bool((slope < 0).any()) or not bool((slope > 0).any()):
-        raise LossCaptureError(
-            f"The training loss takes it with a factor of {slope.min().item():.4g}; accepted are positive "
-            "ones."
-        )
-    if loss.reduction != "none":
-        return _scaled(loss, float(slope.sum()), divisor)
-    factor, near = slope.max(), tolerance(slope.dtype)
-    taken = slope > 0
-    if bool(((slope - factor).abs() <= near * factor)[taken].all()):
-        if not bool(taken.all()):
-            loss = loss.weighted(taken.to(slope.dtype))
-        return _scaled(replace(loss, reduction="sum"), float(factor), divisor)
-    if divisor in {loss.num_examples, slope.numel()}:
-        return replace(loss.weighted(slope * loss.num_examples), reduction="example_mean")
-    if divisor is not None:
-        return ScaledLoss.divided(loss.weighted(slope * divisor), 1.0, divisor)
-    if abs(float(slope.sum()) - 1) <= near:  # by what they were divided is not to be seen
-        shares = ScaledLoss.of(loss.weighted(slope * loss.num_examples), 1.0)
-        return replace(shares, remark=WEIGHTED)
-    return replace(loss.weighted(slope), reduction="sum")
-
-
-def _scaled(loss: OutputLoss, factor: float, divisor: float | None) -> OutputLoss:
-    """Return the loss times a factor, as one of the usual reductions of its values where that is one.
-
-    Args:
-        loss: a loss.
-        factor: what the batch's loss takes it with.
-        divisor: the part of the factor that the batch's loss divides by, if it does.
-    """
-    near = tolerance(loss.detached.dtype)
-    if loss.reduction == "sum" and divisor is not None:
-        # With a factor beside the divisor a reduction fits by chance only, as in a batch of one example.
-        for reduction in _MEANS if abs(factor * divisor - 1) <= near else ():
-            candidate = replace(loss, reduction=reduction)
-            share = float(candidate.share())
-            if math.isfinite(share) and abs(share - factor) <= near * factor:
-                return candidate
-        return ScaledLoss.divided(loss, factor * divisor, divisor)
-    return loss if abs(factor - 1) <= near else ScaledLoss.of(loss, factor, loss.reduction)
-
-
-def _summed(losses: Sequence[OutputLoss]) -> OutputLoss:
-    """Return the sum of losses, each normalised by the weights of its batch.
-
-    Sums over the examples stay sums if all terms are.
-    """
-    everywhere = all(loss.reduction == "sum" for loss in losses)
-    terms = []
-    for loss in losses:
-        factor = 1.0 if everywhere else loss.scale * loss.num_examples / float(loss.weights().sum())
-        terms.append(loss if factor == 1 else ScaledLoss.of(loss, factor, loss.reduction))
-    return SumLoss.of(terms, "sum" if everywhere else "example_mean")
 
 
 def _listing(calls: Sequence[LossCall]) -> str:

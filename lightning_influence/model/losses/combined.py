@@ -51,21 +51,6 @@ class ScaledLoss(OutputLoss):
         inner = replace(inner, reduction=reduction)
         return cls(inner.outputs, inner.targets, inner.num_examples, reduction, inner, factor)
 
-    @classmethod
-    def divided(cls, inner: OutputLoss, factor: float, divisor: float) -> Self:
-        """Scale a loss's values and divide their sum by a number of the batch's own.
-
-        Args:
-            inner: the loss.
-            factor: of its values, positive.
-            divisor: what the batch's loss divides by; over the data set divisors add up.
-
-        Returns:
-            The scaled loss, each of whose examples has an equal share of the divisor for its weight.
-        """
-        summed = cls.of(inner, factor, "sum")
-        return replace(summed, reduction="example_mean", weight=divisor / inner.num_examples)
-
     @property
     def note(self) -> str | None:
         """What is to be told of it, and what the inner loss's curvature stands for, if it is no Hessian."""

@@ -9,6 +9,7 @@ mean, too.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from math import isclose, prod
 from typing import Any
 
@@ -16,9 +17,23 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Divisor:
+    """What a batch's loss divides by.
+
+    Attributes:
+        value: positive.
+        is_count: whether it is made of numbers of examples and values, whatever these are, and not of what
+            the batch holds, such as the sum of a mask.
+    """
+
+    value: float
+    is_count: bool
+
+
 def find_divisor(
     root: Any, call: Any, calls: Collection[Any], counts: Collection[float], host: float
-) -> float | None:
+) -> Divisor | None:
     """Return what stands between a loss and the values of a call that it is made of.
 
     Args:
@@ -33,19 +48,19 @@ def find_divisor(
     Returns:
         The product of all divisors; None where the values are summed only.
     """
-    divisors = []
+    divisors, is_count = [], True
     for node in _path(root, call, calls):
         name = type(node).__name__
         if name.startswith("MeanBackward"):
-            count = _averaged(node)
-            divisors += [] if count == 1 else [float(count)]
-        elif name.startswith("DivBackward"):
-            if host != 1:
-                host = 1.0
-                continue
-            divisor = _scalar_divisor(node, counts)
-            divisors += [] if divisor is None else [divisor]
-    return prod(divisors) if divisors else None
+            divisors += [float(_averaged(node))]
+        elif name.startswith("DivBackward") and host != 1:
+            host = 1.0
+        elif name.startswith("DivBackward") and not node._saved_other.dim():
+            value, is_plain = float(node._saved_other), _is_plain_number(node._saved_other)
+            if value > 0 and (not is_plain or any(isclose(value, count, rel_tol=1e-4) for count in counts)):
+                divisors += [value]
+                is_count &= is_plain
+    return Divisor(prod(divisors), is_count) if prod(divisors) != 1 or not is_count else None
 
 
 def _path(root: Any, end: Any, stops: Collection[Any]) -> list[Any]:
@@ -80,16 +95,6 @@ def _averaged(node: Any) -> int:
 
 def _saved(node: Any, *names: str) -> Any:
     return next(getattr(node, name) for name in names if hasattr(node, name))
-
-
-def _scalar_divisor(node: Any, counts: Collection[float]) -> float | None:
-    """Return the one number that all values are divided by; None for a constant factor, or many numbers."""
-    other: Tensor = node._saved_other
-    if other.dim():
-        return None
-    value = float(other)
-    goes_with_batch = any(isclose(value, count, rel_tol=1e-4) for count in counts)
-    return value if value > 0 and (goes_with_batch or not _is_plain_number(other)) else None
 
 
 def _is_plain_number(other: Tensor) -> bool:
