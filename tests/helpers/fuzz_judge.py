@@ -158,11 +158,15 @@ def _compare(problem: Problem, answer: Answer) -> None:
         raise UndeterminedError
     reference = Reference(problem, diagnostics.layers, shares)
     given = recipe.options.get("damping")
-    if recipe.method != "identity" and isinstance(given, float) and set(diagnostics.damping.values()) != {given}:
+    if (
+        recipe.method != "identity"
+        and isinstance(given, float)
+        and set(diagnostics.damping.values()) != {given}
+    ):
         raise WrongError(f"damping={given} was asked for, {diagnostics.damping} taken")
-    {"self_influence": _compare_self, "ihvp": _compare_ihvp, "top_k": _compare_top}.get(recipe.ask, _compare_scores)(
-        reference, answer
-    )
+    {"self_influence": _compare_self, "ihvp": _compare_ihvp, "top_k": _compare_top}.get(
+        recipe.ask, _compare_scores
+    )(reference, answer)
 
 
 def _limit(recipe: Recipe) -> float:
@@ -208,7 +212,13 @@ def _compare_top(reference: Reference, answer: Answer) -> None:
         _check_close(part.scores, values, reference.recipe, "strongest scores", _scale(reference))
         place = {index: at for at, index in enumerate(reference.train)}
         at = torch.tensor([[place[i] for i in row] for row in part.indices.tolist()])
-        _check_close(part.scores, expected.gather(1, at), reference.recipe, "indices of the strongest", _scale(reference))
+        _check_close(
+            part.scores,
+            expected.gather(1, at),
+            reference.recipe,
+            "indices of the strongest",
+            _scale(reference),
+        )
 
 
 def _compare_self(reference: Reference, answer: Answer) -> None:
@@ -230,7 +240,9 @@ def _compare_ihvp(reference: Reference, answer: Answer) -> None:
     vectors = reference.query_gradients
     if recipe.method == "identity":  # which knows of no weights
         vectors = vectors * (reference.wbar if recipe.measurement in {None, "loss"} else 1)
-    _check_close(found, reference.solutions(damping, vectors), recipe, "products", 1e-6 * float(vectors.norm()))
+    _check_close(
+        found, reference.solutions(damping, vectors), recipe, "products", 1e-6 * float(vectors.norm())
+    )
     _check_residuals(reference, answer, found)
 
 

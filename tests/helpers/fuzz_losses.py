@@ -289,8 +289,12 @@ LOSSES: dict[str, LossKind] = {
     "focal": LossKind("labels", _batch_focal, _example_focal, named=False),
     "kl": LossKind("shares", _batch_kl, _example_kl),
     "mse": LossKind("values", _elementwise(F.mse_loss), _each(lambda z, t: (z - t) ** 2)),
-    "mse_hand": LossKind("values", _hand_each(lambda z, t: (z - t) ** 2), _each(lambda z, t: (z - t) ** 2), named=False),
-    "mse_weighed": LossKind("values", _batch_mse_weighed, _example_mse_weighed, ("vector",), uses_weights=True),
+    "mse_hand": LossKind(
+        "values", _hand_each(lambda z, t: (z - t) ** 2), _each(lambda z, t: (z - t) ** 2), named=False
+    ),
+    "mse_weighed": LossKind(
+        "values", _batch_mse_weighed, _example_mse_weighed, ("vector",), uses_weights=True
+    ),
     "huber": LossKind("values", _elementwise(F.huber_loss, delta=0.7), _each(_huber)),
     "l1": LossKind(
         "values",
@@ -299,7 +303,10 @@ LOSSES: dict[str, LossKind] = {
         bend=lambda s, z, t: _unit(s, z) * torch.eye(z.numel(), dtype=torch.float64),
     ),
     "logcosh": LossKind(
-        "values", _hand_each(lambda z, t: torch.log(torch.cosh(z - t))), _each(lambda z, t: torch.logaddexp(z - t, t - z)), named=False
+        "values",
+        _hand_each(lambda z, t: torch.log(torch.cosh(z - t))),
+        _each(lambda z, t: torch.logaddexp(z - t, t - z)),
+        named=False,
     ),
     "pinball": LossKind("values", _hand_each(_pinball), _each(_pinball), named=False),
     "gaussian": LossKind("values", _gaussian, _each(lambda z, t: (z - t) ** 2)),
@@ -311,7 +318,11 @@ LOSSES: dict[str, LossKind] = {
         "values", lambda s, z, t, w: F.mse_loss(z, t).sqrt(), None, named=False, coupled="a root of a mean"
     ),
     "centred": LossKind(
-        "values", lambda s, z, t, w: F.mse_loss(z - z.mean(0), t), None, named=False, coupled="a mean of the batch"
+        "values",
+        lambda s, z, t, w: F.mse_loss(z - z.mean(0), t),
+        None,
+        named=False,
+        coupled="a mean of the batch",
     ),
     "contrast": LossKind(
         "labels",

@@ -75,7 +75,10 @@ class Skip(nn.Module):
 
     def __init__(self, s: Shape) -> None:
         super().__init__()
-        self.wide, self.deep = nn.Linear(EXAMPLES_FIRST, s.outputs, s.bias), nn.Linear(EXAMPLES_FIRST, s.hidden)
+        self.wide, self.deep = (
+            nn.Linear(EXAMPLES_FIRST, s.outputs, s.bias),
+            nn.Linear(EXAMPLES_FIRST, s.hidden),
+        )
         self.head = nn.Linear(s.hidden, s.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +180,10 @@ def _mlp(s: Shape, depth: int) -> nn.Module:
 
 
 def _conv(s: Shape, dims: int, groups: int, stride: int, padding: str, norm: str) -> nn.Module:
-    kinds = {1: (nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d), 2: (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d)}
+    kinds = {
+        1: (nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d),
+        2: (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d),
+    }
     conv, batch_norm, pool = kinds[dims]
     channels = 2 * (1 + s.hidden // 3)
     mode = {} if padding in {"same", "valid"} else {"padding_mode": padding}
@@ -208,13 +214,19 @@ def _encoder(s: Shape) -> nn.Module:
 
 def _words(s: Shape) -> nn.Module:
     return nn.Sequential(
-        nn.Embedding(WORDS, s.hidden), nn.Linear(s.hidden, s.hidden, s.bias), s.activation(), nn.Linear(s.hidden, s.outputs)
+        nn.Embedding(WORDS, s.hidden),
+        nn.Linear(s.hidden, s.hidden, s.bias),
+        s.activation(),
+        nn.Linear(s.hidden, s.outputs),
     )
 
 
 def _words_mean(s: Shape) -> nn.Module:
     return nn.Sequential(
-        nn.Embedding(WORDS, s.hidden), Apply(lambda h: h.mean(1)), nn.Linear(s.hidden, s.hidden), nn.Tanh(),
+        nn.Embedding(WORDS, s.hidden),
+        Apply(lambda h: h.mean(1)),
+        nn.Linear(s.hidden, s.hidden),
+        nn.Tanh(),
         nn.Linear(s.hidden, s.outputs),
     )
 
@@ -255,14 +267,30 @@ NETS: dict[str, tuple[str, str, Callable[[Shape], nn.Module]]] = {
     "tied": ("words", "steps", Tied),
 }
 # Nets whose covered layers are Linear layers and convolutions only.
-KRONECKER = ("linear", "mlp", "deep", "twice", "skip", "heads", "tokens", "attention", "conv1", "conv1_groups")
+KRONECKER = (
+    "linear",
+    "mlp",
+    "deep",
+    "twice",
+    "skip",
+    "heads",
+    "tokens",
+    "attention",
+    "conv1",
+    "conv1_groups",
+)
 
 
 def draw_inputs(kind: str, count: int, generator: torch.Generator) -> Tensor:
     """Inputs of `count` examples."""
     if kind == "words":
         return torch.randint(WORDS, (count, STEPS), generator=generator)
-    shape = {"vectors": (EXAMPLES_FIRST,), "images1": (2, 7), "images2": (2, 5, 4), "steps": (STEPS, EXAMPLES_FIRST)}[kind]
+    shape = {
+        "vectors": (EXAMPLES_FIRST,),
+        "images1": (2, 7),
+        "images2": (2, 5, 4),
+        "steps": (STEPS, EXAMPLES_FIRST),
+    }[kind]
     return torch.randn(count, *shape, generator=generator, dtype=torch.float64)
 
 

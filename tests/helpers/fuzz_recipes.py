@@ -129,7 +129,18 @@ def _options(draw: _Draws, method: str) -> dict[str, Any]:
 
 
 METHODS = (
-    "identity", "exact", "hessian", "block_ggn", "diagonal", "kfac", "ekfac", "cg", "minres", "auto", "astra", "lissa",
+    "identity",
+    "exact",
+    "hessian",
+    "block_ggn",
+    "diagonal",
+    "kfac",
+    "ekfac",
+    "cg",
+    "minres",
+    "auto",
+    "astra",
+    "lissa",
 )
 
 
@@ -142,9 +153,11 @@ def make_recipe(number: int) -> Recipe:
     kind = LOSSES[name]
     method = draw.among(*(m for m in METHODS if m not in {"kfac", "ekfac"} or net in KRONECKER))
     examples, queries = draw.between(1, 9), draw.between(1, 4)
-    classes = draw.among(False, True) and kind.targets in {"labels", "shares", "bits"} and name in {
-        "ce", "ce_classes_second", "ce_soft", "nll", "bce", "ce_time_first"
-    }
+    classes = (
+        draw.among(False, True)
+        and kind.targets in {"labels", "shares", "bits"}
+        and name in {"ce", "ce_classes_second", "ce_soft", "nll", "bce", "ce_time_first"}
+    )
     smoothing = draw.among(0.0, 0.0, 0.1) if name.startswith("ce") and kind.named else 0.0
     smoothing = 0.0 if name == "ce_picked" else smoothing
     labelled = kind.targets == "labels" and kind.named and not kind.coupled
@@ -239,7 +252,9 @@ class Problem:
         with torch.no_grad():
             outputs = net.eval()(self.x)
         width = (outputs[0] if makes == "two" else outputs).shape[-1]
-        classes = 0.5 + torch.rand(width, generator=generator, dtype=torch.float64) if recipe.classes else None
+        classes = (
+            0.5 + torch.rand(width, generator=generator, dtype=torch.float64) if recipe.classes else None
+        )
         self.settings = Settings(recipe.reduction, classes, recipe.smoothing, recipe.ignored)
         self.t = fuzz_losses.draw_targets(self.kind, self.settings, outputs, generator)
         if makes == "steps" and recipe.loss != "ce_weighed":
@@ -288,7 +303,9 @@ class Problem:
         linear = (nn.Linear, nn.Conv1d, nn.Conv2d)
         names = [name for name, part in self.module.named_modules() if isinstance(part, linear)]
         if len(names) > 1 and recipe.layers != "default":
-            given["layers"] = {"all": ["*"], "first": [names[0]], "not last": [f"!{names[-1]}"]}[recipe.layers]
+            given["layers"] = {"all": ["*"], "first": [names[0]], "not last": [f"!{names[-1]}"]}[
+                recipe.layers
+            ]
         if recipe.via == "argument":
             given["loss"] = Module._values
         if recipe.via == "argument_mean":

@@ -39,7 +39,9 @@ class Reference:
             if name in every:
                 own = [every[name]]
             else:
-                own = [p for p in self.module.get_submodule(name).parameters(recurse=False) if p.requires_grad]
+                own = [
+                    p for p in self.module.get_submodule(name).parameters(recurse=False) if p.requires_grad
+                ]
             assert sum(p.numel() for p in own) == count, f"{name} has other parameters than are said"
             self.parameters[name] = own
         self.flat = [p for own in self.parameters.values() for p in own]
@@ -72,7 +74,9 @@ class Reference:
         return self.recipe.factor * value, weight
 
     def _flat_gradient(self, value: Tensor) -> Tensor:
-        grads = torch.autograd.grad(value, self.flat, retain_graph=True, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            value, self.flat, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         return torch.cat([g.reshape(-1) for g in grads])
 
     def gradient(self, n: int) -> Tensor:
@@ -164,7 +168,9 @@ class Reference:
         total = sum(
             f * self.loss(n, self.outputs(n))[0] for n, f in zip(self.train, factors, strict=True)
         ) / (wbar * len(self.train))
-        grads = torch.autograd.grad(total, self.flat, create_graph=True, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            total, self.flat, create_graph=True, allow_unused=True, materialize_grads=True
+        )
         flat = torch.cat([g.reshape(-1) for g in grads])
         if not flat.requires_grad:
             return torch.zeros(len(flat), len(flat), dtype=flat.dtype)
@@ -232,7 +238,9 @@ class Reference:
                 Q = torch.kron(QS, QA)
                 parts.append(Q @ torch.diag(rotated.square().sum((0, 1)).reshape(-1) / len(inputs)) @ Q.T)
             block = torch.block_diag(*parts)
-            blocks.append(_to_parameter_order(block, layer, layer.bias is not None and layer.bias.requires_grad))
+            blocks.append(
+                _to_parameter_order(block, layer, layer.bias is not None and layer.bias.requires_grad)
+            )
         return torch.block_diag(*blocks)
 
     def _statistics(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,15 +250,22 @@ class Reference:
         inputs, outputs = [], []
         for n, factor in zip(self.train, factors, strict=True):
             calls: list[tuple[Tensor, Tensor]] = []
-            with layer.register_forward_hook(lambda _, args, out, calls=calls: calls.append((args[0].clone(), out))):
+            with layer.register_forward_hook(
+                lambda _, args, out, calls=calls: calls.append((args[0].clone(), out))
+            ):
                 z = self._hooked_outputs(n, layer, calls)
             if self.recipe.options.get("fisher") == "empirical":
-                seeds = torch.autograd.grad(self.loss(n, z)[0], z, retain_graph=True)[0][None] * (wbar ** -0.5)
+                seeds = torch.autograd.grad(self.loss(n, z)[0], z, retain_graph=True)[0][None] * (wbar**-0.5)
             else:
                 values, vectors = torch.linalg.eigh(factor * self.bend(n) / wbar)
                 seeds = (vectors * values.clamp_min(0).sqrt()).T
             made = [out for _, out in calls]
-            rows = [torch.autograd.grad(z, made, seed, retain_graph=True, allow_unused=True, materialize_grads=True) for seed in seeds]
+            rows = [
+                torch.autograd.grad(
+                    z, made, seed, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for seed in seeds
+            ]
             stacked = [torch.stack([row[call] for row in rows]) for call in range(len(made))]
             outputs.append(torch.cat([oracle.output_positions(layer, ds) for ds in stacked], 1))
             inputs.append(torch.cat([oracle.input_positions(layer, a.detach()) for a, _ in calls]))
