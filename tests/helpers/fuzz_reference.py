@@ -209,7 +209,10 @@ class Reference:
     def solutions(self, damping: Mapping[str, float], vectors: Tensor) -> Tensor:
         if self.recipe.method == "identity":
             return vectors
-        return torch.linalg.solve(self.damped(damping), vectors.T).T
+        system = self.damped(damping)
+        if float(torch.linalg.eigvalsh(system).abs().min()) < 1e-9 * float(system.abs().max()):
+            raise UndeterminedError
+        return torch.linalg.solve(system, vectors.T).T
 
     def scores(self, damping: Mapping[str, float]) -> Tensor:
         return self.solutions(damping, self.query_gradients) @ self.train_gradients.T / len(self.train)

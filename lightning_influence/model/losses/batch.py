@@ -257,6 +257,8 @@ class BatchLoss(OutputLoss):
                 continue
             blocks = self._blocks_by(order)
             if blocks is not None:
+                if not bool(self.gradient().any()):  # ignored examples only, which show nothing
+                    return blocks
                 self.traits.structure = structure
                 if self.traits.has_curvature is None:
                     self.traits.has_curvature = bool(blocks.any())
