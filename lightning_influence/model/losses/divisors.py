@@ -40,27 +40,30 @@ def find_divisor(
         root: autograd node of the loss.
         call: autograd node of the values.
         calls: nodes of all calls, beyond which not to look.
-        counts: of examples, rows, values, values that count, or their weight: a plain number that is none
-            of them is a factor, not a divisor that goes with the batch.
+        counts: of examples, rows, values, values that count, or their weight: plain numbers that make up
+            none of them, together with the means, are factors, not divisors that go with the batch.
         host: what the host has divided the loss by after the user; its own division, the last one, counts
             not.
 
     Returns:
         The product of all divisors; None where the values are summed only.
     """
-    divisors, is_count = [], True
+    averaged = plain = held = 1.0
+    is_count = True
     for node in _path(root, call, calls):
         name = type(node).__name__
         if name.startswith("MeanBackward"):
-            divisors += [float(_averaged(node))]
+            averaged *= _averaged(node)
         elif name.startswith("DivBackward") and host != 1:
             host = 1.0
         elif name.startswith("DivBackward") and not node._saved_other.dim():
             value, is_plain = float(node._saved_other), _is_plain_number(node._saved_other)
-            if value > 0 and (not is_plain or any(isclose(value, count, rel_tol=1e-4) for count in counts)):
-                divisors += [value]
-                is_count &= is_plain
-    return Divisor(prod(divisors), is_count) if prod(divisors) != 1 or not is_count else None
+            plain, held = (plain * value, held) if is_plain else (plain, held * value)
+            is_count &= is_plain
+    if is_count and any(isclose(averaged * plain, count, rel_tol=1e-4) for count in counts):
+        averaged *= plain
+    whole = averaged * held
+    return Divisor(whole, is_count) if whole > 0 and (whole != 1 or not is_count) else None
 
 
 def _path(root: Any, end: Any, stops: Collection[Any]) -> list[Any]:
