@@ -108,6 +108,8 @@ class Iterative(Method):
     vectors_each: ClassVar[int] = 11
     #: Why the exact Hessian is refused, if it is.
     refuses_hessian: ClassVar[str] = ""
+    #: Whether it may not converge without damping.
+    needs_damping: ClassVar[bool] = False
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -118,6 +120,7 @@ class Iterative(Method):
 
         Raises:
             ValueError: if an option has no meaning for the method, before anything runs.
+            UnsupportedModelError: if a rule finds no damping and the method needs one.
         """
         context = self.context
         if self.refuses_hessian and self.options.curvature == "hessian":
@@ -128,6 +131,11 @@ class Iterative(Method):
         factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
         damping = context.resolve_damping(factors, "full")
+        if self.needs_damping and isinstance(self.options.damping, str) and not min(damping.values()) > 0:
+            raise UnsupportedModelError(
+                f"damping={self.options.damping!r} is 0 here, as where all curvature is zero, and "
+                f"method={self.name!r} needs a positive one. Pass a number, or use method='minres'."
+            )
         like = torch.empty(0, device=context.device, dtype=context.dtype)
         inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
         system = System(self._choose_operator(), context.layout.expand(damping, like), inverse)
@@ -326,6 +334,7 @@ class Astra(Iterative):
 
     options: AstraOptions
     refuses_hessian: ClassVar[str] = "a fixed step diverges along directions of negative curvature"
+    needs_damping: ClassVar[bool] = True
 
     def set_up(self, system: System) -> Iterate:
         """Derive step and momentum from the preconditioned spectrum.
@@ -398,6 +407,7 @@ class LiSSA(Iterative):
 
     options: LiSSAOptions
     refuses_hessian: ClassVar[str] = "the derivation needs a positive semidefinite curvature"
+    needs_damping: ClassVar[bool] = True
 
     def set_up(self, system: System) -> Iterate:
         """Measure the curvature's scale, derive the hyperparameters, and say what they will cost.
