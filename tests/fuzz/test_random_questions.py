@@ -34,7 +34,7 @@ def test_answers_are_right_or_refused_with_a_reason(shard, pytestconfig, count_c
     count_cases("random questions", {"wrong": 0, **tally.counts})
     shown = [": ".join(simplify(recipe)) for _, recipe in tally.wrong[:3]]
     assert not tally.wrong, f"{len(tally.wrong)} of {cases} cases are wrong, such as\n" + "\n".join(shown)
-    assert tally.counts["right"] > cases / 2  # it does not pass by refusing
+    assert tally.counts["right"] > 0.4 * cases  # it does not pass by refusing
 
 
 def find_recipe(**wanted):

@@ -62,7 +62,7 @@ def _rows(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return z.reshape(-1, z.shape[-1]), t.reshape(-1, *t.shape[z.ndim - 1 :])
 
 
-# ------------------------------------------------------------------------------------------- classification
+# ---------------------------------------------------------------------- classification
 
 
 def _cross_entropy(s: Settings, z: Tensor, t: Tensor, reduction: str | None = None) -> Tensor:
@@ -200,7 +200,7 @@ def _example_kl(s: Settings, z: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, A
     return value, 1.0 if s.reduction == "sum" else float(len(z))
 
 
-# ------------------------------------------------------------------------------------------------- regression
+# ---------------------------------------------------------------------- regression
 
 
 def _elementwise(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:

@@ -240,7 +240,7 @@ def _mixing(s: Shape) -> nn.Module:
     )
 
 
-# What a network takes ("vectors", "images1", "images2", "steps", "words") and makes ("vector", "steps", "two").
+# What a network takes ("vectors", "images1", ...) and makes ("vector", "steps" or "two" of them).
 NETS: dict[str, tuple[str, str, Callable[[Shape], nn.Module]]] = {
     "linear": ("vectors", "vector", lambda s: _mlp(s, 0)),
     "mlp": ("vectors", "vector", lambda s: _mlp(s, 1)),

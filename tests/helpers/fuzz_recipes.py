@@ -164,6 +164,9 @@ def make_recipe(number: int) -> Recipe:
     ask = draw.among("scores", "scores", "top_k", "self_influence", "ihvp")
     measured = [None, "loss", "function"] + (["margin", "logit"] if labelled and name != "ce_picked" else [])
     alone = makes == "vector" and not kind.coupled and name != "l1"
+    via = draw.among(*(["step", "step", "hook", "argument", "argument_mean"] if alone else ["step"]))
+    # Of an ignored example alone a mean is 0 / 0.
+    may_ignore = labelled and name not in {"ce_lengths", "ce_picked"} and via not in {"hook", "argument"}
     return Recipe(
         net=net,
         shape=Shape(
@@ -178,10 +181,10 @@ def make_recipe(number: int) -> Recipe:
         reduction=draw.among("mean", "sum", "none"),
         classes=classes,
         smoothing=smoothing,
-        ignored=labelled and name not in {"ce_lengths", "ce_picked"} and not draw.among(False, True),
+        ignored=may_ignore and draw.among(False, True),
         factor=draw.among(1.0, 1.0, 0.5, 30.0),
         penalty=draw.among("none", "none", "weights", "constant"),
-        via=draw.among(*(["step", "step", "hook", "argument", "argument_mean"] if alone else ["step"])),
+        via=via,
         packing=draw.among(*PACKINGS),
         loader=draw.among("loader", "shuffled", "batches", "subset"),
         examples=examples,

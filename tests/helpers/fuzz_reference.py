@@ -1,4 +1,4 @@
-"""The right answer of a random question, densely in float64: one example at a time, by automatic differentiation.
+"""The right answer of a random question, dense in float64: one example at a time, by automatic derivatives.
 
 Only the names of the covered layers and the damping of each come from the answer that is checked.
 """
@@ -50,7 +50,7 @@ class Reference:
         self.values = self.recipe.via in {"hook", "argument"}
         self.shares = shares
 
-    # ------------------------------------------------------------------------------------------ one example
+    # ------------------------------------------------------------------ one example
 
     def outputs(self, n: int) -> Tensor:
         """Flattened outputs of one example, with their graph."""
@@ -99,10 +99,10 @@ class Reference:
         values, vectors = torch.linalg.eigh((H + H.T) / 2)
         return vectors @ torch.diag(values.clamp_min(0)) @ vectors.T
 
-    # --------------------------------------------------------------------------------------------- all of them
+    # ------------------------------------------------------------------ all of them
 
     def _factors(self, indices: list[int], size: int) -> tuple[list[float], float]:
-        """What each example's unnormalised loss is multiplied with, and the mean weight that takes part in it."""
+        """What each example's unnormalised loss is multiplied with, and the mean weight that goes with it."""
         weights = [self.loss(n, self.outputs(n).detach())[1] for n in indices]
         if not self.shares:
             return [1.0] * len(indices), sum(weights) / len(weights)
@@ -221,7 +221,7 @@ class Reference:
         rows = self.train_gradients
         return (self.solutions(damping, rows) * rows).sum(1) / len(rows)
 
-    # ----------------------------------------------------------------------------------------------- Kronecker
+    # ------------------------------------------------------------------ Kronecker
 
     def kronecker(self, method: str) -> Tensor:
         """K-FAC's or EK-FAC's matrix over the parameters in their own order."""
@@ -247,7 +247,7 @@ class Reference:
         return torch.block_diag(*blocks)
 
     def _statistics(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs `(N, R, G, D_in)`, output gradients `(N, K, R, G, D_out)` and gradients `(N, K, G, D_out, D_in)`."""
+        """Inputs `(N, R, G, D_in)`, their outputs' and their own gradients, with `K` seeds an example."""
         layer = self.module.get_submodule(name)
         factors, wbar = self._factors(self.train, self.recipe.batch)
         inputs, outputs = [], []
