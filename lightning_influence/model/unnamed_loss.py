@@ -39,6 +39,10 @@ _SECOND_USE = (
     "gradients would be wrong. Accepted are weights that are used by their own layer only, and penalties on "
     "weights: leave out a layer whose weight is used a second time with `layers=`."
 )
+_DIFFERENTIATES = (
+    "The loss differentiates the model's outputs by what they depend on, as gradient penalties do, so it is "
+    "no function of the outputs alone. Pass `loss=` without that term."
+)
 _PICKED = (
     "A layer was called on rows that a mask picked: by their number it cannot be told which example each row "
     "is of. Call the layers on all rows, and mask the losses: `ignore_index`, or `(losses * mask).sum() / "
@@ -98,7 +102,7 @@ class UnnamedLoss:
         else:
             values = None
             with recorder, picked, OutputTap(module, self._cut) as tap:
-                value = _scalar(*self._run(module, batch))
+                value = self._run_cut(module, batch)
             leaves = list(tap.leaves.values())
         rows = {len(output) for output in tap.outputs.values() if output.dim()} - {num_examples}
         if rows & picked.counts:
@@ -143,14 +147,28 @@ class UnnamedLoss:
         self._cut, self._chained = cut, values is not None or len(cut) > 1
         if values is None and len(cut) > 1:
             with preserve_rng(), OutputTap(module, cut) as tap:
-                self._run(module, batch)
+                self._run_cut(module, batch)
             self._chained = are_chained(tap)
 
     def _run_from_leaves(self, module: Any, batch: Any) -> tuple[list[Tensor], Tensor, OutputTap]:
         """Return the leaves at the cut, and the batch's loss as a function of them."""
         with torch.enable_grad(), OutputTap(module, self._cut) as tap:
-            value = _scalar(*self._run(module, batch))
+            value = self._run_cut(module, batch)
         return list(tap.leaves.values()), value, tap
+
+    def _run_cut(self, module: Any, batch: Any) -> Tensor:
+        """Return the loss, from a run that has succeeded with the outputs attached to what they depend on.
+
+        Raises:
+            RuntimeError: the step's own, for any other reason.
+            UnsupportedModelError: if it fails with outputs that depend on nothing.
+        """
+        try:
+            return _scalar(*self._run(module, batch))
+        except RuntimeError as error:
+            if "differentiated Tensor" not in str(error) and "does not require grad" not in str(error):
+                raise
+            raise UnsupportedModelError(_DIFFERENTIATES) from error
 
     def _check(self, loss: BatchLoss, module: Any, batch: Any, recorder: Recorder) -> None:
         """Check on a first batch that the examples' losses add up, and find out how.

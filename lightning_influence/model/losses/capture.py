@@ -17,7 +17,7 @@ from typing_extensions import Self
 from lightning_influence.model.losses.divisors import find_divisor
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
 from lightning_influence.model.losses.picked import count_picked
-from lightning_influence.model.losses.reductions import count_ways, reduced, summed, tolerance
+from lightning_influence.model.losses.reductions import Alike, count_ways, reduced, summed, tolerance
 from lightning_influence.model.losses.registry import (
     find_losses,
     is_supported,
@@ -140,6 +140,7 @@ class LossCapture(TorchFunctionMode):
         self.calls: list[LossCall] = []
         self._losses = find_losses()
         self._picked: set[int] = set()
+        self._alike = Alike()
 
     def __enter__(self) -> Self:
         """Start recording, with an empty list of calls.
@@ -284,6 +285,7 @@ class LossCapture(TorchFunctionMode):
                 slope = slope.to(loss.detached.dtype) * divisor
                 own = find_divisor(batch_loss.grad_fn, call.node, nodes, count_ways(loss, slope), divisor)
                 losses.append(reduced(loss, slope, own))
+                self._alike.check(loss, losses[-1])
             except LossCaptureError as error:
                 raise LossCaptureError(
                     f"The training loss is {batch_loss.item():.6g}, and this call is part of it:\n"

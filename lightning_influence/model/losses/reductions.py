@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,9 +13,14 @@ from torch import Tensor
 from lightning_influence.model.losses.combined import WEIGHTED, ScaledLoss, SumLoss
 from lightning_influence.model.losses.divisors import Divisor
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
-from lightning_influence.support.errors import LossCaptureError
+from lightning_influence.support.errors import InfluenceWarning, LossCaptureError, UnsupportedModelError
 
 _MEANS: tuple[Reduction, ...] = ("mean", "position_mean", "example_mean")
+
+_CLASS_WEIGHTS = (
+    "The class weights of the training loss differ from batch to batch, so the loss of an example depends on "
+    "the examples beside it. Scores take the weights of the batch that the loader puts an example in."
+)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -107,6 +113,48 @@ def _divided(loss: OutputLoss, factor: float, divisor: Divisor) -> OutputLoss:
     return replace(
         ScaledLoss.of(by_position, factor, "position_mean"), reduction="example_mean", weight=weight
     )
+
+
+class Alike:
+    """Looks for what makes batches of one data set be taken differently, which no batch shows alone."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+        self._class_weights: Tensor | None = None
+        self._warned = False
+
+    def check(self, call: OutputLoss, taken: OutputLoss) -> None:
+        """Compare a batch with the first.
+
+        Args:
+            call: the loss under the reduction that it was made with.
+            taken: the loss under the reduction that is in force.
+
+        Raises:
+            UnsupportedModelError: if a factor goes with the number of examples.
+        """
+        if call.reduction != "none":
+            self._check_factor(taken.num_examples, getattr(taken, "factor", 1.0))
+        weights: Tensor | None = getattr(call, "class_weights", None)
+        if weights is None or self._warned:
+            return
+        if self._class_weights is None:
+            self._class_weights = weights.detach().clone()
+        elif not torch.equal(self._class_weights, weights):
+            self._warned = True
+            warnings.warn(_CLASS_WEIGHTS, InfluenceWarning, stacklevel=2)
+
+    def _check_factor(self, count: int, factor: float) -> None:
+        if self._first is None:
+            self._first = count, factor
+        ratio, sizes = factor / self._first[1], count / self._first[0]
+        if sizes != 1 and any(math.isclose(ratio, other, rel_tol=1e-4) for other in (sizes, 1 / sizes)):
+            raise UnsupportedModelError(
+                f"The loss function's value is multiplied with {self._first[1]:.4g} in a batch of "
+                f"{self._first[0]} examples and with {factor:.4g} in one of {count}: it is made a sum, or a "
+                "mean, by hand. Use its own reduction='sum' or 'mean' (a sum divided by the number of "
+                "examples is a mean, too)."
+            )
 
 
 def summed(losses: Sequence[OutputLoss]) -> OutputLoss:
