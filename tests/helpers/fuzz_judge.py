@@ -257,6 +257,8 @@ def _compare_ihvp(reference: Reference, answer: Answer) -> None:
     vectors = reference.query_gradients
     if recipe.method == "identity":  # which knows of no weights
         vectors = vectors * (reference.wbar if recipe.measurement in {None, "loss"} else 1)
+        if any(name.endswith("out_proj") for name in reference.parameters):
+            raise UndeterminedError  # a layer of which only training data show that no module calls it
     _check_close(
         found, reference.solutions(damping, vectors), recipe, "products", 1e-6 * float(vectors.norm())
     )

@@ -210,7 +210,7 @@ class Reference:
         if self.recipe.method == "identity":
             return vectors
         system = self.damped(damping)
-        if float(torch.linalg.eigvalsh(system).abs().min()) < 1e-9 * float(system.abs().max()):
+        if float(torch.linalg.eigvalsh(system).abs().min()) <= 1e-9 * float(system.abs().max()):
             raise UndeterminedError
         return torch.linalg.solve(system, vectors.T).T
 
