@@ -1,12 +1,15 @@
 """Random models, batches, losses, methods and options against a dense reference in float64."""
 
 import logging
+from dataclasses import replace
 
 import fuzz_judge
 import pytest
 from fuzz_judge import Tally, simplify
-from fuzz_recipes import LOSSES, make_recipe, recipes
+from fuzz_recipes import make_recipe, recipes
 from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from lightning_influence import InfluenceError
 
 SHARDS = 8
 
@@ -37,38 +40,71 @@ def test_answers_are_right_or_refused_with_a_reason(shard, pytestconfig, count_c
     assert tally.counts["right"] > 0.4 * cases  # it does not pass by refusing
 
 
-def find_recipe(**wanted):
-    numbers = (make_recipe(number) for number in range(10_000))
-    return next(r for r in numbers if all(getattr(r, name) == value for name, value in wanted.items()))
+PLAIN = replace(
+    make_recipe(0),
+    net="mlp",
+    loss="ce",
+    reduction="mean",
+    classes=False,
+    ignored=False,
+    via="step",
+    loader="loader",
+    examples=5,
+    batch=5,
+    frozen=False,
+    layers="default",
+    ask="scores",
+    method="exact",
+    options={"damping": 0.3},
+    measurement=None,
+)
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("wrong", ["scores", "raw error", "weights", "coupled"])
-def test_the_judge_sees_what_is_wrong(wrong, monkeypatch):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("scores", "scores of exact off by"),
+        ("raw error", "IndexError: list index"),
+        ("weights", "asking changed the weights"),
+        ("coupled", "answered although the loss couples"),
+        ("refusal", "refused although it is documented"),
+    ],
+)
+def test_the_judge_sees_what_is_wrong(wrong, message, monkeypatch):
     """A library that is a little wrong, in each of the ways that count."""
-    recipe = find_recipe(net="mlp", loss="ce", method="exact", ask="scores", via="step", frozen=False)
-    assert fuzz_judge.judge(recipe) == "right"
+    assert fuzz_judge.judge(PLAIN) == "right"
     asked = fuzz_judge._ask
 
     def ask(problem):
         if wrong == "raw error":
             raise IndexError("list index out of range")
+        if wrong == "refusal":
+            raise InfluenceError("This is not accepted, for a reason that is not to be seen.")
         answer = asked(problem)
         if wrong == "weights":
             next(problem.module.parameters()).data += 1e-9
         if wrong == "scores":
             answer.values.scores[0, 0] *= 1 + 1e-5
+        if wrong == "coupled":
+            problem.kind = replace(problem.kind, coupled="for a test")
         return answer
 
     monkeypatch.setattr(fuzz_judge, "_ask", ask)
-    if wrong == "coupled":
-        monkeypatch.setattr(
-            LOSSES["ce"], "__class__", type("Coupled", (type(LOSSES["ce"]),), {"coupled": "so"})
-        )
-        recipe = find_recipe(
-            net="mlp", loss="ce", method="exact", ask="scores", via="step", examples=5, batch=5
-        )
-    with pytest.raises(
-        fuzz_judge.WrongError, match=wrong.split()[0] if wrong != "raw error" else "IndexError"
-    ):
-        fuzz_judge.judge(recipe)
+    with pytest.raises(fuzz_judge.WrongError, match=message):
+        fuzz_judge.judge(PLAIN)
+
+
+def test_a_wrong_case_is_made_simpler(monkeypatch):
+    asked = fuzz_judge._ask
+
+    def ask(problem):
+        answer = asked(problem)
+        answer.values.scores[:, 0] += 1
+        return answer
+
+    monkeypatch.setattr(fuzz_judge, "_ask", ask)
+    found, shown = simplify(replace(PLAIN, packing="dataclass", factor=30.0))
+    assert found.startswith("scores of identity off")
+    assert "packing='tuple'" in shown
+    assert "factor=1.0" in shown

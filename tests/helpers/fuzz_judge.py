@@ -174,6 +174,8 @@ def _compare(problem: Problem, answer: Answer) -> None:
     if shares and recipe.loader in {"shuffled", "subset"}:
         raise UndeterminedError
     reference = Reference(problem, diagnostics.layers, shares)
+    if not reference.wbar:  # ignored examples only: nothing to be normalised by
+        raise UndeterminedError
     given = recipe.options.get("damping")
     if (
         recipe.method != "identity"
