@@ -21,14 +21,18 @@ def eagerly() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _without_compiled_frames() -> Iterator[None]:
-    """The same before torch 2.6: compiled modules switch to their compiled frames by this function."""
+    """The same before torch 2.6: compiled modules switch to their compiled frames by one function.
+
+    It has one name in torch 2.4 and another in 2.5.
+    """
     frames: Any = sys.modules.get("torch._dynamo.eval_frame")
     if frames is None:  # nothing was ever compiled
         yield
         return
-    switch = frames.set_eval_frame
-    frames.set_eval_frame = lambda callback: switch(None)
+    name = next(name for name in ("set_eval_frame", "_maybe_set_eval_frame") if hasattr(frames, name))
+    switch = getattr(frames, name)
+    setattr(frames, name, lambda callback: switch(None))
     try:
         yield
     finally:
-        frames.set_eval_frame = switch
+        setattr(frames, name, switch)
