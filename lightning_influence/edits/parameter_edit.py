@@ -151,7 +151,7 @@ class EditReport:
         for column in ("layer", "changed", "of", "share"):
             table.add_column(column, justify="left" if column == "layer" else "right")
         for name, (changed, total) in self.layers.items():
-            table.add_row(name, f"{changed:,}", f"{total:,}", f"{changed / total:.1%}")
+            table.add_row(name, f"{changed:,}", f"{total:,}", f"{changed / max(total, 1):.1%}")
         return table
 
     def to_state(self) -> dict[str, Any]:

@@ -64,3 +64,9 @@ def test_the_field_and_what_was_got_are_named(path, values, tensors, message):
     with pytest.raises(CorruptFileError, match=re.escape(message)) as caught:
         ParameterEdit.load(path, MODULE)
     assert f"{str(path)!r} does not hold sound parameter edit" in str(caught.value)
+
+
+def test_an_edit_of_layers_without_parameters_can_be_shown(path):
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, tensors, {**metadata, "report": {**metadata["report"], "layers": {"empty": [0, 0]}}})
+    assert "empty" in str(ParameterEdit.load(path, MODULE))
