@@ -1,9 +1,41 @@
 """Settings of all tests; being here also puts this directory on the import path of subdirectories."""
 
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+
+COUNTS = "counts: "
+
+
+def pytest_addoption(parser):
+    """How far the tests that draw their cases go."""
+    parser.addoption("--fuzz-cases", type=int, default=320, help="random questions (320)")
+    parser.addoption("--damaged-files", type=int, default=60, help="damaged files of each kind (60)")
+
+
+@pytest.fixture
+def count_cases(record_property):
+    """Takes counts of drawn cases by their outcome, which stand below the tests' results."""
+
+    def count(subject, outcomes):
+        record_property(COUNTS + subject, dict(outcomes))
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many cases were drawn, and what came of them."""
+    totals = defaultdict(Counter)
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, counts in report.user_properties:
+                if name.startswith(COUNTS):
+                    totals[name.removeprefix(COUNTS)].update(counts)
+    for subject, counts in sorted(totals.items()):
+        outcomes = ", ".join(f"{number} {outcome}" for outcome, number in counts.items())
+        terminalreporter.write_line(f"{subject}: {sum(counts.values())} cases, {outcomes}")
 
 
 def pytest_configure(config):

@@ -14,12 +14,11 @@ from torch import Tensor
 from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
-from lightning_influence.methods.answers import Answer
+from lightning_influence.methods.answers import Answer, tell_rounding
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
 from lightning_influence.methods.gathering import Gathered, GradientPass, gather
 from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
-from lightning_influence.methods.rounding import tell_rounding
 from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
 from lightning_influence.model.captured import WeightedCount

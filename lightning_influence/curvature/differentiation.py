@@ -23,6 +23,8 @@ from lightning_influence.support.errors import UnsupportedModelError
 
 # Chosen by hand: memory for what flows back at once; a batched pass holds a copy of everything a vector.
 _BATCHED_BYTES = 2**28
+# Relative difference of a batched pass from a plain one that is not rounding.
+_AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}
 # How autograd says that an operation has no second derivative.
 _NO_DERIVATIVE = ("is not implemented", "once_differentiable", "not differentiable")
 _ERROR_NODE = "torch::autograd::Error"
@@ -178,20 +180,47 @@ def _vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], seeds: Sequ
     if not live:
         return [x.new_zeros(count, *x.shape) for x in inputs]
     heads, tails = [o for o, _ in live], [s for _, s in live]
-    try:
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            heads, inputs, tails, retain_graph=True, allow_unused=True, is_grads_batched=True
+
+    def differentiate(seeds: Sequence[Tensor], batched: bool = False) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(
+            heads, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )
-    except RuntimeError:  # an operation that cannot be batched: one vector at a time
-        rows = [
-            torch.autograd.grad(heads, inputs, [t[i] for t in tails], retain_graph=True, allow_unused=True)
-            for i in range(count)
-        ]
+
+    found: Sequence[Tensor | None] | None = None
+    if count > 1:
+        with contextlib.suppress(RuntimeError):  # an operation that cannot be batched
+            found = differentiate(tails, batched=True)
+            mixture = torch.cos(torch.arange(1, count + 1, device=tails[0].device))
+            mixed = [torch.tensordot(mixture.to(tail), tail, 1) for tail in tails]
+            found = found if _adds_up(found, differentiate(mixed), mixture) else None
+    if found is None:
+        rows = [differentiate([tail[i] for tail in tails]) for i in range(count)]
         found = [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]
     return [
         x.new_zeros(count, *x.shape) if grad is None else grad.detach()
         for grad, x in zip(found, inputs, strict=True)
     ]
+
+
+def _adds_up(products: Sequence[Tensor | None], mixed: Sequence[Tensor | None], mixture: Tensor) -> bool:
+    """Return whether products of many vectors agree with that of a mixture of them.
+
+    A batched pass goes wrong without an error where a derivative reads sizes off its tensors: that of
+    ``group_norm``'s backward pass does (torch 2.13), with one group and one example.
+
+    Args:
+        products: ``(V, *shape)`` each.
+        mixed: of the mixture, by a plain pass.
+        mixture: coefficients ``(V,)``.
+    """
+    gap = size = 0.0
+    for many, one in zip(products, mixed, strict=True):
+        if many is None or one is None:
+            continue
+        gap += float((torch.tensordot(mixture.to(many), many, 1) - one).double().square().sum())
+        size += float(many.double().square().sum())
+    limit = _AGREEMENT.get(next((p.dtype for p in products if p is not None), torch.float64), 0.1)
+    return bool(gap**0.5 <= limit * size**0.5)
 
 
 def _refuse_once_differentiable(tensors: Sequence[Tensor | None]) -> None:

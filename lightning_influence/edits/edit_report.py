@@ -145,7 +145,7 @@ class EditReport:
         for column in ("layer", "changed", "of", "share"):
             table.add_column(column, justify="left" if column == "layer" else "right")
         for name, (changed, total) in self.layers.items():
-            table.add_row(name, f"{changed:,}", f"{total:,}", f"{changed / total:.1%}")
+            table.add_row(name, f"{changed:,}", f"{total:,}", f"{changed / max(total, 1):.1%}")
         return table
 
     def to_state(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class EditReport:
         edited = [int(index) for index in examples]
         done = "forgotten" if self.kind == "forget" else "relabelled"
         shown = build_ranking(material, "examples", f"Examples {done} ({len(edited):,})", "", edited, {})
-        shares = {name: changed / total for name, (changed, total) in self.layers.items()}
+        shares = {name: changed / max(total, 1) for name, (changed, total) in self.layers.items()}
         sections = [
             build_tables(
                 "losses",

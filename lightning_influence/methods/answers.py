@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.gathering import Gathered
+from lightning_influence.methods.rounding import Rounding
 from lightning_influence.methods.scoring_passes import Columns
+from lightning_influence.model.rounding import find_half_precision
 from lightning_influence.results.top_k import Extremes, StreamingExtremes
 
 # Chosen by hand: bytes of scores that processes sum at once; where they communicate on a device of their own,
@@ -116,3 +118,32 @@ class Answer:
         # A process without examples knows no precision.
         ends = [end._replace(scores=end.scores.to(self._context.dtype)) for end in (found.top, found.bottom)]
         return found._replace(top=ends[0], bottom=ends[1]).gather(runner.all_gather_cat, sink.k)
+
+
+def tell_rounding(context: Context, rounding: Rounding, residuals: Tensor | None) -> Tensor | None:
+    """Say what half precision makes of an answer, which its residuals cannot: their system is rounded, too.
+
+    Args:
+        context: takes the note.
+        rounding: what a pass over the training data has seen.
+        residuals: of the answer, or None.
+
+    Returns:
+        The residuals, raised by the error that was measured, or else as they are.
+    """
+    dtype = find_half_precision(context.plan)
+    if dtype is None:
+        return residuals
+    error, examples = rounding.reduce(context.runner.all_reduce_sum)
+    told = (
+        "how far, is not known, because the model does not run in float32"
+        if error is None
+        else f"with gradients in float32, scores of {examples} training examples change by {error:.2g} of "
+        "their norm, to which rounding of the queries and of the curvature adds"
+    )
+    context.extra["rounding"] = error
+    context.notes.add(
+        f"The model is in {str(dtype).removeprefix('torch.')}, which rounds its gradients: {told}. Ask with "
+        "the model in float32, as after model.float(), for scores without it."
+    )
+    return residuals if residuals is None or error is None else residuals.hypot(residuals.new_tensor(error))

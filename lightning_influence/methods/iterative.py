@@ -1,4 +1,4 @@
-"""Methods that iterate on products with the curvature: ``cg``, ``minres``, ``astra`` and ``lissa``.
+"""Methods that iterate on products with the curvature: what they share, and ``cg`` and ``minres``.
 
 They share the damped system, groups of queries, and what is told of the residuals. Products are no passes
 where the curvature gradients fit into memory.
@@ -16,15 +16,10 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.inverse import BlockInverse
-from lightning_influence.curvature.minibatches import measure_example_variance
 from lightning_influence.curvature.operators import Damped, GaussNewtonOperator, HessianOperator
-from lightning_influence.curvature.spectrum import measure_spectrum
-from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton, bound_kappa
-from lightning_influence.linalg.astra import astra, plan_astra
+from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton
 from lightning_influence.linalg.conjugate_gradients import conjugate_gradients
-from lightning_influence.linalg.estimates import Product, draw_vectors
-from lightning_influence.linalg.lanczos import measure_preconditioned_spectrum
-from lightning_influence.linalg.lissa import LissaPlan, Scale, explain_small_batch, lissa, plan_lissa
+from lightning_influence.linalg.estimates import Product
 from lightning_influence.linalg.minres import minres
 from lightning_influence.linalg.stopping import Solution
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
@@ -108,6 +103,8 @@ class Iterative(Method):
     vectors_each: ClassVar[int] = 11
     #: Why the exact Hessian is refused, if it is.
     refuses_hessian: ClassVar[str] = ""
+    #: Whether it may not converge without damping.
+    needs_damping: ClassVar[bool] = False
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -124,6 +121,7 @@ class Iterative(Method):
 
         Raises:
             ValueError: if an option has no meaning for the method, before anything runs.
+            UnsupportedModelError: if a rule finds no damping and the method needs one.
         """
         context = self.context
         if self.refuses_hessian and self.options.curvature == "hessian":
@@ -134,6 +132,11 @@ class Iterative(Method):
         factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
         damping = context.resolve_damping(factors, "full")
+        if self.needs_damping and isinstance(self.options.damping, str) and not min(damping.values()) > 0:
+            raise UnsupportedModelError(
+                f"damping={self.options.damping!r} is 0 here, as where all curvature is zero, and "
+                f"method={self.name!r} needs a positive one. Pass a number, or use method='minres'."
+            )
         like = torch.empty(0, device=context.device, dtype=context.dtype)
         inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
         system = System(self._choose_operator(), context.layout.expand(damping, like), inverse)
@@ -313,186 +316,3 @@ class MinimalResidual(Krylov):
 
     vectors_each: ClassVar[int] = 14
     solver = staticmethod(minres)
-
-
-@dataclass(frozen=True)
-class AstraOptions(IterationOptions):
-    """Options of ``"astra"``.
-
-    Attributes:
-        batch_size: examples of a minibatch product; None for all.
-        step_size: of the iteration; None to derive it from the curvature.
-        momentum: None to derive it from the curvature.
-    """
-
-    tolerance: float = field(default=1e-2, metadata=require_number())
-    max_steps: int = field(default=300, metadata=require_count(0))
-    batch_size: int | None = field(default=None, metadata=require_count(1))
-    step_size: float | None = field(default=None, metadata=require_number(positive=True))
-    momentum: float | None = field(default=None, metadata=require_number(below=1.0))
-
-
-@register_method("astra", options=AstraOptions)
-class Astra(Iterative):
-    """ASTRA (Wang et al. 2025): a stationary iteration that EK-FAC preconditions."""
-
-    options: AstraOptions
-    refuses_hessian: ClassVar[str] = "a fixed step diverges along directions of negative curvature"
-
-    def set_up(self, system: System) -> Iterate:
-        """Derive step and momentum from the preconditioned spectrum.
-
-        Returns:
-            The iteration with them.
-
-        Raises:
-            ValueError: if the damping is not positive.
-        """
-        options, operator, smallest = self.options, system.operator, float(system.damping.min())
-        if not smallest > 0:
-            raise ValueError(
-                "Got a damping of 0; ASTRA accepts positive ones, because its steps may not converge along "
-                "directions without curvature. Pass damping=, or use method='minres'."
-            )
-        spectrum = measure_preconditioned_spectrum(
-            operator.product, system.inverse.apply, system.damping, seed=options.seed
-        )
-        plan = plan_astra(
-            spectrum,
-            self.context.train.num_examples,
-            step_size=options.step_size,
-            momentum=options.momentum,
-            batch_size=options.batch_size,
-            max_steps=self.options.max_steps,
-        )
-        self.context.extra["astra"] = plan.facts()
-        return lambda vectors: astra(
-            operator.product,
-            operator.batch_product,
-            system.inverse.apply,
-            vectors,
-            plan,
-            num_examples=self.context.train.num_examples,
-            smallest=smallest,
-            max_steps=self.options.max_steps,
-            tolerance=self.options.tolerance,
-            seed=options.seed,
-        )
-
-
-# Passes over all data, or products with gradients in memory, from which on a user is told beforehand. Chosen
-# by hand: other methods answer after a few passes.
-_MANY_PASSES, _MANY_PRODUCTS = 200, 2000
-# Random vectors that the scale is measured with. Chosen by hand: its error costs steps, but no accuracy.
-_PROBES = 4
-# Minibatches that the variance of examples is measured from where each is a pass. Chosen by hand, likewise.
-_BATCH, _BATCHES = 32, 8
-
-
-@dataclass(frozen=True)
-class LiSSAOptions(IterationOptions):
-    """Options of ``"lissa"``.
-
-    Attributes:
-        tolerance: of the residual, and of the relative error of the solution as well.
-        batch_size: examples of a minibatch product; None to derive it from the curvature.
-        step_size: of the iteration; None to derive it from the curvature.
-    """
-
-    tolerance: float = field(default=0.02, metadata=require_number())
-    batch_size: int | None = field(default=None, metadata=require_count(1))
-    step_size: float | None = field(default=None, metadata=require_number(positive=True))
-
-
-@register_method("lissa", options=LiSSAOptions)
-class LiSSA(Iterative):
-    """LiSSA (Agarwal et al. 2017), with the hyperparameters of Klochkov and Liu (2024)."""
-
-    options: LiSSAOptions
-    refuses_hessian: ClassVar[str] = "the derivation needs a positive semidefinite curvature"
-
-    def set_up(self, system: System) -> Iterate:
-        """Measure the curvature's scale, derive the hyperparameters, and say what they will cost.
-
-        Returns:
-            The iteration with them.
-        """
-        context, options, operator = self.context, self.options, system.operator
-        scale = _measure_scale(system, options.seed)
-        plan = plan_lissa(
-            scale,
-            tolerance=self.options.tolerance,
-            batch_size=options.batch_size,
-            step_size=options.step_size,
-        )
-        numbers = {"lambda_1": scale.largest, "trace": scale.trace, "kappa": scale.kappa}
-        context.extra["lissa"] = {**plan.facts(), **numbers}
-        note = explain_small_batch(plan, scale) if options.batch_size is not None else None
-        if note is not None:
-            context.notes.add(note)
-        self._announce(plan, plan.cost / scale.num_examples, system)
-        return lambda vectors: lissa(
-            operator.product,
-            operator.batch_product,
-            vectors,
-            plan,
-            scale,
-            tolerance=self.options.tolerance,
-            max_steps=options.max_steps,
-            seed=options.seed,
-            fixed=options.batch_size is not None or options.step_size is not None,
-        )
-
-    def _announce(self, plan: LissaPlan, passes: float, system: System) -> None:
-        """Say beforehand what is expensive, or will not get there."""
-        steps, most = plan.steps * plan.rounds, self.options.max_steps
-        if most is not None and most < steps:
-            self.context.notes.add(
-                f"LiSSA needs about {steps} steps for a relative error of {self.options.tolerance:g}, and "
-                f"max_steps={most} was asked for; the residuals say how far it came."
-            )
-        many = _MANY_PRODUCTS if isinstance(system.curvature, StoredGaussNewton) else _MANY_PASSES
-        if passes > many:
-            self.context.notes.add(
-                f"LiSSA is going to take {plan.why}, as many as {passes:.0f} passes over the training data. "
-                "A larger damping, a larger memory_budget (which keeps curvature gradients), or method='cg' "
-                "or 'auto' costs less."
-            )
-
-
-def _measure_scale(system: System, seed: int) -> Scale:
-    """Return what LiSSA's hyperparameters follow from, measured in a few products."""
-    curvature, damping = system.curvature, system.damping
-    place: dict[str, Any] = {"dtype": damping.dtype, "device": damping.device}
-    spectrum = measure_spectrum(curvature.product, curvature.numel, probes=_PROBES, seed=seed, **place)
-    top = spectrum.eigenvalues[0]
-    random = draw_vectors(_PROBES, curvature.numel, seed + 1, **place)
-    directions = torch.cat([spectrum.ritz.vectors(_PROBES), random])
-    if isinstance(curvature, StoredGaussNewton):
-        trace = curvature.trace()
-        forms = (directions * curvature.product(directions)).sum(dim=1)
-        variance = bound_kappa(curvature.squared_products(directions), forms, trace)
-    else:
-        trace = max(spectrum.trace.value, 0.0)
-        variance = _measure_variance(curvature, directions, trace, seed)
-    return Scale(
-        largest=max(top.value + (top.error or 0.0), 0.0),
-        trace=trace,
-        kappa=variance,
-        damping_low=float(damping.min()),
-        damping_high=float(damping.max()),
-        num_examples=curvature.num_examples,
-    )
-
-
-def _measure_variance(
-    curvature: GaussNewtonOperator | HessianOperator, directions: Tensor, trace: float, seed: int
-) -> float:
-    """Return ``kappa`` from minibatches, which are passes, so that there are few of them."""
-    count = min(_BATCH, curvature.num_examples // 2)
-    if not count or not trace > 0:
-        return 1.0
-    found = measure_example_variance(
-        curvature, directions, trace, count=count, minibatches=_BATCHES, seed=seed
-    )
-    return max(found.value, 0.0) + (found.error or 0.0)

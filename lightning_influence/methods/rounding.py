@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.methods.context import Context
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.model.rounding import EXAMPLES, find_half_precision, take_in_float32
@@ -67,32 +66,3 @@ class Rounding:
         told = torch.tensor([*self.squares, float(self.examples)], dtype=torch.float64)
         lost, size, examples = all_reduce_sum(told).tolist()
         return (lost / size) ** 0.5 if size > 0 else None, int(examples)
-
-
-def tell_rounding(context: Context, rounding: Rounding, residuals: Tensor | None) -> Tensor | None:
-    """Say what half precision makes of an answer, which its residuals cannot: their system is rounded, too.
-
-    Args:
-        context: takes the note.
-        rounding: what a pass over the training data has seen.
-        residuals: of the answer, or None.
-
-    Returns:
-        The residuals, raised by the error that was measured, or else as they are.
-    """
-    dtype = find_half_precision(context.plan)
-    if dtype is None:
-        return residuals
-    error, examples = rounding.reduce(context.runner.all_reduce_sum)
-    told = (
-        "how far, is not known, because the model does not run in float32"
-        if error is None
-        else f"with gradients in float32, scores of {examples} training examples change by {error:.2g} of "
-        "their norm, to which rounding of the queries and of the curvature adds"
-    )
-    context.extra["rounding"] = error
-    context.notes.add(
-        f"The model is in {str(dtype).removeprefix('torch.')}, which rounds its gradients: {told}. Ask with "
-        "the model in float32, as after model.float(), for scores without it."
-    )
-    return residuals if residuals is None or error is None else residuals.hypot(residuals.new_tensor(error))

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from lightning_influence.model.live_capture import StepLosses
 from lightning_influence.model.losses.bce import BinaryCrossEntropyLoss, ProbabilityLoss
-from lightning_influence.model.losses.capture import LossCall, same_value, tolerance
+from lightning_influence.model.losses.capture import LossCall, same_value
 from lightning_influence.model.losses.combined import ScaledLoss, SumLoss
 from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
 from lightning_influence.model.losses.loss import OutputLoss, Reduction, working
+from lightning_influence.model.losses.reductions import tolerance
 from lightning_influence.support.errors import LossCaptureError
 
 

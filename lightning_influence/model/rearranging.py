@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ def rearranged(part: Any, order: Sequence[int], count: int) -> Any:
 
     Args:
         part: tensors of ``count`` rows, or else of ``count`` columns (time-first ones), numbers and texts,
-            in any nesting of lists, tuples and mappings; a list of one thing an example is rearranged itself.
+            in any nesting of lists, tuples, mappings and dataclasses; a list of one thing an example is
+            rearranged itself.
         order: positions of the examples; may be fewer than there are.
         count: number of examples ``B``.
 
@@ -42,7 +44,17 @@ def rearranged(part: Any, order: Sequence[int], count: int) -> Any:
         return result
     if isinstance(part, list | tuple) and not isinstance(part, PackedSequence):
         return _rearranged_items(part, order, count)
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        return _rearranged_fields(part, order, count)
     raise UnknownPartError
+
+
+def _rearranged_fields(part: Any, order: Sequence[int], count: int) -> Any:
+    """Return a copy of a dataclass, whose constructor is not called: it may do more than keep its fields."""
+    result = copy.copy(part)
+    for field in dataclasses.fields(part):
+        object.__setattr__(result, field.name, rearranged(getattr(part, field.name), order, count))
+    return result
 
 
 def _rearranged_tensor(part: Tensor, order: Sequence[int], count: int) -> Tensor:
@@ -95,6 +107,9 @@ def _tensors(part: Any) -> Iterator[Tensor]:
     elif isinstance(part, Mapping | list | tuple):
         for item in part.values() if isinstance(part, Mapping) else part:
             yield from _tensors(item)
+    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+        for field in dataclasses.fields(part):
+            yield from _tensors(getattr(part, field.name))
 
 
 def copy_tensors(batch: Any) -> Any:

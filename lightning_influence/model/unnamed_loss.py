@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lightning_influence.model.last_outputs import Key, OutputTap, are_chained
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
+from lightning_influence.model.losses.combined import WEIGHTED
+from lightning_influence.model.losses.picked import PickedRows
 from lightning_influence.model.rearranging import rearranged
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
@@ -37,6 +39,15 @@ _SECOND_USE = (
     "gradients would be wrong. Accepted are weights that are used by their own layer only, and penalties on "
     "weights: leave out a layer whose weight is used a second time with `layers=`."
 )
+_DIFFERENTIATES = (
+    "The loss differentiates the model's outputs by what they depend on, as gradient penalties do, so it is "
+    "no function of the outputs alone. Pass `loss=` without that term."
+)
+_PICKED = (
+    "A layer was called on rows that a mask picked: by their number it cannot be told which example each row "
+    "is of. Call the layers on all rows, and mask the losses: `ignore_index`, or `(losses * mask).sum() / "
+    "mask.sum()`. " + _REMEDY
+)
 _UNKNOWN_PARTS = (
     "The loss of a batch is taken for the mean of its examples' losses, without a check: the batch could not "
     "be taken apart. If it is a sum, or couples examples, define `influence_loss(batch) -> (B,)`."
@@ -44,10 +55,6 @@ _UNKNOWN_PARTS = (
 _RANDOM = (
     "The training loss draws noise in eval mode too, so that it could be checked by its second derivatives "
     "only: it is taken for the mean of its examples' losses, and scores are those of one draw."
-)
-_WEIGHTED = (
-    "The loss of a batch is a weighted mean of its examples' losses. Weights count as shares of their batch, "
-    "so scores depend a little on how examples are batched."
 )
 
 
@@ -86,16 +93,22 @@ class UnnamedLoss:
         if self._cut is None:
             self._find_cut(module, batch)
         assert self._cut is not None
+        picked = PickedRows()
         if self._chained:
             with preserve_rng():
                 leaves, value, _ = self._run_from_leaves(module, batch)
-            with recorder, OutputTap(module, self._cut, leaves=False) as tap:
+            with recorder, picked, OutputTap(module, self._cut, leaves=False) as tap:
                 values, _ = self._run(module, batch)
         else:
             values = None
-            with recorder, OutputTap(module, self._cut) as tap:
-                value = _scalar(*self._run(module, batch))
+            with recorder, picked, OutputTap(module, self._cut) as tap:
+                value = self._run_cut(module, batch)
             leaves = list(tap.leaves.values())
+        rows = {len(output) for output in tap.outputs.values() if output.dim()} - {num_examples}
+        if rows & picked.counts:
+            raise UnsupportedModelError(_PICKED)
+        if picked.counts:  # as many for each example in one batch, and not in the next
+            self._traits.warn(WEIGHTED)
 
         def describe() -> BatchLoss:
             return BatchLoss.of(
@@ -134,14 +147,28 @@ class UnnamedLoss:
         self._cut, self._chained = cut, values is not None or len(cut) > 1
         if values is None and len(cut) > 1:
             with preserve_rng(), OutputTap(module, cut) as tap:
-                self._run(module, batch)
+                self._run_cut(module, batch)
             self._chained = are_chained(tap)
 
     def _run_from_leaves(self, module: Any, batch: Any) -> tuple[list[Tensor], Tensor, OutputTap]:
         """Return the leaves at the cut, and the batch's loss as a function of them."""
         with torch.enable_grad(), OutputTap(module, self._cut) as tap:
-            value = _scalar(*self._run(module, batch))
+            value = self._run_cut(module, batch)
         return list(tap.leaves.values()), value, tap
+
+    def _run_cut(self, module: Any, batch: Any) -> Tensor:
+        """Return the loss, from a run that has succeeded with the outputs attached to what they depend on.
+
+        Raises:
+            RuntimeError: the step's own, for any other reason.
+            UnsupportedModelError: if it fails with outputs that depend on nothing.
+        """
+        try:
+            return _scalar(*self._run(module, batch))
+        except RuntimeError as error:
+            if "differentiated Tensor" not in str(error) and "does not require grad" not in str(error):
+                raise
+            raise UnsupportedModelError(_DIFFERENTIATES) from error
 
     def _check(self, loss: BatchLoss, module: Any, batch: Any, recorder: Recorder) -> None:
         """Check on a first batch that the examples' losses add up, and find out how.
@@ -156,16 +183,21 @@ class UnnamedLoss:
         if not bool(rows.any()):
             return
         limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
-        parts = _halves(count)
+        # The example of the least gradient, alone: a loss of the hardest examples gives it none among others.
+        parts = [*_halves(count), [int(rows.norm(dim=1).argmin())]]
         _check_cross_derivatives(loss, parts[0], limit)
         direct = self._direct_gradients(loss.batch_loss, recorder)
-        ratios = []
+        ratios: list[float] = []
         for part in parts:
             found = self._part_gradients(module, batch, part, count, rows.shape[1], recorder)
-            if found is None:
+            if found is None and len(ratios) < 4:
                 self._traits.warn(_UNKNOWN_PARTS)
                 self._verified.add(_MEAN)
                 return
+            # Steps may fail on one example; what has no weight, such as padding alone, divides by zero.
+            if found is None or not bool(torch.isfinite(found[0]).all()):
+                ratios.append(math.nan)
+                continue
             ratio = _ratio(found[0], rows[part], limit)
             if ratio is None:
                 self._accept_noise(module, batch, rows, limit)
@@ -307,8 +339,8 @@ def _is_mean(ratios: Sequence[float], shares: Sequence[float], limit: float, tra
     if all(abs(ratio - share) <= 10 * limit for ratio, share in known):
         return False
     weights = [share / ratio for ratio, share in zip(ratios, shares, strict=True)]
-    for first, second in zip(weights[::2], weights[1::2], strict=True):
+    for first, second in zip(weights[0:4:2], weights[1:4:2], strict=True):
         if abs(first + second - 1) > 10 * limit:  # what two halves weigh makes up one
             raise UnsupportedModelError(_COUPLED)
-    traits.warn(_WEIGHTED)
+    traits.warn(WEIGHTED)
     return True

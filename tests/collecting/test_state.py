@@ -128,38 +128,6 @@ def test_every_flipped_bit_of_a_tensor_is_noticed_by_name(saved, tmp_path):
         InfluenceModule.from_checkpoint(tmp_path / "b.ckpt", Classifier("adam"))
 
 
-def leaves(part, path=()):
-    """Places of everything in a nested state."""
-    if path:
-        yield path
-    if isinstance(part, dict):
-        for key, value in part.items():
-            yield from leaves(value, (*path, key))
-
-
-ODD = [None, -1, 3.5, float("nan"), 2**70, "x", [], [1], {}, {"a": 1}, True, torch.ones(2), torch.ones(0)]
-
-
-@pytest.mark.parametrize("checksums", [True, False])
-def test_a_mutated_state_gives_one_kind_of_error(saved, checksums):
-    """Hundreds of states with another value somewhere: refused in our words, or as good as before."""
-    state = saved["callbacks"]["InfluenceCallback"]
-    places, draw = [p for p in leaves(state) if checksums or p[0] != "checksums"], random.Random(1)
-    refused = 0
-    for _ in range(300):
-        path, value = draw.choice(places), draw.choice(ODD)
-        mutated = copy.deepcopy(state) if checksums else change(state, ("fingerprint",), state["fingerprint"])
-        part = mutated
-        for key in path[:-1]:
-            part = part[key]
-        part[path[-1]] = value
-        try:
-            read_saved_state({"callbacks": {"InfluenceCallback": mutated}})
-        except InfluenceError:
-            refused += 1
-    assert refused > 200
-
-
 @pytest.mark.parametrize("state", [{}, {"collector": 1}, {"a": 1}, 3, [1]])
 def test_what_is_no_state_at_all(state):
     callback = InfluenceCallback()

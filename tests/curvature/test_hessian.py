@@ -353,3 +353,31 @@ def test_layers_that_take_no_part_are_constants():
     assert not matrix[-6:].any()
     alone = run(DenseHessianPass(find_layers(module, ["body", "head"])), module, [(x, y)]).result()
     torch.testing.assert_close(matrix[:-6, :-6], alone, **TIGHT)
+
+
+@pytest.mark.parametrize(("examples", "groups"), [(1, 1), (1, 2), (3, 1)])
+def test_batched_passes_that_torch_gets_wrong_are_noticed(examples, groups):
+    """The backward pass of group_norm reads sizes off its tensors: wrong, or failing, under batching."""
+
+    class Normed(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            parts = nn.Conv1d(2, 4, 3, padding=1), nn.GroupNorm(groups, 4), nn.Tanh(), nn.Flatten()
+            self.net = nn.Sequential(*parts, nn.Linear(16, 2)).double()
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    module, x, y = Normed(), torch.randn(examples, 2, 4, dtype=torch.float64), torch.arange(examples) % 2
+    plan = find_layers(module)
+    found = run(DenseHessianPass(plan), module, [(x, y)]).result()
+    layers = [module.net[0], module.net[4]]
+    tensors = [p for layer in layers for p in (layer.weight, layer.bias)]
+    first = torch.autograd.grad(module.training_step((x, y), 0), tensors, create_graph=True)
+
+    def flat(parts):
+        pairs = zip(layers, parts[::2], parts[1::2], strict=True)
+        return torch.cat([torch.cat([w.flatten(1), b[:, None]], 1).flatten() for _, w, b in pairs])
+
+    rows = [flat(torch.autograd.grad(entry, tensors, retain_graph=True)) for entry in flat(first)]
+    torch.testing.assert_close(found, torch.stack(rows), **TIGHT)

@@ -1,14 +1,8 @@
 """Retraining through Lightning: fresh objects, caching, resumption after a kill, refusals."""
 
-import fcntl
 import logging
-import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 import harness_models as models
 import numpy as np
@@ -300,51 +294,3 @@ def test_seeds_of_parts_follow_the_seed_and_the_purpose():
     assert len(set(seeds)) == 3
     assert derive_seed(0, "init") == seeds[0]
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-ORPHANING = """
-import harness_models as models, torch
-from lightning_influence.evaluation import Retraining, retrain_subsets
-
-if __name__ == "__main__":
-    endless = Retraining(models.endless, models.trainer, models.held_data, models.loader, models.queries)
-    masks = torch.ones(1, 8, dtype=torch.bool)
-    retrain_subsets(endless, masks, [0, 1, 2], processes=2, progress=False, cache_dir="runs", cache_key="-")
-"""
-
-
-def lives(lock):
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def wait_until(condition):
-    """Wait for at most two minutes, which a busy machine may need to start processes."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    """One is in the middle of a run, which never ends, the other waits for work."""
-    (tmp_path / "script.py").write_text(ORPHANING)
-    paths = os.pathsep.join([str(Path(models.__file__).parent), str(Path(__file__).parents[2])])
-    environment = {**os.environ, "PYTHONPATH": paths, "HARNESS_TEST_FOLDER": str(tmp_path)}
-    parent = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment)
-    try:
-        wait_until(lambda: len([*tmp_path.glob("runs/*/*.safetensors")]) == 2)
-        locks = [*tmp_path.glob("*.lock")]
-        assert len(locks) == 3  # the parent and two workers
-        assert all(map(lives, locks))
-    finally:
-        parent.kill()
-        parent.wait()
-    killed = time.monotonic()
-    wait_until(lambda: not any(map(lives, locks)))
-    assert time.monotonic() - killed < 10

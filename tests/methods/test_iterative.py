@@ -204,6 +204,18 @@ def test_settings_that_cannot_work(method, options, error, message):
         asked.scores(method=method, **options)
 
 
+@pytest.mark.parametrize("method", ["astra", "lissa"])
+def test_damping_that_a_rule_finds_to_be_zero_is_no_bad_argument(method):
+    case = CASES["mlp_gelu"]
+    module = lightning_module(case)
+    module.torch_loss = lambda outputs, targets, reduction="mean": (
+        (outputs - outputs.detach()).square().mean()
+    )
+    asked, batches = InfluenceModule(module), [(case.x, case.y)]
+    with quiet(), pytest.raises(UnsupportedModelError, match="damping='heuristic' is 0 here"):
+        asked.scores(batches, batches, method=method, damping="heuristic", fisher="empirical")
+
+
 @pytest.mark.parametrize("method", ["cg", "minres", "astra", "lissa"])
 def test_through_a_trainer(method, tmp_path):
     host, _ = fitted()

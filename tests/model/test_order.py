@@ -74,13 +74,18 @@ def test_losses_in_the_order_of_the_examples_are_accepted(step):
         (time_first, [sequences(*[T] * B)]),
         (time_first, [sequences(*[B] * B)]),
         (sorted_inside, [sequences(2, 5, 3, 4)]),
-        (packed, [sequences(2, 4, 1, 5)]),
-        (packed, [sequences(3, 3), sequences(2, 4)]),  # the first batch alone would pass
     ],
 )
 def test_losses_in_another_order_are_refused(step, batches):
     with pytest.raises(UnsupportedModelError, match=r"not come in the order .*time-first.*influence_loss"):
         run(step, *batches)
+
+
+# The first batch alone would pass.
+@pytest.mark.parametrize("batches", [[sequences(2, 4, 1, 5)], [sequences(3, 3), sequences(2, 4)]])
+def test_layers_on_rows_that_a_mask_picked_are_refused(batches):
+    with pytest.raises(UnsupportedModelError, match=r"rows that a mask picked.*influence_loss"):
+        run(packed, *batches)
 
 
 def copies(count: int, together: bool):

@@ -1,13 +1,8 @@
 """One file of tensors and metadata: round trips, atomic writes, and refusal of every altered file."""
 
-import errno
 import json
 import os
-import re
-import resource
 import stat
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -228,67 +223,9 @@ def test_check_kind_names_both_kinds():
         check_kind("f", {"kind": "factors"}, "attributions")
 
 
-@pytest.fixture
-def small_disk():
-    """Files cannot grow beyond 20,000 bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_names_the_file_and_leaves_the_old_content(file, small_disk):
-    with pytest.raises(OSError, match=re.escape(str(file))) as caught:
-        save_tensors(file, {"matrix": torch.zeros(10_000)}, {})
-    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
-    with pytest.raises(OSError, match=re.escape(str(file))), write_atomically(file) as temporary:
-        temporary.write_bytes(bytes(30_000))
-    assert torch.equal(load_tensors(file)[0]["matrix"], TENSORS["matrix"])
-    assert os.listdir(file.parent) == [file.name]
-
-
 def test_errors_about_other_files_stay_as_they_are(file):
     with pytest.raises(FileNotFoundError, match="elsewhere"), write_atomically(file):
         os.stat("/nowhere/elsewhere")
-
-
-KILLED = """
-import os, signal, sys
-from lightning_influence.support.storage import write_atomically
-with write_atomically(sys.argv[1]) as temporary:
-    temporary.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.slow
-def test_what_a_killed_writer_left_is_removed_by_the_next_one(file):
-    others = file.with_name("b.safetensors"), file.with_name(f".{file.name}.backup.tmp")
-    others[1].touch()
-    for path in (file, file, others[0]):
-        subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
-    left = {path.name for path in file.parent.iterdir()}
-    assert len(left) == 4  # a killed writer is a next one, too
-    save_tensors(file, TENSORS, METADATA)
-    assert len({path.name for path in file.parent.iterdir()}) == 3
-    save_tensors(others[0], TENSORS, METADATA)
-    assert {path.name for path in file.parent.iterdir()} == {file.name, *(path.name for path in others)}
-
-
-def test_a_writer_leaves_another_that_is_at_work_alone(file):
-    with write_atomically(file) as slow:
-        slow.write_text("slow")
-        with write_atomically(file) as quick:
-            quick.write_text("quick")
-        assert file.read_text() == "quick"
-    assert file.read_text() == "slow"
-    assert os.listdir(file.parent) == [file.name]
-
-
-def test_what_a_version_before_left_is_removed(file):
-    file.with_name(f".{file.name}.{'0' * 32}.tmp").write_text("half")
-    save_tensors(file, {}, {})
-    assert os.listdir(file.parent) == [file.name]
 
 
 def resign(path, **changes):

@@ -41,6 +41,10 @@ _LINEAR = (
     "The training loss is linear in the model's outputs, piece by piece, so its second derivative is zero. "
     "The squared gradients of the examples stand for its curvature."
 )
+_ONCE = (
+    "The training loss has no second derivatives in torch. The squared gradients of the examples stand for "
+    "its curvature."
+)
 _CONCAVE = (
     "The training loss is not convex in the model's outputs: {share:.1%} of its second derivatives' size is "
     "negative, and is left out of the curvature. Scores keep the loss's own gradients."
@@ -232,17 +236,24 @@ class BatchLoss(OutputLoss):
 
     def products(self, vectors: Tensor) -> Tensor:
         """Return products of the Hessian of the examples' sum with a vector ``(B, d)``, coupled or not."""
-        if not self._slopes.requires_grad:
+        if not self._slopes.requires_grad or self.traits.has_curvature is False:
             return torch.zeros_like(self.detached)
-        with torch.enable_grad():
-            bent = torch.autograd.grad(
-                self._slopes,
-                self.leaves,
-                vectors.to(self._slopes.dtype),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        try:
+            with torch.enable_grad():
+                bent = torch.autograd.grad(
+                    self._slopes,
+                    self.leaves,
+                    vectors.to(self._slopes.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            self.traits.has_curvature = False
+            self.traits.warn(_ONCE)
+            return torch.zeros_like(self.detached)
         return self._flatten(bent).detach().to(self.detached.dtype) * self.factor
 
     @cached_property
@@ -257,6 +268,8 @@ class BatchLoss(OutputLoss):
                 continue
             blocks = self._blocks_by(order)
             if blocks is not None:
+                if not bool(self.gradient().any()):  # ignored examples only, which show nothing
+                    return blocks
                 self.traits.structure = structure
                 if self.traits.has_curvature is None:
                     self.traits.has_curvature = bool(blocks.any())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
-from lightning_influence.model.losses.combined import ScaledLoss, SumLoss
+from lightning_influence.model.losses.divisors import find_divisor
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
+from lightning_influence.model.losses.picked import count_picked
+from lightning_influence.model.losses.reductions import Alike, count_ways, reduced, summed, tolerance
 from lightning_influence.model.losses.registry import (
     find_losses,
     is_supported,
@@ -25,11 +26,6 @@ from lightning_influence.model.losses.registry import (
     supported_losses,
 )
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative difference that two values of one loss may have: 1e-8 in float64, else 1e-4."""
-    return 1e-8 if dtype == torch.float64 else 1e-4
 
 
 def versions_of(tensors: Iterable[Any]) -> tuple[int, ...]:
@@ -49,6 +45,7 @@ class LossCall:
         node: the autograd node of what it returned.
         output_number: which output of the node it is.
         versions: of its tensor arguments, to notice changes in place after the call.
+        picked: whether it has as many rows as a mask has left, which are nobody's by their number.
     """
 
     function: Callable[..., Any]
@@ -58,6 +55,7 @@ class LossCall:
     node: Any
     output_number: int
     versions: tuple[int, ...]
+    picked: bool = False
 
     def read(self, batch_size: int) -> OutputLoss:
         """Return the call as a loss of ``batch_size`` examples.
@@ -72,6 +70,12 @@ class LossCall:
                 "are outputs and targets that stay as they were: change a copy."
             )
         rows = loss.outputs.shape[0]
+        if self.picked:
+            raise LossCaptureError(
+                f"{loss_name(self.function)} was computed on {rows} rows that a mask picked. Accepted are B "
+                "rows, or B * T with the T positions of each example together: mark rows to leave out with "
+                "`ignore_index`."
+            )
         if rows == 0 or rows % batch_size:
             raise LossCaptureError(
                 f"The loss was computed on {rows} rows (outputs of shape {tuple(loss.outputs.shape)}), which "
@@ -135,6 +139,8 @@ class LossCapture(TorchFunctionMode):
         super().__init__()
         self.calls: list[LossCall] = []
         self._losses = find_losses()
+        self._picked: set[int] = set()
+        self._alike = Alike()
 
     def __enter__(self) -> Self:
         """Start recording, with an empty list of calls.
@@ -166,16 +172,23 @@ class LossCapture(TorchFunctionMode):
         result = func(*args, **kwargs)
         if type(result).__module__.startswith("torch._subclasses."):
             return result  # the compiler traces it after all: torch 2.4 does not say so
+        count = count_picked(func, args, result)
+        self._picked |= set() if count is None else {count}
         if func in self._losses and isinstance(result, Tensor) and result.requires_grad:
             versions = versions_of((*args, *kwargs.values()))
             # A copy, because `loss += penalty` would change the value that was seen.
             value = result.detach().clone()
-            self.calls.append(LossCall(func, args, kwargs, value, result.grad_fn, result.output_nr, versions))
+            picked = any(
+                isinstance(part, Tensor) and part.dim() and len(part) in self._picked for part in args
+            )
+            self.calls.append(
+                LossCall(func, args, kwargs, value, result.grad_fn, result.output_nr, versions, picked)
+            )
         return result
 
     def clear(self) -> None:
         """Forget the recorded calls and their graph."""
-        self.calls = []
+        self.calls, self._picked = [], set()
 
     @torch.no_grad()
     def resolve(
@@ -264,12 +277,15 @@ class LossCapture(TorchFunctionMode):
             ):
                 raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
         slopes = tuple(slope.detach() for slope in slopes)
-        summed = _is_sum(batch_loss.grad_fn, divisor != 1)
+        nodes = {call.node for call in calls}
         losses = []
         for call, slope in zip(calls, slopes, strict=True):
             try:
                 loss = call.read(batch_size)
-                losses.append(_reduced(loss, call.value, slope.to(loss.detached.dtype) * divisor, summed))
+                slope = slope.to(loss.detached.dtype) * divisor
+                own = find_divisor(batch_loss.grad_fn, call.node, nodes, count_ways(loss, slope), divisor)
+                losses.append(reduced(loss, slope, own))
+                self._alike.check(loss, losses[-1])
             except LossCaptureError as error:
                 raise LossCaptureError(
                     f"The training loss is {batch_loss.item():.6g}, and this call is part of it:\n"
@@ -277,7 +293,7 @@ class LossCapture(TorchFunctionMode):
                 ) from error
         if len(losses) == 1:
             return losses[0]
-        return _summed(losses)
+        return summed(losses)
 
     def _by_value(self, batch_loss: Tensor, batch_size: int) -> OutputLoss:
         """Return the one call whose value is the loss's.
@@ -304,13 +320,6 @@ class LossCapture(TorchFunctionMode):
                 f"value:\n{_listing([call for call, _ in losses])}\nAccepted is exactly one. {_REMEDY}"
             )
         return losses[0][1]
-
-
-def _is_sum(node: Any, is_divided: bool) -> bool:
-    """Return whether a loss is the result of a sum; the host's own division is looked through."""
-    while is_divided and type(node).__name__.startswith(("DivBackward", "MulBackward")):
-        node = node.next_functions[0][0]
-    return type(node).__name__.startswith("SumBackward")
 
 
 def _lost_weight() -> dict[str, Tensor]:
@@ -359,74 +368,6 @@ def walk(
                     seen.add(following)
                     todo.append(following)
     return met, passed, ends
-
-
-def _reduced(loss: OutputLoss, value: Tensor, slope: Tensor, summed: bool) -> OutputLoss:
-    """Return a call's loss as the batch's loss takes it.
-
-    Args:
-        loss: the call, under the reduction that it was made with.
-        value: what it returned.
-        slope: derivative of the batch's loss in it, of its shape.
-        summed: whether the batch's loss is the sum of something over the batch.
-
-    Returns:
-        The loss, under the reduction that is in force.
-
-    Raises:
-        LossCaptureError: if the slope is negative somewhere, zero everywhere, or cannot be taken in.
-    """
-    if bool((slope < 0).any()) or not bool((slope > 0).any()):
-        raise LossCaptureError(
-            f"The training loss takes it with a factor of {slope.min().item():.4g}; accepted are positive "
-            "ones."
-        )
-    if loss.reduction != "none":
-        return _scaled(loss, float(slope.sum()))
-    factor = slope.max()
-    taken = slope > 0
-    if bool(((slope - factor).abs() <= tolerance(slope.dtype) * factor)[taken].all()):
-        if not bool(taken.all()):
-            loss = loss.weighted(taken.to(slope.dtype))
-        return _scaled(replace(loss, reduction="sum"), float(factor), int(taken.sum()))
-    if summed:
-        return replace(loss.weighted(slope), reduction="sum")
-    return replace(loss.weighted(slope * loss.num_examples), reduction="example_mean")
-
-
-def _scaled(loss: OutputLoss, factor: float, count: int | None = None) -> OutputLoss:
-    """Return the loss times a factor, as one of the usual reductions of its values where that is one.
-
-    Args:
-        loss: a loss.
-        factor: what the batch's loss takes it with.
-        count: number of values that are summed, where the function returned them one by one.
-    """
-    near = tolerance(loss.detached.dtype)
-    if abs(factor - 1) <= near:
-        return loss
-    if loss.reduction == "sum":
-        for reduction in ("mean", "position_mean", "example_mean"):
-            candidate = replace(loss, reduction=reduction)
-            share = float(candidate.share())
-            if math.isfinite(share) and abs(share - factor) <= near * factor:
-                return candidate
-        if count is not None and abs(factor * count - 1) <= near:  # the mean over what a mask leaves
-            return ScaledLoss.of(loss, factor * loss.num_examples)
-    return ScaledLoss.of(loss, factor, loss.reduction)
-
-
-def _summed(losses: Sequence[OutputLoss]) -> OutputLoss:
-    """Return the sum of losses, each normalised by the weights of its batch.
-
-    Sums over the examples stay sums if all terms are.
-    """
-    everywhere = all(loss.reduction == "sum" for loss in losses)
-    terms = []
-    for loss in losses:
-        factor = 1.0 if everywhere else loss.scale * loss.num_examples / float(loss.weights().sum())
-        terms.append(loss if factor == 1 else ScaledLoss.of(loss, factor, loss.reduction))
-    return SumLoss.of(terms, "sum" if everywhere else "example_mean")
 
 
 def _listing(calls: Sequence[LossCall]) -> str:

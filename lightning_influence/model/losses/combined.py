@@ -14,18 +14,27 @@ from typing_extensions import Self
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
 from lightning_influence.support.errors import UnsupportedModelError
 
+WEIGHTED = (
+    "The loss of a batch is a weighted mean of its examples' losses. Weights count as shares of their batch, "
+    "so scores depend a little on how examples are batched."
+)
+
 
 @dataclass(frozen=True, eq=False)
 class ScaledLoss(OutputLoss):
-    """Another loss times a positive factor; weights of the examples are that loss's own.
+    """Another loss times a positive factor; weights of the examples are that loss's own unless given.
 
     Attributes:
         inner: the loss without the factor.
         factor: what to multiply it with.
+        weight: of each example; None for the inner loss's own.
+        remark: what is to be told of it, or None.
     """
 
     inner: OutputLoss
     factor: float
+    weight: float | None = None
+    remark: str | None = None
 
     @classmethod
     def of(cls, inner: OutputLoss, factor: float, reduction: Reduction = "example_mean") -> Self:
@@ -44,16 +53,16 @@ class ScaledLoss(OutputLoss):
 
     @property
     def note(self) -> str | None:
-        """What the inner loss's curvature stands for, if it is no Hessian."""
-        return self.inner.note
+        """What is to be told of it, and what the inner loss's curvature stands for, if it is no Hessian."""
+        return " ".join(text for text in (self.remark, self.inner.note) if text is not None) or None
 
     def per_example(self) -> Tensor:
         """Return the loss of each example, shape ``(B,)``, differentiable in ``outputs``."""
         return self.inner.per_example() * self.factor
 
     def weights(self) -> Tensor:
-        """Return those of the inner loss, shape ``(B,)``."""
-        return self.inner.weights()
+        """Return those of the inner loss, or those given, shape ``(B,)``."""
+        return self.inner.weights() if self.weight is None else self.ones() * self.weight
 
     def gradient(self) -> Tensor:
         """Return the seed of the training loss, times the factor."""

@@ -1,0 +1,307 @@
+"""Random small networks in float64: each maps one tensor to outputs `(B, C)`, `(B, T, C)` or two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EXAMPLES_FIRST = 3  # size of the last dimension of vectors and of sequences' elements
+STEPS = 4  # of a sequence
+WORDS = 7
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "relu_": lambda: nn.ReLU(inplace=True),
+    "silu": nn.SiLU,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes and parts that the networks have in common."""
+
+    hidden: int
+    outputs: int
+    bias: bool
+    act: str
+    norm: str
+    dropout: bool
+
+    def activation(self) -> nn.Module:
+        return ACTIVATIONS[self.act]()
+
+
+class Apply(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Twice(nn.Module):
+    """One layer called twice."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.first, self.shared = nn.Linear(EXAMPLES_FIRST, s.hidden), nn.Linear(s.hidden, s.hidden, s.bias)
+        self.head = nn.Linear(s.hidden, s.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.head(torch.tanh(self.shared(torch.tanh(self.shared(h)))))
+
+
+class Skip(nn.Module):
+    """Two paths to the outputs, so that two layers are the last ones."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.wide, self.deep = (
+            nn.Linear(EXAMPLES_FIRST, s.outputs, s.bias),
+            nn.Linear(EXAMPLES_FIRST, s.hidden),
+        )
+        self.head = nn.Linear(s.hidden, s.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(x) + self.head(torch.tanh(self.deep(x)))
+
+
+class Heads(nn.Module):
+    """One trunk, two heads."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(EXAMPLES_FIRST, s.hidden, s.bias)
+        self.left, self.right = nn.Linear(s.hidden, s.outputs), nn.Linear(s.hidden, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.trunk(x))
+        return self.left(h), self.right(h)
+
+
+class Attention(nn.Module):
+    """One head out of three Linear layers."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(EXAMPLES_FIRST, s.hidden, s.bias) for _ in range(3))
+        self.head = nn.Linear(s.hidden, s.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        return self.head(torch.softmax(q @ k.mT, -1) @ v)
+
+
+class Multihead(nn.Module):
+    """torch's own attention."""
+
+    def __init__(self, s: Shape, batch_first: bool = True) -> None:
+        super().__init__()
+        width = 2 * (s.hidden // 2 + 1)
+        self.inner, self.first = nn.Linear(EXAMPLES_FIRST, width), batch_first
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=batch_first, bias=s.bias)
+        self.head = nn.Linear(width, s.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x) if self.first else self.inner(x).transpose(0, 1)
+        h = self.attention(h, h, h, need_weights=False)[0]
+        return self.head(h if self.first else h.transpose(0, 1))
+
+
+class Recurrent(nn.Module):
+    """An LSTM or GRU, batch first or time first inside, with an output at every step or at the last one."""
+
+    def __init__(self, s: Shape, kind: type[nn.RNNBase], batch_first: bool, last: bool) -> None:
+        super().__init__()
+        self.cell = kind(EXAMPLES_FIRST, s.hidden, batch_first=batch_first, bias=s.bias)
+        self.head, self.first, self.last = nn.Linear(s.hidden, s.outputs), batch_first, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cell(x if self.first else x.transpose(0, 1))[0]
+        h = h if self.first else h.transpose(0, 1)
+        return self.head(h[:, -1] if self.last else h)
+
+
+class TimeFirstInside(nn.Module):
+    """Linear layers on `(T, B, D)`, and outputs that are turned back."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(EXAMPLES_FIRST, s.hidden, s.bias), nn.Linear(s.hidden, s.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x.transpose(0, 1)))).transpose(0, 1)
+
+
+class Tied(nn.Module):
+    """The table of words is the matrix of the last layer, too."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, s.hidden)
+        self.body, self.head = nn.Linear(s.hidden, s.hidden, s.bias), nn.Linear(s.hidden, WORDS, False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(self.table(x))))
+
+
+def _norm(s: Shape) -> list[nn.Module]:
+    return {"batch": [nn.BatchNorm1d(s.hidden)], "layer": [nn.LayerNorm(s.hidden)]}.get(s.norm, [])
+
+
+def _mlp(s: Shape, depth: int) -> nn.Module:
+    layers, width = [], EXAMPLES_FIRST
+    for _ in range(depth):
+        block = [nn.Linear(width, s.hidden, s.bias), *_norm(s), s.activation()]
+        block += [nn.Dropout(0.5)] if s.dropout else []
+        layers += [Residual(nn.Sequential(*block))] if width == s.hidden and s.norm == "layer" else block
+        width = s.hidden
+    return nn.Sequential(*layers, nn.Linear(width, s.outputs))
+
+
+def _conv(s: Shape, dims: int, groups: int, stride: int, padding: str, norm: str) -> nn.Module:
+    kinds = {
+        1: (nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d),
+        2: (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d),
+    }
+    conv, batch_norm, pool = kinds[dims]
+    channels = 2 * (1 + s.hidden // 3)
+    mode = {} if padding in {"same", "valid"} else {"padding_mode": padding}
+    amount: Any = padding if padding in {"same", "valid"} else 1
+    stride = 1 if padding == "same" else stride
+    norms = {
+        "batch": [batch_norm(channels)],
+        "group": [nn.GroupNorm(2, channels)],
+        "layer": [nn.GroupNorm(1, channels)],
+        "none": [],
+    }[norm]
+    return nn.Sequential(
+        conv(2, channels, 3, stride=stride, padding=amount, groups=groups, bias=s.bias, **mode),
+        *norms,
+        s.activation(),
+        conv(channels, 2 * groups, 2, groups=groups),
+        pool(2),
+        nn.Flatten(),
+        nn.Linear(2 * groups * 2**dims, s.outputs),
+    )
+
+
+def _encoder(s: Shape) -> nn.Module:
+    width = 2 * (s.hidden // 2 + 1)
+    block = nn.TransformerEncoderLayer(width, 2, 5, dropout=0.2, batch_first=True, norm_first=s.bias)
+    return nn.Sequential(nn.Linear(EXAMPLES_FIRST, width), block, nn.Linear(width, s.outputs))
+
+
+def _words(s: Shape) -> nn.Module:
+    return nn.Sequential(
+        nn.Embedding(WORDS, s.hidden),
+        nn.Linear(s.hidden, s.hidden, s.bias),
+        s.activation(),
+        nn.Linear(s.hidden, s.outputs),
+    )
+
+
+def _words_mean(s: Shape) -> nn.Module:
+    return nn.Sequential(
+        nn.Embedding(WORDS, s.hidden),
+        Apply(lambda h: h.mean(1)),
+        nn.Linear(s.hidden, s.hidden),
+        nn.Tanh(),
+        nn.Linear(s.hidden, s.outputs),
+    )
+
+
+def _mixing(s: Shape) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(EXAMPLES_FIRST, s.hidden, s.bias),
+        s.activation(),
+        Apply(lambda h: h + torch.sin(h.mean(1, keepdim=True))),
+        nn.Linear(s.hidden, s.outputs),
+    )
+
+
+# What a network takes ("vectors", "images1", ...) and makes ("vector", "steps" or "two" of them).
+NETS: dict[str, tuple[str, str, Callable[[Shape], nn.Module]]] = {
+    "linear": ("vectors", "vector", lambda s: _mlp(s, 0)),
+    "mlp": ("vectors", "vector", lambda s: _mlp(s, 1)),
+    "deep": ("vectors", "vector", lambda s: _mlp(s, 2)),
+    "twice": ("vectors", "vector", Twice),
+    "skip": ("vectors", "vector", Skip),
+    "heads": ("vectors", "two", Heads),
+    "conv1": ("images1", "vector", lambda s: _conv(s, 1, 1, 2, "zeros", s.norm)),
+    "conv1_groups": ("images1", "vector", lambda s: _conv(s, 1, 2, 1, "circular", "group")),
+    "conv2": ("images2", "vector", lambda s: _conv(s, 2, 1, 2, "reflect", s.norm)),
+    "conv2_groups": ("images2", "vector", lambda s: _conv(s, 2, 2, 2, "replicate", s.norm)),
+    "conv2_same": ("images2", "vector", lambda s: _conv(s, 2, 2, 1, "same", s.norm)),
+    "tokens": ("steps", "steps", _mixing),
+    "attention": ("steps", "steps", Attention),
+    "multihead": ("steps", "steps", Multihead),
+    "multihead_time": ("steps", "steps", lambda s: Multihead(s, batch_first=False)),
+    "encoder": ("steps", "steps", _encoder),
+    "lstm": ("steps", "steps", lambda s: Recurrent(s, nn.LSTM, True, False)),
+    "lstm_last": ("steps", "vector", lambda s: Recurrent(s, nn.LSTM, True, True)),
+    "gru_time": ("steps", "vector", lambda s: Recurrent(s, nn.GRU, False, True)),
+    "time_inside": ("steps", "steps", TimeFirstInside),
+    "words": ("words", "steps", _words),
+    "words_mean": ("words", "vector", _words_mean),
+    "tied": ("words", "steps", Tied),
+}
+# Nets whose covered layers are Linear layers and convolutions only.
+KRONECKER = (
+    "linear",
+    "mlp",
+    "deep",
+    "twice",
+    "skip",
+    "heads",
+    "tokens",
+    "attention",
+    "conv1",
+    "conv1_groups",
+)
+
+
+def draw_inputs(kind: str, count: int, generator: torch.Generator) -> Tensor:
+    """Inputs of `count` examples."""
+    if kind == "words":
+        return torch.randint(WORDS, (count, STEPS), generator=generator)
+    shape = {
+        "vectors": (EXAMPLES_FIRST,),
+        "images1": (2, 7),
+        "images2": (2, 5, 4),
+        "steps": (STEPS, EXAMPLES_FIRST),
+    }[kind]
+    return torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+
+
+def make_net(name: str, shape: Shape) -> nn.Module:
+    """The network with weights and statistics as after training, drawn from the global generator."""
+    net = NETS[name][2](shape).double()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.5)
+                module.running_var.uniform_(0.5, 2)
+        for p in net.parameters():  # norms and biases that are not those of an initialisation
+            p.add_(0.2 * torch.randn(p.shape, dtype=torch.float64))
+    return net

@@ -1,0 +1,318 @@
+"""Random questions: a model, its data in a random packing, a loss, and what is asked of the library."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import namedtuple
+from dataclasses import dataclass, field
+from typing import Any
+
+import fuzz_losses
+import torch
+from fuzz_losses import LOSSES, Settings
+from fuzz_nets import ACTIVATIONS, KRONECKER, NETS, Shape, draw_inputs, make_net
+from hypothesis import strategies as st
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SubsetRandomSampler, default_collate
+
+Named = namedtuple("Named", ["x", "t", "w"])
+
+
+@dataclass
+class Record:
+    x: Any
+    t: Any
+    w: Any
+
+
+PACKINGS = {
+    "tuple": lambda x, t, w: (x, t, w),
+    "list": lambda x, t, w: [x, t, w],
+    "dict": lambda x, t, w: {"x": x, "t": t, "w": w},
+    "nested": lambda x, t, w: {"in": {"x": x, "name": "abc"}, "out": (t, w), "number": 3},
+    "named": Named,
+    "dataclass": Record,
+}
+
+
+def unpack(batch: Any) -> tuple[Any, Any, Any]:
+    """Inputs, targets and weights of a batch in any packing."""
+    if isinstance(batch, Record):
+        return batch.x, batch.t, batch.w
+    if isinstance(batch, dict):
+        inner = batch.get("in", batch)
+        return inner["x"], *(batch["out"] if "out" in batch else (batch["t"], batch["w"]))
+    return tuple(batch)
+
+
+def collate(items: list[Any]) -> Any:
+    """torch's own collating, which does not know dataclasses."""
+    if isinstance(items[0], Record):
+        parts = [default_collate([getattr(item, name) for item in items]) for name in ("x", "t", "w")]
+        return Record(*parts)
+    return default_collate(items)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a case; small values are simple ones."""
+
+    net: str
+    shape: Shape
+    loss: str
+    reduction: str
+    classes: bool
+    smoothing: float
+    ignored: bool
+    factor: float
+    penalty: str
+    via: str
+    packing: str
+    loader: str
+    examples: int
+    queries: int
+    batch: int
+    query_batch: int
+    frozen: bool
+    layers: str
+    ask: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    measurement: str | None = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """The fields that differ from the simplest, as code."""
+        parts = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self)]
+        return f"Recipe({', '.join(parts)})"
+
+
+class _Draws:
+    """Draws by a number, whose neighbours have nothing in common."""
+
+    def __init__(self, number: int) -> None:
+        self._random = random.Random(number)
+
+    def among(self, *choices: Any) -> Any:
+        return self._random.choice(choices)
+
+    def between(self, low: int, high: int) -> int:
+        return self._random.randint(low, high)
+
+
+def _options(draw: _Draws, method: str) -> dict[str, Any]:
+    """Options under which the method's answer is known."""
+    damping = draw.among(0.05, 0.3, 2.0, "auto", "heuristic")
+    close = {"tolerance": 1e-11, "max_steps": 400}
+    exactly = {"low_rank_tolerance": 0.0, "fisher": draw.among("exact", "exact", "empirical")}
+    own: dict[str, Any] = {
+        "identity": {},
+        "exact": {"fisher": draw.among(None, "exact", "empirical")},
+        "block_ggn": {"blocks": draw.among("layer", "tensor")},
+        "diagonal": exactly,
+        "kfac": exactly,
+        "ekfac": exactly,
+        "hessian": {"negative_curvature": draw.among("absolute", "clip")},
+        "cg": {**close, "preconditioner": draw.among("ekfac", "two_level", "none")},
+        "minres": {**close, "curvature": draw.among("ggn", "hessian")},
+        "auto": {"tolerance": 1e-11, "max_steps": 60},
+        "astra": {},
+        "lissa": {},
+    }[method]
+    if method == "minres" and own["curvature"] == "hessian" and damping in {"auto", "heuristic"}:
+        damping = 2.0
+    if method in {"kfac", "ekfac", "diagonal"}:
+        own = {**own, "self_influence_tolerance": 0.0}
+    return {"damping": damping, **({} if draw.among(False, True) else {"memory_budget": 2**26}), **own}
+
+
+METHODS = (
+    "identity",
+    "exact",
+    "hessian",
+    "block_ggn",
+    "diagonal",
+    "kfac",
+    "ekfac",
+    "cg",
+    "minres",
+    "auto",
+    "astra",
+    "lissa",
+)
+
+
+def make_recipe(number: int) -> Recipe:
+    """The question of a number: its parts fit one another."""
+    draw = _Draws(number)
+    net = draw.among(*NETS)
+    makes = NETS[net][1]
+    name = draw.among(*(name for name, kind in LOSSES.items() if makes in kind.outputs))
+    kind = LOSSES[name]
+    method = draw.among(*(m for m in METHODS if m not in {"kfac", "ekfac"} or net in KRONECKER))
+    examples, queries = draw.between(1, 9), draw.between(1, 4)
+    classes = (
+        draw.among(False, True)
+        and kind.targets in {"labels", "shares", "bits"}
+        and name in {"ce", "ce_classes_second", "ce_soft", "nll", "bce", "ce_time_first"}
+    )
+    smoothing = draw.among(0.0, 0.0, 0.1) if name.startswith("ce") and kind.named else 0.0
+    smoothing = 0.0 if name == "ce_picked" else smoothing
+    labelled = kind.targets == "labels" and kind.named and not kind.coupled
+    ask = draw.among("scores", "scores", "top_k", "self_influence", "ihvp")
+    measured = [None, "loss", "function"] + (["margin", "logit"] if labelled and name != "ce_picked" else [])
+    alone = makes == "vector" and not kind.coupled and name != "l1"
+    via = draw.among(*(["step", "step", "hook", "argument", "argument_mean"] if alone else ["step"]))
+    # Of an ignored example alone a mean is 0 / 0.
+    may_ignore = labelled and name not in {"ce_lengths", "ce_picked"} and via not in {"hook", "argument"}
+    return Recipe(
+        net=net,
+        shape=Shape(
+            hidden=draw.between(2, 4),
+            outputs=draw.between(2, 3),
+            bias=draw.among(False, True),
+            act=draw.among(*ACTIVATIONS),
+            norm=draw.among("none", "layer", "batch"),
+            dropout=draw.among(False, True),
+        ),
+        loss=name,
+        reduction=draw.among("mean", "sum", "none"),
+        classes=classes,
+        smoothing=smoothing,
+        ignored=may_ignore and draw.among(False, True),
+        factor=draw.among(1.0, 1.0, 0.5, 30.0),
+        penalty=draw.among("none", "none", "weights", "constant"),
+        via=via,
+        packing=draw.among(*PACKINGS),
+        loader=draw.among("loader", "shuffled", "batches", "subset"),
+        examples=examples,
+        queries=queries,
+        batch=draw.between(1, examples + 1),
+        query_batch=draw.between(1, queries),
+        frozen=draw.between(0, 5) == 5,
+        layers=draw.among("default", "default", "all", "first", "not last"),
+        ask=ask,
+        method=method,
+        options=_options(draw, method),
+        measurement=None if ask == "self_influence" else draw.among(*measured),
+        seed=draw.between(0, 10**6),
+    )
+
+
+recipes = st.integers(0, 2**40).map(make_recipe)
+
+
+class Module(LightningModule):
+    """What a user would write."""
+
+    def __init__(self, net: nn.Module, recipe: Recipe, settings: Settings) -> None:
+        super().__init__()
+        self.net, self.recipe, self.settings = net, recipe, settings
+
+    def _batch(self, batch: Any) -> Tensor:
+        x, t, w = unpack(batch)
+        loss = self.recipe.factor * LOSSES[self.recipe.loss].batch(self.settings, self.net(x), t, w)
+        if self.recipe.penalty == "weights":
+            loss = loss + 0.1 * sum(p.square().sum() for p in self.parameters())
+        return loss + 3.0 if self.recipe.penalty == "constant" else loss
+
+    def _values(self, batch: Any) -> Tensor:
+        x, t, w = unpack(batch)
+        z, compute = self.net(x), LOSSES[self.recipe.loss].batch
+        alone = [compute(self.settings, z[n : n + 1], t[n : n + 1], w[n : n + 1]) for n in range(len(z))]
+        return self.recipe.factor * torch.stack(alone)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self._batch(batch)
+        return {"loss": loss} if self.recipe.seed % 2 else loss
+
+
+class Hooked(Module):
+    def influence_loss(self, batch: Any) -> Tensor:
+        return self._values(batch)
+
+
+def squares(module: Module, batch: Any) -> Tensor:
+    """A measurement of the user's own."""
+    z = module.net(unpack(batch)[0])
+    return sum(part.flatten(1).square().sum(1) for part in (z if isinstance(z, tuple) else (z,)))
+
+
+class Problem:
+    """A recipe's objects, the same at every construction."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.kind = recipe, LOSSES[recipe.loss]
+        takes, makes, _ = NETS[recipe.net]
+        generator = torch.Generator().manual_seed(recipe.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            net = make_net(recipe.net, recipe.shape)
+        N, Q = recipe.examples, recipe.queries
+        self.x = draw_inputs(takes, N + Q, generator)
+        with torch.no_grad():
+            outputs = net.eval()(self.x)
+        width = (outputs[0] if makes == "two" else outputs).shape[-1]
+        classes = (
+            0.5 + torch.rand(width, generator=generator, dtype=torch.float64) if recipe.classes else None
+        )
+        self.settings = Settings(recipe.reduction, classes, recipe.smoothing, recipe.ignored)
+        self.t = fuzz_losses.draw_targets(self.kind, self.settings, outputs, generator)
+        if makes == "steps" and recipe.loss != "ce_weighed":
+            lengths = torch.randint(1, outputs.shape[1] + 1, (N + Q,), generator=generator)
+            self.w = torch.arange(outputs.shape[1]) < lengths[:, None]
+        else:
+            self.w = 0.3 + torch.rand(N + Q, generator=generator, dtype=torch.float64)
+        self.module = (Hooked if recipe.via == "hook" else Module)(net, recipe, self.settings).train()
+        if recipe.frozen:
+            next(self.module.parameters()).requires_grad_(False)
+        self.train_indices = list(range(N))
+        if recipe.loader == "subset":
+            self.train_indices = sorted(torch.randperm(N, generator=generator)[: N // 2 + 1].tolist())
+        self.generator = generator
+
+    def item(self, n: int) -> Any:
+        t = tuple(part[n] for part in self.t) if isinstance(self.t, tuple) else self.t[n]
+        return PACKINGS[self.recipe.packing](self.x[n], t, self.w[n])
+
+    def parts(self, n: int) -> tuple[Tensor, Any, Tensor]:
+        """Input, target and weight of one example, the first with its batch dimension."""
+        t = tuple(part[n] for part in self.t) if isinstance(self.t, tuple) else self.t[n]
+        return self.x[n : n + 1], t, self.w[n]
+
+    def train(self) -> Any:
+        N, size, how = self.recipe.examples, self.recipe.batch, self.recipe.loader
+        items = [self.item(n) for n in range(N)]
+        if how == "batches":
+            return [collate(items[start : start + size]) for start in range(0, N, size)]
+        if how == "subset":
+            sampler = SubsetRandomSampler(self.train_indices, generator=self.generator)
+            return DataLoader(items, batch_size=size, sampler=sampler, collate_fn=collate)
+        return DataLoader(
+            items, batch_size=size, shuffle=how == "shuffled", collate_fn=collate, generator=self.generator
+        )
+
+    def queries(self) -> Any:
+        N, Q = self.recipe.examples, self.recipe.queries
+        items = [self.item(n) for n in range(N, N + Q)]
+        return DataLoader(items, batch_size=self.recipe.query_batch, collate_fn=collate)
+
+    def keywords(self) -> dict[str, Any]:
+        """Arguments of the question."""
+        recipe = self.recipe
+        given: dict[str, Any] = {"method": recipe.method, **recipe.options}
+        linear = (nn.Linear, nn.Conv1d, nn.Conv2d)
+        names = [name for name, part in self.module.named_modules() if isinstance(part, linear)]
+        if len(names) > 1 and recipe.layers != "default":
+            given["layers"] = {"all": ["*"], "first": [names[0]], "not last": [f"!{names[-1]}"]}[
+                recipe.layers
+            ]
+        if recipe.via == "argument":
+            given["loss"] = Module._values
+        if recipe.via == "argument_mean":
+            given["loss"] = Module._batch
+        if recipe.ask != "self_influence" and recipe.measurement is not None:
+            given["measurement"] = squares if recipe.measurement == "function" else recipe.measurement
+        return given
