@@ -156,8 +156,8 @@ class CurvaturePass(AveragingPass):
         total = 0
         for name, x in captured.recorder.raw_inputs().items():
             layer = self._plan.layers[name]
-            weight = layer.rule.weight(layer.module)
-            total += x.nbytes // max(1, weight.shape[1]) * layer.d_out
+            width = layer.rule.weight(layer.module).shape[0 if layer.rule.transposed else 1]
+            total += x.nbytes // max(1, width) * layer.d_out
         return total // max(1, captured.num_examples)
 
     def _choose(self, captured: Captured) -> Fisher:

@@ -24,6 +24,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,13 @@ from torch.nn import functional
 
 
 class LayerRule(ABC):
-    """How one class of modules fits the weight-sharing format; see :func:`register_layer`."""
+    """How one class of modules fits the weight-sharing format; see :func:`register_layer`.
+
+    Attributes:
+        transposed: whether the weight, a matrix, has an output in each column, not in each row.
+    """
+
+    transposed: ClassVar[bool] = False
 
     @abstractmethod
     def shape(self, module: nn.Module) -> tuple[int, int, int]:
@@ -124,6 +131,7 @@ class Layer:
             Matrices ``(..., G, D_out, D_in)``.
         """
         lead = weight.shape[: weight.ndim - self.rule.weight(self.module).ndim]
+        weight = weight.mT if self.rule.transposed else weight
         matrix = weight.reshape(*lead, self.groups, self.d_out, self.d_in - self.has_bias)
         if not self.has_bias:
             return matrix
@@ -138,9 +146,12 @@ class Layer:
         """
         lead = matrix.shape[:-3]
         shape = self.rule.weight(self.module).shape
-        if not self.has_bias:
-            return matrix.reshape(*lead, *shape), None
-        return matrix[..., :-1].reshape(*lead, *shape), matrix[..., -1].reshape(*lead, -1)
+        rows, bias = (
+            (matrix[..., :-1], matrix[..., -1].reshape(*lead, -1)) if self.has_bias else (matrix, None)
+        )
+        if self.rule.transposed:
+            return rows.reshape(*lead, *reversed(shape)).mT, bias
+        return rows.reshape(*lead, *shape), bias
 
 
 # A parameter by itself is a vector up to the first width: the second moments of its gradients are a matrix,
@@ -207,15 +218,15 @@ def split_rows(x: Tensor, num_examples: int) -> Tensor:
     return x.reshape(1, num_examples, -1, x.shape[-1])
 
 
-_RULES: dict[type[nn.Module], LayerRule] = {}
+_RULES: dict[type[nn.Module] | str, LayerRule] = {}
 
 
-def register_layer(*module_types: type[nn.Module]) -> Callable[[type[LayerRule]], type[LayerRule]]:
+def register_layer(*module_types: type[nn.Module] | str) -> Callable[[type[LayerRule]], type[LayerRule]]:
     """Class decorator: serve modules of these types with the decorated rule.
 
     Args:
-        *module_types: classes whose instances the rule can handle; a subclass is served too unless it
-            overrides ``forward``.
+        *module_types: classes whose instances the rule can handle, or their full names where the package
+            need not be installed; a subclass is served too unless it overrides ``forward``.
 
     Returns:
         The decorator; it returns the rule unchanged.
@@ -232,14 +243,15 @@ def register_layer(*module_types: type[nn.Module]) -> Callable[[type[LayerRule]]
 def find_rule(module: nn.Module) -> LayerRule | None:
     """Return the rule for this module, or None; with a ``forward`` of its own a subclass may differ."""
     for base in type(module).__mro__:
-        if base in _RULES and type(module).forward is base.forward:
-            return _RULES[base]
+        rule = _RULES.get(base) or _RULES.get(f"{base.__module__}.{base.__qualname__}")
+        if rule is not None and type(module).forward is getattr(base, "forward", None):
+            return rule
     return None
 
 
 def supported_types() -> list[str]:
     """Return names of the registered module classes, sorted."""
-    return sorted(module_type.__name__ for module_type in _RULES)
+    return sorted(kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__ for kind in _RULES)
 
 
 @register_layer(nn.Linear)
@@ -258,6 +270,18 @@ class LinearRule(LayerRule):
     def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
         """Return output gradients ``(1, B, R, out_features)``."""
         return split_rows(grad, num_examples)
+
+
+@register_layer("transformers.pytorch_utils.Conv1D")
+class TransposedLinearRule(LinearRule):
+    """The linear layer of GPT-2 and its kin, ``x W + b`` with ``W (D_in, D_out)``."""
+
+    transposed: ClassVar[bool] = True
+
+    def shape(self, module: nn.Module) -> tuple[int, int, int]:
+        """Return ``(1, D_out, D_in)``."""
+        d_in, d_out = self.weight(module).shape
+        return 1, d_out, d_in
 
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d

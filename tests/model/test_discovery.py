@@ -40,7 +40,7 @@ def test_every_parameter_is_covered_or_listed():
     text = plan.describe_uncovered()
     assert text.startswith("14.8% of the trainable parameters are not covered")
     assert "3.weight (4: LayerNorm is not supported), 3.bias (4:" in text
-    assert "Supported layers: Conv1d, Conv2d, Conv3d, Linear." in text
+    assert "Supported layers: Conv1D, Conv1d, Conv2d, Conv3d, Linear." in text
     assert plan.describe_uncovered(limit=1).count("LayerNorm") == 1
     assert "and 1 more" in plan.describe_uncovered(limit=1)
 
@@ -109,7 +109,7 @@ def test_subclasses_are_served_unless_they_compute_something_else():
     assert plan.numel == 9
     assert find_rule(net[0]) is None
     assert find_rule(net[1]) is find_rule(nn.Linear(1, 1))
-    assert supported_types() == ["Conv1d", "Conv2d", "Conv3d", "Linear"]
+    assert supported_types() == ["Conv1D", "Conv1d", "Conv2d", "Conv3d", "Linear"]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_pattern_that_selects_nothing_is_refused(pattern):
 def test_a_model_without_supported_layers_is_refused():
     net = nn.Sequential(nn.Embedding(3, 3), nn.LayerNorm(3))
     with pytest.raises(
-        UnsupportedModelError, match=r"\['Embedding', 'LayerNorm'\].*Supported layers: Conv1d.*Register"
+        UnsupportedModelError, match=r"\['Embedding', 'LayerNorm'\].*Supported layers: Conv1D.*Register"
     ):
         find_layers(net, parameters=False)
     for none in (nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)):
