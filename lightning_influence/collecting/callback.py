@@ -294,7 +294,7 @@ class InfluenceCallback(Callback):
             return
         with self._guarded():
             if will_step(trainer, optimizer):
-                collector.run.record.add_step(optimizer, collector.plan.layers)
+                collector.run.record.add_step(optimizer, collector.recorded)
                 self._figures.add_step(pl_module, collector.plan.layers, optimizer)
 
     def on_train_batch_end(
@@ -362,10 +362,11 @@ class InfluenceCallback(Callback):
         self._kept.begin_fit()
         check_collectable(trainer)
         check_not_compiled(module)
-        # Parameters that are blocks by themselves are fitted in a pass after the fit: they count as covered.
-        uncovered = find_layers(module, self._settings.layers).uncovered
+        # Parameters that are blocks by themselves are fitted in a pass after the fit: they count as covered,
+        # and the record tells their damping.
+        whole = find_layers(module, self._settings.layers)
         plan = find_layers(module, self._settings.layers, parameters=False)
-        plan = replace(plan, uncovered=uncovered, loss=self._settings.loss)
+        plan = replace(plan, uncovered=whole.uncovered, loss=self._settings.loss)
         self._say(plan.describe_uncovered())
         self._say(describe_coupling(module))
         why = self._kept.continue_or_reset(module, plan)
@@ -376,7 +377,7 @@ class InfluenceCallback(Callback):
             run.sums = run.sums.emptied()
         self._kept.continued, self._kept.restored = self._kept.restored, False
         run.sums = run.sums.to(module.device)
-        return Collector(run, self._settings, plan, processes, self._say)
+        return Collector(run, self._settings, plan, processes, self._say, whole.layers)
 
     def _watch(self, trainer: Trainer, module: LightningModule, processes: Processes) -> Watching | None:
         """Return what keeps this fit's training dynamics, on every process or on none."""
@@ -432,7 +433,7 @@ class InfluenceCallback(Callback):
     def _read_metric(self, trainer: Trainer) -> None:
         if self._collector is not None:
             for optimizer in trainer.optimizers:
-                self._collector.run.record.read_metric(optimizer, self._collector.plan.layers)
+                self._collector.run.record.read_metric(optimizer, self._collector.recorded)
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from lightning_influence.collecting.sums import AllReduce, WindowSums, copy_stat
 from lightning_influence.curvature.factor_passes import add_covariances, add_squares
 from lightning_influence.model.captured import RANDOM, Captured
 from lightning_influence.model.gradients import FactoredGradients, check_finite
+from lightning_influence.model.layers import Layer
 from lightning_influence.model.live_capture import LiveCapture, check_first
 from lightning_influence.model.losses.draws import draw_generator
 from lightning_influence.model.plan import LayerPlan
@@ -86,18 +87,26 @@ class Collector:
         plan: the covered layers.
         processes: who collects along.
         say: gives warnings.
+        recorded: layers and parameters whose optimizer steps are recorded.
 
     Attributes:
         run: sums, schedule and record.
         plan: the covered layers.
+        recorded: as given.
         live: the capture of the step that runs.
         failure: why this process adds nothing more, None if all is well.
     """
 
     def __init__(
-        self, run: Run, settings: Settings, plan: LayerPlan, processes: Processes, say: Notices
+        self,
+        run: Run,
+        settings: Settings,
+        plan: LayerPlan,
+        processes: Processes,
+        say: Notices,
+        recorded: Mapping[str, Layer],
     ) -> None:
-        self.run, self.plan, self.live = run, plan, LiveCapture(plan)
+        self.run, self.plan, self.live, self.recorded = run, plan, LiveCapture(plan), recorded
         self.failure: str | None = None
         self._settings, self._processes, self._say = settings, processes, say
         self._pending = False  # whether the batch is to be collected and not counted yet

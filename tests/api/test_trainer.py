@@ -292,3 +292,33 @@ def test_loggers_and_files(tmp_path):
     torch.testing.assert_close(again.scores, found.scores, **CLOSE)
     assert (directory / "attributions.csv").exists()
     assert not (tmp_path / "tb" / "version_0" / "quiet").exists()
+
+
+def test_the_run_tells_the_damping_of_every_parameter():
+    """Not only of the layers whose factors the fit collects: others would be far off, and the solve with them."""
+
+    class Normed(Net):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(4)
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 1e-2)
+
+    host, module = trainer(InfluenceCallback(every_n_steps=1)), Normed()
+    host.fit(module, train())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InfluenceWarning)
+        found = host.influence(module, train(), queries(), method="auto")
+    assert list(found.diagnostics.damping) == ["body.0", "body.3", "norm.weight", "norm.bias"]
+    assert "which no step updated" not in found.diagnostics.damping_origin
+    steps = host.global_step
+    scale = host.callbacks[0].record.loss_scale
+    for name, parameter in module.norm.named_parameters():
+        state = host.optimizers[0].state[parameter]
+        metric = float((state["exp_avg_sq"] / (1 - 0.999**steps)).sqrt().mean())
+        expected = metric * (0.01 + 4 / (1e-2 * steps)) / scale
+        assert found.diagnostics.damping[f"norm.{name}"] == pytest.approx(expected, rel=1e-3)
