@@ -187,9 +187,7 @@ def _complete(context: Context, factors: Factors) -> Factors:
     }
     if factors.origin != "fit" or not missing or not known:
         return factors
-    # A pass in which no layer takes part is refused, and these may take none: one goes along that did.
-    guide = min(known, key=lambda name: known[name].numel)
-    fitted = _fit(context, replace(context.plan, layers={**missing, guide: known[guide]}))
+    fitted = _fit(context, replace(context.plan, layers=missing, is_part=True))
     added = {name: layer for name, layer in fitted.layers.items() if name in missing}
     verified.update(_TAKES_NO_PART.format(name) for name in missing.keys() - added.keys())
     if added:

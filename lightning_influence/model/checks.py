@@ -143,6 +143,8 @@ def _partly_seen(captured: Captured, values: Tensor) -> str | None:
     layers = {name: recorder.layers[name] for name in outputs}
     parameters = {name: _parameters(layer) for name, layer in layers.items()}
     flat = [p for own in parameters.values() for p in own]
+    if not flat:
+        return None
     found = iter(
         torch.autograd.grad(
             values, flat, factors, retain_graph=True, allow_unused=True, materialize_grads=True

@@ -108,7 +108,7 @@ class Forward:
                 captured = Captured(num_examples, None, values, captured.recorder)
         silent = captured.recorder.silent
         self.silent &= set(silent)
-        if len(silent) == len(self.plan.layers):
+        if len(silent) == len(self.plan.layers) and not self.plan.is_part:
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
                 "and parameters that are used outside torch.no_grad() and outside gradient checkpointing. "

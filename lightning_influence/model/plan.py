@@ -100,6 +100,7 @@ class LayerPlan:
         slow: names of those whose gradients take a backward pass for each example, as passes have found.
         verified: what passes have found in order, and need not look at again.
         loss: the loss that the call is about in place of the module's own; None for the module's.
+        is_part: whether there are further layers elsewhere, so that a batch need use none of these.
     """
 
     layers: dict[str, Layer]
@@ -107,6 +108,7 @@ class LayerPlan:
     verified: set[str] = field(default_factory=set, compare=False, repr=False)
     slow: set[str] = field(default_factory=set, compare=False, repr=False)
     loss: ModuleLoss | None = field(default=None, compare=False, repr=False)
+    is_part: bool = False
 
     @property
     def numel(self) -> int:

@@ -295,7 +295,7 @@ def test_loggers_and_files(tmp_path):
 
 
 def test_the_run_tells_the_damping_of_every_parameter():
-    """Not only of the layers whose factors the fit collects: others would be far off, and the solve with them."""
+    """Not only of the layers whose factors the fit collects: the damping of others would be far off."""
 
     class Normed(Net):
         def __init__(self):

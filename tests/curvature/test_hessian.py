@@ -371,13 +371,15 @@ def test_batched_passes_that_torch_gets_wrong_are_noticed(examples, groups):
     module, x, y = Normed(), torch.randn(examples, 2, 4, dtype=torch.float64), torch.arange(examples) % 2
     plan = find_layers(module)
     found = run(DenseHessianPass(plan), module, [(x, y)]).result()
-    layers = [module.net[0], module.net[4]]
-    tensors = [p for layer in layers for p in (layer.weight, layer.bias)]
+    net = module.net
+    own = [[net[0].weight, net[0].bias], [net[1].weight], [net[1].bias], [net[4].weight, net[4].bias]]
+    tensors = [p for group in own for p in group]
     first = torch.autograd.grad(module.training_step((x, y), 0), tensors, create_graph=True)
 
     def flat(parts):
-        pairs = zip(layers, parts[::2], parts[1::2], strict=True)
-        return torch.cat([torch.cat([w.flatten(1), b[:, None]], 1).flatten() for _, w, b in pairs])
+        w, b, scale, shift, v, c = parts
+        rows = [torch.cat([w.flatten(1), b[:, None]], 1), scale, shift, torch.cat([v, c[:, None]], 1)]
+        return torch.cat([row.flatten() for row in rows])
 
     rows = [flat(torch.autograd.grad(entry, tensors, retain_graph=True)) for entry in flat(first)]
     torch.testing.assert_close(found, torch.stack(rows), **TIGHT)

@@ -226,8 +226,18 @@ class Reference:
     def kronecker(self, method: str) -> Tensor:
         """K-FAC's or EK-FAC's matrix over the parameters in their own order."""
         blocks = []
-        data = {name: self._statistics(name) for name in self.parameters}
-        for name, (inputs, outputs, gradients) in data.items():
+        modules = dict(self.module.named_modules())
+        if any(name not in modules and own[0].numel() > 1024 for name, own in self.parameters.items()):
+            raise UndeterminedError
+        single = {
+            name: self._second_moment(own) for name, own in self.parameters.items() if name not in modules
+        }
+        data = {name: () if name in single else self._statistics(name) for name in self.parameters}
+        for name, statistics in data.items():
+            if name in single:
+                blocks.append(single[name])
+                continue
+            inputs, outputs, gradients = statistics
             layer = self.module.get_submodule(name)
             A = torch.einsum("nrgi,nrgj->gij", inputs, inputs) / (inputs.shape[0] * inputs.shape[1])
             S = torch.einsum("nkrgd,nkrge->gde", outputs, outputs) / len(outputs)
@@ -246,6 +256,26 @@ class Reference:
             )
         return torch.block_diag(*blocks)
 
+    def _seeds(self, n: int, z: Tensor, factor: float, wbar: float) -> Tensor:
+        """Gradients at the outputs whose squares sum to the curvature there, one a row."""
+        if self.recipe.options.get("fisher") == "empirical":
+            return torch.autograd.grad(self.loss(n, z)[0], z, retain_graph=True)[0][None] * (wbar**-0.5)
+        values, vectors = torch.linalg.eigh(factor * self.bend(n) / wbar)
+        return (vectors * values.clamp_min(0).sqrt()).T
+
+    def _second_moment(self, own: list[nn.Parameter]) -> Tensor:
+        """The block of the Gauss-Newton matrix of a parameter that no layer holds."""
+        factors, wbar = self._factors(self.train, self.recipe.batch)
+        total = torch.zeros(own[0].numel(), own[0].numel(), dtype=own[0].dtype)
+        for n, factor in zip(self.train, factors, strict=True):
+            z = self.outputs(n)
+            for seed in self._seeds(n, z, factor, wbar):
+                [row] = torch.autograd.grad(
+                    z, own, seed, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                total += torch.outer(row.reshape(-1), row.reshape(-1))
+        return total / len(self.train)
+
     def _statistics(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs `(N, R, G, D_in)`, their outputs' and their own gradients, with `K` seeds an example."""
         layer = self.module.get_submodule(name)
@@ -257,11 +287,7 @@ class Reference:
                 lambda _, args, out, calls=calls: calls.append((args[0].clone(), out))
             ):
                 z = self._hooked_outputs(n, layer, calls)
-            if self.recipe.options.get("fisher") == "empirical":
-                seeds = torch.autograd.grad(self.loss(n, z)[0], z, retain_graph=True)[0][None] * (wbar**-0.5)
-            else:
-                values, vectors = torch.linalg.eigh(factor * self.bend(n) / wbar)
-                seeds = (vectors * values.clamp_min(0).sqrt()).T
+            seeds = self._seeds(n, z, factor, wbar)
             made = [out for _, out in calls]
             rows = [
                 torch.autograd.grad(
