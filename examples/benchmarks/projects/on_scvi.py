@@ -1,0 +1,67 @@
+"""Variational models of single cells: losses with latent draws, a KL term, and the project's own loader."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from harness import Fitted, run
+
+import anndata  # isort: skip
+import numpy as np  # isort: skip
+import scvi
+
+CELLS, GENES, EPOCHS = 160, 20, 3
+
+
+def make_cells() -> anndata.AnnData:
+    """Counts of two kinds of cells in two batches."""
+    rng, kind = np.random.default_rng(0), np.arange(CELLS) % 2
+    rates = (
+        rng.normal(0, 0.5, (CELLS, 1))
+        + rng.normal(0, 1, (1, GENES))
+        + kind[:, None] * rng.normal(0, 1, (1, GENES))
+    )
+    cells = anndata.AnnData(rng.poisson(np.exp(rates)).astype("float32"))
+    cells.obs["batch"] = np.array(["b0", "b1"])[np.arange(CELLS) % 3 % 2]
+    cells.obs["type"] = np.array(["t0", "t1"])[kind]
+    return cells
+
+
+def make_model(kind: str) -> Any:
+    """Return a small model of the project."""
+    cells, small = make_cells(), {"n_hidden": 16, "n_latent": 4}
+    if kind == "SCANVI":
+        scvi.model.SCANVI.setup_anndata(cells, labels_key="type", unlabeled_category="?", batch_key="batch")
+        return scvi.model.SCANVI(cells, **small)
+    if kind == "LinearSCVI":
+        scvi.model.LinearSCVI.setup_anndata(cells)
+        return scvi.model.LinearSCVI(cells, **small)
+    scvi.model.SCVI.setup_anndata(cells, batch_key="batch")
+    options = {"gene_likelihood": "nb", "use_batch_norm": "none", "use_layer_norm": "none"}
+    return scvi.model.SCVI(cells, **small, **(options if "negative" in kind else {}))
+
+
+def fit(kind: str, callbacks: list[Any]) -> Fitted:
+    """Train as in the project's tutorials."""
+    scvi.settings.seed = 0
+    model = make_model(kind)
+    options: dict[str, Any] = {"callbacks": callbacks} if callbacks else {}
+    model.train(
+        max_epochs=EPOCHS, batch_size=32, accelerator="cpu", enable_progress_bar=False, early_stopping=False,
+        train_size=1.0, logger=False, enable_checkpointing=False, **options,
+    )  # fmt: skip
+    trainer = model.trainer
+    loader = trainer.train_dataloader
+    batches = model._make_data_loader(adata=model.adata, batch_size=32, shuffle=False)
+    singles = [
+        {name: value[n : n + 1] for name, value in batch.items()}
+        for batch in batches
+        for n in range(len(batch["X"]))
+    ]
+    return Fitted(trainer, trainer.lightning_module, loader, loader, EPOCHS, singles, singles)
+
+
+if __name__ == "__main__":
+    kinds = ("SCVI", "SCVI, negative binomial", "LinearSCVI", "SCANVI")
+    run("scvi-tools", {kind: functools.partial(fit, kind) for kind in kinds})
