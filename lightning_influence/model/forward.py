@@ -22,9 +22,10 @@ from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
-from lightning_influence.model.rearranging import copy_tensors, missing_positions
+from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.unnamed_loss import Run, UnnamedLoss, compute_alone
+from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from lightning_influence.model.last_outputs import Key, OutputTap, are_chained
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
-from lightning_influence.model.rearranging import rearranged
+from lightning_influence.model.rearranging import Layout, UnknownPartError, find_layouts, rearranged
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
@@ -20,6 +23,7 @@ Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
 """Maps a module and a batch to the losses of the examples ``(B,)``, or else to the loss of the batch."""
 
 _MEAN, _SUM = "loss is a mean", "loss is a sum"
+_LAYOUT = "batch is read as "
 # Relative error of gradients that come from batches of another size.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
@@ -62,6 +66,7 @@ class UnnamedLoss:
     def __init__(self, run: Run, verified: set[str]) -> None:
         self._run, self._verified = run, verified
         self._traits = BatchLossTraits()
+        self._layout: Layout = _read_layout(verified)
         self._cut: list[Key] | None = None
         # Whether the network has a run of its own: outputs that feed one another cannot be cut in the same
         # one, and values that the user gives for the examples keep their graph, by which they are checked.
@@ -104,7 +109,7 @@ class UnnamedLoss:
                 value,
                 num_examples,
                 traits=self._traits,
-                values_of=lambda: compute_alone(self._run, module, batch, num_examples),
+                values_of=lambda: compute_alone(self._run, module, batch, num_examples, self._layout),
                 values=values,
             )
 
@@ -156,56 +161,103 @@ class UnnamedLoss:
         if not bool(rows.any()):
             return
         limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
-        parts = _halves(count)
-        _check_cross_derivatives(loss, parts[0], limit)
+        _check_cross_derivatives(loss, _halves(count)[0], limit)
         direct = self._direct_gradients(loss.batch_loss, recorder)
-        ratios = []
+        find = partial(self._find_mean, module, batch, rows, limit, direct, recorder)
+        try:
+            is_mean = find({})
+        except UnsupportedModelError:
+            raise
+        except Exception:  # whatever the user's code may raise on a part of a batch
+            self._traits.warn(_UNKNOWN_PARTS)
+            self._verified.add(_MEAN)
+            return
+        if is_mean is None and self._draws_noise(module, batch, rows, limit):
+            self._traits.warn(_RANDOM)
+            is_mean = True
+        elif is_mean is None:
+            is_mean = self._read_otherwise(find, batch, count)
+        self._traits.is_mean = is_mean
+        self._verified.add(_MEAN if is_mean else _SUM)
+
+    def _find_mean(
+        self,
+        module: Any,
+        batch: Any,
+        rows: Tensor,
+        limit: float,
+        direct: dict[str, Tensor],
+        recorder: Recorder,
+        layout: Layout,
+    ) -> bool | None:
+        """Compare parts of a batch, read in one way, with the whole.
+
+        Returns:
+            Whether the loss is a mean, not a sum; None if it is neither.
+
+        Raises:
+            UnsupportedModelError: if a covered weight is used outside its layer.
+        """
+        count, ratios, parts = len(rows), [], _halves(len(rows))
         for part in parts:
-            found = self._part_gradients(module, batch, part, count, rows.shape[1], recorder)
-            if found is None:
-                self._traits.warn(_UNKNOWN_PARTS)
-                self._verified.add(_MEAN)
-                return
+            piece = rearranged(batch, part, count, layout)
+            found = self._part_gradients(module, piece, len(part), rows.shape[1], recorder)
             ratio = _ratio(found[0], rows[part], limit)
             if ratio is None:
-                self._accept_noise(module, batch, rows, limit)
-                return
+                return None
             ratios.append(ratio * len(part) / count)
             for name, gradient in direct.items():
                 if (found[1][name] - gradient).norm() > 10 * limit * gradient.norm():
                     raise UnsupportedModelError(_SECOND_USE.format(name=name))
-        shares = [len(part) / count for part in parts]
-        self._traits.is_mean = _is_mean(ratios, shares, limit, self._traits)
-        self._verified.add(_MEAN if self._traits.is_mean else _SUM)
+        return _is_mean(ratios, [len(part) / count for part in parts], limit, self._traits)
 
-    def _accept_noise(self, module: Any, batch: Any, rows: Tensor, limit: float) -> None:
-        """Accept losses that come out differently each time: their second derivatives have been checked.
+    def _read_otherwise(self, find: Callable[[Layout], bool | None], batch: Any, count: int) -> bool:
+        """Try other readings of a batch whose examples do not add up as it is usually read.
+
+        Returns:
+            Whether its loss is a mean.
 
         Raises:
-            UnsupportedModelError: if it comes out the same, so that the batch itself couples its examples.
+            UnsupportedModelError: if they do not add up in any.
+        """
+        for layout in itertools.islice(find_layouts(batch, count), 1, None):
+            try:
+                is_mean = find(layout)
+            except Exception:  # as above
+                continue
+            if is_mean is not None:
+                self._layout = layout
+                self._verified.add(_LAYOUT + json.dumps(list(layout.items())))
+                return is_mean
+        raise UnsupportedModelError(_COUPLED)
+
+    def _draws_noise(self, module: Any, batch: Any, rows: Tensor, limit: float) -> bool:
+        """Return whether the loss of one and the same batch comes out differently each time.
+
+        Of such a loss the second derivatives have been checked. One that does not couples its examples.
         """
         leaves, value, _ = self._run_from_leaves(module, batch)
         again = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         flat = torch.cat([part.reshape(len(rows), -1) for part in again], 1).to(rows)
-        if bool((flat - rows).norm() <= limit * rows.norm()):
-            raise UnsupportedModelError(_COUPLED)
-        self._traits.warn(_RANDOM)
-        self._verified.add(_MEAN)
+        return bool((flat - rows).norm() > limit * rows.norm())
 
     def _part_gradients(
-        self, module: Any, batch: Any, part: list[int], count: int, width: int, recorder: Recorder
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Return the gradient of a part's loss in its outputs ``(b, d)``, and directly in covered weights."""
+        self, module: Any, part: Any, count: int, width: int, recorder: Recorder
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the gradient of a part's loss in its outputs ``(b, d)``, and directly in covered weights.
+
+        Raises:
+            UnknownPartError: if the part has outputs of another width.
+        """
         with preserve_rng():
-            try:
-                leaves, value, _ = self._run_from_leaves(module, rearranged(batch, part, count))
-                grads = torch.autograd.grad(
-                    value, leaves, allow_unused=True, materialize_grads=True, retain_graph=True
-                )
-                rows = torch.cat([grad.reshape(len(part), -1) for grad in grads], 1)
-            except Exception:  # whatever the user's code may raise
-                return None
-        return (rows, self._direct_gradients(value, recorder)) if rows.shape[1] == width else None
+            leaves, value, _ = self._run_from_leaves(module, part)
+            grads = torch.autograd.grad(
+                value, leaves, allow_unused=True, materialize_grads=True, retain_graph=True
+            )
+            rows = torch.cat([grad.reshape(count, -1) for grad in grads], 1)
+        if rows.shape[1] != width:
+            raise UnknownPartError
+        return rows, self._direct_gradients(value, recorder)
 
     def _direct_gradients(self, value: Tensor, recorder: Recorder) -> dict[str, Tensor]:
         """Return gradients of a loss in covered weights that do not pass through the last outputs."""
@@ -216,7 +268,7 @@ class UnnamedLoss:
         return dict(zip(weights, found, strict=True))
 
 
-def compute_alone(run: Run, module: Any, batch: Any, count: int) -> Tensor:
+def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout | None = None) -> Tensor:
     """Compute the losses of the examples, each run alone; their mean where that cannot be.
 
     Args:
@@ -224,6 +276,7 @@ def compute_alone(run: Run, module: Any, batch: Any, count: int) -> Tensor:
         module: the user's module.
         batch: the batch.
         count: number of examples ``B``.
+        layout: how to read the batch, if not as usual.
 
     Returns:
         The losses ``(B,)``, without a graph.
@@ -232,10 +285,16 @@ def compute_alone(run: Run, module: Any, batch: Any, count: int) -> Tensor:
     with preserve_rng(), torch.no_grad():
         for n in range(count):
             try:
-                values.append(_scalar(*run(module, rearranged(batch, [n], count))))
+                values.append(_scalar(*run(module, rearranged(batch, [n], count, layout))))
             except Exception:  # whatever the user's code may raise
                 return _scalar(*run(module, batch)).expand(count)
     return torch.stack(values)
+
+
+def _read_layout(verified: set[str]) -> Layout:
+    """Return how an earlier pass found that batches are to be read."""
+    noted = next((text for text in verified if text.startswith(_LAYOUT)), None)
+    return {} if noted is None else dict(json.loads(noted.removeprefix(_LAYOUT)))
 
 
 def _scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:

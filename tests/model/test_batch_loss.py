@@ -318,10 +318,10 @@ def test_noise_leaves_the_check_to_second_derivatives():
 def test_batches_that_cannot_be_taken_apart_are_said():
     class Unknown:
         def __init__(self, x):
-            self.x = x
+            self.read = lambda: x
 
     module = module_of(nn.Linear(4, 2), None)
-    module.training_step = lambda batch, batch_idx: module.net(batch.x).square().mean()
+    module.training_step = lambda batch, batch_idx: module.net(batch.read()).square().mean()
     with pytest.warns(InfluenceWarning, match="could not be taken apart"):
         captured = Forward(find_layers(module))(module, Unknown(batch()[0]), B)
     x = batch()[0]
