@@ -11,10 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+from lightning_influence.model.uses.places import Place, from_owners
+from lightning_influence.support.batches import find_packed, find_tensors
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,9 @@ class Rows:
     Attributes:
         dim: the dimension in which they stand.
         owners: the example of each, ``(R,)``, on the CPU.
-        counts: what the tensor's values number: ``"examples"``, ``"offsets"`` of examples, rows of the
-            tensors with as many as this number says, or None for values that are data.
+        counts: what the tensor's values number: ``"examples"``, the first rows of examples (``"starts"``, or
+            ``"offsets"`` where the number of rows follows), rows of the tensors with as many as this number
+            says, or None for values that are data.
     """
 
     dim: int
@@ -58,19 +63,44 @@ def find_rows(tensors: Sequence[Tensor], count: int) -> dict[int, Rows]:
         if values.ndim == 1 and len(values) > count and _is_ascending(values, count):
             search.owners.setdefault(len(values), values)
             search.found[number] = Rows(0, search.owners[len(values)], "examples")
-    lengths = {len(t) for t in tensors if t.ndim and len(t) != count}
+    # Class weights are vectors and masks are square: labels that happen to sum to their size are no index.
+    flats = [
+        t for t in tensors if (t.ndim == 1 and _is_index(t)) or (t.ndim > 1 and t.shape[0] != t.shape[1])
+    ]
+    lengths = {len(t) for t in flats} - {count, count + 1}
     for number, values in flat.items():
-        steps = _read_steps(values, count)
-        if steps is None or int(steps.sum()) not in lengths or int(steps.sum()) == count:
+        counts, steps = _read_steps(values, count, lengths)
+        if steps is None or int(steps.sum()) not in lengths:
             continue
         owners = torch.arange(count).repeat_interleave(steps)
         search.owners.setdefault(len(owners), owners)
-        if len(values) == count + 1:
-            search.found[number] = Rows(0, owners, "offsets")
+        if counts is not None:
+            search.found[number] = Rows(0, owners, counts)
     if search.owners:
         _add_edges(search, flat)
         _add_others(search, tensors, flat)
     return search.found
+
+
+def find_places(batch: Any, count: int) -> dict[Tensor, Place]:
+    """Return where the examples stand in the tensors of a batch that hold them by an index.
+
+    Args:
+        batch: any nesting.
+        count: number of examples ``B``.
+    """
+    tensors = find_tensors(batch)
+    rows = find_rows(tensors, count)
+    places = {
+        tensors[number]: from_owners(some.dim, some.owners.tolist(), count)
+        for number, some in rows.items()
+        if some.counts not in ("offsets", "starts")
+    }
+    for packed in find_packed(batch):
+        owners = find_packed_owners(packed, count)
+        if owners is not None and count > 1:
+            places[packed.data] = from_owners(0, owners.tolist(), count)
+    return places
 
 
 def find_packed_owners(packed: PackedSequence, count: int) -> Tensor | None:
@@ -92,9 +122,10 @@ def select_rows(tensor: Tensor, rows: Rows, order: Sequence[int], owners: Mappin
         order: positions of the examples.
         owners: the example of each row, by number of rows.
     """
-    if rows.counts == "offsets":
+    if rows.counts in ("offsets", "starts"):
         steps = torch.bincount(rows.owners, minlength=max(order) + 1)[list(order)]
-        return torch.cat([steps.new_zeros(1), steps.cumsum(0)]).to(tensor)
+        offsets = torch.cat([steps.new_zeros(1), steps.cumsum(0)]).to(tensor)
+        return offsets if rows.counts == "offsets" else offsets[:-1]
     kept = _order_rows(rows.owners, order)
     result = tensor.index_select(rows.dim, kept.to(tensor.device))
     if rows.counts == "examples":
@@ -125,16 +156,24 @@ def _is_ascending(values: Tensor, count: int) -> bool:
     return ends and bool(((steps == 0) | (steps == 1)).all())
 
 
-def _read_steps(values: Tensor, count: int) -> Tensor | None:
-    """Return the number of rows of each example, ``(B,)``, if values are offsets or such numbers."""
+def _read_steps(values: Tensor, count: int, lengths: set[int]) -> tuple[str | None, Tensor | None]:
+    """Return whether values are offsets or starts, and the number of rows of each example, ``(B,)``."""
     if values.ndim != 1 or len(values) not in (count, count + 1):
-        return None
-    steps = values
-    if len(values) == count + 1:
-        if int(values[0]) != 0:
-            return None
-        steps = values[1:] - values[:-1]
-    return steps if bool((steps > 0).all()) else None
+        return None, None
+    kind = None
+    if int(values[0]) == 0:
+        kind = "starts" if len(values) == count else "offsets"
+        if kind == "starts":
+            ends = [length for length in lengths if length > int(values[-1])]
+            if len(ends) != 1:  # of which rows they are is not known
+                return None, None
+            values = torch.cat([values, values.new_tensor(ends)])
+        values = values[1:] - values[:-1]
+    elif len(values) != count:
+        return None, None
+    if not bool((values > 0).all()) or (kind == "starts" and bool((values[:-1] == 1).all())):
+        return None, None  # numbers of examples are no starts
+    return kind, values
 
 
 def _add_edges(search: _Search, flat: Mapping[int, Tensor]) -> None:

@@ -164,19 +164,17 @@ class UnnamedLoss:
         _check_cross_derivatives(loss, _halves(count)[0], limit)
         direct = self._direct_gradients(loss.batch_loss, recorder)
         find = partial(self._find_mean, module, batch, rows, limit, direct, recorder)
-        try:
-            is_mean = find({})
-        except UnsupportedModelError:
-            raise
-        except Exception:  # whatever the user's code may raise on a part of a batch
-            self._traits.warn(_UNKNOWN_PARTS)
-            self._verified.add(_MEAN)
-            return
-        if is_mean is None and self._draws_noise(module, batch, rows, limit):
+        is_mean, runs = self._try(find, {})
+        if is_mean is None and runs and self._draws_noise(module, batch, rows, limit):
             self._traits.warn(_RANDOM)
             is_mean = True
         elif is_mean is None:
             is_mean = self._read_otherwise(find, batch, count)
+        if is_mean is None and runs:
+            raise UnsupportedModelError(_COUPLED)
+        if is_mean is None:
+            self._traits.warn(_UNKNOWN_PARTS)
+            is_mean = True
         self._traits.is_mean = is_mean
         self._verified.add(_MEAN if is_mean else _SUM)
 
@@ -211,25 +209,35 @@ class UnnamedLoss:
                     raise UnsupportedModelError(_SECOND_USE.format(name=name))
         return _is_mean(ratios, [len(part) / count for part in parts], limit, self._traits)
 
-    def _read_otherwise(self, find: Callable[[Layout], bool | None], batch: Any, count: int) -> bool:
+    def _try(self, find: Callable[[Layout], bool | None], layout: Layout) -> tuple[bool | None, bool]:
+        """Read a batch in one way.
+
+        Returns:
+            Whether its loss is a mean, not a sum, or None for neither; and whether parts of it run at all.
+
+        Raises:
+            UnsupportedModelError: if the model cannot be covered, whatever the batch.
+        """
+        try:
+            return find(layout), True
+        except UnsupportedModelError:
+            raise
+        except Exception:  # whatever the user's code may raise on a part of a batch
+            return None, False
+
+    def _read_otherwise(self, find: Callable[[Layout], bool | None], batch: Any, count: int) -> bool | None:
         """Try other readings of a batch whose examples do not add up as it is usually read.
 
         Returns:
-            Whether its loss is a mean.
-
-        Raises:
-            UnsupportedModelError: if they do not add up in any.
+            Whether its loss is a mean; None if they do not add up in any.
         """
         for layout in itertools.islice(find_layouts(batch, count), 1, None):
-            try:
-                is_mean = find(layout)
-            except Exception:  # as above
-                continue
+            is_mean, _ = self._try(find, layout)
             if is_mean is not None:
                 self._layout = layout
                 self._verified.add(_LAYOUT + json.dumps(list(layout.items())))
                 return is_mean
-        raise UnsupportedModelError(_COUPLED)
+        return None
 
     def _draws_noise(self, module: Any, batch: Any, rows: Tensor, limit: float) -> bool:
         """Return whether the loss of one and the same batch comes out differently each time.

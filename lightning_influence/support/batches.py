@@ -64,6 +64,15 @@ def find_tensors(batch: Any) -> list[Tensor]:
     return list(_walk(batch, _MOST_DEPTH))
 
 
+def find_packed(batch: Any, depth: int = _MOST_DEPTH) -> list[PackedSequence]:
+    """Return all packed sequences of a batch."""
+    if isinstance(batch, PackedSequence):
+        return [batch]
+    opened = open_part(batch) if depth else None
+    parts = opened.parts if opened is not None else ()
+    return [packed for part in parts for packed in find_packed(part, depth - 1)]
+
+
 def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return a batch with other tensors; containers and objects without any are the same ones.
 

@@ -139,8 +139,10 @@ CASES = {
     ),
     "timm ConvNeXt": lambda: (Images(timm.create_model("convnextv2_atto", num_classes=3)), pictures()),
     "timm MLP-Mixer": lambda: (
-        Images(timm.create_model("mixer_s32_224", num_classes=3, img_size=64, embed_dim=16, num_blocks=2)),
-        pictures(64),
+        Images(
+            timm.models.MlpMixer(num_classes=3, img_size=32, patch_size=8, num_blocks=2, embed_dim=16),
+        ),
+        pictures(),
     ),
 }
 
@@ -165,7 +167,8 @@ def differentiate(module, data):
         loss = module.training_step(default_collate([data[n]]), 0)
         rows.append(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
     return {
-        name: torch.stack(column).flatten(1).double() for name, column in zip(names, zip(*rows), strict=True)
+        name: torch.stack(column).flatten(1).double()
+        for name, column in zip(names, zip(*rows, strict=True), strict=True)
     }
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_influence.model.uses.calls import Call, Slot, integers_of, outputs_of, tensors_of
 from lightning_influence.model.uses.places import Place, find_owners, reshape_place, whole
+from lightning_influence.model.uses.scatters import SCATTERS, follow_scatter
 from lightning_influence.model.uses.sequences import RECURRENT, follow_sequences
 
 #: Operations that keep all elements in row-major order.
@@ -42,7 +43,7 @@ MOVES = PICKS | {
     "unbind", "narrow", "select", "unfold", "expand_as", "broadcast_to", "hsplit", "vsplit", "dsplit",
 }  # fmt: skip
 # Operations with lengths or repetitions among their arguments.
-_BY_VALUE = RECURRENT | {
+_BY_VALUE = RECURRENT | SCATTERS | {
     "repeat_interleave", "_pack_padded_sequence", "_pad_packed_sequence", "embedding_bag",
 }  # fmt: skip
 _FACTORS = (3, 5, 7, 11, 13, 17)
@@ -112,6 +113,9 @@ def follow(op: Followable) -> Followed:
         return Followed([whole(0) for _ in op.shapes])
     with torch.no_grad(), torch._C.DisableTorchFunction():
         found = follow_sequences(op.call, op.places, op.num_examples)
+        scattered = follow_scatter(op.call, op.places, op.num_examples)
+    if scattered is not None:
+        return Followed(scattered)
     if found is not None:
         return Followed(*found)
     kinds = set(op.places.values())

@@ -33,6 +33,7 @@ from lightning_influence.model.uses.following import (
 )
 from lightning_influence.model.uses.operations.registry import find_operation
 from lightning_influence.model.uses.places import Place, whole
+from lightning_influence.support.batches import open_part
 from lightning_influence.support.errors import InfluenceError
 
 # Questions that no tensor comes out of: not worth a look.
@@ -401,18 +402,9 @@ def find_examples(
         elif isinstance(value, (list, tuple)) and _is_ragged(value, num_examples):
             found.extend((tensor, whole(example)) for example, tensor in enumerate(value))
         elif depth < _MOST_DEPTH:
-            pending.extend((item, depth + 1) for item in _items(value))
+            opened = open_part(value)
+            pending.extend((item, depth + 1) for item in (opened.parts if opened is not None else ()))
     return found
-
-
-def _items(value: Any) -> list[Any]:
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
-        return list(vars(value).values())
-    return []
 
 
 def _guess(tensor: Tensor, num_examples: int) -> Place | None:
