@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lightning_influence.model.ragged import Rows, find_rows, select_rows
-from lightning_influence.support.batches import find_tensors, open_part
+from lightning_influence.support.batches import MOST_DEPTH, find_tensors, open_part
 
 Layout = Mapping[int, int | None]
 """Tensors by their number in the batch -> the dimension of their examples, None if they hold none."""
@@ -91,7 +91,7 @@ class _Rearranging:
         self.moved = False
         self._numbers = itertools.count()
 
-    def rearrange(self, part: Any) -> Any:
+    def rearrange(self, part: Any, depth: int = MOST_DEPTH) -> Any:
         if isinstance(part, Tensor):
             return self._rearrange_tensor(part, next(self._numbers))
         if isinstance(part, PackedSequence):
@@ -100,7 +100,7 @@ class _Rearranging:
             return self._rearrange_graphs(part)
         if isinstance(part, np.ndarray) and part.ndim and len(part) == self.count:
             return part[self.order]
-        opened = open_part(part)
+        opened = open_part(part) if depth else None
         if opened is None:
             return part
         if isinstance(part, list | tuple) and len(part) == self.count and self._is_ragged(opened.parts):
@@ -108,7 +108,7 @@ class _Rearranging:
                 next(self._numbers)
             self.moved = self.moved or bool(find_tensors(opened.parts))
             return opened.close([part[position] for position in self.order])
-        parts = [self.rearrange(item) for item in opened.parts]
+        parts = [self.rearrange(item, depth - 1) for item in opened.parts]
         if self.rows and not isinstance(part, Mapping | list | tuple):
             # Objects that hold graphs say how many there are.
             parts = [len(self.order) if _is_number(item, self.count) else item for item in parts]

@@ -16,7 +16,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_influence.support.batches import find_tensors, guess_count, open_part
+from lightning_influence.support.batches import MOST_DEPTH, find_tensors, guess_count, open_part
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 from lightning_influence.support.random_states import preserve_rng
 
@@ -185,7 +185,7 @@ def _has_own_order(batch: Any, reverse: Any, count: int) -> bool:
     return moved
 
 
-def _parts(batch: Any, count: int) -> Iterator[Tensor]:
+def _parts(batch: Any, count: int, depth: int = MOST_DEPTH) -> Iterator[Tensor]:
     """The tensors of a batch with one row for each example; columns of a time-first one become its rows."""
     if isinstance(batch, Tensor) and batch.layout == torch.strided:
         for dim in (0, 1):
@@ -193,9 +193,9 @@ def _parts(batch: Any, count: int) -> Iterator[Tensor]:
                 yield batch.transpose(0, dim)
                 return
         return
-    opened = open_part(batch)
+    opened = open_part(batch) if depth else None
     for part in opened.parts if opened is not None else ():
-        yield from _parts(part, count)
+        yield from _parts(part, count, depth - 1)
 
 
 def _contents(rows: Tensor) -> list[bytes]:

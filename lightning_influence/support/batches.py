@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-# How deeply parts of a batch may be nested; objects may refer to each other in circles.
-_MOST_DEPTH = 8
+#: How deeply parts of a batch may be nested; objects may refer to each other in circles.
+MOST_DEPTH = 8
 _CLOSED = (
     str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, MethodType,
     BuiltinFunctionType, functools.partial, nn.Module, Generator,
@@ -61,10 +61,10 @@ def open_part(part: Any) -> Opened | None:
 
 def find_tensors(batch: Any) -> list[Tensor]:
     """Return all tensors of a batch, in an order that depends on its form alone."""
-    return list(_walk(batch, _MOST_DEPTH))
+    return list(_walk(batch, MOST_DEPTH))
 
 
-def find_packed(batch: Any, depth: int = _MOST_DEPTH) -> list[PackedSequence]:
+def find_packed(batch: Any, depth: int = MOST_DEPTH) -> list[PackedSequence]:
     """Return all packed sequences of a batch."""
     if isinstance(batch, PackedSequence):
         return [batch]
@@ -83,7 +83,7 @@ def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     Returns:
         The batch.
     """
-    return _map(batch, change, _MOST_DEPTH)
+    return _map(batch, change, MOST_DEPTH)
 
 
 def copy_tensors(batch: Any) -> Any:
@@ -92,7 +92,7 @@ def copy_tensors(batch: Any) -> Any:
     What cannot be put together again is returned as it is.
     """
     try:
-        return _map(batch, Tensor.clone, _MOST_DEPTH, whole=True)
+        return _map(batch, Tensor.clone, MOST_DEPTH, whole=True)
     except Exception:  # whatever an object's own methods may raise
         return batch
 
@@ -110,7 +110,7 @@ def guess_count(batch: Any) -> int | None:
     """
     tensors = [tensor for tensor in find_tensors(batch) if tensor.ndim]
     lengths = [len(tensor) for tensor in tensors]
-    for count in _count_parts(batch, _MOST_DEPTH):
+    for count in _count_parts(batch, MOST_DEPTH):
         if count in lengths or count + 1 in lengths or len(lengths) == count:
             return count
     for tensor in tensors:
