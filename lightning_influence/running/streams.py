@@ -16,6 +16,13 @@ from lightning_influence.support.errors import InfluenceWarning, UnsupportedData
 from lightning_influence.support.random_states import RandomStates, preserve_generators
 
 
+_OTHER = (
+    "Batch {number} of {name} is another one than when it was first read, or does not come. Accepted are "
+    "loaders that give the same batches in the same order each time: turn shuffling off, or pass list(loader) "
+    "if it is small."
+)
+
+
 class Stream(IndexedLoader):
     """Batches of an iterable without indices: examples are numbered in the order in which they come.
 
@@ -55,17 +62,16 @@ class Stream(IndexedLoader):
         wanted = {self._numbers[int(part[0])] for part in plan}
         assert sorted(wanted) == [self._numbers[int(part[0])] for part in plan]  # as batches come
         for number, batch in enumerate(self._read()):
-            if number in wanted:
-                if number >= len(self._digests) or compute_digest(batch) != self._digests[number]:
-                    raise UnsupportedDataError(
-                        f"Batch {number} of {self._name} is another one than when it was first read. "
-                        "Accepted are loaders that give the same batches in the same order each time: turn "
-                        "shuffling off, or pass list(loader) if it is small."
-                    )
-                wanted.discard(number)
-                yield batch
             if not wanted:
                 return
+            if number not in wanted:
+                continue
+            if compute_digest(batch) != self._digests[number]:
+                raise UnsupportedDataError(_OTHER.format(number=number, name=self._name))
+            wanted.discard(number)
+            yield batch
+        if wanted:
+            raise UnsupportedDataError(_OTHER.format(number=min(wanted), name=self._name))
 
     def _read(self) -> Iterator[Any]:
         """Yield all batches, drawn with the random states of the first reading, which nobody else moves."""

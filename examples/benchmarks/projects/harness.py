@@ -9,6 +9,7 @@ answer in epochs of the plain fit.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
@@ -62,6 +63,7 @@ class Fitted:
             batches of one), in the order of the dataset.
         query_singles: a batch of each query alone, or twice.
         loss: the loss of such a batch in eval mode.
+        quiet: a context without the noise that the project draws in eval mode too, for comparisons.
     """
 
     trainer: Any
@@ -72,6 +74,7 @@ class Fitted:
     train_singles: Sequence[Any]
     query_singles: Sequence[Any]
     loss: Callable[[Any, Any], Tensor] | None = None
+    quiet: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 Fit = Callable[[list[Any]], Fitted]
@@ -117,8 +120,9 @@ def run_case(fit: Fit) -> dict[str, Any]:
         except Exception as error:
             row |= {"answered": False, "reason": _describe(error)}
         try:
-            identity = influence(mine.trainer, mine.module, mine.train, mine.queries, method="identity")
-            row |= compare(mine, identity)
+            with mine.quiet():
+                identity = influence(mine.trainer, mine.module, mine.train, mine.queries, method="identity")
+                row |= compare(mine, identity)
         except Exception as error:
             row["identity"] = _describe(error)
     row["notes"] = sorted({str(w.message) for w in caught if "nfluence" in w.category.__name__})
@@ -132,13 +136,14 @@ def compare(fitted: Fitted, identity: Any) -> dict[str, Any]:
         Shares that are covered, and the relative error of the scores of what is.
     """
     plan = find_layers(fitted.module)
+    layers = {name: plan.layers[name] for name in identity.diagnostics.layers}
     kept = {
         id(p)
-        for layer in plan.layers.values()
+        for layer in layers.values()
         for p in (layer.rule.weight(layer.module), layer.rule.bias(layer.module))
         if p is not None and p.requires_grad
     }
-    with evaluating(fitted):
+    with Evaluating(fitted):
         train, _ = differentiate(fitted, fitted.train_singles, kept)
         queries, share = differentiate(fitted, fitted.query_singles, kept)
     expected = queries @ train.T / len(train)
@@ -167,14 +172,20 @@ def differentiate(fitted: Fitted, singles: Iterable[Any], kept: set[int]) -> tup
     return torch.stack(rows), some / everything
 
 
-class evaluating:  # noqa: N801
+class Evaluating:
     """Eval mode within the training stage, without logging."""
 
     def __init__(self, fitted: Fitted) -> None:
         self._module, self._trainer = fitted.module, fitted.trainer
 
     def __enter__(self) -> None:
+        self._module.trainer = self._trainer  # some projects let go of it
         self._module.eval()
+        if not type(self._module).on_validation_model_eval.__module__.startswith((
+            "lightning",
+            "pytorch_light",
+        )):
+            self._module.on_validation_model_eval()
         self._trainer.training = True
         for name in ("log", "log_dict"):
             setattr(self._module, name, lambda *args, **kwargs: None)

@@ -113,9 +113,8 @@ def follow(op: Followable) -> Followed:
         return Followed([whole(0) for _ in op.shapes])
     with torch.no_grad(), torch._C.DisableTorchFunction():
         found = follow_sequences(op.call, op.places, op.num_examples)
-        scattered = follow_scatter(op.call, op.places, op.num_examples)
-    if scattered is not None:
-        return Followed(scattered)
+        if op.call.name in SCATTERS:
+            return Followed([_follow_scatter(op)])
     if found is not None:
         return Followed(*found)
     kinds = set(op.places.values())
@@ -124,6 +123,19 @@ def follow(op: Followable) -> Followed:
     if any(place.dim is None for place in kinds):
         return Followed(_pick(op) or lost)
     return _reshape(op) or _search_or_pick(op) or Followed(lost)
+
+
+def _follow_scatter(op: Followable) -> Place | None:
+    """Return where the examples are after rows were added up by an index."""
+    call = op.call
+    slots = _first_slot(call), call.get(3, "src" if "src" in call.kwargs else "source")[0]
+    tensors = tensors_of(call)
+    target, source = (tensors.get(slot) for slot in slots)
+    dim, index = call.get(1, "dim")[1], call.get(2, "index")[1]
+    if target is None or source is None or not isinstance(dim, int):
+        return None
+    places = [op.places.get(slot) for slot in slots]
+    return follow_scatter(call.name, dim, index, (target, source), places, op.num_examples)
 
 
 def _reshape(op: Followable) -> Followed | None:
