@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_influence.model.last_outputs import Key, OutputTap, are_chained
-from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
+from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits, split_rows
+from lightning_influence.model.ragged import find_places
 from lightning_influence.model.rearranging import Layout, UnknownPartError, find_layouts, rearranged
 from lightning_influence.model.recorder import Recorder
-from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
+from lightning_influence.model.uses.places import Place
+from lightning_influence.model.uses.watch import Watch
+from lightning_influence.support.errors import InfluenceError, LossCaptureError, UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
 
 Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
@@ -68,6 +74,8 @@ class UnnamedLoss:
         self._traits = BatchLossTraits()
         self._layout: Layout = _read_layout(verified)
         self._cut: list[Key] | None = None
+        # Whether the rows of outputs are followed to the examples, because they are not in their order.
+        self._follows = False
         # Whether the network has a run of its own: outputs that feed one another cannot be cut in the same
         # one, and values that the user gives for the examples keep their graph, by which they are checked.
         self._chained = False
@@ -89,28 +97,33 @@ class UnnamedLoss:
             UnsupportedModelError: if it couples examples.
         """
         if self._cut is None:
-            self._find_cut(module, batch)
+            self._find_cut(module, batch, num_examples)
         assert self._cut is not None
+        watch = self._watch(batch, num_examples) if self._follows else None
+        following = contextlib.nullcontext() if watch is None else watch
         if self._chained:
             with preserve_rng():
-                leaves, value, _ = self._run_from_leaves(module, batch)
-            with recorder, OutputTap(module, self._cut, leaves=False) as tap:
+                leaves, value, _ = self._run_from_leaves(module, batch, num_examples)
+            with recorder, following, OutputTap(module, self._cut, leaves=False) as tap:
                 values, _ = self._run(module, batch)
         else:
             values = None
-            with recorder, OutputTap(module, self._cut) as tap:
+            with recorder, following, OutputTap(module, self._cut) as tap:
                 value = _scalar(*self._run(module, batch))
             leaves = list(tap.leaves.values())
+        outputs = list(tap.outputs.values())
+        places = None if watch is None else [watch.place_of(output) for output in outputs]
 
         def describe() -> BatchLoss:
             return BatchLoss.of(
-                list(tap.outputs.values()),
+                outputs,
                 leaves,
                 value,
                 num_examples,
                 traits=self._traits,
                 values_of=lambda: compute_alone(self._run, module, batch, num_examples, self._layout),
                 values=values,
+                places=places,
             )
 
         if values is None and not self._is_known():
@@ -123,15 +136,26 @@ class UnnamedLoss:
             self._traits.is_mean = False
         return bool({_MEAN, _SUM} & self._verified)
 
-    def _find_cut(self, module: Any, batch: Any) -> None:
+    def _watch(self, batch: Any, count: int) -> Watch | None:
+        """Return what follows the examples of a batch; None where torch is too old for it."""
+        try:
+            return Watch({}, batch, count, find_places(batch, count))
+        except InfluenceError:
+            return None
+
+    def _find_cut(self, module: Any, batch: Any, count: int) -> None:
         """Find the outputs that the loss depends on directly, and whether some depend on others of them.
 
         Raises:
             LossCaptureError: if there is none.
         """
-        with preserve_rng(), OutputTap(module) as tap:
+        watch = self._watch(batch, count)
+        with preserve_rng(), contextlib.nullcontext() if watch is None else watch, OutputTap(module) as tap:
             values, batch_loss = self._run(module, batch)
         cut = tap.last(_scalar(values, batch_loss))
+        places = [None if watch is None else watch.place_of(tap.seen[key]) for key in cut]
+        # Rows of which not all are followed are taken as they are, and checked as others are.
+        self._follows = None not in places and not all(place and place.is_plain() for place in places)
         if not cut:
             raise LossCaptureError(
                 f"The training loss does not depend on the output of any module with parameters. {_REMEDY}"
@@ -142,11 +166,17 @@ class UnnamedLoss:
                 self._run(module, batch)
             self._chained = are_chained(tap)
 
-    def _run_from_leaves(self, module: Any, batch: Any) -> tuple[list[Tensor], Tensor, OutputTap]:
-        """Return the leaves at the cut, and the batch's loss as a function of them."""
-        with torch.enable_grad(), OutputTap(module, self._cut) as tap:
+    def _run_from_leaves(
+        self, module: Any, batch: Any, count: int
+    ) -> tuple[list[Tensor], Tensor, list[Place | None]]:
+        """Return the leaves at the cut, the batch's loss as a function of them, and where examples stand."""
+        watch = self._watch(batch, count) if self._follows else None
+        following = contextlib.nullcontext() if watch is None else watch
+        with torch.enable_grad(), following, OutputTap(module, self._cut) as tap:
             value = _scalar(*self._run(module, batch))
-        return list(tap.leaves.values()), value, tap
+        outputs = tap.outputs.values()
+        places = [None if watch is None else watch.place_of(output) for output in outputs]
+        return list(tap.leaves.values()), value, places
 
     def _check(self, loss: BatchLoss, module: Any, batch: Any, recorder: Recorder) -> None:
         """Check on a first batch that the examples' losses add up, and find out how.
@@ -165,7 +195,7 @@ class UnnamedLoss:
         direct = self._direct_gradients(loss.batch_loss, recorder)
         find = partial(self._find_mean, module, batch, rows, limit, direct, recorder)
         is_mean, runs = self._try(find, {})
-        if is_mean is None and runs and self._draws_noise(module, batch, rows, limit):
+        if is_mean is None and runs and self._draws_noise(module, batch, loss, limit):
             self._traits.warn(_RANDOM)
             is_mean = True
         elif is_mean is None:
@@ -239,15 +269,22 @@ class UnnamedLoss:
                 return is_mean
         return None
 
-    def _draws_noise(self, module: Any, batch: Any, rows: Tensor, limit: float) -> bool:
+    def _draws_noise(self, module: Any, batch: Any, loss: BatchLoss, limit: float) -> bool:
         """Return whether the loss of one and the same batch comes out differently each time.
 
         Of such a loss the second derivatives have been checked. One that does not couples its examples.
         """
-        leaves, value, _ = self._run_from_leaves(module, batch)
-        again = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        flat = torch.cat([part.reshape(len(rows), -1) for part in again], 1).to(rows)
-        return bool((flat - rows).norm() > limit * rows.norm())
+        with preserve_rng():
+            _ = torch.rand(1), np.random.rand(), random.random()  # other draws than before
+            leaves, value, _ = self._run_from_leaves(module, batch, loss.num_examples)
+            again = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        first = torch.autograd.grad(
+            loss.batch_loss, loss.leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return any(
+            new.shape != old.shape or bool((new - old).norm() > limit * old.norm())
+            for new, old in zip(again, first, strict=True)
+        )
 
     def _part_gradients(
         self, module: Any, part: Any, count: int, width: int, recorder: Recorder
@@ -258,11 +295,14 @@ class UnnamedLoss:
             UnknownPartError: if the part has outputs of another width.
         """
         with preserve_rng():
-            leaves, value, _ = self._run_from_leaves(module, part)
+            leaves, value, places = self._run_from_leaves(module, part, count)
             grads = torch.autograd.grad(
                 value, leaves, allow_unused=True, materialize_grads=True, retain_graph=True
             )
-            rows = torch.cat([grad.reshape(count, -1) for grad in grads], 1)
+            split = [split_rows(grad, place, count) for grad, place in zip(grads, places, strict=True)]
+            rows = torch.cat([part.flatten(1) for part in split], 1)
+        if len(split) == 1 and rows.shape[1] < width:  # others have more rows
+            rows = torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
         if rows.shape[1] != width:
             raise UnknownPartError
         return rows, self._direct_gradients(value, recorder)

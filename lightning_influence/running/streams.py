@@ -15,11 +15,10 @@ from lightning_influence.support.batches import find_tensors
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 from lightning_influence.support.random_states import RandomStates, preserve_generators
 
-
 _OTHER = (
     "Batch {number} of {name} is another one than when it was first read, or does not come. Accepted are "
-    "loaders that give the same batches in the same order each time: turn shuffling off, or pass list(loader) "
-    "if it is small."
+    "loaders that give the same batches in the same order each time: turn shuffling off, or pass "
+    "list(loader) if it is small."
 )
 
 
