@@ -195,7 +195,7 @@ class UnnamedLoss:
         direct = self._direct_gradients(loss.batch_loss, recorder)
         find = partial(self._find_mean, module, batch, rows, limit, direct, recorder)
         is_mean, runs = self._try(find, {})
-        if is_mean is None and runs and self._draws_noise(module, batch, loss, limit):
+        if is_mean is None and self._draws_noise(module, batch, loss, limit):
             self._traits.warn(_RANDOM)
             is_mean = True
         elif is_mean is None:

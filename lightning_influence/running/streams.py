@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,7 +79,7 @@ class Stream(IndexedLoader):
         with preserve_generators(self._source, getattr(self._source, "sampler", None)):
             inside.write()
             try:
-                for batch in self._source:
+                for batch in itertools.islice(self._source, self._find_length()):
                     inside = RandomStates.read()
                     outside.write()
                     yield batch
@@ -86,6 +87,13 @@ class Stream(IndexedLoader):
                     inside.write()
             finally:
                 outside.write()
+
+    def _find_length(self) -> int | None:
+        """Return how many batches the source says it has: Lightning asks for no more, and it may have more."""
+        try:
+            return len(self._source)  # type: ignore[arg-type]
+        except TypeError:
+            return None
 
 
 class _Selected:

@@ -83,6 +83,19 @@ def test_loaders_that_change_their_batches_are_read_as_they_come():
     assert [x.flatten().tolist() for (x, _), _ in loader.shard()] == [[0, 2], [4, 6], [8]]
 
 
+class Cycling(DataLoader):
+    """Has more batches than its length, as loaders that go round do; Lightning stops at the length."""
+
+    def __iter__(self):
+        while True:
+            yield from super().__iter__()
+
+
+def test_no_more_batches_are_read_than_a_loader_says_it_has():
+    loader = read(Cycling(TensorDataset(torch.arange(5.0)[:, None]), batch_size=2))
+    assert [indices.tolist() for _, indices in loader.shard()] == [[0, 1], [2, 3], [4]]
+
+
 def test_batches_of_a_dataset_without_single_items():
     class Batches(torch.utils.data.Dataset):
         def __len__(self):

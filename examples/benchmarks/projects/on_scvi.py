@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import anndata  # isort: skip
 import numpy as np  # isort: skip
 import scvi
 from torch.distributions import Normal
+from torch.utils.data import default_convert
 
 CELLS, GENES, EPOCHS = 160, 20, 3
 
@@ -56,6 +58,13 @@ def without_draws() -> Iterator[None]:
         Normal.rsample = rsample  # type: ignore[method-assign]
 
 
+def split(loader: Any) -> Iterator[Any]:
+    """Yield each pair of a cell and a labelled cell, as the semi-supervised loader joins them."""
+    for batches in itertools.islice(loader, len(loader)):
+        for n in range(len(batches[0]["X"])):
+            yield tuple({name: value[n : n + 1] for name, value in batch.items()} for batch in batches)
+
+
 def fit(kind: str, callbacks: list[Any]) -> Fitted:
     """Train as in the project's tutorials."""
     scvi.settings.seed = 0
@@ -67,12 +76,11 @@ def fit(kind: str, callbacks: list[Any]) -> Fitted:
     )  # fmt: skip
     trainer = model.trainer
     loader = trainer.train_dataloader
-    batches = model._make_data_loader(adata=model.adata, batch_size=32, shuffle=False)
-    singles = [
-        {name: value[n : n + 1] for name, value in batch.items()}
-        for batch in batches
-        for n in range(len(batch["X"]))
-    ]
+    singles = (
+        list(split(loader))
+        if kind == "SCANVI"
+        else [default_convert(loader.dataset[[n]]) for n in range(len(loader.dataset))]
+    )
     return Fitted(
         trainer, trainer.lightning_module, loader, loader, EPOCHS, singles, singles, quiet=without_draws
     )
