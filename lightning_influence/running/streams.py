@@ -89,7 +89,7 @@ class Stream(IndexedLoader):
                 outside.write()
 
     def _find_length(self) -> int | None:
-        """Return how many batches the source says it has: Lightning asks for no more, and it may have more."""
+        """Return how many batches the source says it has: Lightning asks for no more, and there may be."""
         try:
             return len(self._source)  # type: ignore[arg-type]
         except TypeError:
