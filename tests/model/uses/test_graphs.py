@@ -31,9 +31,10 @@ def test_graphs_of_different_sizes():
     check(GraphNet(), join(), 4, lambda net, batch: (net(batch.graphs) - batch.y).square())
 
 
-def test_packed_sequences():
+@pytest.mark.parametrize("lengths", [(2, 5, 3), (4, 4, 4)])
+def test_packed_sequences(lengths):
     model = nn.LSTM(3, 4, batch_first=True).double()
-    packed = pack_sequence([numbers(n, 3, seed=n) for n in (2, 5, 3)], enforce_sorted=False)
+    packed = pack_sequence([numbers(n, 3, seed=k) for k, n in enumerate(lengths)], enforce_sorted=False)
     check(
         model, (packed, numbers(3)), 3, lambda net, batch: (net(batch[0])[1][0][0].sum(1) - batch[1]).square()
     )
