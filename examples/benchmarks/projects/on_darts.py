@@ -7,7 +7,10 @@ from typing import Any
 
 from harness import Fitted, run
 
-import numpy as np  # isort: skip
+# isort: split
+
+
+import numpy as np
 from darts import TimeSeries
 from darts.models import BlockRNNModel, NBEATSModel, NLinearModel, TCNModel, TiDEModel, TransformerModel
 from darts.utils.likelihood_models.torch import GaussianLikelihood, QuantileRegression

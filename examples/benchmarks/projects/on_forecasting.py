@@ -7,8 +7,11 @@ from typing import Any
 
 from harness import QUIET, Fitted, run
 
-import lightning.pytorch as pl  # isort: skip
-import numpy as np  # isort: skip
+# isort: split
+
+
+import lightning.pytorch as pl
+import numpy as np
 import pandas as pd
 from pytorch_forecasting import DeepAR, NBeats, TemporalFusionTransformer, TimeSeriesDataSet
 from pytorch_forecasting.data import EncoderNormalizer, GroupNormalizer

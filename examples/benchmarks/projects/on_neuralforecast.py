@@ -7,7 +7,10 @@ from typing import Any
 
 from harness import Fitted, run
 
-import numpy as np  # isort: skip
+# isort: split
+
+
+import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch

@@ -10,8 +10,11 @@ from typing import Any
 
 from harness import Fitted, run
 
-import anndata  # isort: skip
-import numpy as np  # isort: skip
+# isort: split
+
+
+import anndata
+import numpy as np
 import scvi
 from torch.distributions import Normal
 from torch.utils.data import default_convert

@@ -7,8 +7,11 @@ from typing import Any
 
 from harness import QUIET, Fitted, collate_singles, run
 
-import lightning.pytorch as pl  # isort: skip
-import torch  # isort: skip
+# isort: split
+
+
+import lightning.pytorch as pl
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 from torch_uncertainty import TUTrainer

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from harness import QUIET, Fitted, collate_singles, run
+
+# isort: split
+
 import lightning.pytorch as pl
 import lightning_uq_box.uq_methods as methods
 import numpy as np
 import torch
-from harness import QUIET, Fitted, collate_singles, run
 from lightning_uq_box.models import MLP
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
