@@ -285,8 +285,15 @@ class Watch(TorchFunctionMode):
         shapes = [output.shape for output in seen.outputs]
         for number, output in enumerate(seen.outputs):
             if output.requires_grad and id(output) not in self._sources:
-                edge = get_gradient_edge(output)
-                self._mark(output, Derivation(seen.call, seen.sources, edge, number, shapes))
+                edge, sources = get_gradient_edge(output), dict(seen.sources)
+                if (
+                    seen.changed is not None
+                ):  # it was made of what its former value was made of, not of itself
+                    before = self._state(output)
+                    sources = {slot: t for slot, t in sources.items() if t is not output}
+                    if isinstance(before, Derivation):
+                        sources |= {("before", *slot): t for slot, t in before.sources.items()}
+                self._mark(output, Derivation(seen.call, sources, edge, number, shapes))
 
     def _promote(self, tensor: Tensor, place: Place) -> bool:
         """Make a tensor that was taken for one of parameters alone one of the batch: its making was a use.
