@@ -1,4 +1,4 @@
-"""Losses by value on outputs whose rows are not the examples in their order, against automatic differentiation."""
+"""Losses by value on outputs whose rows are not the examples in order, against automatic differentiation."""
 
 import pytest
 import torch
