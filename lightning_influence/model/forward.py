@@ -102,7 +102,7 @@ class Forward:
                 values = measure(module, batch, loss=captured.loss, batch_size=num_examples)
                 captured = Captured(num_examples, None, values, captured.recorder)
         silent = captured.recorder.silent
-        self.silent &= set(silent)
+        self.silent &= {*silent, *(() if self._unnamed is None else self._unnamed.direct)}
         if len(silent) == len(self.plan.layers):
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "

@@ -29,7 +29,7 @@ Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
 """Maps a module and a batch to the losses of the examples ``(B,)``, or else to the loss of the batch."""
 
 _MEAN, _SUM = "loss is a mean", "loss is a sum"
-_LAYOUT = "batch is read as "
+_LAYOUT, _DIRECT = "batch is read as ", "the loss alone uses "
 # Relative error of gradients that come from batches of another size.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
@@ -46,6 +46,10 @@ _SECOND_USE = (
     "The loss depends on the weights of layer {name!r} in another way than by calling the layer, so its "
     "gradients would be wrong. Accepted are weights that are used by their own layer only, and penalties on "
     "weights: leave out a layer whose weight is used a second time with `layers=`."
+)
+_LEFT_OUT = (
+    "The loss uses the weights of {name!r} directly, beside the outputs of modules, and their gradients for "
+    "single examples are not known: they are left out. To cover them, " + _REMEDY[0].lower() + _REMEDY[1:]
 )
 _UNKNOWN_PARTS = (
     "The loss of a batch is taken for the mean of its examples' losses, without a check: the batch could not "
@@ -73,6 +77,8 @@ class UnnamedLoss:
         self._run, self._verified = run, verified
         self._traits = BatchLossTraits()
         self._layout: Layout = _read_layout(verified)
+        #: Layers whose weights the loss uses, and no module: their gradients are not known.
+        self.direct = {text.removeprefix(_DIRECT) for text in verified if text.startswith(_DIRECT)}
         self._cut: list[Key] | None = None
         # Whether the rows of outputs are followed to the examples, because they are not in their order.
         self._follows = False
@@ -193,9 +199,9 @@ class UnnamedLoss:
         limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
         _check_cross_derivatives(loss, _halves(count)[0], limit)
         direct = self._direct_gradients(loss.batch_loss, recorder)
-        find = partial(self._find_mean, module, batch, rows, limit, direct, recorder)
+        find = partial(self._find_mean, module, batch, loss, limit, direct, recorder)
         is_mean, runs = self._try(find, {})
-        if is_mean is None and self._draws_noise(module, batch, loss, limit):
+        if is_mean is None and self._draws_noise(module, batch, loss, limit, direct, recorder):
             self._traits.warn(_RANDOM)
             is_mean = True
         elif is_mean is None:
@@ -212,7 +218,7 @@ class UnnamedLoss:
         self,
         module: Any,
         batch: Any,
-        rows: Tensor,
+        loss: BatchLoss,
         limit: float,
         direct: dict[str, Tensor],
         recorder: Recorder,
@@ -226,7 +232,8 @@ class UnnamedLoss:
         Raises:
             UnsupportedModelError: if a covered weight is used outside its layer.
         """
-        count, ratios, parts = len(rows), [], _halves(len(rows))
+        rows, ratios, parts = loss.gradient() / loss.factor, [], _halves(loss.num_examples)
+        count = loss.num_examples
         for part in parts:
             piece = rearranged(batch, part, count, layout)
             found = self._part_gradients(module, piece, len(part), rows.shape[1], recorder)
@@ -234,9 +241,7 @@ class UnnamedLoss:
             if ratio is None:
                 return None
             ratios.append(ratio * len(part) / count)
-            for name, gradient in direct.items():
-                if (found[1][name] - gradient).norm() > 10 * limit * gradient.norm():
-                    raise UnsupportedModelError(_SECOND_USE.format(name=name))
+            self._compare_direct(direct, found[1], limit, loss, recorder)
         return _is_mean(ratios, [len(part) / count for part in parts], limit, self._traits)
 
     def _try(self, find: Callable[[Layout], bool | None], layout: Layout) -> tuple[bool | None, bool]:
@@ -269,22 +274,67 @@ class UnnamedLoss:
                 return is_mean
         return None
 
-    def _draws_noise(self, module: Any, batch: Any, loss: BatchLoss, limit: float) -> bool:
+    def _compare_direct(
+        self,
+        direct: dict[str, Tensor],
+        others: dict[str, Tensor],
+        limit: float,
+        loss: BatchLoss,
+        recorder: Recorder,
+    ) -> None:
+        """Tell penalties, whose gradients are the same for all data, from other direct uses of weights.
+
+        Weights that only the loss uses have no gradients of single examples, and are left out.
+
+        Raises:
+            UnsupportedModelError: if a layer uses the weight as well, whose gradients would be wrong.
+        """
+        for name, gradient in direct.items():
+            if name in self.direct or (others[name] - gradient).norm() <= 10 * limit * gradient.norm():
+                continue
+            layer = recorder.layers[name]
+            weight = layer.rule.weight(layer.module)
+            inside = torch.autograd.grad(
+                loss.outputs.sum(), weight, retain_graph=True, allow_unused=True, materialize_grads=True
+            )[0]
+            if bool(inside.any()):
+                raise UnsupportedModelError(_SECOND_USE.format(name=name))
+            self.direct.add(name)
+            self._verified.add(_DIRECT + name)
+            self._traits.warn(_LEFT_OUT.format(name=name))
+
+    def _draws_noise(
+        self,
+        module: Any,
+        batch: Any,
+        loss: BatchLoss,
+        limit: float,
+        direct: dict[str, Tensor],
+        recorder: Recorder,
+    ) -> bool:
         """Return whether the loss of one and the same batch comes out differently each time.
 
         Of such a loss the second derivatives have been checked. One that does not couples its examples.
+
+        Raises:
+            UnsupportedModelError: if a covered weight is used outside its layer.
         """
         with preserve_rng():
             _ = torch.rand(1), np.random.rand(), random.random()  # other draws than before
             leaves, value, _ = self._run_from_leaves(module, batch, loss.num_examples)
-            again = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+            again = torch.autograd.grad(
+                value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
         first = torch.autograd.grad(
             loss.batch_loss, loss.leaves, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        return any(
+        noisy = any(
             new.shape != old.shape or bool((new - old).norm() > limit * old.norm())
             for new, old in zip(again, first, strict=True)
         )
+        if noisy:
+            self._compare_direct(direct, self._direct_gradients(value, recorder), limit, loss, recorder)
+        return noisy
 
     def _part_gradients(
         self, module: Any, part: Any, count: int, width: int, recorder: Recorder
