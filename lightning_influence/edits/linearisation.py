@@ -35,7 +35,7 @@ from lightning_influence.support.errors import InfluenceError, NonFiniteError
 # Chosen by hand: a classifier hesitates between few classes, and every column saved is a backward pass saved.
 COLUMN_SHARE = 0.9
 # Of the outputs whose curvature such a relabelling takes: it has to reach beyond where the model is sure.
-# Chosen by hand, as one setting for all three editing examples (see README.md).
+# Chosen by hand, as one setting for all three editing examples (see docs/editing.md).
 TEMPERATURE = 3.0
 # Directions whose curvature is below this share of the largest are not told from noise. Chosen by hand.
 AUTO_DAMPING = 0.01

@@ -7,10 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from lightning.pytorch import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import Attributions
 
@@ -78,34 +75,3 @@ def test_ci_finds_commands_of_readme():
     assert [name for name, _ in blocks] == ["example", "tests"]
     assert blocks[0][1].endswith("python examples/digits.py")
     assert blocks[1][1].endswith("python -m pytest -n auto")
-
-
-def test_first_code_of_readme_runs(tmp_path, monkeypatch, capsys):
-    code = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert code is not None
-    code = code[1].replace("max_epochs=40", 'max_epochs=2, accelerator="cpu", enable_progress_bar=False')
-    monkeypatch.chdir(tmp_path)
-
-    class Model(LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(4, 3)
-
-        def training_step(self, batch, batch_idx):
-            return torch.nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    generator = torch.Generator().manual_seed(0)
-    sets = [TensorDataset(torch.randn(n, 4, generator=generator), torch.arange(n) % 3) for n in (64, 5)]
-    names = {
-        "model": Model(),
-        "train_loader": DataLoader(sets[0], batch_size=8, shuffle=True),
-        "test_loader": DataLoader(sets[1], batch_size=5),
-        "train_classes": [f"class {y}" for y in sets[0].tensors[1].tolist()],
-        "test_classes": [f"class {y}" for y in sets[1].tensors[1].tolist()],
-    }
-    exec(code, names)  # the code is ours
-    assert "Strongest proponents" in capsys.readouterr().out
-    assert Attributions.load(tmp_path / "attributions.safetensors").scores.shape == (5, 64)
