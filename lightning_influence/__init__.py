@@ -1,7 +1,15 @@
 """Influence of training data on the predictions of models trained with Lightning."""
 
+from lightning_influence.api.dynamics import training_dynamics
 from lightning_influence.api.module import InfluenceModule
-from lightning_influence.api.trainer import InfluenceTrainer, forget, influence, relabel, self_influence
+from lightning_influence.api.trainer import (
+    InfluenceTrainer,
+    forget,
+    influence,
+    relabel,
+    self_influence,
+    suspects,
+)
 from lightning_influence.collecting.callback import InfluenceCallback
 from lightning_influence.curvature.training_record import register_optimizer
 from lightning_influence.edits.parameter_edit import ParameterEdit
@@ -12,8 +20,10 @@ from lightning_influence.model.losses.registry import register_loss
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.averages import average_attributions
 from lightning_influence.results.diagnostics import Diagnostics
+from lightning_influence.results.dynamics import TrainingDynamics
 from lightning_influence.results.ranking import Labels
 from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.results.suspects import Suspects
 from lightning_influence.support.errors import InfluenceError, InfluenceWarning
 
 __all__ = [
@@ -27,6 +37,8 @@ __all__ = [
     "Labels",
     "ParameterEdit",
     "SelfInfluence",
+    "Suspects",
+    "TrainingDynamics",
     "average_attributions",
     "forget",
     "influence",
@@ -37,4 +49,6 @@ __all__ = [
     "register_rule",
     "relabel",
     "self_influence",
+    "suspects",
+    "training_dynamics",
 ]

@@ -19,7 +19,7 @@ from tasks import TASKS, Task, TaskModule, fit
 from truth import SIZES, Truth, truth
 
 from lightning_influence import InfluenceCallback, InfluenceModule
-from lightning_influence.collecting.state import FitFisher
+from lightning_influence.collecting.checks import FitFisher
 from lightning_influence.model.captured import RANDOM, Fisher
 
 METHODS = "kfac", "ekfac"

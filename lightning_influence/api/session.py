@@ -59,7 +59,7 @@ class Session:
         check_trainer(trainer)
         _check_datamodule(datamodule)
         _check_factors(factors)
-        self._own = _find_callback(trainer)
+        self._own = find_callback(trainer)
         self._reader = _CheckpointReader()
         self._factors = factors
         self._state = InfluenceState()
@@ -188,7 +188,7 @@ def average_over_checkpoints(
     if not paths or module is None:
         what = "no module" if paths else "an empty ckpt_path"
         raise ValueError(f"Got {what}; pass at least one checkpoint, and the module to load it into.")
-    own = _find_callback(trainer)
+    own = find_callback(trainer)
     state = None if own is None else own.influence_state
     put_back = remember_weights(unwrap_compiled(module))
     try:
@@ -236,7 +236,8 @@ def check_name(name: object) -> None:
         raise ValueError(f"Got an empty name; {accepted}")
 
 
-def _find_callback(trainer: Trainer) -> InfluenceCallback | None:
+def find_callback(trainer: Trainer) -> InfluenceCallback | None:
+    """Return a Trainer's influence callback, the first of several; None if it has none."""
     host: Any = trainer  # its callbacks are declared nowhere
     return next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lightning_influence.api.dynamics import training_dynamics
 from lightning_influence.api.engine import Question
 from lightning_influence.api.session import Session, average_over_checkpoints, check_name, read_paths
 from lightning_influence.curvature.factors import Factors
@@ -22,9 +23,10 @@ from lightning_influence.model.captured import Fisher
 from lightning_influence.model.measurements import Measurement
 from lightning_influence.model.plan import ModuleLoss
 from lightning_influence.results.attributions import Attributions
-from lightning_influence.results.loggers import log_attributions, log_edit
+from lightning_influence.results.loggers import Loggable, log_attributions, log_edit
 from lightning_influence.results.ranking import Labels, to_labels
 from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.results.suspects import Suspects, find_suspects
 from lightning_influence.running.host.trainer import register_trainer_method
 from lightning_influence.support.arguments import parse_options
 from lightning_influence.support.errors import UnsupportedTrainerError
@@ -227,6 +229,55 @@ def self_influence(
     return result
 
 
+def suspects(
+    trainer: Trainer,
+    model: LightningModule | None = None,
+    train_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    *,
+    ckpt_path: str | os.PathLike[str] | None = None,
+    log: bool = True,
+    name: str = "suspects",
+    labels: Labels | None = None,
+    **options: Any,
+) -> Suspects:
+    """Rank the training examples by how likely their labels are wrong, each with the reasons.
+
+    The ranking joins what the fit kept of each example's loss (:func:`training_dynamics`) with its
+    self-influence, which is computed here.
+
+    Args:
+        trainer: as in :func:`influence`, like all arguments that are not listed here; its fit was watched by
+            ``InfluenceCallback(dynamics=True)``.
+        model: the trained module.
+        train_dataloaders: the training examples, of the dataset that was fitted.
+        datamodule: where the loader comes from if it is not given.
+        ckpt_path: as in :func:`self_influence`; the dynamics are read from it as well.
+        log: as in :func:`influence`.
+        name: as in :func:`influence`.
+        labels: texts to show beside the indices.
+        **options: as in :func:`self_influence`.
+
+    Returns:
+        The examples with their scores and signals.
+
+    Raises:
+        InfluenceError: a subclass that says what is not supported and what to do.
+        ValueError: if a setting is out of range.
+        TypeError: if an argument is of a wrong type.
+    """
+    to_labels(labels)
+    check_name(name)
+    dynamics = training_dynamics(trainer, ckpt_path=ckpt_path, log=False)
+    own = self_influence(
+        trainer, model, train_dataloaders, datamodule, ckpt_path=ckpt_path, log=False, **options
+    )
+    found = find_suspects(dynamics, own)
+    if log:
+        _log(trainer, found, name, labels)
+    return found
+
+
 def _check_several(top_k: int | None, factors: Factors | Literal["refit"] | None) -> None:
     """Refuse what has no meaning over several checkpoints.
 
@@ -244,7 +295,7 @@ def _check_several(top_k: int | None, factors: Factors | Literal["refit"] | None
         )
 
 
-def _log(trainer: Trainer, result: Attributions | SelfInfluence, name: str, labels: Labels | None) -> None:
+def _log(trainer: Trainer, result: Loggable, name: str, labels: Labels | None) -> None:
     """Log to every logger, and to files where the Trainer has a log directory."""
     directory = trainer.log_dir if trainer.loggers else None
     target = None if directory is None else os.path.join(directory, name)
@@ -396,7 +447,9 @@ class InfluenceTrainer(Trainer):
     self_influence = self_influence
     forget = forget
     relabel = relabel
+    training_dynamics = training_dynamics
+    suspects = suspects
 
 
-for function in (influence, self_influence, forget, relabel):
+for function in (influence, self_influence, forget, relabel, training_dynamics, suspects):
     register_trainer_method(function)

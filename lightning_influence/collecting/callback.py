@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_influence.collecting.checks import FitFisher
 from lightning_influence.collecting.collector import (
     TRAINS_ON,
     CollectingError,
@@ -19,8 +21,10 @@ from lightning_influence.collecting.collector import (
     describe_error,
 )
 from lightning_influence.collecting.figures import Figures
-from lightning_influence.collecting.state import FitFisher, Kept, Settings
+from lightning_influence.collecting.moments import Moments
+from lightning_influence.collecting.state import Kept, Settings
 from lightning_influence.collecting.sums import WindowSums
+from lightning_influence.collecting.watching import Watching
 from lightning_influence.curvature.factors import Factors, fingerprint
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
@@ -45,6 +49,11 @@ from lightning_influence.running.host.fit import (
     refuse_step,
     set_aside,
     will_step,
+)
+from lightning_influence.running.host.indices import (
+    IndexWatch,
+    count_dataset,
+    place_indices,
 )
 from lightning_influence.running.host.packages import make_callback_class
 from lightning_influence.running.host.trainer import attach_methods, keep_last_fit
@@ -93,6 +102,12 @@ class InfluenceCallback(Callback):
         loss: a callable ``(module, batch)`` that returns the losses of the examples ``(B,)``, or the loss of
             the batch, where the training step's own couples the examples or cannot be found. It runs in
             addition to the step, on a copy of the batch, and should be given to the questions as well.
+        dynamics: keep moments of each training example's loss and margin over the epochs, for
+            :func:`~lightning_influence.training_dynamics`. They are read from the training step's own call of
+            a loss function, by the index that the sampler drew; 52 bytes an example. They are not seen where
+            the loss is written by hand or compiled, where a step runs several backward passes, and where
+            examples have no index (iterable datasets, several loaders); one warning says so. Off by default:
+            it adds Python's work to every step, some percent where steps take milliseconds.
 
     Raises:
         TypeError: if ``layers`` is no list of texts, or ``loss`` cannot be called.
@@ -109,11 +124,17 @@ class InfluenceCallback(Callback):
         seed: int = 0,
         strict: bool = False,
         loss: ModuleLoss | None = None,
+        *,
+        dynamics: bool = False,
     ) -> None:
-        self._settings = Settings(layers, fisher, every_n_steps, overhead, log_statistics, seed, strict, loss)
+        self._settings = Settings(
+            layers, fisher, every_n_steps, overhead, log_statistics, seed, strict, loss, dynamics
+        )
         self._kept = Kept(self._settings)
         self._collector: Collector | None = None  # of this fit, or the last; None if it collects nothing
         self._figures = Figures(log_statistics)
+        self._indices: IndexWatch | None = None  # while a fit runs
+        self._watching: Watching | None = None
         self._say = Notices()
         # Of the batch that runs.
         self._batch_size, self._backwards, self._from_backward = 0, 0, False
@@ -149,6 +170,11 @@ class InfluenceCallback(Callback):
         self._kept.influence_state = state
 
     @property
+    def dynamics(self) -> Moments | None:
+        """Moments of each training example's loss, up to the last step; None if there are none."""
+        return self._kept.read_dynamics()
+
+    @property
     def state_key(self) -> str:
         """The same for all settings that may change between a run and its continuation."""
         layers, fisher = self._settings.layers, self._settings.fisher
@@ -160,6 +186,14 @@ class InfluenceCallback(Callback):
         """Give a plain Trainer the methods ``influence`` and ``self_influence``."""
         with self._guarded():
             attach_methods(trainer)
+        if self._settings.dynamics and stage == "fit":  # before the first indices are drawn
+            self._unwatch()
+            self._indices = IndexWatch()
+            self._indices.open()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Watch no longer, whatever the run has come to."""
+        self._unwatch()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and continue what was collected before if it belongs to these weights."""
@@ -171,6 +205,13 @@ class InfluenceCallback(Callback):
             missing = float(processes.share(torch.tensor([float(self._collector is None)])))
             if missing and self._collector is not None:
                 self._stop("Another process cannot collect, whose warning gives the reason.")
+        if self._collector is not None and self._indices is not None:
+            self._watching = self._watch(trainer, pl_module, processes)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the losses of the epoch before enter the moments."""
+        if self._watching is not None:
+            self._watching.begin_epoch(trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the record, and sum over processes."""
@@ -178,10 +219,15 @@ class InfluenceCallback(Callback):
         with self._guarded():
             keep_last_fit(trainer)
             final = self._sum_over_processes()
+        if self._watching is not None:
+            self._watching.end_epoch()
+            self._watching.tell()
+        self._unwatch()
         self._finish(trainer, pl_module, final)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove all hooks; what a failed process has is not kept."""
+        self._unwatch()
         if self._collector is not None and self._collector.failure is not None:
             self._stop(self._collector.failure)
         self._finish(trainer, pl_module, None)
@@ -192,6 +238,13 @@ class InfluenceCallback(Callback):
         """Decide whether this batch is collected, and put hooks in place."""
         self._figures.clear()
         self._backwards, self._hooked = 0, None
+        self._begin_collecting(trainer, pl_module, batch, batch_idx)
+        if self._watching is not None and self._indices is not None:
+            self._watching.begin_batch(functools.partial(self._indices.read, trainer))
+
+    def _begin_collecting(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         collector = self._collector
         if collector is None:
             return
@@ -209,6 +262,12 @@ class InfluenceCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Collect from the graph that the user's step has just built."""
         self._backwards += 1
+        if self._watching is not None:
+            self._watching.take(
+                loss,
+                functools.partial(read_loss_divisor, trainer, pl_module),
+                functools.partial(place_indices, device=loss.device),
+            )
         collector = self._collector
         if collector is None:
             return
@@ -243,6 +302,8 @@ class InfluenceCallback(Callback):
     ) -> None:
         """Log, and clean up after a step without a backward pass."""
         self._from_backward = False
+        if self._watching is not None:
+            self._watching.end_batch(self._backwards)
         with self._guarded():
             if self._collector is not None and self._collector.live.is_open:
                 self._collector.close()
@@ -288,7 +349,8 @@ class InfluenceCallback(Callback):
         with self._guarded():
             sums = self._kept.final or self._sum_over_processes()
             weights = self._kept.fingerprint or fingerprint(pl_module)
-            saved[self.state_key] = self._kept.state_dict(sums, weights)
+            dynamics = None if self._watching is None else self._watching.sum_over_processes()
+            saved[self.state_key] = self._kept.state_dict(sums, weights, dynamics)
 
     def _start(self, trainer: Trainer, module: LightningModule, processes: Processes) -> Collector:
         """Return what collects this fit.
@@ -300,7 +362,10 @@ class InfluenceCallback(Callback):
         self._kept.begin_fit()
         check_collectable(trainer)
         check_not_compiled(module)
-        plan = replace(find_layers(module, self._settings.layers), loss=self._settings.loss)
+        # Parameters that are blocks by themselves are fitted in a pass after the fit: they count as covered.
+        uncovered = find_layers(module, self._settings.layers).uncovered
+        plan = find_layers(module, self._settings.layers, parameters=False)
+        plan = replace(plan, uncovered=uncovered, loss=self._settings.loss)
         self._say(plan.describe_uncovered())
         self._say(describe_coupling(module))
         why = self._kept.continue_or_reset(module, plan)
@@ -309,9 +374,35 @@ class InfluenceCallback(Callback):
         run.schedule.set_horizon(count_planned_batches(trainer, run.schedule.steps))
         if self._kept.restored and processes.rank > 0:  # what was loaded are sums over all processes
             run.sums = run.sums.emptied()
-        self._kept.restored = False
+        self._kept.continued, self._kept.restored = self._kept.restored, False
         run.sums = run.sums.to(module.device)
         return Collector(run, self._settings, plan, processes, self._say)
+
+    def _watch(self, trainer: Trainer, module: LightningModule, processes: Processes) -> Watching | None:
+        """Return what keeps this fit's training dynamics, on every process or on none."""
+        kept, device = self._kept, module.device
+        try:
+            size = count_dataset(trainer)
+        except InfluenceError as error:
+            self._say(
+                f"Training dynamics are not kept during this fit: {error} Training goes on as it is. "
+                "dynamics=False asks for none.",
+                "dynamics",
+            )
+            kept.dynamics = None
+            return None
+        if kept.dynamics is None or kept.dynamics.size != size:
+            kept.dynamics = Moments.start(size)
+        elif kept.continued and processes.rank > 0:  # what was loaded are sums over all processes
+            kept.dynamics.sums.zero_()
+        return Watching(kept.dynamics, device, processes.share, self._say)
+
+    def _unwatch(self) -> None:
+        if self._watching is not None:
+            self._watching.close()
+        if self._indices is not None:
+            self._indices.close()
+        self._watching = self._indices = None
 
     def _add(self, trainer: Trainer, module: LightningModule, captured: Captured) -> None:
         collector = self._collector

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
-from lightning_influence.collecting.schedule import Phase, Schedule
+from lightning_influence.collecting.checks import (
+    ENTRIES,
+    REMEDY,
+    VERSION,
+    FitFisher,
+    check_state,
+    sum_up,
+)
+from lightning_influence.collecting.moments import Moments
+from lightning_influence.collecting.schedule import Schedule
 from lightning_influence.collecting.sums import WindowSums
 from lightning_influence.curvature.factors import Factors, fingerprint_differs
 from lightning_influence.curvature.state import InfluenceState
-from lightning_influence.curvature.training_record import Family, TrainingRecord
+from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.support.arguments import (
     check_callable,
@@ -25,15 +32,9 @@ from lightning_influence.support.arguments import (
     to_plain_number,
 )
 from lightning_influence.support.errors import CorruptFileError, FactorMismatchError
-from lightning_influence.support.storage import check_version
 
-#: What can be collected during a fit: one backward pass a batch.
-FitFisher = Literal["mixed", "sampled", "empirical"]
-
-_VERSION = 1
 _QUERIES = "queries"
 _DEFAULT_KEY = "InfluenceCallback"  # of a callback with the default settings
-_ENTRIES = {"collector", "fingerprint", "extra_state"}
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Settings:
     seed: int = 0
     strict: bool = False
     loss: ModuleLoss | None = None
+    dynamics: bool = False
 
     def __post_init__(self) -> None:
         check_callable("loss", self.loss)
@@ -70,6 +72,8 @@ class Settings:
                 "as many batches as overhead pays for."
             )
         check_count("seed", self.seed, 0)
+        if not isinstance(self.dynamics, bool):
+            raise ValueError(f"Got dynamics={self.dynamics!r}; accepted are True and False.")
         if not is_number(self.overhead) or not 0 < self.overhead <= 1:
             raise ValueError(f"Got overhead={self.overhead!r}; accepted are shares of a step in (0, 1].")
 
@@ -103,7 +107,7 @@ class Run:
     def state_dict(self, sums: WindowSums | None = None) -> dict[str, Any]:
         """Return tensors and primitives, with other sums in place of this process's if given."""
         return {
-            "version": _VERSION,
+            "version": VERSION,
             "schedule": self.schedule.state_dict(),
             "generations": (sums or self.sums).state_dict(),
             "record": self.record.state_dict(),
@@ -146,6 +150,8 @@ class Kept:
         fingerprint: of the weights at the end of the fit.
         extra_state: tensors and primitives that are saved and restored along.
         restored: whether what there is comes from a checkpoint that no fit has continued yet.
+        continued: whether the fit that runs continues what came from a checkpoint.
+        dynamics: moments of each training example's loss, None where none were kept.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -154,7 +160,8 @@ class Kept:
         self.final: WindowSums | None = None
         self.fingerprint: dict[str, list[float]] = {}
         self.extra_state: dict[str, Any] = {}
-        self.restored = False
+        self.restored = self.continued = False
+        self.dynamics: Moments | None = None
         self._queries: InfluenceState | None = None
 
     @property
@@ -226,18 +233,30 @@ class Kept:
             why = str(error)
         if why is not None:
             self.reset()
-            self.extra_state = {}
+            self.extra_state, self.dynamics = {}, None
         self.fingerprint = {}
         return why
 
+    def read_dynamics(self) -> Moments | None:
+        """Return a copy of the moments in which the epoch that runs counts as over, None without any."""
+        if self.dynamics is None:
+            return None
+        moments = self.dynamics.copy()
+        moments.fold()
+        return moments if moments.epochs or moments.missed else None
+
     def state_dict(
-        self, sums: WindowSums | None = None, weights: dict[str, list[float]] | None = None
+        self,
+        sums: WindowSums | None = None,
+        weights: dict[str, list[float]] | None = None,
+        dynamics: Tensor | None = None,
     ) -> dict[str, Any]:
         """Tensors and primitives, which load with ``weights_only=True``.
 
         Args:
             sums: what to save in place of this process's own sums.
             weights: the fingerprint to save in place of that of the last fit.
+            dynamics: what to save in place of this process's own sums of losses.
 
         Returns:
             The state, with a checksum of each of its parts.
@@ -250,7 +269,9 @@ class Kept:
             "fingerprint": self.fingerprint if weights is None else weights,
             "extra_state": extra,
         }
-        return {**state, "checksums": _sum_up(state)}
+        if self.dynamics is not None:
+            state["dynamics"] = self.dynamics.state_dict(dynamics)
+        return {**state, "checksums": sum_up(state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what was saved; the next fit continues it. After an error nothing is kept.
@@ -262,18 +283,20 @@ class Kept:
         self.reset()
         self.fingerprint, self.extra_state = {}, {}
         self.final = self._queries = None
-        self.restored = False
+        self.restored, self.dynamics = False, None
         try:
-            _check_state(state)
+            check_state(state)
             run = Run.from_state_dict(state["collector"], self._settings)
             InfluenceState().take_results(state["extra_state"].get(_QUERIES, {}))
+            dynamics = state.get("dynamics")
+            moments = None if dynamics is None else Moments.from_state_dict(dynamics)
         except (CorruptFileError, FactorMismatchError):
             raise
         except Exception as error:  # whatever a part that the checks above do not know may lead to
             raise CorruptFileError(
-                f"The callback's saved state cannot be read ({type(error).__name__}: {error}). {_REMEDY}"
+                f"The callback's saved state cannot be read ({type(error).__name__}: {error}). {REMEDY}"
             ) from error
-        self.run, self.restored = run, True
+        self.run, self.restored, self.dynamics = run, True, moments
         self.fingerprint, self.extra_state = dict(state["fingerprint"]), dict(state["extra_state"])
 
 
@@ -291,209 +314,36 @@ def read_saved_state(checkpoint: Mapping[str, Any]) -> InfluenceState | None:
         CorruptFileError: if a part of it is missing, malformed or altered; the message names it.
         FactorMismatchError: if it was written by an incompatible version.
     """
+    kept = _read_kept(checkpoint)
+    return None if kept is None else kept.influence_state
+
+
+def read_saved_dynamics(checkpoint: Mapping[str, Any]) -> Moments | None:
+    """Read the moments of losses that an :class:`~lightning_influence.InfluenceCallback` saved.
+
+    Args:
+        checkpoint: a Lightning checkpoint, loaded.
+
+    Returns:
+        The moments, in which an epoch that was cut short counts as one; None if there are none.
+
+    Raises:
+        CorruptFileError: if a part of the state is missing, malformed or altered; the message names it.
+        FactorMismatchError: if it was written by an incompatible version.
+    """
+    kept = _read_kept(checkpoint)
+    return None if kept is None else kept.read_dynamics()
+
+
+def _read_kept(checkpoint: Mapping[str, Any]) -> Kept | None:
     callbacks = checkpoint.get("callbacks", {})
     saved = [
         key
         for key, state in (callbacks.items() if isinstance(callbacks, Mapping) else ())
-        if str(key).startswith(_DEFAULT_KEY) or (isinstance(state, Mapping) and state.keys() >= _ENTRIES)
+        if str(key).startswith(_DEFAULT_KEY) or (isinstance(state, Mapping) and state.keys() >= ENTRIES)
     ]
     if not saved:
         return None
     kept = Kept(Settings())
     kept.load_state_dict(callbacks[_DEFAULT_KEY if _DEFAULT_KEY in saved else saved[0]])
-    return kept.influence_state
-
-
-_REMEDY = "Save the checkpoint again, or take the callback's entry out of it: factors are then fitted anew."
-_Rule = tuple[str, Callable[[Any], bool]]
-
-
-def _has_numbers(value: Any, count: int) -> bool:
-    return isinstance(value, list | tuple) and len(value) == count and all(map(is_number, value))
-
-
-_NUMBER: _Rule = ("a number", is_number)
-_COUNT: _Rule = ("an integer of at least 0", lambda value: is_count(value, 0))
-_COUNT_OR_NONE: _Rule = ("an integer of at least 0, or None", lambda v: v is None or is_count(v, 0))
-_TEXT: _Rule = ("a text", lambda value: isinstance(value, str))
-_TEXTS: _Rule = ("a list of texts", lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v))
-_MAPPING: _Rule = ("a mapping", lambda value: isinstance(value, Mapping))
-_MAPPING_OR_NONE: _Rule = ("a mapping, or None", lambda v: v is None or isinstance(v, Mapping))
-_TWO: _Rule = ("two numbers", lambda value: _has_numbers(value, 2))
-_THREE: _Rule = ("three numbers", lambda value: _has_numbers(value, 3))
-_TRUTH: _Rule = ("True or False", lambda value: isinstance(value, bool))
-
-
-def _one_of(choices: Any) -> _Rule:
-    accepted = get_args(choices)
-    return f"one of {list(accepted)}", lambda value: isinstance(value, str) and value in accepted
-
-
-_COSTS = {"covariances": _NUMBER, "squares": _NUMBER, "basis": _NUMBER}
-_SCHEDULE: dict[str, _Rule] = {
-    "overhead": _NUMBER,
-    "every_n_steps": _COUNT_OR_NONE,
-    "horizon": _COUNT_OR_NONE,
-    "costs": _MAPPING_OR_NONE,
-    **dict.fromkeys(("steps", "start", "end", "phase_start", "phase_end", "planned", "taken"), _COUNT),
-    "spent": _NUMBER,
-    "phase": _one_of(Phase),
-    "with_basis": _TRUTH,
-}
-_RECORD: dict[str, _Rule] = {
-    "family": _one_of(Family),
-    "reason": _TEXT,
-    "steps": _COUNT,
-    "loss_scale": _NUMBER,
-    "layers": _MAPPING,
-}
-_FACTORS: dict[str, _Rule] = {
-    "layers": _TEXTS,
-    "fisher": _one_of(FitFisher),
-    "weight_sum": _NUMBER,
-    "weight_examples": _NUMBER,
-    "origin": _TEXT,
-    "fingerprint": _MAPPING,
-}
-_COLLECTOR: dict[str, _Rule] = {
-    "schedule": _MAPPING,
-    "generations": _MAPPING,
-    "record": _MAPPING,
-    "collected": _COUNT,
-    "scale": _NUMBER,
-    "noise": _THREE,
-}
-
-
-def _check_state(state: Any) -> None:
-    """Check every part of a callback's state that is read, and its checksums.
-
-    Raises:
-        CorruptFileError: naming the first part that is missing, malformed or altered.
-        FactorMismatchError: if it was written by an incompatible version.
-    """
-    _check_entries(state, dict.fromkeys(sorted(_ENTRIES), _MAPPING), "")
-    collector = state["collector"]
-    check_version(
-        collector,
-        _VERSION,
-        subject="The callback's state has",
-        remedy="Resume without it, or train with the version that wrote it.",
-    )
-    _check_entries(collector, _COLLECTOR, "collector")
-    _check_entries(collector["schedule"], _SCHEDULE, "collector/schedule")
-    if collector["schedule"]["costs"] is not None:
-        _check_entries(collector["schedule"]["costs"], dict(_COSTS), "collector/schedule/costs", exact=True)
-    _check_entries(collector["record"], _RECORD, "collector/record", exact=True)
-    layers, numbers = (
-        collector["record"]["layers"],
-        dict.fromkeys(("rate", "weight_decay", "metric"), _NUMBER),
-    )
-    for name, layer in layers.items():
-        _check_entries(layer, numbers, f"collector/record/layers/{name}", exact=True)
-    generations = collector["generations"]
-    _check_entries(generations, {"current": _MAPPING, "previous": _MAPPING_OR_NONE}, "collector/generations")
-    for part in ("current", "previous"):
-        if generations[part] is not None:
-            _check_factors(generations[part], f"collector/generations/{part}")
-    _check_entries(state["fingerprint"], dict.fromkeys(state["fingerprint"], _TWO), "fingerprint")
-    if "checksums" in state:
-        _check_sums(state)
-
-
-def _check_entries(part: Any, rules: Mapping[str, _Rule], where: str, *, exact: bool = False) -> None:
-    """Check the entries of one mapping.
-
-    Raises:
-        CorruptFileError: naming the entry, what was got and what is accepted.
-    """
-    if not isinstance(part, Mapping):
-        _refuse(where or "the state itself", part, "a mapping")
-    for name, (accepted, is_accepted) in rules.items():
-        place = f"{where}/{name}".lstrip("/")
-        if name not in part:
-            raise CorruptFileError(f"The callback's saved state has no {place!r}. {_REMEDY}")
-        if not is_accepted(part[name]):
-            _refuse(place, part[name], accepted)
-    for name in set(part) - set(rules) if exact else ():
-        raise CorruptFileError(f"The callback's saved state has an unknown entry '{where}/{name}'. {_REMEDY}")
-
-
-def _check_factors(part: Any, where: str) -> None:
-    """Check types and shapes of one window's sums.
-
-    Raises:
-        CorruptFileError: naming the entry, what was got and what is accepted.
-    """
-    _check_entries(part, _FACTORS, where)
-    for name in part["layers"]:
-        _check_entries(part, {f"{name}/counts": _THREE}, where)
-        shapes = {}
-        for side in ("inputs", "outputs"):
-            value = part.get(f"{name}/{side}")
-            square = isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == value.shape[2]
-            if value is None or not square or not value.is_floating_point():
-                _refuse(f"{where}/{name}/{side}", value, "a floating-point tensor (groups, d, d)")
-            shapes[side] = tuple(value.shape)
-        (groups, d_in, _), (_, d_out, _) = shapes["inputs"], shapes["outputs"]
-        expected = {"outputs": (groups, d_out, d_out), "q_in": shapes["inputs"], "q_out": shapes["outputs"]}
-        for key, shape in {**expected, "squares": (groups, d_out, d_in)}.items():
-            value = part.get(f"{name}/{key}")
-            if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
-                _refuse(f"{where}/{name}/{key}", value, f"a tensor of shape {shape}")
-
-
-def _refuse(place: str, value: Any, accepted: str) -> None:
-    """Refuse a part of a saved state.
-
-    Raises:
-        CorruptFileError: always.
-    """
-    got = f"a tensor of shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else None
-    raise CorruptFileError(
-        f"In the callback's saved state, {place!r} is {got or repr(value)[:80]}; accepted is {accepted}. "
-        f"{_REMEDY}"
-    )
-
-
-def _sum_up(state: Mapping[str, Any]) -> dict[str, int]:
-    """Return a checksum (CRC-32, which sees every flipped bit) of each tensor, and of each entry's rest."""
-    sums: dict[str, int] = {}
-    for place, value in _walk(state, ""):
-        if isinstance(value, Tensor):
-            if value.layout == torch.strided:
-                content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                sums[place] = zlib.crc32(content, zlib.crc32(f"{value.dtype}{tuple(value.shape)}".encode()))
-        else:
-            entry = place.partition("/")[0]
-            sums[entry] = zlib.crc32(f"{place}={value!r};".encode(), sums.get(entry, 0))
-    return sums
-
-
-def _walk(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Yield all tensors and primitives of a nested state with their places, in the order of their names."""
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield from _walk(value[key], f"{place}/{key}".lstrip("/"))
-    elif isinstance(value, list | tuple):
-        for number, item in enumerate(value):
-            yield from _walk(item, f"{place}/{number}")
-    else:
-        yield place, value
-
-
-def _check_sums(state: Mapping[str, Any]) -> None:
-    """Compare the checksums that were saved with those of the content.
-
-    Raises:
-        CorruptFileError: naming the first part that differs.
-    """
-    _check_entries(state, {"checksums": _MAPPING}, "")
-    found = _sum_up({name: state[name] for name in state if name != "checksums"})
-    saved = state["checksums"]
-    for place in sorted({*found, *map(str, saved)}):
-        if found.get(place) != saved.get(place):
-            raise CorruptFileError(
-                f"In the callback's saved state, {place!r} was altered after it was saved: its checksum is "
-                f"{found.get(place)}, the saved one is {saved.get(place)!r}. {_REMEDY}"
-            )
+    return kept

@@ -75,7 +75,19 @@ class LayerStatistics:
         return self.inputs.shape[0], self.outputs.shape[-1], self.inputs.shape[-1]
 
     def add_covariances(self, gradients: FactoredGradients) -> None:
-        """Add a batch to ``inputs`` and ``outputs``."""
+        """Add a batch to ``inputs`` and ``outputs``.
+
+        Gradients that are no products of the two have their second moments over columns and over rows added
+        (Gupta et al. 2018, "Shampoo"), the former in units of their squared norm, which ``positions`` counts.
+        """
+        if gradients.whole:
+            columns = gradients.outputs.transpose(0, 1).flatten(1, 2)  # (G, K B, D_in, D_out)
+            moments = torch.einsum("gbio,gbjo->gij", columns, columns)
+            self.inputs += moments
+            self.outputs += torch.einsum("gbio,gbip->gop", columns, columns)
+            self.positions += float(moments.diagonal(dim1=1, dim2=2).sum()) / len(moments)
+            self.examples += gradients.num_examples
+            return
         groups, examples, positions, d_in = gradients.inputs.shape
         rows = gradients.inputs.reshape(groups, -1, d_in)
         self.inputs.baddbmm_(rows.transpose(1, 2), rows)
@@ -113,7 +125,7 @@ class LayerStatistics:
 
     def covariance_in(self) -> Tensor:
         """Return ``A = E[abar abar^T]``, ``(G, D_in, D_in)``."""
-        return self.inputs / max(self.positions, 1.0)
+        return self.inputs / (self.positions or 1.0)
 
     def covariance_out(self) -> Tensor:
         """Return ``S = E[sum_r ds ds^T]``, ``(G, D_out, D_out)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.edits.data import EditData, hold_equal
-from lightning_influence.edits.losses import forward_if_weighted
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.forward import Forward
+from lightning_influence.model.forward import Forward, forward_if_weighted
 from lightning_influence.model.plan import LayerPlan, Layout, find_layers
 from lightning_influence.running.runner import Runner
 from lightning_influence.support.arguments import list_some
@@ -155,7 +155,7 @@ def find_editable_layers(
         notes.add(
             f"Layers {sorted(silent)} take no part in the loss of the edited examples; they stay as they are."
         )
-    return LayerPlan(used, plan.uncovered, plan.verified)
+    return replace(plan, layers=used)
 
 
 class _LayersPass:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.edits.directions import Direction, find_direction
+from lightning_influence.edits.edit_report import EditReport, LossChange
 from lightning_influence.edits.linearisation import Linearisation
-from lightning_influence.edits.parameter_edit import EditReport, LossChange, ParameterEdit, changes_between
+from lightning_influence.edits.parameter_edit import ParameterEdit, changes_between
 from lightning_influence.edits.rules import Selection, find_rule, select
 from lightning_influence.edits.start import Start
 from lightning_influence.edits.steps import UNREACHED, Outcome, Stepping

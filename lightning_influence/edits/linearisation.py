@@ -21,12 +21,12 @@ from torch import Tensor
 from lightning_influence.edits.curvature_products import CurvatureProducts, ProductSettings
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.directions import Problem
-from lightning_influence.edits.losses import Sample, forward_if_weighted
+from lightning_influence.edits.losses import Sample
 from lightning_influence.edits.rules import RuleScores, Source, compute_gains
 from lightning_influence.edits.start import Start
 from lightning_influence.linalg.lanczos import estimate_largest_eigenvalue
 from lightning_influence.linalg.normal_equations import find_leading_direction
-from lightning_influence.model.forward import Forward
+from lightning_influence.model.forward import Forward, forward_if_weighted
 from lightning_influence.model.gradients import FactoredGradients, check_finite
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import InfluenceError, NonFiniteError

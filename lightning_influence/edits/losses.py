@@ -9,7 +9,7 @@ they are, that would leave out the examples that an edit spoils; there the curve
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from lightning_influence.edits.data import EditData
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward, compute_losses
-from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.arguments import list_some
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
@@ -192,38 +191,6 @@ def trace_outputs(captured: Captured) -> Tensor:
     for seed in seeds:
         total += seed.reshape(captured.num_examples, -1).square().sum(dim=1)
     return total
-
-
-def forward_if_weighted(forward: Forward, module: Any, batch: Any, num_examples: int) -> Captured | None:
-    """Forward a batch, if any of its examples has weight in the loss: the mean over none of them is NaN.
-
-    Args:
-        forward: what runs the batch.
-        module: the user's module.
-        batch: the batch.
-        num_examples: ``B``.
-
-    Returns:
-        The captured batch; None if all of its labels are ignored or of classes of weight zero.
-
-    Raises:
-        NonFiniteError: if a loss is NaN or infinite for another reason.
-    """
-    with LossCapture() as capture:
-        try:
-            return forward(module, batch, num_examples)
-        except NonFiniteError:
-            if any(_is_weightless(call, num_examples) for call in capture.calls):
-                return None
-            raise
-
-
-def _is_weightless(call: LossCall, num_examples: int) -> bool:
-    try:
-        loss = call.read(num_examples)
-    except LossCaptureError:
-        return False
-    return not bool(replace(loss, reduction="mean").weights().any())
 
 
 @dataclass(frozen=True)

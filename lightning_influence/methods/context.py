@@ -28,10 +28,7 @@ from lightning_influence.support.notes import Notes
 from lightning_influence.support.passes import Loader as Loader
 from lightning_influence.support.passes import Passes as Passes
 
-_NOT_CALLED = (
-    "were not called as modules by the training step; what only a function takes the weights of, as "
-    "nn.MultiheadAttention does with its out_proj, is not seen"
-)
+_SILENT = "took no part in the training loss with a gradient graph"
 
 
 @dataclass
@@ -94,7 +91,7 @@ class Context:
         heard = torch.tensor([float(name not in silent) for name in self.plan.layers])
         heard = self.runner.all_reduce_sum(heard)
         names = [name for name, count in zip(self.plan.layers, heard.tolist(), strict=True) if not count]
-        self.leave_out(names, _NOT_CALLED)
+        self.leave_out(names, _SILENT)
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
         """Take layers out of the plan, and say so.

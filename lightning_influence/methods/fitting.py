@@ -20,6 +20,8 @@ from lightning_influence.model.plan import LayerPlan, find_layers
 
 # Chosen by hand: memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
 CACHE_BYTES = 2**28
+# What passes have found out of a layer that a fit has no factors of either.
+_TAKES_NO_PART = "{} takes no part"
 
 
 def provide_factors(context: Context) -> Factors:
@@ -38,7 +40,7 @@ def provide_factors(context: Context) -> Factors:
         state.factors_key, context.made = key, True
     else:
         context.reused |= bool(state.factors_key)
-        state.factors = _adopt(context, state.factors)
+        state.factors = _complete(context, _adopt(context, state.factors))
     factors = state.factors
     _note_empirical(context, factors)
     context.leave_out(
@@ -56,7 +58,7 @@ def fit_diagonal(context: Context) -> Factors:
     context.run_on_train(one_pass)
     factors = one_pass.factors
     if context.runner.world_size > 1:
-        _fill(context, factors)
+        _fill(context, factors, context.plan)
         factors.reduce_counts(context.runner.all_reduce_sum)
     _reduce_squares(context, factors)
     _note_empirical(context, factors)
@@ -116,10 +118,10 @@ def _is_stale(context: Context) -> bool:
     return False
 
 
-def _fit(context: Context) -> Factors:
-    options, runner = context.options, context.runner
+def _fit(context: Context, plan: LayerPlan | None = None) -> Factors:
+    options, runner, plan = context.options, context.runner, plan or context.plan
     covariance = CovariancePass(
-        context.plan,
+        plan,
         fisher=options.fitted_fisher,
         seed=options.seed,
         cache_bytes=min(options.memory_budget, CACHE_BYTES),
@@ -129,7 +131,7 @@ def _fit(context: Context) -> Factors:
     context.losses = covariance.losses
     factors = covariance.factors
     if runner.world_size > 1:
-        _fill(context, factors)
+        _fill(context, factors, plan)
         for layer in factors.layers.values():
             layer.reduce(runner.all_reduce_sum, covariances=True)
         factors.reduce_counts(runner.all_reduce_sum)
@@ -140,7 +142,7 @@ def _fit(context: Context) -> Factors:
         layer.examples = float(context.train.num_examples)  # also of batches that did not use the layer
     covariance.finish()
     if covariance.cache is None:
-        runner.run(SquaresPass(context.plan, factors, seed=options.seed), context.train)
+        runner.run(SquaresPass(plan, factors, seed=options.seed), context.train)
     _reduce_squares(context, factors)
     factors.fingerprint = context.weights
     return factors
@@ -150,7 +152,7 @@ def _adopt(context: Context, factors: Factors) -> Factors:
     """Return stored factors, checked against the model, on its device, and completed."""
     module = context.runner.module
     shapes = {name: layer.shape for name, layer in context.plan.layers.items()}
-    modules = dict(module.named_modules())
+    modules = {name for name, _ in (*module.named_modules(), *module.named_parameters())}
     # Layers that are there but not covered (frozen, not selected) are not compared; all others are.
     compared = {n: s for n, s in factors.layers.items() if n in shapes or n not in modules}
     known = {name: shape for name, shape in shapes.items() if name in factors.layers}
@@ -163,7 +165,8 @@ def _adopt(context: Context, factors: Factors) -> Factors:
     for name, layer in factors.layers.items():
         if layer.basis is None:
             layer.set_basis(compute_eigenbasis(name, layer))
-    squares = SquaresPass(LayerPlan(covered, {}), factors, seed=context.options.seed)
+    plan = LayerPlan(covered, {}, loss=context.plan.loss)
+    squares = SquaresPass(plan, factors, seed=context.options.seed)
     context.runner.run(squares, context.train)
     _reduce_squares(context, factors)
     factors.layers = {name: layer for name, layer in factors.layers.items() if layer.squares_examples}
@@ -173,14 +176,40 @@ def _adopt(context: Context, factors: Factors) -> Factors:
     return factors
 
 
-def _fill(context: Context, factors: Factors) -> None:
+def _complete(context: Context, factors: Factors) -> Factors:
+    """Fit factors of what the fit has collected none of, as parameters outside of layers, in a pass."""
+    known = {name: layer for name, layer in context.plan.layers.items() if name in factors.layers}
+    verified = context.plan.verified
+    missing = {
+        name: layer
+        for name, layer in context.plan.layers.items()
+        if name not in known and _TAKES_NO_PART.format(name) not in verified
+    }
+    if factors.origin != "fit" or not missing or not known:
+        return factors
+    # A pass in which no layer takes part is refused, and these may take none: one goes along that did.
+    guide = min(known, key=lambda name: known[name].numel)
+    fitted = _fit(context, replace(context.plan, layers={**missing, guide: known[guide]}))
+    added = {name: layer for name, layer in fitted.layers.items() if name in missing}
+    verified.update(_TAKES_NO_PART.format(name) for name in missing.keys() - added.keys())
+    if added:
+        context.notes.add(
+            f"The fit has collected no factors of {next(iter(added))!r}"
+            + (f" and {len(added) - 1} more" if len(added) > 1 else "")
+            + ": it collects those of the Linear and convolution layers that it was to watch and that were "
+            "called. The others were fitted in a pass of their own."
+        )
+    return replace(factors, layers=factors.layers | added)
+
+
+def _fill(context: Context, factors: Factors, plan: LayerPlan) -> None:
     """Give every process statistics of the same layers in the same order: only then can they be summed."""
     zeros = {
         name: LayerStatistics.zeros(layer.shape, device=context.device, dtype=context.dtype)
-        for name, layer in context.plan.layers.items()
+        for name, layer in plan.layers.items()
         if name not in factors.layers
     }
-    factors.layers = {name: (factors.layers | zeros)[name] for name in context.plan.layers}
+    factors.layers = {name: (factors.layers | zeros)[name] for name in plan.layers}
 
 
 def _reduce_squares(context: Context, factors: Factors) -> None:

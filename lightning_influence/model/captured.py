@@ -74,14 +74,16 @@ class Captured:
     def loss_gradient_parts(self) -> Iterator[dict[str, FactoredGradients]]:
         """Return :meth:`loss_gradients` in runs of consecutive examples; nothing further can be asked for."""
         if self.loss is None:
-            outputs, seed = self.per_example().sum(), None
+            outputs = self.per_example()
+            seed = torch.ones_like(outputs)
         else:
             outputs, seed = self.loss.outputs, self.loss.gradient()
         return self.recorder.gradient_parts(outputs, seed, self.num_examples)
 
     def gradients_of(self, values: Tensor, *, keep_graph: bool = True) -> dict[str, FactoredGradients]:
         """Return gradients of any per-example values ``(B,)`` computed from this forward pass, ``K = 1``."""
-        return self.recorder.gradients(values.sum(), [None], self.num_examples, keep_graph=keep_graph)
+        seeds: list[Tensor | None] = [torch.ones_like(values)]
+        return self.recorder.gradients(values, seeds, self.num_examples, keep_graph=keep_graph)
 
     def curvature_gradients(
         self, fisher: Fisher, generator: torch.Generator | None = None, draws: int = 1
@@ -157,10 +159,7 @@ class Captured:
         seeds = [seed for source in generators for seed in self.curvature_seeds(fisher, source, draws)]
         joint = self.recorder.gradients(self.loss.outputs, list(seeds), self.num_examples)
         return [
-            {
-                name: FactoredGradients(layer.inputs, layer.outputs[start : start + draws])
-                for name, layer in joint.items()
-            }
+            {name: layer.seeds(slice(start, start + draws)) for name, layer in joint.items()}
             for start in range(0, len(seeds), draws)
         ]
 

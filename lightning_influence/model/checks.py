@@ -79,7 +79,7 @@ def _coupled(recorder: Recorder, values: Tensor, num_examples: int) -> str | Non
     """
     if num_examples < 2:
         return None
-    for name, grad in recorder.backward(values[0], None, num_examples).items():
+    for name, grad in recorder.backward(values, _first(values), num_examples).items():
         if bool(grad[:, 1:].nan_to_num(0.0, 0.0, 0.0).any()):  # not finite: refused elsewhere, as such
             return name
     plain = recorder.backward(values, torch.ones_like(values), num_examples)
@@ -90,6 +90,13 @@ def _coupled(recorder: Recorder, values: Tensor, num_examples: int) -> str | Non
             if bool((wrong > _ROW_LIMIT * size.clamp(min=_ROW_FLOOR * float(size.max()))).any()):
                 return name
     return None
+
+
+def _first(values: Tensor) -> Tensor:
+    """Return the gradient of the first example's value in all of them."""
+    seed = torch.zeros_like(values)
+    seed[0] = 1.0
+    return seed
 
 
 def _row_norms(gradients: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,9 +19,10 @@ from lightning_influence.model.checks import (
     check_order,
 )
 from lightning_influence.model.losses.batch import BatchLoss
-from lightning_influence.model.losses.capture import LossCapture
+from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
@@ -41,6 +43,10 @@ _OUTSIDE_FIT = (
     "batches are of another form, define `influence_loss(batch) -> (B,)` on the module: the loss of each "
     "example of the batch."
 )
+
+
+# Says that all layers are modules whose weights are used by calling them: uses need not be watched.
+_ALL_CALLED = "all layers are called"
 
 
 class Measure(Protocol):
@@ -92,7 +98,7 @@ class Forward:
             UnsupportedModelError: if the model cannot be differentiated example by example.
         """
         if measure is not None and not measure.needs_loss:
-            recorder = Recorder(self.plan.layers)
+            recorder = self._make_recorder(batch, num_examples)
             with recorder:
                 values = measure(module, batch, loss=None, batch_size=num_examples)
             captured = Captured(num_examples, None, values, recorder)
@@ -106,7 +112,7 @@ class Forward:
         if len(silent) == len(self.plan.layers):
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
-                "that are called as modules, outside torch.no_grad() and outside gradient checkpointing. "
+                "and parameters that are used outside torch.no_grad() and outside gradient checkpointing. "
                 f"Layers: {sorted(self.plan.layers)[:8]}."
             )
         if measure is None and (self._loss is not None or callable(getattr(module, "influence_loss", None))):
@@ -115,14 +121,40 @@ class Forward:
         if note is not None and note not in self.plan.verified and not isinstance(captured.loss, BatchLoss):
             warnings.warn(note, InfluenceWarning, stacklevel=2)
             self.plan.verified.add(note)
-        subject = "loss" if measure is None else "measurement"
-        if subject not in self.plan.verified:
-            check_independent(captured)
-            if num_examples > 1:  # one example alone shows no coupling
-                self.plan.verified.add(subject)
-        if measure is None and num_examples > 1:
-            self._check_order(captured, module, batch)
+        self._check_examples(captured, module, batch, measured=measure is not None)
         return captured
+
+    def _check_examples(self, captured: Captured, module: Any, batch: Any, *, measured: bool) -> None:
+        """Check, on a first batch, that gradients are right, examples independent and losses in their order.
+
+        Raises:
+            UnsupportedModelError: if they are not.
+        """
+        uses, verified, alone = captured.recorder.uses, self.plan.verified, captured.num_examples == 1
+        subject = "measurement" if measured else "loss"
+        if subject not in verified:
+            if uses is not None:
+                uses.certify(captured.per_example())
+            try:
+                check_independent(captured)
+            except UnsupportedModelError:
+                # The rows of layers that are had from their uses are known to be the examples': it may be the
+                # losses that are in another order, of which more can be said.
+                if not measured and not alone and captured.recorder.follows_modules:
+                    self._check_order(captured, module, batch)
+                raise
+            if not alone:  # one example alone shows no coupling
+                verified.add(subject)
+                if uses is None or not uses.is_needed:
+                    verified.add(_ALL_CALLED)
+        if not measured and not alone:
+            self._check_order(captured, module, batch)
+
+    def _make_recorder(self, batch: Any, num_examples: int) -> Recorder:
+        plan = self.plan
+        if _ALL_CALLED in plan.verified:
+            return Recorder(plan.layers)
+        return Recorder(plan.layers, ParameterRecorder(plan.layers, batch, num_examples, plan.slow))
 
     def _run(self, module: Any, batch: Any, num_examples: int) -> Captured:
         """Run the loss: by the functions that it is made of, or where these are not known by its values.
@@ -134,7 +166,7 @@ class Forward:
             LossCaptureError: if the loss is found neither way.
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
-        recorder = Recorder(self.plan.layers)
+        recorder = self._make_recorder(batch, num_examples)
         if self._unnamed is not None:
             unnamed = self._unnamed.read(module, batch, num_examples, recorder)
             return Captured(num_examples, unnamed, None, recorder)
@@ -165,7 +197,10 @@ class Forward:
 
     def _read_unnamed(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
         """Return the batch by the values of its loss, None if that depends on the output of no module."""
-        unnamed, recorder = UnnamedLoss(self._call, self.plan.verified), Recorder(self.plan.layers)
+        unnamed, recorder = (
+            UnnamedLoss(self._call, self.plan.verified),
+            self._make_recorder(batch, num_examples),
+        )
         try:
             loss = unnamed.read(module, batch, num_examples, recorder)
         except LossCaptureError:
@@ -182,7 +217,7 @@ class Forward:
         name = "`influence_loss`" if self._loss is None else "`loss=`"
         if name in self.plan.verified:
             return
-        recorder = Recorder(self.plan.layers)
+        recorder = self._make_recorder(batch, captured.num_examples)
         try:
             with preserve_rng(), recorder:
                 step = run_step(module, batch)
@@ -334,3 +369,35 @@ def _step_arguments(module: Any, batch: Any) -> tuple[Any, ...]:
     # Lightning gives the batch's number to `training_step(self, *args)` as well.
     variadic = bool(parameters) and parameters[0].kind is parameters[0].VAR_POSITIONAL
     return (batch, *(0 for _ in required), *((0,) if variadic else ()))
+
+
+def forward_if_weighted(forward: Forward, module: Any, batch: Any, num_examples: int) -> Captured | None:
+    """Forward a batch, if any of its examples has weight in the loss: the mean over none of them is NaN.
+
+    Args:
+        forward: what runs the batch.
+        module: the user's module.
+        batch: the batch.
+        num_examples: ``B``.
+
+    Returns:
+        The captured batch; None if all of its labels are ignored or of classes of weight zero.
+
+    Raises:
+        NonFiniteError: if a loss is NaN or infinite for another reason.
+    """
+    with LossCapture() as capture:
+        try:
+            return forward(module, batch, num_examples)
+        except NonFiniteError:
+            if any(_is_weightless(call, num_examples) for call in capture.calls):
+                return None
+            raise
+
+
+def _is_weightless(call: LossCall, num_examples: int) -> bool:
+    try:
+        loss = call.read(num_examples)
+    except LossCaptureError:
+        return False
+    return not bool(replace(loss, reduction="mean").weights().any())

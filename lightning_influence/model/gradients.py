@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -173,10 +173,13 @@ class FactoredGradients(LayerGradients):
     Attributes:
         inputs: ``(G, B, R, D_in)``.
         outputs: ``(K, G, B, R, D_out)``.
+        whole: whether the inputs are the identity, ``R = D_in``: the outputs are the columns of gradients
+            that are no such products.
     """
 
     inputs: Tensor
     outputs: Tensor
+    whole: bool = False
 
     @property
     def num_examples(self) -> int:
@@ -185,6 +188,8 @@ class FactoredGradients(LayerGradients):
 
     def dense(self) -> Tensor:
         """Return the gradient matrices, ``(K, B, G, D_out, D_in)``."""
+        if self.whole:
+            return self.outputs.transpose(-1, -2).transpose(1, 2)
         product = torch.matmul(self.outputs.transpose(-1, -2), self.inputs)  # (K, G, B, D_out, D_in)
         return product.transpose(1, 2)
 
@@ -285,21 +290,21 @@ class FactoredGradients(LayerGradients):
 
     def seeds(self, index: slice) -> FactoredGradients:
         """Return the gradients of some of the seeds."""
-        return FactoredGradients(self.inputs, self.outputs[index])
+        return replace(self, outputs=self.outputs[index])
 
     def select(self, index: Tensor | slice) -> FactoredGradients:
         """Return the gradients of some of the examples."""
-        return FactoredGradients(self.inputs[:, index], self.outputs[:, :, index])
+        return FactoredGradients(self.inputs[:, index], self.outputs[:, :, index], self.whole)
 
     def scaled(self, factor: float) -> FactoredGradients:
         """Return the gradients times a number."""
-        return self if factor == 1.0 else FactoredGradients(self.inputs, self.outputs * factor)
+        return self if factor == 1.0 else replace(self, outputs=self.outputs * factor)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> FactoredGradients:
         """Return the gradients on another device or in another precision."""
-        return FactoredGradients(self.inputs.to(device, dtype), self.outputs.to(device, dtype))
+        return FactoredGradients(self.inputs.to(device, dtype), self.outputs.to(device, dtype), self.whole)
 
     @property
     def nbytes(self) -> int:
@@ -309,6 +314,8 @@ class FactoredGradients(LayerGradients):
     def _rows(self) -> Tensor:
         """Return the gradients as flat vectors ``(B, K, P_l)``: one product an example for all its seeds."""
         seeds, groups, examples, positions, d_out = self.outputs.shape
+        if self.whole:
+            return self.dense().transpose(0, 1).flatten(2)
         left = self.outputs.permute(2, 1, 0, 4, 3).reshape(examples * groups, seeds * d_out, positions)
         right = self.inputs.transpose(0, 1).reshape(examples * groups, positions, -1)
         product = torch.bmm(left, right).view(examples, groups, seeds, -1)
@@ -329,7 +336,8 @@ def concatenate(parts: Sequence[LayerGradients]) -> LayerGradients:
     factored = [part for part in parts if isinstance(part, FactoredGradients)]
     if len(factored) == len(parts) and len({part.inputs.shape[2] for part in factored}) == 1:
         inputs = torch.cat([part.inputs for part in factored], dim=1)
-        return FactoredGradients(inputs, torch.cat([part.outputs for part in factored], dim=2))
+        outputs = torch.cat([part.outputs for part in factored], dim=2)
+        return FactoredGradients(inputs, outputs, all(part.whole for part in factored))
     return DenseGradients(torch.cat([part.dense() for part in parts], dim=1))
 
 

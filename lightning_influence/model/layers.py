@@ -143,6 +143,59 @@ class Layer:
         return matrix[..., :-1].reshape(*lead, *shape), matrix[..., -1].reshape(*lead, -1)
 
 
+# A parameter by itself is a vector up to the first width: the second moments of its gradients are a matrix,
+# whose eigendecomposition costs what that of a layer of this width does. Above, it is a matrix of rows and
+# columns if no dimension is larger than the second width, else only the diagonal is held. Chosen by hand.
+DENSE_WIDTH, MATRIX_WIDTH = 1024, 4096
+
+
+@dataclass(frozen=True)
+class ParameterRule(LayerRule):
+    """A parameter by itself, whatever uses it.
+
+    A small one is a vector: one input, which is 1, and its gradient as output gradient. A matrix has inputs
+    and output gradients of the operations that it maps in, or the columns of its gradient. Each entry is a
+    group of its own where these are too wide.
+
+    Attributes:
+        attribute: the parameter's name in its module.
+    """
+
+    attribute: str
+
+    def shape(self, module: nn.Module) -> tuple[int, int, int]:
+        """Return ``(1, numel, 1)``, ``(1, rows, columns)`` for a matrix, ``(numel, 1, 1)`` for a wide one."""
+        weight = self.weight(module)
+        numel, rows = weight.numel(), weight.shape[0] if weight.ndim else 1
+        if numel <= DENSE_WIDTH:
+            return (1, numel, 1)
+        return (1, rows, numel // rows) if max(rows, numel // rows) <= MATRIX_WIDTH else (numel, 1, 1)
+
+    def inputs(self, module: nn.Module, x: Tensor, num_examples: int) -> Tensor:
+        """Return ones ``(G, B, 1, 1)``, or the identity ``(1, B, D_in, D_in)`` for a matrix."""
+        groups, _, d_in = self.shape(module)
+        if d_in > 1:
+            return torch.eye(d_in, dtype=x.dtype, device=x.device).expand(groups, num_examples, d_in, d_in)
+        return x.new_ones(groups, num_examples, 1, 1)
+
+    def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
+        """Return per-example gradients ``(B, *shape)`` as ``(G, B, 1, D_out)`` or columns of a matrix."""
+        groups, d_out, d_in = self.shape(module)
+        if d_in > 1:
+            return grad.reshape(1, num_examples, d_out, d_in).transpose(2, 3)
+        return grad.reshape(num_examples, groups, 1, d_out).transpose(0, 1)
+
+    def weight(self, module: nn.Module) -> nn.Parameter:
+        """Return the parameter."""
+        parameter = getattr(module, self.attribute)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    def bias(self, module: nn.Module) -> nn.Parameter | None:
+        """Return None."""
+        return None
+
+
 def full_precision(x: Tensor) -> Tensor:
     """Return ``x`` detached, in float32 if it was of lower precision."""
     x = x.detach()

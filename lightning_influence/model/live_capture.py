@@ -38,7 +38,7 @@ class _StepRecorder(Recorder):
         return hook
 
 
-class _StepLosses(LossCapture):
+class StepLosses(LossCapture):
     """A loss capture that can be left in any order, and notes whether the step registers gradient hooks."""
 
     paused: ClassVar[int] = 0
@@ -65,9 +65,9 @@ class _StepLosses(LossCapture):
         Returns:
             What the function returns.
         """
-        if func is Tensor.register_hook and not (_StepLosses.paused or args[0].is_leaf):
+        if func is Tensor.register_hook and not (StepLosses.paused or args[0].is_leaf):
             self.hooks = True
-        if _StepLosses.paused or func not in self._losses:
+        if StepLosses.paused or func not in self._losses:
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -82,7 +82,7 @@ class LiveCapture:
     def __init__(self, plan: LayerPlan) -> None:
         self._plan = plan
         self._recorder = _StepRecorder(plan.layers)
-        self._losses = _StepLosses()
+        self._losses = StepLosses()
         self._stack: contextlib.ExitStack | None = None
 
     @property
@@ -198,11 +198,11 @@ _GRADIENT_HOOKS = (
 @contextlib.contextmanager
 def pause_other_captures() -> Iterator[None]:
     """Keep captures that others have opened on the same step from seeing what runs in here."""
-    _StepLosses.paused += 1
+    StepLosses.paused += 1
     try:
         yield
     finally:
-        _StepLosses.paused -= 1
+        StepLosses.paused -= 1
 
 
 def check_not_compiled(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.layers import Layer, find_rule, supported_types
+from lightning_influence.model.layers import Layer, ParameterRule, find_rule, supported_types
 from lightning_influence.support.errors import UnsupportedModelError
 
 ModuleLoss = Callable[[Any, Any], Tensor]
@@ -97,6 +97,7 @@ class LayerPlan:
     Attributes:
         layers: covered layers by name, in the model's order.
         uncovered: name of each uncovered trainable parameter -> (number of entries, reason).
+        slow: names of those whose gradients take a backward pass for each example, as passes have found.
         verified: what passes have found in order, and need not look at again.
         loss: the loss that the call is about in place of the module's own; None for the module's.
     """
@@ -104,6 +105,7 @@ class LayerPlan:
     layers: dict[str, Layer]
     uncovered: dict[str, tuple[int, str]]
     verified: set[str] = field(default_factory=set, compare=False, repr=False)
+    slow: set[str] = field(default_factory=set, compare=False, repr=False)
     loss: ModuleLoss | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -128,19 +130,26 @@ class LayerPlan:
         )
 
 
-def find_layers(model: nn.Module, include: Sequence[str] | None = None) -> LayerPlan:
-    """Find the layers of ``model`` that per-example gradients can be had for.
+def find_layers(
+    model: nn.Module, include: Sequence[str] | None = None, *, parameters: bool = True
+) -> LayerPlan:
+    """Find the parameters of ``model`` that per-example gradients can be had for, in blocks.
+
+    Modules that are linear in their weight are one block, named as the module, with their bias. All other
+    trainable parameters (of norms, embeddings, recurrent networks, tied and bare ones) are blocks by
+    themselves, named as the parameter.
 
     Args:
         model: any module.
-        include: names or shell patterns (``"encoder.*"``) of modules to cover, and after ``!`` of modules to
-            leave out; all supported ones if None.
+        include: names or shell patterns (``"encoder.*"``) of modules or parameters to cover, and after ``!``
+            of those to leave out; all if None.
+        parameters: False to cover modules alone.
 
     Returns:
         The plan, with every trainable parameter either in a layer or listed with a reason.
 
     Raises:
-        UnsupportedModelError: if no layer is left, or a pattern matches no supported layer.
+        UnsupportedModelError: if no layer is left, or a pattern matches none.
     """
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     layers: dict[str, Layer] = {}
@@ -156,8 +165,53 @@ def find_layers(model: nn.Module, include: Sequence[str] | None = None) -> Layer
             deep = parametrize.is_parametrized(module)
             for p in module.parameters(recurse=deep):
                 reasons.setdefault(id(p), reason)
+    if parameters:
+        layers = _with_parameters(model, layers, include)
     _check_patterns(include, layers, model)
     return LayerPlan(layers, _uncovered(model, layers, reasons))
+
+
+def _with_parameters(
+    model: nn.Module, layers: dict[str, Layer], include: Sequence[str] | None
+) -> dict[str, Layer]:
+    """Return the layers and, as blocks of their own, all other selected parameters, in the model's order."""
+    covered = _parameters_of(layers)
+    modules = dict(model.named_modules())
+    blocks: dict[str, Layer] = {}
+    for name, p in model.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        if owner in layers and id(p) in covered:
+            blocks.setdefault(owner, layers[owner])
+        elif (
+            p.requires_grad
+            and p.numel()
+            and p.is_floating_point()
+            and id(p) not in covered
+            and _is_selected((name, owner), include)
+        ):
+            blocks[name] = Layer.of(name, modules[owner], ParameterRule(attribute))
+    return blocks
+
+
+def _is_selected(names: Sequence[str], include: Sequence[str] | None) -> bool:
+    """Return whether a pattern selects one of the names, and none takes one out again."""
+    chosen = [pattern for pattern in include or () if not pattern.startswith("!")]
+    dropped = [pattern[1:] for pattern in include or () if pattern.startswith("!")]
+
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    return (not chosen or matches(chosen)) and not matches(dropped)
+
+
+def _parameters_of(layers: Mapping[str, Layer]) -> set[int]:
+    """Return the identities of the parameters in some layers; a frozen bias counts as its layer's."""
+    return {
+        id(p)
+        for layer in layers.values()
+        for p in (layer.rule.weight(layer.module), layer.rule.bias(layer.module))
+        if p is not None
+    }
 
 
 def _refusal(name: str, module: nn.Module, uses: Counter[int], include: Sequence[str] | None) -> str | None:
@@ -168,7 +222,7 @@ def _refusal(name: str, module: nn.Module, uses: Counter[int], include: Sequence
     rule = find_rule(module)
     if rule is None:
         return f"{type(module).__name__} is not supported"
-    if not _is_selected(name, include):
+    if not _is_selected((name,), include):
         return "not selected"
     weight: object = rule.weight(module)
     if not isinstance(weight, nn.Parameter):
@@ -180,24 +234,11 @@ def _refusal(name: str, module: nn.Module, uses: Counter[int], include: Sequence
     return None
 
 
-def _is_selected(name: str, patterns: Sequence[str] | None) -> bool:
-    """Tell whether patterns select a name: one that matches, if there are any, and none that excludes it."""
-    excluding = [pattern[1:] for pattern in patterns or () if pattern.startswith("!")]
-    selecting = [pattern for pattern in patterns or () if not pattern.startswith("!")]
-    chosen = not selecting or any(fnmatch.fnmatchcase(name, pattern) for pattern in selecting)
-    return chosen and not any(fnmatch.fnmatchcase(name, pattern) for pattern in excluding)
-
-
 def _uncovered(
     model: nn.Module, layers: dict[str, Layer], reasons: dict[int, str]
 ) -> dict[str, tuple[int, str]]:
     """Return trainable parameters that no layer covers, with the reason."""
-    covered = {
-        id(p)
-        for layer in layers.values()
-        for p in (layer.rule.weight(layer.module), layer.rule.bias(layer.module))
-        if p is not None
-    }
+    covered = _parameters_of(layers)
     return {
         name: (p.numel(), reasons.get(id(p), "not supported"))
         for name, p in model.named_parameters()
@@ -213,14 +254,18 @@ def _check_patterns(include: Sequence[str] | None, layers: dict[str, Layer], mod
     """
     if include is not None and not include:
         raise UnsupportedModelError("layers=[] selects nothing; pass names or patterns, or None for all.")
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    owners = {name for layer in layers for name in (layer, layer.rpartition(".")[0])}
     supported = [name for name, module in model.named_modules() if find_rule(module) is not None]
     for pattern in include or ():
-        among = supported if pattern.startswith("!") else layers
+        among = names if pattern.startswith("!") else owners
         if not fnmatch.filter(among, pattern.removeprefix("!")):
             raise UnsupportedModelError(
                 f"layers={pattern!r} selects no supported, trainable layer. Accepted are names or patterns "
                 f"of: {supported}."
             )
+    if not layers and not any(p.requires_grad for p in model.parameters()):
+        raise UnsupportedModelError("The model has no trainable parameter: nothing in it was learned.")
     if not layers:
         found = sorted({type(m).__name__ for m in model.modules() if list(m.parameters(recurse=False))})
         raise UnsupportedModelError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_influence.model.gradients import FactoredGradients
-from lightning_influence.model.layers import Layer
+from lightning_influence.model.layers import Layer, ParameterRule
 from lightning_influence.support.errors import UnsupportedModelError
 
 # Unfolded inputs of so many bytes are made at once where they are used once, to be still in the cache then;
@@ -31,6 +31,56 @@ class _Calls:
     shapes: list[torch.Size] = field(default_factory=list)  # of the outputs
 
 
+class UseRecorder(Protocol):
+    """Has gradients of layers from the operations that use their weights, in place of calls of modules."""
+
+    @property
+    def heard(self) -> list[str]:
+        """Names of the layers that it has, and that took part in the forward pass."""
+        ...
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a layer is a parameter by itself, or a module that is not called."""
+        ...
+
+    def certify(self, values: Tensor) -> None:
+        """Check the gradients of the examples' values ``(B,)``."""
+        ...
+
+    def __enter__(self) -> object:
+        """Begin to watch."""
+        ...
+
+    def __exit__(self, *details: Any) -> None:
+        """Stop watching."""
+        ...
+
+    def close(self, calls: Mapping[str, int]) -> set[str]:
+        """Choose the modules that it has, knowing how often each was called, and return their names."""
+        ...
+
+    def clear(self) -> None:
+        """Let go of what was recorded."""
+        ...
+
+    def edges(self) -> list[GradientEdge]:
+        """Where a backward pass is to be differentiated."""
+        ...
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the inputs of a layer are the identity, see :class:`FactoredGradients`."""
+        ...
+
+    def inputs(self, name: str) -> Tensor:
+        """Inputs ``(G, B, R, D_in)`` of a layer."""
+        ...
+
+    def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Output gradients ``(G, B, R, D_out)`` by layer, from the gradients ``found`` at the edges."""
+        ...
+
+
 class Recorder:
     """Hooks on the covered layers, for the duration of a ``with`` block.
 
@@ -40,10 +90,15 @@ class Recorder:
 
     Args:
         layers: the covered layers by name.
+        uses: has the layers that are parameters by themselves, and modules whose weights are used without
+            calling them; without, the former stay silent.
     """
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
-        self.layers = dict(layers)
+    def __init__(self, layers: Mapping[str, Layer], uses: UseRecorder | None = None) -> None:
+        self.layers, self.uses = dict(layers), uses
+        self._modules = {
+            name: layer for name, layer in layers.items() if not isinstance(layer.rule, ParameterRule)
+        }
         self._handles: list[RemovableHandle] = []
         self._calls: dict[str, _Calls] = {}
 
@@ -53,11 +108,13 @@ class Recorder:
         Returns:
             The recorder itself.
         """
-        self._calls = {name: _Calls() for name in self.layers}
-        for name, layer in self.layers.items():
+        self._calls = {name: _Calls() for name in self._modules}
+        for name, layer in self._modules.items():
             # Before the user's own hooks, which may replace the output that the weights made.
             hook = layer.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
             self._handles.append(hook)
+        if self.uses is not None:
+            self.uses.__enter__()
         return self
 
     def __exit__(
@@ -67,6 +124,11 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         """Remove the hooks; what was recorded stays until :meth:`clear`."""
+        if self.uses is not None:
+            self.uses.__exit__(kind, error, trace)
+            counts = {name: len(calls.edges) for name, calls in self._calls.items()}
+            for name in self.uses.close(counts):
+                self._calls[name] = _Calls()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -74,16 +136,28 @@ class Recorder:
     def clear(self) -> None:
         """Let go of the recorded tensors and their graph."""
         self._calls = {}
+        if self.uses is not None:
+            self.uses.clear()
 
     @property
     def nodes(self) -> set[object]:
         """Autograd nodes of the layers' outputs."""
-        return {edge.node for calls in self._calls.values() for edge in calls.edges}
+        edges = [edge for calls in self._calls.values() for edge in calls.edges]
+        return {edge.node for edge in (*edges, *(self.uses.edges() if self.uses is not None else ()))}
 
     @property
     def silent(self) -> list[str]:
         """Names of the layers that did not take part in the forward pass."""
-        return [name for name, calls in self._calls.items() if not calls.edges]
+        heard = {name for name, calls in self._calls.items() if calls.edges}
+        if self.uses is not None:
+            heard.update(self.uses.heard)
+        return [name for name in self.layers if name not in heard]
+
+    @property
+    def follows_modules(self) -> bool:
+        """Whether some modules are had from the uses of their weights, not from their calls."""
+        heard = self.uses.heard if self.uses is not None else []
+        return any(name in self._modules for name in heard)
 
     def inputs(self, num_examples: int, *, release: bool = False) -> dict[str, Tensor]:
         """Inputs of each layer that was called; calls are further positions.
@@ -100,7 +174,9 @@ class Recorder:
         for name, calls in self._calls.items():
             if calls.edges:
                 result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
-        return result
+        for name in self.uses.heard if self.uses is not None else ():
+            result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
+        return {name: result[name] for name in self.layers if name in result}
 
     def raw_inputs(self) -> dict[str, Tensor]:
         """Return the input of each layer's first call as the module saw it, in the order of the layers."""
@@ -123,13 +199,14 @@ class Recorder:
         self._check_rows(num_examples)
         names = [name for name, calls in self._calls.items() if calls.edges]
         edges = [edge for name in names for edge in self._calls[name].edges]
-        grads = torch.autograd.grad(
-            outputs,
-            edges,
-            None if seed is None else seed.to(outputs.dtype),
-            retain_graph=keep_graph,
-            allow_unused=True,
-        )
+        single = self.uses.edges() if self.uses is not None else []
+        seed = None if seed is None else seed.to(outputs.dtype)
+        keep = keep_graph or self.uses is not None
+        grads: Sequence[Tensor | None] = ()
+        if edges or single:
+            grads = torch.autograd.grad(
+                outputs, [*edges, *single], seed, retain_graph=keep, allow_unused=True
+            )
         result, start = {}, 0
         for name in names:
             calls, layer = self._calls[name], self.layers[name]
@@ -139,7 +216,9 @@ class Recorder:
             ]
             start += len(calls.edges)
             result[name] = self._fill(name, parts, num_examples)
-        return result
+        if self.uses is not None:
+            result |= self.uses.pull(outputs, seed, grads[len(edges) :])
+        return {name: result[name] for name in self.layers if name in result}
 
     def gradients(
         self, outputs: Tensor, seeds: list[Tensor | None], num_examples: int, *, keep_graph: bool = True
@@ -165,7 +244,8 @@ class Recorder:
         result = {}
         for name, abar in inputs.items():
             parts = [grads.pop(name) for grads in passes]
-            result[name] = FactoredGradients(abar, parts[0][None] if len(parts) == 1 else torch.stack(parts))
+            outputs_ = parts[0][None] if len(parts) == 1 else torch.stack(parts)
+            result[name] = FactoredGradients(abar, outputs_, self._is_whole(name))
         return result
 
     def gradient_parts(
@@ -191,14 +271,20 @@ class Recorder:
                 name: FactoredGradients(
                     self._inputs_of(name, run, num_examples, release=run.stop == num_examples),
                     grad[None, :, run],
+                    self._is_whole(name),
                 )
                 for name, grad in grads.items()
             }
+
+    def _is_whole(self, name: str) -> bool:
+        return self.uses is not None and self.uses.is_whole(name)
 
     def _examples_at_once(self, grads: Mapping[str, Tensor], num_examples: int) -> int:
         """Return how many examples' inputs to unfold at once: all of them where nothing grows by it."""
         largest = 0
         for name, grad in grads.items():
+            if not self._calls.get(name, _Calls()).edges:
+                continue
             groups, _, positions, _ = grad.shape
             unfolded = groups * positions * self.layers[name].d_in * grad.element_size()
             if unfolded * num_examples > 2 * sum(x.nbytes for x in self._calls[name].inputs):
@@ -207,7 +293,10 @@ class Recorder:
 
     def _inputs_of(self, name: str, run: slice, num_examples: int, *, release: bool) -> Tensor:
         """Return one layer's inputs ``(G, B', R, D_in)`` of a run of the examples, and let go of all."""
-        layer, calls, count = self.layers[name], self._calls[name], run.stop - run.start
+        layer, count = self.layers[name], run.stop - run.start
+        if self.uses is not None and name in self.uses.heard:
+            return self.uses.inputs(name)[:, run]
+        calls = self._calls[name]
         parts = []
         for x in calls.inputs:
             if count < num_examples:

@@ -22,7 +22,7 @@ from lightning_influence.model.rearranging import Layout, UnknownPartError, find
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.watch import Watch
-from lightning_influence.support.errors import InfluenceError, LossCaptureError, UnsupportedModelError
+from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
 
 Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
@@ -105,7 +105,7 @@ class UnnamedLoss:
         if self._cut is None:
             self._find_cut(module, batch, num_examples)
         assert self._cut is not None
-        watch = self._watch(batch, num_examples) if self._follows else None
+        watch = _follow(batch, num_examples) if self._follows else None
         following = contextlib.nullcontext() if watch is None else watch
         if self._chained:
             with preserve_rng():
@@ -142,24 +142,17 @@ class UnnamedLoss:
             self._traits.is_mean = False
         return bool({_MEAN, _SUM} & self._verified)
 
-    def _watch(self, batch: Any, count: int) -> Watch | None:
-        """Return what follows the examples of a batch; None where torch is too old for it."""
-        try:
-            return Watch({}, batch, count, find_places(batch, count))
-        except InfluenceError:
-            return None
-
     def _find_cut(self, module: Any, batch: Any, count: int) -> None:
         """Find the outputs that the loss depends on directly, and whether some depend on others of them.
 
         Raises:
             LossCaptureError: if there is none.
         """
-        watch = self._watch(batch, count)
-        with preserve_rng(), contextlib.nullcontext() if watch is None else watch, OutputTap(module) as tap:
+        watch = _follow(batch, count)
+        with preserve_rng(), watch, OutputTap(module) as tap:
             values, batch_loss = self._run(module, batch)
         cut = tap.last(_scalar(values, batch_loss))
-        places = [None if watch is None else watch.place_of(tap.seen[key]) for key in cut]
+        places = [watch.place_of(tap.seen[key]) for key in cut]
         # Rows of which not all are followed are taken as they are, and checked as others are.
         self._follows = None not in places and not all(place and place.is_plain() for place in places)
         if not cut:
@@ -176,7 +169,7 @@ class UnnamedLoss:
         self, module: Any, batch: Any, count: int
     ) -> tuple[list[Tensor], Tensor, list[Place | None]]:
         """Return the leaves at the cut, the batch's loss as a function of them, and where examples stand."""
-        watch = self._watch(batch, count) if self._follows else None
+        watch = _follow(batch, count) if self._follows else None
         following = contextlib.nullcontext() if watch is None else watch
         with torch.enable_grad(), following, OutputTap(module, self._cut) as tap:
             value = _scalar(*self._run(module, batch))
@@ -387,6 +380,11 @@ def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout 
             except Exception:  # whatever the user's code may raise
                 return _scalar(*run(module, batch)).expand(count)
     return torch.stack(values)
+
+
+def _follow(batch: Any, count: int) -> Watch:
+    """Return what follows the examples of a batch, and no parameters."""
+    return Watch({}, batch, count, find_places(batch, count))
 
 
 def _read_layout(verified: set[str]) -> Layout:

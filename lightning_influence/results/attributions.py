@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,10 +21,15 @@ from typing_extensions import Self
 
 from lightning_influence.results.ranking import Labels, Ranking, to_labels
 from lightning_influence.results.rendering import build_facts_table, score_caption
+from lightning_influence.results.report import charts
+from lightning_influence.results.report.certificate import describe_certificate
+from lightning_influence.results.report.page import read_options, write_page
+from lightning_influence.results.report.sections import build_queries
 from lightning_influence.results.result import Result, import_pandas
 from lightning_influence.results.top_k import Extremes, check_finite, select_topk
 from lightning_influence.support.arguments import are_distinct, check_k, check_shape, list_some, read_indices
 from lightning_influence.support.errors import NonFiniteError
+from lightning_influence.support.storage import PathLike
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -261,6 +267,57 @@ class Attributions(Result):
             frame["rank"] = torch.arange(1, self.stored + 1).repeat(len(self.query_indices)).numpy()
             frames.append(frame)
         return pandas.concat(frames, ignore_index=True)
+
+    def report(
+        self, path: PathLike, dataset: Any = None, query_dataset: Any = None, *, k: int = 5, **options: Any
+    ) -> Path:
+        """Write a page that opens in any browser, without a network, for people to look through.
+
+        It shows each query with its prediction and with the training examples at either end of its ranking,
+        how the scores are distributed, and the certificate in plain words. The page's address with
+        ``#query-4`` (``#query-1-4`` of the second query dataloader) or ``#train-27`` leads to one example.
+
+        Args:
+            path: the file, used as it stands; an existing one is replaced.
+            dataset: the training examples: anything indexed by training dataset indices. Without one, indices
+                and scores are shown.
+            query_dataset: the same for queries; with several query dataloaders, a list with one for each.
+            k: how many training examples at either end.
+            **options: further fields of :class:`~lightning_influence.results.report.ReportOptions`:
+                ``labels``, ``class_names``, ``predictions``, ``render``, ``title``, ``spectrum``,
+                ``megabytes``.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if fewer than ``k`` are stored, or a dataset has no entry of an index.
+            TypeError: if an option is unknown or of a wrong type.
+            ImportError: if Jinja2 is not installed.
+        """
+        material = read_options({"dataset": dataset, "query_dataset": query_dataset, **options})
+        queries, facts = len(self.query_indices), self.diagnostics
+        top, bottom = (end(k, max_queries=max(1, queries)) for end in (self.top, self.bottom))
+        scores = self.scores if self.top_scores is None else torch.cat([top.scores, bottom.scores], 1)
+        which = "of all training examples" if self.top_scores is None else "at either end of the rankings"
+        drawn = charts.build_charts([
+            charts.histogram(
+                f"Scores {which}",
+                f"predicted change of the {facts.measurement} on removal",
+                scores,
+                "Most examples hardly matter to a given query; the few far from 0 do.",
+            ),
+            charts.residual_chart(facts),
+            charts.damping_chart(facts),
+            *charts.spectrum_charts(material.options.spectrum),
+        ])
+        lead = (
+            f"Which of {len(self.train_indices):,} training examples made the model do what it did on "
+            f"{queries:,} {'query' if queries == 1 else 'queries'}?"
+        )
+        cards = build_queries(material, top, bottom, facts.measurement, facts.residuals)
+        sections = [cards, describe_certificate(facts), drawn]
+        return write_page(path, material, "What the model learned this from", lead, sections)
 
     def _columns(self, indices: Tensor, scores: Tensor) -> dict[str, Any]:
         width = scores.shape[1]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, singledispatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -21,14 +21,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_influence.results.attributions import Attributions
+from lightning_influence.results.dynamics import TrainingDynamics
 from lightning_influence.results.ranking import Labels, Ranking
 from lightning_influence.results.rendering import markdown_table
 from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.results.suspects import Suspects
 from lightning_influence.support.errors import InfluenceWarning
 from lightning_influence.support.storage import PathLike, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: What :func:`log_attributions` takes.
+Loggable: TypeAlias = Attributions | SelfInfluence | TrainingDynamics | Suspects
 
 TABLE_RANKS = 5
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -59,7 +64,7 @@ class Media:
 
 def log_attributions(
     loggers: Iterable[Any],
-    attributions: Attributions | SelfInfluence,
+    attributions: Loggable,
     *,
     step: int,
     name: str = "influence",
@@ -168,7 +173,7 @@ def log_edit(
     return files
 
 
-def summary_metrics(attributions: Attributions | SelfInfluence) -> dict[str, float]:
+def summary_metrics(attributions: Loggable) -> dict[str, float]:
     """Numbers that sum up attributions.
 
     Args:
@@ -197,7 +202,7 @@ def summary_metrics(attributions: Attributions | SelfInfluence) -> dict[str, flo
     return metrics | _score_metrics(attributions)
 
 
-def _score_metrics(attributions: Attributions | SelfInfluence) -> dict[str, float]:
+def _score_metrics(attributions: Loggable) -> dict[str, float]:
     highest, lowest = attributions.top(1).scores, attributions.bottom(1).scores
     metrics = {"score_max": float(highest.max()), "score_min": float(lowest.min())}
     if attributions.scores is not None:
@@ -228,7 +233,7 @@ def _attempt(what: str, action: Callable[[], Any]) -> bool:
 
 def _write_files(
     directory: Path,
-    attributions: Attributions | SelfInfluence,
+    attributions: Loggable,
     rankings: Mapping[str, Ranking],
     figures: Mapping[str, Figure],
 ) -> list[Path]:

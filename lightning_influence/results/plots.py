@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lightning_influence.results.attributions import Attributions
+from lightning_influence.results.dynamics import TrainingDynamics
+from lightning_influence.results.images import to_image
 from lightning_influence.results.ranking import Labels, Ranking
 from lightning_influence.results.self_influence import SelfInfluence
 
@@ -104,6 +105,44 @@ def histogram(attributions: Attributions | SelfInfluence, bins: int = 50) -> Fig
     return figure
 
 
+def data_map(dynamics: TrainingDynamics) -> Figure:
+    """Mean loss against its spread over the epochs, one dot an example (Swayamdipta et al. 2020).
+
+    Low and left are easy examples; right are those that were ambiguous for a time; high and left those that
+    were hard to the end, wrong labels among them.
+
+    Args:
+        dynamics: of a fit.
+
+    Returns:
+        A figure; where margins are known, the colour is the share of the epochs in which the example was
+        right.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    figure = _new_figure(6, 4.5)
+    axes = figure.subplots()
+    right = dynamics.epochs_right
+    colour = "tab:blue" if right is None else (right / dynamics.epochs_seen).numpy()
+    dots = axes.scatter(
+        dynamics.loss_spread.numpy(),
+        dynamics.loss_mean.numpy(),
+        c=colour,
+        s=8,
+        alpha=0.7,
+        cmap=None if right is None else "coolwarm_r",
+        vmin=None if right is None else 0,
+        vmax=None if right is None else 1,
+    )
+    if right is not None:
+        figure.colorbar(dots, label="share of the epochs in which it was right")
+    axes.set_xlabel("spread of the loss over the epochs")
+    axes.set_ylabel("mean loss over the epochs")
+    axes.set_title(f"{dynamics.stored} training examples, {dynamics.epochs} epochs", fontsize=10)
+    return figure
+
+
 def figure_to_array(figure: Figure) -> NDArray[np.uint8]:
     """A figure's pixels.
 
@@ -152,41 +191,3 @@ def _draw(axes: Any, item: Any, lines: list[str], colour: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set(color=colour, linewidth=2)
-
-
-def to_image(item: Any) -> NDArray[Any]:
-    """An item of a dataset as matplotlib draws it.
-
-    Args:
-        item: an image ``(H, W)``, ``(C, H, W)`` or ``(H, W, C)`` (tensor, array or PIL image) with 1, 3 or 4
-            channels, or a tuple or list that starts with one.
-
-    Returns:
-        ``(H, W)`` or ``(H, W, C)``. Colours outside 0 to 1 (normalised images) are scaled into it.
-
-    Raises:
-        ValueError: if it is no image.
-    """
-    if isinstance(item, tuple | list) and len(item) and hasattr(item[0], "__array__"):
-        item = item[0]
-    image = item.detach().cpu().float().numpy() if isinstance(item, Tensor) else np.asarray(item)
-    shape = image.shape
-    if image.ndim == 3 and shape[0] in {1, 3, 4} and shape[2] not in {1, 3, 4}:
-        image = np.moveaxis(image, 0, 2)
-    if image.ndim == 3 and image.shape[2] == 1:
-        image = image[:, :, 0]
-    if image.ndim != 2 and not (image.ndim == 3 and image.shape[2] in {3, 4}):
-        raise ValueError(
-            f"an item of shape {shape} is no image; accepted are (H, W), (C, H, W) and (H, W, C) with 1, 3 "
-            "or 4 channels: pass a mapping or dataset that returns images"
-        )
-    return image if image.ndim == 2 or image.dtype == np.uint8 else _unit_range(image)
-
-
-def _unit_range(image: NDArray[Any]) -> NDArray[Any]:
-    low, high = float(image.min()), float(image.max())
-    if low >= 0.0 and high <= 1.0:
-        return image
-    if low >= 0.0 and high <= 255.0 and bool((image == np.round(image)).all()):
-        return image / 255.0
-    return np.zeros_like(image) if high == low else (image - low) / (high - low)

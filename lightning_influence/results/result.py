@@ -24,6 +24,8 @@ class Result(JupyterMixin):
     """What attributions and self-influence share: their files, checks and looks."""
 
     KIND: ClassVar[str]
+    #: Fields that hold floating-point numbers, beside those that end with ``scores``.
+    FLOATS: ClassVar[frozenset[str]] = frozenset()
 
     train_indices: Tensor
     diagnostics: Diagnostics
@@ -33,9 +35,10 @@ class Result(JupyterMixin):
             tensor = tensor.detach().cpu()
             if tensor.dtype in {torch.float16, torch.bfloat16}:
                 tensor = tensor.float()
-            accepted = (torch.float32, torch.float64) if name.endswith("scores") else (torch.int64,)
+            floats = name.endswith("scores") or name in self.FLOATS
+            accepted = (torch.float32, torch.float64) if floats else (torch.int64,)
             if tensor.dtype not in accepted:
-                kind = "floating-point" if name.endswith("scores") else "int64"
+                kind = "floating-point" if floats else "int64"
                 raise ValueError(f"{name} must be {kind}, got {tensor.dtype}")
             object.__setattr__(self, name, tensor)
         if self.train_indices.dim() != 1 or not are_distinct(self.train_indices):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Group, RenderableType
 from torch import Tensor
 
 from lightning_influence.results.ranking import Labels, Ranking, to_labels
 from lightning_influence.results.rendering import build_facts_table
+from lightning_influence.results.report import charts
+from lightning_influence.results.report.certificate import describe_certificate
+from lightning_influence.results.report.page import read_options, write_page
+from lightning_influence.results.report.sections import build_ranking
 from lightning_influence.results.result import Result, import_pandas
 from lightning_influence.results.top_k import check_finite, select_topk
 from lightning_influence.support.arguments import check_k, check_shape
+from lightning_influence.support.storage import PathLike
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,6 +102,51 @@ class SelfInfluence(Result):
             ImportError: if pandas is not installed.
         """
         return import_pandas().DataFrame({"train": self.train_indices.numpy(), "score": self.scores.numpy()})
+
+    def report(self, path: PathLike, dataset: Any = None, *, k: int = 100, **options: Any) -> Path:
+        """Write a page that opens in any browser, without a network, for people to look through.
+
+        Args:
+            path: the file, used as it stands; an existing one is replaced.
+            dataset: the training examples: anything indexed by training dataset indices.
+            k: how many of the highest scores to show, or all if there are fewer.
+            **options: further fields of :class:`~lightning_influence.results.report.ReportOptions`, as in
+                :meth:`Attributions.report <lightning_influence.Attributions.report>`.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if ``k`` is below 1, or the dataset has no entry of an index.
+            TypeError: if an option is unknown or of a wrong type.
+            ImportError: if Jinja2 is not installed.
+        """
+        material = read_options({"dataset": dataset, **options})
+        highest = self.top(min(k, self.stored))
+        ranked = build_ranking(
+            material,
+            "self-influence",
+            f"Self-influence (highest {highest.indices.shape[1]:,})",
+            "Examples that the model had to memorise come first: rare, ambiguous or wrongly labelled ones. "
+            "The number is the predicted rise of the example's own loss if it were removed and the model "
+            "trained again.",
+            highest.indices[0].tolist(),
+            {"self-influence": highest.scores[0].tolist()},
+        )
+        drawn = charts.build_charts([
+            charts.histogram(
+                "Self-influence of all training examples",
+                "predicted rise of the example's own loss",
+                self.scores,
+                "A few examples far to the right are worth a look.",
+            ),
+            charts.residual_chart(self.diagnostics),
+            charts.damping_chart(self.diagnostics),
+            *charts.spectrum_charts(material.options.spectrum),
+        ])
+        lead = f"Which of {self.stored:,} training examples did the model have to memorise?"
+        sections = [ranked, describe_certificate(self.diagnostics), drawn]
+        return write_page(path, material, "Self-influence", lead, sections)
 
     def __rich__(self) -> RenderableType:
         facts = [("training examples", str(self.stored)), *self.diagnostics.facts()]

@@ -21,14 +21,14 @@ def eagerly() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _without_compiled_frames() -> Iterator[None]:
-    """The same before torch 2.6: compiled modules switch to their compiled frames by this function."""
+    """The same for torch 2.5: compiled modules switch to their compiled frames by this function."""
     frames: Any = sys.modules.get("torch._dynamo.eval_frame")
     if frames is None:  # nothing was ever compiled
         yield
         return
-    switch = frames.set_eval_frame
-    frames.set_eval_frame = lambda callback: switch(None)
+    switch = frames._maybe_set_eval_frame
+    frames._maybe_set_eval_frame = lambda callback: switch(None)
     try:
         yield
     finally:
-        frames.set_eval_frame = switch
+        frames._maybe_set_eval_frame = switch

@@ -211,10 +211,10 @@ def test_values_that_are_not_finite(method):
     assert module.state.factors is None
 
 
-class NoLayers(Net):
+class Frozen(Net):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.LayerNorm(4), nn.Flatten())
+        self.requires_grad_(False)
 
 
 class Manual(Net):
@@ -241,7 +241,7 @@ class RootOfTheBatch(Net):
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        (NoLayers, UnsupportedModelError, "no trainable layer of a supported kind.*LayerNorm"),
+        (Frozen, UnsupportedModelError, "no trainable parameter"),
         (Manual, UnsupportedModelError, "optimizes manually, so its `training_step` cannot be run"),
         (Coupled, UnsupportedModelError, "loss of one example depends on layer 'body.*' at other examples"),
         (RootOfTheBatch, UnsupportedModelError, "depends on the others.*`loss=`"),

@@ -145,7 +145,9 @@ for kind in ("shapes", "first", "first two", "some"):
 
 # What cannot even begin on one process does not leave the other waiting for it.
 real = watched.find_layers
-watched.find_layers = lambda module, layers: 1 / 0 if module.global_rank == 1 else real(module, layers)
+watched.find_layers = lambda module, *args, **options: (
+    1 / 0 if module.global_rank == 1 else real(module, *args, **options)
+)
 with warnings.catch_warnings(record=True) as record:
     warnings.simplefilter("always")
     trainer, _ = fit("plain", callback := InfluenceCallback())

@@ -55,7 +55,7 @@ def test_resumed_run_ends_in_the_same_state_to_the_last_bit(tmp_path, every, opt
         host.fit(module, ckpt_path=ckpt_path)
         return host, module
 
-    whole, resumed = InfluenceCallback(overhead=0.9), InfluenceCallback(overhead=0.9)
+    whole, resumed = (InfluenceCallback(overhead=0.9, dynamics=True) for _ in range(2))
     with torch.random.fork_rng(devices=[]):
         _, module = run(whole, "whole")
         paths = sorted(
@@ -70,6 +70,12 @@ def test_resumed_run_ends_in_the_same_state_to_the_last_bit(tmp_path, every, opt
     assert expected["collector"]["record"] == found["collector"]["record"]
     assert expected["fingerprint"] == found["fingerprint"]
     assert expected["collector"]["noise"] == found["collector"]["noise"]
+    if "every_n_train_steps" in every:
+        # The loader begins its indices anew in the middle of an epoch, and so the examples are others.
+        ours, theirs = (state.pop("dynamics") for state in (expected, found))
+        assert ours["batches"] == theirs["batches"] == 40
+        for state in (expected, found):
+            state["checksums"] = {k: v for k, v in state["checksums"].items() if "dynamics" not in k}
     a, b = tensors(expected), tensors(found)
     assert [(k, (a[k] - b[k]).abs().max().item()) for k in a if not torch.equal(a[k], b[k])] == []
     assert same(expected, found)

@@ -311,7 +311,7 @@ def check_unchanged(name, make_module, make_options):
         others = [c for c in options.pop("callbacks", ()) if not isinstance(c, InfluenceCallback)]
         return {**options, "callbacks": others}
 
-    callback = InfluenceCallback(every_n_steps=1)
+    callback = InfluenceCallback(every_n_steps=1, dynamics=True)
     plain, _ = run(make_module, without)
     end, told = run(make_module, make_options, callback)
     assert {key for key in plain if not same(plain[key], end[key])} == set()
@@ -322,6 +322,7 @@ def check_unchanged(name, make_module, make_options):
     else:
         assert told == []
         assert callback.num_collected > 0
+        assert callback.dynamics.batches > 0
 
 
 @pytest.mark.parametrize(
@@ -348,7 +349,7 @@ def test_a_resumed_fit_is_the_same_to_the_last_bit(tmp_path, precision):
         end, _ = run(Net, options, *callbacks, epochs=3, ckpt_path=tmp_path / folder / "a.ckpt")
         return end
 
-    callback = InfluenceCallback(every_n_steps=1)
+    callback = InfluenceCallback(every_n_steps=1, dynamics=True)
     plain, end = resume("plain"), resume("watched", callback)
     assert {key for key in plain if not same(plain[key], end[key])} == set()
     assert callback.num_collected == 15

@@ -23,7 +23,7 @@ def owners(case, blocks):
     if blocks == "layer":
         return owner
     is_bias = []
-    for layer in map(case.model.get_submodule, case.layers):
+    for layer in (oracle.find_block(case.model, name) for name in case.layers):
         row = [False] * layer.weight[0].numel() + [True] * (layer.bias is not None)
         is_bias += row * layer.weight.shape[0]
     return 2 * owner + torch.tensor(is_bias)

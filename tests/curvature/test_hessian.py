@@ -169,25 +169,31 @@ class Recurrent(nn.Module):
 
 def by_finite_differences(module, x, y, vectors, plan):
     """H v as the central difference of the loss's gradient; independent of double backward."""
-    parameters = [
-        p for layer in plan.layers.values() for p in (layer.module.weight, layer.module.bias) if p is not None
+    own = dict(module.named_parameters())
+    groups = [
+        [own[name]] if name in own else [own[f"{name}.weight"], own[f"{name}.bias"]] for name in plan.layers
     ]
 
     def gradient():
         loss = F.cross_entropy(module(x), y)
-        parts = iter(torch.autograd.grad(loss, parameters))
+        parts = [torch.autograd.grad(loss, group, retain_graph=True) for group in groups]
         return torch.cat([
-            torch.cat([next(parts).flatten(1), next(parts)[:, None]], dim=1).flatten() for _ in plan.layers
-        ])
+            torch.cat([part[0].flatten(1), part[1][:, None]], dim=1).flatten()
+            if len(part) == 2
+            else part[0].flatten()
+            for part in parts
+        ])  # fmt: skip
 
     def shift(vector):
-        start = 0
-        for layer in plan.layers.values():
-            matrix = vector[start : start + layer.numel].reshape(layer.shape[1:])
-            start += layer.numel
-            with torch.no_grad():
-                layer.module.weight += matrix[:, :-1]
-                layer.module.bias += matrix[:, -1]
+        parts = vector.split([sum(p.numel() for p in group) for group in groups])
+        with torch.no_grad():
+            for part, group in zip(parts, groups, strict=True):
+                if len(group) == 1:
+                    group[0] += part.view_as(group[0])
+                else:
+                    matrix = part.view(len(group[1]), -1)
+                    group[0] += matrix[:, :-1]
+                    group[1] += matrix[:, -1]
 
     result, step = [], 1e-5
     for vector in vectors:

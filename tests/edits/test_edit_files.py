@@ -7,7 +7,8 @@ import pytest
 import torch
 from mutations import mutate
 
-from lightning_influence.edits.parameter_edit import Change, EditReport, LossChange, ParameterEdit
+from lightning_influence.edits.edit_report import EditReport, LossChange
+from lightning_influence.edits.parameter_edit import Change, ParameterEdit
 from lightning_influence.support.errors import CorruptFileError, EditMismatchError
 from lightning_influence.support.storage import load_tensors, save_tensors
 

@@ -27,7 +27,7 @@ class Case:
         x, y: N training examples and their targets.
         query_x, query_y: Q queries, drawn alike.
         loss: the oracle's definition of the loss.
-        layers: names of the Linear and convolution layers, in the model's order.
+        layers: names of the Linear and convolution layers and of all other parameters, in the model's order.
         torch_loss: (outputs, targets, reduction="mean") -> the batch's loss as a user writes it.
     """
 
@@ -51,13 +51,16 @@ class Case:
 
     @property
     def num_parameters(self) -> int:
-        modules = map(self.model.get_submodule, self.layers)
-        return sum(p.numel() for module in modules for p in module.parameters())
+        own = dict(self.model.named_parameters())
+        modules = [self.model.get_submodule(name) for name in self.layers if name not in own]
+        single = sum(own[name].numel() for name in self.layers if name in own)
+        return single + sum(p.numel() for module in modules for p in module.parameters())
 
     @property
     def single_position(self) -> bool:
         """Whether every layer is used exactly once per example: Linear layers on vectors, nothing shared."""
-        layers = [self.model.get_submodule(name) for name in self.layers]
+        own = dict(self.model.named_parameters())
+        layers = [self.model.get_submodule(name) for name in self.layers if name not in own]
         return (
             self.x.ndim == 2 and "shared" not in self.name and all(isinstance(m, nn.Linear) for m in layers)
         )
@@ -401,10 +404,22 @@ def _build(name: str, seed: int, examples: int = 12, queries: int = 3) -> Case:
         model = make().double().eval()
         inputs = torch.randn(examples + queries, *shape, dtype=torch.float64)
         labels = targets(model(inputs))
-    layers = tuple(k for k, m in model.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd))
     compute = _torch_nll(loss) if name == "mlp_nll" else _torch_loss(loss)
     n = examples
-    return Case(name, model, inputs[:n], labels[:n], inputs[n:], labels[n:], loss, layers, compute)
+    blocks = find_blocks(model)
+    return Case(name, model, inputs[:n], labels[:n], inputs[n:], labels[n:], loss, blocks, compute)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Names of the Linear and convolution layers and of all other parameters, in the model's order."""
+    mapped = nn.Linear | nn.modules.conv._ConvNd
+    return tuple(
+        name
+        for k, m in model.named_modules()
+        for name in (
+            [k] if isinstance(m, mapped) else [f"{k}.{n}" for n, _ in m.named_parameters(recurse=False)]
+        )
+    )
 
 
 CASES: dict[str, Case] = {name: _build(name, seed) for seed, name in enumerate(_RECIPES)}

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Literal, Protocol
+from types import SimpleNamespace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -165,10 +166,20 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int, int]:
     return groups, d_out // groups, d_in + (layer.bias is not None)
 
 
+def find_block(model: nn.Module, name: str) -> Any:
+    """The layer of this name, or a parameter of this name as a layer of one input that is 1."""
+    own = dict(model.named_parameters())
+    return (
+        SimpleNamespace(weight=own[name].reshape(-1, 1), bias=None)
+        if name in own
+        else model.get_submodule(name)
+    )
+
+
 def flat_parameters(model: nn.Module, layers: Sequence[str]) -> Tensor:
     """The vector (P,) of these layers' parameters."""
     parts = []
-    for layer in map(model.get_submodule, layers):
+    for layer in (find_block(model, name) for name in layers):
         columns = [layer.weight.flatten(1)] + ([] if layer.bias is None else [layer.bias[:, None]])
         parts.append(torch.cat(columns, dim=1).reshape(-1))
     return torch.cat(parts).detach().double()
@@ -176,7 +187,7 @@ def flat_parameters(model: nn.Module, layers: Sequence[str]) -> Tensor:
 
 def unflatten(vector: Tensor, model: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
     """Matrices (..., G, D_out, D_in) by layer, from (..., P)."""
-    shapes = [matrix_shape(model.get_submodule(name)) for name in layers]
+    shapes = [matrix_shape(find_block(model, name)) for name in layers]
     parts = vector.split([prod(shape) for shape in shapes], dim=-1)
     return {name: part.unflatten(-1, shape) for name, part, shape in zip(layers, parts, shapes, strict=True)}
 
@@ -189,7 +200,11 @@ def flatten(gradients: Mapping[str, Tensor]) -> Tensor:
 def _forward(model: nn.Module, layers: Sequence[str], theta: Tensor, x_n: Tensor) -> Tensor:
     """Outputs of one example as a function of the flat parameters of `layers`."""
     parameters = {}
+    own = dict(model.named_parameters())
     for name, matrix in unflatten(theta, model, layers).items():
+        if name in own:
+            parameters[name] = matrix.reshape(own[name].shape)
+            continue
         layer = model.get_submodule(name)
         rows = matrix.flatten(0, 1)
         parameters[f"{name}.weight"] = rows[:, : layer.weight[0].numel()].reshape(layer.weight.shape)
@@ -349,6 +364,8 @@ def positions(
     that is called more than once are positions of that layer.
     """
     model = _copy(model)
+    own = {name: p for name, p in model.named_parameters() if name in layers}
+    every, layers = layers, [name for name in layers if name not in own]
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     zeros: dict[str, list[Tensor]] = {name: [] for name in layers}
 
@@ -370,7 +387,12 @@ def positions(
         layer = model.get_submodule(name)
         abar[name] = torch.cat([input_positions(layer, a) for a in inputs[name]])
         ds[name] = torch.cat([output_positions(layer, j) for j in jacobians[name]], dim=1)
-    return abar, ds
+    if own:  # the output of such a block is the parameter itself
+        by_parameter = jacrev(lambda values: functional_call(model, values, (x_n[None],))[0].reshape(-1))(own)
+        for name, jacobian in by_parameter.items():
+            abar[name] = torch.ones(1, 1, 1, dtype=torch.float64)
+            ds[name] = jacobian.reshape(len(jacobian), 1, 1, -1)
+    return {name: abar[name] for name in every}, {name: ds[name] for name in every}
 
 
 # ---------------------------------------------------------------------------------------- K-FAC and EK-FAC
@@ -503,7 +525,7 @@ def keep_blocks(matrix: Tensor, model: nn.Module, layers: Sequence[str]) -> Tens
 
 def layer_of_parameter(model: nn.Module, layers: Sequence[str]) -> Tensor:
     """Index into `layers` of each coordinate of the flat vector, (P,)."""
-    sizes = torch.tensor([prod(matrix_shape(model.get_submodule(name))) for name in layers])
+    sizes = torch.tensor([prod(matrix_shape(find_block(model, name))) for name in layers])
     return torch.arange(len(sizes)).repeat_interleave(sizes)
 
 

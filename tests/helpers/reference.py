@@ -100,6 +100,9 @@ def flat(changes: dict[str, Tensor], case: Case) -> Tensor:
     """A change by parameter name, "model.*", as the oracle's flat vector."""
     parts = []
     for name in case.layers:
+        if f"model.{name}" in changes:  # a parameter by itself
+            parts.append(changes[f"model.{name}"].reshape(-1))
+            continue
         weight, bias = changes[f"model.{name}.weight"], changes.get(f"model.{name}.bias")
         columns = [weight.flatten(1)] + ([] if bias is None else [bias[:, None]])
         parts.append(torch.cat(columns, dim=1).reshape(-1))

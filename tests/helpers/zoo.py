@@ -12,7 +12,7 @@ from functools import cache
 
 import sklearn.datasets
 import torch
-from models import Case, MixTokens, Squeeze, _bumped, _mlp, _torch_loss
+from models import Case, MixTokens, Squeeze, _bumped, _mlp, _torch_loss, find_blocks
 from oracle import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError
 from torch import Tensor, nn
 
@@ -204,7 +204,5 @@ def zoo(name: str) -> Case:
             torch_loss(model(x[:EXAMPLES]), y[:EXAMPLES]).backward()
             optimizer.step()
         model.zero_grad(set_to_none=True)
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
-    layers = tuple(key for key, module in model.named_modules() if isinstance(module, kinds))
     split = (x[:EXAMPLES], y[:EXAMPLES], x[EXAMPLES:], y[EXAMPLES:])
-    return Case(name, model, *split, loss, layers, torch_loss)
+    return Case(name, model, *split, loss, find_blocks(model), torch_loss)

@@ -16,7 +16,7 @@ def test_blocks_of_tensors(name):
     case = CASES[name]
     G = oracle.ggn(case.model, case.loss, case.x, case.y, case.layers)
     pieces = []  # number of each coordinate's tensor
-    for i, layer in enumerate(map(case.model.get_submodule, case.layers)):
+    for i, layer in enumerate(oracle.find_block(case.model, name) for name in case.layers):
         row = [2 * i] * layer.weight[0].numel() + [2 * i + 1] * (layer.bias is not None)
         pieces += row * layer.weight.shape[0]
     owner = torch.tensor(pieces)

@@ -48,10 +48,14 @@ def flat(name: str, answer: dict[str, Tensor]) -> Tensor:
     """An answer by parameter as rows in the oracle's order."""
     parts = []
     for layer in zoo(name).layers:
+        if f"model.{layer}" in answer:  # a parameter by itself
+            parts.append(answer[f"model.{layer}"].flatten(1))
+            continue
         weight = answer[f"model.{layer}.weight"].flatten(2)
         bias = answer.get(f"model.{layer}.bias")
-        parts.append(weight if bias is None else torch.cat([weight, bias[..., None]], dim=-1))
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
+        rows = weight if bias is None else torch.cat([weight, bias[..., None]], dim=-1)
+        parts.append(rows.flatten(1))
+    return torch.cat(parts, dim=1)
 
 
 def worst_error(found: Tensor, exact: Tensor) -> float:

@@ -15,21 +15,18 @@ METHODS = ["identity", "diagonal", "kfac", "ekfac", "block_ggn", "exact", "hessi
 
 
 class Net(lightning.LightningModule):
-    """Attention calls the function of its out_proj, not the module; `spare` is never used."""
+    """`spare` and `scale` are never used."""
 
     def __init__(self, idle: bool = True) -> None:
         super().__init__()
         self.first = nn.Linear(3, 4)
         if idle:
             self.spare = nn.Linear(5, 2)
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.scale = nn.Parameter(torch.ones(4, 5))
         self.last = nn.Linear(4, 3)
 
     def forward(self, x):
-        h = torch.tanh(self.first(x))
-        if hasattr(self, "attention"):
-            h = h + 0 * self.attention(h, h, h, need_weights=False)[0]
-        return self.last(h.mean(dim=1))
+        return self.last(torch.tanh(self.first(x)).mean(dim=1))
 
     def training_step(self, batch, batch_idx):
         return functional.cross_entropy(self(batch[0]), batch[1])
@@ -56,20 +53,20 @@ def test_answers_are_those_of_the_model_without_them(method):
     options = {"method": method, "damping": 0.1, "fisher": "exact", "low_rank_tolerance": 0.0}
     module = InfluenceModule(idle)
     with pytest.warns(
-        InfluenceWarning, match=r"Layers .*'spare'.* were not called as modules by the training step"
+        InfluenceWarning, match=r"Layers .*'spare'.* took no part in the training loss"
     ) as caught:
         found = module.scores(data(), data(), **options)
     expected = InfluenceModule(without).scores(data(), data(), **options)
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-9, atol=1e-12)
     assert found.diagnostics.layers == {"first": 16, "last": 15}
-    [note] = [n for n in found.diagnostics.warnings if "were not called" in n]
-    assert "attention.out_proj" in note
+    [note] = [n for n in found.diagnostics.warnings if "took no part" in n]
+    assert "scale" in note
     total = sum(p.numel() for p in idle.parameters())
-    assert f"({32 / total:.1%} of the trainable parameters)" in note  # 12 of spare, 20 of out_proj
+    assert f"({32 / total:.1%} of the trainable parameters)" in note  # 12 of spare, 20 of scale
     assert found.diagnostics.parameters_covered == pytest.approx(31 / total)
     said = [str(w.message) for w in caught]
     assert sorted(said) == sorted(found.diagnostics.warnings)  # each once
-    with pytest.warns(InfluenceWarning, match="were not called|have no factors"):
+    with pytest.warns(InfluenceWarning, match="took no part|have no factors"):
         again = module.scores(data(), data(), **options)
     torch.testing.assert_close(again.scores, expected.scores, rtol=1e-9, atol=1e-12)
     few = {k: v for k, v in options.items() if k != "low_rank_tolerance"}
@@ -89,9 +86,8 @@ def test_after_a_fit(method, tmp_path):
     module = pair()[0]
     dataset = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*data(), strict=True)))
     loader = torch.utils.data.DataLoader(dataset, 3)
-    with pytest.warns(InfluenceWarning):
-        trainer.fit(module, loader)
-    with pytest.warns(InfluenceWarning, match=r"\['(spare|attention.out_proj)', '\w+(.out_proj)?'\]"):
+    trainer.fit(module, loader)
+    with pytest.warns(InfluenceWarning, match=r"Layers .*'spare'.* (took no part|have no factors)"):
         found = trainer.influence(module, loader, loader, method=method)
     assert found.scores.isfinite().all()
     assert list(found.diagnostics.layers) == ["first", "last"]
@@ -105,7 +101,7 @@ def test_queries_that_use_other_layers_than_training(method):
         known, unknown = owner.first(batch[0]), torch.ones(len(batch[0]), 5).double()
         return known.sum(dim=(1, 2)) + owner.spare(unknown).sum(1)
 
-    with pytest.warns(InfluenceWarning, match="were not called"):
+    with pytest.warns(InfluenceWarning, match="took no part"):
         found = module.scores(data(), data(), method=method, measurement=other, damping=0.1)
     assert found.scores.isfinite().all()
     assert found.scores.abs().max() > 0

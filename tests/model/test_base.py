@@ -9,7 +9,7 @@ from lightning_influence.model.plan import find_layers
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_matrix_form_is_weight_rows_and_bias_column(name):
-    for layer in find_layers(CASES[name].model).layers.values():
+    for layer in find_layers(CASES[name].model, parameters=False).layers.values():
         weight = torch.randn(2, *layer.module.weight.shape)
         bias = torch.randn(2, *layer.module.bias.shape) if layer.has_bias else None
         matrix = layer.from_parameters(weight, bias)
@@ -42,6 +42,6 @@ def test_rows_of_an_example_stay_together():
 def test_a_frozen_bias_is_no_coordinate():
     layer = nn.Linear(2, 3)
     layer.bias.requires_grad_(False)
-    described = find_layers(layer).layers[""]
+    described = find_layers(layer, parameters=False).layers[""]
     assert described.shape == (1, 3, 2)
     assert described.inputs(torch.ones(4, 2), 4).shape == (1, 4, 1, 2)

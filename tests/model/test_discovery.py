@@ -28,7 +28,7 @@ def model() -> nn.Sequential:
 
 
 def test_every_parameter_is_covered_or_listed():
-    plan = find_layers(model())
+    plan = find_layers(model(), parameters=False)
     assert list(plan.layers) == ["0", "2", "4"]
     assert [layer.shape for layer in plan.layers.values()] == [(1, 4, 4), (1, 4, 5), (1, 2, 5)]
     assert plan.uncovered == {
@@ -46,7 +46,7 @@ def test_every_parameter_is_covered_or_listed():
 
 
 def test_full_coverage_has_nothing_to_describe():
-    plan = find_layers(nn.Linear(2, 2))
+    plan = find_layers(nn.Linear(2, 2), parameters=False)
     assert list(plan.layers) == [""]
     assert plan.coverage == 1
     assert plan.describe_uncovered() is None
@@ -56,7 +56,7 @@ def test_frozen_weight_and_frozen_bias():
     net = model()
     net[0].weight.requires_grad_(False)
     net[2].bias.requires_grad_(False)
-    plan = find_layers(net)
+    plan = find_layers(net, parameters=False)
     assert list(plan.layers) == ["2", "4"]
     assert plan.layers["2"].shape == (1, 4, 4)
     assert not plan.layers["2"].has_bias
@@ -69,18 +69,18 @@ def test_tied_weights_are_refused_and_a_module_under_two_names_is_one_layer():
     net = model()
     net[4].weight = nn.Parameter(torch.zeros(2, 4))
     net[2].weight = net[0].weight = nn.Parameter(torch.zeros(4, 4))
-    plan = find_layers(net)
+    plan = find_layers(net, parameters=False)
     assert list(plan.layers) == ["4"]
     assert plan.uncovered["0.weight"] == (16, "shared with another module")
     assert plan.uncovered["2.bias"] == (4, "shared with another module")
     again = nn.Linear(3, 3)
-    assert list(find_layers(nn.Sequential(again, nn.ReLU(), again)).layers) == ["0"]
+    assert list(find_layers(nn.Sequential(again, nn.ReLU(), again), parameters=False).layers) == ["0"]
 
 
 def test_tied_to_an_unsupported_module():
     net = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5), nn.Linear(5, 2))
     net[1].weight = net[0].weight
-    plan = find_layers(net)
+    plan = find_layers(net, parameters=False)
     assert list(plan.layers) == ["2"]
     assert plan.uncovered["1.bias"] == (5, "shared with another module")
     assert set(plan.uncovered) == {"0.weight", "1.bias"}
@@ -92,7 +92,7 @@ def test_parametrized_and_computed_weights_are_refused():
         nn.utils.spectral_norm(nn.Linear(4, 4)),
         nn.Linear(4, 2),
     )
-    plan = find_layers(net)
+    plan = find_layers(net, parameters=False)
     assert list(plan.layers) == ["2"]
     reasons = {name: why for name, (_, why) in plan.uncovered.items()}
     assert {why for name, why in reasons.items() if name.startswith("0.")} == {"parametrized weight"}
@@ -102,7 +102,7 @@ def test_parametrized_and_computed_weights_are_refused():
 
 def test_subclasses_are_served_unless_they_compute_something_else():
     net = nn.Sequential(Doubled(2, 2), Renamed(2, 3))
-    plan = find_layers(net)
+    plan = find_layers(net, parameters=False)
     assert list(plan.layers) == ["1"]
     assert plan.uncovered["0.weight"] == (4, "Doubled is not supported")
     assert plan.uncovered["1.extra"][0] == 7
@@ -117,7 +117,7 @@ def test_subclasses_are_served_unless_they_compute_something_else():
     [(["0"], ["0"]), (["[24]"], ["2", "4"]), (["4", "0"], ["0", "4"]), (["*"], ["0", "2", "4"])],
 )
 def test_include_patterns(include, selected):
-    plan = find_layers(model(), include)
+    plan = find_layers(model(), include, parameters=False)
     assert list(plan.layers) == selected
     left = {"0", "2", "4"} - set(selected)
     assert {name.split(".")[0] for name, (_, why) in plan.uncovered.items() if why == "not selected"} == left
@@ -128,7 +128,7 @@ def test_a_pattern_that_selects_nothing_is_refused(pattern):
     with pytest.raises(
         UnsupportedModelError, match=r"selects no supported, trainable layer.*\['0', '2', '4'\]"
     ):
-        find_layers(model(), ["0", pattern])
+        find_layers(model(), ["0", pattern], parameters=False)
 
 
 def test_a_model_without_supported_layers_is_refused():
@@ -136,13 +136,14 @@ def test_a_model_without_supported_layers_is_refused():
     with pytest.raises(
         UnsupportedModelError, match=r"\['Embedding', 'LayerNorm'\].*Supported layers: Conv1d.*Register"
     ):
-        find_layers(net)
-    with pytest.raises(UnsupportedModelError, match="its parameters are in: none"):
-        find_layers(nn.ReLU())
+        find_layers(net, parameters=False)
+    for none in (nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)):
+        with pytest.raises(UnsupportedModelError, match="no trainable parameter"):
+            find_layers(none)
 
 
 def test_patterns_with_an_exclamation_mark_leave_out():
-    assert list(find_layers(model(), ["!2"]).layers) == ["0", "4"]
+    assert list(find_layers(model(), ["!2"]).layers) == ["0", "3.weight", "3.bias", "4"]
     assert list(find_layers(model(), ["[0-2]", "!0"]).layers) == ["2"]
     assert find_layers(model(), ["!2"]).uncovered["2.weight"] == (16, "not selected")
     with pytest.raises(UnsupportedModelError, match="layers='!decoder' selects no supported"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 import lightning_influence
 from lightning_influence.results.attributions import Attributions
@@ -77,6 +78,7 @@ def test_montage_refuses_more_than_is_stored_and_what_is_no_image():
         (torch.zeros(3, 5, 6), (5, 6, 3)),
         (torch.zeros(4, 5, 6, requires_grad=True), (5, 6, 4)),
         (np.zeros((5, 6, 3), dtype=np.uint8), (5, 6, 3)),
+        ((Image.new("L", (6, 5)), 7), (5, 6)),
         ((torch.zeros(5, 6), 7), (5, 6)),
         ([torch.zeros(1, 5, 6, dtype=torch.bfloat16), torch.tensor(1)], (5, 6)),
         ([[0, 1], [1, 0]], (2, 2)),

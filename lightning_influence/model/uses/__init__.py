@@ -16,7 +16,15 @@ from lightning_influence.model.uses.exact import (
     differentiate_examples,
     differentiate_losses,
 )
-from lightning_influence.model.uses.gradients import UseGradients, pull_gradients
+from lightning_influence.model.uses.gradients import (
+    UseGradients,
+    differentiate_rows,
+    edges_of,
+    gather_passes,
+    names_of,
+    pull_gradients,
+    pull_uses,
+)
 from lightning_influence.model.uses.operations import ExampleCall, register_operation, supported_operations
 from lightning_influence.model.uses.parts import Dense, ParameterGradient, Part, Product, Rows
 from lightning_influence.model.uses.places import Place
@@ -40,8 +48,13 @@ __all__ = [
     "certify",
     "differentiate_examples",
     "differentiate_losses",
+    "differentiate_rows",
     "draw_weights",
+    "edges_of",
+    "gather_passes",
+    "names_of",
     "pull_gradients",
+    "pull_uses",
     "register_operation",
     "supported_operations",
     "weigh_losses",

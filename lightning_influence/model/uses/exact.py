@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.uses.certificate import Verdict, certify, draw_weights, weigh_losses
-from lightning_influence.model.uses.gradients import full_precision, pull_gradients
-from lightning_influence.model.uses.parts import Dense, ParameterGradient
+from lightning_influence.model.uses.gradients import differentiate_rows, pull_gradients
+from lightning_influence.model.uses.parts import ParameterGradient
 from lightning_influence.model.uses.watch import Watch
 
 
@@ -145,26 +145,7 @@ def differentiate_examples(watch: Watch, losses: Tensor, names: set[str]) -> dic
     Returns:
         Their gradients, ``K = 1``, as they are.
     """
-    parameters = {name: p for name, p in watch.parameters.items() if name in names}
-    rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    leaves = list(parameters.values())
-    try:
-        grads = torch.autograd.grad(
-            losses, leaves, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-    except RuntimeError:  # an operation without a rule to vectorise its backward pass
-        each = [
-            torch.autograd.grad(
-                losses, leaves, row, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            for row in rows
-        ]
-        grads = tuple(torch.stack(column) for column in zip(*each, strict=True))
-    return {
-        name: ParameterGradient(p.shape, [(Dense(full_precision(grad)[None]), None)], 1, len(losses), grad)
-        for (name, p), grad in zip(parameters.items(), grads, strict=True)
-        if grad is not None
-    }
+    return differentiate_rows(watch, losses, torch.eye(len(losses)).to(losses), names)
 
 
 def _failing(verdicts: Mapping[str, Verdict]) -> list[str]:

@@ -10,12 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.model.uses.calls import Derivation, Slot, Use
-from lightning_influence.model.uses.operations import (
-    ExampleCall,
-    find_operation,
-    pull_in_loop,
-    pull_mapped,
-)
+from lightning_influence.model.uses.operations.general import pull_in_loop, pull_mapped
+from lightning_influence.model.uses.operations.registry import ExampleCall, find_operation
 from lightning_influence.model.uses.parts import Dense, ParameterGradient, Part, Product
 from lightning_influence.model.uses.watch import Watch
 
@@ -97,7 +93,7 @@ def _output_gradients(
     uses: list[Use], outputs: Tensor, seeds: Sequence[Tensor | None], keep_graph: bool
 ) -> list[list[Tensor | None]]:
     """Return the gradients ``(K, *shape)`` of each output of each use; None for one without any."""
-    edges = [edge for use in uses for edge in use.edges if edge is not None]
+    edges = edges_of(uses)
     nested = any(len(use.edges) > 1 for use in uses)
     rows: list[Sequence[Tensor | None]] = []
     for number, seed in enumerate(seeds):
@@ -112,6 +108,24 @@ def _output_gradients(
             allow_unused=True,
         )
         rows.append(grads)
+    return gather_passes(uses, rows)
+
+
+def edges_of(uses: Sequence[Use]) -> list[GradientEdge]:
+    """Return the edges of all outputs of some uses that are differentiable."""
+    return [edge for use in uses for edge in use.edges if edge is not None]
+
+
+def gather_passes(uses: Sequence[Use], rows: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
+    """Sort the gradients of some backward passes by use and output.
+
+    Args:
+        uses: the uses.
+        rows: for each pass the gradients at :func:`edges_of` the uses; the graph is still there.
+
+    Returns:
+        For each use the gradients of its outputs, ``(K, *shape)``; None for an output without any.
+    """
     stacked = iter([_stack(column) for column in zip(*rows, strict=True)])
     totals = [[None if edge is None else next(stacked) for edge in use.edges] for use in uses]
     return [_without_detours(use, total) for use, total in zip(uses, totals, strict=True)]
@@ -328,3 +342,38 @@ def names_of(watch: Watch, use: Use) -> set[str]:
 
     visit(use.sources)
     return names
+
+
+def differentiate_rows(
+    watch: Watch, outputs: Tensor, rows: Tensor, names: set[str]
+) -> dict[str, ParameterGradient]:
+    """Differentiate a tensor by a backward pass for each example.
+
+    Args:
+        watch: what watched the forward pass.
+        outputs: a tensor with its graph, which is kept.
+        rows: what each example's pass starts from, ``(B, *outputs.shape)``.
+        names: of the parameters.
+
+    Returns:
+        Their gradients, ``K = 1``, as they are.
+    """
+    parameters = {name: p for name, p in watch.parameters.items() if name in names}
+    leaves = list(parameters.values())
+    try:
+        grads = torch.autograd.grad(
+            outputs, leaves, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except RuntimeError:  # an operation without a rule to vectorise its backward pass
+        each = [
+            torch.autograd.grad(
+                outputs, leaves, row, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for row in rows
+        ]
+        grads = tuple(torch.stack(column) for column in zip(*each, strict=True))
+    return {
+        name: ParameterGradient(p.shape, [(Dense(full_precision(grad)[None]), None)], 1, len(rows), grad)
+        for (name, p), grad in zip(parameters.items(), grads, strict=True)
+        if grad is not None
+    }

@@ -220,10 +220,12 @@ class ParameterGradient:
             total += part.bound(weights if example is None else weights[:, example : example + 1])
         return total
 
-    def product(self) -> Product | None:
+    def product(self, *, tables: bool = True) -> Product | None:
         """Return all parts as one product along the positions, or None if they are not of this form.
 
-        Tables that are looked up and used as a head as well are products where that takes fewer numbers.
+        Args:
+            tables: whether tables that are looked up and used as a head as well are made products where that
+                takes fewer numbers; their inputs then hold gradients.
         """
         if any(example is not None for _, example in self.parts) or not self.parts:
             return None
@@ -232,6 +234,8 @@ class ParameterGradient:
         products = []
         for part, _ in self.parts:
             if isinstance(part, Rows):
+                if not tables:
+                    return None
                 K, _, R, _ = part.values.shape
                 if K * K * R * sum(self.shape) > K * prod(self.shape):
                     return None
@@ -249,3 +253,18 @@ class ParameterGradient:
             return first
         inputs = torch.cat([part.inputs for part in products], dim=2)
         return replace(first, inputs=inputs, outputs=torch.cat([part.outputs for part in products], dim=3))
+
+
+def bias_part(outputs: Tensor, shape: torch.Size) -> Product:
+    """Return the gradients of a bias: one more input, which is 1, of outputs ``(K, G, B, R, D_out)``."""
+    ones = outputs.new_ones(()).expand(*outputs.shape[1:4], 1)
+    return Product(ones, outputs, shape)
+
+
+def sum_to(values: Tensor, shape: torch.Size) -> Tensor:
+    """Return ``(K, B, ...)`` summed to ``(K, B, *shape)`` over what the shape was broadcast along."""
+    extra = values.ndim - 2 - len(shape)
+    if extra:
+        values = values.sum(dim=tuple(range(2, 2 + extra)))
+    spread = [2 + dim for dim, size in enumerate(shape) if size == 1 and values.shape[2 + dim] != 1]
+    return values.sum(dim=spread, keepdim=True) if spread else values

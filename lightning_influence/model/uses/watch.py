@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -34,7 +33,6 @@ from lightning_influence.model.uses.following import (
 from lightning_influence.model.uses.operations.registry import find_operation
 from lightning_influence.model.uses.places import Place, whole
 from lightning_influence.support.batches import open_part
-from lightning_influence.support.errors import InfluenceError
 
 # Questions that no tensor comes out of: not worth a look.
 _QUESTIONS = {
@@ -89,9 +87,6 @@ class Watch(TorchFunctionMode):
             hold the examples in it, the first one if it is of that size.
         num_examples: ``B``.
         places: where the examples stand in tensors of the batch of other forms, by tensor.
-
-    Raises:
-        InfluenceError: with a torch that differentiates no gradient edges.
     """
 
     def __init__(
@@ -102,11 +97,6 @@ class Watch(TorchFunctionMode):
         places: Mapping[Tensor, Place] | None = None,
     ) -> None:
         super().__init__()
-        if "GradientEdge" not in str(inspect.signature(torch.autograd.grad).parameters["outputs"]):
-            raise InfluenceError(
-                f"torch {torch.__version__} differentiates no gradient edges, as following uses needs it; "
-                "accepted are versions whose torch.autograd.grad takes them as outputs: install a newer one."
-            )
         self.num_examples = num_examples
         self.parameters = dict(parameters)
         self.uses: list[Use] = []

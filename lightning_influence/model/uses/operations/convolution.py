@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_influence.model.uses.operations.linear import bias_part
 from lightning_influence.model.uses.operations.registry import ExampleCall, register_operation
-from lightning_influence.model.uses.parts import Part, Product
+from lightning_influence.model.uses.parts import Part, Product, bias_part
 
 
 @register_operation(

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_influence.model.uses.operations.linear import sum_to
 from lightning_influence.model.uses.operations.registry import ExampleCall, register_operation
-from lightning_influence.model.uses.parts import Dense, Part
+from lightning_influence.model.uses.parts import Dense, Part, sum_to
 
 
 def aligned(call: ExampleCall, name: str) -> Tensor:

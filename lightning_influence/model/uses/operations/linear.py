@@ -5,26 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from lightning_influence.model.uses.operations.registry import ExampleCall, register_operation
-from lightning_influence.model.uses.parts import Dense, Part, Product
-
-
-def bias_part(outputs: Tensor, shape: torch.Size) -> Product:
-    """Return the gradients of a bias: one more input, which is 1, of outputs ``(K, G, B, R, D_out)``."""
-    ones = outputs.new_ones(()).expand(*outputs.shape[1:4], 1)
-    return Product(ones, outputs, shape)
-
-
-def sum_to(values: Tensor, shape: torch.Size) -> Tensor:
-    """Return ``(K, B, ...)`` summed to ``(K, B, *shape)`` over what the shape was broadcast along."""
-    extra = values.ndim - 2 - len(shape)
-    if extra:
-        values = values.sum(dim=tuple(range(2, 2 + extra)))
-    spread = [2 + dim for dim, size in enumerate(shape) if size == 1 and values.shape[2 + dim] != 1]
-    return values.sum(dim=spread, keepdim=True) if spread else values
+from lightning_influence.model.uses.parts import Dense, Part, Product, bias_part, sum_to
 
 
 @register_operation(functional.linear, arguments=("input", "weight", "bias"))

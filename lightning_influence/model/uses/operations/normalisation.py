@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_influence.model.uses.operations.linear import sum_to
 from lightning_influence.model.uses.operations.registry import ExampleCall, register_operation
-from lightning_influence.model.uses.parts import Dense, Part
+from lightning_influence.model.uses.parts import Dense, Part, sum_to
 
 
 @register_operation(functional.layer_norm, arguments=("input", "normalized_shape", "weight", "bias", "eps"))

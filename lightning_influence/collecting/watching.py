@@ -1,0 +1,162 @@
+"""Training dynamics during one fit: from every step, the losses of its examples by their dataset indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_influence.collecting.moments import Moments
+from lightning_influence.collecting.sums import AllReduce
+from lightning_influence.model.example_losses import LossWatch
+from lightning_influence.support.errors import InfluenceError
+from lightning_influence.support.notes import Notices
+
+# Chosen by hand: a loss that was not seen in this many first batches will not be seen later either.
+_TRIES = 3
+SEVERAL = (
+    "One training step ran several backward passes, and which of them is the training loss cannot be told."
+)
+
+
+class Watching:
+    """Adds the steps of one fit to moments; a step that cannot be seen is counted as missed.
+
+    Several processes meet once an epoch, when they add up their sums; one that has failed goes on meeting the
+    others, and all stop there.
+
+    Args:
+        moments: what the fit continues.
+        device: where the sums are kept.
+        share: sums a tensor over the processes in place; None for one process.
+        say: gives warnings.
+
+    Attributes:
+        moments: the same.
+    """
+
+    def __init__(self, moments: Moments, device: torch.device, share: AllReduce | None, say: Notices) -> None:
+        self.moments = moments
+        moments.sums = moments.sums.to(device)
+        self._share, self._say = share, say
+        self._losses = LossWatch()
+        self._gone = False  # whether nothing more is watched, here or on another process
+        self._indices: list[int] = []
+        self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._reason: str | None = None
+        self._seen = self._tried = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is watched."""
+        return self._gone
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Begin an epoch; the one before enters the moments, unless it is the same, after a resumption."""
+        if self.moments.epoch not in {-1, epoch}:
+            self.end_epoch()
+        self.moments.epoch = epoch
+
+    def end_epoch(self) -> None:
+        """Let the epoch enter the moments, of all processes together; every process has to call it."""
+        self._compare_values()
+        self.moments.fold(self.sum_over_processes())
+
+    def sum_over_processes(self) -> Tensor | None:
+        """Return the epoch's sums over all processes, None for one; every process has to call it."""
+        if self._share is None:
+            return None
+        return self._share(self.moments.sums.clone())
+
+    def begin_batch(self, read_indices: Callable[[], list[int]]) -> None:
+        """Watch a step.
+
+        Args:
+            read_indices: returns the dataset indices of its examples.
+        """
+        self._pending, self._reason, self._indices = None, None, []
+        if self._gone:
+            return
+        self._tried += 1
+        try:
+            self._indices = read_indices()
+        except Exception as error:
+            self._reason = _first_line(error)
+            return
+        if self._indices and min(self._indices) >= 0 and max(self._indices) < self.moments.size:
+            self._losses.open()
+        else:
+            self._reason = f"A batch has no indices, or some outside 0 to {self.moments.size - 1}."
+
+    def take(self, loss: Tensor, divisor: Callable[[], float], place: Callable[[list[int]], Tensor]) -> None:
+        """Read the step's losses before its first backward pass.
+
+        Args:
+            loss: the scalar that is about to be differentiated.
+            divisor: returns what the training loss was divided by to give it.
+            place: makes a tensor of indices, on the loss's device.
+        """
+        if self._gone or not self._losses.is_open:
+            return
+        try:
+            found = self._losses.take(loss, len(self._indices), divisor())
+            self._pending = place(self._indices), found.losses, found.margins
+        except Exception as error:
+            self._losses.close()
+            self._reason = _first_line(error)
+
+    def end_batch(self, backwards: int) -> None:
+        """Add the step, or count it as missed.
+
+        Args:
+            backwards: how many backward passes it ran.
+        """
+        if self._gone:  # the others may go on, and the count of what they lack with them
+            self.moments.sums[-1, 0] += 1
+            return
+        self._losses.close()
+        if backwards > 1:
+            self._pending, self._reason = None, SEVERAL
+        if self._pending is not None:
+            self.moments.add(*self._pending)
+            self._pending = None
+            self._seen += 1
+        elif backwards or self._reason is not None:  # a step without a loss leaves nothing out
+            self.moments.miss(self._reason or "The training loss was not seen.")
+        if self._tried == _TRIES and not self._seen and self._reason is not None:
+            self._say(
+                f"Training dynamics are not kept during this fit: {self._reason} Training goes on as it is. "
+                "dynamics=False asks for none.",
+                "dynamics",
+            )
+            self._gone = True
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._losses.close()
+        self._pending = None
+
+    def tell(self) -> None:
+        """Say at the end of a fit what was missed."""
+        moments = self.moments
+        if moments.missed and not self._gone:
+            self._say(
+                f"Training dynamics lack {moments.missed} of {moments.missed + moments.batches} batches: "
+                f"{moments.notes[-1] if moments.notes else 'their losses were not seen.'}",
+                "dynamics",
+            )
+
+    def _compare_values(self) -> None:
+        excess, self._losses.excess = self._losses.excess, None
+        if excess is not None and float(excess) > 0:
+            self._losses.distrust()
+            self.moments.note(
+                "In some epochs the training loss held another part than the loss function whose values were "
+                "kept, such as a penalty that grows."
+            )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return text if isinstance(error, InfluenceError) else f"{type(error).__name__}: {text}"

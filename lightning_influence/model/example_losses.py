@@ -1,0 +1,180 @@
+"""Each example's loss and margin in every training step, seen on the user's own call of the loss function.
+
+A function mode keeps the calls of loss functions that a step makes. What a call says of each example is
+computed from its own arguments, without a backward pass and without random numbers. That the batch's loss is
+made of the call is found out from the graph, as for any capture; where it is the plain value of one call, the
+next steps only compare values, and on an accelerator nobody waits for the comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_influence.model.live_capture import StepLosses
+from lightning_influence.model.losses.bce import BinaryCrossEntropyLoss, ProbabilityLoss
+from lightning_influence.model.losses.capture import LossCall, same_value, tolerance
+from lightning_influence.model.losses.combined import ScaledLoss, SumLoss
+from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
+from lightning_influence.model.losses.loss import OutputLoss, Reduction, working
+from lightning_influence.support.errors import LossCaptureError
+
+
+class ExampleLosses(NamedTuple):
+    """What one batch says of its examples.
+
+    Attributes:
+        losses: ``(B,)``, an example's own share of the training loss, its positions averaged.
+        margins: ``(B,)``: by how much the model prefers the true label to the best other one, in logits,
+            averaged over positions or labels (Pleiss et al. 2020); None where the loss has no labels.
+    """
+
+    losses: Tensor
+    margins: Tensor | None
+
+
+class LossWatch:
+    """Watches the loss calls of one step at a time, between :meth:`open` and :meth:`take`.
+
+    Attributes:
+        is_open: whether a step is being watched.
+        excess: on the loss's device, the largest relative difference, beyond the tolerance, between a batch's
+            loss and the call that makes it up, among batches whose graph was not walked; None before any.
+    """
+
+    def __init__(self) -> None:
+        self._mode = StepLosses()
+        self.is_open = False
+        self.excess: Tensor | None = None
+        self._plain: dict[Hashable, Reduction] = {}
+
+    def open(self) -> None:
+        """Watch the calls of loss functions from here on."""
+        self._mode.hooks = False
+        self._mode.__enter__()
+        self.is_open = True
+
+    def close(self) -> None:
+        """Watch no longer, and let go of what was seen."""
+        if self.is_open:
+            self.is_open = False
+            self._mode.__exit__(None, None, None)
+        self._mode.clear()
+
+    @torch.no_grad()
+    def take(self, batch_loss: Tensor, num_examples: int, divisor: float = 1.0) -> ExampleLosses:
+        """Read the losses of the examples of the step that was watched, which ends here.
+
+        Args:
+            batch_loss: the scalar that is about to be differentiated.
+            num_examples: ``B``.
+            divisor: what the training loss was divided by to give ``batch_loss``.
+
+        Returns:
+            Losses and margins.
+
+        Raises:
+            LossCaptureError: if the loss is not made of calls that can be read.
+            NonFiniteError: if it is NaN or infinite.
+        """
+        try:
+            self._stop()
+            if self._mode.hooks:
+                raise LossCaptureError("The training step registers a hook on a tensor.")
+            with torch._C.DisableTorchFunction():
+                return read_examples(self._read(batch_loss, num_examples, divisor))
+        finally:
+            self._mode.clear()
+
+    def distrust(self) -> None:
+        """Walk every graph from the next batch on, because a value did not agree."""
+        self._plain, self.excess = {}, None
+
+    def _stop(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self._mode.__exit__(None, None, None)
+
+    def _read(self, batch_loss: Tensor, num_examples: int, divisor: float) -> OutputLoss:
+        calls = self._mode.calls
+        key = _key_of(calls[0]) if len(calls) == 1 else None
+        if key is not None and key in self._plain:
+            loss = calls[0].read(num_examples)
+            difference = (batch_loss.detach() * divisor - calls[0].value.mean()).abs().double()
+            limit = max(tolerance(calls[0].value.dtype), tolerance(batch_loss.dtype))
+            excess = difference - limit * calls[0].value.mean().abs().double()
+            self.excess = excess if self.excess is None else torch.fmax(self.excess, excess)
+            return replace(loss, reduction=self._plain[key])
+        loss = self._mode.resolve(batch_loss, num_examples, divisor=divisor)
+        # A value that no example's loss is told apart by, zero, would let any other loss pass.
+        is_plain = not isinstance(loss, ScaledLoss | SumLoss) and bool(batch_loss != 0)
+        if key is not None and is_plain and same_value(calls[0].value.mean(), batch_loss * divisor):
+            self._plain[key] = loss.reduction
+        return loss
+
+
+def read_examples(loss: OutputLoss) -> ExampleLosses:
+    """Read losses and margins of the examples of a batch.
+
+    Args:
+        loss: the batch's loss.
+
+    Returns:
+        Detached values. An example without any weight in the loss has a loss of NaN: nothing is known of it.
+    """
+    weights = loss.weights().detach().double()
+    losses = loss.per_example().detach().double()
+    if loss.divides_by_positions:
+        losses = losses / weights  # 0 / 0 is NaN
+    return ExampleLosses(losses.float(), _margins_of(loss))
+
+
+def _margins_of(loss: OutputLoss) -> Tensor | None:
+    if isinstance(loss, ScaledLoss):
+        return _margins_of(loss.inner)
+    if isinstance(loss, SumLoss):
+        found = [part for part in map(_margins_of, loss.terms) if part is not None]
+        return found[0] if len(found) == 1 else None
+    if isinstance(loss, CrossEntropyLoss):
+        return _softmax_margins(loss)
+    if isinstance(loss, BinaryCrossEntropyLoss | ProbabilityLoss):
+        outputs = loss.detached
+        log_odds = outputs if isinstance(loss, BinaryCrossEntropyLoss) else torch.logit(outputs, 1e-6)
+        signs = 2 * loss.goals - 1
+        return (signs * log_odds).reshape(loss.num_examples, -1).mean(1).float()
+    return None
+
+
+def _softmax_margins(loss: CrossEntropyLoss) -> Tensor | None:
+    """Return the true label's logit less the highest other one; of soft targets, the likeliest label's."""
+    classes = loss.outputs.shape[1]
+    if classes < 2:
+        return None
+    logits = working(loss.outputs.detach()).movedim(1, -1).reshape(loss.num_examples, -1, classes)
+    if loss.has_probabilities:
+        labels = loss.targets.movedim(1, -1).reshape(logits.shape).argmax(-1)
+        kept = torch.ones_like(labels, dtype=logits.dtype)
+    else:
+        labels = loss.targets.reshape(loss.num_examples, -1).long()
+        counts = labels != loss.ignore_index
+        labels, kept = labels.where(counts, 0), counts.to(logits.dtype)
+    # The best two logits give the best other one of any label, with one pass over the classes.
+    best, places = logits.topk(2, dim=-1)
+    own = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    others = torch.where(places[..., 0] == labels, best[..., 1], best[..., 0])
+    margins = (own - others) * kept
+    return (margins.sum(1) / kept.sum(1).clamp_min(1)).float()
+
+
+def _key_of(call: LossCall) -> Hashable | None:
+    """Return what a call shares with those of other batches, None where it cannot be told."""
+    named = [*enumerate(call.args), *sorted(call.kwargs.items())]
+    plain = [(name, value) for name, value in named if not isinstance(value, Tensor)]
+    if not all(isinstance(value, bool | int | float | str | None) for _, value in plain):
+        return None
+    tensors = [(name, value.ndim, value.dtype) for name, value in named if isinstance(value, Tensor)]
+    return call.function, tuple(plain), tuple(tensors), call.value.ndim

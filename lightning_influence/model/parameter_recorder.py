@@ -1,0 +1,306 @@
+"""Per-example gradients of parameters from the operations that use them, whoever owns them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_influence.model.layers import Layer, ParameterRule, full_precision
+from lightning_influence.model.ragged import find_places
+from lightning_influence.model.uses.calls import Use
+from lightning_influence.model.uses.certificate import certify, draw_weights, weigh_losses
+from lightning_influence.model.uses.gradients import (
+    differentiate_rows,
+    edges_of,
+    gather_passes,
+    names_of,
+    pull_gradients,
+    pull_uses,
+)
+from lightning_influence.model.uses.parts import ParameterGradient, Product
+from lightning_influence.model.uses.places import Place
+from lightning_influence.model.uses.watch import Watch
+from lightning_influence.support.errors import UnsupportedModelError
+
+_WEIGHT, _BIAS = "weight of ", "bias of "
+
+
+class ParameterRecorder:
+    """Watches the uses of parameters in a forward pass.
+
+    Blocks of one parameter are always had from its uses; modules that are linear in their weight only where
+    something uses the weight without calling the module, as attention does with its output projection.
+
+    Args:
+        layers: the covered layers by name; those of one parameter are told by their rule.
+        batch: the batch.
+        num_examples: ``B``.
+        slow: names of parameters whose gradients take a backward pass for each example; :meth:`certify` adds
+            to it.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], batch: Any, num_examples: int, slow: set[str]) -> None:
+        self.layers, self._slow = dict(layers), slow
+        self._single = {name for name, layer in layers.items() if isinstance(layer.rule, ParameterRule)}
+        parameters: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            bias = layer.rule.bias(layer.module) if layer.has_bias else None
+            parameters[name if name in self._single else _WEIGHT + name] = layer.rule.weight(layer.module)
+            if bias is not None:
+                parameters[_BIAS + name] = bias
+        self.watch = Watch(parameters, batch, num_examples, find_places(batch, num_examples))
+        # Matrices may be products of the inputs and output gradients of what they map.
+        self._matrices = {name for name in self._single if layers[name].d_in > 1}
+        self._products: dict[
+            str, Tensor | None
+        ] = {}  # inputs of matrices that are; None for those that are not
+        self._uses: list[Use] | None = None
+        self._heard: set[str] = set()
+        self._aligned: set[str] = set()  # parameters whose uses are positions, in one order for all seeds
+
+    @property
+    def heard(self) -> list[str]:
+        """Names of the layers that are had from uses, and took part in the forward pass."""
+        return [name for name in self.layers if name in self._heard or name in self._slow & self._single]
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a layer is a parameter by itself, or a module whose weight is used without calling it."""
+        return bool(self._single or self._heard)
+
+    def __enter__(self) -> None:
+        """Begin to watch."""
+        self.watch.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *details: Any) -> None:
+        """Stop watching; what was recorded stays until :meth:`clear`."""
+        self.watch.__exit__(*details)  # type: ignore[no-untyped-call]
+
+    def clear(self) -> None:
+        """Let go of the recorded tensors and their graph."""
+        self.watch.clear()
+        self._uses, self._heard, self._products = [], set(), {}
+
+    def close(self, calls: Mapping[str, int]) -> set[str]:
+        """Choose the uses that matter when the forward pass is over.
+
+        Args:
+            calls: how often each module was called.
+
+        Returns:
+            Names of the modules that are had from uses: other calls of theirs do not count.
+        """
+        uses: dict[str, list[Use]] = {}
+        for use in self.watch.uses:
+            for name in names_of(self.watch, use):
+                uses.setdefault(name, []).append(use)
+        modules = self.layers.keys() - self._single
+        mine = {name for name in modules if not _is_called(uses.get(_WEIGHT + name, []), calls.get(name, 0))}
+        mine -= {name for name in mine if not self._is_linear(name, uses)}
+        wanted = {name: name for name in self._single}
+        for name in mine:
+            wanted |= {_WEIGHT + name: name, _BIAS + name: name}
+        chosen = {id(use): use for name in wanted for use in uses.get(name, [])}
+        self._uses = list(chosen.values())
+        self._heard = {wanted[name] for name in uses.keys() & wanted.keys()}
+        self._aligned = self._matrices | (wanted.keys() - self._single)
+        return mine & self._heard
+
+    def _is_linear(self, name: str, uses: Mapping[str, list[Use]]) -> bool:
+        """Return whether the uses of a module's weight are those of one linear map, wherever it is called."""
+        self._uses = [*uses.get(_WEIGHT + name, []), *uses.get(_BIAS + name, [])]
+        if any(place is None for use in self._uses for place in use.outputs):
+            return False
+        try:
+            self.inputs(name)
+        except UnsupportedModelError:
+            return False
+        return True
+
+    def edges(self) -> list[GradientEdge]:
+        """Return the edges at which a backward pass is to be differentiated."""
+        return edges_of(self._uses or [])
+
+    def is_whole(self, name: str) -> bool:
+        """Return whether a layer is a matrix whose gradients are no products, so that it has no inputs."""
+        return name in self._matrices and self._product_inputs(name) is None
+
+    def inputs(self, name: str) -> Tensor:
+        """Return the inputs ``(G, B, R, D_in)`` of a layer: ones or the identity where it has none."""
+        layer, count = self.layers[name], self.watch.num_examples
+        if name in self._single:
+            inputs = self._product_inputs(name) if name in self._matrices else None
+            return (
+                layer.inputs(full_precision(layer.rule.weight(layer.module)), count)
+                if inputs is None
+                else inputs
+            )
+        return self._pair(name, self._pull_zeros())[0]
+
+    def _product_inputs(self, name: str) -> Tensor | None:
+        """Return the inputs of a matrix that maps some in all its uses; None if it is used otherwise."""
+        if name not in self._products:
+            self._read_products(self._pull_zeros())
+        return self._products[name]
+
+    def _read_products(self, gradients: Mapping[str, ParameterGradient]) -> None:
+        """Find out which matrices map inputs, from gradients that all their uses have a part in."""
+        for name in self._matrices:
+            known = name in gradients and name not in self._slow
+            product = self._product_of(name, gradients[name]) if known else None
+            self._products[name] = None if product is None else product.inputs
+
+    def _product_of(self, name: str, gradient: ParameterGradient) -> Product | None:
+        product = gradient.product(tables=False)
+        if product is None or not product.is_plain():
+            return None
+        shape = (product.inputs.shape[0], product.outputs.shape[-1], product.inputs.shape[-1])
+        return product if shape == self.layers[name].shape else None
+
+    def _pull_zeros(self) -> dict[str, ParameterGradient]:
+        """Pull gradients of zero back, which shows the inputs."""
+        uses = self._uses or []
+        zeros = [
+            [None if edge is None else _zeros(use, place) for place, edge in enumerate(use.edges)]
+            for use in uses
+        ]
+        return pull_uses(self.watch, uses, zeros, 1).gradients
+
+    def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Pull the gradients of one backward pass back, example by example.
+
+        Args:
+            outputs: what was differentiated; its graph is still there.
+            seed: what the pass started from; None for a scalar.
+            found: gradients at :meth:`edges`.
+
+        Returns:
+            Per-example gradients ``(G, B, 1, D_out)`` by name; zero where ``outputs`` does not depend on one.
+
+        Raises:
+            UnsupportedModelError: if the gradients of a parameter cannot be had.
+        """
+        uses = self._uses or []
+        passes = gather_passes(uses, [found])
+        for use, grads in zip(uses, passes, strict=True):
+            if all(grad is None for grad in grads) and self._aligned & names_of(self.watch, use):
+                grads[:] = [None if edge is None else _zeros(use, n) for n, edge in enumerate(use.edges)]
+        pulled = pull_uses(self.watch, uses, passes, 1)
+        if not self._products:
+            self._read_products(pulled.gradients)
+        gradients = {name: grad for name, grad in pulled.gradients.items() if name not in self._slow}
+        slow = self._slow & self._single
+        if slow:
+            gradients |= differentiate_rows(self.watch, outputs, self._rows(outputs, seed), slow)
+        failed = pulled.failed.keys() - slow
+        if failed:
+            name = sorted(failed)[0]
+            raise UnsupportedModelError(
+                f"The gradients of parameter {name!r} cannot be had example by example "
+                f"({pulled.failed[name]}). Leave it out with layers=['!{name}']."
+            )
+        return {
+            name: self._block(name, gradients.get(name))
+            if name in self._single
+            else self._pair(name, gradients)[1]
+            for name in self.heard
+        }
+
+    def certify(self, values: Tensor) -> None:
+        """Find the parameters whose gradients do not add up, which take the slow way from now on.
+
+        Args:
+            values: of each example, ``(B,)``, with their graph.
+        """
+        if not self._single:
+            return
+        weights = draw_weights(self.watch.num_examples, values)
+        single = {name: p for name, p in self.watch.parameters.items() if name in self._single}
+        reference = weigh_losses(values, weights, single)
+        found = pull_gradients(self.watch, values, [torch.ones_like(values)], only=set(single))
+        verdicts = certify(found.gradients, weights, reference, self.watch.eps)
+        self._slow |= {name for name, verdict in verdicts.items() if not verdict.passed}
+
+    def _rows(self, outputs: Tensor, seed: Tensor | None) -> Tensor:
+        """Return what each example's own backward pass starts from.
+
+        Raises:
+            UnsupportedModelError: if it is not known which outputs are whose.
+        """
+        count = self.watch.num_examples
+        place = self.watch.place_of(outputs)
+        if place is None and outputs.ndim and len(outputs) % count == 0:
+            # Losses put the rows of their outputs in the order of the examples themselves.
+            place = Place(0, inner=len(outputs) // count)
+        if place is None or seed is None:
+            raise UnsupportedModelError(
+                f"Which of the outputs, of shape {tuple(outputs.shape)}, belong to which of the {count} "
+                f"examples is not known, and {sorted(self._slow)[:4]} cannot be differentiated otherwise. "
+                "Leave them out with layers=['!name']."
+            )
+        if place.dim is None:
+            rows = seed.new_zeros(count, *seed.shape)
+            assert place.owners is not None
+            rows[place.owners[0]] = seed
+            return rows
+        owners = place.owner_vector(count).to(seed.device)
+        mask = owners == torch.arange(count, device=seed.device)[:, None]
+        view = [count] + [-1 if dim == place.dim else 1 for dim in range(seed.ndim)]
+        return seed * mask.view(view)
+
+    def _pair(self, name: str, gradients: Mapping[str, ParameterGradient]) -> tuple[Tensor, Tensor]:
+        """Return inputs and output gradients of a module whose weight is used without calling it.
+
+        Raises:
+            UnsupportedModelError: if its uses are not those of a linear map, with the same bias.
+        """
+        layer = self.layers[name]
+        weight, bias = (gradients.get(kind + name) for kind in (_WEIGHT, _BIAS))
+        product = None if weight is None else weight.product(tables=False)
+        # Uses without the bias have 0 where the others have 1; both gradients of one use are of one tensor.
+        shifted = [] if bias is None else [part for part, _ in bias.parts]
+        columns = []
+        for part in [] if weight is None or product is None else [part for part, _ in weight.parts]:
+            assert isinstance(part, Product)
+            mate = next((b for b in shifted if isinstance(b, Product) and b.outputs is part.outputs), None)
+            shifted = [b for b in shifted if b is not mate]
+            columns.append(part.inputs.new_full((*part.inputs.shape[:-1], 1), float(mate is not None)))
+        if product is None or not product.is_plain() or (layer.has_bias and shifted):
+            raise UnsupportedModelError(
+                f"The weight of layer {name!r} is used without calling the layer, and in another way. "
+                f"Leave it out with layers=['!{name}']."
+            )
+        inputs = product.inputs
+        if layer.has_bias:
+            inputs = torch.cat([inputs, torch.cat(columns, dim=2)], dim=-1)
+        return inputs, product.outputs[0]
+
+    def _block(self, name: str, gradient: ParameterGradient | None) -> Tensor:
+        layer, count = self.layers[name], self.watch.num_examples
+        if gradient is None:
+            weight = full_precision(layer.rule.weight(layer.module))
+            return layer.output_gradients(weight.new_zeros(count, *weight.shape), count)
+        if name in self._matrices and not self.is_whole(name):
+            product = self._product_of(name, gradient)
+            assert product is not None
+            return product.outputs[0]
+        return layer.output_gradients(gradient.dense()[0], count)
+
+
+def _zeros(use: Use, number: int) -> Tensor:
+    """Return a gradient ``(1, *shape)`` of zero at an output of a use."""
+    like = next(iter(use.sources.values()))
+    return like.new_zeros(1, *use.shapes[number])
+
+
+def _is_called(uses: Sequence[Use], calls: int) -> bool:
+    """Return whether the uses of a weight are its module's calls, on rows that begin with the examples."""
+    first = [use.places.get((0, 0)) for use in uses]
+    return len(uses) <= calls and all(
+        place is not None and place.dim in (0, None) and place.outer == 1 and place.owners in (None, (0,))
+        for place in first
+    )
