@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_influence.api.session import check_name, check_trainer, find_callback
+from lightning_influence.api.checks import check_name, check_trainer, find_callback
 from lightning_influence.collecting.moments import Moments
 from lightning_influence.collecting.state import read_saved_dynamics
 from lightning_influence.results.diagnostics import Diagnostics

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from typing_extensions import Self
 
+from lightning_influence.api.checks import check_trainer, find_callback
 from lightning_influence.api.engine import Engine, Question
-from lightning_influence.collecting.callback import InfluenceCallback
 from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
@@ -220,41 +220,6 @@ def read_paths(ckpt_path: Any) -> str | list[str] | None:
             "the weights that the model has now."
         )
     return [os.fspath(path) for path in paths]
-
-
-def check_name(name: object) -> None:
-    """Refuse a name that cannot be a prefix of keys and a folder, before the work that it is for.
-
-    Raises:
-        TypeError: if it is no text.
-        ValueError: if it is empty.
-    """
-    accepted = "accepted is a text: the prefix of what is logged, and the name of the folder of files."
-    if not isinstance(name, str):
-        raise TypeError(f"Got name={name!r}; {accepted}")
-    if not name:
-        raise ValueError(f"Got an empty name; {accepted}")
-
-
-def find_callback(trainer: Trainer) -> InfluenceCallback | None:
-    """Return a Trainer's influence callback, the first of several; None if it has none."""
-    host: Any = trainer  # its callbacks are declared nowhere
-    return next((c for c in host.callbacks if isinstance(c, InfluenceCallback)), None)
-
-
-def check_trainer(trainer: object) -> None:
-    """Refuse what is no Trainer, such as a model in its place.
-
-    Raises:
-        TypeError: saying what to pass.
-    """
-    if is_lightning(trainer, "Trainer"):
-        return
-    what = "a LightningModule" if is_lightning(trainer, "LightningModule") else type(trainer).__name__
-    raise TypeError(
-        f"Got {what} as trainer; accepted is a Lightning Trainer, which comes first: "
-        "influence(trainer, model, ...), or trainer.influence(model, ...)."
-    )
 
 
 def _check_datamodule(datamodule: object) -> None:

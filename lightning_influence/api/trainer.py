@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lightning_influence.api.checks import check_name
 from lightning_influence.api.dynamics import training_dynamics
 from lightning_influence.api.engine import Question
-from lightning_influence.api.session import Session, average_over_checkpoints, check_name, read_paths
+from lightning_influence.api.session import Session, average_over_checkpoints, read_paths
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.edits.data import SetTargets
 from lightning_influence.edits.editor import compute_edit
