@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers import Layer
-from lightning_influence.model.rearranging import rearranged
+from lightning_influence.model.rearranging import Layout, find_layouts, rearranged
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import (
     InfluenceWarning,
@@ -267,14 +267,24 @@ def check_order(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor]
     def same(others: Tensor | None, order: list[int]) -> bool:
         return others is not None and bool(((others - values[order]).abs() <= limit).all())
 
-    with preserve_rng():
+    def fits(layout: Layout) -> bool | None:
+        """Return whether the losses come in the order of the examples; None if that cannot be told."""
+        known = None
         for order in _orders(values, limit):
-            other = _try(losses, _try(rearranged, batch, order, count), len(order))
-            if other is None or same(other, order):
+            other = _try(losses, _try(rearranged, batch, order, count, layout), len(order))
+            if other is None:
                 continue
-            if not same(_try(losses, batch, count), list(range(count))):
-                warnings.warn(_RANDOM, InfluenceWarning, stacklevel=2)
-                return
+            known = same(other, order)
+            if not known:
+                return False
+        return known
+
+    with preserve_rng():
+        if fits({}) is not False:
+            return
+        if not same(_try(losses, batch, count), list(range(count))):
+            warnings.warn(_RANDOM, InfluenceWarning, stacklevel=2)
+        elif not any(fits(layout) for layout in find_layouts(batch, count) if layout):
             raise UnsupportedModelError(_ORDER)
 
 

@@ -24,9 +24,10 @@ from lightning_influence.model.losses.hook import check_per_example, per_example
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
-from lightning_influence.model.rearranging import copy_tensors, missing_positions
+from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.unnamed_loss import Run, UnnamedLoss, compute_alone
+from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,
@@ -107,7 +108,7 @@ class Forward:
                 values = measure(module, batch, loss=captured.loss, batch_size=num_examples)
                 captured = Captured(num_examples, None, values, captured.recorder)
         silent = captured.recorder.silent
-        self.silent &= set(silent)
+        self.silent &= {*silent, *(() if self._unnamed is None else self._unnamed.direct)}
         if len(silent) == len(self.plan.layers) and not self.plan.is_part:
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "

@@ -30,11 +30,13 @@ class OutputTap:
     Attributes:
         outputs: what the modules returned at the keys of ``cut``, by key.
         leaves: what took their place, by key.
+        seen: without a cut, all that modules returned, by key.
     """
 
     def __init__(self, module: nn.Module, cut: Sequence[Key] | None = None, *, leaves: bool = True) -> None:
         self.outputs: dict[Key, Tensor] = {}
         self.leaves: dict[Key, Tensor] = {}
+        self.seen: dict[Key, Tensor] = {}
         self._module, self._cut, self._replaces = module, cut, leaves
         self._nodes: dict[tuple[Any, int], Key] = {}
         self._calls: Counter[str] = Counter()
@@ -92,6 +94,7 @@ class OutputTap:
                 if self._cut is None:
                     # A module that hands on what another made is not its last user.
                     self._nodes.setdefault((get_gradient_edge(part).node, part.output_nr), key)
+                    self.seen[key] = part
                 elif key in self._cut:
                     self.outputs[key] = part
                     if self._replaces:

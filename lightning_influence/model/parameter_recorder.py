@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.model.layers import Layer, ParameterRule, full_precision
+from lightning_influence.model.ragged import find_places
 from lightning_influence.model.uses.calls import Use
 from lightning_influence.model.uses.certificate import certify, draw_weights, weigh_losses
 from lightning_influence.model.uses.gradients import (
@@ -51,7 +52,7 @@ class ParameterRecorder:
             parameters[name if name in self._single else _WEIGHT + name] = layer.rule.weight(layer.module)
             if bias is not None:
                 parameters[_BIAS + name] = bias
-        self.watch = Watch(parameters, batch, num_examples)
+        self.watch = Watch(parameters, batch, num_examples, find_places(batch, num_examples))
         # Matrices may be products of the inputs and output gradients of what they map.
         self._matrices = {name for name in self._single if layers[name].d_in > 1}
         self._products: dict[
@@ -231,7 +232,10 @@ class ParameterRecorder:
             UnsupportedModelError: if it is not known which outputs are whose.
         """
         count = self.watch.num_examples
-        place = Place(0) if outputs.shape == (count,) else self.watch.place_of(outputs)
+        place = self.watch.place_of(outputs)
+        if place is None and outputs.ndim and len(outputs) % count == 0:
+            # Losses put the rows of their outputs in the order of the examples themselves.
+            place = Place(0, inner=len(outputs) // count)
         if place is None or seed is None:
             raise UnsupportedModelError(
                 f"Which of the outputs, of shape {tuple(outputs.shape)}, belong to which of the {count} "

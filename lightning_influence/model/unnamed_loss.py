@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import math
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_influence.model.additivity import (
+    COUPLED,
+    REMEDY,
+    check_cross_derivatives,
+    draw_halves,
+    find_ratio,
+    tell_mean,
+)
 from lightning_influence.model.last_outputs import Key, OutputTap, are_chained
-from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
+from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits, split_rows
 from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.model.losses.picked import PickedRows
-from lightning_influence.model.rearranging import rearranged
+from lightning_influence.model.ragged import find_places
+from lightning_influence.model.rearranging import Layout, UnknownPartError, find_layouts, rearranged
 from lightning_influence.model.recorder import Recorder
+from lightning_influence.model.uses.places import Place
+from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
 
@@ -22,18 +39,11 @@ Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
 """Maps a module and a batch to the losses of the examples ``(B,)``, or else to the loss of the batch."""
 
 _MEAN, _SUM = "loss is a mean", "loss is a sum"
+_LAYOUT, _DIRECT = "batch is read as ", "the loss alone uses "
 # Relative error of gradients that come from batches of another size.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
 
-_REMEDY = (
-    "Pass `loss=`, a callable `(module, batch) -> (B,)`, or define `influence_loss(batch) -> (B,)` on the "
-    "module, with the loss that each example is to have."
-)
-_COUPLED = (
-    "The loss of a batch is not made of losses of its examples: what one example adds depends on the others, "
-    "as it does for a root of a mean, a Dice or contrastive loss over the batch. " + _REMEDY
-)
 _SECOND_USE = (
     "The loss depends on the weights of layer {name!r} in another way than by calling the layer, so its "
     "gradients would be wrong. Accepted are weights that are used by their own layer only, and penalties on "
@@ -46,7 +56,11 @@ _DIFFERENTIATES = (
 _PICKED = (
     "A layer was called on rows that a mask picked: by their number it cannot be told which example each row "
     "is of. Call the layers on all rows, and mask the losses: `ignore_index`, or `(losses * mask).sum() / "
-    "mask.sum()`. " + _REMEDY
+    "mask.sum()`. " + REMEDY
+)
+_LEFT_OUT = (
+    "The loss uses the weights of {name!r} directly, beside the outputs of modules, and their gradients for "
+    "single examples are not known: they are left out. To cover them, " + REMEDY[0].lower() + REMEDY[1:]
 )
 _UNKNOWN_PARTS = (
     "The loss of a batch is taken for the mean of its examples' losses, without a check: the batch could not "
@@ -69,7 +83,12 @@ class UnnamedLoss:
     def __init__(self, run: Run, verified: set[str]) -> None:
         self._run, self._verified = run, verified
         self._traits = BatchLossTraits()
+        self._layout: Layout = _read_layout(verified)
+        #: Layers whose weights the loss uses, and no module: their gradients are not known.
+        self.direct = {text.removeprefix(_DIRECT) for text in verified if text.startswith(_DIRECT)}
         self._cut: list[Key] | None = None
+        # Whether the rows of outputs are followed to the examples, because they are not in their order.
+        self._follows = False
         # Whether the network has a run of its own: outputs that feed one another cannot be cut in the same
         # one, and values that the user gives for the examples keep their graph, by which they are checked.
         self._chained = False
@@ -91,34 +110,38 @@ class UnnamedLoss:
             UnsupportedModelError: if it couples examples.
         """
         if self._cut is None:
-            self._find_cut(module, batch)
+            self._find_cut(module, batch, num_examples)
         assert self._cut is not None
-        picked = PickedRows()
+        watch = _follow(batch, num_examples) if self._follows else None
+        following, picked = contextlib.nullcontext() if watch is None else watch, PickedRows()
         if self._chained:
             with preserve_rng():
-                leaves, value, _ = self._run_from_leaves(module, batch)
-            with recorder, picked, OutputTap(module, self._cut, leaves=False) as tap:
+                leaves, value, _ = self._run_from_leaves(module, batch, num_examples)
+            with recorder, picked, following, OutputTap(module, self._cut, leaves=False) as tap:
                 values, _ = self._run(module, batch)
         else:
             values = None
-            with recorder, picked, OutputTap(module, self._cut) as tap:
+            with recorder, picked, following, OutputTap(module, self._cut) as tap:
                 value = self._run_cut(module, batch)
             leaves = list(tap.leaves.values())
-        rows = {len(output) for output in tap.outputs.values() if output.dim()} - {num_examples}
-        if rows & picked.counts:
+        outputs = list(tap.outputs.values())
+        places = None if watch is None else [watch.place_of(output) for output in outputs]
+        rows = {len(output) for output in outputs if output.dim()} - {num_examples}
+        if watch is None and rows & picked.counts:
             raise UnsupportedModelError(_PICKED)
         if picked.counts:  # as many for each example in one batch, and not in the next
             self._traits.warn(WEIGHTED)
 
         def describe() -> BatchLoss:
             return BatchLoss.of(
-                list(tap.outputs.values()),
+                outputs,
                 leaves,
                 value,
                 num_examples,
                 traits=self._traits,
-                values_of=lambda: compute_alone(self._run, module, batch, num_examples),
+                values_of=lambda: compute_alone(self._run, module, batch, num_examples, self._layout),
                 values=values,
+                places=places,
             )
 
         if values is None and not self._is_known():
@@ -131,18 +154,22 @@ class UnnamedLoss:
             self._traits.is_mean = False
         return bool({_MEAN, _SUM} & self._verified)
 
-    def _find_cut(self, module: Any, batch: Any) -> None:
+    def _find_cut(self, module: Any, batch: Any, count: int) -> None:
         """Find the outputs that the loss depends on directly, and whether some depend on others of them.
 
         Raises:
             LossCaptureError: if there is none.
         """
-        with preserve_rng(), OutputTap(module) as tap:
+        watch = _follow(batch, count)
+        with preserve_rng(), watch, OutputTap(module) as tap:
             values, batch_loss = self._run(module, batch)
         cut = tap.last(_scalar(values, batch_loss))
+        places = [watch.place_of(tap.seen[key]) for key in cut]
+        # Rows of which not all are followed are taken as they are, and checked as others are.
+        self._follows = None not in places and not all(place and place.is_plain() for place in places)
         if not cut:
             raise LossCaptureError(
-                f"The training loss does not depend on the output of any module with parameters. {_REMEDY}"
+                f"The training loss does not depend on the output of any module with parameters. {REMEDY}"
             )
         self._cut, self._chained = cut, values is not None or len(cut) > 1
         if values is None and len(cut) > 1:
@@ -150,11 +177,17 @@ class UnnamedLoss:
                 self._run_cut(module, batch)
             self._chained = are_chained(tap)
 
-    def _run_from_leaves(self, module: Any, batch: Any) -> tuple[list[Tensor], Tensor, OutputTap]:
-        """Return the leaves at the cut, and the batch's loss as a function of them."""
-        with torch.enable_grad(), OutputTap(module, self._cut) as tap:
+    def _run_from_leaves(
+        self, module: Any, batch: Any, count: int
+    ) -> tuple[list[Tensor], Tensor, list[Place | None]]:
+        """Return the leaves at the cut, the batch's loss as a function of them, and where examples stand."""
+        watch = _follow(batch, count) if self._follows else None
+        following = contextlib.nullcontext() if watch is None else watch
+        with torch.enable_grad(), following, OutputTap(module, self._cut) as tap:
             value = self._run_cut(module, batch)
-        return list(tap.leaves.values()), value, tap
+        outputs = tap.outputs.values()
+        places = [None if watch is None else watch.place_of(output) for output in outputs]
+        return list(tap.leaves.values()), value, places
 
     def _run_cut(self, module: Any, batch: Any) -> Tensor:
         """Return the loss, from a run that has succeeded with the outputs attached to what they depend on.
@@ -183,61 +216,176 @@ class UnnamedLoss:
         if not bool(rows.any()):
             return
         limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
-        # The example of the least gradient, alone: a loss of the hardest examples gives it none among others.
-        parts = [*_halves(count), [int(rows.norm(dim=1).argmin())]]
-        _check_cross_derivatives(loss, parts[0], limit)
+        check_cross_derivatives(loss, draw_halves(count)[0], limit)
         direct = self._direct_gradients(loss.batch_loss, recorder)
+        find = partial(self._find_mean, module, batch, loss, limit, direct, recorder)
+        is_mean, runs = self._try(find, {})
+        if is_mean is None and self._draws_noise(module, batch, loss, limit, direct, recorder):
+            self._traits.warn(_RANDOM)
+            is_mean = True
+        elif is_mean is None:
+            is_mean = self._read_otherwise(find, batch, count)
+        if is_mean is None and runs:
+            raise UnsupportedModelError(COUPLED)
+        if is_mean is None:
+            self._traits.warn(_UNKNOWN_PARTS)
+            is_mean = True
+        self._traits.is_mean = is_mean
+        self._verified.add(_MEAN if is_mean else _SUM)
+
+    def _find_mean(
+        self,
+        module: Any,
+        batch: Any,
+        loss: BatchLoss,
+        limit: float,
+        direct: dict[str, Tensor],
+        recorder: Recorder,
+        layout: Layout,
+    ) -> bool | None:
+        """Compare parts of a batch, read in one way, with the whole.
+
+        Returns:
+            Whether the loss is a mean, not a sum; None if it is neither.
+
+        Raises:
+            UnsupportedModelError: if a covered weight is used outside its layer.
+        """
+        rows, count = loss.gradient() / loss.factor, loss.num_examples
         ratios: list[float] = []
+        # The example of the least gradient, alone: a loss of the hardest examples gives it none among others.
+        parts = [*draw_halves(count), [int(rows.norm(dim=1).argmin())]]
         for part in parts:
-            found = self._part_gradients(module, batch, part, count, rows.shape[1], recorder)
-            if found is None and len(ratios) < 4:
-                self._traits.warn(_UNKNOWN_PARTS)
-                self._verified.add(_MEAN)
-                return
-            # Steps may fail on one example; what has no weight, such as padding alone, divides by zero.
+            piece = rearranged(batch, part, count, layout)
+            try:
+                found = self._part_gradients(module, piece, len(part), rows.shape[1], recorder)
+            except Exception:  # steps may fail on one example
+                if len(ratios) < len(parts) - 1:
+                    raise
+                found = None
+            # What has no weight, such as padding alone, divides by zero.
             if found is None or not bool(torch.isfinite(found[0]).all()):
                 ratios.append(math.nan)
                 continue
-            ratio = _ratio(found[0], rows[part], limit)
+            ratio = find_ratio(found[0], rows[part], limit)
             if ratio is None:
-                self._accept_noise(module, batch, rows, limit)
-                return
+                return None
             ratios.append(ratio * len(part) / count)
-            for name, gradient in direct.items():
-                if (found[1][name] - gradient).norm() > 10 * limit * gradient.norm():
-                    raise UnsupportedModelError(_SECOND_USE.format(name=name))
-        shares = [len(part) / count for part in parts]
-        self._traits.is_mean = _is_mean(ratios, shares, limit, self._traits)
-        self._verified.add(_MEAN if self._traits.is_mean else _SUM)
+            self._compare_direct(direct, found[1], limit, loss, recorder)
+        return tell_mean(ratios, [len(part) / count for part in parts], limit, self._traits)
 
-    def _accept_noise(self, module: Any, batch: Any, rows: Tensor, limit: float) -> None:
-        """Accept losses that come out differently each time: their second derivatives have been checked.
+    def _try(self, find: Callable[[Layout], bool | None], layout: Layout) -> tuple[bool | None, bool]:
+        """Read a batch in one way.
+
+        Returns:
+            Whether its loss is a mean, not a sum, or None for neither; and whether parts of it run at all.
 
         Raises:
-            UnsupportedModelError: if it comes out the same, so that the batch itself couples its examples.
+            UnsupportedModelError: if the model cannot be covered, whatever the batch.
         """
-        leaves, value, _ = self._run_from_leaves(module, batch)
-        again = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        flat = torch.cat([part.reshape(len(rows), -1) for part in again], 1).to(rows)
-        if bool((flat - rows).norm() <= limit * rows.norm()):
-            raise UnsupportedModelError(_COUPLED)
-        self._traits.warn(_RANDOM)
-        self._verified.add(_MEAN)
+        try:
+            return find(layout), True
+        except UnsupportedModelError:
+            raise
+        except Exception:  # whatever the user's code may raise on a part of a batch
+            return None, False
+
+    def _read_otherwise(self, find: Callable[[Layout], bool | None], batch: Any, count: int) -> bool | None:
+        """Try other readings of a batch whose examples do not add up as it is usually read.
+
+        Returns:
+            Whether its loss is a mean; None if they do not add up in any.
+        """
+        for layout in itertools.islice(find_layouts(batch, count), 1, None):
+            is_mean, _ = self._try(find, layout)
+            if is_mean is not None:
+                self._layout = layout
+                self._verified.add(_LAYOUT + json.dumps(list(layout.items())))
+                return is_mean
+        return None
+
+    def _compare_direct(
+        self,
+        direct: dict[str, Tensor],
+        others: dict[str, Tensor],
+        limit: float,
+        loss: BatchLoss,
+        recorder: Recorder,
+    ) -> None:
+        """Tell penalties, whose gradients are the same for all data, from other direct uses of weights.
+
+        Weights that only the loss uses have no gradients of single examples, and are left out.
+
+        Raises:
+            UnsupportedModelError: if a layer uses the weight as well, whose gradients would be wrong.
+        """
+        for name, gradient in direct.items():
+            if name in self.direct or (others[name] - gradient).norm() <= 10 * limit * gradient.norm():
+                continue
+            layer = recorder.layers[name]
+            weight = layer.rule.weight(layer.module)
+            inside = torch.autograd.grad(
+                loss.outputs.sum(), weight, retain_graph=True, allow_unused=True, materialize_grads=True
+            )[0]
+            if bool(inside.any()):
+                raise UnsupportedModelError(_SECOND_USE.format(name=name))
+            self.direct.add(name)
+            self._verified.add(_DIRECT + name)
+            self._traits.warn(_LEFT_OUT.format(name=name))
+
+    def _draws_noise(
+        self,
+        module: Any,
+        batch: Any,
+        loss: BatchLoss,
+        limit: float,
+        direct: dict[str, Tensor],
+        recorder: Recorder,
+    ) -> bool:
+        """Return whether the loss of one and the same batch comes out differently each time.
+
+        Of such a loss the second derivatives have been checked. One that does not couples its examples.
+
+        Raises:
+            UnsupportedModelError: if a covered weight is used outside its layer.
+        """
+        with preserve_rng():
+            _ = torch.rand(1), np.random.rand(), random.random()  # other draws than before
+            leaves, value, _ = self._run_from_leaves(module, batch, loss.num_examples)
+            again = torch.autograd.grad(
+                value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        first = torch.autograd.grad(
+            loss.batch_loss, loss.leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        noisy = any(
+            new.shape != old.shape or bool((new - old).norm() > limit * old.norm())
+            for new, old in zip(again, first, strict=True)
+        )
+        if noisy:
+            self._compare_direct(direct, self._direct_gradients(value, recorder), limit, loss, recorder)
+        return noisy
 
     def _part_gradients(
-        self, module: Any, batch: Any, part: list[int], count: int, width: int, recorder: Recorder
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Return the gradient of a part's loss in its outputs ``(b, d)``, and directly in covered weights."""
+        self, module: Any, part: Any, count: int, width: int, recorder: Recorder
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the gradient of a part's loss in its outputs ``(b, d)``, and directly in covered weights.
+
+        Raises:
+            UnknownPartError: if the part has outputs of another width.
+        """
         with preserve_rng():
-            try:
-                leaves, value, _ = self._run_from_leaves(module, rearranged(batch, part, count))
-                grads = torch.autograd.grad(
-                    value, leaves, allow_unused=True, materialize_grads=True, retain_graph=True
-                )
-                rows = torch.cat([grad.reshape(len(part), -1) for grad in grads], 1)
-            except Exception:  # whatever the user's code may raise
-                return None
-        return (rows, self._direct_gradients(value, recorder)) if rows.shape[1] == width else None
+            leaves, value, places = self._run_from_leaves(module, part, count)
+            grads = torch.autograd.grad(
+                value, leaves, allow_unused=True, materialize_grads=True, retain_graph=True
+            )
+            split = [split_rows(grad, place, count) for grad, place in zip(grads, places, strict=True)]
+            rows = torch.cat([part.flatten(1) for part in split], 1)
+        if len(split) == 1 and rows.shape[1] < width:  # others have more rows
+            rows = torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
+        if rows.shape[1] != width:
+            raise UnknownPartError
+        return rows, self._direct_gradients(value, recorder)
 
     def _direct_gradients(self, value: Tensor, recorder: Recorder) -> dict[str, Tensor]:
         """Return gradients of a loss in covered weights that do not pass through the last outputs."""
@@ -248,7 +396,7 @@ class UnnamedLoss:
         return dict(zip(weights, found, strict=True))
 
 
-def compute_alone(run: Run, module: Any, batch: Any, count: int) -> Tensor:
+def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout | None = None) -> Tensor:
     """Compute the losses of the examples, each run alone; their mean where that cannot be.
 
     Args:
@@ -256,6 +404,7 @@ def compute_alone(run: Run, module: Any, batch: Any, count: int) -> Tensor:
         module: the user's module.
         batch: the batch.
         count: number of examples ``B``.
+        layout: how to read the batch, if not as usual.
 
     Returns:
         The losses ``(B,)``, without a graph.
@@ -264,10 +413,21 @@ def compute_alone(run: Run, module: Any, batch: Any, count: int) -> Tensor:
     with preserve_rng(), torch.no_grad():
         for n in range(count):
             try:
-                values.append(_scalar(*run(module, rearranged(batch, [n], count))))
+                values.append(_scalar(*run(module, rearranged(batch, [n], count, layout))))
             except Exception:  # whatever the user's code may raise
                 return _scalar(*run(module, batch)).expand(count)
     return torch.stack(values)
+
+
+def _follow(batch: Any, count: int) -> Watch:
+    """Return what follows the examples of a batch, and no parameters."""
+    return Watch({}, batch, count, find_places(batch, count))
+
+
+def _read_layout(verified: set[str]) -> Layout:
+    """Return how an earlier pass found that batches are to be read."""
+    noted = next((text for text in verified if text.startswith(_LAYOUT)), None)
+    return {} if noted is None else dict(json.loads(noted.removeprefix(_LAYOUT)))
 
 
 def _scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:
@@ -276,71 +436,6 @@ def _scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:
     assert batch_loss is not None
     if batch_loss.numel() != 1:
         raise LossCaptureError(
-            f"Got a training loss of shape {tuple(batch_loss.shape)}; accepted is a single number. {_REMEDY}"
+            f"Got a training loss of shape {tuple(batch_loss.shape)}; accepted is a single number. {REMEDY}"
         )
     return batch_loss.reshape(())
-
-
-def _halves(count: int) -> list[list[int]]:
-    """Return two random halves of the examples, and two others, each in order."""
-    generator = torch.Generator().manual_seed(count)
-    halves = []
-    for _ in range(2):
-        order = torch.randperm(count, generator=generator).tolist()
-        halves += [sorted(order[: count // 2]), sorted(order[count // 2 :])]
-    return halves
-
-
-def _check_cross_derivatives(loss: BatchLoss, part: Sequence[int], limit: float) -> None:
-    """Refuse a loss in whose Hessian the outputs of some examples meet those of others.
-
-    Raises:
-        UnsupportedModelError: if they do.
-    """
-    probe = torch.randn(loss.outputs.shape, generator=torch.Generator().manual_seed(1)).to(loss.detached)
-    probe[[n for n in range(loss.num_examples) if n not in part]] = 0
-    bent = loss.products(probe)
-    others = bent.clone()
-    others[list(part)] = 0
-    if bool(others.norm() > limit * bent.norm()):
-        raise UnsupportedModelError(_COUPLED)
-
-
-def _ratio(part: Tensor, rows: Tensor, limit: float) -> float | None:
-    """Return the factor between a part's own gradients and those in the whole batch.
-
-    Returns:
-        The factor; NaN where all gradients are zero, None where no single one fits.
-    """
-    part, rows = part.double(), rows.double()
-    energy = rows.square().sum()
-    if not bool(energy > 0):
-        return None if bool(part.any()) else math.nan
-    ratio = (part * rows).sum() / energy
-    fits = (part - ratio * rows).norm() <= limit * part.norm()
-    return float(ratio) if bool(fits) and float(ratio) > 0 else None
-
-
-def _is_mean(ratios: Sequence[float], shares: Sequence[float], limit: float, traits: BatchLossTraits) -> bool:
-    """Return whether parts of a batch are means of their examples, weighted or not, and not sums.
-
-    Args:
-        ratios: factor between the gradients of a part and of the whole, times the part's share.
-        shares: the part's share in the examples.
-        limit: relative error.
-        traits: says what is odd.
-
-    Raises:
-        UnsupportedModelError: if they are neither.
-    """
-    known = [(ratio, share) for ratio, share in zip(ratios, shares, strict=True) if not math.isnan(ratio)]
-    if all(abs(ratio - 1) <= 10 * limit for ratio, _ in known):
-        return True
-    if all(abs(ratio - share) <= 10 * limit for ratio, share in known):
-        return False
-    weights = [share / ratio for ratio, share in zip(ratios, shares, strict=True)]
-    for first, second in zip(weights[0:4:2], weights[1:4:2], strict=True):
-        if abs(first + second - 1) > 10 * limit:  # what two halves weigh makes up one
-            raise UnsupportedModelError(_COUPLED)
-    traits.warn(WEIGHTED)
-    return True

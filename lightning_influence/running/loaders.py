@@ -10,14 +10,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     default_collate,
 )
 
+from lightning_influence.support.batches import MOST_DEPTH, find_tensors, guess_count, open_part
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 from lightning_influence.support.random_states import preserve_rng
 
@@ -186,19 +185,17 @@ def _has_own_order(batch: Any, reverse: Any, count: int) -> bool:
     return moved
 
 
-def _parts(batch: Any, count: int) -> Iterator[Tensor]:
+def _parts(batch: Any, count: int, depth: int = MOST_DEPTH) -> Iterator[Tensor]:
     """The tensors of a batch with one row for each example; columns of a time-first one become its rows."""
     if isinstance(batch, Tensor) and batch.layout == torch.strided:
         for dim in (0, 1):
             if batch.ndim > dim and batch.shape[dim] == count:
                 yield batch.transpose(0, dim)
                 return
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from _parts(part, count)
-    elif isinstance(batch, list | tuple):
-        for part in batch:
-            yield from _parts(part, count)
+        return
+    opened = open_part(batch) if depth else None
+    for part in opened.parts if opened is not None else ():
+        yield from _parts(part, count, depth - 1)
 
 
 def _contents(rows: Tensor) -> list[bytes]:
@@ -239,6 +236,25 @@ class Shard:
             for batch, indices in zip(self._batches, self._indices, strict=True):
                 _check_size(batch, len(indices))
                 yield batch, indices
+
+
+def split_indices(indices: Tensor, size: int, least: int | None = None) -> list[Tensor]:
+    """Split examples into batches without one of a single example, which not every training step runs on.
+
+    Args:
+        indices: of the examples.
+        size: of a batch; a last example that would be alone joins or shortens the batch before it.
+        least: examples of the smallest batch, if there are as many; 2 unless ``size`` is 1.
+
+    Returns:
+        The batches, at most ``size`` in each, or 3 if that is 2.
+    """
+    parts = list(torch.split(indices, size))
+    least = min(2, size) if least is None else least
+    if len(parts) > 1 and len(parts[-1]) < least:
+        both = torch.cat([parts[-2], parts[-1]])
+        parts[-2:] = [both[:-2], both[-2:]] if size > 2 else [both]
+    return parts
 
 
 class IndexedLoader:
@@ -289,14 +305,15 @@ class IndexedLoader:
         if self.ordered:
             chosen = torch.randperm(self.num_examples, generator=generator)[:count].sort().values
             return IndexedLoader(
-                list(torch.split(self.indices[chosen], len(self._plan[0]))), self._build, ordered=True
+                split_indices(self.indices[chosen], len(self._plan[0])), self._build, ordered=True
             )
-        plan: list[Tensor] = []
+        drawn, examples = [], 0
         for position in torch.randperm(len(self._plan), generator=generator).tolist():
-            if sum(map(len, plan)) >= count:
+            if examples >= count:
                 break
-            plan.append(self._plan[position])
-        return IndexedLoader(plan, self._build, ordered=False)
+            drawn.append(position)
+            examples += len(self._plan[position])
+        return IndexedLoader([self._plan[n] for n in sorted(drawn)], self._build, ordered=False)
 
     def only(self, indices: Tensor) -> IndexedLoader:
         """Return a loader of exactly these examples, which are among its own, ascending.
@@ -306,25 +323,36 @@ class IndexedLoader:
         """
         if not self.ordered:
             raise ValueError("Only a loader in the library's own order can be cut to single examples.")
-        return IndexedLoader(list(torch.split(indices, len(self._plan[0]))), self._build, ordered=True)
+        return IndexedLoader(split_indices(indices, len(self._plan[0])), self._build, ordered=True)
 
     def parts(self, count: int) -> list[IndexedLoader]:
-        """Return loaders of at most ``count`` examples each, in the order of visiting.
+        """Return loaders of at most ``count`` examples each, or two, in the order of visiting.
 
-        Batches stay whole where only the user's own can be collated: a larger one is a part alone.
+        Batches stay whole where only the user's own can be collated: a larger one is a part alone. No part
+        is a single example, unless the user's batches are.
         """
-        pieces = list(torch.split(self.indices, count)) if self.ordered else self._plan
+        least = min(2, len(self._plan[0]))
+        pieces = split_indices(self.indices, max(count, least), least) if self.ordered else self._plan
         plans: list[list[Tensor]] = []
         for piece in pieces:
             if not self.ordered and plans and sum(map(len, [*plans[-1], piece])) <= count:
                 plans[-1].append(piece)
             else:
-                plans.append(list(torch.split(piece, len(self._plan[0]))) if self.ordered else [piece])
+                plans.append(split_indices(piece, len(self._plan[0])) if self.ordered else [piece])
         return [IndexedLoader(plan, self._build, ordered=self.ordered) for plan in plans]
 
     def holding(self, indices: Tensor) -> IndexedLoader:
-        """Return a loader of these examples, or of the batches that hold them if it is not ordered."""
-        return self.only(indices.sort().values) if self.ordered else self.with_any(indices)
+        """Return a loader of these examples, or of the batches that hold them if it is not ordered.
+
+        A single example comes with another one: not every training step runs on a batch of one.
+        """
+        if not self.ordered:
+            return self.with_any(indices)
+        own = self.indices
+        if len(indices) == 1 and len(own) > 1 and len(self._plan[0]) > 1:
+            other = own[own != indices[0]][:1]
+            indices = torch.cat([indices, other])
+        return self.only(indices.sort().values)
 
     def with_any(self, indices: Tensor) -> IndexedLoader:
         """Return a loader of the batches that hold any of these examples."""
@@ -342,7 +370,7 @@ class IndexedLoader:
             plan = self._plan
             if world_size > 1 and self.ordered:
                 share = self.indices[rank::world_size]
-                plan = list(torch.split(share, len(self._plan[0]))) if len(share) else []
+                plan = split_indices(share, len(self._plan[0])) if len(share) else []
             elif world_size > 1:
                 plan = plan[rank::world_size]
             self._shards[key] = Shard(self._build(plan), plan)
@@ -359,21 +387,30 @@ class ReadyMade(IndexedLoader):
     """Batches without a dataset: examples are numbered in the order of the batches."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
-        sizes = [_batch_size(batch, position) for position, batch in enumerate(batches)]
+        sizes = [count_batch(batch, position) for position, batch in enumerate(batches)]
         plan = list(torch.split(torch.arange(sum(sizes)), sizes))
         first = {int(part[0]): batch for part, batch in zip(plan, batches, strict=True)}
         super().__init__(plan, lambda part: [first[int(p[0])] for p in part], ordered=False)
 
 
-def _batch_size(batch: Any, position: int) -> int:
-    try:
-        size = extract_batch_size(batch)
-    except (MisconfigurationException, RecursionError):
-        size = 0
-    if size == 0:
+def count_batch(batch: Any, position: int) -> int:
+    """Count the examples of a batch without a loader that tells their number.
+
+    Args:
+        batch: the batch.
+        position: its number, for messages.
+
+    Returns:
+        Their number.
+
+    Raises:
+        UnsupportedDataError: if it holds none.
+    """
+    size = guess_count(batch)
+    if not size:
         raise UnsupportedDataError(
-            f"Batch {position} of the list ({type(batch).__name__}) holds no tensor with examples in its "
-            f"first dimension. Pass {ACCEPTED}."
+            f"Batch {position} ({type(batch).__name__}) holds no tensor with examples in its first "
+            f"dimension. Pass {ACCEPTED}."
         )
     return size
 
@@ -384,7 +421,7 @@ def _check_size(batch: Any, expected: int) -> None:
     Raises:
         UnsupportedDataError: naming both numbers.
     """
-    sizes = set(_first_dimensions(batch))
+    sizes = {len(tensor) for tensor in find_tensors(batch) if tensor.ndim}
     if len(sizes) == 1 and max(sizes) < expected:
         raise UnsupportedDataError(
             f"A batch made of {expected} examples has {max(sizes)}: its collate_fn (or dataset) leaves some "
@@ -393,23 +430,17 @@ def _check_size(batch: Any, expected: int) -> None:
         )
 
 
-def _first_dimensions(batch: Any) -> Iterator[int]:
-    if isinstance(batch, Tensor):
-        if batch.ndim:
-            yield len(batch)
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from _first_dimensions(part)
-    elif isinstance(batch, list | tuple):
-        for part in batch:
-            yield from _first_dimensions(part)
-
-
 def rebuilt(loader: DataLoader[Any], plan: Sequence[Tensor]) -> DataLoader[Any]:
     """Return the user's loader with these batches in place of its sampler's."""
+    batches: Any = _Lists(plan)
+    drawn = (
+        {"batch_size": None, "sampler": batches}
+        if loader.batch_sampler is None
+        else {"batch_sampler": batches}
+    )
     return DataLoader(
         loader.dataset,
-        batch_sampler=_Lists(plan),
+        **drawn,
         num_workers=loader.num_workers,
         collate_fn=OrderedCollate(loader.collate_fn),
         pin_memory=loader.pin_memory,

@@ -23,7 +23,8 @@ from torch.utils.data import (
 
 from lightning_influence.running.host.attributes import combined_mode, wrapped_sampler
 from lightning_influence.running.host.packages import is_lightning
-from lightning_influence.running.loaders import ACCEPTED, IndexedLoader, ReadyMade, rebuilt
+from lightning_influence.running.loaders import ACCEPTED, IndexedLoader, ReadyMade, rebuilt, split_indices
+from lightning_influence.running.streams import Stream
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 from lightning_influence.support.random_states import preserve_generators, preserve_rng
 
@@ -60,16 +61,16 @@ def _weighted(weights: Tensor) -> Tensor:
     return positive.nonzero().flatten()
 
 
-def own_batches(loader: DataLoader[Any]) -> list[Tensor]:
+def own_batches(sampler: Any, dataset: Any) -> list[Tensor]:
     """Return the batches of the user's batch sampler, without what it repeats."""
     seen: set[int] = set()
     batches = []
-    for batch in _drawn(loader.batch_sampler, loader.dataset):
-        fresh = [i for i in dict.fromkeys(_index(item, loader.dataset) for item in batch) if i not in seen]
+    for batch in _drawn(sampler, dataset):
+        fresh = [i for i in dict.fromkeys(_index(item, dataset) for item in batch) if i not in seen]
         seen.update(fresh)
         if fresh:
             batches.append(torch.tensor(fresh))
-    _warn_of_missing(seen, loader.batch_sampler, loader.dataset)
+    _warn_of_missing(seen, sampler, dataset)
     return batches
 
 
@@ -179,19 +180,29 @@ def prepare_train(dataloaders: Any) -> IndexedLoader:
 
 
 def read_loader(loader: DataLoader[Any]) -> IndexedLoader:
-    """Return one ``DataLoader``, read; the top of this module says what becomes of its sampler.
+    """Return one ``DataLoader``, read.
+
+    Examples have the dataset's indices where batches are drawn by these, by a sampler, a batch sampler, or a
+    sampler of whole batches with ``batch_size=None``. Others are numbered in the order in which they come.
 
     Raises:
-        UnsupportedDataError: for iterable datasets, datasets of ready-made batches, subclasses with their own
-            ``__iter__`` and loaders without examples.
+        UnsupportedDataError: for loaders without examples.
     """
-    _check_loader(loader)
-    if type(loader.batch_sampler) is BatchSampler:
-        indices, ordered = sampler_indices(loader.sampler, loader.dataset)
-        size = loader.batch_sampler.batch_size
+    name = _find_stream(loader)
+    if name is not None:
+        read: IndexedLoader = Stream(loader, name)
+        if not len(read):
+            raise UnsupportedDataError(f"{name} has no examples. Pass a loader that has some.")
+        return read
+    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if type(batches) is BatchSampler:
+        indices, ordered = sampler_indices(batches.sampler, loader.dataset)
+        size = batches.batch_size
         plan = list(torch.split(indices, size)) if len(indices) else []
+        if batches.drop_last and plan:  # the user's fit saw no smaller batch
+            plan = split_indices(indices, size)
     else:
-        plan, ordered = own_batches(loader), False
+        plan, ordered = own_batches(batches, loader.dataset), False
     if not plan:
         raise UnsupportedDataError(
             f"The loader over {type(loader.dataset).__name__} has no examples. Pass one that has some."
@@ -200,23 +211,26 @@ def read_loader(loader: DataLoader[Any]) -> IndexedLoader:
     return IndexedLoader(plan, lambda part: rebuilt(loader, part), ordered=ordered, size=total)
 
 
-def _check_loader(loader: DataLoader[Any]) -> None:
-    name = type(loader.dataset).__name__
-    if isinstance(loader.dataset, IterableDataset):
-        raise UnsupportedDataError(
-            f"{name} is an IterableDataset: its examples have no index to attribute to, and may come in "
-            "another order each time. Give it __getitem__ and __len__, or pass list(loader) if it is small."
-        )
+def _find_stream(loader: DataLoader[Any]) -> str | None:
+    """Return the name of what gives batches whose examples have no index in a dataset; None if it is none."""
     if type(loader).__iter__ is not DataLoader.__iter__:
-        raise UnsupportedDataError(
-            f"{type(loader).__name__} overrides DataLoader.__iter__: its batches cannot be traced to {name}. "
-            "Pass a plain DataLoader; what is done to batches can go into its collate_fn."
-        )
-    if loader.batch_sampler is None:
-        raise UnsupportedDataError(
-            f"DataLoader(batch_size=None): the items of {name} are batches, whose examples have no index of "
-            "their own. Pass a dataset of single examples, or list(loader) to number them in order."
-        )
+        return type(loader).__name__
+    if isinstance(loader.dataset, IterableDataset):
+        return type(loader.dataset).__name__
+    if loader.batch_sampler is None and not _draws_batches(loader.sampler):
+        return type(loader.dataset).__name__
+    return None
+
+
+def _draws_batches(sampler: Any) -> bool:
+    """Return whether a sampler, given as such with ``batch_size=None``, gives lists of indices."""
+    if type(sampler) is BatchSampler:
+        return True
+    if type(sampler) in (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler):
+        return False
+    with preserve_rng(), preserve_generators(sampler, getattr(sampler, "sampler", None)):
+        first = next(iter(sampler), None)
+    return isinstance(first, list | tuple)
 
 
 def _are_loaders(items: Iterable[Any]) -> bool:

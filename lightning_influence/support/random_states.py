@@ -10,29 +10,51 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 # The odd increment of the counter and the two multipliers of the mix, as 64-bit integers with a sign.
 _STEP, _FIRST, _SECOND = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
+@dataclass(frozen=True)
+class RandomStates:
+    """The global random states: torch on CPU and CUDA, NumPy, Python."""
+
+    torch: Tensor
+    numpy: Any
+    python: Any
+    cuda: list[Tensor] | None
+
+    @classmethod
+    def read(cls) -> Self:
+        """Return the states as they are."""
+        initialized: Callable[[], bool] = torch.cuda.is_initialized
+        cuda = torch.cuda.get_rng_state_all() if initialized() else None
+        return cls(torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda)
+
+    def write(self) -> None:
+        """Put the states back."""
+        torch.set_rng_state(self.torch)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
 @contextlib.contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Put the global random states (torch on CPU and CUDA, NumPy, Python) back on exit."""
-    initialized: Callable[[], bool] = torch.cuda.is_initialized
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if initialized() else None
+    """Put the global random states back on exit."""
+    states = RandomStates.read()
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        states.write()
 
 
 @contextlib.contextmanager

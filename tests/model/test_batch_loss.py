@@ -318,10 +318,10 @@ def test_noise_leaves_the_check_to_second_derivatives():
 def test_batches_that_cannot_be_taken_apart_are_said():
     class Unknown:
         def __init__(self, x):
-            self.x = x
+            self.read = lambda: x
 
     module = module_of(nn.Linear(4, 2), None)
-    module.training_step = lambda batch, batch_idx: module.net(batch.x).square().mean()
+    module.training_step = lambda batch, batch_idx: module.net(batch.read()).square().mean()
     with pytest.warns(InfluenceWarning, match="could not be taken apart"):
         captured = Forward(find_layers(module))(module, Unknown(batch()[0]), B)
     x = batch()[0]
@@ -385,3 +385,24 @@ def test_hooks_that_agree_with_the_step_are_taken_in_silence(kind):
     module = hooked(squares, steps[kind])
     module.automatic_optimization = kind != "manual"
     assert Forward(find_layers(module))(module, batch(), B).num_examples == B
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_weights_that_the_loss_alone_uses_are_left_out_by_name(noise):
+    """Such as the dispersion of a likelihood: their gradients do not pass through any module's outputs."""
+
+    class WithDispersion(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.dispersion = nn.Linear(4, 2), nn.Linear(1, 2, bias=False)
+
+    def step(net, x, y):
+        error = net.mean(x) * (1 + noise * torch.randn(len(x), 1, dtype=x.dtype)) - y[:, None]
+        scale = net.dispersion.weight[:, 0]
+        return (error.square() * scale.exp() - scale + error.abs() ** 3).mean()
+
+    module = module_of(WithDispersion(), step)
+    forward = Forward(find_layers(module))
+    with pytest.warns(InfluenceWarning, match=r"weights of 'net.dispersion' directly.*are left out"):
+        forward(module, batch(), B)
+    assert forward.silent == {"net.dispersion"}

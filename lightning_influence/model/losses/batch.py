@@ -14,6 +14,7 @@ gradient stands for it then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ from typing_extensions import Self
 
 from lightning_influence.model.losses.draws import draw_signs
 from lightning_influence.model.losses.loss import OutputLoss, working
+from lightning_influence.model.uses.places import Place
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.notes import Notices
 
@@ -84,6 +86,7 @@ class BatchLoss(OutputLoss):
         values_of: computes the loss of each example alone, ``(B,)``.
         traits: what is known of the loss from other batches; completed here.
         values: the loss of each example, with its graph down to the parameters, where the user gives them.
+        places: where the examples stand in each output, where its rows are not the examples in their order.
     """
 
     leaves: tuple[Tensor, ...]
@@ -92,6 +95,7 @@ class BatchLoss(OutputLoss):
     values_of: Callable[[], Tensor]
     traits: BatchLossTraits
     values: Tensor | None = None
+    places: tuple[Place | None, ...] = ()
 
     @classmethod
     def of(
@@ -104,6 +108,7 @@ class BatchLoss(OutputLoss):
         traits: BatchLossTraits,
         values_of: Callable[[], Tensor],
         values: Tensor | None = None,
+        places: Sequence[Place | None] | None = None,
     ) -> Self:
         """Describe a batch's loss.
 
@@ -115,6 +120,7 @@ class BatchLoss(OutputLoss):
             traits: what is known of the loss.
             values_of: computes the loss of each example alone, ``(B,)``.
             values: the loss of each example, if it has a graph.
+            places: where the examples stand in each output; None for rows that are the examples in order.
 
         Returns:
             The loss.
@@ -122,7 +128,10 @@ class BatchLoss(OutputLoss):
         Raises:
             UnsupportedModelError: if the rows of an output are no multiple of the examples.
         """
-        for output in outputs:
+        places = tuple([None] * len(outputs) if places is None else places)
+        for output, place in zip(outputs, places, strict=True):
+            if place is not None:
+                continue
             if output.dim() == 0 or len(output) % num_examples:
                 raise UnsupportedModelError(
                     f"The loss depends on an output of shape {tuple(output.shape)} in a batch of "
@@ -130,7 +139,13 @@ class BatchLoss(OutputLoss):
                     "(or examples times positions). Pass `loss=` or define `influence_loss(batch) -> (B,)`."
                 )
         with torch.enable_grad():
-            flat = torch.cat([output.reshape(num_examples, -1) for output in outputs], 1)
+            flat = torch.cat(
+                [
+                    split_rows(output, place, num_examples).flatten(1)
+                    for output, place in zip(outputs, places, strict=True)
+                ],
+                1,
+            )
         reduction: Literal["example_mean", "sum"] = "example_mean" if traits.is_mean else "sum"
         factor = float(num_examples) if traits.is_mean else 1.0
         return cls(
@@ -144,6 +159,7 @@ class BatchLoss(OutputLoss):
             values_of,
             traits,
             values,
+            places,
         )
 
     @property
@@ -301,11 +317,12 @@ class BatchLoss(OutputLoss):
     def _order(self, structure: Structure | None) -> Tensor | None:
         """Return the outputs of an example as ``(T, C)``, by their places; None where that cannot be."""
         count, start, parts = self.num_examples, 0, []
-        for leaf in self.leaves:
-            numel = leaf.numel() // count
+        for leaf, place in zip(self.leaves, self.places, strict=True):
+            shape = split_rows(leaf.detach(), place, count).shape[1:]
+            numel = math.prod(shape)
             places = torch.arange(start, start + numel, device=leaf.device)
             start += numel
-            places = places.view(len(leaf) // count, *leaf.shape[1:])
+            places = places.view(shape)
             if structure == "elements":
                 parts.append(places.reshape(-1, 1))
             elif structure == "positions":
@@ -355,7 +372,26 @@ class BatchLoss(OutputLoss):
         return _put(rows, self._places)
 
     def _flatten(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part.reshape(self.num_examples, -1) for part in parts], 1)
+        return torch.cat(
+            [
+                split_rows(part, place, self.num_examples).flatten(1)
+                for part, place in zip(parts, self.places, strict=True)
+            ],
+            1,
+        )
+
+
+def split_rows(tensor: Tensor, place: Place | None, num_examples: int) -> Tensor:
+    """Return the rows of each example, ``(B, R, ...)``, filled up with zeros where others have more.
+
+    Args:
+        tensor: with the examples in some of its rows.
+        place: where they stand; None for ``(B, ...)`` or ``(B * R, ...)`` in their order.
+        num_examples: ``B``.
+    """
+    if place is None:
+        return tensor.reshape(num_examples, len(tensor) // num_examples, *tensor.shape[1:])
+    return place.split(tensor, num_examples)
 
 
 def _put(rows: Tensor, order: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_influence.model.uses.calls import Call, Slot, integers_of, outputs_of, tensors_of
 from lightning_influence.model.uses.places import Place, find_owners, from_owners, reshape_place, whole
+from lightning_influence.model.uses.scatters import SCATTERS, follow_scatter
 
 # Names of the fused recurrent networks, which are not run on tensors without data: some builds of torch do
 # not survive it.
@@ -45,7 +46,7 @@ MOVES = PICKS | {
     "unbind", "narrow", "select", "unfold", "expand_as", "broadcast_to", "hsplit", "vsplit", "dsplit",
 }  # fmt: skip
 # Operations with lengths or repetitions among their arguments.
-_BY_VALUE = RECURRENT | {
+_BY_VALUE = RECURRENT | SCATTERS | {
     "repeat_interleave", "_pack_padded_sequence", "_pad_packed_sequence", "embedding_bag",
 }  # fmt: skip
 _FACTORS = (3, 5, 7, 11, 13, 17)
@@ -115,6 +116,8 @@ def follow(op: Followable) -> Followed:
         return Followed([whole(0) for _ in op.shapes])
     with torch.no_grad(), torch._C.DisableTorchFunction():
         found = _follow_sequences(op.call, op.places, op.num_examples)
+        if op.call.name in SCATTERS:
+            return Followed([_follow_scatter(op)])
     if found is not None:
         return Followed(*found)
     kinds = set(op.places.values())
@@ -123,6 +126,19 @@ def follow(op: Followable) -> Followed:
     if any(place.dim is None for place in kinds):
         return Followed(_pick(op) or lost)
     return _reshape(op) or _search_or_pick(op) or Followed(lost)
+
+
+def _follow_scatter(op: Followable) -> Place | None:
+    """Return where the examples are after rows were added up by an index."""
+    call = op.call
+    slots = _first_slot(call), call.get(3, "src" if "src" in call.kwargs else "source")[0]
+    tensors = tensors_of(call)
+    target, source = (tensors.get(slot) for slot in slots)
+    dim, index = call.get(1, "dim")[1], call.get(2, "index")[1]
+    if target is None or source is None or not isinstance(dim, int):
+        return None
+    places = [op.places.get(slot) for slot in slots]
+    return follow_scatter(call.name, dim, index, (target, source), places, op.num_examples)
 
 
 def _reshape(op: Followable) -> Followed | None:

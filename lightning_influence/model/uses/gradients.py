@@ -246,6 +246,8 @@ class _Sums:
     def add(self, use: Use, pulled: tuple[dict[Slot, Part], int | None]) -> None:
         """Add the gradients of a use's sources."""
         parts, example = pulled
+        if self._watch.num_examples == 1:
+            example = None  # what belongs to the only example belongs to all
         for slot, tensor in use.sources.items():
             source = self._watch.source_of(tensor)
             if isinstance(source, str):

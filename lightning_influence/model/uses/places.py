@@ -43,6 +43,10 @@ class Place:
         """Return how many slices each example has, where all have as many."""
         return self.outer * self.inner
 
+    def is_plain(self) -> bool:
+        """Return whether the first dimension holds the examples, each with its slices, in their order."""
+        return self.owners is None and self.dim == 0 and self.outer == 1
+
     def moved(self, dim: int) -> Place:
         """Return the same order of examples in another dimension."""
         return replace(self, dim=dim)

@@ -32,6 +32,7 @@ from lightning_influence.model.uses.following import (
 )
 from lightning_influence.model.uses.operations.registry import find_operation
 from lightning_influence.model.uses.places import Place, whole
+from lightning_influence.support.batches import open_part
 
 # Questions that no tensor comes out of: not worth a look.
 _QUESTIONS = {
@@ -274,8 +275,15 @@ class Watch(TorchFunctionMode):
         shapes = [output.shape for output in seen.outputs]
         for number, output in enumerate(seen.outputs):
             if output.requires_grad and id(output) not in self._sources:
-                edge = get_gradient_edge(output)
-                self._mark(output, Derivation(seen.call, seen.sources, edge, number, shapes))
+                edge, sources = get_gradient_edge(output), dict(seen.sources)
+                if (
+                    seen.changed is not None
+                ):  # it was made of what its former value was made of, not of itself
+                    before = self._state(output)
+                    sources = {slot: t for slot, t in sources.items() if t is not output}
+                    if isinstance(before, Derivation):
+                        sources |= {("before", *slot): t for slot, t in before.sources.items()}
+                self._mark(output, Derivation(seen.call, sources, edge, number, shapes))
 
     def _promote(self, tensor: Tensor, place: Place) -> bool:
         """Make a tensor that was taken for one of parameters alone one of the batch: its making was a use.
@@ -391,18 +399,9 @@ def find_examples(
         elif isinstance(value, (list, tuple)) and _is_ragged(value, num_examples):
             found.extend((tensor, whole(example)) for example, tensor in enumerate(value))
         elif depth < _MOST_DEPTH:
-            pending.extend((item, depth + 1) for item in _items(value))
+            opened = open_part(value)
+            pending.extend((item, depth + 1) for item in (opened.parts if opened is not None else ()))
     return found
-
-
-def _items(value: Any) -> list[Any]:
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
-        return list(vars(value).values())
-    return []
 
 
 def _guess(tensor: Tensor, num_examples: int) -> Place | None:

@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
@@ -20,6 +18,7 @@ from lightning_influence.running.host.module import muted
 from lightning_influence.running.host.processes import sum_over_processes
 from lightning_influence.running.host.states import ModuleStates
 from lightning_influence.running.host.trainer import splits_parameters
+from lightning_influence.support.batches import MOST_DEPTH, guess_count, open_part
 from lightning_influence.support.errors import (
     UnsupportedDataError,
     UnsupportedModelError,
@@ -112,9 +111,9 @@ def will_step(trainer: Trainer, optimizer: torch.optim.Optimizer) -> bool:
 def count_examples(trainer: Trainer, batch: Any, batch_idx: int) -> int:
     """Count the examples in a batch.
 
-    Lightning takes the first dimension of the first tensor, which may be a mask, a table, or one of several
-    sequences of unequal lengths. How many examples the loader has put into the batch decides where that is
-    another number, and some part of the batch has as many rows or items.
+    The first dimension of the first tensor may be that of a mask, a table, or the nodes of graphs. How many
+    examples the loader has put into the batch decides where that is another number, and some part of the
+    batch has as many rows or items.
 
     Args:
         trainer: the Trainer, whose loader the batch is from.
@@ -127,10 +126,7 @@ def count_examples(trainer: Trainer, batch: Any, batch_idx: int) -> int:
     Raises:
         UnsupportedDataError: if the batch shows no number of examples.
     """
-    try:
-        guess = int(extract_batch_size(batch))
-    except MisconfigurationException:
-        guess = None
+    guess = guess_count(batch)
     loaded = _count_loaded(trainer.train_dataloader, batch_idx)
     if loaded is not None and loaded != guess and loaded in _lengths(batch):
         return loaded
@@ -144,26 +140,26 @@ def count_examples(trainer: Trainer, batch: Any, batch_idx: int) -> int:
 
 def _count_loaded(loader: Any, batch_idx: int) -> int | None:
     """Return how many examples a loader put into a batch; None where it does not tell."""
-    sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
     if type(sampler) is not BatchSampler or not isinstance(sampler.sampler, Sized):
         return None
     left = len(sampler.sampler) - batch_idx * sampler.batch_size
     return min(sampler.batch_size, left) if left > 0 else None
 
 
-def _lengths(part: Any) -> Iterator[int]:
-    """Yield the first dimensions of the tensors in a batch, and the lengths of its lists."""
-    if isinstance(part, Tensor):
-        if part.ndim:
-            yield len(part)
-    elif isinstance(part, Mapping):
-        for item in part.values():
-            yield from _lengths(item)
-    elif isinstance(part, list | tuple):
-        if isinstance(part, list):
-            yield len(part)
-        for item in part:
-            yield from _lengths(item)
+def _lengths(batch: Any, depth: int = MOST_DEPTH) -> Iterator[int]:
+    """Yield the first dimensions of the tensors in a batch, and the lengths of its lists and objects."""
+    if isinstance(batch, Tensor):
+        if batch.ndim:
+            yield len(batch)
+        return
+    opened = open_part(batch) if depth else None
+    if opened is None:
+        return
+    if isinstance(batch, Sized) and not isinstance(batch, Mapping | tuple):
+        yield len(batch)
+    for part in opened.parts:
+        yield from _lengths(part, depth - 1)
 
 
 def make_all_reduce(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:

@@ -30,6 +30,9 @@ def borrowed_module(module: LightningModule) -> Iterator[None]:
     device = module.device
     with contextlib.ExitStack() as stack:
         for part in inner:
+            if "_trainer" not in vars(part):  # let go of by its owner after a fit
+                part._trainer = None
+                stack.callback(vars(part).pop, "_trainer", None)
             stack.enter_context(preserved(part, "_trainer", "_current_fx_name", "_device", "_dtype"))
             stack.enter_context(muted(part))
         try:

@@ -52,11 +52,11 @@ def pull_recurrent(call: ExampleCall) -> Mapping[Slot, Part] | None:
     place = use.places.get((0, 0))
     if not (isinstance(args[1], Tensor) and args[0].ndim == 2):
         return pull_in_loop(use, call.gradients, call.num_examples)
-    if place is None or place.dim != 0 or place.owners is None or len(args) != 9:
+    if place is None or place.dim != 0 or len(args) != 9:
         return None
     if any(slot[:2] != (0, 3) for slot in use.sources):
         return None
-    data, hx, owners = args[0], args[2], torch.tensor(place.owners)
+    data, hx, owners = args[0], args[2], place.owner_vector(call.num_examples)
     order = owners[: int(args[1][0])]
     gradients = _in_data_order(call, place)
     rows: list[list[tuple[Tensor, ...]]] = []

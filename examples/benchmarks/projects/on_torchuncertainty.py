@@ -1,0 +1,82 @@
+"""Routines around small networks: several losses, networks of many kinds of layers, mixup."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from harness import QUIET, Fitted, collate_singles, run
+
+# isort: split
+
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
+from torch_uncertainty import TUTrainer
+from torch_uncertainty.losses import DECLoss, DistributionNLLLoss, ELBOLoss, FocalLoss
+from torch_uncertainty.models.classification.lenet import bayesian_lenet, lenet, packed_lenet
+from torch_uncertainty.routines import ClassificationRoutine, RegressionRoutine
+from torch_uncertainty.transforms import RepeatTarget
+
+COUNT, EPOCHS, CLASSES = 64, 3, 4
+
+
+def _classify(net: nn.Module, loss: nn.Module, **options: Any) -> pl.LightningModule:
+    adam = torch.optim.Adam(net.parameters(), lr=1e-3)
+    return ClassificationRoutine(net, CLASSES, loss, optim_recipe=adam, **options)
+
+
+def _bayes() -> pl.LightningModule:
+    net = bayesian_lenet(1, CLASSES)
+    return _classify(
+        net, ELBOLoss(net, nn.CrossEntropyLoss(), kl_weight=1e-3, num_samples=1), is_ensemble=True
+    )
+
+
+def _regress() -> pl.LightningModule:
+    from torch_uncertainty.layers.distributions import NormalLinear
+
+    net = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), NormalLinear(nn.Linear, event_dim=1, in_features=16))
+    adam = torch.optim.Adam(net.parameters(), lr=1e-3)
+    return RegressionRoutine(net, 1, DistributionNLLLoss(), dist_family="normal", optim_recipe=adam)
+
+
+ROUTINES: dict[str, Any] = {
+    "LeNet, cross-entropy": lambda: _classify(lenet(1, CLASSES), nn.CrossEntropyLoss()),
+    "LeNet, focal": lambda: _classify(lenet(1, CLASSES), FocalLoss(gamma=2)),
+    "LeNet, evidential": lambda: _classify(
+        lenet(1, CLASSES), DECLoss(annealing_step=10, loss_type="mse", reg_weight=0.1)
+    ),
+    "LeNet, mixup": lambda: _classify(
+        lenet(1, CLASSES), nn.CrossEntropyLoss(), mixup_params={"mixtype": "mixup", "mixup_alpha": 0.2}
+    ),
+    "Packed LeNet": lambda: _classify(
+        packed_lenet(1, CLASSES, num_estimators=2, alpha=2, gamma=1), nn.CrossEntropyLoss(), is_ensemble=True,
+        format_batch_fn=RepeatTarget(2),
+    ),
+    "Bayesian LeNet": _bayes,
+    "Normal regression": _regress,
+}  # fmt: skip
+
+
+def fit(kind: str, callbacks: list[Any]) -> Fitted:
+    """Train as in the project's tutorials."""
+    pl.seed_everything(0)
+    images = torch.randn(COUNT, 1, 28, 28)
+    labels = torch.arange(COUNT) % CLASSES
+    images += labels[:, None, None, None] * torch.sin(torch.arange(28.0))
+    points = TensorDataset(torch.randn(COUNT, 5), torch.randn(COUNT)) if kind == "Normal regression" else None
+    points = points or TensorDataset(images, labels)
+    module = ROUTINES[kind]()
+    loader = DataLoader(points, batch_size=16, shuffle=True)
+    trainer = TUTrainer(max_epochs=EPOCHS, callbacks=callbacks, **QUIET)
+    trainer.fit(module, loader)
+    singles = collate_singles(points, default_collate, 2)
+    queries = DataLoader(Subset(points, range(12)), batch_size=8)
+    return Fitted(trainer, module, loader, queries, EPOCHS, singles, singles[:12])
+
+
+if __name__ == "__main__":
+    run("torch-uncertainty", {kind: functools.partial(fit, kind) for kind in ROUTINES})
