@@ -85,6 +85,16 @@ class ParameterRecorder:
         self.watch.clear()
         self._uses, self._heard, self._products = [], set(), {}
 
+    @property
+    def activations(self) -> list[GradientEdge]:
+        """Where gradients of the examples' outputs arrive, not of numbers: penalties are added to a loss."""
+        return [
+            edge
+            for use in self._uses or []
+            for edge, place, shape in zip(use.edges, use.outputs, use.shapes, strict=True)
+            if edge is not None and place is not None and shape
+        ]
+
     def close(self, calls: Mapping[str, int]) -> set[str]:
         """Choose the uses that matter when the forward pass is over.
 
@@ -164,11 +174,7 @@ class ParameterRecorder:
     def _pull_zeros(self) -> dict[str, ParameterGradient]:
         """Pull gradients of zero back, which shows the inputs."""
         uses = self._uses or []
-        zeros = [
-            [None if edge is None else _zeros(use, place) for place, edge in enumerate(use.edges)]
-            for use in uses
-        ]
-        return pull_uses(self.watch, uses, zeros, 1).gradients
+        return pull_uses(self.watch, uses, [_zeros(use) for use in uses], 1).gradients
 
     def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """Pull the gradients of one backward pass back, example by example.
@@ -188,7 +194,7 @@ class ParameterRecorder:
         passes = gather_passes(uses, [found])
         for use, grads in zip(uses, passes, strict=True):
             if all(grad is None for grad in grads) and self._aligned & names_of(self.watch, use):
-                grads[:] = [None if edge is None else _zeros(use, n) for n, edge in enumerate(use.edges)]
+                grads[:] = _zeros(use)
         pulled = pull_uses(self.watch, uses, passes, 1)
         if not self._products:
             self._read_products(pulled.gradients)
@@ -291,10 +297,13 @@ class ParameterRecorder:
         return layer.output_gradients(gradient.dense()[0], count)
 
 
-def _zeros(use: Use, number: int) -> Tensor:
-    """Return a gradient ``(1, *shape)`` of zero at an output of a use."""
+def _zeros(use: Use) -> list[Tensor | None]:
+    """Return gradients of zero at the outputs of a use, none where these belong to no example, as a loss."""
     like = next(iter(use.sources.values()))
-    return like.new_zeros(1, *use.shapes[number])
+    shown = zip(use.edges, use.outputs, use.shapes, strict=True)
+    return [
+        None if edge is None or place is None else like.new_zeros(1, *shape) for edge, place, shape in shown
+    ]
 
 
 def _is_called(uses: Sequence[Use], calls: int) -> bool:

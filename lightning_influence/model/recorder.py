@@ -44,6 +44,11 @@ class UseRecorder(Protocol):
         """Whether a layer is a parameter by itself, or a module that is not called."""
         ...
 
+    @property
+    def activations(self) -> list[GradientEdge]:
+        """Where gradients of outputs that belong to examples arrive."""
+        ...
+
     def certify(self, values: Tensor) -> None:
         """Check the gradients of the examples' values ``(B,)``."""
         ...
@@ -143,7 +148,7 @@ class Recorder:
     def nodes(self) -> set[object]:
         """Autograd nodes of the layers' outputs."""
         edges = [edge for calls in self._calls.values() for edge in calls.edges]
-        return {edge.node for edge in (*edges, *(self.uses.edges() if self.uses is not None else ()))}
+        return {edge.node for edge in (*edges, *(self.uses.activations if self.uses is not None else ()))}
 
     @property
     def silent(self) -> list[str]:

@@ -33,7 +33,7 @@ class Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
-    wrong: list[tuple[str, str]] = field(default_factory=list)
+    wrong: list[tuple[str, Recipe]] = field(default_factory=list)
     doubtful: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, recipe: Recipe) -> None:
@@ -42,7 +42,7 @@ class Tally:
             verdict = judge(recipe)
         except WrongError as error:
             verdict = "wrong"
-            self.wrong.append((str(error), str(recipe)))
+            self.wrong.append((str(error), recipe))
         kind, _, reason = verdict.partition(": ")
         self.counts[kind] += 1
         if kind == "refused":
