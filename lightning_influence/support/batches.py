@@ -114,8 +114,9 @@ def guess_count(batch: Any) -> int | None:
         if count in lengths or count + 1 in lengths or len(lengths) == count:
             return count
     for tensor in tensors:
-        indexed = _count_by_index(tensor)
-        if indexed is not None and any(length in (indexed, indexed + 1) for length in lengths):
+        # Class labels in order look like an index: something else has to be of as many as it counts.
+        indexed, others = _count_by_index(tensor), {*lengths} - {len(tensor)}
+        if indexed is not None and others & {indexed, indexed + 1}:
             return indexed
     return lengths[0] if lengths else None
 

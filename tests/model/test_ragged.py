@@ -239,3 +239,9 @@ def test_collated_batches_keep_their_kind():
     Item = namedtuple("Item", "x y")
     batch = default_collate([Item(torch.randn(3), n) for n in range(4)])
     assert rearranged(batch, [1], 4).y.tolist() == [1]
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1], [0, 0, 0, 1, 1, 2], [0, 1, 1, 2]])
+def test_labels_in_order_are_no_index(labels):
+    batch = (torch.randn(len(labels), 4), torch.tensor(labels))
+    assert guess_count(batch) == len(labels)
