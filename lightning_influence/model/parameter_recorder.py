@@ -60,6 +60,8 @@ class ParameterRecorder:
         ] = {}  # inputs of matrices that are; None for those that are not
         self._uses: list[Use] | None = None
         self._heard: set[str] = set()
+        self._whole: set[str] = set()  # modules that are not called, whose weights are used in any way
+        self._free = set(self._single)  # parameters whose gradients need have no form
         self._aligned: set[str] = set()  # parameters whose uses are positions, in one order for all seeds
 
     @property
@@ -110,14 +112,19 @@ class ParameterRecorder:
                 uses.setdefault(name, []).append(use)
         modules = self.layers.keys() - self._single
         mine = {name for name in modules if not _is_called(uses.get(_WEIGHT + name, []), calls.get(name, 0))}
-        mine -= {name for name in mine if not self._is_linear(name, uses)}
+        other = {name for name in mine if not self._is_linear(name, uses)}
+        # Of modules that are called, too, the calls are what is had, and a check tells if they are not all.
+        self._whole = {name for name in other if not calls.get(name) and _WEIGHT + name in uses}
+        mine -= other - self._whole
         wanted = {name: name for name in self._single}
         for name in mine:
             wanted |= {_WEIGHT + name: name, _BIAS + name: name}
         chosen = {id(use): use for name in wanted for use in uses.get(name, [])}
         self._uses = list(chosen.values())
         self._heard = {wanted[name] for name in uses.keys() & wanted.keys()}
-        self._aligned = self._matrices | (wanted.keys() - self._single)
+        whole = {kind + name for name in self._whole for kind in (_WEIGHT, _BIAS)}
+        self._free = self._single | (whole & self.watch.parameters.keys())
+        self._aligned = self._matrices | (wanted.keys() - self._single - whole)
         return mine & self._heard
 
     def _is_linear(self, name: str, uses: Mapping[str, list[Use]]) -> bool:
@@ -137,11 +144,14 @@ class ParameterRecorder:
 
     def is_whole(self, name: str) -> bool:
         """Return whether a layer is a matrix whose gradients are no products, so that it has no inputs."""
-        return name in self._matrices and self._product_inputs(name) is None
+        return name in self._whole or (name in self._matrices and self._product_inputs(name) is None)
 
     def inputs(self, name: str) -> Tensor:
         """Return the inputs ``(G, B, R, D_in)`` of a layer: ones or the identity where it has none."""
         layer, count = self.layers[name], self.watch.num_examples
+        if name in self._whole:
+            eye = torch.eye(layer.d_in).to(full_precision(layer.rule.weight(layer.module)))
+            return eye.expand(layer.groups, count, layer.d_in, layer.d_in)
         if name in self._single:
             inputs = self._product_inputs(name) if name in self._matrices else None
             return (
@@ -199,7 +209,7 @@ class ParameterRecorder:
         if not self._products:
             self._read_products(pulled.gradients)
         gradients = {name: grad for name, grad in pulled.gradients.items() if name not in self._slow}
-        slow = self._slow & self._single
+        slow = self._slow & self._free
         if slow:
             gradients |= differentiate_rows(self.watch, outputs, self._rows(outputs, seed), slow)
         failed = pulled.failed.keys() - slow
@@ -209,10 +219,11 @@ class ParameterRecorder:
                 f"The gradients of parameter {name!r} cannot be had example by example "
                 f"({pulled.failed[name]}). Leave it out with layers=['!{name}']."
             )
+        found_by = {name: self._block for name in self._single} | {
+            name: self._columns for name in self._whole
+        }
         return {
-            name: self._block(name, gradients.get(name))
-            if name in self._single
-            else self._pair(name, gradients)[1]
+            name: found_by[name](name, gradients) if name in found_by else self._pair(name, gradients)[1]
             for name in self.heard
         }
 
@@ -222,10 +233,10 @@ class ParameterRecorder:
         Args:
             values: of each example, ``(B,)``, with their graph.
         """
-        if not self._single:
+        if not self._free:
             return
         weights = draw_weights(self.watch.num_examples, values)
-        single = {name: p for name, p in self.watch.parameters.items() if name in self._single}
+        single = {name: p for name, p in self.watch.parameters.items() if name in self._free}
         reference = weigh_losses(values, weights, single)
         found = pull_gradients(self.watch, values, [torch.ones_like(values)], only=set(single))
         verdicts = certify(found.gradients, weights, reference, self.watch.eps)
@@ -285,16 +296,30 @@ class ParameterRecorder:
             inputs = torch.cat([inputs, torch.cat(columns, dim=2)], dim=-1)
         return inputs, product.outputs[0]
 
-    def _block(self, name: str, gradient: ParameterGradient | None) -> Tensor:
+    def _columns(self, name: str, gradients: Mapping[str, ParameterGradient]) -> Tensor:
+        """Return the columns ``(G, B, D_in, D_out)`` of a module's gradient matrices."""
         layer, count = self.layers[name], self.watch.num_examples
+        weight, bias = layer.rule.weight(layer.module), layer.rule.bias(layer.module)
+        parts = [
+            None if p is None else gradients[key].dense()[0] if key in gradients else _no_gradients(p, count)
+            for p, key in ((weight, _WEIGHT + name), (bias, _BIAS + name))
+        ]
+        assert parts[0] is not None
+        return layer.from_parameters(parts[0], parts[1]).transpose(0, 1).transpose(2, 3)
+
+    def _block(self, name: str, gradients: Mapping[str, ParameterGradient]) -> Tensor:
+        layer, count, gradient = self.layers[name], self.watch.num_examples, gradients.get(name)
         if gradient is None:
-            weight = full_precision(layer.rule.weight(layer.module))
-            return layer.output_gradients(weight.new_zeros(count, *weight.shape), count)
+            return layer.output_gradients(_no_gradients(layer.rule.weight(layer.module), count), count)
         if name in self._matrices and not self.is_whole(name):
             product = self._product_of(name, gradient)
             assert product is not None
             return product.outputs[0]
         return layer.output_gradients(gradient.dense()[0], count)
+
+
+def _no_gradients(parameter: Tensor, count: int) -> Tensor:
+    return full_precision(parameter).new_zeros(count, *parameter.shape)
 
 
 def _zeros(use: Use) -> list[Tensor | None]:

@@ -113,7 +113,25 @@ class Again(nn.Module):
         return functional.linear(torch.tanh(self.layer(h)), self.layer.weight, self.layer.bias)
 
 
+class Combined(nn.Module):
+    """Layers that nobody calls: their weights are multiplied with each other, or scaled, before they map."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first, self.second = nn.Embedding(9, 8), nn.Linear(8, 5), nn.Linear(5, 8)
+        self.scaled = nn.Conv1d(8, 8, 3, groups=2)
+
+    def forward(self, x):
+        h = functional.linear(self.embed(x), self.second.weight @ self.first.weight, self.second.bias)
+        weight = self.scaled.weight / self.scaled.weight.norm()
+        return (
+            functional.conv1d(h.transpose(1, 2), weight, self.scaled.bias, groups=2).mean(2)
+            + self.first.bias.sum()
+        )
+
+
 BODIES = {
+    "combined": (Combined, 8),
     "again": (Again, 8),
     "text": (Text, 8),
     "recurrent": (Sequence, 8),
