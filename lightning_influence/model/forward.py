@@ -45,8 +45,8 @@ _OUTSIDE_FIT = (
 )
 
 
-# Says that all layers are modules whose weights are used by calling them: uses need not be watched.
-_ALL_CALLED = "all layers are called"
+# Says that a layer is a module whose weights are used by calling it: its uses need not be watched.
+_CALLED = "{} is called"
 
 
 class Measure(Protocol):
@@ -74,6 +74,7 @@ class Forward:
     def __init__(self, plan: LayerPlan, loss: ModuleLoss | None = None) -> None:
         self.plan = plan
         self.silent: set[str] = set(plan.layers)
+        self._called = {_CALLED.format(name) for name in plan.layers}
         self._loss = plan.loss if loss is None else loss
         self._capture = LossCapture()
         self._unnamed: UnnamedLoss | None = None
@@ -146,13 +147,13 @@ class Forward:
             if not alone:  # one example alone shows no coupling
                 verified.add(subject)
                 if uses is None or not uses.is_needed:
-                    verified.add(_ALL_CALLED)
+                    verified |= self._called
         if not measured and not alone:
             self._check_order(captured, module, batch)
 
     def _make_recorder(self, batch: Any, num_examples: int) -> Recorder:
         plan = self.plan
-        if _ALL_CALLED in plan.verified:
+        if self._called <= plan.verified:
             return Recorder(plan.layers)
         return Recorder(plan.layers, ParameterRecorder(plan.layers, batch, num_examples, plan.slow))
 
