@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_influence.api.checks import check_name
 from lightning_influence.api.dynamics import training_dynamics
-from lightning_influence.api.engine import Question
+from lightning_influence.api.engine import Aggregate, Question
 from lightning_influence.api.session import Session, average_over_checkpoints, read_paths
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.edits.data import SetTargets
@@ -47,6 +47,7 @@ def influence(
     measurement: Measurement | None = None,
     loss: ModuleLoss | None = None,
     top_k: int | None = None,
+    aggregate: Aggregate | None = None,
     ckpt_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
@@ -89,6 +90,11 @@ def influence(
             the batch, where the training step's own couples the examples or cannot be found; it is compared
             with the step's gradient. None for the loss of ``training_step``, or of ``influence_loss``.
         top_k: keep only the strongest ``top_k`` at either end of each ranking; all scores if None.
+        aggregate: ``"mean"`` asks one question about all queries: the scores of their mean measurement, in
+            one row. A list, tensor or array of texts or integers by query dataset index (or a mapping; with
+            several loaders a list with one for each) asks about the mean of every group with the same label,
+            a row each. Queries' gradients are averaged as they are computed: one solve a row. None for a row
+            a query.
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
             A list of them, such as runs that differ in the seed alone, gives the average of their answers,
             which predicts retraining better than one (the module keeps its own weights then).
@@ -132,7 +138,7 @@ def influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, measurement, top_k, layers, read_options(method, further), loss)
+    question = Question(method, measurement, top_k, layers, read_options(method, further), loss, aggregate)
     to_labels(labels)
     check_name(name)
     paths = read_paths(ckpt_path)

@@ -48,6 +48,9 @@ class Attributions(Result):
         query_indices: ``(Q,)`` query dataset indices.
         diagnostics: how the scores were computed.
         query_dataloaders: ``(Q,)`` which query dataloader each query is from, when there are several.
+        query_names: names of the groups of queries that the rows are means over, ``Q`` of them; empty where
+            rows are single queries. ``query_indices`` then number the groups.
+        query_counts: ``(Q,)`` how many queries each group has.
         scores: ``(Q, N)`` all scores, or None when only both ends were kept.
         top_scores: ``(Q, k)`` the highest scores, descending.
         top_indices: ``(Q, k)`` their training dataset indices.
@@ -77,6 +80,8 @@ class Attributions(Result):
 
     query_indices: Tensor
     query_dataloaders: Tensor | None = None
+    query_names: Sequence[str] = ()
+    query_counts: Tensor | None = None
     scores: Tensor | None = None
     top_scores: Tensor | None = None
     top_indices: Tensor | None = None
@@ -93,6 +98,12 @@ class Attributions(Result):
             )
         check_shape("query_indices", self.query_indices, (max(Q, 1),))
         check_shape("query_dataloaders", self.query_dataloaders, (Q,))
+        object.__setattr__(self, "query_names", tuple(self.query_names))
+        check_shape("query_counts", self.query_counts, (len(self.query_names),))
+        if self.query_names and (len(self.query_names) != Q or self.query_counts is None):
+            raise ValueError(
+                f"query_names must be {Q}, one a row, with query_counts; got {len(self.query_names)}"
+            )
         check_shape("diagnostics.residuals", self.diagnostics.residuals, (Q,))
         if self.scores is not None:
             check_shape("scores", self.scores, (Q, N))
@@ -187,17 +198,19 @@ class Attributions(Result):
             scores=scores,
             query_indices=self.query_indices,
             query_dataloaders=self.query_dataloaders,
+            query_names=self.query_names,
+            query_counts=self.query_counts,
             title=_title(self.diagnostics.measurement, largest),
             caption=score_caption(self.diagnostics.measurement),
             labels=to_labels(labels),
             max_queries=max_queries,
         )
 
-    def for_query(self, index: int, dataloader: int | None = None) -> Self:
+    def for_query(self, index: int | str, dataloader: int | None = None) -> Self:
         """The attributions of one query.
 
         Args:
-            index: its dataset index.
+            index: its dataset index, or the name of a group of queries.
             dataloader: its query dataloader, to tell queries of several apart.
 
         Returns:
@@ -206,6 +219,11 @@ class Attributions(Result):
         Raises:
             ValueError: if it was not queried.
         """
+        if isinstance(index, str):
+            if index not in self.query_names:
+                known = ", ".join(self.query_names[:10]) or "none: rows are single queries"
+                raise ValueError(f"there is no group of queries {index!r}; query_names are {known}")
+            index = int(self.query_indices[self.query_names.index(index)])
         rows = self.query_indices == index
         if dataloader is not None:
             loaders = self.query_dataloaders
@@ -219,7 +237,8 @@ class Attributions(Result):
         diagnostics = dataclasses.replace(
             self.diagnostics, residuals=None if residuals is None else residuals[rows.to(residuals.device)]
         )
-        return dataclasses.replace(self, diagnostics=diagnostics, **per_query)
+        names = [name for name, kept in zip(self.query_names, rows.tolist(), strict=False) if kept]
+        return dataclasses.replace(self, diagnostics=diagnostics, query_names=names, **per_query)
 
     def group(self, train_indices: Tensor | Sequence[int]) -> Tensor:
         """Predicted change of each query's measurement when a group of training examples is removed.
@@ -251,7 +270,8 @@ class Attributions(Result):
         """The scores as a pandas DataFrame in long form, one row per query and training example.
 
         Returns:
-            Columns ``query``, ``dataloader`` (with several), ``train`` and ``score``; when only the ends are
+            Columns ``query`` (a group's name where rows are groups), ``dataloader`` (with several), ``train``
+            and ``score``; when only the ends are
             stored also ``end`` (``top`` or ``bottom``) and ``rank`` (from 1).
 
         Raises:
@@ -315,13 +335,18 @@ class Attributions(Result):
             f"Which of {len(self.train_indices):,} training examples made the model do what it did on "
             f"{queries:,} {'query' if queries == 1 else 'queries'}?"
         )
+        if self.query_names and material.options.query_dataset is not None:
+            raise ValueError(
+                "Got query_dataset, but rows are means over groups of queries, not items of it; omit it."
+            )
         cards = build_queries(material, top, bottom, facts.measurement, facts.residuals)
         sections = [cards, describe_certificate(facts), drawn]
         return write_page(path, material, "What the model learned this from", lead, sections)
 
     def _columns(self, indices: Tensor, scores: Tensor) -> dict[str, Any]:
         width = scores.shape[1]
-        columns = {"query": self.query_indices.repeat_interleave(width).numpy()}
+        names = [name for name in self.query_names for _ in range(width)]
+        columns: dict[str, Any] = {"query": names or self.query_indices.repeat_interleave(width).numpy()}
         if self.query_dataloaders is not None:
             columns["dataloader"] = self.query_dataloaders.repeat_interleave(width).numpy()
         return columns | {"train": indices.flatten().numpy(), "score": scores.flatten().numpy()}
@@ -329,14 +354,17 @@ class Attributions(Result):
     def __rich__(self) -> RenderableType:
         kept = "all scores" if self.scores is not None else f"the {self.stored} strongest at either end"
         queries, examples = str(len(self.query_indices)), str(len(self.train_indices))
+        if self.query_counts is not None:
+            queries = f"{int(self.query_counts.sum())}, of which {queries} means are asked about"
         counts = [("queries", queries), ("training examples", examples), ("stored", kept)]
         facts = [*counts, *self.diagnostics.facts()]
         return Group(build_facts_table(facts, "Attributions"), self.top(min(5, self.stored)))
 
     def __repr__(self) -> str:
         kept = "full" if self.scores is not None else f"top_k={self.stored}"
+        means = ", rows=means" if self.query_names else ""
         return (
-            f"Attributions(Q={len(self.query_indices)}, N={len(self.train_indices)}, {kept}, "
+            f"Attributions(Q={len(self.query_indices)}{means}, N={len(self.train_indices)}, {kept}, "
             f"method={self.diagnostics.method!r}, measurement={self.diagnostics.measurement!r})"
         )
 

@@ -90,6 +90,10 @@ def _check_alike(first: Attributions, part: Attributions, number: int) -> None:
         "query_indices": (first.query_indices, part.query_indices),
         "query_dataloaders": (first.query_dataloaders, part.query_dataloaders),
     }
+    if first.query_names != part.query_names:
+        raise ValueError(
+            f"Attributions 0 and {number} differ in query_names, the groups that rows stand for."
+        )
     differing = [name for name, (a, b) in pairs.items() if not _equal(a, b)]
     if first.diagnostics.measurement != part.diagnostics.measurement:
         differing.append("the measurement")

@@ -190,7 +190,11 @@ def summary_metrics(attributions: Loggable) -> dict[str, float]:
         "parameters_covered": facts.parameters_covered,
     }
     if isinstance(attributions, Attributions):
-        metrics["queries"] = float(len(attributions.query_indices))
+        counts = attributions.query_counts
+        rows = float(len(attributions.query_indices))
+        metrics |= (
+            {"queries": rows} if counts is None else {"queries": float(counts.sum()), "query_groups": rows}
+        )
     for done in facts.passes:
         key = f"seconds_{done['name']}"
         metrics[key] = metrics.get(key, 0.0) + done["seconds"]

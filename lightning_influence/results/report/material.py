@@ -115,6 +115,12 @@ class Material:
             self.examples[key] = example
         return key
 
+    def group(self, index: int, name: str) -> str:
+        """Returns the key of a group of queries, which has no item to look at."""
+        key = f"query-{index}"
+        self.examples[key] = {"name": cut(name), "index": index, "parts": []}
+        return key
+
     def warn(self) -> str | None:
         """Returns what could not be shown, after a warning; None if everything is."""
         if not self.bare:
