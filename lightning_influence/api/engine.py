@@ -15,7 +15,7 @@ from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.aggregating import gather_means
-from lightning_influence.methods.answers import Answer, tell_rounding
+from lightning_influence.methods.answers import Answer, check_room, tell_rounding
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
 from lightning_influence.methods.gathering import Gathered, GradientPass, gather
 from lightning_influence.methods.groups import GroupLabels, Groups, check_labels, join_all, read_groups
@@ -59,6 +59,8 @@ class Question:
         options: of the method, from :func:`~..methods.method.read_options`, or what all methods share.
         loss: a callable ``(module, batch)`` in place of the training loss; None for the module's own.
         aggregate: ``"mean"`` asks about the mean of all queries, labels about the mean of each group.
+        train_groups: labels of the training examples, whose scores are summed by group; None for single ones.
+        by: ``"layer"`` to tell the layers' parts of the scores apart as well.
 
     Raises:
         ValueError: if a setting is out of range, saying what was got and what is accepted.
@@ -73,6 +75,8 @@ class Question:
     options: Options = field(default_factory=Options)
     loss: ModuleLoss | None = None
     aggregate: Aggregate | None = None
+    train_groups: GroupLabels | None = None
+    by: Literal["layer"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, find_method(self.method).options_type):
@@ -88,6 +92,16 @@ class Question:
             check_choice("aggregate", self.aggregate, ("mean",))
         elif self.aggregate is not None:
             check_labels("aggregate", self.aggregate)
+        if self.train_groups is not None:
+            check_labels("train_groups", self.train_groups)
+        if self.by is not None:
+            check_choice("by", self.by, ("layer",))
+        if top_k is not None and (self.by is not None or self.train_groups is not None):
+            name = "train_groups" if self.by is None else "by='layer'"
+            raise ValueError(
+                f"Got top_k={top_k} with {name}, which needs all scores; omit top_k, and rank the answer "
+                "with top() and bottom()."
+            )
         if (
             self.measurement is not None and self.measurement != "hook"
         ):  # whether there is a hook is known with the module only
@@ -132,9 +146,11 @@ class Engine:
         self, train: IndexedLoader, query_loaders: list[IndexedLoader], measured: ResolvedMeasurement
     ) -> Attributions:
         groups = self._read_aggregate(query_loaders)
-        method = self._prepare(train)
-        count = sum(loader.num_examples for loader in query_loaders)
-        answer = Answer(method.context, count if groups is None else len(groups.names), self._question.top_k)
+        columns = self._read_train_groups(train)
+        count = sum(loader.num_examples for loader in query_loaders) if groups is None else len(groups.names)
+        method = self._prepare(train, (count, train.num_examples if columns is None else len(columns.names)))
+        by_layer = self._question.by is not None
+        answer = Answer(method.context, count, self._question.top_k, by_layer=by_layer, groups=columns)
         for group in self._groups(method, query_loaders, measured, groups):
             self._attribute_group(method, group, measured, answer)
             del group  # before the next one is read
@@ -153,6 +169,14 @@ class Engine:
         if isinstance(labels, str):
             return join_all(loaders, labels)
         return read_groups("aggregate", labels, loaders)
+
+    def _read_train_groups(self, train: IndexedLoader) -> Groups | None:
+        """Return the groups of training examples whose scores are summed, None for single examples."""
+        labels = self._question.train_groups
+        if labels is None:
+            return None
+        self._runner.agree(train)
+        return read_groups("train_groups", labels, [train])
 
     def _groups(
         self,
@@ -188,7 +212,9 @@ class Engine:
         solved = method.solve(asked.gradients)
         asked = replace(asked, gradients={})  # methods let go of what the scores do not need
         sink = answer.begin(len(asked.indices))
-        scoring = ScorePass(context.plan, solved.scorer, sink, most_examples=answer.count_examples())
+        scoring = ScorePass(
+            context.plan, solved.scorer, sink, most_examples=answer.count_examples(), layers=answer.layers
+        )
         context.run_on_train(scoring)
         check_same_data(context, scoring.losses)
         residuals = tell_rounding(context, scoring.rounding, solved.residuals)
@@ -290,9 +316,11 @@ class Engine:
         self._runner.run(one_pass, loader)
         return one_pass.losses
 
-    def _prepare(self, train: IndexedLoader) -> Method:
-        """Return the method, after its query-independent passes."""
+    def _prepare(self, train: IndexedLoader, shape: tuple[int, int] | None = None) -> Method:
+        """Return the method, after its query-independent passes, for scores of a shape ``(Q, N)``."""
         method = find_method(self._question.method)(self._context(train))
+        if shape is not None and self._question.by is not None:
+            check_room(method.context, shape)
         method.note_unused()
         method.prepare()
         return method

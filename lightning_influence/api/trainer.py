@@ -18,6 +18,7 @@ from lightning_influence.edits.editor import compute_edit
 from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
 from lightning_influence.edits.start import set_out
+from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.options import Damping
 from lightning_influence.model.captured import Fisher
@@ -48,6 +49,8 @@ def influence(
     loss: ModuleLoss | None = None,
     top_k: int | None = None,
     aggregate: Aggregate | None = None,
+    train_groups: GroupLabels | None = None,
+    by: Literal["layer"] | None = None,
     ckpt_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
@@ -95,6 +98,11 @@ def influence(
             several loaders a list with one for each) asks about the mean of every group with the same label,
             a row each. Queries' gradients are averaged as they are computed: one solve a row. None for a row
             a query.
+        train_groups: labels of the training examples, by dataset index like those of the queries: scores are
+            summed by label as they are computed, and columns are groups (a source, a class, a file). None for
+            a column an example.
+        by: ``"layer"`` to keep each layer's part of the scores as well, in ``layer_scores``; refused where
+            they do not fit into ``memory_budget``.
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
             A list of them, such as runs that differ in the seed alone, gives the average of their answers,
             which predicts retraining better than one (the module keeps its own weights then).
@@ -138,7 +146,9 @@ def influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, measurement, top_k, layers, read_options(method, further), loss, aggregate)
+    settings = read_options(method, further)
+    groups: dict[str, Any] = {"aggregate": aggregate, "train_groups": train_groups, "by": by}
+    question = Question(method, measurement, top_k, layers, settings, loss, **groups)
     to_labels(labels)
     check_name(name)
     paths = read_paths(ckpt_path)

@@ -45,6 +45,11 @@ class Groups:
     members: tuple[tuple[Tensor, Tensor], ...]
 
     @property
+    def positions(self) -> Tensor:
+        """``0, 1, ...``, ``(G,)``: what stands for the groups in place of dataset indices."""
+        return torch.arange(len(self.names))
+
+    @property
     def counts(self) -> Tensor:
         """How many examples each group has, ``(G,)``."""
         return torch.cat([groups for _, groups in self.members]).bincount(minlength=len(self.names))

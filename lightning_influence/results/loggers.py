@@ -190,11 +190,11 @@ def summary_metrics(attributions: Loggable) -> dict[str, float]:
         "parameters_covered": facts.parameters_covered,
     }
     if isinstance(attributions, Attributions):
-        counts = attributions.query_counts
-        rows = float(len(attributions.query_indices))
-        metrics |= (
-            {"queries": rows} if counts is None else {"queries": float(counts.sum()), "query_groups": rows}
-        )
+        metrics["queries"] = float(len(attributions.query_indices))
+        for name, kind in (("queries", "query"), ("train_examples", "train")):
+            counts = getattr(attributions, f"{kind}_counts")
+            if counts is not None:
+                metrics |= {name: float(counts.sum()), f"{kind}_groups": float(len(counts))}
     for done in facts.passes:
         key = f"seconds_{done['name']}"
         metrics[key] = metrics.get(key, 0.0) + done["seconds"]

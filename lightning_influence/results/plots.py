@@ -52,9 +52,13 @@ def montage(
 
     Raises:
         ValueError: if fewer than ``k`` training examples per query are stored, ``max_queries`` is below 1, or
-            an item is no image.
+            an item is no image, or columns are groups of training examples.
         ImportError: if matplotlib is not installed.
     """
+    if attributions.train_names:
+        raise ValueError(
+            "Got scores of groups of training examples, which have no images; omit train_groups."
+        )
     labels = labels or Labels()
     ends = [end(k, max_queries=max_queries) for end in (attributions.top, attributions.bottom)]
     shown = min(max_queries, len(attributions.query_indices))

@@ -199,7 +199,7 @@ def test_results_say_what_their_rows_are(tmp_path):
     rows = found.top(1).rows()
     assert found.top(1).columns()[:2] == ["query", "queries"]
     assert [row[:2] for row in rows] == [["cat", 3], ["dog", 1]]
-    assert "4, of which 2 means" in found.__rich__().renderables[0].columns[1]._cells[0].plain
+    assert "4 in 2 groups" in found.__rich__().renderables[0].columns[1]._cells[0].plain
     frame = found.to_pandas()
     assert frame["query"].tolist() == ["cat"] * 22 + ["dog"] * 22
     one = found.for_query("dog")

@@ -115,9 +115,8 @@ class Material:
             self.examples[key] = example
         return key
 
-    def group(self, index: int, name: str) -> str:
-        """Returns the key of a group of queries, which has no item to look at."""
-        key = f"query-{index}"
+    def group(self, key: str, index: int, name: str) -> str:
+        """Returns the key of a group of examples, which has no item to look at."""
         self.examples[key] = {"name": cut(name), "index": index, "parts": []}
         return key
 
