@@ -146,7 +146,7 @@ def _read(name: str, labels: GroupLabels, loader: Source) -> tuple[list[str | in
 
 
 def _to_label(name: str, label: Any, index: int) -> str | int:
-    value = label.item() if hasattr(label, "item") and getattr(label, "size", 1) != 0 else label
+    value = label.tolist() if hasattr(label, "tolist") else label  # of an array of one number, the number
     if isinstance(value, str | int):
         return value
     raise TypeError(
