@@ -96,7 +96,13 @@ def test_no_gradient_of_a_single_query_is_kept():
 
 
 @pytest.mark.parametrize(
-    "labels", [torch.arange(8) % 3, (torch.arange(8) % 3).numpy(), {i: i % 3 for i in range(8)}]
+    "labels",
+    [
+        torch.arange(8) % 3,
+        (torch.arange(8) % 3).numpy(),
+        {i: i % 3 for i in range(8)},
+        list(torch.arange(8) % 3),
+    ],
 )
 def test_labels_of_any_kind_make_groups_in_the_order_of_integers(labels):
     module = InfluenceModule(Net().double())
@@ -168,6 +174,8 @@ def test_top_k_of_groups_is_the_top_of_their_scores():
         (["a"] * 5, ValueError, "5 labels for a dataset of 4"),
         ({0: "a", 1: "b", 2: "a"}, ValueError, r"no label for 1 examples \(dataset indices \[3\]\)"),
         (["a", "b", None, "a"], TypeError, "gives None to dataset index 2"),
+        ([torch.arange(2)] * 4, TypeError, r"gives tensor\(\[0, 1\]\) to dataset index 0"),
+        (torch.zeros(4, 2), TypeError, r"gives \[0.0, 0.0\] to dataset index 0"),
         ([0.5, 1.5, 0.5, 1.5], TypeError, "gives 0.5 to dataset index 0"),
     ],
 )
