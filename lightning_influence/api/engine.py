@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from torch import Tensor
 from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
-from lightning_influence.methods.answers import Answer, tell_rounding
+from lightning_influence.methods.aggregating import gather_means
+from lightning_influence.methods.answers import Answer, check_room, tell_rounding
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
 from lightning_influence.methods.gathering import Gathered, GradientPass, gather
+from lightning_influence.methods.groups import GroupLabels, Groups, check_labels, join_all, read_groups
 from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
 from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluencePass
@@ -32,9 +34,17 @@ from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare, prepare_train
 from lightning_influence.running.runner import Runner
-from lightning_influence.support.arguments import check_callable, check_layers, is_count, to_plain_number
+from lightning_influence.support.arguments import (
+    check_callable,
+    check_choice,
+    check_layers,
+    is_count,
+    to_plain_number,
+)
 from lightning_influence.support.digests import digest_tensors
 from lightning_influence.support.notes import Notes
+
+Aggregate = Literal["mean"] | GroupLabels
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,14 @@ class Question:
         layers: names or patterns of the layers to cover.
         options: of the method, from :func:`~..methods.method.read_options`, or what all methods share.
         loss: a callable ``(module, batch)`` in place of the training loss; None for the module's own.
+        aggregate: ``"mean"`` asks about the mean of all queries, labels about the mean of each group.
+        train_groups: labels of the training examples, whose scores are summed by group; None for single ones.
+        by: ``"layer"`` to tell the layers' parts of the scores apart as well.
 
     Raises:
         ValueError: if a setting is out of range, saying what was got and what is accepted.
-        TypeError: if ``layers`` is no list of texts, or the measurement is of a wrong type.
+        TypeError: if ``layers`` is no list of texts, ``aggregate`` are no labels, or the measurement is of a
+            wrong type.
     """
 
     method: str = "auto"
@@ -60,6 +74,9 @@ class Question:
     layers: Sequence[str] | None = None
     options: Options = field(default_factory=Options)
     loss: ModuleLoss | None = None
+    aggregate: Aggregate | None = None
+    train_groups: GroupLabels | None = None
+    by: Literal["layer"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, find_method(self.method).options_type):
@@ -71,6 +88,20 @@ class Question:
             raise ValueError(f"Got top_k={top_k!r}; accepted are positive integers, or None for all scores.")
         check_layers(self.layers)
         check_callable("loss", self.loss)
+        if isinstance(self.aggregate, str):
+            check_choice("aggregate", self.aggregate, ("mean",))
+        elif self.aggregate is not None:
+            check_labels("aggregate", self.aggregate)
+        if self.train_groups is not None:
+            check_labels("train_groups", self.train_groups)
+        if self.by is not None:
+            check_choice("by", self.by, ("layer",))
+        if top_k is not None and (self.by is not None or self.train_groups is not None):
+            name = "train_groups" if self.by is None else "by='layer'"
+            raise ValueError(
+                f"Got top_k={top_k} with {name}, which needs all scores; omit top_k, and rank the answer "
+                "with top() and bottom()."
+            )
         if (
             self.measurement is not None and self.measurement != "hook"
         ):  # whether there is a hook is known with the module only
@@ -114,21 +145,55 @@ class Engine:
     def _attribute_all(
         self, train: IndexedLoader, query_loaders: list[IndexedLoader], measured: ResolvedMeasurement
     ) -> Attributions:
-        method = self._prepare(train)
-        count = sum(loader.num_examples for loader in query_loaders)
-        answer = Answer(method.context, count, self._question.top_k)
-        for group in self._groups(method, query_loaders, measured):
+        groups = self._read_aggregate(query_loaders)
+        columns = self._read_train_groups(train)
+        count = sum(loader.num_examples for loader in query_loaders) if groups is None else len(groups.names)
+        method = self._prepare(train, (count, train.num_examples if columns is None else len(columns.names)))
+        by_layer = self._question.by is not None
+        answer = Answer(method.context, count, self._question.top_k, by_layer=by_layer, groups=columns)
+        for group in self._groups(method, query_loaders, measured, groups):
             self._attribute_group(method, group, measured, answer)
             del group  # before the next one is read
-        found, residuals = answer.take(several=len(query_loaders) > 1)
+        found, residuals = answer.take(several=len(query_loaders) > 1 and groups is None)
+        if groups is not None:
+            found |= {"query_names": groups.names, "query_counts": groups.counts}
         return Attributions(diagnostics=self._diagnostics(method, measured.name, residuals), **found)
 
+    def _read_aggregate(self, loaders: list[IndexedLoader]) -> Groups | None:
+        """Return the groups of queries that are asked about as one each, None for single queries."""
+        labels = self._question.aggregate
+        if labels is None:
+            return None
+        for loader in loaders:
+            self._runner.agree(loader)
+        if isinstance(labels, str):
+            return join_all(loaders, labels)
+        return read_groups("aggregate", labels, loaders)
+
+    def _read_train_groups(self, train: IndexedLoader) -> Groups | None:
+        """Return the groups of training examples whose scores are summed, None for single examples."""
+        labels = self._question.train_groups
+        if labels is None:
+            return None
+        self._runner.agree(train)
+        return read_groups("train_groups", labels, [train])
+
     def _groups(
-        self, method: Method, loaders: list[IndexedLoader], measured: ResolvedMeasurement
+        self,
+        method: Method,
+        loaders: list[IndexedLoader],
+        measured: ResolvedMeasurement,
+        aggregated: Groups | None,
     ) -> Iterator[Gathered]:
         """Yield the queries, as many at a time as the method takes under the memory budget."""
         context, count = method.context, sum(loader.num_examples for loader in loaders)
         rows = method.group_size() if method.in_groups else count
+        if aggregated is not None:
+            measure = _differentiated(measured)
+            every = range(len(aggregated.names))
+            for start in every[::rows]:
+                yield gather_means(context, measure, loaders, aggregated, every[start : start + rows])
+            return
         if rows >= count:
             yield self._queries(context, measured, loaders)
             return
@@ -147,7 +212,9 @@ class Engine:
         solved = method.solve(asked.gradients)
         asked = replace(asked, gradients={})  # methods let go of what the scores do not need
         sink = answer.begin(len(asked.indices))
-        scoring = ScorePass(context.plan, solved.scorer, sink, most_examples=answer.count_examples())
+        scoring = ScorePass(
+            context.plan, solved.scorer, sink, most_examples=answer.count_examples(), layers=answer.layers
+        )
         context.run_on_train(scoring)
         check_same_data(context, scoring.losses)
         residuals = tell_rounding(context, scoring.rounding, solved.residuals)
@@ -187,11 +254,20 @@ class Engine:
 
         Returns:
             ``(H + lambda I)^{-1} g_q`` by parameter name, each of shape ``(Q, *parameter.shape)``, and the
-            certificate.
+            certificate, with the number of queries by group in ``extra["query_counts"]`` if they were
+            aggregated.
         """
         measured = resolve_measurement(self._question.measurement, self._runner.module)
+        loaders = prepare(queries)
+        groups = self._read_aggregate(loaders)
         method = self._prepare_alone(train)
-        asked = self._queries(method.context, measured, prepare(queries))
+        if groups is None:
+            asked = self._queries(method.context, measured, loaders)
+        else:
+            every = range(len(groups.names))
+            asked = gather_means(method.context, _differentiated(measured), loaders, groups, every)
+            counts = dict(zip(groups.names, groups.counts.tolist(), strict=True))
+            method.context.extra["query_counts"] = counts
         plan = method.context.plan
         solutions, residuals = method.solutions(asked.gradients)
         if _is_loss(measured):
@@ -240,9 +316,11 @@ class Engine:
         self._runner.run(one_pass, loader)
         return one_pass.losses
 
-    def _prepare(self, train: IndexedLoader) -> Method:
-        """Return the method, after its query-independent passes."""
+    def _prepare(self, train: IndexedLoader, shape: tuple[int, int] | None = None) -> Method:
+        """Return the method, after its query-independent passes, for scores of a shape ``(Q, N)``."""
         method = find_method(self._question.method)(self._context(train))
+        if shape is not None and self._question.by is not None:
+            check_room(method.context, shape)
         method.note_unused()
         method.prepare()
         return method
@@ -298,7 +376,7 @@ class Engine:
         self, context: Context, measured: ResolvedMeasurement, loaders: list[IndexedLoader]
     ) -> Gathered:
         """Return gradients of all queries, on every process."""
-        one_pass = GradientPass(context.plan, None if _is_loss(measured) else measured)
+        one_pass = GradientPass(context.plan, _differentiated(measured))
         return gather(context, one_pass, loaders)
 
     def _scale(self, seen: WeightedCount, of_loss: bool) -> float:
@@ -328,6 +406,11 @@ class Engine:
             warnings=list(context.notes.messages),
             extra=dict(context.extra),
         )
+
+
+def _differentiated(measured: ResolvedMeasurement) -> ResolvedMeasurement | None:
+    """Return what passes differentiate: None for the training loss."""
+    return None if _is_loss(measured) else measured
 
 
 def _is_loss(measured: ResolvedMeasurement) -> bool:

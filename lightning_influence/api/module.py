@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_influence.api.engine import Engine, Question
+from lightning_influence.api.engine import Aggregate, Engine, Question
 from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors, fingerprint, fingerprint_differs
 from lightning_influence.curvature.spectrum import Spectrum
@@ -21,6 +21,7 @@ from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
 from lightning_influence.edits.rules import Selection, SelectionRule
 from lightning_influence.edits.start import Start, set_out
+from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
 from lightning_influence.model.measurements import Measurement
@@ -339,6 +340,9 @@ class InfluenceModule(EditsParameters, LightningModule):
         method: str = "auto",
         measurement: Measurement | None = None,
         top_k: int | None = None,
+        aggregate: Aggregate | None = None,
+        train_groups: GroupLabels | None = None,
+        by: Literal["layer"] | None = None,
         layers: Sequence[str] | None = None,
         loss: ModuleLoss | None = None,
         **options: Any,
@@ -351,6 +355,10 @@ class InfluenceModule(EditsParameters, LightningModule):
             method: name of the method.
             measurement: what is measured on queries.
             top_k: keep only the strongest at either end; all scores if None.
+            aggregate: ``"mean"`` or labels: a row for the mean of all queries, or of each group of them, as
+                in :func:`lightning_influence.influence`.
+            train_groups: labels of the training examples, whose scores are summed by group.
+            by: ``"layer"`` to keep each layer's part of the scores as well.
             layers: names or patterns of the layers to cover.
             loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method, such as ``damping``.
@@ -359,7 +367,9 @@ class InfluenceModule(EditsParameters, LightningModule):
             The attributions: ``scores[q, n]`` is the predicted change of the measurement on ``q`` when ``n``
             is removed.
         """
-        question = Question(method, measurement, top_k, layers, read_options(method, options), loss)
+        settings = read_options(method, options)
+        groups: dict[str, Any] = {"aggregate": aggregate, "train_groups": train_groups, "by": by}
+        question = Question(method, measurement, top_k, layers, settings, loss, **groups)
         with self._runner() as runner:
             return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)
 
@@ -395,6 +405,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         *,
         method: str = "auto",
         measurement: Measurement | None = None,
+        aggregate: Aggregate | None = None,
         layers: Sequence[str] | None = None,
         loss: ModuleLoss | None = None,
         **options: Any,
@@ -406,6 +417,8 @@ class InfluenceModule(EditsParameters, LightningModule):
             query_dataloaders: the queries: loaders, or ready-made batches.
             method: name of the method.
             measurement: what is measured on queries.
+            aggregate: as in :meth:`scores`; rows are then groups, whose numbers of queries are by name in
+                the certificate's ``extra["query_counts"]``.
             layers: names or patterns of the layers to cover.
             loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method.
@@ -414,9 +427,8 @@ class InfluenceModule(EditsParameters, LightningModule):
             By parameter name a tensor of shape ``(Q, *parameter.shape)``, and the certificate with the
             residuals.
         """
-        question = Question(
-            method, measurement, layers=layers, options=read_options(method, options), loss=loss
-        )
+        settings = read_options(method, options)
+        question = Question(method, measurement, None, layers, settings, loss, aggregate)
         with self._runner() as runner:
             return self._engine(runner, question).ihvp(train_dataloaders, query_dataloaders)
 

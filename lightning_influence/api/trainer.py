@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_influence.api.checks import check_name
 from lightning_influence.api.dynamics import training_dynamics
-from lightning_influence.api.engine import Question
+from lightning_influence.api.engine import Aggregate, Question
 from lightning_influence.api.session import Session, average_over_checkpoints, read_paths
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.edits.data import SetTargets
@@ -18,6 +18,7 @@ from lightning_influence.edits.editor import compute_edit
 from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
 from lightning_influence.edits.start import set_out
+from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.options import Damping
 from lightning_influence.model.captured import Fisher
@@ -47,6 +48,9 @@ def influence(
     measurement: Measurement | None = None,
     loss: ModuleLoss | None = None,
     top_k: int | None = None,
+    aggregate: Aggregate | None = None,
+    train_groups: GroupLabels | None = None,
+    by: Literal["layer"] | None = None,
     ckpt_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
@@ -89,6 +93,16 @@ def influence(
             the batch, where the training step's own couples the examples or cannot be found; it is compared
             with the step's gradient. None for the loss of ``training_step``, or of ``influence_loss``.
         top_k: keep only the strongest ``top_k`` at either end of each ranking; all scores if None.
+        aggregate: ``"mean"`` asks one question about all queries: the scores of their mean measurement, in
+            one row. A list, tensor or array of texts or integers by query dataset index (or a mapping; with
+            several loaders a list with one for each) asks about the mean of every group with the same label,
+            a row each. Queries' gradients are averaged as they are computed: one solve a row. None for a row
+            a query.
+        train_groups: labels of the training examples, by dataset index like those of the queries: scores are
+            summed by label as they are computed, and columns are groups (a source, a class, a file). None for
+            a column an example.
+        by: ``"layer"`` to keep each layer's part of the scores as well, in ``layer_scores``; refused where
+            they do not fit into ``memory_budget``.
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
             A list of them, such as runs that differ in the seed alone, gives the average of their answers,
             which predicts retraining better than one (the module keeps its own weights then).
@@ -132,7 +146,9 @@ def influence(
         "curvature_examples": curvature_examples,
         "seed": seed,
     }
-    question = Question(method, measurement, top_k, layers, read_options(method, further), loss)
+    settings = read_options(method, further)
+    groups: dict[str, Any] = {"aggregate": aggregate, "train_groups": train_groups, "by": by}
+    question = Question(method, measurement, top_k, layers, settings, loss, **groups)
     to_labels(labels)
     check_name(name)
     paths = read_paths(ckpt_path)

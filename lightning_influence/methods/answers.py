@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.gathering import Gathered
+from lightning_influence.methods.groups import Groups
 from lightning_influence.methods.rounding import Rounding
-from lightning_influence.methods.scoring_passes import Columns
+from lightning_influence.methods.scoring_passes import Columns, GroupSums, Sink
 from lightning_influence.model.rounding import find_half_precision
 from lightning_influence.results.top_k import Extremes, StreamingExtremes
 
@@ -33,33 +34,48 @@ class Answer:
         context: knows the training examples, the processes and the memory budget.
         num_queries: ``Q``.
         k: how many to keep at either end of each ranking; None for all scores.
+        by_layer: whether every layer's part of the scores is kept.
+        groups: of the training examples, whose scores are summed; None for a column an example.
     """
 
-    def __init__(self, context: Context, num_queries: int, k: int | None) -> None:
-        self._context, self._count, self._k = context, num_queries, k
-        self._columns = context.train.indices.sort().values
+    def __init__(
+        self,
+        context: Context,
+        num_queries: int,
+        k: int | None,
+        *,
+        by_layer: bool = False,
+        groups: Groups | None = None,
+    ) -> None:
+        self._context, self._count, self._k, self._groups = context, num_queries, k, groups
+        self.layers = [*context.plan.layers] if by_layer else None
+        self._columns = context.train.indices.sort().values if groups is None else groups.positions
         self._tensors: dict[str, Tensor] = {}
         self._residuals: list[Tensor] = []
         self._rows = slice(0, 0)
-        self._sink: Columns | StreamingExtremes | None = None
+        self._sink: Sink | None = None
         if k is None:
             # Memory of zeros is not taken before it is written to. Processes write to their own columns.
-            scores = torch.zeros(num_queries, len(self._columns), dtype=context.dtype)
-            self._tensors["scores"] = scores
+            # Sums over groups are of many scores, and few enough to be kept in double precision.
+            dtype = context.dtype if groups is None else torch.float64
+            parts = () if self.layers is None else (len(self.layers),)
+            self._tensors["scores"] = torch.zeros(*parts, num_queries, len(self._columns), dtype=dtype)
 
-    def begin(self, count: int) -> Columns | StreamingExtremes:
+    def begin(self, count: int) -> Sink:
         """Return the sink of the next ``count`` queries' scores."""
         self._rows = slice(self._rows.stop, self._rows.stop + count)
-        if self._k is None:
-            self._sink = Columns(self._tensors["scores"][self._rows], self._columns)
-        else:
+        if self._k is not None:
             self._sink = StreamingExtremes(count, self._k)
+        elif self._groups is not None:
+            self._sink = GroupSums(self._scores(), self._groups.find)
+        else:
+            self._sink = Columns(self._scores(), self._columns)
         return self._sink
 
     def count_examples(self) -> int:
         """Return how many training examples to score at once for the queries that were begun."""
         width = torch.empty((), dtype=self._context.dtype).element_size()
-        rows = max(1, self._rows.stop - self._rows.start)
+        rows = max(1, self._rows.stop - self._rows.start) * len(self.layers or [""])
         return max(1, self._context.options.memory_budget // (_SHARE * rows * width))
 
     def end(self, asked: Gathered, scale: float, residuals: Tensor | None) -> None:
@@ -80,7 +96,9 @@ class Answer:
                 self._place(f"{name}_scores", end.scores.cpu())
                 self._place(f"{name}_indices", end.indices.cpu())
         else:
-            self._sum_in_place(self._tensors["scores"][self._rows].mul_(scale))
+            scores = self._scores().mul_(scale)
+            for part in scores if self.layers is not None else [scores]:
+                self._sum_in_place(part)
         self._sink = None
 
     def take(self, *, several: bool) -> tuple[dict[str, Any], Tensor | None]:
@@ -89,10 +107,23 @@ class Answer:
         Args:
             several: whether the queries are of several loaders.
         """
-        fields = {"train_indices": self._columns, **self._tensors}
+        fields: dict[str, Any] = {"train_indices": self._columns, **self._tensors}
+        if self._groups is not None:
+            fields |= {"train_names": self._groups.names, "train_counts": self._groups.counts}
+            fields["scores"] = fields["scores"].to(self._context.dtype)
+        if self.layers is not None:
+            # Layers that took no part in the training loss have left the plan since.
+            kept = [name in self._context.plan.layers for name in self.layers]
+            parts = fields["scores"] if all(kept) else fields["scores"][torch.tensor(kept)]
+            names = [name for name, is_kept in zip(self.layers, kept, strict=True) if is_kept]
+            fields |= {"scores": parts.sum(dim=0), "layer_scores": parts, "layer_names": names}
         if not several:
             del fields["query_dataloaders"]
         return fields, torch.cat(self._residuals) if self._residuals else None
+
+    def _scores(self) -> Tensor:
+        """Return the scores of the queries that were begun, ``(Q, N)`` or by layer ``(L, Q, N)``."""
+        return self._tensors["scores"][..., self._rows, :]
 
     def _place(self, name: str, values: Tensor) -> None:
         if len(values) == self._count:
@@ -118,6 +149,28 @@ class Answer:
         # A process without examples knows no precision.
         ends = [end._replace(scores=end.scores.to(self._context.dtype)) for end in (found.top, found.bottom)]
         return found._replace(top=ends[0], bottom=ends[1]).gather(runner.all_gather_cat, sink.k)
+
+
+def check_room(context: Context, shape: tuple[int, int]) -> None:
+    """Refuse scores by layer that do not fit into the memory budget, before any pass.
+
+    Args:
+        context: knows the layers and the budget.
+        shape: numbers of rows and of columns.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    width = torch.empty((), dtype=context.dtype).element_size()
+    layers, (rows, columns), budget = len(context.plan.layers), shape, context.options.memory_budget
+    needed = (layers + 1) * rows * columns * width
+    if needed > budget:
+        raise ValueError(
+            f"Got by='layer' for {layers} layers x {rows} queries x {columns} training examples, which take "
+            f"{needed / 2**20:.3g} MiB of memory_budget={budget / 2**20:.3g} MiB. Ask about fewer queries "
+            "at a time or about means of them (aggregate=), sum over train_groups=, choose layers=, or raise "
+            "memory_budget=."
+        )
 
 
 def tell_rounding(context: Context, rounding: Rounding, residuals: Tensor | None) -> Tensor | None:

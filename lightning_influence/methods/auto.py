@@ -20,7 +20,7 @@ from lightning_influence.methods.gathering import gather_examples
 from lightning_influence.methods.method import Gradients, Method, Queries, Solved, register_method
 from lightning_influence.methods.options import SpaceOptions, require_count, require_number
 from lightning_influence.methods.scorers import DenseScorer, JointScorer, PreconditionedScorer
-from lightning_influence.methods.scoring_passes import Quadratic, Scorer, SelfScores
+from lightning_influence.methods.scoring_passes import LayeredScorer, Quadratic, SelfScores
 from lightning_influence.model.gradients import LayerGradients
 
 # Measured (examples/benchmarks/krylov.py) after 0, 1, 2 steps on all queries: digits MLP, median
@@ -108,7 +108,7 @@ class Auto(Method):
             solutions, residuals[chosen] = self._iterate(_select(queries, chosen), "queries")
         worse = self._find_worse(residuals, own, "queries")
         residuals = torch.where(worse, own, residuals)
-        parts: list[tuple[Tensor, Scorer]] = []
+        parts: list[tuple[Tensor, LayeredScorer]] = []
         if solutions is not None:
             kept = ~worse[chosen]
             if bool(kept.any()):

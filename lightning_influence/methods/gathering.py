@@ -60,25 +60,15 @@ class GradientPass:
         Raises:
             NonFiniteError: if a measurement is NaN or infinite.
         """
-        captured = self.forward(module, batch, len(indices), self._measure)
-        values = captured.per_example()
-        if self._measure is None:
-            gradients = captured.loss_gradients(keep_graph=False)
-        else:
-            gradients = captured.gradients_of(values, keep_graph=False)
-        if not bool(torch.isfinite(values).all()):
-            bad = indices[~torch.isfinite(values).cpu()].tolist()
-            raise NonFiniteError(
-                f"The measurement is not finite for {len(bad)} examples (dataset indices {bad[:5]}). Check "
-                "these examples and the model's weights for NaN or infinity."
-            )
-        check_finite(gradients)
+        gradients = differentiate(self.forward, module, batch, indices, self._measure)
         if self._only is not None:
             rows = torch.isin(indices, self._only).nonzero().flatten()
             if not len(rows):
                 return
             indices = indices[rows]
-            gradients = {name: layer.select(rows.to(values.device)) for name, layer in gradients.items()}
+            gradients = {
+                name: layer.select(rows.to(layer.inputs.device)) for name, layer in gradients.items()
+            }
         self._parts.append({name: compact(layer).to(dtype=self._dtype) for name, layer in gradients.items()})
         self._indices.append(indices)
         self._dataloaders.append(torch.full_like(indices, dataloader_idx))
@@ -118,6 +108,40 @@ class GradientPass:
     def dataloaders(self) -> Tensor:
         """Which loader each example is from, ``(Q,)``."""
         return torch.cat([torch.zeros(0, dtype=torch.int64), *self._dataloaders])
+
+
+def differentiate(
+    forward: Forward, module: Any, batch: Any, indices: Tensor, measure: Measure | None
+) -> dict[str, FactoredGradients]:
+    """Differentiate a measurement (the loss if None) on every example of a batch.
+
+    Args:
+        forward: of the pass.
+        module: the user's module.
+        batch: the batch.
+        indices: dataset indices of its examples, ``(B,)``.
+        measure: what to differentiate.
+
+    Returns:
+        Gradients by layer, ``K = 1``.
+
+    Raises:
+        NonFiniteError: if a measurement or a gradient is NaN or infinite.
+    """
+    captured = forward(module, batch, len(indices), measure)
+    values = captured.per_example()
+    if measure is None:
+        gradients = captured.loss_gradients(keep_graph=False)
+    else:
+        gradients = captured.gradients_of(values, keep_graph=False)
+    if not bool(torch.isfinite(values).all()):
+        bad = indices[~torch.isfinite(values).cpu()].tolist()
+        raise NonFiniteError(
+            f"The measurement is not finite for {len(bad)} examples (dataset indices {bad[:5]}). Check "
+            "these examples and the model's weights for NaN or infinity."
+        )
+    check_finite(gradients)
+    return gradients
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ checked on the first training batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.curvature.two_level import Correction
 from lightning_influence.linalg.low_rank import LowRank, factorise_weights
+from lightning_influence.methods.scoring_passes import LayeredScorer, stack_layers
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
 
 # Chosen by hand: entries of an intermediate that should stay in a processor's cache, 1 MiB of float32.
@@ -70,8 +72,6 @@ def factorise(inverse: EigenInverse, tolerance: float, max_rank: int) -> LowRank
     return factorise_weights(inverse.weights[0], eigenvalues.sum(1), eigenvalues.sum(0), tolerance, max_rank)
 
 
-Scorer = Callable[[Mapping[str, LayerGradients]], Tensor]
-
 # Chosen by hand: thin products run below the speed of square ones, so the low-rank route has to save more
 # operations than it takes. A few pairs are enough to tell whether its scores are right.
 _THIN = 0.6
@@ -121,25 +121,35 @@ class PreconditionedScorer:
 
     def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return inner products ``(Q, B)``."""
+        total: Tensor | None = None
+        anchors: Tensor | None = None
+        for _, own, anchor in self._layers(gradients):
+            total = _add(total, own)
+            if anchor is not None:
+                anchors = _add(anchors, anchor)
+        assert total is not None
+        return total if anchors is None else total + self._mix() @ anchors
+
+    def by_layer(self, gradients: Mapping[str, LayerGradients]) -> dict[str, Tensor]:
+        """Return what each layer adds to the inner products, ``(Q, B)`` by name."""
+        return {
+            name: own if anchor is None else own + self._mix() @ anchor
+            for name, own, anchor in self._layers(gradients)
+        }
+
+    def _layers(self, gradients: Mapping[str, LayerGradients]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Yield each layer's scores of the queries, and those of the anchors, which are to be mixed."""
         if not self._checked:
             self._check(gradients)
             self._checked = True
-        total: Tensor | None = None
-        anchors: Tensor | None = None
         for name, layer in gradients.items():
             if name in self._thin and not isinstance(layer, FactoredGradients):
                 self._go_dense(name)  # the queries have one position, these examples several
             if name in self._dense:
-                total = _add(total, self._rotated(name, layer).dot(self._dense[name])[0].T)
+                yield name, self._rotated(name, layer).dot(self._dense[name])[0].T, None
             elif name in self._thin and isinstance(layer, FactoredGradients):
                 query, anchor = self._thin[name]
-                total = _add(total, query.scores(layer))
-                if anchor is not None:
-                    anchors = _add(anchors, anchor.scores(layer))
-        assert total is not None
-        if anchors is not None:
-            total = total + self._mix() @ anchors
-        return total
+                yield name, query.scores(layer), None if anchor is None else anchor.scores(layer)
 
     def _solve(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return corrected solution of some queries in one layer, ``(Q, G, D_out, D_in)``."""
@@ -277,11 +287,15 @@ class DenseScorer:
 
     def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return inner products ``(Q, B)``."""
-        total: Tensor | None = None
-        for name, layer in gradients.items():
-            total = _add(total, layer.dot(self._block(name, _dtype(layer)))[0].T)
-        assert total is not None
-        return total
+        return reduce(torch.add, (self._score(name, layer) for name, layer in gradients.items()))
+
+    def by_layer(self, gradients: Mapping[str, LayerGradients]) -> dict[str, Tensor]:
+        """Return what each layer adds to the inner products, ``(Q, B)`` by name."""
+        return {name: self._score(name, layer) for name, layer in gradients.items()}
+
+    def _score(self, name: str, layer: LayerGradients) -> Tensor:
+        """Return one layer's inner products ``(Q, B)``."""
+        return layer.dot(self._block(name, _dtype(layer)))[0].T
 
     def _block(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a layer's solutions in the gradients' precision, converted once."""
@@ -297,13 +311,18 @@ class JointScorer:
         parts: which queries (their positions) each scorer answers for; together every query once.
     """
 
-    def __init__(self, parts: Sequence[tuple[Tensor, Scorer]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Tensor, LayeredScorer]]) -> None:
         self._parts = parts
         self._order = torch.cat([positions for positions, _ in parts]).argsort()
 
     def __call__(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return inner products ``(Q, B)`` in the order of the queries."""
         return torch.cat([scorer(gradients) for _, scorer in self._parts])[self._order]
+
+    def by_layer(self, gradients: Mapping[str, LayerGradients]) -> dict[str, Tensor]:
+        """Return what each layer adds to the inner products, ``(Q, B)`` by name."""
+        parts = [stack_layers(scorer.by_layer(gradients), [*gradients]) for _, scorer in self._parts]
+        return dict(zip(gradients, torch.cat(parts, dim=1)[:, self._order], strict=True))
 
 
 def _dtype(layer: LayerGradients) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import LayerPlan
-from lightning_influence.support.errors import NonFiniteError
+from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
 
 
 class Scorer(Protocol):
@@ -25,11 +25,19 @@ class Scorer(Protocol):
         ...
 
 
+class LayeredScorer(Scorer, Protocol):
+    """A scorer that can tell layers apart."""
+
+    def by_layer(self, gradients: Mapping[str, LayerGradients]) -> dict[str, Tensor]:
+        """What each layer adds to the inner products, ``(Q, B)`` by name; one that adds nothing may miss."""
+        ...
+
+
 class Sink(Protocol):
-    """Where scores go: a full matrix, or a running top-k."""
+    """Where scores go: a full matrix, sums over groups, or a running top-k."""
 
     def update(self, scores: Tensor, indices: Tensor) -> None:
-        """Take ``scores (Q, B)`` of training examples ``indices (B,)``."""
+        """Take ``scores (..., Q, B)`` of training examples ``indices (B,)``."""
         ...
 
 
@@ -37,7 +45,7 @@ class Columns:
     """A sink that keeps everything: each score is written once, to its place in the answer.
 
     Args:
-        scores: the answer's rows, ``(Q, N)``, written to in place.
+        scores: the answer's rows, ``(..., Q, N)``, written to in place.
         indices: dataset indices of its columns, ascending, ``(N,)``.
     """
 
@@ -47,7 +55,23 @@ class Columns:
     def update(self, scores: Tensor, indices: Tensor) -> None:
         """Write the columns of some examples."""
         columns = torch.searchsorted(self._indices, indices.cpu())
-        self._scores.index_copy_(1, columns, scores.detach().to(self._scores))
+        self._scores.index_copy_(-1, columns, scores.detach().to(self._scores))
+
+
+class GroupSums:
+    """A sink that adds up the scores of every group of training examples.
+
+    Args:
+        scores: the answer's rows, ``(..., Q, groups)``, added to in place.
+        find: maps dataset indices ``(B,)`` to columns ``(B,)``.
+    """
+
+    def __init__(self, scores: Tensor, find: Callable[[Tensor], Tensor]) -> None:
+        self._scores, self._find = scores, find
+
+    def update(self, scores: Tensor, indices: Tensor) -> None:
+        """Add some examples to the columns of their groups."""
+        self._scores.index_add_(-1, self._find(indices), scores.detach().to(self._scores))
 
 
 class ScorePass:
@@ -61,15 +85,23 @@ class ScorePass:
         scorer: the solved queries.
         sink: where scores go.
         most_examples: how many examples of a batch are scored at once.
+        layers: names of the layers whose parts of the scores are told apart, ``(L, Q, B)``; None for sums.
     """
 
     description = "Influence: scores"
 
     def __init__(
-        self, plan: LayerPlan, scorer: Scorer, sink: Sink, *, most_examples: int | None = None
+        self,
+        plan: LayerPlan,
+        scorer: Scorer,
+        sink: Sink,
+        *,
+        most_examples: int | None = None,
+        layers: Sequence[str] | None = None,
     ) -> None:
         self.forward, self.losses = Forward(plan), SeenData()
         self._scorer, self._sink, self._most = scorer, sink, most_examples
+        self._layers = layers
         self.rounding = Rounding(plan)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
@@ -80,12 +112,34 @@ class ScorePass:
         start = 0
         for gradients in captured.loss_gradient_parts():
             for few in split_examples(gradients, self._most):
-                scores = self._scorer(few)
-                rows = indices[start : start + scores.shape[1]]
+                scores = self._score(few)
+                rows = indices[start : start + scores.shape[-1]]
                 refuse_non_finite(scores, rows)
                 self._sink.update(scores, rows)
-                start += scores.shape[1]
+                start += scores.shape[-1]
                 self.rounding.look(module, batch, len(indices), few, self._scorer)
+
+    def _score(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
+        """Return scores ``(Q, B)``, or by layer ``(L, Q, B)``.
+
+        Raises:
+            UnsupportedModelError: if the scorer cannot tell layers apart.
+        """
+        if self._layers is None:
+            return self._scorer(gradients)
+        by_layer = getattr(self._scorer, "by_layer", None)
+        if by_layer is None:
+            raise UnsupportedModelError(
+                f"{type(self._scorer).__name__} does not tell layers apart, which by='layer' needs. Omit "
+                "by=, or give the method's scorer by_layer(gradients), which returns scores (Q, B) by layer."
+            )
+        return stack_layers(by_layer(gradients), self._layers)
+
+
+def stack_layers(scores: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Return scores ``(Q, B)`` of layers as one tensor ``(L, Q, B)``, zero for layers without."""
+    zero = torch.zeros_like(next(iter(scores.values())))
+    return torch.stack([scores.get(name, zero) for name in names])
 
 
 def split_examples(

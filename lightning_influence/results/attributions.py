@@ -48,7 +48,15 @@ class Attributions(Result):
         query_indices: ``(Q,)`` query dataset indices.
         diagnostics: how the scores were computed.
         query_dataloaders: ``(Q,)`` which query dataloader each query is from, when there are several.
+        query_names: names of the groups of queries that the rows are means over, ``Q`` of them; empty where
+            rows are single queries. ``query_indices`` then number the groups.
+        query_counts: ``(Q,)`` how many queries each group has.
+        train_names: names of the groups of training examples whose scores the columns are sums of, ``N`` of
+            them; empty where columns are single examples. ``train_indices`` then number the groups.
+        train_counts: ``(N,)`` how many training examples each group has.
         scores: ``(Q, N)`` all scores, or None when only both ends were kept.
+        layer_scores: ``(L, Q, N)`` what each layer adds to the scores, or None if that was not asked.
+        layer_names: names of these layers.
         top_scores: ``(Q, k)`` the highest scores, descending.
         top_indices: ``(Q, k)`` their training dataset indices.
         bottom_scores: ``(Q, k)`` the lowest scores, ascending.
@@ -77,6 +85,12 @@ class Attributions(Result):
 
     query_indices: Tensor
     query_dataloaders: Tensor | None = None
+    query_names: Sequence[str] = ()
+    query_counts: Tensor | None = None
+    train_names: Sequence[str] = ()
+    train_counts: Tensor | None = None
+    layer_scores: Tensor | None = None
+    layer_names: Sequence[str] = ()
     scores: Tensor | None = None
     top_scores: Tensor | None = None
     top_indices: Tensor | None = None
@@ -93,6 +107,18 @@ class Attributions(Result):
             )
         check_shape("query_indices", self.query_indices, (max(Q, 1),))
         check_shape("query_dataloaders", self.query_dataloaders, (Q,))
+        for kind, size, holder in (
+            ("query", Q, self.query_counts),
+            ("train", N, self.train_counts),
+            ("layer", len(self.layer_names), self.layer_scores),
+        ):
+            names = tuple(getattr(self, f"{kind}_names"))
+            object.__setattr__(self, f"{kind}_names", names)
+            if (len(names) != size and names) or bool(names) != (holder is not None):
+                raise ValueError(f"{kind}_names must be {size}, one for each, or none; got {len(names)}")
+        check_shape("query_counts", self.query_counts, (Q,))
+        check_shape("train_counts", self.train_counts, (N,))
+        check_shape("layer_scores", self.layer_scores, (len(self.layer_names), Q, N))
         check_shape("diagnostics.residuals", self.diagnostics.residuals, (Q,))
         if self.scores is not None:
             check_shape("scores", self.scores, (Q, N))
@@ -187,17 +213,20 @@ class Attributions(Result):
             scores=scores,
             query_indices=self.query_indices,
             query_dataloaders=self.query_dataloaders,
+            query_names=self.query_names,
+            query_counts=self.query_counts,
+            train_names=self.train_names,
             title=_title(self.diagnostics.measurement, largest),
             caption=score_caption(self.diagnostics.measurement),
             labels=to_labels(labels),
             max_queries=max_queries,
         )
 
-    def for_query(self, index: int, dataloader: int | None = None) -> Self:
+    def for_query(self, index: int | str, dataloader: int | None = None) -> Self:
         """The attributions of one query.
 
         Args:
-            index: its dataset index.
+            index: its dataset index, or the name of a group of queries.
             dataloader: its query dataloader, to tell queries of several apart.
 
         Returns:
@@ -206,6 +235,11 @@ class Attributions(Result):
         Raises:
             ValueError: if it was not queried.
         """
+        if isinstance(index, str):
+            if index not in self.query_names:
+                known = ", ".join(self.query_names[:10]) or "none: rows are single queries"
+                raise ValueError(f"there is no group of queries {index!r}; query_names are {known}")
+            index = int(self.query_indices[self.query_names.index(index)])
         rows = self.query_indices == index
         if dataloader is not None:
             loaders = self.query_dataloaders
@@ -214,12 +248,35 @@ class Attributions(Result):
             where = "" if dataloader is None else f" of dataloader {dataloader}"
             known = list_some(self.query_indices)
             raise ValueError(f"query {index}{where} was not asked for; query_indices are {known}")
-        per_query = {name: t[rows] for name, t in self._tensors().items() if name != "train_indices"}
+        per_query: dict[str, Any] = {
+            name: t[:, rows] if name == "layer_scores" else t[rows]
+            for name, t in self._tensors().items()
+            if not name.startswith("train_")
+        }
         residuals = self.diagnostics.residuals
         diagnostics = dataclasses.replace(
             self.diagnostics, residuals=None if residuals is None else residuals[rows.to(residuals.device)]
         )
-        return dataclasses.replace(self, diagnostics=diagnostics, **per_query)
+        names = [name for name, kept in zip(self.query_names, rows.tolist(), strict=False) if kept]
+        return dataclasses.replace(self, diagnostics=diagnostics, query_names=names, **per_query)
+
+    def for_layer(self, name: str) -> Self:
+        """One layer's part of the scores, as attributions of its own; the parts of all layers add up.
+
+        Args:
+            name: one of :attr:`layer_names`.
+
+        Returns:
+            Attributions with this part as scores.
+
+        Raises:
+            ValueError: if there is no such part.
+        """
+        if self.layer_scores is None or name not in self.layer_names:
+            known = ", ".join(self.layer_names) or "none: ask with by='layer'"
+            raise ValueError(f"there are no scores of layer {name!r}; layer_names are {known}")
+        part = self.layer_scores[self.layer_names.index(name)]
+        return dataclasses.replace(self, scores=part, layer_scores=None, layer_names=())
 
     def group(self, train_indices: Tensor | Sequence[int]) -> Tensor:
         """Predicted change of each query's measurement when a group of training examples is removed.
@@ -251,7 +308,8 @@ class Attributions(Result):
         """The scores as a pandas DataFrame in long form, one row per query and training example.
 
         Returns:
-            Columns ``query``, ``dataloader`` (with several), ``train`` and ``score``; when only the ends are
+            Columns ``query``, ``dataloader`` (with several), ``train`` and ``score``, with names in place of
+            indices of groups; when only the ends are
             stored also ``end`` (``top`` or ``bottom``) and ``rank`` (from 1).
 
         Raises:
@@ -315,28 +373,38 @@ class Attributions(Result):
             f"Which of {len(self.train_indices):,} training examples made the model do what it did on "
             f"{queries:,} {'query' if queries == 1 else 'queries'}?"
         )
+        for name, names in (("query_dataset", self.query_names), ("dataset", self.train_names)):
+            if names and getattr(material.options, name) is not None:
+                raise ValueError(f"Got {name}, but scores are of groups, which are no items of it; omit it.")
         cards = build_queries(material, top, bottom, facts.measurement, facts.residuals)
         sections = [cards, describe_certificate(facts), drawn]
         return write_page(path, material, "What the model learned this from", lead, sections)
 
     def _columns(self, indices: Tensor, scores: Tensor) -> dict[str, Any]:
         width = scores.shape[1]
-        columns = {"query": self.query_indices.repeat_interleave(width).numpy()}
+        names = [name for name in self.query_names for _ in range(width)]
+        columns: dict[str, Any] = {"query": names or self.query_indices.repeat_interleave(width).numpy()}
         if self.query_dataloaders is not None:
             columns["dataloader"] = self.query_dataloaders.repeat_interleave(width).numpy()
-        return columns | {"train": indices.flatten().numpy(), "score": scores.flatten().numpy()}
+        groups = [self.train_names[index] for index in indices.flatten().tolist() if self.train_names]
+        return columns | {"train": groups or indices.flatten().numpy(), "score": scores.flatten().numpy()}
 
     def __rich__(self) -> RenderableType:
         kept = "all scores" if self.scores is not None else f"the {self.stored} strongest at either end"
         queries, examples = str(len(self.query_indices)), str(len(self.train_indices))
+        if self.query_counts is not None:
+            queries = f"{int(self.query_counts.sum())} in {queries} groups, a row for the mean of each"
+        if self.train_counts is not None:
+            examples = f"{int(self.train_counts.sum())} in {examples} groups, a column for the sum of each"
         counts = [("queries", queries), ("training examples", examples), ("stored", kept)]
         facts = [*counts, *self.diagnostics.facts()]
         return Group(build_facts_table(facts, "Attributions"), self.top(min(5, self.stored)))
 
     def __repr__(self) -> str:
         kept = "full" if self.scores is not None else f"top_k={self.stored}"
+        rows, columns = (" groups" if names else "" for names in (self.query_names, self.train_names))
         return (
-            f"Attributions(Q={len(self.query_indices)}, N={len(self.train_indices)}, {kept}, "
+            f"Attributions(Q={len(self.query_indices)}{rows}, N={len(self.train_indices)}{columns}, {kept}, "
             f"method={self.diagnostics.method!r}, measurement={self.diagnostics.measurement!r})"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ def average_attributions(parts: Iterable[Attributions]) -> Attributions:
         _check_alike(first, part, number)
     mean, agreement = _average([part.scores for part in parts if part.scores is not None])
     diagnostics = _average_diagnostics([part.diagnostics for part in parts], agreement)
-    return dataclasses.replace(first, scores=mean, diagnostics=diagnostics)
+    layers = [part.layer_scores for part in parts if part.layer_scores is not None]
+    changes: dict[str, Any] = {"layer_scores": torch.stack(layers).mean(dim=0)} if layers else {}
+    return dataclasses.replace(first, scores=mean, diagnostics=diagnostics, **changes)
 
 
 def _average(scores: Sequence[Tensor]) -> tuple[Tensor, float | None]:
@@ -91,6 +94,8 @@ def _check_alike(first: Attributions, part: Attributions, number: int) -> None:
         "query_dataloaders": (first.query_dataloaders, part.query_dataloaders),
     }
     differing = [name for name, (a, b) in pairs.items() if not _equal(a, b)]
+    names = ("query_names", "train_names", "layer_names")
+    differing += [name for name in names if getattr(first, name) != getattr(part, name)]
     if first.diagnostics.measurement != part.diagnostics.measurement:
         differing.append("the measurement")
     if differing:

@@ -191,6 +191,10 @@ def summary_metrics(attributions: Loggable) -> dict[str, float]:
     }
     if isinstance(attributions, Attributions):
         metrics["queries"] = float(len(attributions.query_indices))
+        for name, kind in (("queries", "query"), ("train_examples", "train")):
+            counts = getattr(attributions, f"{kind}_counts")
+            if counts is not None:
+                metrics |= {name: float(counts.sum()), f"{kind}_groups": float(len(counts))}
     for done in facts.passes:
         key = f"seconds_{done['name']}"
         metrics[key] = metrics.get(key, 0.0) + done["seconds"]

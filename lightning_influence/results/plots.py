@@ -40,7 +40,8 @@ def montage(
         train_images: anything indexed by training dataset indices: a dataset, a tensor, a mapping. An item is
             an image ``(H, W)``, ``(C, H, W)`` or ``(H, W, C)`` with 1, 3 or 4 channels, or a tuple that
             starts with one.
-        query_images: the same for queries; with several query dataloaders, a sequence with one for each.
+        query_images: the same for queries; with several query dataloaders, a sequence with one for each. Not
+            looked at where rows are groups of queries, whose names are drawn.
         k: how many training images at either end.
         labels: texts to show beside the indices.
         max_queries: how many queries are shown; the rest is counted in the heading.
@@ -51,9 +52,13 @@ def montage(
 
     Raises:
         ValueError: if fewer than ``k`` training examples per query are stored, ``max_queries`` is below 1, or
-            an item is no image.
+            an item is no image, or columns are groups of training examples.
         ImportError: if matplotlib is not installed.
     """
+    if attributions.train_names:
+        raise ValueError(
+            "Got scores of groups of training examples, which have no images; omit train_groups."
+        )
     labels = labels or Labels()
     ends = [end(k, max_queries=max_queries) for end in (attributions.top, attributions.bottom)]
     shown = min(max_queries, len(attributions.query_indices))
@@ -169,6 +174,11 @@ def _new_figure(width: float, height: float) -> Figure:
 
 def _draw_query(axes: Any, attributions: Attributions, row: int, images: Any, labels: Labels) -> None:
     index, loader = int(attributions.query_indices[row]), None
+    if attributions.query_counts is not None:  # a group has no image of its own
+        text = f"{attributions.query_names[row]}\nmean of {int(attributions.query_counts[row])}"
+        axes.text(0.5, 0.5, text.replace("$", r"\$"), ha="center", va="center", fontsize=7)
+        axes.set_axis_off()
+        return
     if attributions.query_dataloaders is not None:
         loader = int(attributions.query_dataloaders[row])
         images = images[loader]

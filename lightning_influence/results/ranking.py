@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -85,6 +86,10 @@ class Ranking(JupyterMixin):
         scores: ``(Q, k)`` their scores, in the measurement's unit.
         query_indices: ``(Q,)`` dataset indices of the queries; None for self-influence (Q = 1).
         query_dataloaders: ``(Q,)`` which query dataloader each is from, when there are several.
+        query_names: of the groups of queries that the rows are means over, shown in place of indices and
+            labels; empty where rows are single queries.
+        query_counts: ``(Q,)`` how many queries each group has.
+        train_names: of groups of training examples by index, shown in place of indices and labels.
         title: heading of the table.
         caption: what the scores mean.
         labels: texts for the indices.
@@ -95,6 +100,9 @@ class Ranking(JupyterMixin):
     scores: Tensor
     query_indices: Tensor | None = None
     query_dataloaders: Tensor | None = None
+    query_names: Sequence[str] = ()
+    query_counts: Tensor | None = None
+    train_names: Sequence[str] = ()
     title: str = ""
     caption: str = ""
     labels: Labels = field(default_factory=Labels)
@@ -104,14 +112,16 @@ class Ranking(JupyterMixin):
         """Names of the columns of :meth:`rows`.
 
         Returns:
-            ``query``, ``dataloader``, ``query_label``, ``rank``, ``train``, ``train_label`` and ``score``,
-            without those that do not apply.
+            ``query``, ``queries`` (of groups), ``dataloader``, ``query_label``, ``rank``, ``train``,
+            ``train_label`` and ``score``, without those that do not apply.
         """
         query = [] if self.query_indices is None else ["query"]
         loader = [] if self.query_dataloaders is None else ["dataloader"]
-        query_label = ["query_label"] if query and self.labels.query is not None else []
-        train_label = [] if self.labels.train is None else ["train_label"]
-        return [*query, *loader, *query_label, "rank", "train", *train_label, "score"]
+        labelled = query and self.labels.query is not None and not self.query_names
+        query_label = ["query_label"] if labelled else []
+        counts = ["queries"] if self.query_names else []
+        train_label = [] if self.labels.train is None or self.train_names else ["train_label"]
+        return [*query, *counts, *loader, *query_label, "rank", "train", *train_label, "score"]
 
     def rows(self, max_queries: int | None = None) -> list[list[Cell]]:
         """The ranking as one row per query and rank.
@@ -129,8 +139,8 @@ class Ranking(JupyterMixin):
         ):
             cells = self._query_cells(row)
             for rank, (index, score) in enumerate(zip(indices, scores, strict=True), start=1):
-                cells |= {"rank": rank, "train": index, "score": score}
-                cells["train_label"] = self.labels.train_text(index)
+                name, label = self._train_texts(index)
+                cells |= {"rank": rank, "train": name, "score": score, "train_label": label}
                 rows.append([cells[column] for column in columns])
         return rows
 
@@ -172,12 +182,9 @@ class Ranking(JupyterMixin):
     def _add_lines(self, table: Table, row: int) -> None:
         """Adds one query: a line for each RANKS_PER_LINE ranks."""
         entries = [
-            Text(
-                "\n".join(
-                    part for part in (str(index), f"{score:+.3g}", self.labels.train_text(index)) if part
-                )
-            )
+            Text("\n".join(part for part in (str(name), f"{score:+.3g}", label) if part))
             for index, score in zip(self.indices[row].tolist(), self.scores[row].tolist(), strict=True)
+            for name, label in [self._train_texts(index)]
         ]
         for start in range(0, len(entries), RANKS_PER_LINE):
             chunk: list[RenderableType] = [*entries[start : start + RANKS_PER_LINE]]
@@ -187,9 +194,17 @@ class Ranking(JupyterMixin):
                 chunk.insert(0, Text(self._query_text(row) if start == 0 else ""))
             table.add_row(*chunk)
 
+    def _train_texts(self, index: int) -> tuple[int | str, str]:
+        """Return what stands for a training example, or for a group of them, and its label."""
+        if self.train_names:
+            return self.train_names[index], ""
+        return index, self.labels.train_text(index)
+
     def _query_cells(self, row: int) -> dict[str, Cell]:
         if self.query_indices is None:
             return {}
+        if self.query_counts is not None:
+            return {"query": self.query_names[row], "queries": int(self.query_counts[row])}
         index = int(self.query_indices[row])
         loader = None if self.query_dataloaders is None else int(self.query_dataloaders[row])
         cells: dict[str, Cell] = {"query": index, "query_label": self.labels.query_text(index, loader)}
@@ -197,6 +212,8 @@ class Ranking(JupyterMixin):
 
     def _query_text(self, row: int) -> str:
         cells = self._query_cells(row)
+        if "queries" in cells:
+            return f"{cells['query']}\nmean of {cells['queries']}"
         place = f"{cells['dataloader']}: " if "dataloader" in cells else ""
         return f"{place}{cells['query']}" + (f"\n{cells['query_label']}" if cells["query_label"] else "")
 

@@ -60,7 +60,9 @@ class Result(JupyterMixin):
         own = self._tensors()
         more, values = self.diagnostics.to_state()
         more = {f"diagnostics.{name}": tensor for name, tensor in more.items()}
-        save_tensors(path, {**own, **more}, {"kind": self.KIND, "diagnostics": values})
+        names = self._names()
+        metadata = {"kind": self.KIND, "diagnostics": values, **({"names": names} if names else {})}
+        save_tensors(path, {**own, **more}, metadata)
         return Path(path).expanduser()
 
     @classmethod
@@ -94,7 +96,15 @@ class Result(JupyterMixin):
         more = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         own = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
         diagnostics = Diagnostics.from_state(more, metadata.get("diagnostics", {}))
-        return cls(**check_fields(cls, {**own, "diagnostics": diagnostics}, cls.KIND))
+        names = metadata.get("names", {})
+        if not isinstance(names, dict):
+            raise ValueError(f"names are {names!r:.40}; accepted is a table of names and values.")
+        return cls(**check_fields(cls, {**own, **names, "diagnostics": diagnostics}, cls.KIND))
+
+    def _names(self) -> dict[str, list[str]]:
+        """Return the fields that are texts, without empty ones."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: list(value) for name, value in values.items() if name.endswith("names") and value}
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

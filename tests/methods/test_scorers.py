@@ -107,6 +107,21 @@ def test_tolerance_zero_is_exact(dtype, corrected):
     assert error(scorer(p.train), p.exact(p.inverse, correction)) < rounding
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("tolerance", [0, 1e-2])
+def test_parts_of_layers_are_those_of_the_exact_scores(tolerance, corrected):
+    """Each layer's part by itself, low-rank or not: what is left when all other gradients are zero."""
+    p = Problem(torch.float64)
+    correction = p.correction() if corrected else None
+    scorer = PreconditionedScorer(p.inverse, p.queries, correction=correction, tolerance=tolerance)
+    parts = scorer.by_layer(p.train)
+    assert ("wide" in scorer.ranks) == (tolerance > 0)
+    torch.testing.assert_close(sum(parts.values()), scorer(p.train), rtol=1e-9, atol=1e-12)
+    for name, part in parts.items():
+        alone = {k: v if k == name else v.scaled(0.0) for k, v in p.train.items()}
+        assert error(part, p.exact(p.inverse, correction, alone)) < (3 * tolerance or 1e-12), name
+
+
 def test_correction_made_with_another_damping():
     p = Problem(torch.float64)
     correction, other = p.correction(), p.redamped(0.05)

@@ -115,6 +115,11 @@ class Material:
             self.examples[key] = example
         return key
 
+    def group(self, key: str, index: int, name: str) -> str:
+        """Returns the key of a group of examples, which has no item to look at."""
+        self.examples[key] = {"name": cut(name), "index": index, "parts": []}
+        return key
+
     def warn(self) -> str | None:
         """Returns what could not be shown, after a warning; None if everything is."""
         if not self.bare:

@@ -32,10 +32,21 @@ def build_queries(
     loaders = None if top.query_dataloaders is None else top.query_dataloaders.tolist()
     rows = []
     for row, index in enumerate(top.query_indices.tolist()):
-        entry: dict[str, Any] = {"query": material.query(index, None if loaders is None else loaders[row])}
+        if top.query_counts is not None:
+            count = int(top.query_counts[row])
+            key = material.group(
+                f"query-{index}", index, f"{top.query_names[row]}: mean of {count:,} queries"
+            )
+        else:
+            key = material.query(index, None if loaders is None else loaders[row])
+        entry: dict[str, Any] = {"query": key}
         for name, ranking in (("top", top), ("bottom", bottom)):
             pairs = zip(ranking.indices[row].tolist(), ranking.scores[row].tolist(), strict=True)
-            entry[name] = [[material.train(n), score] for n, score in pairs]
+            names = ranking.train_names
+            entry[name] = [
+                [material.group(f"train-{n}", n, names[n]) if names else material.train(n), score]
+                for n, score in pairs
+            ]
         if residuals is not None:
             entry["residual"] = float(residuals[row])
         rows.append(entry)
