@@ -1,0 +1,295 @@
+"""The commands: what each of them asks in Python, with the same names and defaults, and what it writes."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_influence.api.command_line.folder import PAGE, choose_k, write_edit, write_result
+from lightning_influence.api.command_line.project import CALLBACK, Project
+from lightning_influence.api.dynamics import training_dynamics
+from lightning_influence.api.trainer import (
+    InfluenceTrainer,
+    forget,
+    influence,
+    relabel,
+    self_influence,
+    suspects,
+)
+from lightning_influence.collecting.callback import InfluenceCallback
+from lightning_influence.edits.parameter_edit import ParameterEdit
+from lightning_influence.edits.request import EditOptions
+from lightning_influence.methods.method import list_option_types
+from lightning_influence.results.attributions import Attributions
+from lightning_influence.results.dynamics import TrainingDynamics
+from lightning_influence.results.loggers import Loggable, log_attributions, log_edit
+from lightning_influence.results.report.material import ReportOptions
+from lightning_influence.results.self_influence import SelfInfluence
+from lightning_influence.results.suspects import Suspects
+from lightning_influence.support.errors import InfluenceWarning
+from lightning_influence.support.storage import load_tensors
+
+# What the configuration gives, and what a command line cannot: loaders, factors in memory, texts of examples.
+_IN_PYTHON = {"trainer", "model", "train_dataloaders", "query_dataloaders", "datamodule", "validation"} | {
+    "labels",
+    "factors",
+}
+_FIT_SKIPS = {"self", "model", "train_dataloaders", "val_dataloaders", "datamodule"}
+_PAGE_IN_PYTHON = {"dataset", "query_dataset", "labels", "predictions", "spectrum"}
+_PAGE_OPTIONS = {field.name for field in fields(ReportOptions)} - _PAGE_IN_PYTHON
+_KINDS: dict[str, type[Any]] = {
+    kind.KIND: kind for kind in (Attributions, SelfInfluence, TrainingDynamics, Suspects, ParameterEdit)
+}
+_RESULTS = Path("influence_results")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        summary: what it does, in a line.
+        add_arguments: adds its arguments to a parser.
+        run: runs it for a project.
+        saves_config: whether the Trainer saves the configuration beside its logs.
+    """
+
+    summary: str
+    add_arguments: Callable[[LightningArgumentParser], None]
+    run: Callable[[Project], None]
+    saves_config: bool = False
+
+
+def _add_question(function: Callable[..., Any], parser: LightningArgumentParser) -> None:
+    """Add the arguments of a question: those of its function, and where and how to write the answer."""
+    known = set(inspect.signature(function).parameters)
+    skip: set[Any] = _IN_PYTHON & known if "options" not in known else _IN_PYTHON
+    parser.add_function_arguments(function, None, skip=skip, fail_untyped=False)
+    if function in (influence, self_influence, suspects):
+        text = "'refit' to fit factors anew; those of the checkpoint by default."
+        parser.add_argument("--factors", type=Literal["refit"] | None, default=None, help=text)
+        _add_method_options(parser)
+    if function in (forget, relabel):
+        parser.add_class_arguments(EditOptions, None)
+    where = f"{_RESULTS}/NAME by default, of the argument --name"
+    parser.add_argument("--output", type=str | None, default=None, help=f"The folder to write: {where}.")
+    if function not in (forget, relabel):
+        _add_k(parser)
+    _add_page_options(parser)
+
+
+def _add_method_options(parser: LightningArgumentParser) -> None:
+    """Add the options that single methods have beside the arguments of :func:`influence`."""
+    known = {action.dest for action in parser._actions}
+    for kind in list_option_types():
+        hints = get_type_hints(kind)
+        for option in fields(kind):
+            if option.name in known or option.name == "unused":
+                continue
+            known.add(option.name)
+            default = "" if option.default in (None, MISSING) else f", {option.default!r} there"
+            text = f"An option of single methods, see {kind.__name__}; the method's own by default{default}."
+            parser.add_argument(f"--{option.name}", type=hints[option.name] | None, default=None, help=text)
+
+
+def _add_k(parser: LightningArgumentParser) -> None:
+    help = "Examples at either end of the rankings in the page; its own default, or as many as there are."
+    parser.add_argument("--k", type=int | None, default=None, help=help)
+
+
+def _add_page_options(parser: LightningArgumentParser) -> None:
+    parser.add_class_arguments(ReportOptions, None, skip=set(_PAGE_IN_PYTHON), fail_untyped=False)
+
+
+def _add_fit(parser: LightningArgumentParser) -> None:
+    parser.add_lightning_class_args(InfluenceCallback, CALLBACK)
+    parser.add_method_arguments(InfluenceTrainer, "fit", skip=set(_FIT_SKIPS))
+
+
+def _add_report(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--results", type=str, required=True, help="A file of results, or the folder of one.")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help=f"The page to write; {PAGE} beside the results."
+    )
+    _add_k(parser)
+    _add_page_options(parser)
+
+
+def _fit(project: Project) -> None:
+    """Fit as ``Trainer.fit`` does, and name the last checkpoint that was written."""
+    names = inspect.signature(InfluenceTrainer.fit).parameters.keys() - _FIT_SKIPS
+    settings = {name: project.values[name] for name in sorted(names)}
+    _check_checkpoints(settings["ckpt_path"])
+    project.trainer.fit(project.model, datamodule=project.datamodule, **settings)
+    for callback in project.trainer.checkpoint_callbacks:
+        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        if path and project.trainer.is_global_zero:
+            print(f"Checkpoint: {path}")
+
+
+def _ask(function: Callable[..., Loggable], project: Project) -> None:
+    """Ask a question, and write its answer to the folder and to the Trainer's loggers."""
+    result = function(project.trainer, log=False, **_collect(function, project))
+    trainer, values = project.trainer, project.values
+    if function is training_dynamics:
+        project.load_data(with_queries=False)
+    if not trainer.is_global_zero:
+        return
+    folder = _choose_folder(values)
+    page: dict[str, Any] = {name: values[name] for name in _PAGE_OPTIONS}
+    page["dataset"] = project.find_dataset()
+    if isinstance(result, Attributions):
+        page["query_dataset"] = project.find_query_dataset()
+    write_result(folder, result, values["k"], **page)
+    if values["log"]:
+        log_attributions(trainer.loggers, result, step=trainer.global_step, name=values["name"])
+    print(result.top(min(5, result.stored)))
+    _finish(project, folder)
+
+
+def _edit(function: Callable[..., ParameterEdit], project: Project) -> None:
+    """Compute an edit; write it, and a checkpoint of the model with the edit applied."""
+    trainer, values = project.trainer, project.values
+    edit = function(trainer, log=False, **_collect(function, project))
+    folder = _choose_folder(values)
+    page = {name: values[name] for name in _PAGE_OPTIONS}
+    write_edit(folder, edit, values["examples"], dataset=project.find_dataset(), **page)
+    if values["log"]:
+        log_edit(trainer.loggers, edit, step=trainer.global_step, name=values["name"])
+    edit.apply()
+    print(edit)
+    trainer.strategy.connect(project.model)
+    trainer.save_checkpoint(folder / "edited.ckpt", weights_only=True)
+    _finish(project, folder)
+
+
+def _report(project: Project) -> None:
+    """Write the page of results that were written before."""
+    values = project.values
+    path = _find_results(Path(values["results"]).expanduser())
+    _, metadata = load_tensors(path)
+    kind = _KINDS.get(str(metadata.get("kind")))
+    if kind is None:
+        raise ValueError(
+            f"{str(path)!r} holds {metadata.get('kind')!r}; accepted are files of {', '.join(_KINDS)}."
+        )
+    page: dict[str, Any] = {name: values[name] for name in _PAGE_OPTIONS}
+    project.load_data(with_queries=kind is Attributions)
+    page["dataset"] = project.find_dataset()
+    target = Path(values["output"] or path.parent / PAGE)
+    if kind is ParameterEdit:
+        ParameterEdit.load(path, project.model).report(target, **page)
+    else:
+        if kind is Attributions:
+            page["query_dataset"] = project.find_query_dataset()
+        result = kind.load(path)
+        result.report(target, k=choose_k(result, values["k"]), **page)
+    print(f"Written: {target}")
+
+
+def _collect(function: Callable[..., Any], project: Project) -> dict[str, Any]:
+    """Collect a question's arguments of all that were given."""
+    parameters = inspect.signature(function).parameters
+    names = set(parameters)
+    if function in (influence, self_influence, suspects):
+        names |= {"factors", *inspect.signature(self_influence).parameters}
+        names |= {option.name for kind in list_option_types() for option in fields(kind)}
+    if function in (forget, relabel):
+        names |= {option.name for option in fields(EditOptions)}
+    names -= {"log", "name", "model", "trainer"}
+    values = {name: project.values[name] for name in names if name in project.values}
+    _check_checkpoints(values["ckpt_path"])
+    if values["ckpt_path"] is None and function is not training_dynamics:
+        warnings.warn(
+            "Without --ckpt_path the question is about the weights that the module's constructor makes, as a "
+            "rule untrained ones.",
+            InfluenceWarning,
+            stacklevel=2,
+        )
+    given = {"model": project.model, "datamodule": project.datamodule}
+    return values | {name: value for name, value in given.items() if name in parameters}
+
+
+def _check_checkpoints(ckpt_path: Any) -> None:
+    """Refuse paths of files that are not there, before anything is loaded.
+
+    Raises:
+        ValueError: saying what to pass.
+    """
+    for path in ckpt_path if isinstance(ckpt_path, list) else [ckpt_path]:
+        kept_by_lightning = (
+            path is None or path in {"best", "last", "hpc"} or str(path).startswith("registry")
+        )
+        if not kept_by_lightning and "://" not in str(path) and not Path(path).expanduser().exists():
+            raise ValueError(
+                f"There is no checkpoint {str(path)!r}. Pass the path of a file that a Trainer wrote, as "
+                "--ckpt_path."
+            )
+
+
+def _choose_folder(values: dict[str, Any]) -> Path:
+    return Path(values["output"] or _RESULTS / values["name"]).expanduser()
+
+
+def _finish(project: Project, folder: Path) -> None:
+    project.save_config(folder / "config.yaml")
+    print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def _find_results(path: Path) -> Path:
+    """Find the file of results in a folder.
+
+    Returns:
+        The path itself if it is no folder.
+
+    Raises:
+        ValueError: if the folder does not hold exactly one.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ValueError(
+            f"{str(path)!r} holds {len(found)} files of results ({names}); pass the path of one as --results."
+        )
+    return found[0]
+
+
+def _make(function: Callable[..., Any], summary: str) -> Command:
+    run: Callable[..., None] = _edit if function in (forget, relabel) else _ask
+    return Command(summary, partial(_add_question, function), partial(run, function))
+
+
+COMMANDS: dict[str, Command] = {
+    "fit": Command("Fit as LightningCLI does, watched by an InfluenceCallback.", _add_fit, _fit, True),
+    "influence": _make(influence, "Score the training examples for each query."),
+    "self-influence": _make(self_influence, "Score each training example for its own loss."),
+    "dynamics": _make(training_dynamics, "What each training example's loss did during the fit."),
+    "suspects": _make(suspects, "Rank the training examples by how likely their labels are wrong."),
+    "forget": _make(forget, "Edit the model as if it had not seen some training examples."),
+    "relabel": _make(relabel, "Edit the model as if some training examples had other targets."),
+    "report": Command("Write the HTML page of results that were written before.", _add_report, _report),
+}
+
+
+def run_command(name: str, arguments: Sequence[str]) -> None:
+    """Run a command.
+
+    Args:
+        name: one of :data:`COMMANDS`.
+        arguments: what follows it on the command line.
+
+    Raises:
+        SystemExit: with 2 where the arguments cannot be parsed, with 0 after ``--help`` and the like.
+    """
+    command = COMMANDS[name]
+    project = Project(name, command.summary, command.add_arguments, arguments, command.saves_config)
+    command.run(project)
