@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_influence.api.command_line.folder import PAGE, choose_k, write_edit, write_result
 from lightning_influence.api.command_line.project import CALLBACK, Project
-from lightning_influence.api.dynamics import training_dynamics
-from lightning_influence.api.trainer import (
-    InfluenceTrainer,
-    forget,
-    influence,
-    relabel,
-    self_influence,
-    suspects,
-)
 from lightning_influence.collecting.callback import InfluenceCallback
 from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditOptions
 from lightning_influence.methods.method import list_option_types
+from lightning_influence.model.measurements import MeasurementName
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.dynamics import TrainingDynamics
 from lightning_influence.results.loggers import Loggable, log_attributions, log_edit
@@ -40,6 +33,17 @@ from lightning_influence.support.storage import load_tensors
 _IN_PYTHON = {"trainer", "model", "train_dataloaders", "query_dataloaders", "datamodule", "validation"} | {
     "labels",
     "factors",
+}
+# Arguments whose types in Python do not serve: jsonargparse would take a list of paths for one text, and
+# refuse functions that do not say what they return.
+_TYPES: dict[str, tuple[Any, str]] = {
+    "ckpt_path": (list[str] | str | None, "The checkpoint to ask about: a path, 'best' or 'last'"),
+    "measurement": (
+        MeasurementName | Callable | None,
+        "What scores predict the change of: a name, or a function by its path",
+    ),
+    "loss": (Callable | None, "The losses of examples, where they are not found: a function by its path"),
+    "set_targets": (Callable | None, "What puts targets into a batch: a function by its path"),
 }
 _FIT_SKIPS = {"self", "model", "train_dataloaders", "val_dataloaders", "datamodule"}
 _PAGE_IN_PYTHON = {"dataset", "query_dataset", "labels", "predictions", "spectrum"}
@@ -67,22 +71,63 @@ class Command:
     saves_config: bool = False
 
 
-def _add_question(function: Callable[..., Any], parser: LightningArgumentParser) -> None:
-    """Add the arguments of a question: those of its function, and where and how to write the answer."""
-    known = set(inspect.signature(function).parameters)
-    skip: set[Any] = _IN_PYTHON & known if "options" not in known else _IN_PYTHON
-    parser.add_function_arguments(function, None, skip=skip, fail_untyped=False)
-    if function in (influence, self_influence, suspects):
-        text = "'refit' to fit factors anew; those of the checkpoint by default."
-        parser.add_argument("--factors", type=Literal["refit"] | None, default=None, help=text)
-        _add_method_options(parser)
-    if function in (forget, relabel):
-        parser.add_class_arguments(EditOptions, None)
+@dataclass(frozen=True)
+class Question:
+    """A function of the package as a command asks it.
+
+    Attributes:
+        function: takes the Trainer first.
+        passes_to: the function that takes the further options of this one, if there is one.
+    """
+
+    function: Callable[..., Any]
+    passes_to: Callable[..., Any] | None = None
+
+    @property
+    def parameters(self) -> set[str]:
+        """Names of all its arguments that are not in an options' dataclass."""
+        functions = [self.function] if self.passes_to is None else [self.function, self.passes_to]
+        return {name for function in functions for name in inspect.signature(function).parameters}
+
+    def add_arguments(self, parser: LightningArgumentParser) -> None:
+        """Add the function's arguments, except those that only Python can give."""
+        parser.add_function_arguments(self.function, None, skip={*_IN_PYTHON, *_TYPES}, fail_untyped=False)
+        for name in sorted(_TYPES.keys() & self.parameters):
+            kind, what = _TYPES[name]
+            text = f"{what}. More under {self.function.__name__} in Python."
+            parser.add_argument(f"--{name}", type=kind, default=None, help=text)
+        if "method" in self.parameters:
+            text = "'refit' to fit factors anew; those of the checkpoint by default."
+            parser.add_argument("--factors", type=Literal["refit"] | None, default=None, help=text)
+            _add_method_options(parser)
+
+    def read_arguments(self, project: Project) -> dict[str, Any]:
+        """Collect the function's arguments of all that were given.
+
+        Returns:
+            Them by name, with the module and the data if the function takes them.
+        """
+        names = self.parameters | {"factors"}
+        kinds: list[type[Any]] = [EditOptions, *list_option_types()]
+        names |= {option.name for kind in kinds for option in fields(kind)}
+        names -= {"log", "name", "model", "trainer", "datamodule"}
+        values = {name: project.values[name] for name in names if name in project.values}
+        _check_checkpoints(values["ckpt_path"])
+        if "model" not in self.parameters:
+            return values
+        if values["ckpt_path"] is None:
+            warnings.warn(
+                "Without --ckpt_path the question is about the weights that the module's constructor makes, "
+                "as a rule untrained ones.",
+                InfluenceWarning,
+                stacklevel=2,
+            )
+        return values | {"model": project.model, "datamodule": project.datamodule}
+
+
+def _add_output(parser: LightningArgumentParser) -> None:
     where = f"{_RESULTS}/NAME by default, of the argument --name"
     parser.add_argument("--output", type=str | None, default=None, help=f"The folder to write: {where}.")
-    if function not in (forget, relabel):
-        _add_k(parser)
-    _add_page_options(parser)
 
 
 def _add_method_options(parser: LightningArgumentParser) -> None:
@@ -110,7 +155,7 @@ def _add_page_options(parser: LightningArgumentParser) -> None:
 
 def _add_fit(parser: LightningArgumentParser) -> None:
     parser.add_lightning_class_args(InfluenceCallback, CALLBACK)
-    parser.add_method_arguments(InfluenceTrainer, "fit", skip=set(_FIT_SKIPS))
+    parser.add_method_arguments(Trainer, "fit", skip=set(_FIT_SKIPS))
 
 
 def _add_report(parser: LightningArgumentParser) -> None:
@@ -124,7 +169,7 @@ def _add_report(parser: LightningArgumentParser) -> None:
 
 def _fit(project: Project) -> None:
     """Fit as ``Trainer.fit`` does, and name the last checkpoint that was written."""
-    names = inspect.signature(InfluenceTrainer.fit).parameters.keys() - _FIT_SKIPS
+    names = inspect.signature(Trainer.fit).parameters.keys() - _FIT_SKIPS
     settings = {name: project.values[name] for name in sorted(names)}
     _check_checkpoints(settings["ckpt_path"])
     project.trainer.fit(project.model, datamodule=project.datamodule, **settings)
@@ -134,11 +179,11 @@ def _fit(project: Project) -> None:
             print(f"Checkpoint: {path}")
 
 
-def _ask(function: Callable[..., Loggable], project: Project) -> None:
+def _ask(question: Question, project: Project) -> None:
     """Ask a question, and write its answer to the folder and to the Trainer's loggers."""
-    result = function(project.trainer, log=False, **_collect(function, project))
     trainer, values = project.trainer, project.values
-    if function is training_dynamics:
+    result: Loggable = question.function(trainer, log=False, **question.read_arguments(project))
+    if "datamodule" not in question.parameters:
         project.load_data(with_queries=False)
     if not trainer.is_global_zero:
         return
@@ -154,10 +199,10 @@ def _ask(function: Callable[..., Loggable], project: Project) -> None:
     _finish(project, folder)
 
 
-def _edit(function: Callable[..., ParameterEdit], project: Project) -> None:
+def _edit(question: Question, project: Project) -> None:
     """Compute an edit; write it, and a checkpoint of the model with the edit applied."""
     trainer, values = project.trainer, project.values
-    edit = function(trainer, log=False, **_collect(function, project))
+    edit: ParameterEdit = question.function(trainer, log=False, **question.read_arguments(project))
     folder = _choose_folder(values)
     page = {name: values[name] for name in _PAGE_OPTIONS}
     write_edit(folder, edit, values["examples"], dataset=project.find_dataset(), **page)
@@ -192,29 +237,6 @@ def _report(project: Project) -> None:
         result = kind.load(path)
         result.report(target, k=choose_k(result, values["k"]), **page)
     print(f"Written: {target}")
-
-
-def _collect(function: Callable[..., Any], project: Project) -> dict[str, Any]:
-    """Collect a question's arguments of all that were given."""
-    parameters = inspect.signature(function).parameters
-    names = set(parameters)
-    if function in (influence, self_influence, suspects):
-        names |= {"factors", *inspect.signature(self_influence).parameters}
-        names |= {option.name for kind in list_option_types() for option in fields(kind)}
-    if function in (forget, relabel):
-        names |= {option.name for option in fields(EditOptions)}
-    names -= {"log", "name", "model", "trainer"}
-    values = {name: project.values[name] for name in names if name in project.values}
-    _check_checkpoints(values["ckpt_path"])
-    if values["ckpt_path"] is None and function is not training_dynamics:
-        warnings.warn(
-            "Without --ckpt_path the question is about the weights that the module's constructor makes, as a "
-            "rule untrained ones.",
-            InfluenceWarning,
-            stacklevel=2,
-        )
-    given = {"model": project.model, "datamodule": project.datamodule}
-    return values | {name: value for name, value in given.items() if name in parameters}
 
 
 def _check_checkpoints(ckpt_path: Any) -> None:
@@ -263,33 +285,51 @@ def _find_results(path: Path) -> Path:
     return found[0]
 
 
-def _make(function: Callable[..., Any], summary: str) -> Command:
-    run: Callable[..., None] = _edit if function in (forget, relabel) else _ask
-    return Command(summary, partial(_add_question, function), partial(run, function))
+def make_fit() -> Command:
+    """The command that fits as LightningCLI does, with an influence callback."""
+    return Command("Fit as LightningCLI does, watched by an InfluenceCallback.", _add_fit, _fit, True)
 
 
-COMMANDS: dict[str, Command] = {
-    "fit": Command("Fit as LightningCLI does, watched by an InfluenceCallback.", _add_fit, _fit, True),
-    "influence": _make(influence, "Score the training examples for each query."),
-    "self-influence": _make(self_influence, "Score each training example for its own loss."),
-    "dynamics": _make(training_dynamics, "What each training example's loss did during the fit."),
-    "suspects": _make(suspects, "Rank the training examples by how likely their labels are wrong."),
-    "forget": _make(forget, "Edit the model as if it had not seen some training examples."),
-    "relabel": _make(relabel, "Edit the model as if some training examples had other targets."),
-    "report": Command("Write the HTML page of results that were written before.", _add_report, _report),
-}
-
-
-def run_command(name: str, arguments: Sequence[str]) -> None:
-    """Run a command.
+def make_question(question: Question, summary: str) -> Command:
+    """A command that asks a question and writes its answer.
 
     Args:
-        name: one of :data:`COMMANDS`.
-        arguments: what follows it on the command line.
+        question: what to ask.
+        summary: what the command does.
 
-    Raises:
-        SystemExit: with 2 where the arguments cannot be parsed, with 0 after ``--help`` and the like.
+    Returns:
+        The command.
     """
-    command = COMMANDS[name]
-    project = Project(name, command.summary, command.add_arguments, arguments, command.saves_config)
-    command.run(project)
+
+    def add_arguments(parser: LightningArgumentParser) -> None:
+        question.add_arguments(parser)
+        _add_output(parser)
+        _add_k(parser)
+        _add_page_options(parser)
+
+    return Command(summary, add_arguments, partial(_ask, question))
+
+
+def make_edit(question: Question, summary: str) -> Command:
+    """A command that computes an edit and writes it, with the edited model.
+
+    Args:
+        question: the function that computes it.
+        summary: what the command does.
+
+    Returns:
+        The command.
+    """
+
+    def add_arguments(parser: LightningArgumentParser) -> None:
+        question.add_arguments(parser)
+        parser.add_class_arguments(EditOptions, None)
+        _add_output(parser)
+        _add_page_options(parser)
+
+    return Command(summary, add_arguments, partial(_edit, question))
+
+
+def make_report() -> Command:
+    """The command that writes the page of results."""
+    return Command("Write the HTML page of results that were written before.", _add_report, _report)

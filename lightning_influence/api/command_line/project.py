@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lightning_influence.api.trainer import InfluenceTrainer
 from lightning_influence.collecting.callback import InfluenceCallback
 from lightning_influence.running.host.attributes import defines
 from lightning_influence.running.trainer_runner import TrainerRunner
@@ -92,12 +91,13 @@ class Project:
         summary: what it does.
         add_more: adds its arguments to a parser.
         arguments: the command line without the command's name.
+        trainer_class: of the Trainer.
         saves_config: whether the Trainer saves the configuration beside its logs, as LightningCLI does.
 
     Attributes:
         model: the module, as its constructor left it.
         datamodule: the data; None without any.
-        trainer: an :class:`~lightning_influence.InfluenceTrainer`.
+        trainer: the Trainer.
         values: all arguments by name, instantiated.
     """
 
@@ -107,6 +107,8 @@ class Project:
         summary: str,
         add_more: Callable[[LightningArgumentParser], None],
         arguments: Sequence[str],
+        *,
+        trainer_class: type[Trainer],
         saves_config: bool = False,
     ) -> None:
         classes = _read_classes(arguments)
@@ -115,7 +117,7 @@ class Project:
         self._cli = reader(
             model_class=classes["model_class"],
             datamodule_class=classes["data_class"],
-            trainer_class=InfluenceTrainer,
+            trainer_class=trainer_class,
             save_config_callback=SaveConfigCallback if saves_config else None,
             parser_kwargs={
                 "prog": f"lightning-influence {name}",
@@ -127,7 +129,7 @@ class Project:
         )
         self.model: LightningModule = self._cli.model
         self.datamodule: LightningDataModule | None = self._cli.datamodule
-        self.trainer: InfluenceTrainer = self._cli.trainer
+        self.trainer: Trainer = self._cli.trainer
         self.values: dict[str, Any] = dict(vars(self._cli.config_init))
         self._loaders: dict[str, Any] = {}
         for owner in (self.model, self.datamodule):
@@ -137,7 +139,10 @@ class Project:
 
     def save_config(self, path: Path) -> None:
         """Write the whole configuration, which the same command reads; an existing file is replaced."""
-        path.write_text(self._cli.parser.dump(self._cli.config, skip_none=False), encoding="utf-8")
+        dump = self._cli.parser.dump
+        # None may be a choice beside another default. The argument got a new name in jsonargparse 4.49.
+        skip = "skip_unset" if "skip_unset" in inspect.signature(dump).parameters else "skip_none"
+        path.write_text(dump(self._cli.config, **{skip: False}), encoding="utf-8")
 
     def find_dataset(self) -> Any:
         """The dataset of the train loader that was used; None where it has no items by index."""
@@ -181,7 +186,7 @@ def _get_items(loader: Any) -> Any:
 def _list_arguments_of_lightning() -> Iterator[str]:
     """The arguments of LightningCLI's own subcommands, which its configurations hold beside the classes'."""
     for name, skipped in LightningCLI.subcommands().items():
-        yield from inspect.signature(getattr(InfluenceTrainer, name)).parameters.keys() - skipped - {"self"}
+        yield from inspect.signature(getattr(Trainer, name)).parameters.keys() - skipped - {"self"}
 
 
 def _read_classes(arguments: Sequence[str]) -> dict[str, Any]:
