@@ -132,7 +132,7 @@ def _add_output(parser: LightningArgumentParser) -> None:
 
 def _add_method_options(parser: LightningArgumentParser) -> None:
     """Add the options that single methods have beside the arguments of :func:`influence`."""
-    known = {action.dest for action in parser._actions}
+    known = set(vars(parser.get_defaults(skip_validation=True)))
     for kind in list_option_types():
         hints = get_type_hints(kind)
         for option in fields(kind):
