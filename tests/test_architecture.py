@@ -14,7 +14,7 @@ FLOORS = [
     {"curvature", "evaluation"},
     {"methods", "edits", "collecting"},
     {"api"},
-    {"__init__", "errors"},
+    {"__init__", "__main__", "errors"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in sorted(rooms)}
 # What has to work without Lightning, but for the one module that adapts results to its loggers.

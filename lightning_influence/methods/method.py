@@ -146,8 +146,12 @@ def read_options(method: str, given: Mapping[str, Any]) -> Options:
         TypeError: if no method has such an option; names the nearest, and those that this method accepts.
         ValueError: if there is no such method, or a value is out of range.
     """
-    others = [other.options_type for other in _METHODS.values()]
-    return parse_options(method, find_method(method).options_type, others, given)
+    return parse_options(method, find_method(method).options_type, list_option_types(), given)
+
+
+def list_option_types() -> list[type[Options]]:
+    """Return the dataclasses of the options of all registered methods, each once."""
+    return list(dict.fromkeys(method.options_type for method in _METHODS.values()))
 
 
 def find_method(name: str) -> type[Method]:

@@ -1,0 +1,1 @@
+"""The command line: questions to a model that a LightningCLI configuration and a checkpoint describe."""
