@@ -133,7 +133,7 @@ def prepare(dataloaders: Any) -> list[IndexedLoader]:
         >>> from torch.utils.data import DataLoader
         >>> [loader] = prepare(DataLoader(range(5), batch_size=2, shuffle=True, drop_last=True))
         >>> [indices.tolist() for _, indices in loader.shard()]
-        [[0, 1], [2, 3], [4]]
+        [[0, 1], [2, 3, 4]]
     """
     if is_lightning(dataloaders, "CombinedLoader"):
         mode = combined_mode(dataloaders)

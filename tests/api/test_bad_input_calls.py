@@ -12,7 +12,7 @@ import torch
 from influence_models import Net, dataset, fitted, queries, train, trainer
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceModule, Labels
 from lightning_influence.methods.options import Options
@@ -151,11 +151,6 @@ def test_settings_out_of_range():
             user.ask(ckpt_path="best")
 
 
-class Endless(IterableDataset):
-    def __iter__(self):
-        yield from dataset()
-
-
 def some(items):
     """A collate function that drops examples."""
     return torch.utils.data.default_collate(items[: max(1, len(items) - 1)])
@@ -176,7 +171,6 @@ def test_data_that_cannot_be_used():
             (None, empty, "The loader over Subset has no examples"),
             ([], None, "The list of loaders is empty"),
             (None, [], "The list of loaders is empty"),
-            (DataLoader(Endless(), 4), None, "Endless is an IterableDataset: its examples have no index"),
             ([train(), train()], None, "Got 2 training loaders"),
             (train(collate_fn=some), None, "A batch made of 5 examples has 4: its collate_fn"),
             (None, DataLoader(dataset(4), 4, collate_fn=some), "A batch made of 4 examples has 3"),

@@ -68,7 +68,7 @@ def test_queries_are_read_in_groups_from_every_loader():
     parts = module.scores(train(shuffle=False), loaders, memory_budget=1, **options)
     count = len(whole.query_indices)
     assert names(whole).count("query gradients") == 1
-    assert names(parts).count("query gradients") == count
+    assert names(parts).count("query gradients") == count // 2  # no pass makes a batch of one
     torch.testing.assert_close(parts.scores, whole.scores)
     assert parts.query_indices.tolist() == whole.query_indices.tolist()
     assert parts.query_dataloaders.tolist() == whole.query_dataloaders.tolist()
