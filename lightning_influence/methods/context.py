@@ -28,7 +28,7 @@ from lightning_influence.support.notes import Notes
 from lightning_influence.support.passes import Loader as Loader
 from lightning_influence.support.passes import Passes as Passes
 
-_SILENT = "took no part in the training loss with a gradient graph"
+_SILENT = "took no part in the training loss, or only in what all examples of a batch share"
 
 
 @dataclass

@@ -55,9 +55,8 @@ class ParameterRecorder:
         self.watch = Watch(parameters, batch, num_examples, find_places(batch, num_examples))
         # Matrices may be products of the inputs and output gradients of what they map.
         self._matrices = {name for name in self._single if layers[name].d_in > 1}
-        self._products: dict[
-            str, Tensor | None
-        ] = {}  # inputs of matrices that are; None for those that are not
+        # Inputs of matrices that are; None for those that are not.
+        self._products: dict[str, Tensor | None] = {}
         self._uses: list[Use] | None = None
         self._heard: set[str] = set()
         self._whole: set[str] = set()  # modules that are not called, whose weights are used in any way
@@ -121,7 +120,13 @@ class ParameterRecorder:
             wanted |= {_WEIGHT + name: name, _BIAS + name: name}
         chosen = {id(use): use for name in wanted for use in uses.get(name, [])}
         self._uses = list(chosen.values())
-        self._heard = {wanted[name] for name in uses.keys() & wanted.keys()}
+        # A loss that is divided by a parameter, or that one is added to, is a number: what these do to single
+        # examples cannot be told from the outputs.
+        self._heard = {
+            wanted[name]
+            for name in uses.keys() & wanted.keys()
+            if any(any(map(len, use.shapes)) for use in uses[name])
+        }
         whole = {kind + name for name in self._whole for kind in (_WEIGHT, _BIAS)}
         self._free = self._single | (whole & self.watch.parameters.keys())
         self._aligned = self._matrices | (wanted.keys() - self._single - whole)

@@ -111,3 +111,28 @@ def test_nothing_is_left():
     module = InfluenceModule(pair()[0])
     with pytest.raises(UnsupportedModelError, match="No covered layer took part in the forward pass"):
         module.scores(data(), data(), layers=["spare"])
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_parameter_beside_the_outputs_is_left_out_and_not_said_to_be_covered(size):
+    """A learned scale of the whole loss: what it does to single examples cannot be told from the outputs."""
+
+    class Scaled(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.log_scale = nn.Linear(3, 1), nn.Parameter(torch.tensor(0.3))
+
+        def training_step(self, batch, batch_idx):
+            return functional.mse_loss(self.layer(batch[0]), batch[1]) / self.log_scale.exp() + self.log_scale
+
+    module = Scaled().double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    batches = [(x[at : at + size], y[at : at + size]) for at in range(0, 8, size)]
+    with pytest.warns(InfluenceWarning, match=r"\['log_scale'\].*they are left out"):
+        found = InfluenceModule(module).scores(batches, batches, method="identity")
+    assert list(found.diagnostics.layers) == ["layer"]
+    assert found.diagnostics.parameters_covered == 4 / 5
+    with torch.no_grad():
+        inputs = torch.cat([x, torch.ones(8, 1, dtype=torch.float64)], 1)
+        rows = 2 * (module.layer(x) - y) * inputs / module.log_scale.exp()
+    torch.testing.assert_close(found.scores, rows @ rows.T / 8)
