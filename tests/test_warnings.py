@@ -43,7 +43,9 @@ def test_no_pass_warns():
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "answered 12" in done.stdout
-    assert "Warning" not in done.stderr
+    # torch 2.5 leaves a temporary directory of its own to the end of the process.
+    told = [line for line in done.stderr.splitlines() if "ResourceWarning" not in line]
+    assert "Warning" not in "\n".join(told)
 
 
 @pytest.mark.parametrize("category", [FutureWarning, DeprecationWarning, PendingDeprecationWarning])
