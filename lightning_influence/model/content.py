@@ -6,7 +6,7 @@ the same whatever batches the examples come in and whatever processes see them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from lightning_influence.model.captured import Captured, LossSum
 from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.support.batches import MOST_DEPTH, open_part
 from lightning_influence.support.digests import digest_number, digest_rows
 from lightning_influence.support.random_states import combine_keys
 
 _PLAIN = (str, bytes, int, float, bool, type(None))
 # Settings of a loss that are tensors; others hold values of the examples, which the batch tells.
 _SETTINGS = {"class_weights", "pos_weight"}
-# Chosen by hand: objects in objects are followed so far.
-_DEPTH = 6
 
 
 @dataclass
@@ -72,7 +71,7 @@ def digest_examples(batch: Any, indices: Tensor) -> Tensor:
     """
     count = len(indices)
     total = combine_keys(indices, 0)
-    for number, part in enumerate(_parts(batch, count, 0)):
+    for number, part in enumerate(_parts(batch, MOST_DEPTH)):
         rows = part.transpose(0, 1) if part.ndim > 1 and part.shape[0] != count == part.shape[1] else part
         if rows.ndim and len(rows) and len(rows) % count == 0:
             found = digest_rows(rows.reshape(count, -1))
@@ -83,7 +82,7 @@ def digest_examples(batch: Any, indices: Tensor) -> Tensor:
     return total
 
 
-def _parts(item: Any, count: int, depth: int) -> Iterator[Tensor]:
+def _parts(item: Any, depth: int) -> Iterator[Tensor]:
     """Yield the tensors of a batch, and tensors of digests of what is plain."""
     if isinstance(item, Tensor):
         if item.layout == torch.strided:
@@ -92,13 +91,10 @@ def _parts(item: Any, count: int, depth: int) -> Iterator[Tensor]:
         yield torch.tensor(digest_number(item))
     elif isinstance(item, list | tuple) and item and all(isinstance(part, _PLAIN) for part in item):
         yield torch.tensor([digest_number(part) for part in item])
-    elif depth < _DEPTH:
-        if isinstance(item, Mapping):
-            item = list(item.values())
-        elif not isinstance(item, list | tuple):
-            item = list(getattr(item, "__dict__", {}).values())
-        for part in item:
-            yield from _parts(part, count, depth + 1)
+    else:
+        opened = open_part(item) if depth else None
+        for part in opened.parts if opened is not None else ():
+            yield from _parts(part, depth - 1)
 
 
 def _describe(loss: OutputLoss) -> tuple[Any, ...]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import LayerPlan
+from lightning_influence.support.batches import map_tensors
 
 HALF = (torch.float16, torch.bfloat16)
 # Chosen by hand: examples whose gradients are compared; each may have to be formed.
@@ -43,7 +42,7 @@ def take_in_float32(
     """
     try:
         with _in_float32(module):
-            captured = Forward(plan)(module, _to_float32(batch), num_examples)
+            captured = Forward(plan)(module, map_tensors(batch, _to_float32), num_examples)
             gradients = captured.loss_gradients(keep_graph=False)
     except Exception:  # whatever the user's model may raise; the answer itself does not depend on it
         return None
@@ -77,22 +76,5 @@ def _in_float32(module: nn.Module) -> Iterator[None]:
             setattr(owner, name, buffer)
 
 
-def _to_float32(item: Any) -> Any:
-    """Return a batch whose tensors of half precision are in float32."""
-    if isinstance(item, Tensor):
-        return item.float() if item.dtype in HALF else item
-    if isinstance(item, Mapping):
-        changed = copy.copy(item)
-        for key, part in item.items():
-            changed[key] = _to_float32(part)  # type: ignore[index]
-        return changed
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*map(_to_float32, item))
-    if isinstance(item, list | tuple):
-        return type(item)(map(_to_float32, item))
-    if dataclasses.is_dataclass(item) and not isinstance(item, type):
-        changed = copy.copy(cast(Any, item))
-        for field in dataclasses.fields(item):
-            object.__setattr__(changed, field.name, _to_float32(getattr(item, field.name)))
-        return changed
-    return item
+def _to_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF else tensor

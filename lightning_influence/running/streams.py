@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_influence.running.loaders import IndexedLoader, count_batch
 from lightning_influence.support.batches import find_tensors
+from lightning_influence.support.digests import digest_tensors
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 from lightning_influence.support.random_states import RandomStates, preserve_generators
 
@@ -42,7 +42,7 @@ class Stream(IndexedLoader):
         sizes, self._digests = [], []
         for position, batch in enumerate(self._read()):
             sizes.append(count_batch(batch, position))
-            self._digests.append(compute_digest(batch))
+            self._digests.append(_digest(batch))
         plan = list(torch.split(torch.arange(sum(sizes)), sizes)) if sizes else []
         self._numbers = {int(part[0]): number for number, part in enumerate(plan)}
         super().__init__(plan, lambda some: _Selected(self, some), ordered=False)
@@ -66,7 +66,7 @@ class Stream(IndexedLoader):
                 return
             if number not in wanted:
                 continue
-            if compute_digest(batch) != self._digests[number]:
+            if _digest(batch) != self._digests[number]:
                 raise UnsupportedDataError(_OTHER.format(number=number, name=self._name))
             wanted.discard(number)
             yield batch
@@ -104,12 +104,7 @@ class _Selected:
         return self._stream.select(self._plan)
 
 
-def compute_digest(batch: Any) -> int:
-    """Return a checksum of a batch's tensors."""
-    digest = 0
-    for tensor in find_tensors(batch):
-        if tensor.layout == torch.strided:
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            data = flat.view(torch.uint8) if flat.numel() else flat
-            digest = zlib.crc32(data.numpy().tobytes() if flat.numel() else b"", digest)
-    return digest
+def _digest(batch: Any) -> str:
+    """Return a text that changes with a batch's tensors."""
+    tensors = [tensor for tensor in find_tensors(batch) if tensor.layout == torch.strided]
+    return digest_tensors({str(number): tensor for number, tensor in enumerate(tensors)})

@@ -149,3 +149,26 @@ def test_weights_and_buffers_come_back_to_the_bit(trained, make):
     exact = take_in_float32(find_layers(expected), expected, [x.float(), y], len(x))
     for name, layer in gradients.items():
         torch.testing.assert_close(layer.dense(), exact[name].dense())
+
+
+class Slotted:
+    """A batch that is no container and has no ``__dict__``."""
+
+    __slots__ = ("x", "y")
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __getitem__(self, number):
+        return (self.x, self.y)[number]
+
+
+def test_batches_that_are_objects_are_taken_in_float32_too(trained):
+    x, y = examples()
+    model = model_in(trained, torch.bfloat16).eval()
+    plan = find_layers(model)
+    found, expected = (take_in_float32(plan, model, batch, len(x)) for batch in (Slotted(x, y), (x, y)))
+    assert found is not None
+    for name, layer in expected.items():
+        torch.testing.assert_close(found[name].dense(), layer.dense())
+    assert x.dtype == torch.bfloat16

@@ -41,6 +41,15 @@ def test_batches_and_processes_do_not_matter(name):
     assert halves[0].identify(lambda own: own + halves[1].content) == whole.content
 
 
+@dataclass
+class Slotted:
+    """A batch whose parts stand in no ``__dict__``."""
+
+    __slots__ = ("x", "y")
+    x: torch.Tensor
+    y: torch.Tensor
+
+
 def test_what_changes_an_example_changes_its_digest_alone():
     x, y = torch.randn(6, 4), torch.arange(6)
     indices = torch.arange(10, 16)
@@ -55,6 +64,8 @@ def test_what_changes_an_example_changes_its_digest_alone():
     for batch, row in (((changed, y), 2), ((moved, y), 4), ((x, labels), 5)):
         differ = digest_examples(batch, indices) != before
         assert differ.nonzero().flatten().tolist() == [row]
+        slotted = digest_examples(Slotted(*batch), indices) != digest_examples(Slotted(x, y), indices)
+        assert torch.equal(slotted, differ)
     assert (digest_examples((y, x), indices) != before).all()
     assert (digest_examples((x, y), indices + 1) != before).all()
     other = digest_examples((x.flip(0), y.flip(0)), indices.flip(0))
