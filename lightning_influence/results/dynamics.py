@@ -10,15 +10,16 @@ import torch
 from rich.console import Group, RenderableType
 from torch import Tensor
 
+from lightning_influence.results.per_example import PerExample
 from lightning_influence.results.ranking import Labels, Ranking, to_labels
 from lightning_influence.results.rendering import build_facts_table
 from lightning_influence.results.report import charts
 from lightning_influence.results.report.certificate import build_certificate, say
 from lightning_influence.results.report.page import read_options, write_page
 from lightning_influence.results.report.sections import build_map, build_ranking
-from lightning_influence.results.result import Result, import_pandas
-from lightning_influence.results.top_k import check_finite, select_topk
-from lightning_influence.support.arguments import check_choice, check_k, check_shape
+from lightning_influence.results.result import import_pandas
+from lightning_influence.results.top_k import check_finite
+from lightning_influence.support.arguments import check_choice, check_shape
 from lightning_influence.support.storage import PathLike
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _MOST_POINTS = 5000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TrainingDynamics(Result):
+class TrainingDynamics(PerExample):
     """What each training example's loss and margin did over the epochs of a fit.
 
     The model's own losses in its training steps, in train mode: before each step's update, with dropout and
@@ -102,11 +103,6 @@ class TrainingDynamics(Result):
     def scores(self) -> Tensor:
         """The mean losses ``(N,)``."""
         return self.loss_mean
-
-    @property
-    def stored(self) -> int:
-        """How many examples :meth:`top` can return: all."""
-        return len(self.train_indices)
 
     @property
     def epochs(self) -> int:
@@ -173,8 +169,7 @@ class TrainingDynamics(Result):
         return self._ranking(k, False, by, labels)
 
     def _ranking(self, k: int, largest: bool, by: By, labels: Labels | None) -> Ranking:
-        check_k(k, self.stored, "all examples that were seen are stored")
-        scores, indices = select_topk(self.values(by)[None], self.train_indices, k, largest=largest)
+        scores, indices = self._rank(self.values(by), k, largest=largest)
         title, caption = _CAPTIONS[by]
         title = title if largest else f"The other end of: {title.lower()}"
         return Ranking(indices, scores, title=title, caption=caption, labels=to_labels(labels))
@@ -212,8 +207,7 @@ class TrainingDynamics(Result):
         """
         material = read_options({"dataset": dataset, **options})
         highest = self.top(min(k, self.stored)).indices[0]
-        order = torch.argsort(self.train_indices)
-        rows = order[torch.searchsorted(self.train_indices[order], highest)]
+        rows = self.find_rows(highest)
         names = {name.replace("_", " "): name for name in self._tensors() if name != "train_indices"}
         columns = {shown: getattr(self, name)[rows].tolist() for shown, name in names.items()}
         ranked = build_ranking(

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.console import Group, RenderableType
 from torch import Tensor
 
+from lightning_influence.results.per_example import PerExample
 from lightning_influence.results.ranking import Labels, Ranking, to_labels
 from lightning_influence.results.rendering import build_facts_table
 from lightning_influence.results.report import charts
 from lightning_influence.results.report.certificate import describe_certificate
 from lightning_influence.results.report.page import read_options, write_page
 from lightning_influence.results.report.sections import build_ranking
-from lightning_influence.results.result import Result, import_pandas
-from lightning_influence.results.top_k import check_finite, select_topk
-from lightning_influence.support.arguments import check_k, check_shape
+from lightning_influence.results.result import import_pandas
+from lightning_influence.results.top_k import check_finite
+from lightning_influence.support.arguments import check_shape
 from lightning_influence.support.storage import PathLike
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class SelfInfluence(Result):
+class SelfInfluence(PerExample):
     """Influence of each training example on its own loss.
 
     ``tau(n, n)``: the predicted rise of the example's own loss when it is removed. Examples with high scores
@@ -49,11 +50,6 @@ class SelfInfluence(Result):
         super().__post_init__()
         check_shape("scores", self.scores, tuple(self.train_indices.shape))
         check_finite(self.scores, self.train_indices)
-
-    @property
-    def stored(self) -> int:
-        """How many examples :meth:`top` can return: all."""
-        return len(self.train_indices)
 
     def top(self, k: int = 5, *, labels: Labels | None = None) -> Ranking:
         """The examples with the highest self-influence.
@@ -86,8 +82,7 @@ class SelfInfluence(Result):
         return self._ranking(k, False, labels)
 
     def _ranking(self, k: int, largest: bool, labels: Labels | None) -> Ranking:
-        check_k(k, self.stored, "all scores are stored")
-        scores, indices = select_topk(self.scores[None], self.train_indices, k, largest=largest)
+        scores, indices = self._rank(self.scores, k, largest=largest)
         caption = "Score: predicted rise of the example's own loss when it is removed."
         title = f"{'Highest' if largest else 'Lowest'} self-influence"
         return Ranking(indices, scores, title=title, caption=caption, labels=to_labels(labels))

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.dynamics import TrainingDynamics
+from lightning_influence.results.per_example import PerExample
 from lightning_influence.results.ranking import Labels, Ranking
 from lightning_influence.results.rendering import build_facts_table
 from lightning_influence.results.report import charts
 from lightning_influence.results.report.certificate import build_certificate, say
 from lightning_influence.results.report.page import read_options, write_page
 from lightning_influence.results.report.sections import build_ranking
-from lightning_influence.results.result import Result, import_pandas
+from lightning_influence.results.result import import_pandas
 from lightning_influence.results.self_influence import SelfInfluence
-from lightning_influence.results.top_k import check_finite, select_topk
-from lightning_influence.support.arguments import check_k, check_shape
+from lightning_influence.results.top_k import check_finite
+from lightning_influence.support.arguments import check_shape
 from lightning_influence.support.storage import PathLike
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _REMARKABLE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Suspects(Result):
+class Suspects(PerExample):
     """Training examples ranked by how likely their labels are wrong, with the reasons.
 
     Attributes:
@@ -73,11 +74,6 @@ class Suspects(Result):
             if tensor.is_floating_point():
                 check_finite(tensor, self.train_indices)
 
-    @property
-    def stored(self) -> int:
-        """How many examples :meth:`top` can return: all."""
-        return len(self.train_indices)
-
     def top(self, k: int = 5, *, labels: Labels | None = None) -> Ranking:
         """The examples whose labels are most likely wrong, with the reasons in place of labels.
 
@@ -109,8 +105,7 @@ class Suspects(Result):
         return self._ranking(k, False, labels)
 
     def _ranking(self, k: int, largest: bool, labels: Labels | None) -> Ranking:
-        check_k(k, self.stored, "all scores are stored")
-        scores, indices = select_topk(self.scores[None], self.train_indices, k, largest=largest)
+        scores, indices = self._rank(self.scores, k, largest=largest)
         texts = {}
         for index, reasons in zip(indices[0].tolist(), self.reasons(indices[0]), strict=True):
             own = labels.train_text(index) if labels is not None else ""
@@ -132,11 +127,7 @@ class Suspects(Result):
         Raises:
             ValueError: if an example is unknown.
         """
-        order = torch.argsort(self.train_indices)
-        places = torch.searchsorted(self.train_indices[order], train_indices).clamp_max(self.stored - 1)
-        rows = order[places]
-        if not torch.equal(self.train_indices[rows], train_indices):
-            raise ValueError("Got an index that train_indices does not hold.")
+        rows = self.find_rows(train_indices)
         shares = {name: _ranks(getattr(self, name)) for name in ("loss_mean", "self_influence")}
         return [self._reasons_of(row, shares) for row in rows.tolist()]
 
@@ -270,8 +261,7 @@ def find_suspects(dynamics: TrainingDynamics, influence: SelfInfluence) -> Suspe
         name: None if (value := getattr(dynamics, name)) is None else value[both][rows]
         for name in ("loss_mean", "epochs_seen", "margin_mean", "epochs_right", "forgotten")
     }
-    ordered, places = influence.train_indices.sort()
-    own = influence.scores[places[torch.searchsorted(ordered, indices)]]
+    own = influence.scores[influence.find_rows(indices)]
     margins = picked["margin_mean"]
     watched = picked["loss_mean"] if margins is None else -margins
     scores = (1 - _SHARE) * _ranks(watched) + _SHARE * _ranks(own)

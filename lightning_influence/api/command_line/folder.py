@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_influence.edits.parameter_edit import ParameterEdit
@@ -77,7 +76,7 @@ def _list_rows(result: Loggable, k: int) -> Iterator[Sequence[Any]]:
         return
     columns = _list_columns(result)
     order = result.top(result.stored).indices[0]
-    rows = result.train_indices.argsort()[torch.searchsorted(result.train_indices.sort().values, order)]
+    rows = result.find_rows(order)
     reasons = [[]] if not isinstance(result, Suspects) else [["; ".join(r)] for r in result.reasons(order)]
     yield ["train", *columns, *(["reasons"] if isinstance(result, Suspects) else [])]
     values = [order.tolist(), *(column[rows].tolist() for column in columns.values())]
