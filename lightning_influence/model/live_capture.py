@@ -16,6 +16,7 @@ from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import check_independent, check_loss
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
+from lightning_influence.model.losses.picked import PICKERS
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import UnsupportedModelError
@@ -67,7 +68,7 @@ class StepLosses(LossCapture):
         """
         if func is Tensor.register_hook and not (StepLosses.paused or args[0].is_leaf):
             self.hooks = True
-        if StepLosses.paused or func not in self._losses:
+        if StepLosses.paused or not (func in self._losses or func in PICKERS):
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 

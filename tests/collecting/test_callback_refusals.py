@@ -189,6 +189,22 @@ def test_examples_that_depend_on_each_other() -> None:
         assert fit(Coupled(p=0.0), InfluenceCallback()).state.finished
 
 
+def test_rows_that_a_mask_picked_are_nobodys() -> None:
+    """As many for each example in one batch are no promise: in another one others' would be counted off."""
+
+    class Masked(Classifier):
+        def training_step(self, batch, batch_idx):
+            outputs = self.net(batch[0])[:, None].expand(-1, 2, -1)
+            mask = torch.tensor([True, False]).expand(len(outputs), 2)
+            return functional.cross_entropy(outputs[mask], batch[1])
+
+    reason = "rows that a mask picked"
+    with pytest.raises(LossCaptureError, match=reason):
+        fit(Masked(p=0.0), InfluenceCallback(strict=True))
+    with pytest.warns(InfluenceWarning, match=f"Nothing is collected .*{reason}"):
+        assert fit(Masked(p=0.0), InfluenceCallback()).state.finished
+
+
 @pytest.mark.parametrize("size", [1, 7])
 def test_batches_of_one_and_short_last_batches(size) -> None:
     callback = InfluenceCallback(every_n_steps=1)

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_GET = torch.Tensor.__getitem__
 _SELECT = (torch.masked_select, torch.Tensor.masked_select)
+#: Functions that may pick rows by a mask.
+PICKERS = frozenset({torch.Tensor.__getitem__, *_SELECT})
 
 
 def count_picked(function: Callable[..., Any], args: Sequence[Any], result: Any) -> int | None:
     """Return how many rows a call of a torch function picked by a mask; None for every other call."""
-    if not isinstance(result, Tensor) or not result.dim():
+    if function not in PICKERS or not isinstance(result, Tensor) or not result.dim():
         return None
     if function in _SELECT:
         return len(result)
-    if function is not _GET or len(args) < 2:
+    if len(args) < 2:
         return None
     index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
     return len(result) if isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() else None
