@@ -362,8 +362,7 @@ class InfluenceCallback(Callback):
         self._kept.begin_fit()
         check_collectable(trainer)
         check_not_compiled(module)
-        # Parameters that are blocks by themselves are fitted in a pass after the fit: they count as covered,
-        # and the record tells their damping.
+        # Parameters that are blocks by themselves are fitted in a pass after the fit: they count as covered.
         whole = find_layers(module, self._settings.layers)
         plan = find_layers(module, self._settings.layers, parameters=False)
         plan = replace(plan, uncovered=whole.uncovered, loss=self._settings.loss)
@@ -377,7 +376,8 @@ class InfluenceCallback(Callback):
             run.sums = run.sums.emptied()
         self._kept.continued, self._kept.restored = self._kept.restored, False
         run.sums = run.sums.to(module.device)
-        return Collector(run, self._settings, plan, processes, self._say, whole.layers)
+        # Questions may be about all parameters, and the record tells their damping.
+        return Collector(run, self._settings, plan, processes, self._say, find_layers(module).layers)
 
     def _watch(self, trainer: Trainer, module: LightningModule, processes: Processes) -> Watching | None:
         """Return what keeps this fit's training dynamics, on every process or on none."""

@@ -294,7 +294,8 @@ def test_loggers_and_files(tmp_path):
     assert not (tmp_path / "tb" / "version_0" / "quiet").exists()
 
 
-def test_the_run_tells_the_damping_of_every_parameter():
+@pytest.mark.parametrize("layers", [None, ["body.0"]])
+def test_the_run_tells_the_damping_of_every_parameter(layers):
     """Not only of the layers whose factors the fit collects: the damping of others would be far off."""
 
     class Normed(Net):
@@ -308,7 +309,7 @@ def test_the_run_tells_the_damping_of_every_parameter():
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), 1e-2)
 
-    host, module = trainer(InfluenceCallback(every_n_steps=1)), Normed()
+    host, module = trainer(InfluenceCallback(every_n_steps=1, layers=layers)), Normed()
     host.fit(module, train())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InfluenceWarning)
