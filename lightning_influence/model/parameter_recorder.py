@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,9 +59,8 @@ class ParameterRecorder:
         self._products: dict[str, Tensor | None] = {}
         self._uses: list[Use] | None = None
         self._heard: set[str] = set()
+        self._paired: set[str] = set()  # modules whose weights map in other ways than by calling them
         self._whole: set[str] = set()  # modules that are not called, whose weights are used in any way
-        self._free = set(self._single)  # parameters whose gradients need have no form
-        self._aligned: set[str] = set()  # parameters whose uses are positions, in one order for all seeds
 
     @property
     def heard(self) -> list[str]:
@@ -114,10 +113,10 @@ class ParameterRecorder:
         other = {name for name in mine if not self._is_linear(name, uses)}
         # Of modules that are called, too, the calls are what is had, and a check tells if they are not all.
         self._whole = {name for name in other if not calls.get(name) and _WEIGHT + name in uses}
-        mine -= other - self._whole
-        wanted = {name: name for name in self._single}
-        for name in mine:
-            wanted |= {_WEIGHT + name: name, _BIAS + name: name}
+        self._paired, mine = mine - other, (mine - other) | self._whole
+        wanted = {name: name for name in self.layers if name in self._single}
+        for name in (name for name in self.layers if name in mine):
+            wanted |= dict.fromkeys(_keys([name]), name)
         chosen = {id(use): use for name in wanted for use in uses.get(name, [])}
         self._uses = list(chosen.values())
         # A loss that is divided by a parameter, or that one is added to, is a number: what these do to single
@@ -127,9 +126,6 @@ class ParameterRecorder:
             for name in uses.keys() & wanted.keys()
             if any(any(map(len, use.shapes)) for use in uses[name])
         }
-        whole = {kind + name for name in self._whole for kind in (_WEIGHT, _BIAS)}
-        self._free = self._single | (whole & self.watch.parameters.keys())
-        self._aligned = self._matrices | (wanted.keys() - self._single - whole)
         return mine & self._heard
 
     def _is_linear(self, name: str, uses: Mapping[str, list[Use]]) -> bool:
@@ -207,14 +203,16 @@ class ParameterRecorder:
         """
         uses = self._uses or []
         passes = gather_passes(uses, [found])
+        # Positions are in one order for all seeds, those that a seed does not reach among them.
+        aligned = self._matrices.union(_keys(self._paired))
         for use, grads in zip(uses, passes, strict=True):
-            if all(grad is None for grad in grads) and self._aligned & names_of(self.watch, use):
+            if all(grad is None for grad in grads) and aligned & names_of(self.watch, use):
                 grads[:] = _zeros(use)
         pulled = pull_uses(self.watch, uses, passes, 1)
         if not self._products:
             self._read_products(pulled.gradients)
         gradients = {name: grad for name, grad in pulled.gradients.items() if name not in self._slow}
-        slow = self._slow & self._free
+        slow = self._slow & self._single.union(_keys(self._whole))
         if slow:
             gradients |= differentiate_rows(self.watch, outputs, self._rows(outputs, seed), slow)
         failed = pulled.failed.keys() - slow
@@ -238,12 +236,13 @@ class ParameterRecorder:
         Args:
             values: of each example, ``(B,)``, with their graph.
         """
-        if not self._free:
+        checked = self._single.union(_keys(self._whole))
+        own = {name: p for name, p in self.watch.parameters.items() if name in checked}
+        if not own:
             return
         weights = draw_weights(self.watch.num_examples, values)
-        single = {name: p for name, p in self.watch.parameters.items() if name in self._free}
-        reference = weigh_losses(values, weights, single)
-        found = pull_gradients(self.watch, values, [torch.ones_like(values)], only=set(single))
+        reference = weigh_losses(values, weights, own)
+        found = pull_gradients(self.watch, values, [torch.ones_like(values)], only=set(own))
         verdicts = certify(found.gradients, weights, reference, self.watch.eps)
         self._slow |= {name for name, verdict in verdicts.items() if not verdict.passed}
 
@@ -321,6 +320,11 @@ class ParameterRecorder:
             assert product is not None
             return product.outputs[0]
         return layer.output_gradients(gradient.dense()[0], count)
+
+
+def _keys(modules: Iterable[str]) -> list[str]:
+    """Return the names of the modules' weights and biases among the parameters that are watched."""
+    return [kind + name for name in modules for kind in (_WEIGHT, _BIAS)]
 
 
 def _no_gradients(parameter: Tensor, count: int) -> Tensor:

@@ -126,9 +126,11 @@ class LayerPlan:
             return None
         named = [f"{name} ({count:,}: {why})" for name, (count, why) in self.uncovered.items()]
         more = f" and {len(named) - limit} more" if len(named) > limit else ""
+        kinds = any("not supported" in why for _, why in self.uncovered.values())
+        supported = f" Supported layers: {', '.join(supported_types())}." if kinds else ""
         return (
             f"{1 - self.coverage:.1%} of the trainable parameters are not covered by influence estimates: "
-            f"{', '.join(named[:limit])}{more}. Supported layers: {', '.join(supported_types())}."
+            f"{', '.join(named[:limit])}{more}.{supported}"
         )
 
 
@@ -169,6 +171,8 @@ def find_layers(
                 reasons.setdefault(id(p), reason)
     if parameters:
         layers = _with_parameters(model, layers, include)
+        # Whatever owns a parameter, it would be covered.
+        reasons = {id(p): "not selected" for p in model.parameters() if p.is_floating_point()}
     _check_patterns(include, layers, model)
     return LayerPlan(layers, _uncovered(model, layers, reasons))
 

@@ -150,3 +150,10 @@ def test_patterns_with_an_exclamation_mark_leave_out():
         find_layers(model(), ["!decoder"])
     with pytest.raises(UnsupportedModelError, match="no trainable layer"):
         find_layers(model(), ["!*"])
+
+
+def test_what_is_left_out_by_name_was_not_selected_whatever_owns_it():
+    plan = find_layers(model(), ["0"])
+    assert {why for _, why in plan.uncovered.values()} == {"not selected"}
+    assert "3.weight" in plan.uncovered  # of a norm
+    assert "Supported layers" not in plan.describe_uncovered()
