@@ -7,15 +7,12 @@ Trains the MLP of ``digits.py`` and draws what ``InfluenceCallback`` logged unde
 
 from __future__ import annotations
 
-import argparse
 import csv
-import logging
 import tempfile
-import warnings
 from pathlib import Path
 
-import torch
 from _digits_models import MLP, DigitsData
+from _drawing import read_options
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
@@ -87,16 +84,7 @@ def draw(metrics: Path) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     """Draw the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=DEFAULT, help="where to write the picture")
-    parser.add_argument("--epochs", type=int, default=40, help="of the training")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # the network is so small that threads would wait for each other
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    options = read_options(__doc__, DEFAULT, arguments)
     with tempfile.TemporaryDirectory() as folder:
         figure = draw(train(Path(folder), options.epochs))
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,10 @@ Trains the MLP of ``digits.py`` and asks about the three test images whose true 
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
 from pathlib import Path
 
-import torch
 from _digits_models import MLP, DigitsData
+from _drawing import read_options
 from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
@@ -62,16 +59,7 @@ def draw(output: Path, epochs: int) -> Attributions:
 
 def main(arguments: list[str] | None = None) -> None:
     """Draw the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=DEFAULT, help="where to write the picture")
-    parser.add_argument("--epochs", type=int, default=40, help="of the training")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # the network is so small that threads would wait for each other
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    options = read_options(__doc__, DEFAULT, arguments)
     draw(options.output, options.epochs)
     print(f"wrote {options.output}")
 
