@@ -143,3 +143,60 @@ assert torch.equal(before, module.body[0].weight)
 
 def test_two_processes_answer_as_one(tmp_path):
     check_script(SCRIPT, tmp_path)
+
+
+PARAMETERS = """
+import sys, warnings
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_influence import InfluenceCallback, InfluenceModule, InfluenceTrainer
+
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+
+
+class Reader(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(9, 4), nn.LayerNorm(4)
+        self.rnn, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def training_step(self, batch, batch_idx):
+        states, _ = self.rnn(self.norm(self.embed(batch[0])))
+        return nn.functional.cross_entropy(self.head(states[:, -1]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+torch.manual_seed(0)
+module, words, labels = Reader().double(), torch.randint(9, (13, 6)), torch.arange(13) % 3
+data = TensorDataset(words, labels)
+asked = DataLoader(TensorDataset(words[:3], labels[:3]), 2)
+trainer = InfluenceTrainer(
+    max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, callbacks=[InfluenceCallback(every_n_steps=1)],
+    default_root_dir=sys.argv[1],
+)
+trainer.fit(module, DataLoader(data, 3))
+# Factors of the head are those of the fit; those of the other parameters come from a pass on both processes.
+completed = trainer.influence(module, DataLoader(data, 4), asked, method="ekfac", log=False)
+assert completed.diagnostics.parameters_covered == 1.0
+assert any("no factors of 'embed.weight'" in note for note in completed.diagnostics.warnings)
+everyone = [torch.zeros_like(completed.scores) for _ in range(2)]
+torch.distributed.all_gather(everyone, completed.scores)
+assert torch.equal(everyone[0], everyone[1])
+for method in ("identity", "ekfac", "exact", "auto"):
+    options = {"method": method, "damping": 0.1, "fisher": "exact", "tolerance": 1e-11, "max_steps": 60}
+    options |= {"low_rank_tolerance": 0.0}
+    ours = trainer.influence(module, DataLoader(data, 4), asked, factors="refit", log=False, **options)
+    theirs = InfluenceModule(module).scores(DataLoader(data, 13), asked, **options)
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-6, atol=1e-10)
+    assert ours.diagnostics.parameters_covered == 1.0
+"""
+
+
+def test_two_processes_cover_parameters_outside_of_layers(tmp_path):
+    check_script(PARAMETERS, tmp_path)

@@ -91,6 +91,11 @@ def test_after_a_fit(method, tmp_path):
         found = trainer.influence(module, loader, loader, method=method)
     assert found.scores.isfinite().all()
     assert list(found.diagnostics.layers) == ["first", "last"]
+    # A pass has found that neither takes part: the next question does not run it again.
+    with pytest.warns(InfluenceWarning, match="took no part|have no factors"):
+        again = trainer.influence(module, loader, loader, method=method)
+    ran = [one["name"] for one in again.diagnostics.passes]
+    assert method not in {"kfac", "ekfac", "auto"} or not any("covariances" in name for name in ran), ran
 
 
 @pytest.mark.parametrize("method", METHODS)
