@@ -253,9 +253,10 @@ class InfluenceCallback(Callback):
                 return
             size = self._batch_size = count_examples(trainer, batch, batch_idx)
             if self._settings.loss is None and not callable(getattr(pl_module, "influence_loss", None)):
-                collector.live.open(pl_module)
+                with collector.watch.working():
+                    collector.live.open(pl_module)
                 return
-            with set_aside(trainer, pl_module, batch) as own:
+            with collector.watch.working(), set_aside(trainer, pl_module, batch) as own:
                 captured = collector.live.run_hook(pl_module, own, size, enter_precision(trainer))
                 self._add(trainer, pl_module, captured)
 
@@ -273,12 +274,13 @@ class InfluenceCallback(Callback):
             return
         with self._guarded():
             if collector.live.is_open:
-                collector.live.close()
-                self._from_backward = True
-                divisor = read_loss_divisor(trainer, pl_module)
-                with set_aside(trainer, pl_module):
-                    captured = collector.live.resolve(loss, self._batch_size, divisor)
-                    self._add(trainer, pl_module, captured)
+                with collector.watch.working():
+                    collector.live.close()
+                    self._from_backward = True
+                    divisor = read_loss_divisor(trainer, pl_module)
+                    with set_aside(trainer, pl_module):
+                        captured = collector.live.resolve(loss, self._batch_size, divisor)
+                        self._add(trainer, pl_module, captured)
             elif self._from_backward and self._backwards > 1:
                 refuse_step(SEVERAL_BACKWARDS)
             elif self._hooked is not None and self._backwards == 1:
@@ -377,7 +379,8 @@ class InfluenceCallback(Callback):
         self._kept.continued, self._kept.restored = self._kept.restored, False
         run.sums = run.sums.to(module.device)
         # Questions may be about all parameters, and the record tells their damping.
-        return Collector(run, self._settings, plan, processes, self._say, find_layers(module).layers)
+        recorded, logs = find_layers(module).layers, bool(trainer.loggers)
+        return Collector(run, self._settings, plan, processes, self._say, recorded, logs=logs)
 
     def _watch(self, trainer: Trainer, module: LightningModule, processes: Processes) -> Watching | None:
         """Return what keeps this fit's training dynamics, on every process or on none."""
