@@ -57,8 +57,8 @@ _MOST_EXAMPLES = 8_000
 # squares have half of them at least. Chosen by hand: with one draw an example, refitting on so many is as far
 # from the exact Fisher's scores as the training moves them in a few dozen steps.
 ENOUGH_EXAMPLES, ENOUGH_SHARE = 500, 0.1
-# The rest of the budget pays for hooks that run on every step. Chosen by hand.
-_BUDGETED = 0.9
+# The rest of the budget pays for hooks that run on every step, and for what they slow down. Chosen by hand.
+_BUDGETED = 0.95
 # Until the budget allows more, this many batches may be collected, so that short runs have factors at all.
 # Chosen by hand.
 _FIRST_BATCHES = 3
