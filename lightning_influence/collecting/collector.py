@@ -39,8 +39,8 @@ from lightning_influence.support.notes import Notices
 # remember about five measurements (1 / (1 - 0.8)), enough to smooth the log and few enough to follow it.
 _NOISE_EVERY = 8
 _NOISE_MEMORY = 0.8
-# What the first batch's checks cost, in batches whose covariances are summed: six backward passes, of which one
-# goes to the weights.
+# What the first batch's checks cost, in batches whose covariances are summed: six backward passes, of which
+# one goes to the weights.
 _CHECK_COSTS = 3
 # Measured costs are of so many batches at least: those of one are off by what the machine does beside. Chosen
 # by hand.

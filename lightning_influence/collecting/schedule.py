@@ -25,21 +25,22 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
+from lightning_influence.curvature.factors import ENOUGH_EXAMPLES
 from lightning_influence.curvature.thinning import count_rows, count_sums
 
 Phase = Literal["covariances", "squares"]
 
 # Work besides matrix products, in operations at the speed of those: what a training step costs before its
 # products (6e7); what the optimizer does with a parameter (150); what a sum does with an entry of a matrix
-# (150); what collecting does in Python for a layer (4e7). Where layers have positions, what lies between them
-# (attention, normalisation, activations) is counted by the entries of their inputs and outputs: in a step
-# (800), and in one more backward pass, or in putting gradients together (300). Measured on one CPU thread on
-# small MLPs, CNNs and transformers; examples/benchmarks/overhead.py and fit_factors.py measure the overhead
-# that comes of them.
+# (150); what collecting does in Python for a batch (8e7) and for a layer (3e7). Where layers have positions,
+# what lies between them (attention, normalisation, activations) is counted by the entries of their inputs and
+# outputs: in a step (800), and in one more backward pass, or in putting gradients together (300). Measured on
+# one CPU thread on small MLPs, CNNs and transformers; examples/benchmarks/overhead.py and fit_factors.py
+# measure the overhead that comes of them.
 _STEP_OPERATIONS = 6e7
 _UPDATE_OPERATIONS = 150.0
 _ENTRY_OPERATIONS = 150.0
-_LAYER_OPERATIONS = 4e7
+_COLLECT_OPERATIONS, _LAYER_OPERATIONS = 8e7, 3e7
 _STEP_BETWEEN, _COLLECT_BETWEEN = 800.0, 300.0
 # Windows shorter than this many steps are not worth starting. Chosen by hand: one batch for covariances, one
 # for squares, and a decomposition between them fill fewer.
@@ -53,10 +54,9 @@ _EARLY_SHARE = 1 / 4
 _LAST_SHARE = 1 / 8
 # More examples than these are not collected in a window, whatever the budget pays for. Chosen by hand.
 _MOST_EXAMPLES = 8_000
-# Examples that covariances should stand for, or this share of those that the run has seen if that is less;
-# squares have half of them at least. Chosen by hand: with one draw an example, refitting on so many is as far
-# from the exact Fisher's scores as the training moves them in a few dozen steps.
-ENOUGH_EXAMPLES, ENOUGH_SHARE = 500, 0.1
+# A window collects enough examples, or this share of those that the run has seen if that is less. Chosen by
+# hand.
+_ENOUGH_SHARE = 0.1
 # The rest of the budget pays for hooks that run on every step, and for what they slow down. Chosen by hand.
 _BUDGETED = 0.95
 # Until the budget allows more, this many batches may be collected, so that short runs have factors at all.
@@ -95,7 +95,8 @@ class Costs:
             in matrix products (measured from 33 to 1025).
         """
         step = _STEP_OPERATIONS + _UPDATE_OPERATIONS * parameters
-        covariances = squares = basis = 0.0
+        covariances = squares = _COLLECT_OPERATIONS
+        basis = 0.0
         for groups, positions, d_out, d_in in shapes:
             rows = positions * examples
             product = 2.0 * groups * rows * d_out * d_in
@@ -263,7 +264,7 @@ class Schedule:
             return max(1 << math.ceil(math.log2(max(step + 1, 1))), _SHORTEST_WINDOW)
         if step >= horizon:  # past the planned end
             return 2 * step
-        last = max(_LAST_SHARE * horizon, 2 * self._count_enough(horizon), _SHORTEST_WINDOW)
+        last = max(_LAST_SHARE * horizon, 2 * self._count_enough(horizon) + 2, _SHORTEST_WINDOW)
         end = horizon - math.ceil(last)
         if step >= end or end < _SHORTEST_WINDOW:
             return horizon
@@ -300,7 +301,7 @@ class Schedule:
 
     def _count_enough(self, steps: int) -> int:
         """Return of how many batches covariances should be after so many steps."""
-        return math.ceil(min(ENOUGH_EXAMPLES / self.batch, ENOUGH_SHARE * steps)) if self.batch else 1
+        return math.ceil(min(ENOUGH_EXAMPLES / self.batch, _ENOUGH_SHARE * steps)) if self.batch else 1
 
     def _affordable(self, count: float, length: int) -> int:
         """Return how many batches to collect in so many steps, of those that the budget pays for."""
