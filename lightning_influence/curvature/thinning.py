@@ -116,7 +116,7 @@ def thin_outputs(outputs: Tensor, limit: int, generator: torch.Generator | None 
         ``(G, m, D_out)``; all rows as they are where they are within the limit.
     """
     groups, examples, positions, d_out = outputs.shape
-    sums = max(1, limit // positions)
+    sums = max(1, limit // max(1, positions))
     if sums < examples:
         size = -(-examples // sums)
         signs = draw_signs(outputs.new_ones(examples), generator)
