@@ -32,7 +32,6 @@ class Stopwatch:
         """End the step."""
         if self._began is not None:
             self.training += read_clock() - self._began - self._own
-            self.work += self._own
             self.steps += 1
         self._began = None
 
@@ -43,4 +42,6 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._own += read_clock() - start
+            taken = read_clock() - start
+            self.work += taken
+            self._own += taken

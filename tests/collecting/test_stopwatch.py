@@ -25,6 +25,7 @@ def test_work_is_no_part_of_the_training(monkeypatch) -> None:
     watch.begin_step()  # at 0
     with watch.working():  # from 1 to 4
         pass
+    assert watch.work == 3.0
     watch.end_step()  # at 6
     watch.begin_step()  # at 10
     watch.end_step()  # at 12
