@@ -45,8 +45,9 @@ _STEP_BETWEEN, _COLLECT_BETWEEN = 800.0, 300.0
 # Windows shorter than this many steps are not worth starting. Chosen by hand: one batch for covariances, one
 # for squares, and a decomposition between them fill fewer.
 _SHORTEST_WINDOW = 8
-# Share of what a window may spend that it does spend where it ends before the run. Chosen by hand: the window
-# that counts then has nearly all, and a run that is stopped early factors of recent batches.
+# Share of what a window may spend that it does spend where it ends before the run, unless the last one needs
+# it. Chosen by hand: the window that counts then has nearly all, and a run that is stopped early factors of
+# recent batches, if only of one in every window.
 _EARLY_SHARE = 1 / 4
 # Share of the run that its last window covers. Chosen by hand: on small transformers trained with a constant
 # learning rate, scores from all batches of the last half are further from refitted ones than scores from 500
@@ -279,7 +280,7 @@ class Schedule:
         self.phase, self.phase_start, self.taken = phase, first, 0
         budget = max(0.0, self._earned(self.end) - self.spent)
         if self.horizon is not None and self.end < self.horizon:
-            budget *= _EARLY_SHARE
+            budget = min(_EARLY_SHARE * budget, self._count_spare(self.horizon))
         if phase == "squares":
             self.phase_end = self.end
             self.planned = self._affordable(budget / self.costs.squares, self.end - first)
@@ -298,6 +299,12 @@ class Schedule:
         left = budget - self.costs.basis
         both = left / (self.costs.covariances + self.costs.squares)
         self.planned = self._affordable(max(both, enough), self.phase_end - first)
+
+    def _count_spare(self, horizon: int) -> float:
+        """Return what the run's last window will not need, in steps."""
+        assert self.costs is not None
+        needed = self._count_enough(horizon) * self.costs.covariances
+        return max(0.0, self._earned(horizon) - self.spent - needed)
 
     def _count_enough(self, steps: int) -> int:
         """Return of how many batches covariances should be after so many steps."""
