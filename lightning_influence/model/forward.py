@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -47,6 +48,8 @@ _OUTSIDE_FIT = (
 
 # Says that a layer is a module whose weights are used by calling it: its uses need not be watched.
 _CALLED = "{} is called"
+#: Among what passes have found: the rows of the loss are not the examples in their order, though it has a name.
+OTHER_ROWS = "rows of the loss are in another order"
 
 
 class Measure(Protocol):
@@ -122,8 +125,36 @@ class Forward:
         if note is not None and note not in self.plan.verified and not isinstance(captured.loss, BatchLoss):
             warnings.warn(note, InfluenceWarning, stacklevel=2)
             self.plan.verified.add(note)
-        self._check_examples(captured, module, batch, measured=measure is not None)
+        try:
+            self._check_examples(captured, module, batch, measured=measure is not None)
+        except UnsupportedModelError as refusal:
+            other = self._read_other_rows(captured, module, batch) if measure is None else None
+            if other is None:
+                raise refusal
+            return other
         return captured
+
+    def _read_other_rows(self, captured: Captured, module: Any, batch: Any) -> Captured | None:
+        """Return a batch whose loss was refused, by the outputs of modules that the loss is made of.
+
+        Their rows are followed to the examples, or are the examples where the loss takes them in another order.
+
+        Returns:
+            The batch, checked; None if it is refused that way, too, or has been read so before.
+        """
+        if captured.values is not None or self._unnamed is not None or captured.num_examples == 1:
+            return None
+        try:
+            other = self._read_unnamed(module, batch, captured.num_examples, is_strict=True)
+            if other is not None:
+                self._check_examples(other, module, batch, measured=False)
+        except (UnsupportedModelError, NonFiniteError):
+            other = None
+        if other is None:
+            self._unnamed = None
+        else:
+            self.plan.verified.add(OTHER_ROWS)
+        return other
 
     def _check_examples(self, captured: Captured, module: Any, batch: Any, *, measured: bool) -> None:
         """Check, on a first batch, that gradients are right, examples independent and losses in their order.
@@ -168,6 +199,8 @@ class Forward:
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
         recorder = self._make_recorder(batch, num_examples)
+        if self._unnamed is None and OTHER_ROWS in self.plan.verified:
+            self._unnamed = UnnamedLoss(self._call, self.plan.verified)
         if self._unnamed is not None:
             unnamed = self._unnamed.read(module, batch, num_examples, recorder)
             return Captured(num_examples, unnamed, None, recorder)
@@ -196,12 +229,12 @@ class Forward:
             self._capture.calls = []  # lets go of the graph
         return Captured(num_examples, loss, None, recorder)
 
-    def _read_unnamed(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
+    def _read_unnamed(
+        self, module: Any, batch: Any, num_examples: int, *, is_strict: bool = False
+    ) -> Captured | None:
         """Return the batch by the values of its loss, None if that depends on the output of no module."""
-        unnamed, recorder = (
-            UnnamedLoss(self._call, self.plan.verified),
-            self._make_recorder(batch, num_examples),
-        )
+        unnamed = UnnamedLoss(self._call, self.plan.verified, is_strict=is_strict)
+        recorder = self._make_recorder(batch, num_examples)
         try:
             loss = unnamed.read(module, batch, num_examples, recorder)
         except LossCaptureError:
@@ -269,7 +302,9 @@ class Forward:
         return (None, result) if result.dim() == 0 else (result, None)
 
 
-def compute_losses(module: Any, batch: Any, num_examples: int, run: Run | None = None) -> Tensor:
+def compute_losses(
+    module: Any, batch: Any, num_examples: int, run: Run | None = None, *, verified: Collection[str] = ()
+) -> Tensor:
     """Forward one batch for the losses of its examples alone, which are not differentiated.
 
     Args:
@@ -277,6 +312,7 @@ def compute_losses(module: Any, batch: Any, num_examples: int, run: Run | None =
         batch: a batch, on the module's device.
         num_examples: ``B``.
         run: computes the loss; that of the module if None.
+        verified: what passes on such batches have found.
 
     Returns:
         Unnormalised losses, ``(B,)``. Where the loss has no name they are those of the examples alone.
@@ -285,6 +321,8 @@ def compute_losses(module: Any, batch: Any, num_examples: int, run: Run | None =
         NonFiniteError: if the batch's loss is NaN or infinite.
     """
     run = call_loss if run is None else run
+    if OTHER_ROWS in verified:
+        return compute_alone(run, module, batch, num_examples)
     capture = LossCapture()
 
     def pack(saved: Tensor) -> Tensor:

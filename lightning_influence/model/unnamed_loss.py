@@ -78,10 +78,11 @@ class UnnamedLoss:
     Args:
         run: computes the loss.
         verified: what passes have found in order; completed here.
+        is_strict: whether a loss of which no parts can be had is refused, not taken for a mean.
     """
 
-    def __init__(self, run: Run, verified: set[str]) -> None:
-        self._run, self._verified = run, verified
+    def __init__(self, run: Run, verified: set[str], *, is_strict: bool = False) -> None:
+        self._run, self._verified, self._is_strict = run, verified, is_strict
         self._traits = BatchLossTraits()
         self._layout: Layout = _read_layout(verified)
         #: Layers whose weights the loss uses, and no module: their gradients are not known.
@@ -228,6 +229,8 @@ class UnnamedLoss:
         if is_mean is None and runs:
             raise UnsupportedModelError(COUPLED)
         if is_mean is None:
+            if self._is_strict:
+                raise UnsupportedModelError(_UNKNOWN_PARTS)
             self._traits.warn(_UNKNOWN_PARTS)
             is_mean = True
         self._traits.is_mean = is_mean

@@ -239,7 +239,10 @@ class BatchLoss(OutputLoss):
 
     @cached_property
     def _values(self) -> Tensor:
-        return self.values_of().detach()
+        values = self.values_of().detach()
+        # An example that the loss leaves out has none: alone it is divided by the number of nothing.
+        left_out = values.isnan() & ~self.gradient().any(dim=1)
+        return values.masked_fill(left_out, 0.0)
 
     @cached_property
     def _slopes(self) -> Tensor:
