@@ -48,7 +48,7 @@ _OUTSIDE_FIT = (
 
 # Says that a layer is a module whose weights are used by calling it: its uses need not be watched.
 _CALLED = "{} is called"
-#: Among what passes have found: the rows of the loss are not the examples in their order, though it has a name.
+#: Says that the rows of a loss that is known by name are not the examples in their order.
 OTHER_ROWS = "rows of the loss are in another order"
 
 
@@ -137,7 +137,7 @@ class Forward:
     def _read_other_rows(self, captured: Captured, module: Any, batch: Any) -> Captured | None:
         """Return a batch whose loss was refused, by the outputs of modules that the loss is made of.
 
-        Their rows are followed to the examples, or are the examples where the loss takes them in another order.
+        Their rows are followed to the examples, or are in order where only the loss takes them in another.
 
         Returns:
             The batch, checked; None if it is refused that way, too, or has been read so before.

@@ -85,7 +85,7 @@ def swapped(module, x, y, mask):
 
 
 def test_rows_in_another_order_of_which_no_parts_run_are_refused():
-    with pytest.raises(UnsupportedModelError, match="at other examples.*influence_loss"):
+    with pytest.raises(UnsupportedModelError, match=r"at other examples.*influence_loss"):
         run(swapped, sequences(2, 5, 3, 4))
 
 
