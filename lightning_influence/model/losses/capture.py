@@ -172,8 +172,7 @@ class LossCapture(TorchFunctionMode):
         result = func(*args, **kwargs)
         if type(result).__module__.startswith("torch._subclasses."):
             return result  # the compiler traces it after all: torch 2.4 does not say so
-        count = count_picked(func, args, result)
-        self._picked |= set() if count is None else {count}
+        self.note_picked(func, args, result)
         if func in self._losses and isinstance(result, Tensor) and result.requires_grad:
             versions = versions_of((*args, *kwargs.values()))
             # A copy, because `loss += penalty` would change the value that was seen.
@@ -185,6 +184,11 @@ class LossCapture(TorchFunctionMode):
                 LossCall(func, args, kwargs, value, result.grad_fn, result.output_nr, versions, picked)
             )
         return result
+
+    def note_picked(self, func: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
+        """Note how many rows a function picked by a mask, if it did."""
+        count = count_picked(func, args, result)
+        self._picked |= set() if count is None else {count}
 
     def clear(self) -> None:
         """Forget the recorded calls and their graph."""
