@@ -27,7 +27,7 @@ from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
-from lightning_influence.model.unnamed_loss import Run, UnnamedLoss, compute_alone
+from lightning_influence.model.unnamed_loss import OtherCallsError, Run, UnnamedLoss, compute_alone
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,
@@ -202,10 +202,16 @@ class Forward:
         if self._unnamed is None and OTHER_ROWS in self.plan.verified:
             self._unnamed = UnnamedLoss(self._call, self.plan.verified)
         if self._unnamed is not None:
-            unnamed = self._unnamed.read(module, batch, num_examples, recorder)
+            try:
+                unnamed = self._unnamed.read(module, batch, num_examples, recorder)
+            except OtherCallsError:
+                recorder = self._make_recorder(batch, num_examples)
+                unnamed = self._unnamed.read(module, batch, num_examples, recorder)
             return Captured(num_examples, unnamed, None, recorder)
         with recorder, self._capture:
             values, batch_loss = self._call(module, batch)
+        if recorder.uses is not None:
+            self._capture.acquit(recorder.uses.is_in_order)
         try:
             if batch_loss is None:
                 source = "influence_loss(batch)" if self._loss is None else "loss="

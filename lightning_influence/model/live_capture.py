@@ -71,8 +71,7 @@ class StepLosses(LossCapture):
         """Return whether the rows of all losses are the examples in their order, as far as was followed."""
         if self.watch is None:
             return True
-        outputs = (call.args[0] if call.args else call.kwargs.get("input") for call in self.calls)
-        places = (self.watch.place_of(part) for part in outputs if isinstance(part, Tensor))
+        places = (self.watch.place_of(call.outputs) for call in self.calls)
         return all(place is None or place.is_plain() for place in places)
 
     def clear(self) -> None:

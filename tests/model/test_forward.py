@@ -327,13 +327,41 @@ def loop(module, x, y):
 
 
 def prototypes(module, x, y):
-    return F.cross_entropy(module.first(x) @ module.last.weight.T + module.last(torch.ones(2, 3)).sum(), y)
+    shared = module.last(torch.ones(2, 3, dtype=x.dtype))
+    return F.cross_entropy(module.first(x) @ module.last.weight.T + shared[0] * shared[1], y)
 
 
-@pytest.mark.parametrize(("step", "shape"), [(loop, r"\(3,\)"), (prototypes, r"\(2, 3\)")])
-def test_calls_without_a_batch_dimension_are_named(step, shape):
-    with pytest.raises(UnsupportedModelError, match=rf"called with a tensor of shape {shape}.*`layers=`"):
-        forward(step, batch(5, 3), 5)
+def experts(module, x, y):
+    """Examples are sent to layers by a mask, and some layers get none."""
+    chosen, hidden = x[:, 0] > 0, torch.zeros_like(x)
+    hidden[chosen] = module.first(x[chosen])
+    hidden = hidden.index_add(0, (~chosen).nonzero()[:, 0], module.first(2 * x[~chosen]).relu())
+    return F.cross_entropy(module.last(hidden), y)
+
+
+def scaled(module, x, y):
+    """A call of a layer with other weights in place of its own, made of these."""
+    weights = {name: p * p for name, p in module.first.named_parameters()}
+    return F.cross_entropy(module.last(torch.func.functional_call(module.first, weights, x)), y)
+
+
+@pytest.mark.parametrize("step", [loop, prototypes, experts, scaled])
+def test_layers_that_are_called_otherwise_than_on_the_batch_are_exact(step):
+    """On batches of which one sends all examples one way, one all the other, and one some each way."""
+    module = mute(Module(step)).double()
+    plan = find_layers(module)
+    run = Forward(plan)
+    for signs in ([1, -1, 1, 1, -1], [1] * 5, [-1] * 5, [-1, -1, 1, -1, -1]):
+        x, y = torch.randn(5, 3).double(), torch.randint(2, (5,))
+        x[:, 0] = x[:, 0].abs() * torch.tensor(signs)
+        found = run(module, (x, y), 5).loss_gradients()
+        for n in range(5):
+            loss = step(module, x[n : n + 1], y[n : n + 1])
+            for name, layer in plan.layers.items():
+                expected = torch.autograd.grad(
+                    loss, [layer.module.weight, layer.module.bias], retain_graph=True
+                )
+                torch.testing.assert_close(found[name].dense()[0, n], layer.from_parameters(*expected))
 
 
 @pytest.mark.parametrize("kind", ["named", "weighted", "sum", "unnamed", "hook"])

@@ -124,11 +124,22 @@ def test_later_batches_are_read_the_same_way():
         torch.testing.assert_close(found[0], torch.autograd.grad(own, module.first.weight)[0])
 
 
-def test_layers_on_rows_that_a_mask_picked_are_refused():
-    """The first batch alone would pass; rows that a first batch shows to be uneven are followed."""
-    with pytest.raises(UnsupportedModelError, match=r"rows that a mask picked.*influence_loss"):
-        run(packed, sequences(3, 3), sequences(2, 4))
-    run(packed, sequences(2, 4, 1, 5), sequences(3, 3))
+@pytest.mark.parametrize("first", [(3, 3), (2, 4)])
+def test_layers_on_rows_that_a_mask_picked_are_exact(first):
+    """Rows that are as many for each example in one batch, and not in the next."""
+    torch.manual_seed(0)
+    module = mute(Module(packed)).double()
+    forward = Forward(find_layers(module))
+    for lengths in (first, (2, 4), (3, 3), (1, 5)):
+        x, y, mask = sequences(*lengths)
+        captured = forward(module, (x.double(), y, mask), 2)
+        dense = captured.loss_gradients()["first"].dense()[0, :, 0, :, :-1]
+        scale = captured.loss.scale * 2 / captured.weights.sum()
+        for n in range(2):
+            kept = mask[n]
+            own = F.cross_entropy(module(x[n][kept].double()), y[n][kept], reduction="sum") * 2 / mask.sum()
+            expected = torch.autograd.grad(own, module.first.weight)[0]
+            torch.testing.assert_close(dense[n] * scale, expected)
 
 
 def copies(count: int, together: bool):

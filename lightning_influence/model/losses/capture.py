@@ -57,6 +57,12 @@ class LossCall:
     versions: tuple[int, ...]
     picked: bool = False
 
+    @property
+    def outputs(self) -> Tensor:
+        """The first argument: the outputs that it is a loss of."""
+        found: Tensor = self.args[0] if self.args else self.kwargs["input"]
+        return found
+
     def read(self, batch_size: int) -> OutputLoss:
         """Return the call as a loss of ``batch_size`` examples.
 
@@ -189,6 +195,17 @@ class LossCapture(TorchFunctionMode):
         """Note how many rows a function picked by a mask, if it did."""
         count = count_picked(func, args, result)
         self._picked |= set() if count is None else {count}
+
+    def acquit(self, is_in_order: Callable[[Tensor], bool]) -> None:
+        """Take rows for those of the examples where that is known, whatever their number.
+
+        Args:
+            is_in_order: tells whether the rows of a tensor are known to be the examples in their order.
+        """
+        self.calls = [
+            replace(call, picked=not is_in_order(call.outputs)) if call.picked else call
+            for call in self.calls
+        ]
 
     def clear(self) -> None:
         """Forget the recorded calls and their graph."""
