@@ -59,6 +59,7 @@ class StepLosses(LossCapture):
         watch: follows the examples to the losses; None to let them be.
     """
 
+    allows_weights = True
     paused: ClassVar[int] = 0
     hooks: bool = False
     watch: Watch | None = None

@@ -290,6 +290,37 @@ def test_a_hook_of_the_users_on_a_weight_is_no_second_use():
     assert Forward(find_layers(module))(module, batch(), B).num_examples == B
 
 
+class Weighed(nn.Module):
+    """Two losses weighed by a parameter that nothing else uses (Kendall et al. 2018)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.log_variance = (
+            nn.Linear(3, 3),
+            nn.Linear(3, 2),
+            nn.Parameter(torch.ones(2)),
+        )
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        hidden = self.first(x)
+        losses = torch.stack([F.cross_entropy(self.last(hidden), y), F.mse_loss(hidden[:, 0], x[:, 0])])
+        return (losses * (-self.log_variance).exp() + self.log_variance).sum()
+
+
+def test_parameters_of_the_loss_alone_are_not_counted_as_covered():
+    module, (x, y) = mute(Weighed()).double(), batch()
+    run = Forward(find_layers(module))
+    with pytest.warns(InfluenceWarning, match="weights of 'log_variance' directly.*left out"):
+        found = run(module, (x.double(), y), B).loss_gradients()
+    assert run.silent == {"log_variance"}
+    assert not found["log_variance"].dense().any()
+    for n in range(B):
+        loss = module.training_step((x[n : n + 1].double(), y[n : n + 1]), 0)
+        expected = torch.autograd.grad(loss, module.first.weight)[0]
+        torch.testing.assert_close(found["first"].dense()[0, n, 0, :, :-1], expected)
+
+
 def test_errors_of_the_step_say_where_it_ran():
     def step(module, x, y):
         return module.trainer.optimizers[0]

@@ -139,7 +139,14 @@ class LossCapture(TorchFunctionMode):
         >>> loss = capture.resolve(value, batch_size=4)
         >>> loss.num_examples, loss.reduction, round(loss.batch_value().item(), 4)
         (4, 'mean', 1.0986)
+
+    Attributes:
+        calls: what was recorded.
+        allows_weights: whether parameters that the loss alone uses may weigh its terms: the gradients of
+            outputs are right then, and those of such parameters are not seen.
     """
+
+    allows_weights = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,11 +298,9 @@ class LossCapture(TorchFunctionMode):
         edges = [GradientEdge(call.node, call.output_number) for call in calls]
         with torch.enable_grad():
             slopes = torch.autograd.grad(batch_loss, edges, create_graph=True)
+            # A slope with a graph goes with other calls' values, or with parameters that the loss alone uses.
             bent = [slope.sum() for slope in slopes if slope.requires_grad]
-            if bent and any(
-                part is not None and bool(part.any())
-                for part in torch.autograd.grad(bent, edges, allow_unused=True, retain_graph=True)
-            ):
+            if bent and not (self.allows_weights and _is_independent(bent, edges)):
                 raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
         slopes = tuple(slope.detach() for slope in slopes)
         nodes = {call.node for call in calls}
@@ -341,6 +346,12 @@ class LossCapture(TorchFunctionMode):
                 f"value:\n{_listing([call for call, _ in losses])}\nAccepted is exactly one. {_REMEDY}"
             )
         return losses[0][1]
+
+
+def _is_independent(bent: Sequence[Tensor], edges: Sequence[GradientEdge]) -> bool:
+    """Return whether slopes depend on no call's values."""
+    found = torch.autograd.grad(bent, edges, allow_unused=True, retain_graph=True)
+    return not any(part is not None and bool(part.any()) for part in found)
 
 
 def _lost_weight() -> dict[str, Tensor]:
