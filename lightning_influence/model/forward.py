@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.model.one_by_one import ONE_BY_ONE, SLOWER, is_mean_of_examples, run_one_by_one
 from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import missing_positions
@@ -135,7 +136,7 @@ class Forward:
         return captured
 
     def _read_other_rows(self, captured: Captured, module: Any, batch: Any) -> Captured | None:
-        """Return a batch whose loss was refused, by the outputs of modules that the loss is made of.
+        """Return a batch whose loss was refused, by the outputs of modules that it is made of, or one by one.
 
         Their rows are followed to the examples, or are in order where only the loss takes them in another.
 
@@ -144,16 +145,23 @@ class Forward:
         """
         if captured.values is not None or self._unnamed is not None or captured.num_examples == 1:
             return None
+        other = self._try(partial(self._read_unnamed, is_strict=True), module, batch, captured.num_examples)
+        if other is not None:
+            self.plan.verified.add(OTHER_ROWS)
+            return other
+        self._unnamed = None
+        return self._try(self._read_one_by_one, module, batch, captured.num_examples)
+
+    def _try(
+        self, read: Callable[[Any, Any, int], Captured | None], module: Any, batch: Any, num_examples: int
+    ) -> Captured | None:
+        """Return a batch as it is read in some way, checked; None if it cannot be."""
         try:
-            other = self._read_unnamed(module, batch, captured.num_examples, is_strict=True)
+            other = read(module, batch, num_examples)
             if other is not None:
                 self._check_examples(other, module, batch, measured=False)
         except (UnsupportedModelError, NonFiniteError):
-            other = None
-        if other is None:
-            self._unnamed = None
-        else:
-            self.plan.verified.add(OTHER_ROWS)
+            return None
         return other
 
     def _check_examples(self, captured: Captured, module: Any, batch: Any, *, measured: bool) -> None:
@@ -198,16 +206,13 @@ class Forward:
             LossCaptureError: if the loss is found neither way.
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
-        recorder = self._make_recorder(batch, num_examples)
+        if ONE_BY_ONE in self.plan.verified:
+            return self._run_one_by_one(module, batch, num_examples)
         if self._unnamed is None and OTHER_ROWS in self.plan.verified:
             self._unnamed = UnnamedLoss(self._call, self.plan.verified)
         if self._unnamed is not None:
-            try:
-                unnamed = self._unnamed.read(module, batch, num_examples, recorder)
-            except OtherCallsError:
-                recorder = self._make_recorder(batch, num_examples)
-                unnamed = self._unnamed.read(module, batch, num_examples, recorder)
-            return Captured(num_examples, unnamed, None, recorder)
+            return self._run_unnamed(self._unnamed, module, batch, num_examples)
+        recorder = self._make_recorder(batch, num_examples)
         with recorder, self._capture:
             values, batch_loss = self._call(module, batch)
         if recorder.uses is not None:
@@ -228,11 +233,21 @@ class Forward:
             assert batch_loss is not None
             check_loss(batch_loss.detach(), recorder, self.plan.layers)
             captured = self._read_unnamed(module, batch, num_examples)
+            captured = captured or self._read_one_by_one(module, batch, num_examples)
             if captured is None:
                 raise
             return captured
         finally:
             self._capture.calls = []  # lets go of the graph
+        return Captured(num_examples, loss, None, recorder)
+
+    def _run_unnamed(self, unnamed: UnnamedLoss, module: Any, batch: Any, num_examples: int) -> Captured:
+        recorder = self._make_recorder(batch, num_examples)
+        try:
+            loss = unnamed.read(module, batch, num_examples, recorder)
+        except OtherCallsError:
+            recorder = self._make_recorder(batch, num_examples)
+            loss = unnamed.read(module, batch, num_examples, recorder)
         return Captured(num_examples, loss, None, recorder)
 
     def _read_unnamed(
@@ -247,6 +262,26 @@ class Forward:
             return None
         self._unnamed = unnamed
         return Captured(num_examples, loss, None, recorder)
+
+    def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured:
+        uses = ParameterRecorder(self.plan.layers, batch, num_examples, self.plan.slow)
+        recorder = Recorder(self.plan.layers, uses)
+        return run_one_by_one(recorder, uses, self._call, module, batch, num_examples)
+
+    def _read_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
+        """Return a batch by the losses of its examples alone; None if its loss is not their mean."""
+        if num_examples == 1:
+            return None
+        try:
+            captured = self._run_one_by_one(module, batch, num_examples)
+            is_mean = is_mean_of_examples(captured, self._call, module, batch)
+        except Exception:  # whatever the user's code may raise on a batch of one
+            return None
+        if not is_mean:
+            return None
+        self.plan.verified.add(ONE_BY_ONE)
+        warnings.warn(SLOWER, InfluenceWarning, stacklevel=2)
+        return captured
 
     def _compare_with_step(self, captured: Captured, module: Any, batch: Any) -> None:
         """Compare the gradient of the user's own loss with that of ``training_step``, where that can be run.
@@ -280,6 +315,8 @@ class Forward:
         loss, count = captured.loss, captured.num_examples
         if isinstance(loss, BatchLoss) and loss.values is None:
             return  # its gradients were compared with those of parts of the batch
+        if ONE_BY_ONE in self.plan.verified:
+            return
         outputs = captured.per_example() if loss is None else loss.outputs
         left_out = 0 if len(outputs) == count else missing_positions(batch, count, len(outputs))
         subject = f"order {left_out}"
@@ -327,7 +364,7 @@ def compute_losses(
         NonFiniteError: if the batch's loss is NaN or infinite.
     """
     run = call_loss if run is None else run
-    if OTHER_ROWS in verified:
+    if OTHER_ROWS in verified or ONE_BY_ONE in verified:
         return compute_alone(run, module, batch, num_examples)
     capture = LossCapture()
 

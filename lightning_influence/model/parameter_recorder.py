@@ -112,11 +112,12 @@ class ParameterRecorder:
         modules = self.layers.keys() - self._single
         mine = {name for name in modules if not self._is_called(name, uses, calls.get(name, 0))}
         other = {name for name in mine if not self._is_linear(name, uses)}
-        # Of modules that are called, too, the calls are what is had, and a check tells if they are not all.
+        # Of modules that are called as often as their weights are used, the calls are what is had.
         self._whole = {
             name
             for name in other
-            if _WEIGHT + name in uses and not (calls.get(name) and self._uses_itself(name, uses))
+            if _WEIGHT + name in uses
+            and not (self._uses_itself(name, uses) and _most_uses(name, uses) <= calls.get(name, 0))
         }
         self._paired, mine = mine - other, (mine - other) | self._whole
         wanted = {name: name for name in self.layers if name in self._single}
@@ -127,9 +128,7 @@ class ParameterRecorder:
         # A loss that is divided by a parameter, or that one is added to, is a number: what these do to single
         # examples cannot be told from the outputs.
         self._heard = {
-            wanted[name]
-            for name in uses.keys() & wanted.keys()
-            if any(any(map(len, use.shapes)) for use in uses[name])
+            wanted[name] for name in uses.keys() & wanted.keys() if any(map(_is_of_examples, uses[name]))
         }
         return mine & self._heard
 
@@ -140,7 +139,7 @@ class ParameterRecorder:
             return False
         regular = (None, (0,)) if self.watch.num_examples == 1 else (None,)
         first = [use.places.get((0, 0)) for use in own]
-        return len(own) <= calls and all(
+        return _most_uses(name, uses) <= calls and all(
             place is not None and place.dim in (0, None) and place.outer == 1 and place.owners in regular
             for place in first
         )
@@ -252,6 +251,10 @@ class ParameterRecorder:
             for name in self.heard
         }
 
+    def add_example(self, batch: Any, number: int) -> None:
+        """Take the tensors of a batch of one for those of an example."""
+        self.watch.add_example(batch, number)
+
     def is_in_order(self, tensor: Tensor) -> bool:
         """Return whether the rows of a tensor are known to be the examples in their order."""
         place = self.watch.place_of(tensor)
@@ -347,6 +350,16 @@ class ParameterRecorder:
             assert product is not None
             return product.outputs[0]
         return layer.output_gradients(gradient.dense()[0], count)
+
+
+def _most_uses(module: str, uses: Mapping[str, list[Use]]) -> int:
+    """Return how often a module's weight, or its bias, is used, but for penalties on a batch."""
+    return max(sum(map(_is_of_examples, uses.get(kind + module, []))) for kind in (_WEIGHT, _BIAS))
+
+
+def _is_of_examples(use: Use) -> bool:
+    """Return whether the output is no number, such as a loss, that all examples share."""
+    return any(map(len, use.shapes))
 
 
 def _keys(modules: Iterable[str]) -> list[str]:

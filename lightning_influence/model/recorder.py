@@ -49,6 +49,10 @@ class UseRecorder(Protocol):
         """Where gradients of outputs that belong to examples arrive."""
         ...
 
+    def add_example(self, batch: Any, number: int) -> None:
+        """Take the tensors of a batch of one for those of an example."""
+        ...
+
     def is_in_order(self, tensor: Tensor) -> bool:
         """Whether the rows of a tensor are known to be the examples in their order."""
         ...

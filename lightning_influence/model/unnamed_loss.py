@@ -178,7 +178,7 @@ class UnnamedLoss:
         with preserve_rng(), picked, watch, OutputTap(module) as tap:
             values, batch_loss = self._run(module, batch)
         self._calls = tap.calls
-        cut = tap.last(_scalar(values, batch_loss))
+        cut = tap.last(to_scalar(values, batch_loss))
         places = [watch.place_of(tap.seen[key]) for key in cut]
         # Rows of which not all are followed are taken as they are, and checked as others are.
         plain = all(place and place.is_plain() for place in places)
@@ -213,7 +213,7 @@ class UnnamedLoss:
             UnsupportedModelError: if it fails with outputs that depend on nothing.
         """
         try:
-            return _scalar(*self._run(module, batch))
+            return to_scalar(*self._run(module, batch))
         except RuntimeError as error:
             if "differentiated Tensor" not in str(error) and "does not require grad" not in str(error):
                 raise
@@ -431,9 +431,9 @@ def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout 
     with preserve_rng(), torch.no_grad():
         for n in range(count):
             try:
-                values.append(_scalar(*run(module, rearranged(batch, [n], count, layout))))
+                values.append(to_scalar(*run(module, rearranged(batch, [n], count, layout))))
             except Exception:  # whatever the user's code may raise
-                return _scalar(*run(module, batch)).expand(count)
+                return to_scalar(*run(module, batch)).expand(count)
     return torch.stack(values)
 
 
@@ -448,7 +448,12 @@ def _read_layout(verified: set[str]) -> Layout:
     return {} if noted is None else dict(json.loads(noted.removeprefix(_LAYOUT)))
 
 
-def _scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:
+def to_scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:
+    """Return what a run has computed as the loss of the batch, a scalar.
+
+    Raises:
+        LossCaptureError: if it is no single number.
+    """
     if values is not None:
         return values.mean()
     assert batch_loss is not None

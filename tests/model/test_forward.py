@@ -269,19 +269,69 @@ def tied_bias(module, x, y):
 
 @pytest.mark.parametrize("step", [tied, tied_bias])
 @pytest.mark.parametrize("size", [1, B])
-def test_weights_that_are_used_outside_their_layer_are_refused(step, size):
-    with pytest.raises(UnsupportedModelError, match=r"weights of layer 'first' in another way.*`layers=`"):
-        forward(step, batch(size, 3), size)
+def test_weights_that_are_used_outside_their_layer_as_well(step, size):
+    """A layer is called, and its weight or bias taken for something else."""
+    module, (x, y) = mute(Module(step)).double(), batch(size, 3)
+    found = Forward(find_layers(module))(module, (x.double(), y), size).loss_gradients()["first"]
+    layer = find_layers(module).layers["first"]
+    for n in range(size):
+        loss = step(module, x[n : n + 1].double(), y[n : n + 1])
+        expected = torch.autograd.grad(loss, [module.first.weight, module.first.bias])
+        torch.testing.assert_close(found.dense()[0, n], layer.from_parameters(*expected))
 
 
-def test_a_penalty_in_the_hook_is_refused():
-    module = mute(Module(plain))
+class Quadratic(nn.Module):
+    """No modules at all, and a loss without a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.square = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3, 3))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return (x @ self.linear + (x @ self.square * x).sum(1) - y).square().mean()
+
+
+class Members(nn.Module):
+    """An ensemble of bare parameters: the rows of its loss are members times examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(4, 3, 2))
+
+    def training_step(self, batch, batch_idx):
+        outputs = torch.einsum("bi,eio->ebo", batch[0], self.weights)
+        return F.cross_entropy(outputs.flatten(0, 1), batch[1].repeat(4))
+
+
+@pytest.mark.parametrize("make", [Quadratic, Members])
+def test_examples_are_run_one_by_one_where_nothing_else_tells_whose_rows_are_whose(make):
+    module, (x, y) = mute(make()).double(), batch(5, 3)
+    x, run = x.double(), Forward(find_layers(module))
+    with pytest.warns(InfluenceWarning, match="run one by one"):
+        run(module, (x, y), 5)
+    for rows in ([0, 1, 2, 3, 4], [3, 1], [2]):
+        found = run(module, (x[rows], y[rows]), len(rows)).loss_gradients()
+        for place, n in enumerate(rows):
+            loss = module.training_step((x[n : n + 1], y[n : n + 1]), 0)
+            for name, parameter in module.named_parameters():
+                expected = torch.autograd.grad(loss, parameter, retain_graph=True)[0]
+                dense = found[name].dense()[0, place].reshape(parameter.shape)
+                torch.testing.assert_close(dense, expected)
+
+
+def test_a_penalty_that_the_hook_adds_to_each_loss_is_part_of_it():
+    module, (x, y) = mute(Module(plain)).double(), batch()
+    x = x.double()
     module.influence_loss = lambda b: (
         F.cross_entropy(module.last(module.first(b[0])), b[1], reduction="none")
         + 0.1 * module.last.weight.square().sum()
     )
-    with pytest.raises(UnsupportedModelError, match=r"layer 'last' .*leave penalties on weights out"):
-        Forward(find_layers(module))(module, batch(), B)
+    found = Forward(find_layers(module))(module, (x, y), B).loss_gradients()["last"].dense()
+    for n in range(B):
+        loss = module.influence_loss((x[n : n + 1], y[n : n + 1]))[0]
+        expected = torch.autograd.grad(loss, module.last.weight)[0]
+        torch.testing.assert_close(found[0, n, 0, :, :-1], expected)
 
 
 def test_a_hook_of_the_users_on_a_weight_is_no_second_use():
@@ -319,6 +369,28 @@ def test_parameters_of_the_loss_alone_are_not_counted_as_covered():
         loss = module.training_step((x[n : n + 1].double(), y[n : n + 1]), 0)
         expected = torch.autograd.grad(loss, module.first.weight)[0]
         torch.testing.assert_close(found["first"].dense()[0, n, 0, :, :-1], expected)
+
+
+def test_parameters_of_the_loss_alone_are_covered_where_the_user_gives_its_values():
+    module, (x, y) = mute(Weighed()).double(), batch()
+
+    def values(module, data):
+        hidden = module.first(data[0])
+        cross = F.cross_entropy(module.last(hidden), data[1], reduction="none")
+        square = (hidden[:, 0] - data[0][:, 0]).square()
+        return (torch.stack([cross, square]) * (-module.log_variance).exp()[:, None]).sum(
+            0
+        ) + module.log_variance.sum()
+
+    run = Forward(find_layers(module), values)
+    found = run(module, (x.double(), y), B).loss_gradients()
+    assert not run.silent
+    for n in range(B):
+        loss = module.training_step((x[n : n + 1].double(), y[n : n + 1]), 0)
+        for name, parameter in (("first", module.first.weight), ("log_variance", module.log_variance)):
+            expected = torch.autograd.grad(loss, parameter, retain_graph=True)[0]
+            dense = found[name].dense()[0, n, 0]
+            torch.testing.assert_close(dense[:, :-1] if name == "first" else dense.reshape(2), expected)
 
 
 def test_errors_of_the_step_say_where_it_ran():

@@ -193,6 +193,12 @@ class BatchLoss(OutputLoss):
         """Return the loss of the batch, a detached scalar."""
         return self.batch_loss.detach()
 
+    def seed(self) -> tuple[Tensor, Tensor]:
+        """Return what a backward pass starts from: the values of the user where there are some."""
+        if self.values is None:
+            return super().seed()
+        return self.values, torch.ones_like(self.values)
+
     def gradient(self) -> Tensor:
         """Return the seed of the training loss, ``(B, d)``."""
         return self._slopes.detach().to(self.detached.dtype) * self.factor

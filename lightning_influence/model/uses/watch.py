@@ -32,7 +32,7 @@ from lightning_influence.model.uses.following import (
 )
 from lightning_influence.model.uses.operations.registry import find_operation
 from lightning_influence.model.uses.places import Place, whole
-from lightning_influence.support.batches import open_part
+from lightning_influence.support.batches import find_tensors, open_part
 
 # Questions that no tensor comes out of: not worth a look.
 _QUESTIONS = {
@@ -113,6 +113,11 @@ class Watch(TorchFunctionMode):
         for tensor, place in find_examples(batch, num_examples, places or {}):
             self._mark(tensor, place)
             self._guesses[id(tensor)] = weakref.ref(tensor)
+
+    def add_example(self, batch: Any, number: int) -> None:
+        """Take all tensors of a batch of one, in any nesting, for those of one of the examples."""
+        for tensor in find_tensors(batch):
+            self._mark(tensor, whole(number))
 
     def clear(self) -> None:
         """Let go of the recorded tensors and their graph."""
