@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
+import os
 import signal
 import threading
 import warnings
@@ -90,6 +91,29 @@ def check_trainer(trainer: Trainer) -> None:
 def splits_parameters(trainer: Trainer) -> bool:
     """Return whether the Trainer's strategy gives no process whole layers."""
     return is_lightning(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+def find_log_folder(trainer: Trainer) -> str | None:
+    """Return the folder of the Trainer's run, where its first logger or its checkpoints are; ask on all ranks.
+
+    Args:
+        trainer: the Trainer. Of loggers that have no folder for a run of their own, such as Weights & Biases,
+            it is the one in which Lightning keeps the run's checkpoints, in ``default_root_dir`` if the
+            logger writes to a service or a data base.
+
+    Returns:
+        The folder; None without a logger, and on all processes but that of rank zero.
+    """
+    if not trainer.loggers:
+        return None
+    folder = trainer.log_dir  # speaks to the other processes
+    if not trainer.is_global_zero or is_lightning(trainer.loggers[0], "DummyLogger"):
+        return None
+    logger = trainer.loggers[0]
+    if getattr(logger, "log_dir", None) is not None:
+        return folder
+    parts = [part for part in (logger.name, logger.version) if part not in {None, ""}]
+    return os.path.join(logger.save_dir or trainer.default_root_dir, *map(str, parts))
 
 
 def resolve_checkpoint(trainer: Trainer, ckpt_path: str) -> str:
