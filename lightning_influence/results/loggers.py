@@ -334,6 +334,9 @@ def _(logger: MLFlowLogger, media: Media) -> None:
     for key, (columns, rows) in media.tables().items():
         table = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
         client.log_table(run, table, f"{folder}/{key}.json")
+        # The call above makes MLflow show a table, adds its rows to those of an earlier answer, and keeps ten
+        # digits after the point, of which small scores have few.
+        client.log_dict(run, {"columns": columns, "data": rows}, f"{folder}/{key}.json")
     for key, figure in media.figures.items():
         client.log_figure(run, figure, f"{folder}/{key}.png")
     for file in media.files:

@@ -302,6 +302,9 @@ def test_mlflow_gets_tables_figures_and_files(tmp_path):
         ["query", "rank", "train", "score"], 15
     )
     assert table["train"][0] == 60
+    run, exact, name = client.log_dict.call_args_list[0].args
+    assert (run, name) == ("r1", "influence/step_4/top.json")
+    assert exact == {"columns": list(table), "data": list(map(list, zip(*table.values(), strict=True)))}
     client.log_figure.assert_called_once_with("r1", picture, "influence/step_4/montage.png")
     assert [call.args for call in client.log_artifact.call_args_list] == [
         ("r1", str(file), "influence/step_4") for file in files

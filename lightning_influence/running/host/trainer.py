@@ -94,15 +94,15 @@ def splits_parameters(trainer: Trainer) -> bool:
 
 
 def find_log_folder(trainer: Trainer) -> str | None:
-    """Return the folder of the Trainer's run, where its first logger or its checkpoints are; ask on all ranks.
+    """Find the folder of the Trainer's run; to be called on all processes.
 
     Args:
-        trainer: the Trainer. Of loggers that have no folder for a run of their own, such as Weights & Biases,
-            it is the one in which Lightning keeps the run's checkpoints, in ``default_root_dir`` if the
-            logger writes to a service or a data base.
+        trainer: the Trainer.
 
     Returns:
-        The folder; None without a logger, and on all processes but that of rank zero.
+        The folder of its first logger for this run. For a logger that has none, such as Weights & Biases, the
+        one in which Lightning keeps the run's checkpoints, which is in ``default_root_dir`` if the logger
+        writes to a service or a data base. None without a logger, and on all processes but that of rank zero.
     """
     if not trainer.loggers:
         return None
