@@ -207,9 +207,7 @@ def summary_metrics(attributions: Loggable) -> dict[str, float]:
             if counts is not None:
                 metrics |= {name: float(counts.sum()), f"{kind}_groups": float(len(counts))}
     for done in facts.passes:
-        # Names of passes are written for progress bars; a logger may refuse their colon and their spaces.
-        words = re.findall(r"[0-9a-z]+", done["name"].lower().removeprefix("influence:"))
-        key = "_".join(["seconds", *words])
+        key = f"seconds_{name_pass(done['name'])}"
         metrics[key] = metrics.get(key, 0.0) + done["seconds"]
     if facts.damping:
         metrics["damping_mean"] = sum(facts.damping.values()) / len(facts.damping)
@@ -217,6 +215,16 @@ def summary_metrics(attributions: Loggable) -> dict[str, float]:
         metrics["residual_mean"] = float(facts.residuals.mean())
         metrics["residual_max"] = float(facts.residuals.max())
     return metrics | _score_metrics(attributions)
+
+
+def name_pass(description: str) -> str:
+    """Return what a pass is called in logs: its words, as a logger may refuse colons and spaces.
+
+    Example:
+        >>> name_pass("Influence: query gradients")
+        'query_gradients'
+    """
+    return "_".join(re.findall(r"[0-9a-z]+", description.lower().removeprefix("influence:")))
 
 
 def _score_metrics(attributions: Loggable) -> dict[str, float]:
