@@ -239,9 +239,12 @@ def test_files_of_a_run_whose_logger_has_no_folder(tmp_path, monkeypatch):
     for settings in ({}, {"default_root_dir": tmp_path / "mine"}):
         logger = MLFlowLogger(tracking_uri="sqlite:///mlflow.db", artifact_location="artifacts")
         trainer = fit(logger, **settings)
+        trainer.influence(query_dataloaders=make_data()[1], method="identity")
         answer = trainer.influence(query_dataloaders=make_data()[1], method="ekfac")
         folder = Path(settings.get("default_root_dir", "."), logger.experiment_id, logger.run_id, "influence")
         found = read_mlflow("sqlite:///mlflow.db", logger.run_id)
         kept = folder / "attributions.safetensors"
         torch.testing.assert_close(Attributions.load(kept).scores, answer.scores)
         assert found.files["influence/attributions.safetensors"] == kept.read_bytes()
+        # The second answer takes the place of the first, also where a package would add its rows.
+        assert found.tables["influence/top"][1] == answer.top(5).rows()
