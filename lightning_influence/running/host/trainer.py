@@ -112,7 +112,11 @@ def find_log_folder(trainer: Trainer) -> str | None:
     logger = trainer.loggers[0]
     if getattr(logger, "log_dir", None) is not None:
         return folder
-    parts = [part for part in (logger.name, logger.version) if part not in {None, ""}]
+    parts: list[Any] = []
+    # A service that cannot be reached fails here first; that is told when the logger is asked to log.
+    with contextlib.suppress(Exception):
+        getattr(logger, "experiment", None)  # begins the run, which has no version before
+        parts = [part for part in (logger.name, logger.version) if part not in {None, ""}]
     return os.path.join(logger.save_dir or trainer.default_root_dir, *map(str, parts))
 
 
