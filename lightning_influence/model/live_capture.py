@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
 
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import check_independent, check_loss
@@ -23,6 +24,7 @@ from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.uses.calls import Call
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
+from lightning_influence.support.fast_paths import keep_open, let_go
 
 
 class _StepRecorder(Recorder):
@@ -80,6 +82,15 @@ class StepLosses(LossCapture):
         super().clear()
         self.watch = None
 
+    def __enter__(self) -> Self:
+        """Begin to record.
+
+        Returns:
+            The capture itself.
+        """
+        keep_open(self)
+        return super().__enter__()
+
     def __exit__(self, *details: Any) -> None:
         """Leave the stack of modes, also where others have entered it since: those stay."""
         stack: Any = torch.overrides  # torch itself takes the uppermost mode off, whichever it is
@@ -88,6 +99,7 @@ class StepLosses(LossCapture):
             above.append(mode)
         for mode in reversed(above):
             stack._push_mode(mode)
+        let_go(self)
 
     def __torch_function__(
         self,
