@@ -274,8 +274,10 @@ class Collector:
     ) -> None:
         gradients = {name: mix_examples(layer, generator) for name, layer in _join(captured, outputs).items()}
         check_finite(gradients)
+        statistics = self.run.sums.current.layers
         for name, layer in gradients.items():
-            self.run.sums.current.layers[name].add_squares(layer, captured.num_examples)
+            if name in statistics:  # a layer that no batch has used before has no basis yet
+                statistics[name].add_squares(layer, captured.num_examples)
 
     @staticmethod
     def _device_of(captured: Captured) -> torch.device | str:
