@@ -42,6 +42,10 @@ class RoutedNowhere(Routed):
     rows = 0
 
 
+class RoutedAtTheEnd(Routed):
+    first, rows = 17, 8
+
+
 class Reentrant(Classifier):
     def forward(self, x):
         hidden = self.net[0](x)
@@ -140,6 +144,14 @@ def test_training_goes_on_and_the_reason_is_given_once(module_class, reason) -> 
     assert "Training goes on as without the callback, and factors will be fitted in a pass" in told[0]
     assert ("What was collected before is dropped" in told[0]) == (module_class is RoutedLater)
     check_uncollected(callback)
+
+
+def test_layer_that_is_first_used_where_squares_are_summed_stops_nothing() -> None:
+    callback = InfluenceCallback(every_n_steps=1)
+    assert check_as_without(RoutedAtTheEnd, callback) == []
+    assert callback.num_collected == 20
+    assert callback.factors.has_squares
+    assert "expert" not in callback.factors.layers  # what it lacks is fitted when a question is asked
 
 
 def test_an_expert_that_no_example_is_sent_to_stops_nothing() -> None:
