@@ -20,7 +20,7 @@ from lightning_influence.collecting.state import Run, Settings
 from lightning_influence.collecting.sums import AllReduce, WindowSums, copy_statistics
 from lightning_influence.curvature.factor_passes import add_covariances, add_squares
 from lightning_influence.model.captured import RANDOM, Captured
-from lightning_influence.model.gradients import FactoredGradients, check_finite
+from lightning_influence.model.gradients import FactoredGradients, LayerGradients, check_finite
 from lightning_influence.model.layers import Layer
 from lightning_influence.model.live_capture import LiveCapture, check_first
 from lightning_influence.model.losses.draws import draw_generator
@@ -165,7 +165,7 @@ class Collector:
             generator = draw_generator(self._settings.seed, number, captured.loss.outputs.device)
         gradients = captured.curvature_gradients(self._settings.fisher, generator)
         if run.schedule.costs is None:
-            run.schedule.note_costs(_count_costs(gradients, captured.num_examples, module))
+            run.schedule.note_costs(_count_costs(gradients, captured.num_examples, module, self.plan))
         phase, noisy = run.schedule.phase, self._count()
         check_finite(gradients)
         run.scale += 1.0 if captured.loss is None else captured.loss.scale
@@ -299,10 +299,11 @@ class Collector:
             self.fail(describe_error(error))
             return None
 
-    def _measure(self, gradients: Mapping[str, FactoredGradients]) -> dict[str, float]:
+    def _measure(self, gradients: Mapping[str, LayerGradients]) -> dict[str, float]:
         run, best = self.run, self.run.sums.best
         figures = measure_spectrum(best)
-        if all(layer.inputs.shape[2] == 1 for layer in gradients.values()):
+        factored = [layer for layer in gradients.values() if isinstance(layer, FactoredGradients)]
+        if all(layer.inputs.shape[2] == 1 for layer in factored):
             figures["trace"] = float(sum_squared_norms(gradients).mean()) / best.mean_weight
         noise, signal, _ = run.noise
         if noise > 0 and signal > 0:
@@ -312,10 +313,11 @@ class Collector:
         return figures
 
 
-def _count_costs(gradients: Mapping[str, FactoredGradients], examples: int, module: nn.Module) -> Costs:
-    shapes = [
-        (layer.inputs.shape[0], layer.inputs.shape[2], layer.outputs.shape[-1], layer.inputs.shape[-1])
-        for layer in gradients.values()
-    ]
+def _count_costs(
+    gradients: Mapping[str, LayerGradients], examples: int, module: nn.Module, plan: LayerPlan
+) -> Costs:
+    factored = {name: layer for name, layer in gradients.items() if isinstance(layer, FactoredGradients)}
+    shapes = [(g, layer.inputs.shape[2], o, i) for layer in factored.values() for g, o, i in [layer.shape]]
+    diagonal = [plan.layers[name].diagonal_sides for name in factored]
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Costs.count(shapes, examples, parameters)
+    return Costs.count(shapes, examples, parameters, diagonal)

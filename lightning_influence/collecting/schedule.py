@@ -12,7 +12,7 @@ part of the run between a quarter and a half of it, and at the planned end its l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -56,13 +56,21 @@ class Costs:
     basis: float
 
     @classmethod
-    def count(cls, shapes: Iterable[tuple[int, int, int, int]], examples: int, parameters: int) -> Costs:
+    def count(
+        cls,
+        shapes: Sequence[tuple[int, int, int, int]],
+        examples: int,
+        parameters: int,
+        diagonal: Sequence[tuple[bool, bool]] | None = None,
+    ) -> Costs:
         """Count operations for one batch.
 
         Args:
             shapes: ``(G, R, D_out, D_in)`` of each covered layer.
             examples: ``B``.
             parameters: trainable parameters of the whole model.
+            diagonal: of which sides of each layer, outputs and inputs, only the diagonal is held; of none if
+                None.
 
         Returns:
             The costs. A decomposition of ``d`` by ``d`` takes the time of ``9 d^3 + 2000 d^2`` operations
@@ -71,16 +79,18 @@ class Costs:
         step = _STEP_OPERATIONS + _UPDATE_OPERATIONS * parameters
         covariances = squares = _COLLECT_OPERATIONS
         basis = 0.0
-        for groups, positions, d_out, d_in in shapes:
+        sides = diagonal or [(False, False)] * len(shapes)
+        for (groups, positions, d_out, d_in), narrow in zip(shapes, sides, strict=True):
+            widths = [d for d, is_narrow in zip((d_out, d_in), narrow, strict=True) if not is_narrow]
             rows = float(groups * positions * examples)
             product = 2 * rows * d_out * d_in
-            moments = 2 * rows * (d_in**2 + d_out**2)
-            dense = product + 2.0 * groups * examples * d_in * d_out * (d_in + d_out)
+            moments = 2 * rows * sum(d**2 for d in widths)
+            dense = product + 2.0 * groups * examples * d_in * d_out * sum(widths)
             step += 3 * product
-            covariances += product + moments + _ENTRY_OPERATIONS * groups * (d_in**2 + d_out**2)
+            covariances += product + moments + _ENTRY_OPERATIONS * groups * sum(d**2 for d in widths)
             squares += product + min(product + moments, dense) if positions > 1 else 2 * product + moments
             squares += 2 * _ENTRY_OPERATIONS * groups * d_in * d_out
-            basis += groups * sum(9 * d**3 + 2000 * d**2 for d in (d_in, d_out))
+            basis += groups * sum(9 * d**3 + 2000 * d**2 for d in widths)
         return cls(covariances / step, squares / step, basis / step)
 
 

@@ -65,7 +65,7 @@ class WindowSums:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             if name not in self.current.layers:
                 self.current.layers[name] = LayerStatistics.zeros(
-                    layer.shape, device=weight.device, dtype=dtype
+                    layer.shape, layer.diagonal_sides, device=weight.device, dtype=dtype
                 )
 
     def set_bases(self, totals: Mapping[str, LayerStatistics]) -> None:

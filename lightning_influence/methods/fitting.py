@@ -203,7 +203,9 @@ def _complete(context: Context, factors: Factors) -> Factors:
 def _fill(context: Context, factors: Factors, plan: LayerPlan) -> None:
     """Give every process statistics of the same layers in the same order: only then can they be summed."""
     zeros = {
-        name: LayerStatistics.zeros(layer.shape, device=context.device, dtype=context.dtype)
+        name: LayerStatistics.zeros(
+            layer.shape, layer.diagonal_sides, device=context.device, dtype=context.dtype
+        )
         for name, layer in plan.layers.items()
         if name not in factors.layers
     }

@@ -37,12 +37,14 @@ class Thin:
     def __init__(self, inverse: EigenInverse, queries: FactoredGradients, form: LowRank) -> None:
         inputs, outputs = queries.inputs[0, :, 0], queries.outputs[0, 0, :, 0]
         basis = inverse.basis
-        if basis is not None:
-            inputs, outputs = inputs @ basis.q_in[0], outputs @ basis.q_out[0]
+        q_in, q_out = (None, None) if basis is None else (basis.q_in, basis.q_out)
+        inputs, outputs = _turn(inputs, q_in), _turn(outputs, q_out)
         left = outputs[:, None] * form.left  # (Q, r, D_out)
         right = inputs[:, None] * form.right
-        if basis is not None:
-            left, right = left @ basis.q_out[0].T, right @ basis.q_in[0].T
+        left, right = (
+            _turn(left, None if q_out is None else q_out.mT),
+            _turn(right, None if q_in is None else q_in.mT),
+        )
         self.rank, self.count = form.rank, inputs.shape[0]
         self.left, self.right = left.contiguous(), right.contiguous()
 
@@ -295,7 +297,7 @@ class DenseScorer:
 
     def _score(self, name: str, layer: LayerGradients) -> Tensor:
         """Return one layer's inner products ``(Q, B)``."""
-        return layer.dot(self._block(name, _dtype(layer)))[0].T
+        return layer.dot(self._block(name, layer.like.dtype))[0].T
 
     def _block(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a layer's solutions in the gradients' precision, converted once."""
@@ -325,8 +327,9 @@ class JointScorer:
         return dict(zip(gradients, torch.cat(parts, dim=1)[:, self._order], strict=True))
 
 
-def _dtype(layer: LayerGradients) -> torch.dtype:
-    return layer.inputs.dtype if isinstance(layer, FactoredGradients) else layer.dense().dtype
+def _turn(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """Return rows ``(..., D)`` in a basis ``(1, D, D)``; None stands for the identity."""
+    return rows if basis is None else rows @ basis[0]
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

@@ -79,13 +79,16 @@ def _coupled(recorder: Recorder, values: Tensor, num_examples: int) -> str | Non
     """
     if num_examples < 2:
         return None
-    for name, grad in recorder.backward(values, _first(values), num_examples).items():
-        if bool(grad[:, 1:].nan_to_num(0.0, 0.0, 0.0).any()):  # not finite: refused elsewhere, as such
+    for name, grads in recorder.backward(values, _first(values), num_examples).items():
+        # What is not finite is refused elsewhere, as such.
+        if any(bool(grad[:, 1:].nan_to_num(0.0, 0.0, 0.0).any()) for grad in grads):
             return name
     plain = recorder.backward(values, torch.ones_like(values), num_examples)
     for factors in _powers(values):
-        for name, weighed in recorder.backward(values, factors, num_examples).items():
-            expected = plain[name] * factors.to(weighed.dtype)[:, None, None]
+        found = recorder.backward(values, factors, num_examples)
+        pairs = [(name, *pair) for name in found for pair in zip(found[name], plain[name], strict=True)]
+        for name, weighed, once in pairs:
+            expected = once * factors.to(weighed.dtype)[:, None, None]
             wrong, size = _row_norms(weighed - expected), _row_norms(expected)
             if bool((wrong > _ROW_LIMIT * size.clamp(min=_ROW_FLOOR * float(size.max()))).any()):
                 return name
@@ -139,8 +142,8 @@ def _partly_seen(captured: Captured, values: Tensor) -> str | None:
         The first such layer, or None.
     """
     recorder, factors, B = captured.recorder, _factors(values), captured.num_examples
-    inputs, outputs = recorder.inputs(B), recorder.backward(values, factors, B)
-    layers = {name: recorder.layers[name] for name in outputs}
+    gradients = recorder.gradients(values, [factors], B)
+    layers = {name: recorder.layers[name] for name in gradients}
     parameters = {name: _parameters(layer) for name, layer in layers.items()}
     flat = [p for own in parameters.values() for p in own]
     if not flat:
@@ -153,8 +156,8 @@ def _partly_seen(captured: Captured, values: Tensor) -> str | None:
     for name, layer in layers.items():
         weight, *bias = [next(found) for _ in parameters[name]]
         whole = layer.from_parameters(weight, bias[0] if bias else None)
-        seen = torch.einsum("gbro,gbri->goi", outputs[name], inputs[name])
-        size = torch.einsum("gbro,gbri->goi", outputs[name].abs(), inputs[name].abs()).norm()
+        ones = gradients[name].like.new_ones(1, B, 1)
+        seen, size = gradients[name].combine(ones)[0], gradients[name].absolute().combine(ones).norm()
         limit = _LIMITS.get(weight.dtype, 5e-2) * size
         hooked = any(p._backward_hooks for p in parameters[name])  # of the user's, which change gradients
         if not hooked and bool((seen - whole.to(seen)).norm() > limit):
