@@ -181,7 +181,7 @@ class ParameterRecorder:
                 if inputs is None
                 else inputs
             )
-        return self._pair(name, self._pull_zeros())[0]
+        return self._pair(name, self._pull_zeros({*_keys([name])}))[0]
 
     def _product_inputs(self, name: str) -> Tensor | None:
         """Return the inputs of a matrix that maps some in all its uses; None if it is used otherwise."""
@@ -206,9 +206,9 @@ class ParameterRecorder:
         shape = (product.inputs.shape[0], product.outputs.shape[-1], product.inputs.shape[-1])
         return product if shape == self.layers[name].shape else None
 
-    def _pull_zeros(self) -> dict[str, ParameterGradient]:
-        """Pull gradients of zero back, which shows the inputs."""
-        uses = self._uses or []
+    def _pull_zeros(self, names: set[str] | None = None) -> dict[str, ParameterGradient]:
+        """Pull gradients of zero back, which shows the inputs; those of some names, or of all."""
+        uses = [use for use in self._uses or [] if names is None or names_of(self.watch, use) & names]
         return pull_uses(self.watch, uses, [_zeros(use) for use in uses], 1).gradients
 
     def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Slopes]:
