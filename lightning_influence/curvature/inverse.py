@@ -43,9 +43,15 @@ class EigenInverse:
         rounding = 0.0 if self.damping > eps**2 * width * largest else eps * width * largest
         return torch.where(total > rounding, self.scale / total, torch.zeros_like(total))
 
-    def apply(self, vectors: Tensor) -> Tensor:
-        """Return the inverse times vectors ``(V, G, D_out, D_in)``."""
-        return self._scale(vectors, self.weights)
+    def apply(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the inverse times vectors ``(V, G, D_out, D_in)``.
+
+        Args:
+            vectors: the vectors.
+            rows: the only rows in which the vectors are not zero, if they are given there alone; the basis
+                leaves rows as they are.
+        """
+        return self._scale(vectors, self.weights if rows is None else self.weights[:, rows])
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """Return ``Q diag(eigenvalues) Q^T``, without the damping, times vectors ``(V, G, D_out, D_in)``."""

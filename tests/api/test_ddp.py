@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 from two_processes import check_script
 
 SCRIPT = """
@@ -198,5 +199,13 @@ for method in ("identity", "ekfac", "exact", "auto"):
 """
 
 
-def test_two_processes_cover_parameters_outside_of_layers(tmp_path):
-    check_script(PARAMETERS, tmp_path)
+TABLES = """
+from lightning_influence.model import layers
+
+layers.DENSE_WIDTH, layers.MATRIX_WIDTH = 10, 7
+"""
+
+
+@pytest.mark.parametrize("limits", ["", TABLES], ids=["vectors", "tables"])
+def test_two_processes_cover_parameters_outside_of_layers(tmp_path, limits):
+    check_script(limits + PARAMETERS, tmp_path)
