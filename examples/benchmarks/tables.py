@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python examples/benchmarks/tables.py [vocabulary ...] [--method ekfac] [--untied]
 
-Each vocabulary is measured in a process of its own: seconds of a plain epoch (forward and backward passes
-over the training sequences, no optimizer), of factors, and of the scores of the queries, and the most
+Each vocabulary is measured in a process of its own: processor time of a plain epoch (forward and backward
+passes over the training sequences, no optimizer), of factors, and of the scores of the queries, and the most
 resident memory above that of the model and its data. Weights and tokens are random.
 """
 
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_influence import InfluenceModule
 
 VOCABULARIES = [10_000, 50_000]
+_SIZES = {"width": 128, "length": 64, "depth": 2, "batch": 16, "queries": 8, "sequences": 128}
 _RESULT = "RESULT "
 
 
@@ -106,23 +107,16 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("vocabularies", nargs="*", type=int, default=VOCABULARIES)
     parser.add_argument("--method", default="ekfac")
-    for name, default in (
-        ("width", 128),
-        ("length", 64),
-        ("depth", 2),
-        ("batch", 16),
-        ("queries", 8),
-        ("sequences", 128),
-    ):
+    for name, default in _SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--untied", action="store_true", help="a head of its own")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure in processes of their own, and print a table."""
-    options = read_options()
+    options = read_options(arguments)
     if options.one:
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
@@ -131,9 +125,11 @@ def main() -> None:
         return
     columns = ("tokens", "parameters", "epoch, s", "MiB", "factors, epochs", "MiB", "scores, epochs", "MiB")
     table = Table(*columns, title=f"{options.method}, {options.sequences} sequences of {options.length}")
-    rest = [word for word in sys.argv[1:] if not word.isdigit() or word not in map(str, options.vocabularies)]
+    given = ["--method", options.method, *(["--untied"] if options.untied else [])]
+    for name in _SIZES:
+        given += [f"--{name}", str(getattr(options, name))]
     for vocabulary in options.vocabularies:
-        command = [sys.executable, __file__, str(vocabulary), *rest, "--one"]
+        command = [sys.executable, __file__, str(vocabulary), *given, "--one"]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = json.loads(told[told.index(_RESULT) + len(_RESULT) :])
         table.add_row(
