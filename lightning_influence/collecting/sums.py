@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics, compute_eigenbasis
+from lightning_influence.curvature.eigenbases import compute_eigenbasis
+from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics
 from lightning_influence.model.layers import Layer
 
 #: Sums a tensor over all processes in place and returns it; every process has to call it.

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Factors, LayerStatistics, compute_eigenbasis
+from lightning_influence.curvature.eigenbases import compute_eigenbases
+from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics
 from lightning_influence.model.captured import RANDOM, Captured, Fisher
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
@@ -73,9 +73,14 @@ class CovariancePass:
             if self._free < 0 or expected > self._free + size:
                 self.cache = None
 
-    def finish(self) -> None:
-        """Decompose the covariances; if every gradient was kept, measure the squares at once."""
-        set_bases(self.factors)
+    def finish(self, bases: Mapping[str, Eigenbasis] | None = None) -> None:
+        """Take up eigenbases; if every gradient was kept, measure the squares at once.
+
+        Args:
+            bases: of the covariances, by layer; None to compute them.
+        """
+        for name, basis in (compute_eigenbases(self.factors.layers) if bases is None else bases).items():
+            self.factors.layers[name].set_basis(basis)
         if self.cache is not None:
             for kept in self.cache:
                 add_squares(self.factors, kept)
@@ -214,12 +219,6 @@ def add_squares(factors: Factors, gradients: Mapping[str, LayerGradients]) -> No
     """Add a batch of curvature gradients to the squares of ``factors``."""
     for name, layer in gradients.items():
         factors.layers[name].add_squares(layer)
-
-
-def set_bases(factors: Factors, dtype: torch.dtype = torch.float64) -> None:
-    """Compute every layer's eigenbasis from its covariances."""
-    for name, layer in factors.layers.items():
-        layer.set_basis(compute_eigenbasis(name, layer, dtype))
 
 
 def _smaller(gradients: LayerGradients) -> LayerGradients:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
 from lightning_influence.model.table_gradients import TableGradients
-from lightning_influence.support.errors import FactorMismatchError, NonFiniteError
+from lightning_influence.support.errors import FactorMismatchError
 from lightning_influence.support.storage import check_version
 
 
@@ -183,48 +183,6 @@ def rotate(gradients: LayerGradients, basis: Eigenbasis) -> LayerGradients:
         if positions > 1 and factored > seeds * d_in * d_out * (wide_in + wide_out):
             gradients = DenseGradients(gradients.dense())
     return gradients.rotate(basis.q_in, basis.q_out)
-
-
-def compute_eigenbasis(
-    name: str, statistics: LayerStatistics, dtype: torch.dtype = torch.float64
-) -> Eigenbasis:
-    """Eigenvectors of the two covariances of a layer.
-
-    Args:
-        name: the layer's name, for errors.
-        statistics: its sums.
-        dtype: precision of the decomposition; the result has the precision of the sums.
-
-    Returns:
-        The basis; none of a side that is held as a diagonal.
-
-    Raises:
-        NonFiniteError: if a covariance is not finite or cannot be decomposed.
-    """
-    bases: list[Tensor | None] = []
-    for side, covariance in (
-        ("input", statistics.covariance_in()),
-        ("output-gradient", statistics.covariance_out()),
-    ):
-        if not bool(torch.isfinite(covariance.sum())):
-            raise NonFiniteError(
-                f"The {side} covariance of layer {name!r} is not finite after {statistics.examples:g} "
-                "examples. Look for NaN or infinity in the inputs, the weights or the loss of this layer."
-            )
-        if covariance.ndim == 2:
-            bases.append(None)
-            continue
-        symmetric = covariance.to(dtype)
-        try:
-            vectors = torch.linalg.eigh((symmetric + symmetric.mT) / 2).eigenvectors
-        except RuntimeError as error:
-            raise NonFiniteError(
-                f"The {side} covariance of layer {name!r} could not be decomposed ({error}). Its entries "
-                f"range to {float(covariance.abs().max()):.3g}: rescale the inputs or leave the layer out "
-                "with `layers=`."
-            ) from error
-        bases.append(vectors.to(covariance.dtype))
-    return Eigenbasis(*bases)
 
 
 _VERSION = 1
