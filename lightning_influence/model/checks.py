@@ -154,7 +154,7 @@ def _partly_seen(captured: Captured, values: Tensor) -> str | None:
         )
     )
     for name, layer in layers.items():
-        weight, *bias = [next(found) for _ in parameters[name]]
+        weight, *bias = [next(found).to_dense() for _ in parameters[name]]  # of sparse embeddings
         whole = layer.from_parameters(weight, bias[0] if bias else None)
         ones = gradients[name].like.new_ones(1, B, 1)
         seen, size = gradients[name].combine(ones)[0], gradients[name].absolute().combine(ones).norm()

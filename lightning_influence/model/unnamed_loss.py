@@ -393,7 +393,7 @@ class UnnamedLoss:
         found = torch.autograd.grad(
             value, list(weights.values()), retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        return dict(zip(weights, found, strict=True))
+        return {name: grad.to_dense() for name, grad in zip(weights, found, strict=True)}
 
 
 def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout | None = None) -> Tensor:

@@ -53,6 +53,14 @@ class Padded(Embedding):
         self.embedding = nn.Embedding(V, D, padding_idx=2)
 
 
+class Sparse(Embedding):
+    """Its gradients are sparse, and rows are renormalised as they are looked up."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(V, D, sparse=True, max_norm=1.0)
+
+
 class Frequent(Embedding):
     """Looked up twice, and rows come again within a sequence."""
 
@@ -133,9 +141,8 @@ def parameters_of(model):
 
 
 def flat(grads, parameters):
-    return torch.cat([
-        (torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters, strict=True)
-    ])
+    pairs = zip(grads, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g.to_dense()).flatten() for g, p in pairs])
 
 
 def loss_gradients(model, words, following):
