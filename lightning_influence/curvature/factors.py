@@ -114,8 +114,8 @@ class LayerStatistics:
             self.positions += energy
             return
         if isinstance(gradients, FactoredGradients) and not gradients.whole:
-            groups, examples, positions, _ = gradients.inputs.shape
-            _add_moments(self.inputs, gradients.inputs.reshape(groups, examples * positions, -1))
+            groups, examples, positions, d_in = gradients.inputs.shape
+            _add_moments(self.inputs, gradients.inputs.reshape(groups, -1, d_in))
             outputs = gradients.outputs.transpose(0, 1)
             _add_moments(self.outputs, outputs.reshape(groups, -1, outputs.shape[-1]))
             self.positions += examples * positions

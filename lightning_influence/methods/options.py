@@ -68,10 +68,10 @@ class Options:
         damping: ``lambda`` in the unit of the mean loss's curvature, or the rule that decides it.
         fisher: which gradients factors and matrices are made of; None for the method's own choice.
         memory_budget: bytes for what a method keeps of its own.
-        seed: of random draws.
         factors_dir: a folder in which fitting factors keeps what it has finished, part by part and layer by
             layer; the same call goes on from there after it was killed, and a later one reads them. It takes
             a pass more where one pass would have given factors and eigenvalues. None to keep nothing.
+        seed: of random draws.
         unused: options of other methods that were given, as ``name=value``; :func:`read_options` fills it in.
 
     Raises:
@@ -81,8 +81,8 @@ class Options:
     damping: Damping = "auto"
     fisher: Fisher | None = field(default=None, metadata=require_choice(get_args(Fisher)))
     memory_budget: int = field(default=2**30, metadata=require_count(1))
+    factors_dir: PathLike | None = field(default=None, kw_only=True, metadata={"check": _check_path})
     seed: int = field(default=0, metadata=require_count(0))
-    factors_dir: PathLike | None = field(default=None, metadata={"check": _check_path})
     unused: tuple[str, ...] = field(default=(), kw_only=True, compare=False, repr=False)
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.captured import Captured
+from lightning_influence.model.gradients import FactoredGradients, LayerGradients
 from lightning_influence.model.layers import Layer
 from lightning_influence.model.rearranging import Layout, find_layouts, rearranged
 from lightning_influence.model.recorder import Recorder
@@ -156,13 +157,19 @@ def _partly_seen(captured: Captured, values: Tensor) -> str | None:
     for name, layer in layers.items():
         weight, *bias = [next(found).to_dense() for _ in parameters[name]]  # of sparse embeddings
         whole = layer.from_parameters(weight, bias[0] if bias else None)
-        ones = gradients[name].like.new_ones(1, B, 1)
-        seen, size = gradients[name].combine(ones)[0], gradients[name].absolute().combine(ones).norm()
+        seen, size = _add_up(gradients[name]), _add_up(gradients[name].absolute()).norm()
         limit = _LIMITS.get(weight.dtype, 5e-2) * size
         hooked = any(p._backward_hooks for p in parameters[name])  # of the user's, which change gradients
         if not hooked and bool((seen - whole.to(seen)).norm() > limit):
             return name
     return None
+
+
+def _add_up(gradients: LayerGradients) -> Tensor:
+    """Return the sum of some gradients over the examples, ``(G, D_out, D_in)``, for one seed."""
+    if isinstance(gradients, FactoredGradients) and not gradients.inputs.shape[2]:
+        return gradients.like.new_zeros(gradients.shape)  # a layer that was called on nothing
+    return gradients.combine(gradients.like.new_ones(1, gradients.num_examples, 1))[0]
 
 
 def _parameters(layer: Layer) -> list[Tensor]:
