@@ -41,8 +41,6 @@ Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
 
 _MEAN, _SUM = "loss is a mean", "loss is a sum"
 _LAYOUT, _DIRECT = "batch is read as ", "the loss alone uses "
-# Says that values which the user gives were looked at for weights that they use directly.
-_LOOKED = "direct uses in values of the examples"
 # Relative error of gradients that come from batches of another size.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
@@ -64,8 +62,8 @@ _PICKED = (
 _LEFT_OUT = (
     "The loss uses the weights of {name!r} directly, beside the outputs of modules: its gradient by them is "
     "one sum over the batch, and their gradients for single examples are not known, so they are left out. To "
-    "cover them, let a module that owns them return them with a row for each example, such as "
-    "`self.scale.expand_as(outputs)`."
+    "cover them, define `influence_loss(batch) -> (B,)` on the module, or let a module that owns them return "
+    "them with a row for each example, such as `self.scale.expand_as(outputs)`."
 )
 _UNKNOWN_PARTS = (
     "The loss of a batch is taken for the mean of its examples' losses, without a check: the batch could not "
@@ -164,8 +162,6 @@ class UnnamedLoss:
 
         if values is None and not self._is_known():
             self._check(describe(), module, batch, recorder)
-        elif values is not None and num_examples > 1 and _LOOKED not in self._verified:
-            self._find_direct(describe(), module, batch, recorder)
         return describe()
 
     def _is_known(self) -> bool:
@@ -356,23 +352,6 @@ class UnnamedLoss:
             self.direct.add(name)
             self._verified.add(_DIRECT + name)
             self._traits.warn(_LEFT_OUT.format(name=name))
-
-    def _find_direct(self, loss: BatchLoss, module: Any, batch: Any, recorder: Recorder) -> None:
-        """Find weights that values of the examples use directly, and no module: they are left out by name."""
-        self._verified.add(_LOOKED)
-        direct = self._direct_gradients(loss.batch_loss, recorder)
-        direct = {name: gradient for name, gradient in direct.items() if bool(gradient.any())}
-        if not direct:
-            return
-        part, rows = draw_halves(loss.num_examples)[0], loss.gradient()
-        try:
-            piece = rearranged(batch, part, loss.num_examples, self._layout)
-            _, others = self._part_gradients(module, piece, len(part), rows.shape[1], recorder)
-            self._compare_direct(direct, others, _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT), loss, recorder)
-        except (
-            Exception
-        ):  # what layers use as well, or cannot be told, is compared with gradients of the values
-            return
 
     def _draws_noise(
         self,
