@@ -153,12 +153,16 @@ def _check_factors(part: Any, where: str) -> None:
         shapes = {}
         for side in ("inputs", "outputs"):
             value = part.get(f"{name}/{side}")
-            square = isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == value.shape[2]
+            square = isinstance(value, Tensor) and value.ndim in (2, 3) and value.shape[1] == value.shape[-1]
             if value is None or not square or not value.is_floating_point():
                 _refuse(f"{where}/{name}/{side}", value, "a floating-point tensor (groups, d, d)")
             shapes[side] = tuple(value.shape)
-        (groups, d_in, _), (_, d_out, _) = shapes["inputs"], shapes["outputs"]
-        expected = {"outputs": (groups, d_out, d_out), "q_in": shapes["inputs"], "q_out": shapes["outputs"]}
+        (groups, d_in, *_), (_, d_out, *_) = shapes["inputs"], shapes["outputs"]
+        expected = {
+            "outputs": (groups, *shapes["outputs"][1:]),
+            "q_in": (groups, d_in, d_in),
+            "q_out": (groups, d_out, d_out),
+        }
         for key, shape in {**expected, "squares": (groups, d_out, d_in)}.items():
             value = part.get(f"{name}/{key}")
             if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):

@@ -290,7 +290,8 @@ class Collector:
             for name, grads in outputs.items()
         ]
         parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        costs = Costs.count(shapes, examples, parameters)
+        diagonal = [self.plan.layers[name].diagonal_sides for name in outputs]
+        costs = Costs.count(shapes, examples, parameters, diagonal)
         self.run.schedule.note_costs(costs, examples * self._processes.world_size)
         self._unmeasured = True
 

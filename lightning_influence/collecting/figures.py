@@ -10,26 +10,16 @@ from torch import Tensor, nn
 
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.training_record import effective_rate
-from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.layers import Layer
 
 
-def sum_squared_norms(gradients: Mapping[str, FactoredGradients]) -> Tensor:
+def sum_squared_norms(gradients: Mapping[str, LayerGradients]) -> Tensor:
     """Return the squared norm of each example's gradient over all layers, summed over seeds, ``(B,)``."""
-    parts = []
-    for layer in gradients.values():
-        if layer.inputs.shape[2] == 1 and layer.inputs.shape[0] == 1:
-            inputs, outputs = layer.inputs[0, :, 0], layer.outputs[:, 0, :, 0]
-            parts.append(inputs.square().sum(-1) * outputs.square().sum((0, 2)))
-        else:
-            ones = layer.inputs.new_ones(
-                layer.inputs.shape[0], layer.outputs.shape[-1], layer.inputs.shape[-1]
-            )
-            parts.append(layer.weighted_squares(ones).sum(0))
-    return torch.stack(parts).sum(0)
+    return torch.stack([layer.squared_norms().sum(0) for layer in gradients.values()]).sum(0)
 
 
-def estimate_noise_and_signal(gradients: Mapping[str, FactoredGradients]) -> tuple[float, float] | None:
+def estimate_noise_and_signal(gradients: Mapping[str, LayerGradients]) -> tuple[float, float] | None:
     """Estimate the two parts of the gradient noise scale from one batch of per-example gradients.
 
     Args:
@@ -46,7 +36,7 @@ def estimate_noise_and_signal(gradients: Mapping[str, FactoredGradients]) -> tup
         return None
     mean = torch.zeros((), dtype=each.dtype, device=each.device)
     for layer in gradients.values():
-        ones = layer.outputs.new_ones(1, count, 1)
+        ones = layer.like.new_ones(1, count, 1)
         mean = mean + (layer.combine(ones) / count).square().sum()
     noise = (each.mean() - mean) * count / (count - 1)
     return float(noise), float(mean - noise / count)

@@ -19,7 +19,7 @@ Windows that end before the run does matter only if it is stopped early, and mos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -83,13 +83,21 @@ class Costs:
     basis: float
 
     @classmethod
-    def count(cls, shapes: Iterable[tuple[int, int, int, int]], examples: int, parameters: int) -> Costs:
+    def count(
+        cls,
+        shapes: Sequence[tuple[int, int, int, int]],
+        examples: int,
+        parameters: int,
+        diagonal: Sequence[tuple[bool, bool]] | None = None,
+    ) -> Costs:
         """Count operations for one batch.
 
         Args:
             shapes: ``(G, R, D_out, D_in)`` of each covered layer.
             examples: ``B``.
             parameters: trainable parameters of the whole model.
+            diagonal: of which sides of each layer, outputs and inputs, only the diagonal is held; of none if
+                None.
 
         Returns:
             The costs. A decomposition of ``d`` by ``d`` takes the time of ``9 d^3 + 2000 d^2`` operations
@@ -98,21 +106,24 @@ class Costs:
         step = _STEP_OPERATIONS + _UPDATE_OPERATIONS * parameters
         covariances = squares = _COLLECT_OPERATIONS
         basis = 0.0
-        for groups, positions, d_out, d_in in shapes:
+        sides = diagonal or [(False, False)] * len(shapes)
+        for (groups, positions, d_out, d_in), narrow in zip(shapes, sides, strict=True):
+            widths = [0 if is_narrow else d for d, is_narrow in zip((d_out, d_in), narrow, strict=True)]
+            wide = sum(d**2 for d in widths)
             rows = positions * examples
             product = 2.0 * groups * rows * d_out * d_in
             between = float(groups * rows * (d_in + d_out)) if positions > 1 else 0.0
             step += 3 * product + _STEP_BETWEEN * between
             backward = _LAYER_OPERATIONS + product + _COLLECT_BETWEEN * between
             kept_in, kept_out = (count_rows(rows, examples, *pair) for pair in ((d_in, d_out), (d_out, d_in)))
-            covariances += backward + 2.0 * groups * (kept_in * d_in**2 + kept_out * d_out**2)
-            covariances += _ENTRY_OPERATIONS * groups * (d_in**2 + d_out**2)
+            covariances += backward + 2.0 * groups * (kept_in * widths[1] ** 2 + kept_out * widths[0] ** 2)
+            covariances += _ENTRY_OPERATIONS * groups * wide
             sums = count_sums(examples, positions)
-            factored = 2.0 * groups * (rows * (d_in**2 + d_out**2)) + product
-            dense = product + 2.0 * groups * sums * d_in * d_out * (d_in + d_out)
+            factored = 2.0 * groups * rows * wide + product
+            dense = product + 2.0 * groups * sums * d_in * d_out * sum(widths)
             squares += backward + (min(factored, dense) if positions > 1 else factored)
             squares += 2 * _ENTRY_OPERATIONS * groups * d_in * d_out + _COLLECT_BETWEEN * between
-            basis += groups * sum(9 * d**3 + 2000 * d**2 for d in (d_in, d_out))
+            basis += groups * sum(9 * d**3 + 2000 * d**2 for d in widths)
         return cls(covariances / step, squares / step, basis / step)
 
     def scaled(self, factor: float) -> Costs:

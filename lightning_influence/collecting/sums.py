@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics, compute_eigenbasis
+from lightning_influence.curvature.eigenbases import compute_eigenbasis
+from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics
 from lightning_influence.model.layers import Layer
 
 #: Sums a tensor over all processes in place and returns it; every process has to call it.
@@ -65,7 +66,7 @@ class WindowSums:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             if name not in self.current.layers:
                 self.current.layers[name] = LayerStatistics.zeros(
-                    layer.shape, device=weight.device, dtype=dtype
+                    layer.shape, layer.diagonal_sides, device=weight.device, dtype=dtype
                 )
 
     def set_bases(self, totals: Mapping[str, LayerStatistics]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_influence.curvature.gauss_newton import add_gram
 from lightning_influence.curvature.passes import CurvaturePass
 from lightning_influence.model.captured import Fisher
-from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import LayerPlan
 
 #: One block a layer (weight and bias together), or one a parameter tensor.
@@ -87,7 +87,7 @@ class DenseBlockPass(CurvaturePass):
         for name, layer in gradients.items():
             numel = self.layout.numels[name]
             if name not in self._sums:
-                like = layer.outputs
+                like = layer.like
                 self._sums[name] = torch.zeros(numel, numel, dtype=torch.float64, device=like.device)
             add_gram(self._sums[name], {name: layer}, _rows)
 
@@ -115,7 +115,7 @@ class DenseBlockPass(CurvaturePass):
         return result
 
 
-def _rows(gradients: Mapping[str, FactoredGradients]) -> Tensor:
+def _rows(gradients: Mapping[str, LayerGradients]) -> Tensor:
     """Return one layer's gradients as flat vectors ``(K, B, P_l)``."""
     (layer,) = gradients.values()
     return layer.dense().flatten(2)

@@ -15,6 +15,7 @@ from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.linalg.orthonormal import orthonormalise
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients, concatenate
 from lightning_influence.model.plan import Layout
+from lightning_influence.model.table_gradients import TableGradients
 from lightning_influence.support.storage import check_version
 
 _VERSION = 1
@@ -99,7 +100,7 @@ class CoarseSpace:
         for name, inverse in self.inverse.layers.items():
             state[f"{name}/eigenvalues"] = inverse.eigenvalues
             if inverse.basis is not None:
-                state[f"{name}/q_in"], state[f"{name}/q_out"] = inverse.basis.q_in, inverse.basis.q_out
+                state |= {f"{name}/{key}": q for key, q in inverse.basis.tensors().items()}
         return state
 
     @classmethod
@@ -122,9 +123,8 @@ class CoarseSpace:
         layout = Layout(shapes)
         inverses, anchors = {}, {}
         for name in shapes:
-            basis = None
-            if f"{name}/q_in" in state:
-                basis = Eigenbasis(state[f"{name}/q_in"], state[f"{name}/q_out"])
+            bases = state.get(f"{name}/q_in"), state.get(f"{name}/q_out")
+            basis = None if all(q is None for q in bases) else Eigenbasis(*bases)
             inverses[name] = EigenInverse(basis, state[f"{name}/eigenvalues"], state["damping"][name])
             gradients = _gradients(state, f"{name}/anchors")
             if gradients is not None:
@@ -143,6 +143,9 @@ class CoarseSpace:
 
 
 def _parts(gradients: LayerGradients) -> dict[str, Tensor]:
+    if isinstance(gradients, TableGradients):
+        products = {f"products/{key}": tensor for key, tensor in _parts(gradients.products).items()}
+        return {"rows": gradients.rows, "values": gradients.values, **products}
     if isinstance(gradients, FactoredGradients):
         return {"inputs": gradients.inputs, "outputs": gradients.outputs}
     return {"matrices": gradients.dense()}
@@ -151,6 +154,10 @@ def _parts(gradients: LayerGradients) -> dict[str, Tensor]:
 def _gradients(state: Mapping[str, Any], prefix: str) -> LayerGradients | None:
     if f"{prefix}/matrices" in state:
         return DenseGradients(state[f"{prefix}/matrices"])
+    if f"{prefix}/rows" in state:
+        products = _gradients(state, f"{prefix}/products")
+        assert isinstance(products, FactoredGradients)
+        return TableGradients(state[f"{prefix}/rows"], state[f"{prefix}/values"], products)
     if f"{prefix}/inputs" in state:
         return FactoredGradients(state[f"{prefix}/inputs"], state[f"{prefix}/outputs"])
     return None
@@ -177,7 +184,7 @@ def build_directions(
 def precondition(layout: Layout, inverse: BlockInverse, gradients: Mapping[str, LayerGradients]) -> Tensor:
     """Return ``P^{-1}`` times gradients with ``K = 1``, ``(B, P)``, made layer by layer."""
     first = next(iter(gradients.values()))
-    result, start = first.select(slice(0, 0)).dense().new_zeros(first.num_examples, layout.numel), 0
+    result, start = first.like.new_zeros(first.num_examples, layout.numel), 0
     for name, numel in layout.numels.items():
         if name in gradients:
             solved = inverse.layers[name].apply(gradients[name].dense()[0])
@@ -202,7 +209,8 @@ def join_scored(parts: Sequence[Mapping[str, LayerGradients]]) -> dict[str, Laye
         if len(layers) == len(parts) and len(forms) == 1 and 0 not in forms:
             result[name] = concatenate(layers)
         else:  # a copy, not a view that holds what is let go
-            result[name] = DenseGradients(layers[0].select(slice(0, 0)).dense().clone())
+            like = layers[0].like
+            result[name] = DenseGradients(like.new_zeros(layers[0].num_seeds, 0, *layers[0].shape))
     return result
 
 

@@ -80,9 +80,11 @@ def average_eigenvalues(factors: Factors, name: str) -> float:
     moment = layer.second_moment()
     if moment is not None:
         return float(moment.mean()) / factors.mean_weight
-    trace_in = layer.covariance_in().diagonal(dim1=-2, dim2=-1).sum(-1)
-    trace_out = layer.covariance_out().diagonal(dim1=-2, dim2=-1).sum(-1)
-    return float((trace_in * trace_out).sum()) / math.prod(layer.shape) / factors.mean_weight
+    traces = [
+        (side if side.ndim == 2 else side.diagonal(dim1=1, dim2=2)).sum(-1)
+        for side in (layer.covariance_in(), layer.covariance_out())
+    ]
+    return float((traces[0] * traces[1]).sum()) / math.prod(layer.shape) / factors.mean_weight
 
 
 def _share(factors: Factors, share: float) -> dict[str, float]:

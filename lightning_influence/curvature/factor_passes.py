@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Factors, LayerStatistics, compute_eigenbasis
+from lightning_influence.curvature.eigenbases import compute_eigenbases
+from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics
 from lightning_influence.model.captured import RANDOM, Captured, Fisher
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import FactoredGradients, LayerGradients, check_finite, compact
+from lightning_influence.model.gradients import LayerGradients, check_finite, compact
+from lightning_influence.model.layers import Layer
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, ExampleGenerator
 from lightning_influence.model.plan import LayerPlan
 
@@ -70,9 +73,14 @@ class CovariancePass:
             if self._free < 0 or expected > self._free + size:
                 self.cache = None
 
-    def finish(self) -> None:
-        """Decompose the covariances; if every gradient was kept, measure the squares at once."""
-        set_bases(self.factors)
+    def finish(self, bases: Mapping[str, Eigenbasis] | None = None) -> None:
+        """Take up eigenbases; if every gradient was kept, measure the squares at once.
+
+        Args:
+            bases: of the covariances, by layer; None to compute them.
+        """
+        for name, basis in (compute_eigenbases(self.factors.layers) if bases is None else bases).items():
+            self.factors.layers[name].set_basis(basis)
         if self.cache is not None:
             for kept in self.cache:
                 add_squares(self.factors, kept)
@@ -128,7 +136,7 @@ class DiagonalPass:
         captured = self.forward(module, batch, len(indices))
         gradients = self._draws.gradients(captured, indices)
         check_finite(gradients)
-        add_layers(self.factors, gradients)
+        add_layers(self.factors, gradients, captured.recorder.layers)
         add_squares(self.factors, gradients)
         add_weights(self.factors, captured)
 
@@ -147,7 +155,7 @@ class Draws:
 
     def gradients(
         self, captured: Captured, indices: Tensor, purpose: int = COVARIANCES
-    ) -> dict[str, FactoredGradients]:
+    ) -> dict[str, LayerGradients]:
         """Return gradients of a batch, of the first or the second draw.
 
         Args:
@@ -160,7 +168,7 @@ class Draws:
 
     def pair(
         self, captured: Captured, indices: Tensor, *, second: bool
-    ) -> tuple[dict[str, FactoredGradients], dict[str, FactoredGradients] | None]:
+    ) -> tuple[dict[str, LayerGradients], dict[str, LayerGradients] | None]:
         """Return gradients of both draws; the same twice where nothing is drawn.
 
         Args:
@@ -180,21 +188,22 @@ class Draws:
         return ExampleGenerator(self.seed, indices, purpose) if drawn else None
 
 
-def add_covariances(factors: Factors, gradients: dict[str, FactoredGradients], captured: Captured) -> None:
+def add_covariances(factors: Factors, gradients: Mapping[str, LayerGradients], captured: Captured) -> None:
     """Add a batch of curvature gradients to the covariances of ``factors``."""
-    add_layers(factors, gradients)
+    add_layers(factors, gradients, captured.recorder.layers)
     for name, layer in gradients.items():
         factors.layers[name].add_covariances(layer)
     add_weights(factors, captured)
 
 
-def add_layers(factors: Factors, gradients: dict[str, FactoredGradients]) -> None:
+def add_layers(
+    factors: Factors, gradients: Mapping[str, LayerGradients], layers: Mapping[str, Layer]
+) -> None:
     """Start empty statistics for layers that have none yet."""
     for name, layer in gradients.items():
         if name not in factors.layers:
-            shape = (layer.inputs.shape[0], layer.outputs.shape[-1], layer.inputs.shape[-1])
             factors.layers[name] = LayerStatistics.zeros(
-                shape, device=layer.inputs.device, dtype=layer.inputs.dtype
+                layer.shape, layers[name].diagonal_sides, device=layer.like.device, dtype=layer.like.dtype
             )
 
 
@@ -206,20 +215,13 @@ def add_weights(factors: Factors, captured: Captured) -> None:
     factors.weight_examples += captured.num_examples
 
 
-def add_squares(factors: Factors, gradients: dict[str, Any]) -> None:
+def add_squares(factors: Factors, gradients: Mapping[str, LayerGradients]) -> None:
     """Add a batch of curvature gradients to the squares of ``factors``."""
     for name, layer in gradients.items():
         factors.layers[name].add_squares(layer)
 
 
-def set_bases(factors: Factors, dtype: torch.dtype = torch.float64) -> None:
-    """Compute every layer's eigenbasis from its covariances."""
-    for name, layer in factors.layers.items():
-        layer.set_basis(compute_eigenbasis(name, layer, dtype))
-
-
-def _smaller(gradients: FactoredGradients) -> LayerGradients:
+def _smaller(gradients: LayerGradients) -> LayerGradients:
     """Return whichever of the factored and the dense form takes less memory."""
-    groups, examples, _, d_in = gradients.inputs.shape
-    dense = gradients.outputs.shape[0] * examples * groups * gradients.outputs.shape[-1] * d_in
-    return gradients if gradients.nbytes <= dense * gradients.inputs.element_size() else compact(gradients)
+    dense = gradients.num_seeds * gradients.num_examples * prod(gradients.shape)
+    return gradients if gradients.nbytes <= dense * gradients.like.element_size() else compact(gradients)

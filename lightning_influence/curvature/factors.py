@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
-from lightning_influence.support.errors import FactorMismatchError, NonFiniteError
+from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.support.errors import FactorMismatchError
 from lightning_influence.support.storage import check_version
 
 #: Examples that covariances should stand for, if there are so many, and eigenvalues for half of them. A fit
@@ -24,16 +25,30 @@ class Eigenbasis:
     """Orthonormal bases of one layer's inputs and output gradients, eigenvectors in columns.
 
     Attributes:
-        q_in: ``(G, D_in, D_in)``.
-        q_out: ``(G, D_out, D_out)``.
+        q_in: ``(G, D_in, D_in)``; None for the identity, where only a diagonal is held of that side.
+        q_out: ``(G, D_out, D_out)``; None as well.
     """
 
-    q_in: Tensor
-    q_out: Tensor
+    q_in: Tensor | None
+    q_out: Tensor | None
+
+    @property
+    def transposed(self) -> Eigenbasis:
+        """The way back."""
+        return Eigenbasis(*(None if q is None else q.mT for q in (self.q_in, self.q_out)))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether both sides have a basis."""
+        return self.q_in is not None and self.q_out is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the bases that there are, by name."""
+        return {name: q for name, q in (("q_in", self.q_in), ("q_out", self.q_out)) if q is not None}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Eigenbasis:
         """Return the basis on another device or in another precision."""
-        return Eigenbasis(self.q_in.to(device, dtype), self.q_out.to(device, dtype))
+        return Eigenbasis(*(None if q is None else q.to(device, dtype) for q in (self.q_in, self.q_out)))
 
 
 @dataclass
@@ -41,8 +56,9 @@ class LayerStatistics:
     """Raw sums of one layer.
 
     Attributes:
-        inputs: sum of ``abar abar^T``, ``(G, D_in, D_in)``.
-        outputs: sum of ``ds ds^T`` over seeds, examples and positions, ``(G, D_out, D_out)``.
+        inputs: sum of ``abar abar^T``, ``(G, D_in, D_in)``; of a wide side its diagonal ``(G, D_in)`` alone.
+        outputs: sum of ``ds ds^T`` over seeds, examples and positions, ``(G, D_out, D_out)``, or its diagonal
+            ``(G, D_out)``.
         examples: number of examples in both sums.
         positions: number of (example, position) pairs in ``inputs``.
         basis: the basis that ``squares`` is measured in.
@@ -63,40 +79,59 @@ class LayerStatistics:
     def zeros(
         cls,
         shape: tuple[int, int, int],
+        diagonal: tuple[bool, bool] = (False, False),
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> LayerStatistics:
-        """Return empty sums for a layer of shape ``(G, D_out, D_in)``."""
-        groups, d_out, d_in = shape
-        return cls(
-            torch.zeros(groups, d_in, d_in, device=device, dtype=dtype),
-            torch.zeros(groups, d_out, d_out, device=device, dtype=dtype),
+        """Return empty sums.
+
+        Args:
+            shape: ``(G, D_out, D_in)`` of the layer.
+            diagonal: whether to hold only the diagonal of the outputs' side, and of the inputs'.
+            device: of the sums.
+            dtype: their precision.
+        """
+        groups, *widths = shape
+        outputs, inputs = (
+            torch.zeros(groups, *([width] if narrow else [width, width]), device=device, dtype=dtype)
+            for width, narrow in zip(widths, diagonal, strict=True)
         )
+        return cls(inputs, outputs)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(G, D_out, D_in)``."""
         return self.inputs.shape[0], self.outputs.shape[-1], self.inputs.shape[-1]
 
-    def add_covariances(self, gradients: FactoredGradients) -> None:
+    def add_covariances(self, gradients: LayerGradients) -> None:
         """Add a batch to ``inputs`` and ``outputs``.
 
         Gradients that are no products of the two have their second moments over columns and over rows added
         (Gupta et al. 2018, "Shampoo"), the former in units of their squared norm, which ``positions`` counts.
+        So have those of tables, position by position.
         """
-        if gradients.whole:
-            columns = gradients.outputs.transpose(0, 1).flatten(1, 2)  # (G, K B, D_in, D_out)
-            moments = torch.einsum("gbio,gbjo->gij", columns, columns)
-            self.inputs += moments
-            self.outputs += torch.einsum("gbio,gbip->gop", columns, columns)
-            self.positions += float(moments.diagonal(dim1=1, dim2=2).sum()) / len(moments)
-            self.examples += gradients.num_examples
+        self.examples += gradients.num_examples
+        if isinstance(gradients, TableGradients):
+            inputs, outputs, energy = gradients.second_moments()
+            self.inputs += inputs if self.inputs.ndim == 3 else inputs.diagonal(dim1=1, dim2=2)
+            self.outputs += outputs
+            self.positions += energy
             return
-        groups, examples, positions, d_in = gradients.inputs.shape
-        inputs = gradients.inputs.reshape(groups, -1, d_in)
-        outputs = gradients.outputs.transpose(0, 1).reshape(groups, -1, gradients.outputs.shape[-1])
-        self.add_rows(inputs, outputs, examples, examples * positions)
+        if isinstance(gradients, FactoredGradients) and not gradients.whole:
+            groups, examples, positions, d_in = gradients.inputs.shape
+            outputs = gradients.outputs.transpose(0, 1)
+            self.add_rows(
+                gradients.inputs.reshape(groups, -1, d_in),
+                outputs.reshape(groups, -1, outputs.shape[-1]),
+                0,  # they are counted above
+                examples * positions,
+            )
+            return
+        matrices = gradients.dense().flatten(0, 1).transpose(0, 1)  # (G, K B, D_out, D_in)
+        _add_moments(self.inputs, matrices.flatten(1, 2))
+        _add_moments(self.outputs, matrices.transpose(2, 3).flatten(1, 2))
+        self.positions += float(matrices.square().sum()) / len(matrices)
 
     def add_rows(self, inputs: Tensor, outputs: Tensor, examples: float, positions: float) -> None:
         """Add the second moments of rows to ``inputs`` and ``outputs``.
@@ -107,8 +142,8 @@ class LayerStatistics:
             examples: how many examples they stand for.
             positions: how many (example, position) pairs the inputs stand for.
         """
-        self.inputs.baddbmm_(inputs.transpose(1, 2), inputs)
-        self.outputs.baddbmm_(outputs.transpose(1, 2), outputs)
+        _add_moments(self.inputs, inputs)
+        _add_moments(self.outputs, outputs)
         self.examples += examples
         self.positions += positions
 
@@ -145,11 +180,11 @@ class LayerStatistics:
             self.squares_examples = float(counts)
 
     def covariance_in(self) -> Tensor:
-        """Return ``A = E[abar abar^T]``, ``(G, D_in, D_in)``."""
+        """Return ``A = E[abar abar^T]``, ``(G, D_in, D_in)``, or its diagonal ``(G, D_in)``."""
         return self.inputs / (self.positions or 1.0)
 
     def covariance_out(self) -> Tensor:
-        """Return ``S = E[sum_r ds ds^T]``, ``(G, D_out, D_out)``."""
+        """Return ``S = E[sum_r ds ds^T]``, ``(G, D_out, D_out)``, or its diagonal ``(G, D_out)``."""
         return self.outputs / max(self.examples, 1.0)
 
     def second_moment(self) -> Tensor | None:
@@ -157,54 +192,24 @@ class LayerStatistics:
         return None if self.squares is None else self.squares / self.squares_examples
 
 
+def _add_moments(total: Tensor, rows: Tensor) -> None:
+    """Add the sum of ``r r^T`` over rows ``(G, N, D)`` to ``(G, D, D)``, or its diagonal to ``(G, D)``."""
+    if total.ndim == 2:
+        total += rows.square().sum(1)
+    else:
+        total.baddbmm_(rows.transpose(1, 2), rows)
+
+
 def rotate(gradients: LayerGradients, basis: Eigenbasis) -> LayerGradients:
     """Return gradients in the eigenbasis, rotating factors or matrices, whichever is cheaper."""
     if isinstance(gradients, FactoredGradients):
-        _, _, positions, d_in = gradients.inputs.shape
-        seeds, d_out = gradients.outputs.shape[0], gradients.outputs.shape[-1]
-        factored, dense = positions * (d_in**2 + seeds * d_out**2), seeds * d_in * d_out * (d_in + d_out)
-        if positions > 1 and factored > dense:
+        positions, seeds = gradients.inputs.shape[2], gradients.num_seeds
+        _, d_out, d_in = gradients.shape
+        wide_in, wide_out = (0 if q is None else q.shape[-1] for q in (basis.q_in, basis.q_out))
+        factored = positions * (wide_in**2 + seeds * wide_out**2)
+        if positions > 1 and factored > seeds * d_in * d_out * (wide_in + wide_out):
             gradients = DenseGradients(gradients.dense())
     return gradients.rotate(basis.q_in, basis.q_out)
-
-
-def compute_eigenbasis(
-    name: str, statistics: LayerStatistics, dtype: torch.dtype = torch.float64
-) -> Eigenbasis:
-    """Eigenvectors of the two covariances of a layer.
-
-    Args:
-        name: the layer's name, for errors.
-        statistics: its sums.
-        dtype: precision of the decomposition; the result has the precision of the sums.
-
-    Returns:
-        The basis.
-
-    Raises:
-        NonFiniteError: if a covariance is not finite or cannot be decomposed.
-    """
-    bases = []
-    for side, covariance in (
-        ("input", statistics.covariance_in()),
-        ("output-gradient", statistics.covariance_out()),
-    ):
-        if not bool(torch.isfinite(covariance.sum())):
-            raise NonFiniteError(
-                f"The {side} covariance of layer {name!r} is not finite after {statistics.examples:g} "
-                "examples. Look for NaN or infinity in the inputs, the weights or the loss of this layer."
-            )
-        symmetric = covariance.to(dtype)
-        try:
-            vectors = torch.linalg.eigh((symmetric + symmetric.mT) / 2).eigenvectors
-        except RuntimeError as error:
-            raise NonFiniteError(
-                f"The {side} covariance of layer {name!r} could not be decomposed ({error}). Its entries "
-                f"range to {float(covariance.abs().max()):.3g}: rescale the inputs or leave the layer out "
-                "with `layers=`."
-            ) from error
-        bases.append(vectors.to(covariance.dtype))
-    return Eigenbasis(*bases)
 
 
 _VERSION = 1
@@ -296,7 +301,7 @@ class Factors:
             state[f"{name}/inputs"] = layer.inputs
             state[f"{name}/outputs"] = layer.outputs
             if layer.basis is not None:
-                state[f"{name}/q_in"], state[f"{name}/q_out"] = layer.basis.q_in, layer.basis.q_out
+                state |= {f"{name}/{key}": q for key, q in layer.basis.tensors().items()}
             if layer.squares is not None:
                 state[f"{name}/squares"] = layer.squares
         return state
@@ -330,7 +335,7 @@ def _layer_from_state(state: Mapping[str, Any], name: str) -> LayerStatistics:
         outputs=state[f"{name}/outputs"],
         examples=examples,
         positions=positions,
-        basis=None if q_in is None or q_out is None else Eigenbasis(q_in, q_out),
+        basis=None if q_in is None and q_out is None else Eigenbasis(q_in, q_out),
         squares=state.get(f"{name}/squares"),
         squares_examples=squares_examples,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_influence.curvature.differentiation import add_gauss_newton_products, differentiable_twice
 from lightning_influence.curvature.passes import CurvaturePass
 from lightning_influence.model.captured import MAX_COLUMNS, Captured, Fisher
-from lightning_influence.model.gradients import FactoredGradients, LayerGradients
+from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.errors import UnsupportedModelError
 
@@ -75,11 +75,11 @@ class CurvatureProductPass(CurvaturePass):
 
     def _add_by_columns(self, captured: Captured, indices: Tensor) -> None:
         for run in self._runs(captured, indices):
-            gradients = run
-            dtype = next(iter(gradients.values())).outputs.dtype
+            gradients: Mapping[str, LayerGradients] = run
+            dtype = next(iter(gradients.values())).like.dtype
             if self._sums[0].dtype == torch.float64 != dtype:  # asked for the residual of what is in float32
                 dtype = torch.float64
-                gradients = {name: layer.to(dtype=dtype) for name, layer in run.items()}
+                gradients = {name: layer.to(dtype=dtype) for name, layer in gradients.items()}
             for parts in self._parts():
                 self._add_products(gradients, dtype, parts)
             del gradients, run  # before the next ones are made
@@ -204,7 +204,7 @@ class DenseCurvaturePass(CurvaturePass):
         """Add one batch."""
         gradients = self._gradients(self._capture(module, batch, len(indices)), indices)
         if self._sum is None:
-            like = next(iter(gradients.values())).outputs
+            like = next(iter(gradients.values())).like
             size = self.layout.numel
             self._sum = torch.zeros(size, size, dtype=torch.float64, device=like.device)
         add_gram(self._sum, gradients, self.layout.dense)
@@ -218,8 +218,8 @@ class DenseCurvaturePass(CurvaturePass):
 
 def add_gram(
     out: Tensor,
-    gradients: Mapping[str, FactoredGradients],
-    dense: Callable[[Mapping[str, FactoredGradients]], Tensor],
+    gradients: Mapping[str, LayerGradients],
+    dense: Callable[[Mapping[str, LayerGradients]], Tensor],
 ) -> None:
     """Add the gradients' outer products to ``out (P, P)``, some seeds at a time.
 
@@ -230,7 +230,7 @@ def add_gram(
     """
     first = next(iter(gradients.values()))
     step = max(1, _DENSE_BYTES // (8 * first.num_examples * len(out)))
-    for start in range(0, max(layer.outputs.shape[0] for layer in gradients.values()), step):
+    for start in range(0, max(layer.num_seeds for layer in gradients.values()), step):
         few = {name: layer.seeds(slice(start, start + step)) for name, layer in gradients.items()}
         rows = dense(few).flatten(0, 1)
         out += rows.T @ rows

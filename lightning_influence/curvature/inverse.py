@@ -43,24 +43,31 @@ class EigenInverse:
         rounding = 0.0 if self.damping > eps**2 * width * largest else eps * width * largest
         return torch.where(total > rounding, self.scale / total, torch.zeros_like(total))
 
-    def apply(self, vectors: Tensor) -> Tensor:
-        """Return the inverse times vectors ``(V, G, D_out, D_in)``."""
-        if self.basis is None:
-            return vectors * self.weights
-        rotated = rotate_matrices(vectors, self.basis.q_in, self.basis.q_out) * self.weights
-        return rotate_matrices(rotated, self.basis.q_in.mT, self.basis.q_out.mT)
+    def apply(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the inverse times vectors ``(V, G, D_out, D_in)``.
+
+        Args:
+            vectors: the vectors.
+            rows: the only rows in which the vectors are not zero, if they are given there alone; the basis
+                leaves rows as they are.
+        """
+        return self._scale(vectors, self.weights if rows is None else self.weights[:, rows])
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """Return ``Q diag(eigenvalues) Q^T``, without the damping, times vectors ``(V, G, D_out, D_in)``."""
-        if self.basis is None:
-            return vectors * self.eigenvalues
-        rotated = rotate_matrices(vectors, self.basis.q_in, self.basis.q_out) * self.eigenvalues
-        return rotate_matrices(rotated, self.basis.q_in.mT, self.basis.q_out.mT)
+        return self._scale(vectors, self.eigenvalues)
 
     def quadratic(self, gradients: LayerGradients) -> Tensor:
         """Return ``g^T (.)^{-1} g`` of each gradient, ``(K, B)``, without forming the inverse's action."""
         rotated = gradients if self.basis is None else rotate(gradients, self.basis)
         return rotated.weighted_squares(self.weights)
+
+    def _scale(self, vectors: Tensor, factors: Tensor) -> Tensor:
+        """Return vectors multiplied by factors ``(G, D_out, D_in)`` in the basis."""
+        if self.basis is None:
+            return vectors * factors
+        rotated = rotate_matrices(vectors, self.basis.q_in, self.basis.q_out) * factors
+        return rotate_matrices(rotated, self.basis.transposed.q_in, self.basis.transposed.q_out)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EigenInverse:
         """Return the inverse on another device or in another precision."""

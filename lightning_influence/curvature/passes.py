@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.model.captured import RANDOM, Captured, Fisher, WeightedCount
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.losses.draws import ExampleGenerator
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import NonFiniteError
@@ -127,12 +127,12 @@ class CurvaturePass(AveragingPass):
         self._fisher = fisher
         self._max_columns, self._draws, self._seed = max_columns, draws, seed
 
-    def _gradients(self, captured: Captured, indices: Tensor) -> dict[str, FactoredGradients]:
+    def _gradients(self, captured: Captured, indices: Tensor) -> dict[str, LayerGradients]:
         """Return curvature gradients of a batch, whose draws follow its dataset indices ``(B,)``."""
         fisher, generator = self._next(captured, indices)
         return captured.curvature_gradients(fisher, generator, self._draws)
 
-    def _runs(self, captured: Captured, indices: Tensor) -> Iterator[dict[str, FactoredGradients]]:
+    def _runs(self, captured: Captured, indices: Tensor) -> Iterator[dict[str, LayerGradients]]:
         """Yield the same gradients a few seeds at a time, so that their number needs no memory."""
         fisher, generator = self._next(captured, indices)
         if captured.loss is None:
@@ -158,6 +158,8 @@ class CurvaturePass(AveragingPass):
             layer = self._plan.layers[name]
             width = layer.rule.weight(layer.module).shape[0 if layer.rule.transposed else 1]
             total += x.nbytes // max(1, width) * layer.d_out
+        if captured.loss is not None:  # tables that map to them are no modules
+            total = max(total, captured.loss.outputs.nbytes)
         return total // max(1, captured.num_examples)
 
     def _choose(self, captured: Captured) -> Fisher:

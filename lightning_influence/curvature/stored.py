@@ -24,6 +24,7 @@ from lightning_influence.model.gradients import (
     concatenate,
 )
 from lightning_influence.model.plan import LayerPlan, Layout
+from lightning_influence.model.table_gradients import TableGradients
 from lightning_influence.support.errors import NonFiniteError
 
 # Chosen by hand: examples whose gradients are formed at once when norms of products are taken.
@@ -105,13 +106,10 @@ class StoragePass(CurvaturePass):
 
     def _joined(self, name: str) -> LayerGradients:
         """Return a layer's gradients of all batches, zero where it took no part."""
-        seeds = max(_seeds(layer) for part in self._parts for layer in part.values())
-        shape = self._plan.layers[name].shape
-        like = next(part[name] for part in self._parts if name in part).select(slice(0, 1)).dense()
+        seeds = max(layer.num_seeds for part in self._parts for layer in part.values())
+        like = next(part[name] for part in self._parts if name in part)
         return concatenate([
-            _with_seeds(part[name], seeds)
-            if name in part
-            else DenseGradients(like.new_zeros(seeds, len(indices), *shape))
+            _with_seeds(part[name], seeds) if name in part else _with_seeds(like.blank(len(indices)), seeds)
             for part, indices in zip(self._parts, self._indices, strict=True)
         ])
 
@@ -258,30 +256,26 @@ def _convert(gradients: dict[str, LayerGradients], vectors: Tensor) -> Iterator[
     first = next(iter(gradients.values()), None)
     if first is None:
         return
-    tensor = first.outputs if isinstance(first, FactoredGradients) else first.dense()
-    step = _PRODUCT_BYTES // max(1, vectors[:, :1].nbytes * _seeds(first))
-    step = max(1, step if tensor.dtype == vectors.dtype else min(step, _EXAMPLES))
+    step = _PRODUCT_BYTES // max(1, vectors[:, :1].nbytes * first.num_seeds)
+    step = max(1, step if first.like.dtype == vectors.dtype else min(step, _EXAMPLES))
     for start in range(0, first.num_examples, step):
         part = slice(start, start + step)
         yield {name: layer.select(part).to(dtype=vectors.dtype) for name, layer in gradients.items()}
 
 
-def _seeds(gradients: LayerGradients) -> int:
-    """Return ``K``."""
-    if isinstance(gradients, FactoredGradients):
-        return int(gradients.outputs.shape[0])
-    return int(gradients.dense().shape[0])
-
-
 def _with_seeds(gradients: LayerGradients, count: int) -> LayerGradients:
     """Return gradients with as many seeds, those that are added being zero."""
-    missing = count - _seeds(gradients)
+    missing = count - gradients.num_seeds
+
+    def add(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
     if not missing:
         return gradients
+    if isinstance(gradients, TableGradients):
+        products = _with_seeds(gradients.products, count)
+        assert isinstance(products, FactoredGradients)
+        return TableGradients(gradients.rows, add(gradients.values), products)
     if isinstance(gradients, FactoredGradients):
-        outputs = gradients.outputs
-        return FactoredGradients(
-            gradients.inputs, torch.cat([outputs, outputs.new_zeros(missing, *outputs.shape[1:])])
-        )
-    matrices = gradients.dense()
-    return DenseGradients(torch.cat([matrices, matrices.new_zeros(missing, *matrices.shape[1:])]))
+        return FactoredGradients(gradients.inputs, add(gradients.outputs), gradients.whole)
+    return DenseGradients(add(gradients.dense()))

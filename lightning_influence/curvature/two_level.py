@@ -226,8 +226,7 @@ def square_norms(gradients: Mapping[str, LayerGradients]) -> Tensor:
     """Return ``||g||^2`` of each gradient over all layers, ``(B,)``, for ``K = 1``."""
     total: Tensor | None = None
     for layer in gradients.values():
-        like = layer.select(slice(0, 1)).dense()
-        part = layer.weighted_squares(torch.ones_like(like[0, 0]))[0]
+        part = layer.squared_norms()[0]
         total = part if total is None else total + part
     assert total is not None
     return total

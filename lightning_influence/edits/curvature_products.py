@@ -26,7 +26,7 @@ from lightning_influence.edits.data import EditData
 from lightning_influence.edits.losses import MAX_COLUMNS, Sample
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.gradients import FactoredGradients, LayerGradients, concatenate
 from lightning_influence.model.losses.draws import draw_generator
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.plan import LayerPlan, Layout
@@ -226,7 +226,7 @@ class _Part:
         coefficients: of the examples, ``(B,)``.
     """
 
-    gradients: dict[str, FactoredGradients]
+    gradients: dict[str, LayerGradients]
     coefficients: Tensor
 
     @property
@@ -236,18 +236,15 @@ class _Part:
     @property
     def shapes(self) -> list[tuple[str, int, int]]:
         """By layer the numbers of columns and of positions, which parts have to share to be joined."""
-        return [(name, len(g.outputs), g.inputs.shape[2]) for name, g in self.gradients.items()]
+        return [
+            (name, g.num_seeds, g.inputs.shape[2] if isinstance(g, FactoredGradients) else 0)
+            for name, g in self.gradients.items()
+        ]
 
     def join(self, other: _Part) -> _Part:
         """Return one part for the examples of two."""
         return _Part(
-            {
-                name: FactoredGradients(
-                    torch.cat([own.inputs, other.gradients[name].inputs], dim=1),
-                    torch.cat([own.outputs, other.gradients[name].outputs], dim=2),
-                )
-                for name, own in self.gradients.items()
-            },
+            {name: concatenate([own, other.gradients[name]]) for name, own in self.gradients.items()},
             torch.cat([self.coefficients, other.coefficients]),
         )
 
@@ -317,7 +314,7 @@ class _ProductPass:
         with differentiable_twice(module) if twice else contextlib.nullcontext():
             return self._forward(module, self._data.view(batch, indices), len(indices))
 
-    def _differentiate(self, captured: Captured, rows: Tensor) -> dict[str, FactoredGradients]:
+    def _differentiate(self, captured: Captured, rows: Tensor) -> dict[str, LayerGradients]:
         """Return gradients of columns of the output curvature, or random mixtures of them if it has many."""
         settings, self._batches = self._settings, self._batches + 1
         if not _has_many(captured):

@@ -27,7 +27,7 @@ from lightning_influence.edits.start import Start
 from lightning_influence.linalg.lanczos import estimate_largest_eigenvalue
 from lightning_influence.linalg.normal_equations import find_leading_direction
 from lightning_influence.model.forward import Forward, forward_if_weighted
-from lightning_influence.model.gradients import FactoredGradients, check_finite
+from lightning_influence.model.gradients import FactoredGradients, LayerGradients, check_finite
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import InfluenceError, NonFiniteError
 
@@ -77,7 +77,7 @@ class GradientSumPass:
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         rows = torch.isin(indices, self._data.edited).nonzero().flatten()
-        gradients: dict[str, FactoredGradients] = {}
+        gradients: dict[str, LayerGradients] = {}
         for name, factor in self._factors.items():
             if not factor:
                 continue
@@ -93,20 +93,26 @@ class GradientSumPass:
         self.examples += len(rows)
 
     def _add_gradients(
-        self, name: str, factor: float, gradients: dict[str, FactoredGradients], count: int
+        self, name: str, factor: float, gradients: dict[str, LayerGradients], count: int
     ) -> None:
-        like = next(iter(gradients.values())).inputs
+        like = next(iter(gradients.values())).like
         for key in self._factors:
             self.terms.setdefault(key, like.new_zeros(self._layout.numel))
         self._layout.add_combination(self.terms[name][None], gradients, like.new_ones(1, count, 1))
         for key, layer in gradients.items():
             # A mean over positions: channels are compared with others of their layer only.
-            pulled = factor * layer.outputs[0].mean(dim=2).sum(dim=1)
+            if isinstance(layer, FactoredGradients):
+                pulled = factor * layer.outputs[0].mean(dim=2).sum(dim=1)
+            else:  # the columns of a table are its positions
+                pulled = factor * layer.combine(like.new_ones(1, count, 1))[0].mean(dim=2)
             self.channels[key] = self.channels.get(key, torch.zeros_like(pulled)) + pulled
 
-    def _add_inputs(self, gradients: dict[str, FactoredGradients]) -> None:
+    def _add_inputs(self, gradients: dict[str, LayerGradients]) -> None:
         for key, layer in gradients.items():
-            fed = layer.inputs.mean(dim=2).sum(dim=1)
+            if isinstance(layer, FactoredGradients):
+                fed = layer.inputs.mean(dim=2).sum(dim=1)
+            else:
+                fed = layer.like.new_full((1, layer.shape[2]), layer.num_examples / layer.shape[2])
             self.inputs[key] = self.inputs.get(key, torch.zeros_like(fed)) + fed
 
 

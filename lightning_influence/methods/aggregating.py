@@ -69,10 +69,10 @@ class MeanGradientPass:
         weights = (groups[:, None] == own).to(self._dtype) * self._shares[own]  # (B, groups of this batch)
         for name, layer in gradients.items():
             shape = self._plan.layers[name].shape
-            device = layer.inputs.device
+            device = layer.like.device
             if name not in self.means:
                 self.means[name] = torch.zeros(len(self._rows), *shape, device=device, dtype=self._dtype)
-            summed = layer.combine(weights[None].to(layer.inputs)).to(self._dtype)
+            summed = layer.combine(weights[None].to(layer.like)).to(self._dtype)
             self.means[name].index_add_(0, (own - self._rows.start).to(device), summed)
 
 

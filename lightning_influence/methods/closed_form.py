@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Factors, LayerStatistics
+from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.methods.fitting import fit_diagonal, provide_factors
 from lightning_influence.methods.method import (
@@ -139,8 +139,14 @@ def take_eigenvalues(statistics: LayerStatistics) -> Tensor:
 
 def multiply_eigenvalues(statistics: LayerStatistics) -> Tensor:
     """Return K-FAC's eigenvalues, products of those of the two covariances, in the statistics' own basis."""
-    basis = statistics.basis
-    assert basis is not None
-    inputs = torch.einsum("gki,gkl,gli->gi", basis.q_in, statistics.covariance_in(), basis.q_in)
-    outputs = torch.einsum("gki,gkl,gli->gi", basis.q_out, statistics.covariance_out(), basis.q_out)
+    basis = statistics.basis or Eigenbasis(None, None)  # which is stored without a trace
+    inputs = _energies(statistics.covariance_in(), basis.q_in)
+    outputs = _energies(statistics.covariance_out(), basis.q_out)
     return outputs[:, :, None] * inputs[:, None, :]
+
+
+def _energies(covariance: Tensor, vectors: Tensor | None) -> Tensor:
+    """Return the diagonal ``(G, D)`` of a covariance in a basis; of one that is a diagonal, itself."""
+    if vectors is None:
+        return covariance if covariance.ndim == 2 else covariance.diagonal(dim1=1, dim2=2)
+    return torch.einsum("gki,gkl,gli->gi", vectors, covariance, vectors)

@@ -84,9 +84,17 @@ class Context:
         )
         return self.damping
 
-    def run_on_train(self, one_pass: Any) -> None:
-        """Run a pass over all training examples; layers that took no part in it leave the plan."""
-        self.runner.run(one_pass, self.train)
+    def run_on_train(self, one_pass: Any, run: Callable[[Any], object] | None = None) -> None:
+        """Run a pass over all training examples; layers that took no part in it leave the plan.
+
+        Args:
+            one_pass: the pass.
+            run: runs it, if it is not run as usual.
+        """
+        if run is None:
+            self.runner.run(one_pass, self.train)
+        else:
+            run(one_pass)
         silent = one_pass.forward.silent
         heard = torch.tensor([float(name not in silent) for name in self.plan.layers])
         heard = self.runner.all_reduce_sum(heard)

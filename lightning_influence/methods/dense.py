@@ -92,7 +92,7 @@ def make_factors(layout: Layout, diagonal: Tensor) -> Factors:
     blocks = layout.split(diagonal)
     layers = {}
     for name, shape in layout.shapes.items():
-        statistics = LayerStatistics.zeros(shape, device=diagonal.device, dtype=diagonal.dtype)
+        statistics = LayerStatistics.zeros(shape, (True, True), device=diagonal.device, dtype=diagonal.dtype)
         statistics.squares, statistics.squares_examples = blocks[name].clone(), 1.0
         layers[name] = statistics
     return Factors(layers=layers)

@@ -7,17 +7,19 @@ from typing import get_args
 
 import torch
 
+from lightning_influence.curvature.eigenbases import compute_eigenbases, compute_eigenbasis
 from lightning_influence.curvature.factor_passes import CovariancePass, DiagonalPass, SquaresPass
 from lightning_influence.curvature.factors import (
     ENOUGH_EXAMPLES,
     Factors,
     LayerStatistics,
-    compute_eigenbasis,
     fingerprint_differs,
 )
 from lightning_influence.methods.context import Context, compute_digest, note_unknown_outputs
+from lightning_influence.methods.resuming import FactorFolder
 from lightning_influence.model.captured import Fisher
-from lightning_influence.model.plan import LayerPlan, find_layers
+from lightning_influence.model.content import SeenData
+from lightning_influence.model.plan import LayerPlan, Layout, find_layers
 
 # Chosen by hand: memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
 CACHE_BYTES = 2**28
@@ -146,6 +148,7 @@ def _is_stale(context: Context) -> bool:
 
 def _fit(context: Context, plan: LayerPlan | None = None) -> Factors:
     options, runner, plan = context.options, context.runner, plan or context.plan
+    folder = _open_folder(context, plan)
     covariance = CovariancePass(
         plan,
         fisher=options.fitted_fisher,
@@ -153,7 +156,11 @@ def _fit(context: Context, plan: LayerPlan | None = None) -> Factors:
         cache_bytes=min(options.memory_budget, CACHE_BYTES),
         num_examples=context.train.num_examples,
     )
-    context.run_on_train(covariance)
+    if folder is None:
+        context.run_on_train(covariance)
+    else:
+        covariance.cache = None  # which would be lost
+        context.run_on_train(covariance, lambda one: folder.run(one, "covariances", covariance.losses))
     context.losses = covariance.losses
     factors = covariance.factors
     if runner.world_size > 1:
@@ -166,12 +173,55 @@ def _fit(context: Context, plan: LayerPlan | None = None) -> Factors:
         covariance.cache = None if float(dropped) else covariance.cache
     for layer in factors.layers.values():
         layer.examples = float(context.train.num_examples)  # also of batches that did not use the layer
-    covariance.finish()
+    covariance.finish(
+        compute_eigenbases(
+            factors.layers,
+            rank=runner.rank,
+            world_size=runner.world_size,
+            all_reduce_sum=runner.all_reduce_sum,
+            decompose=compute_eigenbasis if folder is None else folder.decompose,
+        )
+    )
     if covariance.cache is None:
-        runner.run(SquaresPass(plan, factors, seed=options.seed), context.train)
+        squares = SquaresPass(plan, factors, seed=options.seed)
+        if folder is None:
+            runner.run(squares, context.train)
+        else:
+            folder.run(squares, "squares")
     _reduce_squares(context, factors)
     factors.fingerprint = context.weights
+    if folder is not None and folder.restored:
+        _compare_later(context, covariance.losses)
     return factors
+
+
+def _open_folder(context: Context, plan: LayerPlan) -> FactorFolder | None:
+    """Return the folder in which the fit keeps what it has finished, None without one."""
+    options = context.options
+    if options.factors_dir is None:
+        return None
+    key = compute_digest(
+        _key(context, options.fitted_fisher),
+        Layout.of(plan.layers).shapes,
+        options.seed,
+        context.dtype,
+        context.runner.world_size,
+        options.memory_budget > 0,
+    )
+    folder = FactorFolder(options.factors_dir, key, context)
+    if context.state.forgotten:  # what is kept there is of other data
+        folder.clear()
+        context.state.forgotten = False
+    return folder
+
+
+def _compare_later(context: Context, losses: SeenData) -> None:
+    """Let a pass of this call compare its data with those that kept factors were made on."""
+    runner, state = context.runner, context.state
+    state.mean_loss = losses.mean(runner.all_reduce_sum)
+    state.content = losses.identify(runner.all_reduce_sum)
+    context.reused = True
+    context.notes.add("Factors, or parts of them, were read from factors_dir.")
 
 
 def _adopt(context: Context, factors: Factors) -> Factors:
@@ -229,7 +279,9 @@ def _complete(context: Context, factors: Factors) -> Factors:
 def _fill(context: Context, factors: Factors, plan: LayerPlan) -> None:
     """Give every process statistics of the same layers in the same order: only then can they be summed."""
     zeros = {
-        name: LayerStatistics.zeros(layer.shape, device=context.device, dtype=context.dtype)
+        name: LayerStatistics.zeros(
+            layer.shape, layer.diagonal_sides, device=context.device, dtype=context.dtype
+        )
         for name, layer in plan.layers.items()
         if name not in factors.layers
     }

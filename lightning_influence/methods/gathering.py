@@ -21,6 +21,7 @@ from lightning_influence.model.gradients import (
 )
 from lightning_influence.model.layers import Layer
 from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.table_gradients import TableGradients
 from lightning_influence.support.errors import NonFiniteError
 from lightning_influence.support.passes import Loader, Passes
 
@@ -66,9 +67,7 @@ class GradientPass:
             if not len(rows):
                 return
             indices = indices[rows]
-            gradients = {
-                name: layer.select(rows.to(layer.inputs.device)) for name, layer in gradients.items()
-            }
+            gradients = {name: layer.select(rows.to(layer.like.device)) for name, layer in gradients.items()}
         self._parts.append({name: compact(layer).to(dtype=self._dtype) for name, layer in gradients.items()})
         self._indices.append(indices)
         self._dataloaders.append(torch.full_like(indices, dataloader_idx))
@@ -92,10 +91,9 @@ class GradientPass:
 
     def _blocks(self, name: str) -> list[LayerGradients]:
         """Return a layer's gradients batch by batch."""
-        shape = self._plan.layers[name].shape
-        like = next(part[name] for part in self._parts if name in part).select(slice(0, 0)).dense()
+        like = next(part[name] for part in self._parts if name in part)
         return [
-            part[name] if name in part else DenseGradients(like.new_zeros(1, len(indices), *shape))
+            part[name] if name in part else like.blank(len(indices))
             for part, indices in zip(self._parts, self._indices, strict=True)
         ]
 
@@ -112,7 +110,7 @@ class GradientPass:
 
 def differentiate(
     forward: Forward, module: Any, batch: Any, indices: Tensor, measure: Measure | None
-) -> dict[str, FactoredGradients]:
+) -> dict[str, LayerGradients]:
     """Differentiate a measurement (the loss if None) on every example of a batch.
 
     Args:
@@ -176,9 +174,9 @@ def gather(context: Context, one_pass: GradientPass, loaders: Sequence[Loader]) 
         return Gathered(gradients, indices, dataloaders)
     forms = _forms(context, gradients, len(indices))
     joined = {}
-    for name, positions in forms.items():
+    for name, form in forms.items():
         layer = context.plan.layers[name]
-        local = _in_form(layer, gradients.get(name), len(indices), positions, context)
+        local = _in_form(layer, gradients.get(name), len(indices), form, context)
         joined[name] = _join(runner, local)
     indices, dataloaders = runner.all_gather_cat(indices), runner.all_gather_cat(dataloaders)
     order = _visiting_order(loaders, indices, dataloaders)
@@ -208,49 +206,74 @@ def gather_examples(
     return {name: found.gradients.pop(name).select(rows) for name in list(found.gradients)}
 
 
-def _forms(context: Context, gradients: dict[str, LayerGradients], count: int) -> dict[str, int]:
-    """Agree on one form a layer: the positions of the factored one, or 0 for the dense one.
+_ABSENT, _DENSE, _FACTORED, _TABLE = range(4)
+
+
+def _describe(gradients: LayerGradients | None) -> tuple[int, int, int]:
+    """Return the form of some gradients: its kind, and the positions of the products and of the rows."""
+    if isinstance(gradients, TableGradients):
+        return _TABLE, gradients.products.inputs.shape[2], gradients.rows.shape[1]
+    if isinstance(gradients, FactoredGradients):
+        return _FACTORED, gradients.inputs.shape[2], 0
+    return (_ABSENT if gradients is None else _DENSE), 0, 0
+
+
+def _forms(
+    context: Context, gradients: dict[str, LayerGradients], count: int
+) -> dict[str, tuple[int, int, int]]:
+    """Agree on one form a layer.
 
     Returns:
-        The form of each layer that some process has gradients of.
+        The form of each layer that some process has gradients of, see :func:`_describe`.
     """
-    kinds = []
-    for name in context.plan.layers:
-        layer = gradients.get(name)
-        factored = layer.inputs.shape[2] if isinstance(layer, FactoredGradients) else 0
-        kinds.append([int(layer is not None), factored, count])
+    kinds = [[*_describe(gradients.get(name)), count] for name in context.plan.layers]
     everyone = context.runner.all_gather_cat(torch.tensor([kinds])).tolist()
     forms = {}
     for number, name in enumerate(context.plan.layers):
-        own = [process[number] for process in everyone]
-        if any(present for present, _, _ in own):
-            positions = {factored for _, factored, examples in own if examples}
-            forms[name] = positions.pop() if len(positions) == 1 else 0
+        present = [process[number] for process in everyone if process[number][0] != _ABSENT]
+        own = {(kind, positions, rows) for kind, positions, rows, examples in present if examples}
+        if not present:
+            continue
+        if own and all(kind == _TABLE for kind, _, _ in own):  # padded to the largest
+            forms[name] = (_TABLE, *map(max, zip(*((positions, rows) for _, positions, rows in own))))  # noqa: B905
+        else:
+            forms[name] = own.pop() if len(own) == 1 else (_DENSE, 0, 0)
     return forms
 
 
 def _in_form(
-    layer: Layer, gradients: LayerGradients | None, count: int, positions: int, context: Context
+    layer: Layer, gradients: LayerGradients | None, count: int, form: tuple[int, int, int], context: Context
 ) -> LayerGradients:
     """This process's gradients of one layer in the agreed form; zeros where it has none.
 
     Returns:
         Gradients of ``count`` examples.
     """
-    like = torch.zeros((), device=context.device, dtype=context.dtype)
+    kind, positions, rows = form
+    zeros = torch.zeros((), device=context.device, dtype=context.dtype).new_zeros
     groups, d_out, d_in = layer.shape
-    if positions:
-        if gradients is not None:
-            return gradients
-        inputs = like.new_zeros(groups, count, positions, d_in)
-        return FactoredGradients(inputs, like.new_zeros(1, groups, count, positions, d_out))
-    return DenseGradients(like.new_zeros(1, count, *layer.shape) if gradients is None else gradients.dense())
+    if kind == _DENSE:
+        return DenseGradients(zeros(1, count, *layer.shape) if gradients is None else gradients.dense())
+    if gradients is None or gradients.num_examples == 0 or kind == _TABLE:
+        inputs, outputs = zeros(groups, count, positions, d_in), zeros(1, groups, count, positions, d_out)
+        factored = FactoredGradients(inputs, outputs)
+        if kind == _FACTORED:
+            return factored
+        if isinstance(gradients, TableGradients):
+            return gradients.padded(rows, positions)
+        none = torch.zeros(count, rows, dtype=torch.int64, device=context.device)
+        return TableGradients(none, zeros(1, count, rows, d_in), factored)
+    return gradients
 
 
 def _join(runner: Passes, layer: LayerGradients) -> LayerGradients:
     def along(tensor: Tensor, dim: int) -> Tensor:
         return runner.all_gather_cat(tensor.transpose(0, dim).contiguous()).transpose(0, dim).contiguous()
 
+    if isinstance(layer, TableGradients):
+        products = _join(runner, layer.products)
+        assert isinstance(products, FactoredGradients)
+        return TableGradients(along(layer.rows, 0), along(layer.values, 1), products)
     if isinstance(layer, FactoredGradients):
         return FactoredGradients(along(layer.inputs, 1), along(layer.outputs, 2))
     return DenseGradients(along(layer.dense(), 1))

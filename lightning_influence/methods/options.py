@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -22,6 +23,7 @@ from lightning_influence.support.arguments import (
     is_number,
     to_plain_number,
 )
+from lightning_influence.support.storage import PathLike
 
 Damping = float | Literal["auto", "heuristic"]
 
@@ -48,6 +50,16 @@ def require_choice(accepted: Iterable[str]) -> dict[str, Check]:
     return {"check": functools.partial(check_choice, choices=accepted)}
 
 
+def _check_path(name: str, value: object) -> None:
+    """Refuse what is no path.
+
+    Raises:
+        TypeError: saying what is accepted.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"Got {name}={value!r}; accepted is the path of a folder, or None.")
+
+
 @dataclass(frozen=True)
 class Options:
     """What all methods share, with what it means in :func:`~lightning_influence.influence`.
@@ -56,6 +68,9 @@ class Options:
         damping: ``lambda`` in the unit of the mean loss's curvature, or the rule that decides it.
         fisher: which gradients factors and matrices are made of; None for the method's own choice.
         memory_budget: bytes for what a method keeps of its own.
+        factors_dir: a folder in which fitting factors keeps what it has finished, part by part and layer by
+            layer; the same call goes on from there after it was killed, and a later one reads them. It takes
+            a pass more where one pass would have given factors and eigenvalues. None to keep nothing.
         seed: of random draws.
         unused: options of other methods that were given, as ``name=value``; :func:`read_options` fills it in.
 
@@ -66,6 +81,7 @@ class Options:
     damping: Damping = "auto"
     fisher: Fisher | None = field(default=None, metadata=require_choice(get_args(Fisher)))
     memory_budget: int = field(default=2**30, metadata=require_count(1))
+    factors_dir: PathLike | None = field(default=None, kw_only=True, metadata={"check": _check_path})
     seed: int = field(default=0, metadata=require_count(0))
     unused: tuple[str, ...] = field(default=(), kw_only=True, compare=False, repr=False)
 

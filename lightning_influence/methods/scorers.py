@@ -20,6 +20,7 @@ from lightning_influence.curvature.two_level import Correction
 from lightning_influence.linalg.low_rank import LowRank, factorise_weights
 from lightning_influence.methods.scoring_passes import LayeredScorer, stack_layers
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.model.table_gradients import TableGradients
 
 # Chosen by hand: entries of an intermediate that should stay in a processor's cache, 1 MiB of float32.
 _CACHED = 2**18
@@ -37,12 +38,14 @@ class Thin:
     def __init__(self, inverse: EigenInverse, queries: FactoredGradients, form: LowRank) -> None:
         inputs, outputs = queries.inputs[0, :, 0], queries.outputs[0, 0, :, 0]
         basis = inverse.basis
-        if basis is not None:
-            inputs, outputs = inputs @ basis.q_in[0], outputs @ basis.q_out[0]
+        q_in, q_out = (None, None) if basis is None else (basis.q_in, basis.q_out)
+        inputs, outputs = _turn(inputs, q_in), _turn(outputs, q_out)
         left = outputs[:, None] * form.left  # (Q, r, D_out)
         right = inputs[:, None] * form.right
-        if basis is not None:
-            left, right = left @ basis.q_out[0].T, right @ basis.q_in[0].T
+        left, right = (
+            _turn(left, None if q_out is None else q_out.mT),
+            _turn(right, None if q_in is None else q_in.mT),
+        )
         self.rank, self.count = form.rank, inputs.shape[0]
         self.left, self.right = left.contiguous(), right.contiguous()
 
@@ -112,6 +115,7 @@ class PreconditionedScorer:
         self._dense: dict[str, Tensor] = {}
         self._thin: dict[str, tuple[Thin, Thin | None]] = {}
         self._bases: dict[str, Eigenbasis] = {}
+        self._rows: dict[str, Tensor] = {}  # of tables, the only ones in which solved queries are not zero
         self._checked = tolerance <= 0
         directions = None if correction is None else inverse.layout.split(correction.directions)
         self._directions = directions
@@ -154,6 +158,9 @@ class PreconditionedScorer:
     def _solve(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return corrected solution of some queries in one layer, ``(Q, G, D_out, D_in)``."""
         solved: Tensor | None = None
+        if name in self._rows:
+            few = self._restricted(name, self._queries[name].select(rows))
+            return self._inverse.layers[name].apply(few.dense()[0], self._rows[name])
         if name in self._queries:
             solved = self._inverse.layers[name].apply(self._queries[name].select(rows).dense()[0])
         if self._correction is not None:
@@ -223,8 +230,27 @@ class PreconditionedScorer:
         """Give up the low-rank route of a layer; its queries are not needed again."""
         self._thin.pop(name, None)
         self.ranks.pop(name, None)
+        self._find_rows(name)
         self._dense[name] = self._weigh(name) if self._stays_rotated(name) else self._solve(name)
         self._queries.pop(name, None)
+
+    def _find_rows(self, name: str) -> None:
+        """Note the rows of a table that queries have looked up, if they have no other gradients in it."""
+        queries, basis = self._queries.get(name), self._inverse.layers[name].basis
+        if self._correction is not None or not isinstance(queries, TableGradients) or queries.maps:
+            return
+        if basis is None or basis.q_out is None:
+            rows = torch.unique(queries.rows)
+            self._rows[name] = rows if len(rows) else rows.new_zeros(1)
+
+    def _restricted(self, name: str, layer: LayerGradients) -> LayerGradients:
+        """Return gradients in the rows alone that a layer's solved queries have."""
+        rows = self._rows.get(name)
+        if rows is None:
+            return layer
+        if isinstance(layer, TableGradients):
+            return layer.restrict(rows)
+        return DenseGradients(layer.dense()[:, :, :, rows])
 
     def _stays_rotated(self, name: str) -> bool:
         """Return whether a layer's dense scores are taken in the eigenbasis.
@@ -245,7 +271,7 @@ class PreconditionedScorer:
 
     def _rotated(self, name: str, layer: LayerGradients) -> LayerGradients:
         """Return training gradients in the basis that the layer's queries are in."""
-        basis = self._bases.get(name)
+        basis, layer = self._bases.get(name), self._restricted(name, layer)
         return layer if basis is None else layer.rotate(basis.q_in, basis.q_out)
 
     def _exact(self, name: str, layer: LayerGradients) -> Tensor:
@@ -255,7 +281,7 @@ class PreconditionedScorer:
             return self._rotated(name, layer).dot(self._dense[name][few])[0].T
         inverse, basis = self._inverse.layers[name], self._inverse.layers[name].basis
         if self._correction is not None or basis is None:
-            return layer.dot(self._solve(name, few))[0].T
+            return self._restricted(name, layer).dot(self._solve(name, few))[0].T
         # In the eigenbasis factors are rotated, which takes less than rotating solutions back.
         queries = self._queries[name].select(few).rotate(basis.q_in, basis.q_out).dense()[0]
         return layer.rotate(basis.q_in, basis.q_out).dot(queries * inverse.weights)[0].T
@@ -295,7 +321,7 @@ class DenseScorer:
 
     def _score(self, name: str, layer: LayerGradients) -> Tensor:
         """Return one layer's inner products ``(Q, B)``."""
-        return layer.dot(self._block(name, _dtype(layer)))[0].T
+        return layer.dot(self._block(name, layer.like.dtype))[0].T
 
     def _block(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a layer's solutions in the gradients' precision, converted once."""
@@ -325,8 +351,9 @@ class JointScorer:
         return dict(zip(gradients, torch.cat(parts, dim=1)[:, self._order], strict=True))
 
 
-def _dtype(layer: LayerGradients) -> torch.dtype:
-    return layer.inputs.dtype if isinstance(layer, FactoredGradients) else layer.dense().dtype
+def _turn(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """Return rows ``(..., D)`` in a basis ``(1, D, D)``; None stands for the identity."""
+    return rows if basis is None else rows @ basis[0]
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

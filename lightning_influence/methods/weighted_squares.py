@@ -75,7 +75,10 @@ class Aggregation:
         energy, weights = inverse.eigenvalues[0], inverse.weights[0]
         rows = energy.sum(1).argsort(descending=True, stable=True)
         columns = energy.sum(0).argsort(descending=True, stable=True)
-        self._basis, self._rows, self._columns = inverse.basis, rows, columns
+        assert inverse.basis.q_in is not None
+        assert inverse.basis.q_out is not None
+        self._q_out, self._q_in = inverse.basis.q_out[0], inverse.basis.q_in[0]
+        self._rows, self._columns = rows, columns
         self._energy, self._weights = energy[rows][:, columns], weights[rows][:, columns]
 
     def at(self, p: int, q: int) -> Aggregated:
@@ -90,8 +93,8 @@ class Aggregation:
         """
         weights, energy = self._weights, self._energy
         return Aggregated(
-            self._basis.q_out[0][:, self._rows[:p]],
-            self._basis.q_in[0][:, self._columns[:q]],
+            self._q_out[:, self._rows[:p]],
+            self._q_in[:, self._columns[:q]],
             weights[:p, :q].contiguous(),
             _average(weights[:p, q:], energy[:p, q:], 1),
             _average(weights[p:, :q], energy[p:, :q], 0),
@@ -335,7 +338,7 @@ def _simple(gradients: LayerGradients) -> bool:
 
 def _worth_a_search(inverse: EigenInverse, gradients: LayerGradients) -> bool:
     """Return whether averaged weights may serve a layer."""
-    if inverse.basis is None or not _simple(gradients):
+    if inverse.basis is None or not inverse.basis.is_whole or not _simple(gradients):
         return False
     d_out, d_in = inverse.eigenvalues.shape[1:]
     return count_exact(d_out, d_in, _positions(gradients)) >= _SMALLEST

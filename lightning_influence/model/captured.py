@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.losses.draws import balanced_signs, draw_signs
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.recorder import Recorder
@@ -57,7 +57,7 @@ class Captured:
         """Return the sum of :meth:`per_example`, differentiable."""
         return self.per_example().sum() if self.loss is None else self.loss.total()
 
-    def loss_gradients(self, *, keep_graph: bool = True) -> dict[str, FactoredGradients]:
+    def loss_gradients(self, *, keep_graph: bool = True) -> dict[str, LayerGradients]:
         """Gradients of the per-example losses, before division by the mean weight.
 
         Args:
@@ -71,7 +71,7 @@ class Captured:
         outputs, seed = self.loss.seed()
         return self.recorder.gradients(outputs, [seed], self.num_examples, keep_graph=keep_graph)
 
-    def loss_gradient_parts(self) -> Iterator[dict[str, FactoredGradients]]:
+    def loss_gradient_parts(self) -> Iterator[dict[str, LayerGradients]]:
         """Return :meth:`loss_gradients` in runs of consecutive examples; nothing further can be asked for."""
         if self.loss is None:
             outputs = self.per_example()
@@ -80,14 +80,14 @@ class Captured:
             outputs, seed = self.loss.seed()
         return self.recorder.gradient_parts(outputs, seed, self.num_examples)
 
-    def gradients_of(self, values: Tensor, *, keep_graph: bool = True) -> dict[str, FactoredGradients]:
+    def gradients_of(self, values: Tensor, *, keep_graph: bool = True) -> dict[str, LayerGradients]:
         """Return gradients of any per-example values ``(B,)`` computed from this forward pass, ``K = 1``."""
         seeds: list[Tensor | None] = [torch.ones_like(values)]
         return self.recorder.gradients(values, seeds, self.num_examples, keep_graph=keep_graph)
 
     def curvature_gradients(
         self, fisher: Fisher, generator: torch.Generator | None = None, draws: int = 1
-    ) -> dict[str, FactoredGradients]:
+    ) -> dict[str, LayerGradients]:
         """Gradients whose outer products average to the Gauss-Newton matrix or an estimate of it.
 
         Args:
@@ -114,10 +114,12 @@ class Captured:
     ) -> dict[str, Tensor]:
         """Return the output gradients ``(G, B, R, D_out)`` of :meth:`curvature_gradients`, for one draw."""
         if self.loss is None:
-            values = self.per_example()
-            return self.recorder.backward(values, torch.ones_like(values), self.num_examples)
-        seed = next(self.curvature_seeds(fisher, generator))
-        return self.recorder.backward(self.loss.outputs, seed, self.num_examples)
+            outputs = self.per_example()
+            seed = torch.ones_like(outputs)
+        else:
+            outputs, seed = self.loss.outputs, next(self.curvature_seeds(fisher, generator))
+        found = self.recorder.backward(outputs, seed, self.num_examples)
+        return {name: slopes[0] for name, slopes in found.items()}  # of modules, which have one tensor each
 
     def curvature_seeds(
         self, fisher: Fisher, generator: torch.Generator | None = None, draws: int = 1
@@ -153,7 +155,7 @@ class Captured:
 
     def random_gradients(
         self, fisher: Fisher, generators: Sequence[torch.Generator | None], draws: int = 1
-    ) -> list[dict[str, FactoredGradients]]:
+    ) -> list[dict[str, LayerGradients]]:
         """Gradients at random seeds, drawn once from each source, on the one set of layer inputs.
 
         Args:

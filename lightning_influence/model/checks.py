@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.captured import Captured
+from lightning_influence.model.gradients import FactoredGradients, LayerGradients
 from lightning_influence.model.layers import Layer
 from lightning_influence.model.rearranging import Layout, find_layouts, rearranged
-from lightning_influence.model.recorder import Recorder
+from lightning_influence.model.recorder import Recorder, Slopes
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,
@@ -71,7 +72,7 @@ def check_independent(captured: Captured) -> None:
 
 
 def _coupled(
-    recorder: Recorder, values: Tensor, factors: Tensor, outputs: Mapping[str, Tensor]
+    recorder: Recorder, values: Tensor, factors: Tensor, outputs: Mapping[str, Slopes]
 ) -> str | None:
     """Name a layer whose gradients at row ``b`` are not those of example ``b``'s loss alone.
 
@@ -90,12 +91,15 @@ def _coupled(
     num_examples = len(values)
     if num_examples < 2:
         return None
-    for name, grad in recorder.backward(values, _first(values), num_examples).items():
-        if bool(grad[:, 1:].nan_to_num(0.0, 0.0, 0.0).any()):  # not finite: refused elsewhere, as such
+    for name, grads in recorder.backward(values, _first(values), num_examples).items():
+        # What is not finite is refused elsewhere, as such.
+        if any(bool(grad[:, 1:].nan_to_num(0.0, 0.0, 0.0).any()) for grad in grads):
             return name
     for powers in _powers(values):
-        for name, weighed in recorder.backward(values, powers * factors, num_examples).items():
-            expected = outputs[name] * powers.to(weighed.dtype)[:, None, None]
+        found = recorder.backward(values, powers * factors, num_examples)
+        pairs = [(name, *pair) for name in found for pair in zip(found[name], outputs[name], strict=True)]
+        for name, weighed, once in pairs:
+            expected = once * powers.to(weighed.dtype)[:, None, None]
             wrong, size = _row_norms(weighed - expected), _row_norms(expected)
             if bool((wrong > _ROW_LIMIT * size.clamp(min=_ROW_FLOOR * float(size.max()))).any()):
                 return name
@@ -141,7 +145,7 @@ def _factors(values: Tensor) -> Tensor:
 
 
 def _partly_seen(
-    captured: Captured, values: Tensor, factors: Tensor, outputs: Mapping[str, Tensor]
+    captured: Captured, values: Tensor, factors: Tensor, outputs: Mapping[str, Slopes]
 ) -> str | None:
     """Name a layer whose gradients do not make up the gradient of its parameters.
 
@@ -156,9 +160,12 @@ def _partly_seen(
     Returns:
         The first such layer, or None.
     """
-    recorder = captured.recorder
-    inputs = recorder.inputs(captured.num_examples)
-    layers = {name: recorder.layers[name] for name in outputs}
+    recorder, B = captured.recorder, captured.num_examples
+    gradients = {
+        name: recorder.assemble(name, tuple(slope[None] for slope in slopes), B)
+        for name, slopes in outputs.items()
+    }
+    layers = {name: recorder.layers[name] for name in gradients}
     parameters = {name: _parameters(layer) for name, layer in layers.items()}
     flat = [p for own in parameters.values() for p in own]
     if not flat:
@@ -169,15 +176,21 @@ def _partly_seen(
         )
     )
     for name, layer in layers.items():
-        weight, *bias = [next(found) for _ in parameters[name]]
+        weight, *bias = [next(found).to_dense() for _ in parameters[name]]  # of sparse embeddings
         whole = layer.from_parameters(weight, bias[0] if bias else None)
-        seen = torch.einsum("gbro,gbri->goi", outputs[name], inputs[name])
-        size = torch.einsum("gbro,gbri->goi", outputs[name].abs(), inputs[name].abs()).norm()
+        seen, size = _add_up(gradients[name]), _add_up(gradients[name].absolute()).norm()
         limit = _LIMITS.get(weight.dtype, 5e-2) * size
         hooked = any(p._backward_hooks for p in parameters[name])  # of the user's, which change gradients
         if not hooked and bool((seen - whole.to(seen)).norm() > limit):
             return name
     return None
+
+
+def _add_up(gradients: LayerGradients) -> Tensor:
+    """Return the sum of some gradients over the examples, ``(G, D_out, D_in)``, for one seed."""
+    if isinstance(gradients, FactoredGradients) and not gradients.inputs.shape[2]:
+        return gradients.like.new_zeros(gradients.shape)  # a layer that was called on nothing
+    return gradients.combine(gradients.like.new_ones(1, gradients.num_examples, 1))[0]
 
 
 def _parameters(layer: Layer) -> list[Tensor]:

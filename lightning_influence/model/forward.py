@@ -300,13 +300,13 @@ class Forward:
         except Exception:  # the step may need a fit, whence the user's own loss
             return
         ours = captured.recorder.backward(captured.total(), None, captured.num_examples)
-        shared = [layer for layer in ours if layer in theirs and ours[layer].shape == theirs[layer].shape]
+        # A layer's are as many in both, but for tables that one of the two uses in another way.
+        pairs = [pair for layer in ours if layer in theirs for pair in zip(ours[layer], theirs[layer])]  # noqa: B905
+        shared = [(own.flatten(), other.flatten()) for own, other in pairs if own.shape == other.shape]
         if not shared:
             return
         check_direction(
-            torch.cat([ours[layer].flatten() for layer in shared]),
-            torch.cat([theirs[layer].flatten() for layer in shared]),
-            name,
+            torch.cat([own for own, _ in shared]), torch.cat([other for _, other in shared]), name
         )
         self.plan.verified.add(name)
 

@@ -32,8 +32,33 @@ class LayerGradients(ABC):
 
     @property
     @abstractmethod
+    def tensors(self) -> Sequence[Tensor]:
+        """What holds them; the first one is of their precision and device."""
+
+    @property
+    @abstractmethod
+    def num_seeds(self) -> int:
+        """``K``."""
+
+    @property
+    @abstractmethod
     def num_examples(self) -> int:
         """``B``."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """``(G, D_out, D_in)``."""
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of their precision and device."""
+        return self.tensors[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -60,6 +85,26 @@ class LayerGradients(ABC):
         """``sum_ij weights_ij g_ij^2`` of each gradient, ``(K, B)``, for weights ``(G, D_out, D_in)``."""
 
     @abstractmethod
+    def squared_norms(self) -> Tensor:
+        """``||g||^2`` of each gradient, ``(K, B)``."""
+
+    @abstractmethod
+    def absolute(self) -> LayerGradients:
+        """The same with all factors positive: what is added up without cancelling."""
+
+    @abstractmethod
+    def blank(self, num_examples: int) -> LayerGradients:
+        """Gradients of zero, of other examples, in a form that :meth:`join` takes without forming any."""
+
+    @abstractmethod
+    def join(self, others: Sequence[LayerGradients]) -> LayerGradients | None:
+        """These and further examples in one, or None where that takes forming the matrices."""
+
+    @abstractmethod
+    def seeds(self, index: slice) -> LayerGradients:
+        """The gradients of some of the seeds."""
+
+    @abstractmethod
     def select(self, index: Tensor | slice) -> LayerGradients:
         """The gradients of some of the examples."""
 
@@ -73,11 +118,6 @@ class LayerGradients(ABC):
     ) -> LayerGradients:
         """The gradients on another device or in another precision."""
 
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Memory held, in bytes."""
-
 
 @dataclass(frozen=True)
 class DenseGradients(LayerGradients):
@@ -90,9 +130,25 @@ class DenseGradients(LayerGradients):
     matrices: Tensor
 
     @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What holds them."""
+        return [self.matrices]
+
+    @property
+    def num_seeds(self) -> int:
+        """``K``."""
+        return self.matrices.shape[0]
+
+    @property
     def num_examples(self) -> int:
         """``B``."""
         return self.matrices.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(G, D_out, D_in)``."""
+        groups, d_out, d_in = self.matrices.shape[2:]
+        return groups, d_out, d_in
 
     def dense(self) -> Tensor:
         """Return the gradient matrices, ``(K, B, G, D_out, D_in)``."""
@@ -119,6 +175,26 @@ class DenseGradients(LayerGradients):
         """Return weighted norms ``(K, B)``."""
         return weighted_squares(self.matrices, weights)
 
+    def squared_norms(self) -> Tensor:
+        """Return ``||g||^2``, ``(K, B)``."""
+        return self.matrices.flatten(2).square().sum(2)
+
+    def absolute(self) -> DenseGradients:
+        """Return the matrices of absolute values."""
+        return DenseGradients(self.matrices.abs())
+
+    def blank(self, num_examples: int) -> DenseGradients:
+        """Return zeros."""
+        return DenseGradients(self.matrices.new_zeros(self.num_seeds, num_examples, *self.shape))
+
+    def join(self, others: Sequence[LayerGradients]) -> DenseGradients:
+        """Return these and further examples."""
+        return DenseGradients(torch.cat([self.matrices, *(other.dense() for other in others)], dim=1))
+
+    def seeds(self, index: slice) -> DenseGradients:
+        """Return the gradients of some of the seeds."""
+        return DenseGradients(self.matrices[index])
+
     def select(self, index: Tensor | slice) -> DenseGradients:
         """Return the gradients of some of the examples."""
         return DenseGradients(self.matrices[:, index])
@@ -132,11 +208,6 @@ class DenseGradients(LayerGradients):
     ) -> DenseGradients:
         """Return the gradients on another device or in another precision."""
         return DenseGradients(self.matrices.to(device, dtype))
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held, in bytes."""
-        return self.matrices.nbytes
 
 
 def rotate_matrices(matrices: Tensor, q_in: Tensor | None, q_out: Tensor | None) -> Tensor:
@@ -182,9 +253,24 @@ class FactoredGradients(LayerGradients):
     whole: bool = False
 
     @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What holds them."""
+        return [self.inputs, self.outputs]
+
+    @property
+    def num_seeds(self) -> int:
+        """``K``."""
+        return self.outputs.shape[0]
+
+    @property
     def num_examples(self) -> int:
         """``B``."""
         return self.inputs.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(G, D_out, D_in)``."""
+        return self.inputs.shape[0], self.outputs.shape[-1], self.inputs.shape[-1]
 
     def dense(self) -> Tensor:
         """Return the gradient matrices, ``(K, B, G, D_out, D_in)``."""
@@ -288,6 +374,41 @@ class FactoredGradients(LayerGradients):
             return (self.outputs.square()[:, :, :, 0] * pushed).sum(dim=(1, 3))
         return torch.cat([weighted_squares(part.dense(), weights) for part in self._chunks()], dim=1)
 
+    def squared_norms(self) -> Tensor:
+        """Return ``||g||^2``, ``(K, B)``: from products of positions, or of formed matrices if it is less."""
+        positions, (_, d_out, d_in) = self.inputs.shape[2], self.shape
+        if self.whole:
+            return self.outputs.square().sum(dim=(1, 3, 4))
+        if positions == 1:
+            norms = self.outputs.square().sum(-1) * self.inputs.square().sum(-1)
+            return norms.sum(dim=(1, 3))
+        if positions * (d_in + d_out) <= d_in * d_out:
+            gram = torch.matmul(self.outputs, self.outputs.mT) * torch.matmul(self.inputs, self.inputs.mT)
+            return gram.sum(dim=(1, 3, 4))
+        return torch.cat([part.dense().flatten(2).square().sum(2) for part in self._chunks()], dim=1)
+
+    def absolute(self) -> FactoredGradients:
+        """Return the same with all factors positive."""
+        return replace(self, inputs=self.inputs.abs(), outputs=self.outputs.abs())
+
+    def blank(self, num_examples: int) -> FactoredGradients:
+        """Return products of zeros with as many positions."""
+        groups, _, positions, d_in = self.inputs.shape
+        inputs = self.inputs.new_zeros(groups, num_examples, positions, d_in)
+        if self.whole:
+            inputs = self.inputs[:, :1].expand_as(inputs) if self.num_examples else inputs
+        outputs = self.outputs.new_zeros(self.num_seeds, groups, num_examples, *self.outputs.shape[3:])
+        return FactoredGradients(inputs, outputs, self.whole)
+
+    def join(self, others: Sequence[LayerGradients]) -> FactoredGradients | None:
+        """Return these and further examples where all have as many positions; None elsewhere."""
+        parts = [self, *(other for other in others if isinstance(other, FactoredGradients))]
+        if len(parts) <= len(others) or len({part.inputs.shape[2] for part in parts}) > 1:
+            return None
+        inputs = torch.cat([part.inputs for part in parts], dim=1)
+        outputs = torch.cat([part.outputs for part in parts], dim=2)
+        return FactoredGradients(inputs, outputs, all(part.whole for part in parts))
+
     def seeds(self, index: slice) -> FactoredGradients:
         """Return the gradients of some of the seeds."""
         return replace(self, outputs=self.outputs[index])
@@ -305,11 +426,6 @@ class FactoredGradients(LayerGradients):
     ) -> FactoredGradients:
         """Return the gradients on another device or in another precision."""
         return FactoredGradients(self.inputs.to(device, dtype), self.outputs.to(device, dtype), self.whole)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held, in bytes."""
-        return self.inputs.nbytes + self.outputs.nbytes
 
     def _rows(self) -> Tensor:
         """Return the gradients as flat vectors ``(B, K, P_l)``: one product an example for all its seeds."""
@@ -330,15 +446,11 @@ class FactoredGradients(LayerGradients):
 
 
 def concatenate(parts: Sequence[LayerGradients]) -> LayerGradients:
-    """Return several batches as one, in order: factored if all are and have equal ``R``, else dense."""
+    """Return several batches as one, in order: factored where all are so in one form, else dense."""
     if len(parts) == 1:
         return parts[0]
-    factored = [part for part in parts if isinstance(part, FactoredGradients)]
-    if len(factored) == len(parts) and len({part.inputs.shape[2] for part in factored}) == 1:
-        inputs = torch.cat([part.inputs for part in factored], dim=1)
-        outputs = torch.cat([part.outputs for part in factored], dim=2)
-        return FactoredGradients(inputs, outputs, all(part.whole for part in factored))
-    return DenseGradients(torch.cat([part.dense() for part in parts], dim=1))
+    joined = parts[0].join(parts[1:])
+    return DenseGradients(torch.cat([part.dense() for part in parts], dim=1)) if joined is None else joined
 
 
 def _chunk(bytes_each: int, count: int, limit: int = _CHUNK_BYTES) -> int:
@@ -346,9 +458,10 @@ def _chunk(bytes_each: int, count: int, limit: int = _CHUNK_BYTES) -> int:
     return max(1, min(count, limit // max(1, bytes_each)))
 
 
-def compact(gradients: FactoredGradients) -> LayerGradients:
-    """Return the cheaper form: factored for one position per example, else dense."""
-    return gradients if gradients.inputs.shape[2] == 1 else DenseGradients(gradients.dense())
+def compact(gradients: LayerGradients) -> LayerGradients:
+    """Return the cheaper form: dense for products of several positions, else as they are."""
+    several = isinstance(gradients, FactoredGradients) and gradients.inputs.shape[2] > 1
+    return DenseGradients(gradients.dense()) if several else gradients
 
 
 def check_finite(gradients: Mapping[str, LayerGradients]) -> None:
@@ -360,7 +473,10 @@ def check_finite(gradients: Mapping[str, LayerGradients]) -> None:
     Raises:
         NonFiniteError: naming the layers whose inputs or output gradients are not finite.
     """
-    check_finite_tensors({name: _tensors(layer) for name, layer in gradients.items()})
+    check_finite_tensors({
+        name: [tensor for tensor in layer.tensors if tensor.is_floating_point()]
+        for name, layer in gradients.items()
+    })
 
 
 def check_finite_tensors(tensors: Mapping[str, Sequence[Tensor]]) -> None:
@@ -381,7 +497,3 @@ def check_finite_tensors(tensors: Mapping[str, Sequence[Tensor]]) -> None:
             f"Non-finite inputs or gradients in layers {bad}; nothing was stored. Check the weights and the "
             "batch for NaN or infinity, or train with a smaller learning rate."
         )
-
-
-def _tensors(layer: LayerGradients) -> list[Tensor]:
-    return [layer.inputs, layer.outputs] if isinstance(layer, FactoredGradients) else [layer.dense()]

@@ -108,6 +108,12 @@ class Layer:
         return self.groups, self.d_out, self.d_in
 
     @property
+    def diagonal_sides(self) -> tuple[bool, bool]:
+        """Whether only the diagonal is held of the covariance of outputs, and of that of inputs."""
+        limit = MATRIX_WIDTH if isinstance(self.rule, ParameterRule) else SIDE_WIDTH
+        return self.d_out > limit, self.d_in - self.has_bias > limit
+
+    @property
     def has_gradient_hooks(self) -> bool:
         """Whether somebody's hooks change the gradients of the parameters, as masks of a part do."""
         parameters = (self.rule.weight(self.module), self.rule.bias(self.module))
@@ -168,8 +174,10 @@ class Layer:
 
 # A parameter by itself is a vector up to the first width: the second moments of its gradients are a matrix,
 # whose eigendecomposition costs what that of a layer of this width does. Above, it is a matrix of rows and
-# columns if no dimension is larger than the second width, else only the diagonal is held. Chosen by hand.
-DENSE_WIDTH, MATRIX_WIDTH = 1024, 4096
+# columns; if one dimension is larger than the second width it is a table, of whose larger dimension only a
+# diagonal is held. Of the inputs and of the outputs of a layer only the diagonal is held above the last
+# width, the widest whose eigendecomposition takes minutes on one core. Chosen by hand.
+DENSE_WIDTH, MATRIX_WIDTH, SIDE_WIDTH = 1024, 4096, 8192
 
 
 @dataclass(frozen=True)
@@ -177,8 +185,8 @@ class ParameterRule(LayerRule):
     """A parameter by itself, whatever uses it.
 
     A small one is a vector: one input, which is 1, and its gradient as output gradient. A matrix has inputs
-    and output gradients of the operations that it maps in, or the columns of its gradient. Each entry is a
-    group of its own where these are too wide.
+    and output gradients of the operations that it maps in, or the columns of its gradient. A large matrix is
+    a table, whose ``V`` rows are its larger dimension. Each entry of another large one is a group of its own.
 
     Attributes:
         attribute: the parameter's name in its module.
@@ -187,11 +195,13 @@ class ParameterRule(LayerRule):
     attribute: str
 
     def shape(self, module: nn.Module) -> tuple[int, int, int]:
-        """Return ``(1, numel, 1)``, ``(1, rows, columns)`` for a matrix, ``(numel, 1, 1)`` for a wide one."""
+        """Return ``(1, numel, 1)``, ``(1, rows, columns)`` for a matrix or table, ``(numel, 1, 1)`` else."""
         weight = self.weight(module)
         numel, rows = weight.numel(), weight.shape[0] if weight.ndim else 1
         if numel <= DENSE_WIDTH:
             return (1, numel, 1)
+        if is_table(weight):
+            return (1, max(weight.shape), min(weight.shape))
         return (1, rows, numel // rows) if max(rows, numel // rows) <= MATRIX_WIDTH else (numel, 1, 1)
 
     def inputs(self, module: nn.Module, x: Tensor, num_examples: int) -> Tensor:
@@ -217,6 +227,33 @@ class ParameterRule(LayerRule):
     def bias(self, module: nn.Module) -> nn.Parameter | None:
         """Return None."""
         return None
+
+
+class WideTableRule(ParameterRule):
+    """A table that stands on its side: its larger dimension are the columns of the parameter."""
+
+    transposed: ClassVar[bool] = True
+
+
+def is_table(parameter: Tensor) -> bool:
+    """Return whether a parameter by itself is a table: a matrix one of whose dimensions is large."""
+    return (
+        parameter.ndim == 2
+        and min(parameter.shape) > 1
+        and max(parameter.shape) > MATRIX_WIDTH
+        and parameter.numel() > DENSE_WIDTH
+    )
+
+
+def rule_of_parameter(attribute: str, parameter: Tensor) -> ParameterRule:
+    """Return the rule that serves a parameter by itself.
+
+    Args:
+        attribute: its name in its module.
+        parameter: the parameter.
+    """
+    lies = is_table(parameter) and parameter.shape[1] > parameter.shape[0]
+    return WideTableRule(attribute) if lies else ParameterRule(attribute)
 
 
 def full_precision(x: Tensor) -> Tensor:

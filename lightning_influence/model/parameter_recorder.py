@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_influence.model.layers import Layer, ParameterRule, full_precision
+from lightning_influence.model.gradients import FactoredGradients, LayerGradients
+from lightning_influence.model.layers import Layer, ParameterRule, full_precision, is_table
 from lightning_influence.model.ragged import find_places
+from lightning_influence.model.recorder import Slopes
+from lightning_influence.model.table_uses import TableUses
 from lightning_influence.model.uses.calls import Use
 from lightning_influence.model.uses.certificate import certify, draw_weights, weigh_losses
 from lightning_influence.model.uses.gradients import (
@@ -54,8 +57,13 @@ class ParameterRecorder:
             if bias is not None:
                 parameters[_BIAS + name] = bias
         self.watch = Watch(parameters, batch, num_examples, find_places(batch, num_examples))
+        self._large = {
+            name for name in self._single if is_table(layers[name].rule.weight(layers[name].module))
+        }
+        # What large tables look up and map, once it is known.
+        self._tables: dict[str, TableUses] = {}
         # Matrices may be products of the inputs and output gradients of what they map.
-        self._matrices = {name for name in self._single if layers[name].d_in > 1}
+        self._matrices = {name for name in self._single if layers[name].d_in > 1} - self._large
         # Inputs of matrices that are; None for those that are not.
         self._products: dict[str, Tensor | None] = {}
         self._uses: list[Use] | None = None
@@ -84,7 +92,7 @@ class ParameterRecorder:
     def clear(self) -> None:
         """Let go of the recorded tensors and their graph."""
         self.watch.clear()
-        self._uses, self._heard, self._products = [], set(), {}
+        self._uses, self._heard, self._products, self._tables = [], set(), {}, {}
 
     @property
     def activations(self) -> list[GradientEdge]:
@@ -168,8 +176,21 @@ class ParameterRecorder:
         """Return whether a layer is a matrix whose gradients are no products, so that it has no inputs."""
         return name in self._whole or (name in self._matrices and self._product_inputs(name) is None)
 
-    def inputs(self, name: str) -> Tensor:
-        """Return the inputs ``(G, B, R, D_in)`` of a layer: ones or the identity where it has none."""
+    def assemble(self, name: str, slopes: Slopes) -> LayerGradients:
+        """Return gradients of a layer from output gradients of ``K`` seeds."""
+        if name in self._large:
+            return self._tables[name].assemble(slopes)
+        inputs = self.inputs(name)
+        assert inputs is not None
+        return FactoredGradients(inputs, slopes[0], self.is_whole(name))
+
+    def inputs(self, name: str) -> Tensor | None:
+        """Return the inputs ``(G, B, R, D_in)`` of a layer: ones or the identity where it has none.
+
+        Those of a large table are part of its gradients.
+        """
+        if name in self._large:
+            return None
         layer, count = self.layers[name], self.watch.num_examples
         if name in self._whole:
             eye = torch.eye(layer.d_in).to(full_precision(layer.rule.weight(layer.module)))
@@ -181,7 +202,7 @@ class ParameterRecorder:
                 if inputs is None
                 else inputs
             )
-        return self._pair(name, self._pull_zeros())[0]
+        return self._pair(name, self._pull_zeros({*_keys([name])}))[0]
 
     def _product_inputs(self, name: str) -> Tensor | None:
         """Return the inputs of a matrix that maps some in all its uses; None if it is used otherwise."""
@@ -190,7 +211,10 @@ class ParameterRecorder:
         return self._products[name]
 
     def _read_products(self, gradients: Mapping[str, ParameterGradient]) -> None:
-        """Find out which matrices map inputs, from gradients that all their uses have a part in."""
+        """Find out what matrices map and tables look up, from gradients that all uses have a part in."""
+        for name in self._large:
+            known = name in gradients and name not in self._slow
+            self._tables[name] = TableUses.read(self.layers[name], gradients[name] if known else None)
         for name in self._matrices:
             known = name in gradients and name not in self._slow
             product = self._product_of(name, gradients[name]) if known else None
@@ -203,12 +227,12 @@ class ParameterRecorder:
         shape = (product.inputs.shape[0], product.outputs.shape[-1], product.inputs.shape[-1])
         return product if shape == self.layers[name].shape else None
 
-    def _pull_zeros(self) -> dict[str, ParameterGradient]:
-        """Pull gradients of zero back, which shows the inputs."""
-        uses = self._uses or []
+    def _pull_zeros(self, names: set[str] | None = None) -> dict[str, ParameterGradient]:
+        """Pull gradients of zero back, which shows the inputs; those of some names, or of all."""
+        uses = [use for use in self._uses or [] if names is None or names_of(self.watch, use) & names]
         return pull_uses(self.watch, uses, [_zeros(use) for use in uses], 1).gradients
 
-    def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Slopes]:
         """Pull the gradients of one backward pass back, example by example.
 
         Args:
@@ -217,7 +241,8 @@ class ParameterRecorder:
             found: gradients at :meth:`edges`.
 
         Returns:
-            Per-example gradients ``(G, B, 1, D_out)`` by name; zero where ``outputs`` does not depend on one.
+            By name ``(G, B, R, D_out)``, and of tables what :class:`TableUses` has; zero where ``outputs``
+            does not depend on one.
 
         Raises:
             UnsupportedModelError: if the gradients of a parameter cannot be had.
@@ -225,12 +250,12 @@ class ParameterRecorder:
         uses = self._uses or []
         passes = gather_passes(uses, [found])
         # Positions are in one order for all seeds, those that a seed does not reach among them.
-        aligned = self._matrices.union(_keys(self._paired))
+        aligned = self._matrices.union(self._large, _keys(self._paired))
         for use, grads in zip(uses, passes, strict=True):
             if all(grad is None for grad in grads) and aligned & names_of(self.watch, use):
                 grads[:] = _zeros(use)
         pulled = pull_uses(self.watch, uses, passes, 1)
-        if not self._products:
+        if not self._products and not self._tables:
             self._read_products(pulled.gradients)
         gradients = {name: grad for name, grad in pulled.gradients.items() if name not in self._slow}
         slow = self._slow & self._single.union(_keys(self._whole))
@@ -246,10 +271,16 @@ class ParameterRecorder:
         found_by = {name: self._block for name in self._single} | {
             name: self._columns for name in self._whole
         }
-        return {
-            name: found_by[name](name, gradients) if name in found_by else self._pair(name, gradients)[1]
-            for name in self.heard
-        }
+        slopes: dict[str, Slopes] = {}
+        for name in self.heard:
+            if name in self._large:
+                gradient = gradients.get(name)
+                slopes[name] = self._tables[name].slopes(gradient, self.watch.num_examples)
+            elif name in found_by:
+                slopes[name] = (found_by[name](name, gradients),)
+            else:
+                slopes[name] = (self._pair(name, gradients)[1],)
+        return slopes
 
     def add_example(self, batch: Any, number: int) -> None:
         """Take the tensors of a batch of one for those of an example."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.layers import Layer, ParameterRule, find_rule, supported_types
+from lightning_influence.model.layers import Layer, find_rule, rule_of_parameter, supported_types
 from lightning_influence.support.errors import UnsupportedModelError
 
 ModuleLoss = Callable[[Any, Any], Tensor]
@@ -195,7 +195,7 @@ def _with_parameters(
             and id(p) not in covered
             and _is_selected((name, owner), include)
         ):
-            blocks[name] = Layer.of(name, modules[owner], ParameterRule(attribute))
+            blocks[name] = Layer.of(name, modules[owner], rule_of_parameter(attribute, p))
     return blocks
 
 

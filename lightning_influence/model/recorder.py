@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.gradients import FactoredGradients, LayerGradients
 from lightning_influence.model.layers import Layer, ParameterRule
 from lightning_influence.support.errors import UnsupportedModelError
 
@@ -29,6 +29,11 @@ class _Calls:
     inputs: list[Tensor] = field(default_factory=list)
     edges: list[GradientEdge] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)  # of the outputs
+
+
+#: Output gradients ``(G, B, R, D_out)`` of a layer; of a table those of the rows that were looked up,
+#: ``(1, B, R, D)``, and of what it maps to, ``(1, B, S, V)``.
+Slopes = tuple[Tensor, ...]
 
 
 class UseRecorder(Protocol):
@@ -81,16 +86,16 @@ class UseRecorder(Protocol):
         """Where a backward pass is to be differentiated."""
         ...
 
-    def is_whole(self, name: str) -> bool:
-        """Whether the inputs of a layer are the identity, see :class:`FactoredGradients`."""
+    def inputs(self, name: str) -> Tensor | None:
+        """Inputs ``(G, B, R, D_in)`` of a layer; None for a table."""
         ...
 
-    def inputs(self, name: str) -> Tensor:
-        """Inputs ``(G, B, R, D_in)`` of a layer."""
+    def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Slopes]:
+        """Output gradients by layer, from the gradients ``found`` at the edges."""
         ...
 
-    def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Output gradients ``(G, B, R, D_out)`` by layer, from the gradients ``found`` at the edges."""
+    def assemble(self, name: str, slopes: Slopes) -> LayerGradients:
+        """Gradients of a layer from output gradients ``(K, G, B, R, D_out)``."""
         ...
 
 
@@ -173,7 +178,7 @@ class Recorder:
         return any(name in self._modules for name in heard)
 
     def inputs(self, num_examples: int, *, release: bool = False) -> dict[str, Tensor]:
-        """Inputs of each layer that was called; calls are further positions.
+        """Inputs of each layer that was called, but for tables; calls are further positions.
 
         Args:
             num_examples: ``B``.
@@ -183,12 +188,15 @@ class Recorder:
             ``(G, B, R, D_in)`` by layer.
         """
         self._check_rows(num_examples)
-        result = {}
+        run, result = slice(0, num_examples), {}
         for name, calls in self._calls.items():
             if calls.edges:
-                result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
+                result[name] = self._inputs_of(name, run, num_examples, release=release)
         for name in self.uses.heard if self.uses is not None else ():
-            result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
+            assert self.uses is not None
+            inputs = self.uses.inputs(name)
+            if inputs is not None:
+                result[name] = inputs
         return {name: result[name] for name in self.layers if name in result}
 
     def inputs_at(
@@ -229,8 +237,8 @@ class Recorder:
 
     def backward(
         self, outputs: Tensor, seed: Tensor | None, num_examples: int, *, keep_graph: bool = True
-    ) -> dict[str, Tensor]:
-        """Output gradients ``(G, B, R, D_out)`` of each layer for one seed.
+    ) -> dict[str, Slopes]:
+        """Output gradients of each layer for one seed.
 
         Args:
             outputs: a tensor of the recorded forward pass.
@@ -252,7 +260,8 @@ class Recorder:
             grads = torch.autograd.grad(
                 outputs, [*edges, *single], seed, retain_graph=keep, allow_unused=True
             )
-        result, start = {}, 0
+        result: dict[str, Slopes] = {}
+        start = 0
         for name in names:
             calls, layer = self._calls[name], self.layers[name]
             parts: list[Tensor | None] = [
@@ -260,14 +269,14 @@ class Recorder:
                 for grad, shape in zip(grads[start : start + len(calls.edges)], calls.shapes, strict=True)
             ]
             start += len(calls.edges)
-            result[name] = self._fill(name, parts, num_examples)
+            result[name] = (self._fill(name, parts, num_examples),)
         if self.uses is not None:
             result |= self.uses.pull(outputs, seed, grads[len(edges) :])
         return {name: result[name] for name in self.layers if name in result}
 
     def gradients(
         self, outputs: Tensor, seeds: list[Tensor | None], num_examples: int, *, keep_graph: bool = True
-    ) -> dict[str, FactoredGradients]:
+    ) -> dict[str, LayerGradients]:
         """Per-example gradients of each layer in factored form.
 
         Args:
@@ -285,17 +294,16 @@ class Recorder:
             self.backward(outputs, seed, num_examples, keep_graph=keep_graph or number < last)
             for number, seed in enumerate(seeds)
         ]
-        inputs = self.inputs(num_examples, release=not keep_graph)  # the graph is gone
-        result = {}
-        for name, abar in inputs.items():
-            parts = [grads.pop(name) for grads in passes]
-            outputs_ = parts[0][None] if len(parts) == 1 else torch.stack(parts)
-            result[name] = FactoredGradients(abar, outputs_, self._is_whole(name))
+        run, result = slice(0, num_examples), {}
+        for name in list(passes[0]):
+            columns = zip(*(grads.pop(name) for grads in passes), strict=True)
+            slopes = tuple(c[0][None] if len(c) == 1 else torch.stack(c) for c in columns)
+            result[name] = self._assemble(name, slopes, run, num_examples, release=not keep_graph)
         return result
 
     def gradient_parts(
         self, outputs: Tensor, seed: Tensor | None, num_examples: int
-    ) -> Iterator[dict[str, FactoredGradients]]:
+    ) -> Iterator[dict[str, LayerGradients]]:
         """The gradients of one seed in runs of consecutive examples, for those who use each once.
 
         Inputs that have to be unfolded, as those of convolutions, are so run by run. The graph is freed.
@@ -313,21 +321,34 @@ class Recorder:
         for start in range(0, num_examples, step):
             run = slice(start, min(start + step, num_examples))
             yield {
-                name: FactoredGradients(
-                    self._inputs_of(name, run, num_examples, release=run.stop == num_examples),
-                    grad[None, :, run],
-                    self._is_whole(name),
+                name: self._assemble(
+                    name,
+                    tuple(slope[None] for slope in slopes),
+                    run,
+                    num_examples,
+                    release=run.stop == num_examples,
                 )
-                for name, grad in grads.items()
+                for name, slopes in grads.items()
             }
 
-    def _is_whole(self, name: str) -> bool:
-        return self.uses is not None and self.uses.is_whole(name)
+    def assemble(self, name: str, slopes: Slopes, num_examples: int) -> LayerGradients:
+        """Return a layer's gradients from output gradients ``(K, G, B, R, D_out)``, inputs kept."""
+        return self._assemble(name, slopes, slice(0, num_examples), num_examples, release=False)
 
-    def _examples_at_once(self, grads: Mapping[str, Tensor], num_examples: int) -> int:
+    def _assemble(
+        self, name: str, slopes: Slopes, run: slice, num_examples: int, *, release: bool
+    ) -> LayerGradients:
+        """Return gradients of a run of the examples from output gradients ``(K, G, B, R, D_out)`` of all."""
+        if self.uses is not None and name in self.uses.heard:
+            gradients = self.uses.assemble(name, slopes)
+            return gradients if run == slice(0, num_examples) else gradients.select(run)
+        inputs = self._inputs_of(name, run, num_examples, release=release)
+        return FactoredGradients(inputs, slopes[0][:, :, run])
+
+    def _examples_at_once(self, grads: Mapping[str, Slopes], num_examples: int) -> int:
         """Return how many examples' inputs to unfold at once: all of them where nothing grows by it."""
         largest = 0
-        for name, grad in grads.items():
+        for name, (grad, *_) in grads.items():
             if not self._calls.get(name, _Calls()).edges:
                 continue
             groups, _, positions, _ = grad.shape
@@ -339,8 +360,6 @@ class Recorder:
     def _inputs_of(self, name: str, run: slice, num_examples: int, *, release: bool) -> Tensor:
         """Return one layer's inputs ``(G, B', R, D_in)`` of a run of the examples, and let go of all."""
         layer, count = self.layers[name], run.stop - run.start
-        if self.uses is not None and name in self.uses.heard:
-            return self.uses.inputs(name)[:, run]
         calls = self._calls[name]
         parts = []
         for x in calls.inputs:

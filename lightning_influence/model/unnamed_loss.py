@@ -60,8 +60,10 @@ _PICKED = (
     "mask.sum()`. " + REMEDY
 )
 _LEFT_OUT = (
-    "The loss uses the weights of {name!r} directly, beside the outputs of modules, and their gradients for "
-    "single examples are not known: they are left out. To cover them, " + REMEDY[0].lower() + REMEDY[1:]
+    "The loss uses the weights of {name!r} directly, beside the outputs of modules: its gradient by them is "
+    "one sum over the batch, and their gradients for single examples are not known, so they are left out. To "
+    "cover them, define `influence_loss(batch) -> (B,)` on the module, or let a module that owns them return "
+    "them with a row for each example, such as `self.scale.expand_as(outputs)`."
 )
 _UNKNOWN_PARTS = (
     "The loss of a batch is taken for the mean of its examples' losses, without a check: the batch could not "
@@ -411,7 +413,7 @@ class UnnamedLoss:
         found = torch.autograd.grad(
             value, list(weights.values()), retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        return dict(zip(weights, found, strict=True))
+        return {name: grad.to_dense() for name, grad in zip(weights, found, strict=True)}
 
 
 def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout | None = None) -> Tensor:

@@ -140,6 +140,11 @@ class Runner(ABC):
         return record
 
     @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return 0
+
+    @property
     def world_size(self) -> int:
         """Number of processes that share a pass."""
         return 1

@@ -238,6 +238,11 @@ class TrainerRunner(Runner):
         self._bar: Any = None
 
     @property
+    def rank(self) -> int:
+        """Number of this process among the Trainer's."""
+        return int(self.trainer.global_rank)
+
+    @property
     def world_size(self) -> int:
         """Number of the Trainer's processes."""
         return int(self.trainer.world_size)

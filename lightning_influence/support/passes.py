@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -20,6 +21,14 @@ class Loader(Protocol):
         """``N``."""
         ...
 
+    def __len__(self) -> int:
+        """Number of batches on one process."""
+        ...
+
+    def parts(self, count: int) -> Sequence[Loader]:
+        """Loaders of at most ``count`` examples each, or a few more, in the order of visiting."""
+        ...
+
     def sample(self, count: int, seed: int) -> Loader:
         """About ``count`` examples drawn at random, the same for the same seed."""
         ...
@@ -35,6 +44,11 @@ class Passes(Protocol):
     @property
     def module(self) -> Any:
         """The user's module."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
         ...
 
     @property

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 from two_processes import check_script
 
 SCRIPT = """
@@ -195,8 +196,25 @@ for method in ("identity", "ekfac", "exact", "auto"):
     theirs = InfluenceModule(module).scores(DataLoader(data, 13), asked, **options)
     torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-6, atol=1e-10)
     assert ours.diagnostics.parameters_covered == 1.0
+# What is finished is kept by each process, and read by both.
+options |= {"method": "ekfac", "factors_dir": sys.argv[1] + "/factors"}
+theirs = InfluenceModule(module).scores(DataLoader(data, 13), asked, **{**options, "factors_dir": None})
+passes = []
+for _ in range(2):
+    ours = trainer.influence(module, DataLoader(data, 4), asked, factors="refit", log=False, **options)
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-6, atol=1e-10)
+    passes.append(len(ours.diagnostics.passes))
+assert passes[1] == 2 < passes[0], passes  # the queries and the scores
 """
 
 
-def test_two_processes_cover_parameters_outside_of_layers(tmp_path):
-    check_script(PARAMETERS, tmp_path)
+TABLES = """
+from lightning_influence.model import layers
+
+layers.DENSE_WIDTH, layers.MATRIX_WIDTH = 10, 7
+"""
+
+
+@pytest.mark.parametrize("limits", ["", TABLES], ids=["vectors", "tables"])
+def test_two_processes_cover_parameters_outside_of_layers(tmp_path, limits):
+    check_script(limits + PARAMETERS, tmp_path)

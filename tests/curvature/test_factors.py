@@ -4,11 +4,11 @@ from drive import TIGHT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_influence.curvature.eigenbases import compute_eigenbasis
 from lightning_influence.curvature.factors import (
     Eigenbasis,
     Factors,
     LayerStatistics,
-    compute_eigenbasis,
     fingerprint,
     fingerprint_differs,
     rotate,

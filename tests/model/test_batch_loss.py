@@ -406,3 +406,44 @@ def test_weights_that_the_loss_alone_uses_are_left_out_by_name(noise):
     with pytest.warns(InfluenceWarning, match=r"weights of 'net.dispersion' directly.*are left out"):
         forward(module, batch(), B)
     assert forward.silent == {"net.dispersion"}
+
+
+class Spread(nn.Module):
+    def __init__(self, rows: bool):
+        super().__init__()
+        self.rows, self.weight = rows, nn.Parameter(torch.tensor([0.3, -0.2]))
+
+    def forward(self, like):
+        return self.weight.expand_as(like)
+
+
+def dispersed_losses(net, x, y):
+    mean = net.mean(x)
+    scale = net.spread(mean) if net.spread.rows else net.spread.weight
+    error = mean - y[:, None]
+    return (error.square() * scale.exp() - scale + error.abs() ** 3).mean(1)
+
+
+@pytest.mark.parametrize("hook", [True, False])
+@pytest.mark.parametrize("rows", [True, False])
+def test_weights_of_the_loss_are_covered_as_outputs_with_a_row_for_each_example(rows, hook):
+    net = nn.Module()
+    net.mean, net.spread = nn.Linear(4, 2), Spread(rows)
+
+    def step(net, x, y):
+        return dispersed_losses(net, x, y).mean()
+
+    module = module_of(net, step)
+    if hook:
+        module.influence_loss = lambda data: dispersed_losses(net, *data)
+    forward, (x, y) = Forward(find_layers(module)), batch()
+    if not rows and not hook:
+        with pytest.warns(InfluenceWarning, match=r"'net.spread.weight' directly.*self.scale.expand"):
+            forward(module, (x, y), B)
+        assert forward.silent == {"net.spread.weight"}
+        return
+    found = forward(module, (x, y), B).loss_gradients()["net.spread.weight"].dense()[0].flatten(1)
+    losses = dispersed_losses(module.net, x, y)
+    expected = [torch.autograd.grad(loss, module.net.spread.weight, retain_graph=True)[0] for loss in losses]
+    torch.testing.assert_close(found, torch.stack(expected), **CLOSE)
+    assert not forward.silent

@@ -211,10 +211,20 @@ def test_what_is_not_seen_takes_the_slow_way_and_is_named():
     assert plan.slow == {"body.scale"}
 
 
-def test_a_wide_parameter_has_a_diagonal():
-    layers = find_layers(Net(Wide(), nn.Linear(8, 3))).layers
-    assert layers["body.embed.weight"].shape == (8 * (1 + MATRIX_WIDTH), 1, 1)
+def test_a_wide_parameter_is_a_table_or_has_a_diagonal():
+    model = Net(Wide(), nn.Linear(8, 3))
+    model.body.bare = nn.Parameter(torch.zeros(1 + MATRIX_WIDTH))
+    model.body.lying = nn.Parameter(torch.zeros(8, 1 + MATRIX_WIDTH))
+    layers = find_layers(model).layers
+    for name in ("embed.weight", "lying"):
+        layer = layers[f"body.{name}"]
+        assert layer.shape == (1, 1 + MATRIX_WIDTH, 8)
+        assert layer.diagonal_sides == (True, False)
+        weight = torch.randn_like(layer.rule.weight(layer.module))
+        assert torch.equal(layer.to_parameters(layer.from_parameters(weight, None))[0], weight)
+    assert layers["body.bare"].shape == (1 + MATRIX_WIDTH, 1, 1)
     assert layers["head"].shape == (1, 3, 9)
+    assert layers["head"].diagonal_sides == (False, False)
 
 
 def curvature_statistics(model, batch, name):

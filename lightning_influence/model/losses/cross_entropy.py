@@ -75,8 +75,7 @@ class CrossEntropyLoss(OutputLoss):
 
     def gradient(self) -> Tensor:
         """Return the seed of the training loss, ``s p - q`` at each position."""
-        target = self._target_distribution()
-        return self._to_outputs(target.sum(-1, keepdim=True) * self._softmax - target)
+        return self._to_outputs(self._subtract_target(self._mass * self._softmax))
 
     @property
     def num_columns(self) -> int:
@@ -177,19 +176,33 @@ class CrossEntropyLoss(OutputLoss):
         kept = labels != self.ignore_index
         return torch.where(kept, labels, 0), kept
 
-    def _target_distribution(self) -> Tensor:
-        """Return ``q`` with class weights and smoothing inside, zero where ignored, ``(B, T, C)``."""
+    def _soft_targets(self) -> Tensor:
+        """Return ``q`` of probability targets, with class weights and smoothing inside, ``(B, T, C)``."""
         weights = self._class_weights()
+        target, smooth = self._to_positions(self.targets).to(weights.dtype), self.label_smoothing
+        return self._weigh_positions((target * (1 - smooth) + smooth / weights.numel()) * weights)
+
+    def _hard_targets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``q`` of class indices without forming it: many classes would make a large matrix of it.
+
+        Returns:
+            The labels, what each has of ``q``, and what each position has in every class beside, times the
+            class's weight; ``(B, T)`` each, and zero where ignored.
+        """
+        weights = self._class_weights()
+        labels, kept = self._labels()
+        share = self._weigh_positions(kept.to(weights.dtype))
+        own = share * (1 - self.label_smoothing) * weights[labels]
+        return labels, own, share * (self.label_smoothing / weights.numel())
+
+    def _subtract_target(self, values: Tensor) -> Tensor:
+        """Return values ``(B, T, C)`` less ``q``; they are changed in place."""
         if self.has_probabilities:
-            target, kept = self._to_positions(self.targets).to(weights.dtype), None
-        else:
-            labels, kept = self._labels()
-            target = functional.one_hot(labels, weights.numel()).to(weights.dtype)
-        smooth = self.label_smoothing
-        target = (target * (1 - smooth) + smooth / weights.numel()) * weights
-        if kept is not None:
-            target = target * kept.unsqueeze(-1)
-        return self._weigh_positions(target)
+            return values.sub_(self._soft_targets())
+        labels, own, beside = self._hard_targets()
+        if self.label_smoothing:
+            values.addcmul_(beside.unsqueeze(-1), self._class_weights(), value=-1)
+        return values.scatter_add_(-1, labels.unsqueeze(-1), -own.unsqueeze(-1))
 
     def _weigh_positions(self, values: Tensor) -> Tensor:
         """Return values ``(B, T)`` or ``(B, T, C)`` times the weights of the positions."""
@@ -202,11 +215,9 @@ class CrossEntropyLoss(OutputLoss):
     def _mass(self) -> Tensor:
         """``s``: total of the target distribution at each position, ``(B, T, 1)``."""
         if self.has_probabilities:
-            return self._target_distribution().sum(-1, keepdim=True)
-        # Without forming distributions, which take as much memory as the logits.
-        (labels, kept), weights, smooth = self._labels(), self._class_weights(), self.label_smoothing
-        mass = (1 - smooth) * weights[labels] + smooth * weights.mean()
-        return self._weigh_positions(mass * kept).unsqueeze(-1)
+            return self._soft_targets().sum(-1, keepdim=True)
+        _, own, beside = self._hard_targets()
+        return (own + beside * self._class_weights().sum()).unsqueeze(-1)
 
     def _hard_labels(self) -> tuple[Tensor, Tensor]:
         """Return class indices and a mask of the positions with any weight, each ``(B, T)``.

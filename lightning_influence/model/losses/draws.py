@@ -135,8 +135,10 @@ def draw_signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor
         count = generator.count_each(like.shape)
         if count is not None:  # 64 signs of a number
             numbers = hash_numbers(generator.next_keys(like.device), -(-count // 64))
-            bits = (numbers[:, :, None] >> torch.arange(64, device=like.device)) & 1
-            return (2 * bits.flatten(1)[:, :count] - 1).to(like.dtype).reshape(like.shape)
+            octets = numbers.contiguous().view(torch.uint8)  # a bit takes a byte, not eight
+            bits = (octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=like.device)) & 1
+            signs = bits.flatten(1)[:, :count].to(like.dtype).mul_(2).sub_(1)
+            return signs.reshape(like.shape)
     device = generator.device if generator is not None else like.device
     # Eight signs of a number, looked up: one drawn by itself costs as much as eight.
     numbers = torch.randint(0, 256, (-(-like.numel() // 8),), generator=generator, device=device)

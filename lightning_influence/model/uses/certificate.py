@@ -75,7 +75,10 @@ def weigh_losses(
     grads = torch.autograd.grad(
         losses @ weights.to(losses), list(parameters.values()), retain_graph=True, allow_unused=True
     )
-    return dict(zip(parameters, grads, strict=True))
+    dense = [
+        None if grad is None else grad.to_dense() for grad in grads
+    ]  # those of sparse embeddings are not
+    return dict(zip(parameters, dense, strict=True))
 
 
 def certify(
