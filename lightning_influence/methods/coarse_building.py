@@ -67,6 +67,7 @@ class SpaceBuilder:
         self.context, self.inverse, self.tolerance = context, inverse, tolerance
         self._seed, self.most_examples = context.options.seed, curvature_examples
         self._columns = 0  # of the output curvature of an example, once a pass has seen them
+        self._found: tuple[int, SelfScores] | None = None  # leverages, of a sample of that size
         self._curvature = context.train.sample(curvature_examples, self._seed + 1)
 
     @property
@@ -91,8 +92,18 @@ class SpaceBuilder:
         """Return how many anchors there may be whatever the memory."""
         return max(1, min(MOST_ANCHORS, self.context.train.num_examples, self.context.layout.numel // 2))
 
+    def share(self, other: SpaceBuilder) -> None:
+        """Hand over what the pass for leverages has found, to a builder with the same preconditioner."""
+        other._columns, other._found = self._columns, self._found
+
+    def _sample(self, count: int) -> Loader:
+        """Return the examples that ``count`` anchors are drawn from, and what is held out."""
+        return self.context.train.sample(max(count + _CHECK, self.most_examples), self._seed + 2)
+
     def _weigh(self, sample: Loader, inverse: BlockInverse) -> SelfScores:
-        """Return the leverage of every example, ``g^T P^{-1} g``."""
+        """Return the leverage of every example, ``g^T P^{-1} g``; they are found once."""
+        if self._found is not None and self._found[0] == sample.num_examples:
+            return self._found[1]
         squares = PreconditionedSquares(inverse)
         one_pass = SelfInfluencePass(
             self.context.plan, lambda gradients: squares(gradients)[0], description="Influence: leverages"
@@ -100,6 +111,7 @@ class SpaceBuilder:
         self.context.runner.run(one_pass, sample)
         found = one_pass.gather(self.context.runner.all_gather_cat, self.context.dtype)
         self._columns = int(self.context.runner.all_gather_cat(torch.tensor([one_pass.columns])).max())
+        self._found = sample.num_examples, found
         return found
 
     def _draw(self, found: SelfScores, count: int) -> Tensor:
@@ -204,8 +216,7 @@ class CoarseBuilder(SpaceBuilder):
             space: what there is already, made of the first anchors in the same order.
             limit: most anchors.
         """
-        context = self.context
-        sample = context.train.sample(max(limit + _CHECK, self.most_examples), self._seed + 2)
+        sample = self._sample(limit)
         total = sample.num_examples
         most = max(1, min(limit, total - 1))
         size, solves = 0 if space is None else space.mixing.shape[1], False

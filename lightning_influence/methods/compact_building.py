@@ -152,6 +152,14 @@ class CompactBuilder(SpaceBuilder):
 
         return CompactTwoLevel(inverse, space, find_rows, combine, runner.all_reduce_sum)
 
+    def look(self) -> None:
+        """Find the leverages, in the pass that shows how many outputs the curvature has columns of."""
+        self._weigh(self._sample(self._wanted()), self.inverse)
+
+    def may_help(self, dense: int) -> bool:
+        """Return whether far more directions than so many dense ones could fit, outputs being few."""
+        return self._count(min(RANKS), None, 1) >= _WORTH * dense
+
     def count_affordable(self, known: CompactSpace | None = None) -> int:
         """Return how many directions fit, by what is known of the outputs."""
         return self._choose(known)[1]
@@ -162,11 +170,11 @@ class CompactBuilder(SpaceBuilder):
         counts = [(rank, self._count(rank, known)) for rank in ranks]
         return max(counts, key=lambda pair: pair[1])  # the first of equal ones
 
-    def _count(self, rank: int, known: CompactSpace | None) -> int:
+    def _count(self, rank: int, known: CompactSpace | None, columns: int = 0) -> int:
         context = self.context
         width = torch.empty((), dtype=context.dtype).element_size()
         draws = self._mixtures()
-        columns = self._columns or _MOST_COLUMNS
+        columns = columns or self._columns or _MOST_COLUMNS
         if known is not None:
             columns = known.rows.values.shape[1]
         elif columns > max(_MOST_COLUMNS, draws):
@@ -185,7 +193,7 @@ class CompactBuilder(SpaceBuilder):
             space: what there is already, made of the first anchors in the same order.
         """
         context, inverse = self.context, self.inverse if space is None else space.inverse
-        sample = context.train.sample(self.most_examples, self._seed + 2)
+        sample = self._sample(self._wanted())
         found = self._weigh(sample, inverse)
         rank, limit = self._choose(space)
         size = 0 if space is None else space.size
@@ -227,7 +235,11 @@ def choose_builder(builder: CoarseBuilder) -> CoarseBuilder | CompactBuilder:
     compact = CompactBuilder(builder.context, builder.inverse, builder.most_examples, builder.tolerance)
     if compact.known is not None:
         return compact
-    fits = compact.count_affordable()
-    enough = builder.holds_all() or fits < _WORTH * builder.limit
-    known = builder.known
-    return builder if enough or (known is not None and known.size >= fits) else compact
+    if builder.holds_all() or not compact.may_help(builder.limit):
+        return builder
+    compact.look()
+    fits, known = compact.count_affordable(), builder.known
+    if fits < _WORTH * builder.limit or (known is not None and known.size >= fits):
+        compact.share(builder)
+        return builder
+    return compact
