@@ -2,10 +2,13 @@
 
 The answer is that of :mod:`~.two_level`, ``x = z + Q T^{-1} (Q^T v - (A Q)^T z)``, with ``A Q`` never formed:
 ``(A Q)^T z = (B^T J Q)^T (B^T J z) / N + lambda Q^T z`` takes the rows of ``z``, one pass for all queries.
+These rows tell ``z^T A z`` as well, and so the step ``t`` of the best ``x = t z + Q c`` in the norm of ``A``:
+where directions are few, ``z`` overshoots outside of them, and a step below 1 mends it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -35,10 +38,12 @@ class CompactCorrection:
     Attributes:
         coefficients: ``(Q, m)``.
         directions: by layer.
+        steps: what each preconditioned query is multiplied by, ``(Q,)``; None for 1.
     """
 
     coefficients: Tensor
     directions: Mapping[str, Matrices]
+    steps: Tensor | None = None
 
     @property
     def weights(self) -> Tensor:
@@ -47,7 +52,8 @@ class CompactCorrection:
 
     def select(self, index: Tensor | slice) -> CompactCorrection:
         """Return the correction of some of the queries."""
-        return replace(self, coefficients=self.coefficients[index])
+        steps = None if self.steps is None else self.steps[index]
+        return replace(self, coefficients=self.coefficients[index], steps=steps)
 
     def mix(self, name: str) -> Tensor:
         """Return the correction in one layer, ``(Q, G, D_out, D_in)``."""
@@ -101,13 +107,14 @@ class CompactTwoLevel:
         return self._galerkin.rank
 
     def compare(
-        self, queries: Mapping[str, LayerGradients], closed: BlockInverse
+        self, queries: Mapping[str, LayerGradients], closed: BlockInverse, tolerance: float = math.inf
     ) -> tuple[CompactCorrection, Tensor, Tensor]:
         """Find what to add to the preconditioned queries, in one pass over the curvature examples.
 
         Args:
             queries: query gradients, ``K = 1``.
             closed: a closed form to compare with.
+            tolerance: queries with a larger residual take a step other than 1, if that makes it smaller.
 
         Returns:
             The correction; the estimated relative residual ``||v - A x|| / ||v||`` of each query, ``(Q,)``;
@@ -115,21 +122,46 @@ class CompactTwoLevel:
         """
         solved: dict[str, Matrices] = {}
         forms = [self.inverse] if _are_equal(self.inverse, closed) else [self.inverse, closed]
-        products = []
+        products, dots = [], []
         for name, gradients in queries.items():
             dense = gradients.dense()[0]
-            solved[name] = DenseMatrices(torch.cat([form.layers[name].apply(dense) for form in forms]))
+            answers = torch.cat([form.layers[name].apply(dense) for form in forms])
+            solved[name] = DenseMatrices(answers)
             parts = [part[name].dot(gradients)[0] for part in (self.space.probes, self.space.directions)]
             products.append(torch.cat(parts, dim=1))
-        right, image = torch.stack(products).double().sum(dim=0), self._image(solved)  # [W, Q]^T (v, A z)
-        count, probes = len(right), self.space.num_probes
-        remainders = right - image[:count]
-        coefficients = self._galerkin.solve(remainders[:, probes:])
-        corrected = remainders[:, :probes] - coefficients @ self._residual_coarse.T
-        own = (right - image[-count:])[:, :probes]
-        correction = CompactCorrection(coefficients.to(self._dtype), self.space.directions)
-        residuals = [relate_norms(part.to(self._dtype), queries) for part in (corrected, own)]
-        return correction, residuals[0], residuals[1]
+            own = answers[: len(dense)].double()
+            damping = self.inverse.layers[name].damping
+            dots.append(torch.stack([own * dense, damping * own * own]).flatten(2).sum(dim=2))
+        (image, squares), right = self._image(solved), torch.stack(products).double().sum(dim=0)
+        along, damped = torch.stack(dots).sum(dim=0)  # z^T v, z^T (lambda) z
+        count, probes, galerkin = len(right), self.space.num_probes, self._galerkin
+        ours = image[:count]  # [W, Q]^T A z, and right: [W, Q]^T v
+
+        def correct(steps: Tensor) -> tuple[Tensor, Tensor]:
+            left = right - steps[:, None] * ours
+            coefficients = galerkin.solve(left[:, probes:])
+            return coefficients, left[:, :probes] - coefficients @ self._residual_coarse.T
+
+        plain = torch.ones_like(along)
+        coefficients, remainders = correct(plain)
+        residuals = self._relate(remainders, queries)
+        inside = galerkin.solve(ours[:, probes:])
+        curved = squares[:count] + damped - (inside * ours[:, probes:]).sum(dim=1)
+        best = (along - (inside * right[:, probes:]).sum(dim=1)) / curved
+        best = torch.where((curved > 0) & best.isfinite(), best, plain)
+        others, remainders = correct(best)
+        tried = self._relate(remainders, queries)
+        better = (residuals > tolerance) & (tried < residuals)
+        correction = CompactCorrection(
+            torch.where(better[:, None], others, coefficients).to(self._dtype),
+            self.space.directions,
+            torch.where(better, best, plain).to(self._dtype),
+        )
+        closed_residuals = self._relate((right - image[-count:])[:, :probes], queries)
+        return correction, torch.where(better, tried, residuals), closed_residuals
+
+    def _relate(self, remainders: Tensor, queries: Mapping[str, LayerGradients]) -> Tensor:
+        return relate_norms(remainders.to(self._dtype), queries)
 
     def begin(self, vectors: Tensor) -> EnlargedSubspace:
         """Return the subspace that block Krylov begins with, for right-hand sides ``(V, P)``."""
@@ -153,20 +185,22 @@ class CompactTwoLevel:
         damping = self.space.layout.expand(self.inverse.damping, result)
         return result.add_(self.combine(weights) * damping)
 
-    def _image(self, solved: Mapping[str, Matrices]) -> Tensor:
-        """Return ``[W, Q]^T A z`` of vectors by layer, ``(V, s + m)`` in float64."""
+    def _image(self, solved: Mapping[str, Matrices]) -> tuple[Tensor, Tensor]:
+        """Return ``[W, Q]^T A z`` of vectors by layer, ``(V, s + m)``, and ``z^T G z``, both in float64."""
         found, rows = self._find_rows(solved), self.space.rows
         columns = found.values.shape[1]  # of this process's examples: others may have more
         image = self.small.new_zeros(found.values.shape[2], rows.values.shape[2])
         for some in torch.split(torch.arange(len(found.indices)), _EXAMPLES):
             image += compute_gram(found.values[some], rows.find(found.indices[some])[:, :columns])
+        squares = found.values.double().square().sum(dim=(0, 1))
         image = self._all_reduce_sum(image) / self.space.normaliser
+        squares = self._all_reduce_sum(squares) / self.space.normaliser
         damped = torch.zeros_like(image)
         for name, vectors in solved.items():
             damping, space = self.inverse.layers[name].damping, self.space
             parts = [part[name].project(vectors.dense()) for part in (space.probes, space.directions)]
             damped += damping * torch.cat(parts, dim=1)
-        return image + damped
+        return image + damped, squares
 
 
 def rescale_compact(inverse: BlockInverse, space: CompactSpace) -> BlockInverse:

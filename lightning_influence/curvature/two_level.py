@@ -16,8 +16,10 @@ products.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -127,9 +129,12 @@ class TwoLevel:
         return correction, residuals
 
     def compare(
-        self, queries: Mapping[str, LayerGradients], closed: BlockInverse
+        self, queries: Mapping[str, LayerGradients], closed: BlockInverse, tolerance: float = math.inf
     ) -> tuple[Correction, Tensor, Tensor]:
-        """Return :meth:`correction`, and what :meth:`estimate_residuals` gives for a closed form."""
+        """Return :meth:`correction`, and what :meth:`estimate_residuals` gives for a closed form.
+
+        Whatever the tolerance: another step than 1 would take products with the curvature.
+        """
         return *self.correction(queries), self.estimate_residuals(closed, queries)
 
     def begin(self, vectors: Tensor) -> Subspace:
@@ -267,6 +272,8 @@ class Correction:
     mixing: Tensor
     anchors: Mapping[str, LayerGradients]
     inverse: BlockInverse
+
+    steps: ClassVar[None] = None
 
     @property
     def weights(self) -> Tensor:

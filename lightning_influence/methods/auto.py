@@ -108,7 +108,7 @@ class Auto(Method):
 
     def solve(self, queries: Queries) -> Solved:
         """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
-        correction, residuals, own = self.operator.compare(queries, self.ekfac)
+        correction, residuals, own = self._compare(queries)
         chosen = self._choose(residuals, "queries")
         solutions = None
         if len(chosen):
@@ -131,15 +131,19 @@ class Auto(Method):
             if falls_back:
                 parts.append((positions, self._score(own_queries, None)))
             else:
-                parts.append((positions, self._score(own_queries, correction.select(positions))))
+                few = correction.select(positions)
+                if few.steps is not None:
+                    own_queries = {name: layer.weighted(few.steps) for name, layer in own_queries.items()}
+                parts.append((positions, self._score(own_queries, few)))
         queries.clear()
         return Solved(parts[0][1] if len(parts) == 1 else JointScorer(parts), residuals)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
         """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
-        correction, residuals, own = self.operator.compare(queries, self.ekfac)
+        correction, residuals, own = self._compare(queries)
         vectors = self.context.layout.dense(queries)[0]
-        solutions = correction.add_to(self.inverse.apply(vectors))
+        stepped = vectors if correction.steps is None else vectors * correction.steps[:, None]
+        solutions = correction.add_to(self.inverse.apply(stepped))
         chosen = self._choose(residuals, "queries")
         if len(chosen):
             solutions[chosen], residuals[chosen] = self._iterate(_select(queries, chosen), "queries")
@@ -195,6 +199,10 @@ class Auto(Method):
             values[group[better]] = products.cpu().to(values)[better]
             residuals[group[better]] = found.cpu().to(residuals)[better]
         return SelfScores(scores.indices, values, residuals)
+
+    def _compare(self, queries: Gradients) -> tuple[Correction | CompactCorrection, Tensor, Tensor]:
+        """Return corrections, their residuals, and those of EK-FAC's own answers in the same system."""
+        return self.operator.compare(queries, self.ekfac, self.options.tolerance)
 
     def _find_worse(self, residuals: Tensor, own: Tensor, subject: str) -> Tensor:
         """Return which residuals are above EK-FAC's own or above 1, and say so."""

@@ -29,8 +29,9 @@ from lightning_influence.model.plan import LayerPlan
 # Ranks to cut directions to, best first: the first with which all of them fit. Measured on the digits MLP and
 # CNN: with rank 4 the correlation with retraining is that of whole directions, with rank 1 nearly so.
 RANKS = (4, 2, 1)
-# Chosen by hand: residuals are priced to a relative error of at most sqrt(8 / 64) / 2, about a sixth.
-PROBES = 64
+# Chosen by hand: residuals are priced to a relative error of at most sqrt(8 / 64) / 2, about a sixth; of
+# twice that where a quarter of the space's memory has no room for more.
+PROBES, _FEWEST_PROBES = 64, 16
 _PROBE_SEED = 20_240_602
 # Chosen by hand: the share of the memory budget that the space may take; queries need the rest.
 _SHARE = 2
@@ -158,19 +159,20 @@ class CompactBuilder(SpaceBuilder):
 
     def may_help(self, dense: int) -> bool:
         """Return whether far more directions than so many dense ones could fit, outputs being few."""
-        return self._count(min(RANKS), None, 1) >= _WORTH * dense
+        return self._count(min(RANKS), None, 1)[0] >= _WORTH * dense
 
     def count_affordable(self, known: CompactSpace | None = None) -> int:
         """Return how many directions fit, by what is known of the outputs."""
         return self._choose(known)[1]
 
-    def _choose(self, known: CompactSpace | None) -> tuple[int, int]:
-        """Return the rank, and how many directions of it fit."""
+    def _choose(self, known: CompactSpace | None) -> tuple[int, int, int]:
+        """Return the rank, how many directions of it fit, and how many probes."""
         ranks = RANKS if known is None else (known.rank,)
-        counts = [(rank, self._count(rank, known)) for rank in ranks]
+        counts = [(rank, *self._count(rank, known)) for rank in ranks]
         return max(counts, key=lambda pair: pair[1])  # the first of equal ones
 
-    def _count(self, rank: int, known: CompactSpace | None, columns: int = 0) -> int:
+    def _count(self, rank: int, known: CompactSpace | None, columns: int = 0) -> tuple[int, int]:
+        """Return how many directions of a rank fit, and how many probes beside them."""
         context = self.context
         width = torch.empty((), dtype=context.dtype).element_size()
         draws = self._mixtures()
@@ -183,8 +185,11 @@ class CompactBuilder(SpaceBuilder):
         shapes = context.layout.shapes.values()
         each = width * (rows + sum(count_numbers(shape, rank) for shape in shapes))
         probe = width * (rows + sum(groups * (d_out + d_in) for groups, d_out, d_in in shapes))
-        room = context.options.memory_budget // _SHARE - PROBES * probe
-        return max(1, min(self._wanted(), room // each))
+        room = context.options.memory_budget // _SHARE
+        probes = max(_FEWEST_PROBES, min(PROBES, room // (4 * probe)))
+        if known is not None:
+            probes = known.num_probes
+        return max(1, min(self._wanted(), (room - probes * probe) // each)), probes
 
     def _build(self, space: CompactSpace | None) -> CompactSpace:
         """Return the space with as many anchors as fit.
@@ -195,7 +200,7 @@ class CompactBuilder(SpaceBuilder):
         context, inverse = self.context, self.inverse if space is None else space.inverse
         sample = self._sample(self._wanted())
         found = self._weigh(sample, inverse)
-        rank, limit = self._choose(space)
+        rank, limit, count = self._choose(space)
         size = 0 if space is None else space.size
         most = min(limit, sample.num_examples)
         if size >= most:
@@ -210,7 +215,7 @@ class CompactBuilder(SpaceBuilder):
         if space is not None:
             grown = space.grown(directions, self._run_rows(directions).rows(like, gather))
             return replace(grown, limit=limit)
-        probes = draw_rank_one(context.layout.shapes, PROBES, _PROBE_SEED, like)
+        probes = draw_rank_one(context.layout.shapes, count, _PROBE_SEED, like)
         one_pass = self._run_rows(probes, directions)
         one_pass.count.reduce(context.runner.all_reduce_sum)
         mixtures = self._mixtures() if one_pass.estimated and one_pass.columns is not None else 0

@@ -127,6 +127,30 @@ def test_residuals_are_estimated_without_bias():
 
 
 @pytest.mark.parametrize("name", SOME)
+def test_unsolved_queries_take_the_step_that_is_best_in_the_norm_of_the_system(name):
+    p = Problem(name, anchors=2)
+    space, V, A = build(p, 1, 600), p.setup.layout.dense(p.queries)[0], p.matrix(DAMPING)
+    inverse = p.inverse.scaled(7.0)  # far too long
+    operator, z = operate(p, inverse, space), inverse.apply(V)
+    plain, before, own = operator.compare(p.queries, p.inverse)
+    assert plain.steps.eq(1).all()
+    found, after, same = operator.compare(p.queries, p.inverse, tolerance=0.0)
+    assert (found.steps != 1).all()
+    assert (after < before).all()
+    torch.testing.assert_close(own, same)
+    Q = densify(p, space.directions)
+    for q in range(len(V)):
+        basis = torch.cat([z[q : q + 1], Q])
+        best = torch.linalg.lstsq(basis @ A @ basis.T, basis @ V[q], driver="gelsd").solution @ basis
+        got = found.steps[q] * z[q] + found.coefficients[q] @ Q
+        torch.testing.assert_close(got, best, rtol=1e-5, atol=1e-6)
+    some = found.select(slice(1, 3))
+    assert torch.equal(some.steps, found.steps[1:3])
+    patient = operator.compare(p.queries, p.inverse, tolerance=float(before.max()))[0]
+    assert patient.steps.eq(1).all()
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_dependent_and_zero_directions_change_nothing(name):
     p = Problem(name)
     few = operate(p, p.inverse, build(p, 50)).compare(p.queries, p.inverse)[0]
