@@ -22,7 +22,7 @@ from lightning_influence.support.storage import check_version
 
 _VERSION = 1
 # Chosen by hand: bytes of rows that are converted to float64 at once.
-_GRAM_BYTES = 2**25
+_GRAM_BYTES = 2**22
 
 
 @dataclass(frozen=True)

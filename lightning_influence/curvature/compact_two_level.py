@@ -129,9 +129,9 @@ class CompactTwoLevel:
             solved[name] = DenseMatrices(answers)
             parts = [part[name].dot(gradients)[0] for part in (self.space.probes, self.space.directions)]
             products.append(torch.cat(parts, dim=1))
-            own = answers[: len(dense)].double()
-            damping = self.inverse.layers[name].damping
-            dots.append(torch.stack([own * dense, damping * own * own]).flatten(2).sum(dim=2))
+            own, damping = answers[: len(dense)], self.inverse.layers[name].damping
+            pairs = [(own, dense), (own, own * damping)]
+            dots.append(torch.stack([torch.einsum("qgoi,qgoi->q", a, b) for a, b in pairs]).double())
         (image, squares), right = self._image(solved), torch.stack(products).double().sum(dim=0)
         along, damped = torch.stack(dots).sum(dim=0)  # z^T v, z^T (lambda) z
         count, probes, galerkin = len(right), self.space.num_probes, self._galerkin

@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_influence.linalg.truncation import truncate
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
 
-# Chosen by hand: bytes of matrices, or of products with them, that are formed at once.
-_FORMED_BYTES = 2**25
+# Chosen by hand: bytes of matrices, or of products with them, that are formed at once, whatever the memory.
+_FORMED_BYTES = 2**22
 # What writing and reading a number costs, in multiplications.
 _FORMED = 8
 

@@ -34,6 +34,7 @@ class InfluenceState:
             weights; None if unknown. Both are made again when it changes.
         content: digest of these examples and of the loss's settings; None if unknown, as in states that were
             stored without one.
+        columns: of the output curvature of an example, by the key of a coarse space; not stored.
         verified: what passes of earlier calls have found in order, by model; not stored.
     """
 
@@ -46,12 +47,13 @@ class InfluenceState:
     factors_key: str = ""
     mean_loss: float | None = None
     content: int | None = None
+    columns: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
     verified: dict[str, set[str]] = field(default_factory=dict, compare=False, repr=False)
 
     def forget(self) -> None:
         """Let go of what passes have computed; factors of a training run, or a user's own, stay."""
         self.coarse, self.coarse_key, self.mean_loss, self.content = None, "", None, None
-        self.compact, self.compact_key = None, ""
+        self.compact, self.compact_key, self.columns = None, "", {}
         if self.factors_key:
             self.factors, self.factors_key = None, ""
 

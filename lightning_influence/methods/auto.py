@@ -256,9 +256,11 @@ class Auto(Method):
         """Return how many queries to answer at once: what the coarse space leaves of the memory budget.
 
         A query is held as its gradient and its answer, and for a compact space as both closed forms' answers
-        while their products are found; where it may be iterated on, half is left for that.
+        while their products are found, with what makes them; where it may be iterated on, half is left.
         """
-        each = 4 if self._may_iterate() or isinstance(self.space, CompactSpace) else 2
+        each = 4 if self._may_iterate() else 2
+        if isinstance(self.space, CompactSpace):
+            each = 8
         return max(1, self._left() // (each * count_vector_bytes(self.context)))
 
     def _left(self) -> int:

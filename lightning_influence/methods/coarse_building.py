@@ -66,7 +66,6 @@ class SpaceBuilder:
     ) -> None:
         self.context, self.inverse, self.tolerance = context, inverse, tolerance
         self._seed, self.most_examples = context.options.seed, curvature_examples
-        self._columns = 0  # of the output curvature of an example, once a pass has seen them
         self._found: tuple[int, SelfScores] | None = None  # leverages, of a sample of that size
         self._curvature = context.train.sample(curvature_examples, self._seed + 1)
 
@@ -94,7 +93,7 @@ class SpaceBuilder:
 
     def share(self, other: SpaceBuilder) -> None:
         """Hand over what the pass for leverages has found, to a builder with the same preconditioner."""
-        other._columns, other._found = self._columns, self._found
+        other._found = self._found
 
     def _sample(self, count: int) -> Loader:
         """Return the examples that ``count`` anchors are drawn from, and what is held out."""
@@ -110,7 +109,8 @@ class SpaceBuilder:
         )
         self.context.runner.run(one_pass, sample)
         found = one_pass.gather(self.context.runner.all_gather_cat, self.context.dtype)
-        self._columns = int(self.context.runner.all_gather_cat(torch.tensor([one_pass.columns])).max())
+        columns = int(self.context.runner.all_gather_cat(torch.tensor([max(1, one_pass.columns)])).max())
+        self.context.state.columns[self.key] = columns
         self._found = sample.num_examples, found
         return found
 

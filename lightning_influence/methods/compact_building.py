@@ -40,7 +40,7 @@ _WORTH = 2
 # The most columns of the output curvature that products are made of; see CurvaturePass.
 _MOST_COLUMNS = 64
 # Chosen by hand: bytes of anchors' gradients that are formed at once.
-_FORMED_BYTES = 2**26
+_FORMED_BYTES = 2**23
 
 
 class AnchorPass:
@@ -154,8 +154,9 @@ class CompactBuilder(SpaceBuilder):
         return CompactTwoLevel(inverse, space, find_rows, combine, runner.all_reduce_sum)
 
     def look(self) -> None:
-        """Find the leverages, in the pass that shows how many outputs the curvature has columns of."""
-        self._weigh(self._sample(self._wanted()), self.inverse)
+        """Find the leverages, in the pass that shows how many columns the output curvature has, once."""
+        if self.key not in self.context.state.columns:
+            self._weigh(self._sample(self._wanted()), self.inverse)
 
     def may_help(self, dense: int) -> bool:
         """Return whether far more directions than so many dense ones could fit, outputs being few."""
@@ -176,7 +177,7 @@ class CompactBuilder(SpaceBuilder):
         context = self.context
         width = torch.empty((), dtype=context.dtype).element_size()
         draws = self._mixtures()
-        columns = columns or self._columns or _MOST_COLUMNS
+        columns = columns or self.context.state.columns.get(self.key, 0) or _MOST_COLUMNS
         if known is not None:
             columns = known.rows.values.shape[1]
         elif columns > max(_MOST_COLUMNS, draws):
