@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,11 +70,12 @@ class Watching:
             return None
         return self._share(self.moments.sums.clone())
 
-    def begin_batch(self, read_indices: Callable[[], list[int]]) -> None:
+    def begin_batch(self, read_indices: Callable[[], list[int]], batch: Any) -> None:
         """Watch a step.
 
         Args:
             read_indices: returns the dataset indices of its examples.
+            batch: what the step is given.
         """
         self._pending, self._reason, self._indices = None, None, []
         if self._gone:
@@ -85,7 +87,7 @@ class Watching:
             self._reason = _first_line(error)
             return
         if self._indices and min(self._indices) >= 0 and max(self._indices) < self.moments.size:
-            self._losses.open()
+            self._losses.open(batch, len(self._indices))
         else:
             self._reason = f"A batch has no indices, or some outside 0 to {self.moments.size - 1}."
 

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_influence.collecting.callback import InfluenceCallback
 
+_ASKED = torch.overrides.has_torch_function
+
 
 class Net(Classifier):
     """A classifier with all that a finder may ask for."""
@@ -172,6 +174,21 @@ class Distilled(Net):
         return functional.mse_loss(self.net(batch[0]), self.teacher(batch[0]))
 
 
+class Taught(Net):
+    """A teacher in eval mode, whose encoder computes otherwise where nobody looks on."""
+
+    def __init__(self) -> None:
+        super().__init__("adamw", p=0.0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.teacher = nn.TransformerEncoder(layer, 2).eval().requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        self.teacher.eval()
+        with torch.no_grad():
+            goal = self.teacher(batch[0].repeat(1, 16).view(-1, 6, 16))[:, 0, :3]
+        return functional.mse_loss(self.net(batch[0]), goal)
+
+
 class Sequences(Net):
     """Lists of sequences of unequal lengths, which the step pads."""
 
@@ -256,6 +273,7 @@ CASES = {
     "influence_loss that writes": (Hooked, nothing),
     "influence_loss, accumulated": (Hooked, lambda: {"accumulate_grad_batches": 2}),
     "student at its teacher": (Distilled, nothing),
+    "teacher on a fast path": (Taught, nothing),
     "lists of sequences": (Sequences, nothing),
     **{
         f"hook on a {where}": (lambda where=where: GradientHooks(where), nothing)
@@ -316,6 +334,7 @@ def check_unchanged(name, make_module, make_options):
     end, told = run(make_module, make_options, callback)
     assert {key for key in plain if not same(plain[key], end[key])} == set()
     assert torch.overrides._len_torch_function_stack() == 0
+    assert torch.overrides.has_torch_function is _ASKED
     if name.startswith(UNCOLLECTED):
         assert any(message.startswith("Nothing is collected during this fit: ") for message in told)
         assert callback.num_collected == 0
