@@ -73,11 +73,11 @@ class InfluenceCallback(Callback):
 
     On some batches the layers' inputs and gradients whose outer products average to the Gauss-Newton
     matrix are recorded on the user's own forward pass, before the user's backward pass; weights, gradients
-    and random states of the training are untouched. Sums are kept over windows that double, so that recent
-    factors exist whenever training ends. They are saved in every full checkpoint and continue when training
-    is resumed from one. A checkpoint that is saved after a question was asked also holds what the answer was
-    computed from and later ones can use (the coarse space of two-level EK-FAC, factors from a pass), each
-    unless it takes more than 256 MiB.
+    and random states of the training are untouched. Most are of the last eighth of a planned run, some of
+    windows before it that double, so that recent factors exist whenever training ends. They are saved in
+    every full checkpoint and continue when training is resumed from one. A checkpoint that is saved after a
+    question was asked also holds what the answer was computed from and later ones can use (the coarse space
+    of two-level EK-FAC, factors from a pass), each unless it takes more than 256 MiB.
 
     A fit that cannot be collected goes on as without the callback: a warning gives the reason, and whatever
     was collected until then is dropped, so that factors are never those of an unknown part of a run. They
@@ -94,8 +94,9 @@ class InfluenceCallback(Callback):
         fisher: ``"mixed"`` for random mixtures of the columns of the loss's curvature in the outputs, which
             are right on average and vary least; ``"sampled"`` for labels drawn from the model;
             ``"empirical"`` for the training labels.
-        every_n_steps: collect every n-th batch; by default as many as ``overhead`` pays for.
-        overhead: share of the training's operations that collecting may cost, eigendecompositions included.
+        every_n_steps: collect every n-th batch; by default as many as ``overhead`` pays for, by the clock, so
+            that equal runs may differ in which.
+        overhead: share of the training steps' time that collecting may cost, eigendecompositions included.
         log_statistics: log figures of the curvature and the gradients under ``influence/``.
         seed: seed of the draws; the global random state is never used.
         strict: raise an error where collecting would otherwise stop with a warning.
@@ -253,9 +254,10 @@ class InfluenceCallback(Callback):
                 return
             size = self._batch_size = count_examples(trainer, batch, batch_idx)
             if self._settings.loss is None and not callable(getattr(pl_module, "influence_loss", None)):
-                collector.live.open(pl_module)
+                with collector.watch.working():
+                    collector.live.open(pl_module)
                 return
-            with set_aside(trainer, pl_module, batch) as own:
+            with collector.watch.working(), set_aside(trainer, pl_module, batch) as own:
                 captured = collector.live.run_hook(pl_module, own, size, enter_precision(trainer))
                 self._add(trainer, pl_module, captured)
 
@@ -273,12 +275,13 @@ class InfluenceCallback(Callback):
             return
         with self._guarded():
             if collector.live.is_open:
-                collector.live.close()
-                self._from_backward = True
-                divisor = read_loss_divisor(trainer, pl_module)
-                with set_aside(trainer, pl_module):
-                    captured = collector.live.resolve(loss, self._batch_size, divisor)
-                    self._add(trainer, pl_module, captured)
+                with collector.watch.working():
+                    collector.live.close()
+                    self._from_backward = True
+                    divisor = read_loss_divisor(trainer, pl_module)
+                    with set_aside(trainer, pl_module):
+                        captured = collector.live.resolve(loss, self._batch_size, divisor)
+                        self._add(trainer, pl_module, captured)
             elif self._from_backward and self._backwards > 1:
                 refuse_step(SEVERAL_BACKWARDS)
             elif self._hooked is not None and self._backwards == 1:
@@ -377,7 +380,8 @@ class InfluenceCallback(Callback):
         self._kept.continued, self._kept.restored = self._kept.restored, False
         run.sums = run.sums.to(module.device)
         # Questions may be about all parameters, and the record tells their damping.
-        return Collector(run, self._settings, plan, processes, self._say, find_layers(module).layers)
+        recorded, logs = find_layers(module).layers, bool(trainer.loggers)
+        return Collector(run, self._settings, plan, processes, self._say, recorded, logs=logs)
 
     def _watch(self, trainer: Trainer, module: LightningModule, processes: Processes) -> Watching | None:
         """Return what keeps this fit's training dynamics, on every process or on none."""

@@ -54,7 +54,9 @@ _SCHEDULE: dict[str, _Rule] = {
     "every_n_steps": _COUNT_OR_NONE,
     "horizon": _COUNT_OR_NONE,
     "costs": _MAPPING_OR_NONE,
-    **dict.fromkeys(("steps", "start", "end", "phase_start", "phase_end", "planned", "taken"), _COUNT),
+    **dict.fromkeys(
+        ("steps", "start", "end", "phase_start", "phase_end", "planned", "taken", "batch"), _COUNT
+    ),
     "spent": _NUMBER,
     "phase": _one_of(Phase),
     "with_basis": _TRUTH,
@@ -100,7 +102,8 @@ def check_state(state: Any) -> None:
         remedy="Resume without it, or train with the version that wrote it.",
     )
     _check_entries(collector, _COLLECTOR, "collector")
-    _check_entries(collector["schedule"], _SCHEDULE, "collector/schedule")
+    # What is new in the schedule is 0 where an older version wrote it.
+    _check_entries({"batch": 0, **collector["schedule"]}, _SCHEDULE, "collector/schedule")
     if collector["schedule"]["costs"] is not None:
         _check_entries(collector["schedule"]["costs"], dict(_COSTS), "collector/schedule/costs", exact=True)
     _check_entries(collector["record"], _RECORD, "collector/record", exact=True)

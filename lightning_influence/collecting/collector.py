@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_influence.collecting.figures import (
     estimate_noise_and_signal,
@@ -17,13 +17,19 @@ from lightning_influence.collecting.figures import (
 )
 from lightning_influence.collecting.schedule import Costs
 from lightning_influence.collecting.state import Run, Settings
+from lightning_influence.collecting.stopwatch import Stopwatch
 from lightning_influence.collecting.sums import AllReduce, WindowSums, copy_statistics
-from lightning_influence.curvature.factor_passes import add_covariances, add_squares
+from lightning_influence.curvature.factor_passes import add_weights
+from lightning_influence.curvature.thinning import mix_examples, thin_rows
 from lightning_influence.model.captured import RANDOM, Captured
-from lightning_influence.model.gradients import FactoredGradients, check_finite
+from lightning_influence.model.gradients import (
+    FactoredGradients,
+    check_finite,
+    check_finite_tensors,
+)
 from lightning_influence.model.layers import Layer
 from lightning_influence.model.live_capture import LiveCapture, check_first
-from lightning_influence.model.losses.draws import draw_generator
+from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, draw_generator
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.errors import InfluenceError, NonFiniteError
 from lightning_influence.support.notes import Notices
@@ -33,6 +39,12 @@ from lightning_influence.support.notes import Notices
 # remember about five measurements (1 / (1 - 0.8)), enough to smooth the log and few enough to follow it.
 _NOISE_EVERY = 8
 _NOISE_MEMORY = 0.8
+# What the first batch's checks cost, in batches whose covariances are summed: six backward passes, of which
+# one goes to the weights.
+_CHECK_COSTS = 3
+# Measured costs are of so many batches at least: those of one are off by what the machine does beside. Chosen
+# by hand.
+_FEWEST_MEASURED = 2
 # Errors of torch may run to pages. Chosen by hand: what a terminal shows in four lines.
 _LONGEST_REASON = 400
 
@@ -88,11 +100,13 @@ class Collector:
         processes: who collects along.
         say: gives warnings.
         recorded: layers and parameters whose optimizer steps are recorded.
+        logs: whether anybody logs figures.
 
     Attributes:
         run: sums, schedule and record.
         plan: the covered layers.
         recorded: as given.
+        watch: times the steps and what is done in them.
         live: the capture of the step that runs.
         failure: why this process adds nothing more, None if all is well.
     """
@@ -105,12 +119,16 @@ class Collector:
         processes: Processes,
         say: Notices,
         recorded: Mapping[str, Layer],
+        *,
+        logs: bool,
     ) -> None:
         self.run, self.plan, self.live, self.recorded = run, plan, LiveCapture(plan), recorded
         self.failure: str | None = None
         self._settings, self._processes, self._say = settings, processes, say
+        self.watch, self._logs = Stopwatch(), logs and settings.statistics
         self._pending = False  # whether the batch is to be collected and not counted yet
         self._in_step = run.schedule.costs is not None  # whether all processes count with the same costs
+        self._begin_measuring()
         run.record.start()
         if processes.share is not None:
             run.sums.fill(plan.layers)
@@ -130,13 +148,17 @@ class Collector:
             CollectingError: if collecting failed on any process.
         """
         schedule, sums = self.run.schedule, self.run.sums
+        self.watch.begin_step()
         schedule.steps += 1
         if schedule.starts_window():
+            self._correct_costs()
             sums.start_window()
             if self.is_shared:
                 self._prepare(lambda: sums.fill(self.plan.layers))
         if schedule.wants_basis():
-            self._make_bases()
+            with self.watch.working():
+                self._make_bases()
+            self._correct_costs()
         self._pending = schedule.should_collect()
         return self._pending and self.failure is None
 
@@ -155,30 +177,31 @@ class Collector:
             NonFiniteError: if a gradient is not finite; nothing is stored.
             UnsupportedModelError: if the examples of the first batch depend on each other.
         """
-        run = self.run
-        if run.schedule.costs is None:
+        run, fisher, first = self.run, self._settings.fisher, self.run.schedule.costs is None
+        if first:
             captured.recorder.inputs(captured.num_examples)  # names a layer whose rows are no examples
             check_first(captured, module)
-        generator = None
-        if captured.loss is not None and self._settings.fisher in RANDOM:
-            number = run.collected * self._processes.world_size + self._processes.rank
-            generator = draw_generator(self._settings.seed, number, captured.loss.outputs.device)
-        gradients = captured.curvature_gradients(self._settings.fisher, generator)
-        if run.schedule.costs is None:
-            run.schedule.note_costs(_count_costs(gradients, captured.num_examples, module))
-        phase, noisy = run.schedule.phase, self._count()
-        check_finite(gradients)
+        number = run.collected * self._processes.world_size + self._processes.rank
+        drawn = captured.loss is not None and fisher in RANDOM
+        draws, thinning = (
+            draw_generator(self._settings.seed, number, device, purpose)
+            for device, purpose in ((self._device_of(captured), COVARIANCES), ("cpu", SQUARES))
+        )
+        outputs = captured.curvature_outputs(fisher, draws if drawn else None)
+        if first:
+            self._note_costs(outputs, captured.num_examples, module)
+        phase, noisy = run.schedule.phase, self._count(checked=first)
+        if phase == "covariances":
+            self._add_covariances(captured, outputs, thinning)
+        else:
+            self._add_squares(captured, outputs, thinning)
         run.scale += 1.0 if captured.loss is None else captured.loss.scale
         run.record.loss_scale = run.scale / run.collected
-        if phase == "covariances":
-            add_covariances(run.sums.current, gradients, captured)
-        else:
-            add_squares(run.sums.current, gradients)
         run.sums.settle(run.schedule.planned, run.schedule.taken)
         pair = estimate_noise_and_signal(captured.loss_gradients()) if noisy else None
         if pair is not None:
             run.noise = [_NOISE_MEMORY * old + x for old, x in zip(run.noise, (*pair, 1.0), strict=True)]
-        return self._measure(gradients) if measure else {}
+        return self._measure(captured, outputs) if measure else {}
 
     def end_batch(self) -> None:
         """Keep several processes in step: in what they have counted, and in what a batch costs.
@@ -186,6 +209,9 @@ class Collector:
         Raises:
             CollectingError: if collecting failed on any process in the first batch.
         """
+        self.watch.end_step()
+        if self._unmeasured:  # the first batch is checked, and slower
+            self._begin_measuring()
         share = self._processes.share
         if share is None:
             return
@@ -233,16 +259,75 @@ class Collector:
         self.live.close()
         self.live.clear()
 
-    def _count(self) -> bool:
+    def _add_covariances(
+        self, captured: Captured, outputs: Mapping[str, Tensor], generator: torch.Generator
+    ) -> None:
+        rows, sums = thin_rows(captured, outputs, generator), self.run.sums
+        check_finite_tensors({name: [layer.inputs, layer.outputs] for name, layer in rows.items()})
+        sums.fill({name: self.plan.layers[name] for name in rows})
+        for name, layer in rows.items():
+            sums.current.layers[name].add_rows(layer.inputs, layer.outputs, layer.examples, layer.positions)
+        add_weights(sums.current, captured)
+
+    def _add_squares(
+        self, captured: Captured, outputs: Mapping[str, Tensor], generator: torch.Generator
+    ) -> None:
+        gradients = {name: mix_examples(layer, generator) for name, layer in _join(captured, outputs).items()}
+        check_finite(gradients)
+        statistics = self.run.sums.current.layers
+        for name, layer in gradients.items():
+            if name in statistics:  # a layer that no batch has used before has no basis yet
+                statistics[name].add_squares(layer, captured.num_examples)
+
+    @staticmethod
+    def _device_of(captured: Captured) -> torch.device | str:
+        return "cpu" if captured.loss is None else captured.loss.outputs.device
+
+    def _note_costs(self, outputs: Mapping[str, Tensor], examples: int, module: nn.Module) -> None:
+        """Count what a batch costs; in the following ones it is measured."""
+        shapes = [
+            (grads.shape[0], grads.shape[2], grads.shape[3], self.plan.layers[name].d_in)
+            for name, grads in outputs.items()
+        ]
+        parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        costs = Costs.count(shapes, examples, parameters)
+        self.run.schedule.note_costs(costs, examples * self._processes.world_size)
+        self._unmeasured = True
+
+    def _begin_measuring(self) -> None:
+        self.watch.reset()
+        self._unmeasured = False
+        self._measured_from = self.run.schedule.spent, self.run.collected
+
+    def _correct_costs(self) -> None:
+        """Compare the counted costs with measured ones, of all processes together; they all call it."""
+        run, share, watch = self.run, self._processes.share, self.watch
+        spent, collected = self._measured_from
+        if run.collected - collected < _FEWEST_MEASURED:
+            return
+        times = torch.tensor([watch.work, watch.training, watch.steps], dtype=torch.float64)
+        work, training, steps = (times if share is None else share(times)).tolist()
+        if training > 0:
+            run.schedule.correct(
+                work * steps / training / self._processes.world_size / (run.schedule.spent - spent)
+            )
+        self._begin_measuring()
+        watch.begin_step()
+
+    def _count(self, *, checked: bool = False) -> bool:
         """Count a batch as collected.
+
+        Args:
+            checked: whether its examples were checked.
 
         Returns:
             Whether its noise scale is to be measured.
         """
         run = self.run
-        noisy = self._settings.statistics and run.collected % _NOISE_EVERY == 0
+        noisy = self._logs and run.collected % _NOISE_EVERY == 0
         assert run.schedule.costs is not None
-        run.schedule.note_collected(run.schedule.costs.covariances if noisy else 0.0)
+        extra = (float(noisy) + _CHECK_COSTS * float(checked)) * run.schedule.costs.covariances
+        run.schedule.note_collected(extra)
         run.collected += 1
         self._pending = False
         return noisy
@@ -284,12 +369,15 @@ class Collector:
         """
         self.agree()
         own = self.run.schedule.costs
-        known = [0.0] * 4 if own is None else [1.0, own.covariances, own.squares, own.basis]
+        batch = float(self.run.schedule.batch)
+        known = [0.0] * 5 if own is None else [1.0, own.covariances, own.squares, own.basis, batch]
         count, *sums = share(torch.tensor(known, dtype=torch.float64)).tolist()
         if count:
-            self.run.schedule.restart(Costs(*(value / count for value in sums)))
+            *costs, batch = (value / count for value in sums)
+            self.run.schedule.restart(Costs(*costs), round(batch))
             self.run.collected, self._in_step = 0, True
-            self._count()
+            self._count(checked=True)
+            self._begin_measuring()
 
     def _prepare(self, make: Callable[[], Made]) -> Made | None:
         """Return what is made, or None after a failure, which the processes hear of when they next meet."""
@@ -299,11 +387,12 @@ class Collector:
             self.fail(describe_error(error))
             return None
 
-    def _measure(self, gradients: Mapping[str, FactoredGradients]) -> dict[str, float]:
+    def _measure(self, captured: Captured, outputs: Mapping[str, Tensor]) -> dict[str, float]:
         run, best = self.run, self.run.sums.best
         figures = measure_spectrum(best)
-        if all(layer.inputs.shape[2] == 1 for layer in gradients.values()):
-            figures["trace"] = float(sum_squared_norms(gradients).mean()) / best.mean_weight
+        if all(grads.shape[2] == 1 for grads in outputs.values()):
+            norms = sum_squared_norms(_join(captured, outputs))
+            figures["trace"] = float(norms.mean()) / best.mean_weight
         noise, signal, _ = run.noise
         if noise > 0 and signal > 0:
             figures["noise_scale"] = noise / signal
@@ -312,10 +401,7 @@ class Collector:
         return figures
 
 
-def _count_costs(gradients: Mapping[str, FactoredGradients], examples: int, module: nn.Module) -> Costs:
-    shapes = [
-        (layer.inputs.shape[0], layer.inputs.shape[2], layer.outputs.shape[-1], layer.inputs.shape[-1])
-        for layer in gradients.values()
-    ]
-    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Costs.count(shapes, examples, parameters)
+def _join(captured: Captured, outputs: Mapping[str, Tensor]) -> dict[str, FactoredGradients]:
+    """Return gradients of one seed, given their output gradients."""
+    inputs = captured.recorder.inputs(captured.num_examples)
+    return {name: FactoredGradients(inputs[name], grads[None]) for name, grads in outputs.items()}

@@ -1,12 +1,19 @@
 """When to collect during a fit: a budget in units of training steps, spent over windows that double.
 
-Nothing here looks at a clock. Costs are counted in operations, so that equal runs make equal decisions and a
-resumed run makes those of the run it continues.
+Costs are counted in operations at first. Counts are not to be trusted on every machine: at the end of each
+phase whoever collects compares them with what the clock says, and corrects them (:meth:`Schedule.correct`).
+Nothing here looks at a clock itself, so that a resumed run goes on with the costs of the run it continues. So
+that equal runs make equal decisions although clocks differ, small differences correct nothing, and how many
+batches a phase collects is a power of two times what is enough.
 
-The run is cut into windows ``[T/2^j, T/2^(j-1))`` where ``T`` is its planned end (powers of two if that is
-unknown). In each window covariances are summed first, one eigendecomposition follows, and the squares in its
-basis are summed in the rest. Whenever training ends, the last finished window therefore covers at least the
-part of the run between a quarter and a half of it, and at the planned end its last half.
+The run is cut into windows. The last one is the last eighth of the run, or what holds enough batches, because
+weights move and factors should be those of the weights at its end; the windows before it end where it begins,
+at half of that and so on (at powers of two if the end is unknown). In each window covariances are summed
+first, one eigendecomposition follows, and the squares in its basis are summed in the rest, unless the budget
+pays for too few examples: eigenvalues that stand for a few batches would be worse than none, since those that
+are missing are measured on all examples when a question is asked.
+
+Windows that end before the run does matter only if it is stopped early, and most of the budget is saved.
 """
 
 from __future__ import annotations
@@ -18,27 +25,47 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
+from lightning_influence.curvature.factors import ENOUGH_EXAMPLES
+from lightning_influence.curvature.thinning import count_rows, count_sums
+
 Phase = Literal["covariances", "squares"]
 
 # Work besides matrix products, in operations at the speed of those: what a training step costs before its
-# products (6e7), what the optimizer does with a parameter (150), what a sum does with an entry of a matrix
-# (150), and what a collected batch costs before its products (1.2e8). Measured on one CPU thread;
-# examples/benchmarks/overhead.py measures the overhead that comes of them.
+# products (6e7); what the optimizer does with a parameter (150); what a sum does with an entry of a matrix
+# (150); what collecting does in Python for a batch (8e7) and for a layer (3e7). Where layers have positions,
+# what lies between them (attention, normalisation, activations) is counted by the entries of their inputs and
+# outputs: in a step (800), and in one more backward pass, or in putting gradients together (300). Measured on
+# one CPU thread on small MLPs, CNNs and transformers; examples/benchmarks/overhead.py and fit_factors.py
+# measure the overhead that comes of them.
 _STEP_OPERATIONS = 6e7
 _UPDATE_OPERATIONS = 150.0
 _ENTRY_OPERATIONS = 150.0
-_COLLECT_OPERATIONS = 1.2e8
+_COLLECT_OPERATIONS, _LAYER_OPERATIONS = 8e7, 3e7
+_STEP_BETWEEN, _COLLECT_BETWEEN = 800.0, 300.0
 # Windows shorter than this many steps are not worth starting. Chosen by hand: one batch for covariances, one
 # for squares, and a decomposition between them fill fewer.
 _SHORTEST_WINDOW = 8
-# Share of a window's budget that is spent where no eigendecomposition can be afforded yet: the rest is saved
-# for it. Chosen by hand: a window then still has covariances of recent batches.
-_SAVING_SHARE = 0.25
-# The rest of the budget pays for hooks that run on every step. Chosen by hand.
-_BUDGETED = 0.9
+# Share of what a window may spend that it does spend where it ends before the run, unless the last one needs
+# it. Chosen by hand: the window that counts then has nearly all, and a run that is stopped early factors of
+# recent batches, if only of one in every window.
+_EARLY_SHARE = 1 / 4
+# Share of the run that its last window covers. Chosen by hand: on small transformers trained with a constant
+# learning rate, scores from all batches of the last half are further from refitted ones than scores from 500
+# examples of the last tenth, which are as close as a second refit with other draws.
+_LAST_SHARE = 1 / 8
+# More examples than these are not collected in a window, whatever the budget pays for. Chosen by hand.
+_MOST_EXAMPLES = 8_000
+# A window collects enough examples, or this share of those that the run has seen if that is less. Chosen by
+# hand.
+_ENOUGH_SHARE = 0.1
+# The rest of the budget pays for hooks that run on every step, and for what they slow down. Chosen by hand.
+_BUDGETED = 0.95
 # Until the budget allows more, this many batches may be collected, so that short runs have factors at all.
 # Chosen by hand.
 _FIRST_BATCHES = 3
+# Counted costs are corrected where measured ones differ by more than this factor. Chosen by hand: clocks are
+# off by as much.
+_TOLERATED = 1.1
 
 
 @dataclass(frozen=True)
@@ -72,16 +99,25 @@ class Costs:
         covariances = squares = _COLLECT_OPERATIONS
         basis = 0.0
         for groups, positions, d_out, d_in in shapes:
-            rows = float(groups * positions * examples)
-            product = 2 * rows * d_out * d_in
-            moments = 2 * rows * (d_in**2 + d_out**2)
-            dense = product + 2.0 * groups * examples * d_in * d_out * (d_in + d_out)
-            step += 3 * product
-            covariances += product + moments + _ENTRY_OPERATIONS * groups * (d_in**2 + d_out**2)
-            squares += product + min(product + moments, dense) if positions > 1 else 2 * product + moments
-            squares += 2 * _ENTRY_OPERATIONS * groups * d_in * d_out
+            rows = positions * examples
+            product = 2.0 * groups * rows * d_out * d_in
+            between = float(groups * rows * (d_in + d_out)) if positions > 1 else 0.0
+            step += 3 * product + _STEP_BETWEEN * between
+            backward = _LAYER_OPERATIONS + product + _COLLECT_BETWEEN * between
+            kept_in, kept_out = (count_rows(rows, examples, *pair) for pair in ((d_in, d_out), (d_out, d_in)))
+            covariances += backward + 2.0 * groups * (kept_in * d_in**2 + kept_out * d_out**2)
+            covariances += _ENTRY_OPERATIONS * groups * (d_in**2 + d_out**2)
+            sums = count_sums(examples, positions)
+            factored = 2.0 * groups * (rows * (d_in**2 + d_out**2)) + product
+            dense = product + 2.0 * groups * sums * d_in * d_out * (d_in + d_out)
+            squares += backward + (min(factored, dense) if positions > 1 else factored)
+            squares += 2 * _ENTRY_OPERATIONS * groups * d_in * d_out + _COLLECT_BETWEEN * between
             basis += groups * sum(9 * d**3 + 2000 * d**2 for d in (d_in, d_out))
         return cls(covariances / step, squares / step, basis / step)
+
+    def scaled(self, factor: float) -> Costs:
+        """Return the costs times a number."""
+        return Costs(factor * self.covariances, factor * self.squares, factor * self.basis)
 
 
 @dataclass
@@ -103,6 +139,7 @@ class Schedule:
         planned: how many batches to collect in this phase.
         taken: how many were.
         with_basis: whether this window has an eigendecomposition.
+        batch: examples of a batch, of all processes; 0 if unknown.
     """
 
     overhead: float = 0.05
@@ -119,6 +156,7 @@ class Schedule:
     planned: int = 1
     taken: int = 0
     with_basis: bool = False
+    batch: int = 0
 
     @property
     def credit(self) -> float:
@@ -163,17 +201,33 @@ class Schedule:
             self.every_n_steps is not None or self.credit >= self.costs.basis
         )
 
-    def note_costs(self, costs: Costs) -> None:
-        """Take the costs of the model, once: they begin the first window."""
+    def note_costs(self, costs: Costs, batch: int = 0) -> None:
+        """Take the costs of the model, once: they begin the first window.
+
+        Args:
+            costs: as counted.
+            batch: examples of a batch, of all processes; 0 if unknown.
+        """
         if self.costs is None:
-            self.costs = costs
+            self.costs, self.batch = costs, batch
             self.start, self.end = 0, self._boundary(self.steps)
             self._plan_phase("covariances")
 
-    def restart(self, costs: Costs) -> None:
+    def restart(self, costs: Costs, batch: int = 0) -> None:
         """Begin the first window anew with other costs, those that several processes have agreed on."""
         self.costs, self.spent = None, 0.0
-        self.note_costs(costs)
+        self.note_costs(costs, batch)
+
+    def correct(self, factor: float) -> None:
+        """Take in that collecting costs more or less than was counted, and has so far.
+
+        Args:
+            factor: measured over counted costs; small differences change nothing.
+        """
+        if self.costs is not None and not 1 / _TOLERATED < factor < _TOLERATED:
+            self.costs, self.spent = self.costs.scaled(factor), factor * self.spent
+            if not self.taken:  # the plan of what begins now rests on them
+                self._plan_phase(self.phase)
 
     def note_collected(self, extra: float = 0.0) -> None:
         """Count a batch as collected in the current phase, plus an extra cost in steps."""
@@ -194,8 +248,8 @@ class Schedule:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """Return the schedule that was saved."""
-        values = {f.name: state[f.name] for f in fields(cls)}
+        """Return the schedule that was saved; what an older version did not save is unknown."""
+        values = {f.name: state[f.name] for f in fields(cls) if f.name in state}
         if values["costs"] is not None:
             values["costs"] = Costs(**values["costs"])
         return cls(**values)
@@ -206,12 +260,18 @@ class Schedule:
 
     def _boundary(self, step: int) -> int:
         """Return the end of the window that holds batch number ``step``."""
-        unit = 1 << math.ceil(math.log2(max(step + 1, 1))) if self.horizon is None else self.horizon
-        if step >= unit:  # past the planned end
+        horizon = self.horizon
+        if horizon is None:
+            return max(1 << math.ceil(math.log2(max(step + 1, 1))), _SHORTEST_WINDOW)
+        if step >= horizon:  # past the planned end
             return 2 * step
-        while unit // 2 > step and unit // 2 >= _SHORTEST_WINDOW:
-            unit //= 2
-        return max(unit, _SHORTEST_WINDOW) if self.horizon is None else unit
+        last = max(_LAST_SHARE * horizon, 2 * self._count_enough(horizon) + 2, _SHORTEST_WINDOW)
+        end = horizon - math.ceil(last)
+        if step >= end or end < _SHORTEST_WINDOW:
+            return horizon
+        while end // 2 > step and end // 2 >= _SHORTEST_WINDOW:
+            end //= 2
+        return end
 
     def _plan_phase(self, phase: Phase) -> None:
         """Decide how many batches to collect until when."""
@@ -219,24 +279,43 @@ class Schedule:
         first = max(self.start, self.steps - 1)
         self.phase, self.phase_start, self.taken = phase, first, 0
         budget = max(0.0, self._earned(self.end) - self.spent)
+        if self.horizon is not None and self.end < self.horizon:
+            budget = min(_EARLY_SHARE * budget, self._count_spare(self.horizon))
         if phase == "squares":
             self.phase_end = self.end
-            self.planned = self._affordable(budget, self.costs.squares, self.end - first)
+            self.planned = self._affordable(budget / self.costs.squares, self.end - first)
             return
-        batch = self.costs.covariances + self.costs.squares
-        needed = self.costs.basis + batch
-        if self.end != self.horizon:  # will be superseded: worth a small part of the budget only
-            needed += 3 * self.costs.basis
-        self.with_basis = self.every_n_steps is not None or budget >= needed
-        # Half for covariances, half for squares. Where the basis cannot be afforded, its price is saved for.
-        self.phase_end = (first + self.end + 1) // 2 if self.with_basis else self.end
-        if self.with_basis:
-            count = (budget - self.costs.basis) / batch
-        else:
-            count = _SAVING_SHARE * budget / self.costs.covariances
-        self.planned = self._affordable(count, 1.0, self.phase_end - first)
+        enough = self._count_enough(self.end)
+        squares = enough / 2 * self.costs.squares
+        self.with_basis = self.every_n_steps is not None or (
+            budget >= self.costs.basis + enough * self.costs.covariances + squares
+        )
+        if not self.with_basis:
+            self.phase_end = self.end
+            self.planned = self._affordable(budget / self.costs.covariances, self.end - first)
+            return
+        # Half for covariances and half for squares, whose batches are as many, or fewer where all are few.
+        self.phase_end = (first + self.end + 1) // 2
+        left = budget - self.costs.basis
+        both = left / (self.costs.covariances + self.costs.squares)
+        self.planned = self._affordable(max(both, enough), self.phase_end - first)
 
-    def _affordable(self, budget: float, cost: float, length: int) -> int:
+    def _count_spare(self, horizon: int) -> float:
+        """Return what the run's last window will not need, in steps."""
+        assert self.costs is not None
+        needed = self._count_enough(horizon) * self.costs.covariances
+        return max(0.0, self._earned(horizon) - self.spent - needed)
+
+    def _count_enough(self, steps: int) -> int:
+        """Return of how many batches covariances should be after so many steps."""
+        return math.ceil(min(ENOUGH_EXAMPLES / self.batch, _ENOUGH_SHARE * steps)) if self.batch else 1
+
+    def _affordable(self, count: float, length: int) -> int:
+        """Return how many batches to collect in so many steps, of those that the budget pays for."""
         if self.every_n_steps is not None:
             return max(1, length // self.every_n_steps)
-        return max(1, min(int(budget / cost), length))
+        enough = self._count_enough(self.end)
+        if self.batch and enough <= count:
+            doublings = math.floor(math.log2(min(count / enough, _MOST_EXAMPLES / ENOUGH_EXAMPLES)))
+            count = enough * 2**doublings
+        return max(1, min(int(count), length))

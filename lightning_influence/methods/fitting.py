@@ -9,6 +9,7 @@ import torch
 
 from lightning_influence.curvature.factor_passes import CovariancePass, DiagonalPass, SquaresPass
 from lightning_influence.curvature.factors import (
+    ENOUGH_EXAMPLES,
     Factors,
     LayerStatistics,
     compute_eigenbasis,
@@ -49,7 +50,32 @@ def provide_factors(context: Context) -> Factors:
         "called, or not selected. Pass factors='refit' to fit factors of all that take part now",
     )
     context.extra["factors"] = f"from the {factors.origin}, {factors.fisher} Fisher"
-    return replace(factors, layers={name: factors.layers[name] for name in context.plan.layers})
+    factors = replace(factors, layers={name: factors.layers[name] for name in context.plan.layers})
+    _tell_examples(context, factors)
+    return factors
+
+
+def _tell_examples(context: Context, factors: Factors) -> None:
+    """Tell how many examples each factor stands for, and of factors from a fit whether they are few."""
+    context.extra["factor_examples"] = {
+        name: {"covariances": layer.examples, "eigenvalues": layer.squares_examples}
+        for name, layer in factors.layers.items()
+    }
+    enough = min(ENOUGH_EXAMPLES, context.train.num_examples)
+    few = {
+        name: layer
+        for name, layer in factors.layers.items()
+        if layer.examples < enough or layer.squares_examples < enough / 2
+    }
+    if factors.origin == "fit" and few:
+        name, layer = min(few.items(), key=lambda item: min(item[1].examples, item[1].squares_examples))
+        more = f" (and {len(few) - 1} more layers have few)" if len(few) > 1 else ""
+        context.notes.add(
+            f"The factors from the fit stand for few examples: the covariances of {name!r} for "
+            f"{layer.examples:g}, its eigenvalues for {layer.squares_examples:g}{more}. Below {enough} and "
+            f"{enough / 2:g} scores differ visibly from those of factors fitted on all training examples, "
+            "which factors='refit' asks for; a longer fit or a larger overhead collects more."
+        )
 
 
 def fit_diagonal(context: Context) -> Factors:

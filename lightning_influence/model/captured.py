@@ -109,6 +109,16 @@ class Captured:
         seeds: list[Tensor | None] = list(self.curvature_seeds(fisher, generator, draws))
         return self.recorder.gradients(self.loss.outputs, seeds, self.num_examples)
 
+    def curvature_outputs(
+        self, fisher: Fisher, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Return the output gradients ``(G, B, R, D_out)`` of :meth:`curvature_gradients`, for one draw."""
+        if self.loss is None:
+            values = self.per_example()
+            return self.recorder.backward(values, torch.ones_like(values), self.num_examples)
+        seed = next(self.curvature_seeds(fisher, generator))
+        return self.recorder.backward(self.loss.outputs, seed, self.num_examples)
+
     def curvature_seeds(
         self, fisher: Fisher, generator: torch.Generator | None = None, draws: int = 1
     ) -> Iterator[Tensor]:

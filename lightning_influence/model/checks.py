@@ -49,7 +49,9 @@ def check_independent(captured: Captured) -> None:
             f"finite (positions {bad[:5]}). Check these examples and the model's weights for NaN or "
             "infinity."
         )
-    coupled = _coupled(captured.recorder, values, captured.num_examples)
+    recorder, factors = captured.recorder, _factors(values)
+    outputs = recorder.backward(values, factors, captured.num_examples)
+    coupled = _coupled(recorder, values, factors, outputs)
     if coupled is not None:
         raise UnsupportedModelError(
             f"The loss of one example depends on layer {coupled!r} at other examples of the batch. "
@@ -58,7 +60,7 @@ def check_independent(captured: Captured) -> None:
             "in-batch terms out of the loss with `influence_loss`, or leave this layer out with "
             "`layers=`."
         )
-    partial = _partly_seen(captured, values)
+    partial = _partly_seen(captured, values, factors, outputs)
     if partial is not None:
         raise UnsupportedModelError(
             f"The loss depends on the weights of layer {partial!r} in another way than by calling the layer, "
@@ -68,24 +70,32 @@ def check_independent(captured: Captured) -> None:
         )
 
 
-def _coupled(recorder: Recorder, values: Tensor, num_examples: int) -> str | None:
+def _coupled(
+    recorder: Recorder, values: Tensor, factors: Tensor, outputs: Mapping[str, Tensor]
+) -> str | None:
     """Name a layer whose gradients at row ``b`` are not those of example ``b``'s loss alone.
 
     The first loss must leave all other rows alone. That does not see other examples trade places, so the
     losses are also weighed, each with a factor of its own, which must come back at the example's own row.
 
+    Args:
+        recorder: of the forward pass.
+        values: the losses, ``(B,)``.
+        factors: what they were weighed with once, ``(B,)``.
+        outputs: the output gradients that came of it.
+
     Returns:
         The first such layer, or None.
     """
+    num_examples = len(values)
     if num_examples < 2:
         return None
     for name, grad in recorder.backward(values, _first(values), num_examples).items():
         if bool(grad[:, 1:].nan_to_num(0.0, 0.0, 0.0).any()):  # not finite: refused elsewhere, as such
             return name
-    plain = recorder.backward(values, torch.ones_like(values), num_examples)
-    for factors in _powers(values):
-        for name, weighed in recorder.backward(values, factors, num_examples).items():
-            expected = plain[name] * factors.to(weighed.dtype)[:, None, None]
+    for powers in _powers(values):
+        for name, weighed in recorder.backward(values, powers * factors, num_examples).items():
+            expected = outputs[name] * powers.to(weighed.dtype)[:, None, None]
             wrong, size = _row_norms(weighed - expected), _row_norms(expected)
             if bool((wrong > _ROW_LIMIT * size.clamp(min=_ROW_FLOOR * float(size.max()))).any()):
                 return name
@@ -130,16 +140,24 @@ def _factors(values: Tensor) -> Tensor:
     return 1 + (torch.arange(len(values), device=values.device, dtype=values.dtype) * 0.618034).frac()
 
 
-def _partly_seen(captured: Captured, values: Tensor) -> str | None:
+def _partly_seen(
+    captured: Captured, values: Tensor, factors: Tensor, outputs: Mapping[str, Tensor]
+) -> str | None:
     """Name a layer whose gradients do not make up the gradient of its parameters.
 
     The losses are weighed, since at the end of training their plain sum has a gradient of zero.
 
+    Args:
+        captured: the batch.
+        values: its losses, ``(B,)``.
+        factors: what they were weighed with, ``(B,)``.
+        outputs: the output gradients that came of it.
+
     Returns:
         The first such layer, or None.
     """
-    recorder, factors, B = captured.recorder, _factors(values), captured.num_examples
-    inputs, outputs = recorder.inputs(B), recorder.backward(values, factors, B)
+    recorder = captured.recorder
+    inputs = recorder.inputs(captured.num_examples)
     layers = {name: recorder.layers[name] for name in outputs}
     parameters = {name: _parameters(layer) for name, layer in layers.items()}
     flat = [p for own in parameters.values() for p in own]

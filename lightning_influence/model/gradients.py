@@ -372,17 +372,22 @@ def check_finite(gradients: Mapping[str, LayerGradients]) -> None:
     Raises:
         NonFiniteError: naming the layers whose inputs or output gradients are not finite.
     """
-    sums = [
-        torch.stack([tensor.sum() for tensor in _tensors(layer)]).sum(0, keepdim=True)
-        for layer in gradients.values()
-    ]
+    check_finite_tensors({name: _tensors(layer) for name, layer in gradients.items()})
+
+
+def check_finite_tensors(tensors: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse NaN and infinity in what gradients are made of.
+
+    Args:
+        tensors: inputs and output gradients by layer name.
+
+    Raises:
+        NonFiniteError: as :func:`check_finite`.
+    """
+    sums = [torch.stack([tensor.sum() for tensor in own]).sum(0, keepdim=True) for own in tensors.values()]
     if not sums or bool(torch.isfinite(torch.cat(sums).sum())):  # one wait for the device in all
         return
-    bad = [
-        name
-        for name, layer in gradients.items()
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(layer))
-    ]
+    bad = [name for name, own in tensors.items() if not all(bool(t.isfinite().all()) for t in own)]
     if bad:
         raise NonFiniteError(
             f"Non-finite inputs or gradients in layers {bad}; nothing was stored. Check the weights and the "

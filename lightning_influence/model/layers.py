@@ -52,6 +52,11 @@ class LayerRule(ABC):
     def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
         """Output gradients ``(G, B, R, D_out)`` from the gradient of the module's output tensor."""
 
+    def inputs_at(self, module: nn.Module, x: Tensor, num_examples: int, positions: Tensor) -> Tensor:
+        """Inputs ``(G, B, p, D_in)`` at some positions ``(B, p)`` of those of :meth:`inputs`."""
+        everywhere = self.inputs(module, x, num_examples)
+        return everywhere[:, torch.arange(num_examples, device=x.device)[:, None], positions]
+
     def weight(self, module: nn.Module) -> nn.Parameter:
         """The weight, ``module.weight`` by default; its rows are the ``G * D_out`` rows of the matrix."""
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
@@ -115,14 +120,21 @@ class Layer:
 
     def inputs(self, x: Tensor, num_examples: int) -> Tensor:
         """Return inputs ``(G, B, R, D_in)`` in full precision, with the bias coordinate."""
-        abar = self.rule.inputs(self.module, full_precision(x), num_examples)
-        if not self.has_bias:
-            return abar
-        return torch.cat([abar, abar.new_ones(*abar.shape[:-1], 1)], dim=-1)
+        return self._with_bias(self.rule.inputs(self.module, full_precision(x), num_examples))
+
+    def inputs_at(self, x: Tensor, num_examples: int, positions: Tensor) -> Tensor:
+        """Return :meth:`inputs` at some positions ``(B, p)`` of each example, ``(G, B, p, D_in)``."""
+        positions = positions.to(x.device)
+        return self._with_bias(self.rule.inputs_at(self.module, full_precision(x), num_examples, positions))
 
     def output_gradients(self, grad: Tensor, num_examples: int) -> Tensor:
         """Return output gradients ``(G, B, R, D_out)`` in full precision."""
         return self.rule.output_gradients(self.module, full_precision(grad), num_examples)
+
+    def _with_bias(self, abar: Tensor) -> Tensor:
+        if not self.has_bias:
+            return abar
+        return torch.cat([abar, abar.new_ones(*abar.shape[:-1], 1)], dim=-1)
 
     def from_parameters(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Bring tensors ``(..., *weight.shape)`` and ``(..., *bias.shape)`` into matrix form.
@@ -304,6 +316,24 @@ class ConvRule(LayerRule):
         per_group = _patches(module, x).view(num_examples, -1, module.groups, self.shape(module)[2])
         return per_group.permute(2, 0, 1, 3)
 
+    def inputs_at(self, module: nn.Module, x: Tensor, num_examples: int, positions: Tensor) -> Tensor:
+        """Return the patches of some output pixels: only these are copied."""
+        assert isinstance(module, _Conv)
+        padded = _pad(module, x)
+        pixels = torch.zeros(1, dtype=torch.long, device=x.device)  # of the output, and in each patch
+        inside, step = pixels, 1
+        for size, kernel, dilation, stride, count in reversed(_axes(module, padded)):
+            along = torch.arange(count, device=x.device) * stride * step
+            pixels = (along[:, None] + pixels).flatten()
+            inside = (torch.arange(kernel, device=x.device)[:, None] * dilation * step + inside).flatten()
+            step *= size
+        rows = len(padded) // num_examples  # of one example
+        row = torch.arange(num_examples, device=x.device)[:, None] * rows + positions // len(pixels)
+        places = pixels[positions % len(pixels)][..., None] + inside  # (B, p, kernel pixels)
+        patches = padded.flatten(2).transpose(1, 2)[row[..., None], places]  # (B, p, kernel pixels, C)
+        per_group = patches.transpose(2, 3).reshape(*positions.shape, module.groups, -1)
+        return per_group.permute(2, 0, 1, 3)
+
     def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
         """Return output gradients ``(G, B, R, D_out)``."""
         assert isinstance(module, _Conv)
@@ -315,17 +345,25 @@ class ConvRule(LayerRule):
 def _patches(module: _Conv, x: Tensor) -> Tensor:
     """Return what each output pixel sees, ``(B', *out, C, *kernel)``: one copy a pixel of the kernel."""
     padded = _pad(module, x)
-    axes = list(zip(padded.shape[2:], module.kernel_size, module.dilation, module.stride, strict=True))
-    out = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, dilation, stride in axes]
+    axes = _axes(module, padded)
+    out = [axis[-1] for axis in axes]
     result = padded.new_empty(len(padded), *out, padded.shape[1], *module.kernel_size)
     for pixel in itertools.product(*map(range, module.kernel_size)):
         window = tuple(
             slice(at * dilation, at * dilation + (count - 1) * stride + 1, stride)
-            for at, count, (_, _, dilation, stride) in zip(pixel, out, axes, strict=True)
+            for at, (_, _, dilation, stride, count) in zip(pixel, axes, strict=True)
         )
         seen = padded[(slice(None), slice(None), *window)]
         result[(..., *pixel)] = seen.movedim(1, -1)  # type: ignore[index]
     return result
+
+
+def _axes(module: _Conv, padded: Tensor) -> list[tuple[int, int, int, int, int]]:
+    """Return size, kernel, dilation, stride and number of outputs along each dimension in space."""
+    given = zip(padded.shape[2:], module.kernel_size, module.dilation, module.stride, strict=True)
+    return [
+        (n, k, dilation, step, (n - dilation * (k - 1) - 1) // step + 1) for n, k, dilation, step in given
+    ]
 
 
 def _batched(module: _Conv, x: Tensor) -> Tensor:

@@ -191,6 +191,38 @@ class Recorder:
             result[name] = self._inputs_of(name, slice(0, num_examples), num_examples, release=release)
         return {name: result[name] for name in self.layers if name in result}
 
+    def inputs_at(
+        self, num_examples: int, choose: Callable[[Layer, int], Tensor | None]
+    ) -> dict[str, tuple[Tensor, int]]:
+        """Some rows of the inputs of each module that was called, scaled so that their squares stand for all.
+
+        Args:
+            num_examples: ``B``.
+            choose: returns which positions ``(B, p)`` of ``R`` of a call of a layer to take, None for all.
+
+        Returns:
+            By layer, rows ``(G, n, D_in)`` whose second moment is on average that of all, if each position is
+            chosen as often as any other, and the number ``R`` of positions over all calls.
+        """
+        self._check_rows(num_examples)
+        result = {}
+        for name, layer in self._modules.items():
+            calls = self._calls[name]
+            parts, total = [], 0
+            for x, shape in zip(calls.inputs, calls.shapes, strict=True):
+                count = shape.numel() // (num_examples * layer.groups * layer.d_out)
+                chosen = choose(layer, count)
+                total += count
+                if chosen is None:
+                    part = layer.inputs(x, num_examples)
+                else:
+                    scale = (count / chosen.shape[1]) ** 0.5
+                    part = layer.inputs_at(x, num_examples, chosen) * scale
+                parts.append(part.flatten(1, 2))
+            if parts:
+                result[name] = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), total
+        return result
+
     def raw_inputs(self) -> dict[str, Tensor]:
         """Return the input of each layer's first call as the module saw it, in the order of the layers."""
         return {name: calls.inputs[0] for name, calls in self._calls.items() if calls.inputs}

@@ -12,6 +12,9 @@ from typing_extensions import NotRequired, Self
 
 from lightning_influence.support.fields import check_fields
 
+# Entries of a mapping that people are shown; the object has all. Chosen by hand.
+_LISTED = 4
+
 
 class PassFacts(TypedDict):
     """One pass over data: its name, how long it took, how many examples (and batches) it saw."""
@@ -131,4 +134,7 @@ def _residual_text(residuals: Tensor | None) -> str:
 
 
 def _extra_text(value: Any) -> str:
+    if isinstance(value, Mapping) and len(value) > _LISTED:
+        shown = ", ".join(f"{name}: {_extra_text(value[name])}" for name in [*value][:_LISTED])
+        return f"{shown}, and {len(value) - _LISTED} more"
     return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)

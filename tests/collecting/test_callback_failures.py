@@ -42,6 +42,10 @@ class RoutedNowhere(Routed):
     rows = 0
 
 
+class RoutedAtTheEnd(Routed):
+    first, rows = 17, 8
+
+
 class Reentrant(Classifier):
     def forward(self, x):
         hidden = self.net[0](x)
@@ -142,6 +146,14 @@ def test_training_goes_on_and_the_reason_is_given_once(module_class, reason) -> 
     check_uncollected(callback)
 
 
+def test_layer_that_is_first_used_where_squares_are_summed_stops_nothing() -> None:
+    callback = InfluenceCallback(every_n_steps=1)
+    assert check_as_without(RoutedAtTheEnd, callback) == []
+    assert callback.num_collected == 20
+    assert callback.factors.has_squares
+    assert "expert" not in callback.factors.layers  # what it lacks is fitted when a question is asked
+
+
 def test_an_expert_that_no_example_is_sent_to_stops_nothing() -> None:
     callback = InfluenceCallback(every_n_steps=1)
     assert check_as_without(RoutedNowhere, callback) == []
@@ -149,7 +161,7 @@ def test_an_expert_that_no_example_is_sent_to_stops_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "dropped"), [(WindowSums, "set_bases", 4), (TrainingRecord, "add_step", 1)]
+    ("owner", "name", "dropped"), [(WindowSums, "set_bases", 5), (TrainingRecord, "add_step", 1)]
 )
 def test_errors_outside_the_capture_stop_collecting_too(monkeypatch, owner, name, dropped) -> None:
     counts = []

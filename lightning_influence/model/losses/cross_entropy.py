@@ -102,8 +102,8 @@ class CrossEntropyLoss(OutputLoss):
     def mix_columns(self, weights: Tensor) -> Tensor:
         """Return ``r - p sum_c r_c`` at each position, ``r_c`` being ``sqrt(s p_c)`` times the weight."""
         p = self._softmax
-        rows = (self._mass * p).sqrt() * weights.view(p.shape)
-        return self._to_outputs(rows - p * rows.sum(-1, keepdim=True))
+        rows = (self._mass * p).sqrt_().mul_(weights.view(p.shape))  # in place: logits may be large
+        return self._to_outputs(rows.addcmul_(p, rows.sum(-1, keepdim=True), value=-1))
 
     def curvature_products(self, tangents: Tensor) -> Tensor:
         """Return ``s p (t - p^T t)`` at each position, for tangents ``t (V, *outputs.shape)``."""
@@ -201,7 +201,12 @@ class CrossEntropyLoss(OutputLoss):
     @cached_property
     def _mass(self) -> Tensor:
         """``s``: total of the target distribution at each position, ``(B, T, 1)``."""
-        return self._target_distribution().sum(-1, keepdim=True)
+        if self.has_probabilities:
+            return self._target_distribution().sum(-1, keepdim=True)
+        # Without forming distributions, which take as much memory as the logits.
+        (labels, kept), weights, smooth = self._labels(), self._class_weights(), self.label_smoothing
+        mass = (1 - smooth) * weights[labels] + smooth * weights.mean()
+        return self._weigh_positions(mass * kept).unsqueeze(-1)
 
     def _hard_labels(self) -> tuple[Tensor, Tensor]:
         """Return class indices and a mask of the positions with any weight, each ``(B, T)``.

@@ -6,6 +6,7 @@ change buffers and metrics. A pass runs it for its loss alone, so all of that is
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -116,10 +117,16 @@ def _hold_attributes(module: nn.Module) -> PutBack:
 
 def _machinery(module: nn.Module) -> frozenset[str]:
     """Name the attributes that torch's and Lightning's base classes set."""
+    is_lightning = isinstance(getattr(module, "_fabric_optimizers", None), list)
+    return _name_machinery(tuple(vars(module)), is_lightning)
+
+
+@functools.lru_cache(maxsize=1024)  # modules of one kind have the same attributes, and a model has many
+def _name_machinery(attributes: tuple[str, ...], is_lightning: bool) -> frozenset[str]:
     names = {"log", "log_dict", "training", "_compiled_call_impl", "_is_full_backward_hook"}
-    own = {name for name in vars(module) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))}
+    own = {name for name in attributes if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))}
     known = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks"}
-    if isinstance(getattr(module, "_fabric_optimizers", None), list):  # a LightningModule
+    if is_lightning:
         known |= {"_trainer", "_fabric", "_fabric_optimizers", "_device", "_dtype", "_current_fx_name"}
         known |= {"_hparams", "_hparams_initial", "_hparams_name", "_jit_is_scripting", "_device_mesh"}
     return frozenset(names | own | known)
