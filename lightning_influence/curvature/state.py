@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_influence.curvature.coarse_space import CoarseSpace
+from lightning_influence.curvature.compact_space import CompactSpace
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.training_record import TrainingRecord
 
@@ -25,6 +26,8 @@ class InfluenceState:
         record: what the training run tells of its damping, or None.
         coarse: the coarse space of two-level EK-FAC, or None if it has to be built.
         coarse_key: what the coarse space was built for; it is built again when this changes.
+        compact: the coarse space in little memory, or None if it has to be built.
+        compact_key: what that was built for.
         factors_key: what factors from a pass were fitted for; they are fitted again when this changes. Empty
             for factors of a training run and for those that a user brings, which are used as they are.
         mean_loss: of the training data that factors from a pass and the coarse space were made on, at these
@@ -33,6 +36,7 @@ class InfluenceState:
             stored without one.
         forgotten: whether what passes had computed turned out to be of other data, so that it is to be
             computed again whatever is kept elsewhere; not stored.
+        columns: of the output curvature of an example, by the key of a coarse space; not stored.
         verified: what passes of earlier calls have found in order, by model; not stored.
     """
 
@@ -40,16 +44,20 @@ class InfluenceState:
     record: TrainingRecord | None = None
     coarse: CoarseSpace | None = None
     coarse_key: str = ""
+    compact: CompactSpace | None = None
+    compact_key: str = ""
     factors_key: str = ""
     mean_loss: float | None = None
     content: int | None = None
     forgotten: bool = field(default=False, compare=False, repr=False)
+    columns: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
     verified: dict[str, set[str]] = field(default_factory=dict, compare=False, repr=False)
 
     def forget(self) -> None:
         """Let go of what passes have computed; factors of a training run, or a user's own, stay."""
         self.coarse, self.coarse_key, self.mean_loss, self.content = None, "", None, None
         self.forgotten = True
+        self.compact, self.compact_key, self.columns = None, "", {}
         if self.factors_key:
             self.factors, self.factors_key = None, ""
 
@@ -61,11 +69,13 @@ class InfluenceState:
             limit: what takes more bytes than this is left out, and has to be computed again.
 
         Returns:
-            The coarse space, factors unless ``collected`` are as good, and what their data were.
+            The coarse spaces, factors unless ``collected`` are as good, and what their data were.
         """
         result: dict[str, Any] = {}
         if self.coarse is not None:
             result["coarse"], result["coarse_key"] = self.coarse.state_dict(), self.coarse_key
+        if self.compact is not None:
+            result["compact"], result["compact_key"] = self.compact.state_dict(), self.compact_key
         if self.factors is not None and (self.factors_key or not collected.has_squares):
             result["factors"], result["factors_key"] = self.factors.state_dict(), self.factors_key
         kept = {
@@ -91,6 +101,9 @@ class InfluenceState:
         if "coarse" in stored:
             self.coarse = CoarseSpace.from_state_dict(stored["coarse"])
             self.coarse_key = stored["coarse_key"]
+        if "compact" in stored:
+            self.compact = CompactSpace.from_state_dict(stored["compact"])
+            self.compact_key = stored["compact_key"]
         if "factors" in stored:
             self.factors = Factors.from_state_dict(stored["factors"])
             self.factors_key = stored["factors_key"]

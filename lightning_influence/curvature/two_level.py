@@ -16,14 +16,17 @@ products.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence.curvature.coarse_space import CoarseSpace, draw_signs
 from lightning_influence.curvature.inverse import BlockInverse
+from lightning_influence.linalg.block_krylov import Subspace
 from lightning_influence.linalg.orthonormal import inner
 from lightning_influence.model.gradients import LayerGradients
 
@@ -121,9 +124,24 @@ class TwoLevel:
         coefficients = self._coordinates(torch.stack(products).sum(dim=0))
         projected = sum(self._project(self.inverse, name, queries[name]) for name in names)
         projected = projected - coefficients @ self._residual_coarse.T
-        residuals = _relative(projected, queries)
+        residuals = relate_norms(projected, queries)
         correction = Correction(coefficients, space.directions, space.mixing, space.anchors, space.inverse)
         return correction, residuals
+
+    def compare(
+        self, queries: Mapping[str, LayerGradients], closed: BlockInverse, tolerance: float = math.inf
+    ) -> tuple[Correction, Tensor, Tensor]:
+        """Return :meth:`correction`, and what :meth:`estimate_residuals` gives for a closed form.
+
+        Whatever the tolerance: another step than 1 would take products with the curvature.
+        """
+        return *self.correction(queries), self.estimate_residuals(closed, queries)
+
+    def begin(self, vectors: Tensor) -> Subspace:
+        """Return the subspace that block Krylov begins with, for right-hand sides ``(V, P)``."""
+        damping = self.space.layout.expand(self.inverse.damping, vectors)
+        directions = self.space.directions
+        return Subspace(vectors, (directions, self.space.product + damping * directions))
 
     def estimate_residuals(self, inverse: BlockInverse, queries: Mapping[str, LayerGradients]) -> Tensor:
         """Estimate how far from solved the answers of a closed form are, in the system that this one solves.
@@ -137,7 +155,7 @@ class TwoLevel:
             :meth:`correction` uses as well.
         """
         products = [self._project(inverse, name, queries[name]) for name in self._names if name in queries]
-        return _relative(torch.stack(products).sum(dim=0), queries)
+        return relate_norms(torch.stack(products).sum(dim=0), queries)
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Return ``x`` for flat right-hand sides ``(V, P)``."""
@@ -216,8 +234,8 @@ def rescale_inverse(inverse: BlockInverse, space: CoarseSpace) -> BlockInverse:
     return inverse.scaled(above / below) if above > 0 and below > 0 else inverse
 
 
-def _relative(projected: Tensor, queries: Mapping[str, LayerGradients]) -> Tensor:
-    """Return norms of residuals over those of the queries, from projections on the probes ``(Q, s)``."""
+def relate_norms(projected: Tensor, queries: Mapping[str, LayerGradients]) -> Tensor:
+    """Return norms of residuals over those of the queries, from projections on random probes ``(Q, s)``."""
     norms = square_norms(queries).sqrt()
     return projected.square().mean(dim=1).sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
@@ -253,3 +271,23 @@ class Correction:
     mixing: Tensor
     anchors: Mapping[str, LayerGradients]
     inverse: BlockInverse
+
+    steps: ClassVar[None] = None
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights of the anchors in each query's correction, ``(Q, M)``."""
+        return self.coefficients @ self.mixing
+
+    def select(self, index: Tensor | slice) -> Correction:
+        """Return the correction of some of the queries."""
+        return replace(self, coefficients=self.coefficients[index])
+
+    def mix(self, name: str) -> Tensor:
+        """Return the correction in one layer, ``(Q, G, D_out, D_in)``."""
+        part = self.inverse.layout.split(self.directions)[name]
+        return (self.coefficients @ part.flatten(1)).view(-1, *part.shape[1:])
+
+    def add_to(self, solutions: Tensor) -> Tensor:
+        """Add the correction to flat vectors ``(Q, P)``, in place."""
+        return solutions.addmm_(self.coefficients, self.directions)

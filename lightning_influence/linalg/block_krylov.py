@@ -48,7 +48,7 @@ class Subspace:
         """Take in directions ``(k, P)``, orthonormal and outside, with their products; solve anew."""
         # Only the new rows and columns are computed: the rest of Q^T A Q is as before.
         cross = torch.cat([inner(block, image) for block in [*self._basis, fresh]])  # (m + k, k)
-        size = self.size
+        size = len(self._small)
         small = cross.new_zeros(len(cross), len(cross))
         small[:size, :size] = self._small
         small[:, size:] = cross

@@ -9,11 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.two_level import Correction
-from lightning_influence.linalg.block_krylov import Subspace, block_krylov
+from lightning_influence.curvature.coarse_space import CoarseSpace
+from lightning_influence.curvature.compact_space import CompactSpace
+from lightning_influence.curvature.compact_two_level import CompactCorrection, CompactTwoLevel
+from lightning_influence.curvature.two_level import Correction, TwoLevel
+from lightning_influence.linalg.block_krylov import block_krylov
 from lightning_influence.linalg.stopping import compute_remainder
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.methods.coarse_building import TOLERANCE, CoarseBuilder, count_vector_bytes
+from lightning_influence.methods.compact_building import CompactBuilder, choose_builder
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.fitting import provide_factors
 from lightning_influence.methods.gathering import gather_examples
@@ -84,12 +88,16 @@ class Auto(Method):
         self.ekfac = invert_blocks(context.layout, factors, closed, take_eigenvalues)
         damping = context.resolve_damping(factors, "full")
         inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
-        self.builder = CoarseBuilder(
-            context, inverse, self.options.curvature_examples, self.options.tolerance
-        )
-        self.space = self.builder.find()
-        self.inverse = self.builder.rescale(self.space)
-        self.operator = self.builder.correct(self.inverse, self.space)
+        self._dense = CoarseBuilder(context, inverse, self.options.curvature_examples, self.options.tolerance)
+        self._use(choose_builder(self._dense))
+
+    def _use(self, builder: CoarseBuilder | CompactBuilder) -> None:
+        """Find a coarse space and set up the operator that corrects with it."""
+        self.builder = builder
+        self.space: CoarseSpace | CompactSpace
+        self.operator: TwoLevel | CompactTwoLevel
+        self.space, self.inverse, self.operator = builder.set_up()
+        context = self.context
         if self.space.mixtures:
             context.notes.add(
                 f"The Gauss-Newton matrix was estimated from {self.space.mixtures} random mixtures of the "
@@ -100,8 +108,7 @@ class Auto(Method):
 
     def solve(self, queries: Queries) -> Solved:
         """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
-        correction, residuals = self.operator.correction(queries)
-        own = self.operator.estimate_residuals(self.ekfac, queries)
+        correction, residuals, own = self._compare(queries)
         chosen = self._choose(residuals, "queries")
         solutions = None
         if len(chosen):
@@ -124,20 +131,19 @@ class Auto(Method):
             if falls_back:
                 parts.append((positions, self._score(own_queries, None)))
             else:
-                coefficients = correction.coefficients[positions]
-                parts.append((
-                    positions,
-                    self._score(own_queries, replace(correction, coefficients=coefficients)),
-                ))
+                few = correction.select(positions)
+                if few.steps is not None:
+                    own_queries = {name: layer.weighted(few.steps) for name, layer in own_queries.items()}
+                parts.append((positions, self._score(own_queries, few)))
         queries.clear()
         return Solved(parts[0][1] if len(parts) == 1 else JointScorer(parts), residuals)
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
         """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
-        correction, residuals = self.operator.correction(queries)
-        own = self.operator.estimate_residuals(self.ekfac, queries)
+        correction, residuals, own = self._compare(queries)
         vectors = self.context.layout.dense(queries)[0]
-        solutions = self.inverse.apply(vectors).addmm_(correction.coefficients, self.space.directions)
+        stepped = vectors if correction.steps is None else vectors * correction.steps[:, None]
+        solutions = correction.add_to(self.inverse.apply(stepped))
         chosen = self._choose(residuals, "queries")
         if len(chosen):
             solutions[chosen], residuals[chosen] = self._iterate(_select(queries, chosen), "queries")
@@ -147,11 +153,19 @@ class Auto(Method):
         return solutions, torch.where(worse, own, residuals)
 
     def quadratic(self) -> Quadratic:
-        """Return EK-FAC's weighted squares plus the correction's products, with the residuals."""
+        """Return EK-FAC's weighted squares plus the correction's products, with the residuals.
+
+        With a compact space every group of training examples would take a pass over all of them: the dense
+        space takes its place, of as many directions as fit.
+        """
+        if isinstance(self.builder, CompactBuilder):
+            self._use(self._dense)
+        operator = self.operator
+        assert isinstance(operator, TwoLevel)
 
         def quadratic(gradients: Gradients) -> tuple[Tensor, Tensor]:
-            values, residuals = self.operator.quadratic(gradients)[0], self.operator.correction(gradients)[1]
-            own = self.operator.estimate_residuals(self.ekfac, gradients)
+            values = operator.quadratic(gradients)[0]
+            _, residuals, own = operator.compare(gradients, self.ekfac)
             worse = residuals > own.clamp(max=1.0)
             if bool(worse.any()):
                 self._replaced += int(worse.sum())
@@ -186,6 +200,10 @@ class Auto(Method):
             residuals[group[better]] = found.cpu().to(residuals)[better]
         return SelfScores(scores.indices, values, residuals)
 
+    def _compare(self, queries: Gradients) -> tuple[Correction | CompactCorrection, Tensor, Tensor]:
+        """Return corrections, their residuals, and those of EK-FAC's own answers in the same system."""
+        return self.operator.compare(queries, self.ekfac, self.options.tolerance)
+
     def _find_worse(self, residuals: Tensor, own: Tensor, subject: str) -> Tensor:
         """Return which residuals are above EK-FAC's own or above 1, and say so."""
         worse = residuals > own.clamp(max=1.0)
@@ -219,7 +237,9 @@ class Auto(Method):
         )
         return chosen[:0]
 
-    def _score(self, queries: Queries, correction: Correction | None) -> PreconditionedScorer:
+    def _score(
+        self, queries: Queries, correction: Correction | CompactCorrection | None
+    ) -> PreconditionedScorer:
         """Return the scorer of corrected queries, or of EK-FAC's answers if there is no correction."""
         scorer = PreconditionedScorer(
             self.ekfac if correction is None else self.inverse,
@@ -235,15 +255,20 @@ class Auto(Method):
     def group_size(self) -> int:
         """Return how many queries to answer at once: what the coarse space leaves of the memory budget.
 
-        A query is held as its gradient and its answer; where it may be iterated on, half is left for that.
+        A query is held as its gradient and its answer, and for a compact space as both closed forms' answers
+        while their products are found, with what makes them; where it may be iterated on, half is left.
         """
         each = 4 if self._may_iterate() else 2
+        if isinstance(self.space, CompactSpace):
+            each = 8
         return max(1, self._left() // (each * count_vector_bytes(self.context)))
 
     def _left(self) -> int:
         """Return what the coarse space, with its damped product if that is needed, leaves of the budget."""
-        damped = self.space.directions.nbytes if self._may_iterate() else 0
-        return self.options.memory_budget - self.space.nbytes - damped
+        space, damped = self.space, 0
+        if isinstance(space, CoarseSpace) and self._may_iterate():
+            damped = space.directions.nbytes
+        return self.options.memory_budget - space.nbytes - damped
 
     def _steps(self) -> int:
         """Return the most steps of block Krylov."""
@@ -261,9 +286,9 @@ class Auto(Method):
 
     def _iterate(self, queries: Gradients, subject: str) -> tuple[Tensor, Tensor]:
         """Return block Krylov on groups of queries, each starting from the coarse space."""
-        context, space = self.context, self.space
-        damping = context.layout.expand(self.inverse.damping, space.directions)
-        start = (space.directions, space.product + damping * space.directions)
+        context = self.context
+        like = torch.empty(0, device=context.device, dtype=context.dtype)
+        damping = context.layout.expand(self.inverse.damping, like)
 
         def product(vectors: Tensor) -> Tensor:
             return self.builder.multiply(vectors).add_(damping.to(vectors.dtype) * vectors)
@@ -273,7 +298,7 @@ class Auto(Method):
             result = block_krylov(
                 product,
                 self.inverse.apply,
-                Subspace(vectors, start),
+                self.operator.begin(vectors),
                 max_steps=self._steps(),
                 tolerance=self.options.tolerance,
             )

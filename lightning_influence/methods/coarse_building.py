@@ -20,7 +20,7 @@ from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse
 from lightning_influence.linalg.orthonormal import orthonormalise
 from lightning_influence.methods.context import Context, compute_digest
 from lightning_influence.methods.gathering import gather_examples
-from lightning_influence.methods.scoring_passes import SelfInfluencePass
+from lightning_influence.methods.scoring_passes import SelfInfluencePass, SelfScores
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.support.passes import Loader
@@ -51,8 +51,8 @@ _CHECK = 32
 _MOST_UNSOLVED = 0.25
 
 
-class CoarseBuilder:
-    """Finds the coarse space of the context's model: the one that is kept, grown if need be, or a new one.
+class SpaceBuilder:
+    """What builders of coarse spaces share: anchors drawn by leverage, and products with the curvature.
 
     Args:
         context: passes, data, settings, and the state that keeps the space.
@@ -65,8 +65,89 @@ class CoarseBuilder:
         self, context: Context, inverse: BlockInverse, curvature_examples: int, tolerance: float = TOLERANCE
     ) -> None:
         self.context, self.inverse, self.tolerance = context, inverse, tolerance
-        self._seed, self._most_examples = context.options.seed, curvature_examples
+        self._seed, self.most_examples = context.options.seed, curvature_examples
+        self._found: tuple[int, SelfScores] | None = None  # leverages, of a sample of that size
         self._curvature = context.train.sample(curvature_examples, self._seed + 1)
+
+    @property
+    def key(self) -> str:
+        """What a coarse space is kept under."""
+        context = self.context
+        return compute_digest(
+            context.weights_key,
+            context.train.num_examples,
+            min(self.most_examples, context.train.num_examples),
+            self._seed,
+            context.layout.shapes,
+            context.dtype,
+        )
+
+    def multiply(self, vectors: Tensor) -> Tensor:
+        """Return ``G V`` over the curvature examples for ``V (V, P)``."""
+        one_pass = self._run_products([vectors])
+        return one_pass.result(self.context.runner.all_reduce_sum)
+
+    def _wanted(self) -> int:
+        """Return how many anchors there may be whatever the memory."""
+        return max(1, min(MOST_ANCHORS, self.context.train.num_examples, self.context.layout.numel // 2))
+
+    def share(self, other: SpaceBuilder) -> None:
+        """Hand over what the pass for leverages has found, to a builder with the same preconditioner."""
+        other._found = self._found
+
+    def _sample(self, count: int) -> Loader:
+        """Return the examples that ``count`` anchors are drawn from, and what is held out."""
+        return self.context.train.sample(max(count + _CHECK, self.most_examples), self._seed + 2)
+
+    def _weigh(self, sample: Loader, inverse: BlockInverse) -> SelfScores:
+        """Return the leverage of every example, ``g^T P^{-1} g``; they are found once."""
+        if self._found is not None and self._found[0] == sample.num_examples:
+            return self._found[1]
+        squares = PreconditionedSquares(inverse)
+        one_pass = SelfInfluencePass(
+            self.context.plan, lambda gradients: squares(gradients)[0], description="Influence: leverages"
+        )
+        self.context.runner.run(one_pass, sample)
+        found = one_pass.gather(self.context.runner.all_gather_cat, self.context.dtype)
+        columns = int(self.context.runner.all_gather_cat(torch.tensor([max(1, one_pass.columns)])).max())
+        self.context.state.columns[self.key] = columns
+        self._found = sample.num_examples, found
+        return found
+
+    def _draw(self, found: SelfScores, count: int) -> Tensor:
+        """Return dataset indices: ``count`` anchors drawn by leverage, then all others in random order.
+
+        A larger count begins with the same anchors.
+        """
+        generator = torch.Generator().manual_seed(self._seed + 3)
+        order = torch.randperm(len(found.indices), generator=generator)
+        shares = found.values[order].double().clamp_min(0)
+        shares += shares.mean() * 1e-6 + torch.finfo(torch.float64).tiny  # so that there are enough
+        drawn = torch.multinomial(shares, count, generator=generator)
+        rest = torch.ones_like(order, dtype=torch.bool)
+        rest[drawn] = False
+        return found.indices[torch.cat([order[drawn], order[rest]])]
+
+    def _run_products(self, blocks: list[Tensor]) -> CurvatureProductPass:
+        """Return the pass for ``G V`` after it has visited the curvature examples."""
+        one_pass = CurvatureProductPass(
+            self.context.plan,
+            blocks,
+            draws=self._mixtures(),
+            seed=self._seed,
+            most_bytes=self.context.options.memory_budget // _MULTIPLIED,
+        )
+        self.context.runner.run(one_pass, self._curvature)
+        return one_pass
+
+    def _mixtures(self) -> int:
+        """Return how many mixtures of columns an example has; all passes of a coarse space need the same."""
+        wanted = -(-MIXTURES // max(1, self._curvature.num_examples))
+        return min(_MOST_MIXTURES, max(_FEWEST_MIXTURES, wanted))
+
+
+class CoarseBuilder(SpaceBuilder):
+    """Finds the coarse space of the context's model: the one that is kept, grown if need be, or a new one."""
 
     def find(self) -> CoarseSpace:
         """Return the coarse space, on the context's device.
@@ -75,16 +156,9 @@ class CoarseBuilder:
         if this call has room for more anchors, or a lower tolerance, than the call that ended its growth.
         """
         context, state = self.context, self.context.state
-        key = compute_digest(
-            context.weights_key,
-            context.train.num_examples,
-            min(self._most_examples, context.train.num_examples),
-            self._seed,
-            context.layout.shapes,
-            context.dtype,
-        )
-        known = state.coarse if state.coarse_key == key else None
-        limit = self._limit()
+        key = self.key
+        known = self.known
+        limit = self.limit
         if known is None or self._may_improve(known, limit):
             grown = self._build(None if known is None else known.to(context.device), limit)
             context.made |= known is None or grown.size > known.size
@@ -98,6 +172,18 @@ class CoarseBuilder:
             context.extra["curvature_mixtures"] = space.mixtures
         return space
 
+    def set_up(self) -> tuple[CoarseSpace, BlockInverse, TwoLevel]:
+        """Return the coarse space, the preconditioner that goes with it, and the operator of both."""
+        space = self.find()
+        inverse = self.rescale(space)
+        return space, inverse, self.correct(inverse, space)
+
+    @property
+    def known(self) -> CoarseSpace | None:
+        """The space that an earlier call has kept."""
+        state = self.context.state
+        return state.coarse if state.coarse_key == self.key else None
+
     def rescale(self, space: CoarseSpace) -> BlockInverse:
         """Return EK-FAC, rescaled where outputs are many.
 
@@ -110,20 +196,18 @@ class CoarseBuilder:
         """Return the two-level operator of a preconditioner; it forms what the memory budget has room for."""
         return TwoLevel(inverse, space, self.context.options.memory_budget // (2 * _MULTIPLIED))
 
-    def multiply(self, vectors: Tensor) -> Tensor:
-        """Return ``G V`` over the curvature examples for ``V (V, P)``."""
-        one_pass = self._run_products([vectors])
-        return one_pass.result(self.context.runner.all_reduce_sum)
+    def holds_all(self) -> bool:
+        """Return whether the memory budget leaves room for all anchors that there may ever be."""
+        return self.limit == self._wanted()
 
     def _may_improve(self, space: CoarseSpace, limit: int) -> bool:
         """Return whether growing was ended by a lower limit, or by a higher tolerance, than there is now."""
         return self.tolerance < space.tolerance if space.solves else limit > space.limit
 
-    def _limit(self) -> int:
+    @property
+    def limit(self) -> int:
         """Return how many anchors there may be."""
-        return max(
-            1, min(self._affordable(), self.context.train.num_examples, self.context.layout.numel // 2)
-        )
+        return max(1, min(self._affordable(), self._wanted()))
 
     def _build(self, space: CoarseSpace | None, limit: int) -> CoarseSpace:
         """Return the coarse space, grown until held-out gradients are solved well enough.
@@ -132,14 +216,14 @@ class CoarseBuilder:
             space: what there is already, made of the first anchors in the same order.
             limit: most anchors.
         """
-        context = self.context
-        sample = context.train.sample(max(limit + _CHECK, self._most_examples), self._seed + 2)
+        sample = self._sample(limit)
         total = sample.num_examples
         most = max(1, min(limit, total - 1))
         size, solves = 0 if space is None else space.mixing.shape[1], False
         if space is not None and size >= most:
             return replace(space, limit=limit, tolerance=self.tolerance)
-        order = self._draw(sample, most, self.inverse if space is None else space.inverse)
+        found = self._weigh(sample, self.inverse if space is None else space.inverse)
+        order = self._draw(found, most)
         held_out = order[most : most + _CHECK] if total > 1 else order
         if space is not None:
             solves = self._suffices(space, sample, held_out)
@@ -149,26 +233,6 @@ class CoarseBuilder:
             solves = size < most and self._suffices(space, sample, held_out)
         assert space is not None
         return replace(space, limit=limit, tolerance=self.tolerance, solves=solves)
-
-    def _draw(self, sample: Loader, count: int, inverse: BlockInverse) -> Tensor:
-        """Return dataset indices: ``count`` anchors drawn by leverage, then all others in random order.
-
-        The leverage of an example is ``g^T P^{-1} g``. A larger count begins with the same anchors.
-        """
-        squares = PreconditionedSquares(inverse)
-        one_pass = SelfInfluencePass(
-            self.context.plan, lambda gradients: squares(gradients)[0], description="Influence: leverages"
-        )
-        self.context.runner.run(one_pass, sample)
-        found = one_pass.gather(self.context.runner.all_gather_cat, self.context.dtype)
-        generator = torch.Generator().manual_seed(self._seed + 3)
-        order = torch.randperm(len(found.indices), generator=generator)
-        shares = found.values[order].double().clamp_min(0)
-        shares += shares.mean() * 1e-6 + torch.finfo(torch.float64).tiny  # so that there are enough
-        drawn = torch.multinomial(shares, count, generator=generator)
-        rest = torch.ones_like(order, dtype=torch.bool)
-        rest[drawn] = False
-        return found.indices[torch.cat([order[drawn], order[rest]])]
 
     def _suffices(self, space: CoarseSpace, sample: Loader, held_out: Tensor) -> bool:
         """Return whether most held-out training gradients have a residual below the tolerance."""
@@ -190,23 +254,6 @@ class CoarseBuilder:
         return CoarseSpace(
             layout, fresh, product, probe_product, mixing, anchors, first, one_pass.count.examples, mixtures
         )
-
-    def _run_products(self, blocks: list[Tensor]) -> CurvatureProductPass:
-        """Return the pass for ``G V`` after it has visited the curvature examples."""
-        one_pass = CurvatureProductPass(
-            self.context.plan,
-            blocks,
-            draws=self._mixtures(),
-            seed=self._seed,
-            most_bytes=self.context.options.memory_budget // _MULTIPLIED,
-        )
-        self.context.runner.run(one_pass, self._curvature)
-        return one_pass
-
-    def _mixtures(self) -> int:
-        """Return how many mixtures of columns an example has; all passes of a coarse space need the same."""
-        wanted = -(-MIXTURES // max(1, self._curvature.num_examples))
-        return min(_MOST_MIXTURES, max(_FEWEST_MIXTURES, wanted))
 
     def _precondition(
         self, sample: Loader, chosen: Tensor, inverse: BlockInverse

@@ -14,8 +14,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.compact_two_level import CompactCorrection
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
+from lightning_influence.curvature.low_rank_matrices import LowRankMatrices, Matrices
 from lightning_influence.curvature.two_level import Correction
 from lightning_influence.linalg.low_rank import LowRank, factorise_weights
 from lightning_influence.methods.scoring_passes import LayeredScorer, stack_layers
@@ -67,6 +69,21 @@ class Thin:
         return result
 
 
+class Directions:
+    """Directions of low rank in one layer, scored as they are.
+
+    Args:
+        matrices: the directions.
+    """
+
+    def __init__(self, matrices: Matrices) -> None:
+        self._matrices = matrices
+
+    def scores(self, gradients: FactoredGradients) -> Tensor:
+        """Return ``(m, B)``."""
+        return self._matrices.dot(gradients)[0].T
+
+
 def factorise(inverse: EigenInverse, tolerance: float, max_rank: int) -> LowRank | None:
     """Return low-rank form of one layer's weights, weighed by the energy its eigenvalues show."""
     if max_rank < 1:
@@ -104,7 +121,7 @@ class PreconditionedScorer:
         inverse: BlockInverse,
         queries: MutableMapping[str, LayerGradients],
         *,
-        correction: Correction | None = None,
+        correction: Correction | CompactCorrection | None = None,
         tolerance: float = 1e-3,
         consume: bool = False,
     ) -> None:
@@ -113,12 +130,10 @@ class PreconditionedScorer:
         self._tolerance = tolerance
         self.ranks: dict[str, int] = {}
         self._dense: dict[str, Tensor] = {}
-        self._thin: dict[str, tuple[Thin, Thin | None]] = {}
+        self._thin: dict[str, tuple[Thin, Thin | Directions | None]] = {}
         self._bases: dict[str, Eigenbasis] = {}
         self._rows: dict[str, Tensor] = {}  # of tables, the only ones in which solved queries are not zero
         self._checked = tolerance <= 0
-        directions = None if correction is None else inverse.layout.split(correction.directions)
-        self._directions = directions
         for name in list(queries if correction is None else inverse.layers):
             if not self._try_low_rank(name, tolerance):
                 self._go_dense(name)
@@ -164,10 +179,7 @@ class PreconditionedScorer:
         if name in self._queries:
             solved = self._inverse.layers[name].apply(self._queries[name].select(rows).dense()[0])
         if self._correction is not None:
-            assert self._directions is not None
-            part = self._directions[name]
-            mixed = self._correction.coefficients[rows] @ part.flatten(1)
-            solved = _add(solved, mixed.view(-1, *part.shape[1:]))
+            solved = _add(solved, self._correction.select(rows).mix(name))
         assert solved is not None
         return solved
 
@@ -180,23 +192,27 @@ class PreconditionedScorer:
         queries, inverse = self._queries.get(name), self._inverse.layers[name]
         if tolerance <= 0 or not isinstance(queries, FactoredGradients) or queries.inputs.shape[0] > 1:
             return False
-        anchors = None if self._correction is None else self._correction.anchors.get(name)
-        if queries.inputs.shape[2] > 1 or (
-            anchors is not None and not isinstance(anchors, FactoredGradients)
-        ):
+        correction = self._correction
+        if queries.inputs.shape[2] > 1 or not _is_factored(correction, name):
             return False
-        count = queries.num_examples
-        extra = 0 if anchors is None else anchors.num_examples
         _, d_out, d_in = inverse.eigenvalues.shape
-        limit = int(_THIN * count * d_out * d_in / ((d_out + d_in) * (count + extra)))
+        # Terms that an outer product of each query's may have until they take too many operations.
+        most = _THIN * queries.num_examples * d_out * d_in / (d_out + d_in)
+        if isinstance(correction, CompactCorrection):
+            matrices = correction.directions[name]
+            rank = matrices.rank if isinstance(matrices, LowRankMatrices) else 0
+            limit = int((most - matrices.count * rank) / queries.num_examples)
+        else:
+            anchors = None if correction is None else correction.anchors.get(name)
+            limit = int(most / (queries.num_examples + (anchors.num_examples if anchors else 0)))
         form = factorise(inverse, tolerance, min(limit, _MAX_RANK))
         if form is None:
             return False
-        thin = None
-        if anchors is not None:
-            assert isinstance(anchors, FactoredGradients)
-            assert self._correction is not None
-            first = self._correction.inverse.layers[name]
+        thin: Thin | Directions | None = None
+        if isinstance(correction, CompactCorrection):
+            thin = Directions(matrices)
+        elif correction is not None and isinstance(anchors, FactoredGradients):
+            first = correction.inverse.layers[name]
             anchor_form = form if first is inverse else factorise(first, tolerance, min(limit, _MAX_RANK))
             if anchor_form is None:
                 return False
@@ -296,9 +312,18 @@ class PreconditionedScorer:
         return scores[:_CHECK_QUERIES]
 
     def _mix(self) -> Tensor:
-        """Return weights of the anchors in each query's correction, ``(Q, M)``."""
+        """Return weights of the anchors, or of the directions, in each query's correction, ``(Q, M)``."""
         assert self._correction is not None
-        return self._correction.coefficients @ self._correction.mixing
+        return self._correction.weights
+
+
+def _is_factored(correction: Correction | CompactCorrection | None, name: str) -> bool:
+    """Return whether what a correction adds in a layer can be scored without a matrix of its size."""
+    if correction is None:
+        return True
+    if isinstance(correction, CompactCorrection):
+        return isinstance(correction.directions[name], LowRankMatrices)
+    return name not in correction.anchors or isinstance(correction.anchors[name], FactoredGradients)
 
 
 class DenseScorer:

@@ -185,6 +185,9 @@ class SelfInfluencePass:
         plan: the covered layers.
         quadratic: maps gradients of a batch to their values.
         description: label of the progress bar.
+
+    Attributes:
+        columns: of the output curvature of an example, as far as this process has seen; 0 if not known.
     """
 
     def __init__(
@@ -196,6 +199,7 @@ class SelfInfluencePass:
         self._residuals: list[Tensor] = []
         self._indices: list[Tensor] = []
         self._quadratic = quadratic
+        self.columns = 0
         self.rounding = Rounding(plan)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
@@ -203,6 +207,8 @@ class SelfInfluencePass:
         self.losses.read(batch, indices)
         captured = self.forward(module, batch, len(indices))
         self.losses.add(captured)
+        if captured.loss is not None:
+            self.columns = max(self.columns, captured.loss.num_columns)
         found = []
         for gradients in captured.loss_gradient_parts():
             found.append(self._quadratic(gradients))

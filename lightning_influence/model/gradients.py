@@ -113,6 +113,10 @@ class LayerGradients(ABC):
         """The gradients times a number."""
 
     @abstractmethod
+    def weighted(self, weights: Tensor) -> LayerGradients:
+        """The gradients times a number for each example, ``(B,)``."""
+
+    @abstractmethod
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LayerGradients:
@@ -202,6 +206,10 @@ class DenseGradients(LayerGradients):
     def scaled(self, factor: float) -> DenseGradients:
         """Return the gradients times a number."""
         return self if factor == 1.0 else DenseGradients(self.matrices * factor)
+
+    def weighted(self, weights: Tensor) -> DenseGradients:
+        """Return the gradients times a number for each example."""
+        return DenseGradients(self.matrices * weights.to(self.matrices)[:, None, None, None])
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -420,6 +428,10 @@ class FactoredGradients(LayerGradients):
     def scaled(self, factor: float) -> FactoredGradients:
         """Return the gradients times a number."""
         return self if factor == 1.0 else replace(self, outputs=self.outputs * factor)
+
+    def weighted(self, weights: Tensor) -> FactoredGradients:
+        """Return the gradients times a number for each example."""
+        return replace(self, outputs=self.outputs * weights.to(self.outputs)[:, None, None])
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -1,0 +1,109 @@
+"""Passes over curvature examples for the two halves of a product: ``B^T J V``, and ``J^T B W``.
+
+The Gauss-Newton matrix is ``G = (1/N) sum_n (B_n^T J_n)^T (B_n^T J_n)``, ``J_n`` the derivative of an
+example's outputs and ``B_n B_n^T`` their curvature (Schraudolph 2002). ``B^T J V`` has ``K`` numbers an
+example and vector, however many parameters there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.compact_space import CurvatureRows
+from lightning_influence.curvature.low_rank_matrices import Matrices
+from lightning_influence.curvature.passes import CurvaturePass
+from lightning_influence.model.plan import LayerPlan
+
+
+class RowsPass(CurvaturePass):
+    """Finds ``B^T J V`` for every curvature example.
+
+    Args:
+        plan: the covered layers.
+        blocks: ``V`` by layer, in several blocks; a layer without an entry is zero in all vectors.
+        draws: see :class:`~.passes.CurvaturePass`.
+        seed: see there.
+    """
+
+    description = "Influence: curvature rows"
+
+    def __init__(
+        self, plan: LayerPlan, *blocks: Mapping[str, Matrices], draws: int = 16, seed: int = 0
+    ) -> None:
+        super().__init__(plan, draws=draws, seed=seed)
+        self._blocks = blocks
+        self._rows: list[Tensor] = []
+        self._indices: list[Tensor] = []
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Find the rows of one batch."""
+        captured, parts = self._capture(module, batch, len(indices)), []
+        for run in self._runs(captured, indices):
+            found = [
+                torch.stack([block[name].dot(layer) for name, layer in run.items() if name in block]).sum(0)
+                for block in self._blocks
+            ]
+            parts.append(torch.cat(found, dim=2))
+            del run  # before the next ones are made
+        self._rows.append(torch.cat(parts).transpose(0, 1))  # (B, K, V)
+        self._indices.append(indices.cpu())
+
+    def rows(self, like: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> CurvatureRows:
+        """Return the rows of this process's examples, or of those of all; hands over what was kept.
+
+        Args:
+            like: a tensor of the device and precision: a process without examples knows none.
+            gather: concatenates a tensor's rows over the processes; None for this process alone.
+        """
+        count = sum(next(iter(block.values())).count for block in self._blocks)
+        columns = max((part.shape[1] for part in self._rows), default=0)
+        if gather is not None:
+            columns = int(gather(torch.tensor([columns])).max())
+        indices = torch.cat([torch.zeros(0, dtype=torch.int64), *self._indices])
+        places, start = indices.argsort().argsort().to(like.device), 0
+        values = like.new_zeros(len(indices), columns, count)
+        while self._rows:  # let go of one by one: not all of them twice in memory
+            part = self._rows.pop(0)
+            values[places[start : start + len(part)], : part.shape[1]] = part
+            start += len(part)
+        indices = indices.sort().values
+        if gather is not None:
+            indices, values = gather(indices).cpu(), gather(values)
+            order = indices.argsort()
+            indices, values = indices[order], values[order.to(values.device)]
+        return CurvatureRows(indices, values)
+
+
+class CombinationPass(CurvaturePass):
+    """``(1/N) J^T B W`` for rows ``W``, such as a mixture of those that :class:`RowsPass` found.
+
+    Args:
+        plan: the covered layers.
+        rows: ``W`` of all examples, ``V`` of each.
+        draws: see :class:`~.passes.CurvaturePass`; as many as the rows were found with.
+        seed: see there.
+    """
+
+    description = "Influence: mixtures of curvature rows"
+
+    def __init__(self, plan: LayerPlan, rows: CurvatureRows, *, draws: int = 16, seed: int = 0) -> None:
+        super().__init__(plan, draws=draws, seed=seed)
+        self._rows = rows
+        self._sum = rows.values.new_zeros(rows.values.shape[2], self.layout.numel)
+
+    def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
+        """Add one batch."""
+        captured, start = self._capture(module, batch, len(indices)), 0
+        weights = self._rows.find(indices).transpose(0, 1)  # (K, B, V)
+        for run in self._runs(captured, indices):
+            seeds = next(iter(run.values())).outputs.shape[0]
+            self.layout.add_combination(self._sum, run, weights[start : start + seeds])
+            start += seeds
+
+    def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return the average over the examples, of all processes if given their sum, ``(V, P)``."""
+        return self._total(self._sum, all_reduce_sum)

@@ -1,0 +1,36 @@
+"""Matrices cut to a low rank, many at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Columns of the random sketch beyond the rank, and multiplications that sharpen it. Chosen by hand: the usual
+# values (Halko, Martinsson & Tropp 2011).
+_OVERSAMPLE, _POWER_STEPS = 4, 1
+
+
+def truncate(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Cut matrices to a rank, nearly as their singular value decompositions would.
+
+    The left factors are orthonormal, and the product is the projection of a matrix on their span: that is a
+    good answer whatever the sketch has missed, never a wild one.
+
+    Args:
+        matrices: ``(..., D_out, D_in)``.
+        rank: ``r``, at least 1.
+
+    Returns:
+        ``left (..., D_out, r)`` and ``right (..., D_in, r)`` of ``matrices ~ left right^T``; a smaller ``r``
+        where a dimension of the matrices is smaller.
+    """
+    rank = min(rank, *matrices.shape[-2:])
+    size = min(rank + _OVERSAMPLE, *matrices.shape[-2:])
+    generator = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
+    sketch = torch.randn(matrices.shape[-1], size, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(matrices @ sketch.to(matrices)).Q
+    for _ in range(_POWER_STEPS):
+        basis = torch.linalg.qr(matrices @ torch.linalg.qr(matrices.mT @ basis).Q).Q
+    small = basis.mT @ matrices  # (..., size, D_in)
+    left = basis @ torch.linalg.eigh(small @ small.mT).eigenvectors[..., -rank:]
+    return left, matrices.mT @ left

@@ -1,0 +1,240 @@
+"""The compact coarse space: products and answers are those of dense algebra on the directions it stores."""
+
+import pytest
+import torch
+from drive import TIGHT, Setup, closed_form
+from test_two_level import DAMPING, SOME, Problem, definition
+
+from lightning_influence.curvature.compact_space import CompactSpace
+from lightning_influence.curvature.compact_two_level import CompactTwoLevel, rescale_compact
+from lightning_influence.curvature.inverse import BlockInverse
+from lightning_influence.curvature.low_rank_matrices import compress, draw_rank_one
+from lightning_influence.curvature.row_passes import CombinationPass, RowsPass
+from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse
+from lightning_influence.linalg.block_krylov import block_krylov
+from lightning_influence.linalg.galerkin import GalerkinInverse
+from lightning_influence.methods.scorers import PreconditionedScorer
+from lightning_influence.model.gradients import DenseGradients
+
+
+def build(p: Problem, rank: int, probes: int = 32) -> CompactSpace:
+    """The space of a problem's anchors, in whole precision but for the rank."""
+    setup = p.setup
+    vectors = p.inverse.apply(setup.layout.dense(p.anchors)[0])
+    directions = {name: compress(x, rank) for name, x in setup.layout.split(vectors).items()}
+    W = draw_rank_one(setup.layout.shapes, probes, 1, vectors)
+    rows = [setup.run(RowsPass(setup.plan, V), batch_size=size) for V, size in ((W, 5), (directions, 4))]
+    found = [one.rows(vectors) for one in rows]
+    values = torch.cat([part.values for part in found], dim=2)
+    both = type(found[0])(found[0].indices, values)
+    normaliser = rows[0].count.normaliser
+    return CompactSpace(setup.layout, directions, W, both, normaliser, p.inverse, 0, rank)
+
+
+def operate(p: Problem, inverse: BlockInverse, space: CompactSpace) -> CompactTwoLevel:
+    plan = p.setup.plan
+    return CompactTwoLevel(
+        inverse,
+        space,
+        lambda vectors: p.setup.run(RowsPass(plan, vectors)).rows(space.rows.values),
+        lambda rows: p.setup.run(CombinationPass(plan, rows)).result(),
+        lambda tensor: tensor,
+    )
+
+
+def densify(p: Problem, vectors) -> torch.Tensor:
+    return p.setup.layout.join({name: part.dense() for name, part in vectors.items()})
+
+
+def expect(p: Problem, inverse: BlockInverse, damping, Q: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    A, z = p.matrix(damping), inverse.apply(V)
+    T = Q @ A @ Q.T
+    return z + (torch.linalg.pinv(T, hermitian=True) @ (Q @ (V - z @ A).T)).T @ Q
+
+
+@pytest.mark.parametrize("rank", [1, 2, 50])
+@pytest.mark.parametrize("name", SOME)
+def test_products_are_those_of_what_is_stored(name, rank):
+    p = Problem(name)
+    space = build(p, rank)
+    Q, W, G = densify(p, space.directions), densify(p, space.probes), p.setup.ggn()
+    both = torch.cat([W, Q])
+    rows = space.rows.values
+    assert rows.shape[:1] == (12,)
+    gram = torch.einsum("nkv,nkw->vw", rows, rows) / space.normaliser
+    torch.testing.assert_close(gram, both @ G @ both.T, **TIGHT)
+    for damping in (DAMPING, {layer: 0.01 * k for k, layer in enumerate(p.setup.layout.shapes)}):
+        operator = operate(p, closed_form(p.factors, p.setup.layout, damping), space)
+        torch.testing.assert_close(operator.small, Q @ p.matrix(damping) @ Q.T, **TIGHT)
+        weights = torch.randn(3, space.size, dtype=torch.float64)
+        torch.testing.assert_close(operator.combine(weights), weights @ Q, **TIGHT)
+        expected = weights @ Q @ p.matrix(damping)
+        torch.testing.assert_close(operator.multiply(weights), expected, rtol=1e-9, atol=1e-10)
+        vectors = torch.randn(2, p.setup.layout.numel, dtype=torch.float64)
+        torch.testing.assert_close(operator.project(vectors), vectors @ Q.T, **TIGHT)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("damping", [DAMPING, 0.3, {}])
+@pytest.mark.parametrize("name", SOME)
+def test_the_answer_is_the_galerkin_correction_with_what_is_stored(name, damping, rank):
+    p = Problem(name)
+    if damping == {}:
+        damping = {layer: 0.01 * (k + 1) for k, layer in enumerate(p.setup.layout.shapes)}
+    space, inverse = build(p, rank), closed_form(p.factors, p.setup.layout, damping)
+    V, Q = p.setup.layout.dense(p.queries)[0], densify(p, space.directions)
+    correction, residuals, own = operate(p, inverse, space).compare(p.queries, p.inverse)
+    solved = expect(p, inverse, damping, Q, V)
+    found = correction.add_to(inverse.apply(V))
+    torch.testing.assert_close(found, solved, rtol=1e-6, atol=1e-7)
+    for tolerance in (0.0, 1e-7):
+        scorer = PreconditionedScorer(inverse, p.queries, correction=correction, tolerance=tolerance)
+        expected = solved @ p.setup.gradients().T / 12
+        torch.testing.assert_close(p.scores(scorer), expected, rtol=1e-5, atol=1e-8)
+    # The residuals are those that the probes see: of the answer, and of the closed form in the same system.
+    W = densify(p, space.probes)
+    for x, told in ((solved, residuals), (p.inverse.apply(V), own)):
+        seen = ((V - x @ p.matrix(damping)) @ W.T).square().mean(1).sqrt() / V.norm(dim=1)
+        torch.testing.assert_close(told, seen, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_with_full_rank_it_is_the_answer_of_the_dense_space(name):
+    p = Problem(name)
+    V = p.setup.layout.dense(p.queries)[0]
+    correction, _, own = operate(p, p.inverse, build(p, 50)).compare(p.queries, p.inverse)
+    expected = TwoLevel(p.inverse, p.space).solve(V)
+    torch.testing.assert_close(correction.add_to(p.inverse.apply(V)), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(expected, definition(p, p.inverse, DAMPING, V), rtol=1e-8, atol=1e-8)
+    same = TwoLevel(p.inverse, p.space)
+    assert same.compare(p.queries, p.inverse)[0].coefficients.shape == (3, p.space.size)
+    scaled = rescale_compact(p.inverse, build(p, 50)).layers
+    dense = rescale_inverse(p.inverse, p.space).layers
+    for layer, one in scaled.items():
+        assert one.scale == pytest.approx(dense[layer].scale, rel=1e-6)
+    assert own.shape == (3,)
+
+
+def test_residuals_are_estimated_without_bias():
+    p = Problem("mlp_gelu")
+    V = p.setup.layout.dense(p.queries)[0]
+    correction, residuals, own = operate(p, p.inverse, build(p, 2, 4000)).compare(p.queries, p.inverse)
+    for x, told in ((correction.add_to(p.inverse.apply(V)), residuals), (p.inverse.apply(V), own)):
+        true = (V - x @ p.matrix(DAMPING)).norm(dim=1) / V.norm(dim=1)
+        assert true.min() > 1e-3
+        # The relative error is at most about sqrt(8 / s) / 2: 2.2% for 4000 probes, and four times that here.
+        torch.testing.assert_close(told, true, rtol=0.09, atol=0)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_unsolved_queries_take_the_step_that_is_best_in_the_norm_of_the_system(name):
+    p = Problem(name, anchors=2)
+    space, V, A = build(p, 1, 600), p.setup.layout.dense(p.queries)[0], p.matrix(DAMPING)
+    inverse = p.inverse.scaled(7.0)  # far too long
+    operator, z = operate(p, inverse, space), inverse.apply(V)
+    plain, before, own = operator.compare(p.queries, p.inverse)
+    assert plain.steps.eq(1).all()
+    found, after, same = operator.compare(p.queries, p.inverse, tolerance=0.0)
+    assert (found.steps != 1).all()
+    assert (after < before).all()
+    torch.testing.assert_close(own, same)
+    Q = densify(p, space.directions)
+    for q in range(len(V)):
+        basis = torch.cat([z[q : q + 1], Q])
+        best = torch.linalg.lstsq(basis @ A @ basis.T, basis @ V[q], driver="gelsd").solution @ basis
+        got = found.steps[q] * z[q] + found.coefficients[q] @ Q
+        torch.testing.assert_close(got, best, rtol=1e-5, atol=1e-6)
+    some = found.select(slice(1, 3))
+    assert torch.equal(some.steps, found.steps[1:3])
+    patient = operator.compare(p.queries, p.inverse, tolerance=float(before.max()))[0]
+    assert patient.steps.eq(1).all()
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_dependent_and_zero_directions_change_nothing(name):
+    p = Problem(name)
+    few = operate(p, p.inverse, build(p, 50)).compare(p.queries, p.inverse)[0]
+    flat = p.setup.layout.dense(p.anchors)[0]
+    more = torch.cat([flat, 3 * flat[:2], 0 * flat[:1], flat[1:2] - flat[2:3]])
+    p.anchors = {k: DenseGradients(v[None]) for k, v in p.setup.layout.split(more).items()}
+    operator = operate(p, p.inverse, build(p, 50))
+    assert operator.rank <= operator.space.size - 4
+    V = p.setup.layout.dense(p.queries)[0]
+    again = operator.compare(p.queries, p.inverse)[0]
+    z = p.inverse.apply(V)
+    torch.testing.assert_close(again.add_to(z.clone()), few.add_to(z.clone()), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("name", SOME)
+def test_block_krylov_beside_the_space_is_galerkin_and_converges(name, rank):
+    p = Problem(name)
+    space = build(p, rank)
+    operator, A = operate(p, p.inverse, space), p.matrix(DAMPING)
+    V, Q = p.setup.layout.dense(p.queries)[0], densify(p, space.directions)
+    product = lambda vectors: vectors @ A  # noqa: E731
+    one = block_krylov(product, p.inverse.apply, operator.begin(V), max_steps=1, tolerance=1e-12)
+    basis = torch.cat([Q, p.inverse.apply(V)])
+    T = basis @ A @ basis.T
+    expected = (torch.linalg.pinv(T, hermitian=True, rtol=1e-12) @ basis @ V.T).T @ basis
+    torch.testing.assert_close(one.solutions, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        one.residuals, (V - one.solutions @ A).norm(dim=1) / V.norm(dim=1), rtol=1e-6, atol=1e-9
+    )
+    all_ = block_krylov(product, p.inverse.apply, operator.begin(V), max_steps=40, tolerance=1e-9)
+    torch.testing.assert_close(all_.solutions, torch.linalg.solve(A, V.T).T, rtol=1e-6, atol=1e-7)
+
+
+def test_it_is_told_and_stored_and_grows():
+    p = Problem("mlp_gelu")
+    space = build(p, 1)
+    assert repr(space) == "CompactSpace(8 directions of 89 in rank 1, 12 curvature examples)"
+    again = CompactSpace.from_state_dict(space.state_dict())
+    V = p.setup.layout.dense(p.queries)[0]
+    first, second = (
+        operate(p, p.inverse, one).compare(p.queries, p.inverse)[0].add_to(p.inverse.apply(V))
+        for one in (space, again.to("cpu"))
+    )
+    assert torch.equal(first, second)
+    numbers = sum(t.nbytes for part in space.directions.values() for t in part.tensors().values())
+    numbers += sum(t.nbytes for part in space.probes.values() for t in part.tensors().values())
+    assert space.nbytes == numbers + space.rows.values.nbytes
+    more = {k: g.select(slice(8, 11)) for k, g in p.train.items()}
+    vectors = p.inverse.apply(p.setup.layout.dense(more)[0])
+    directions = {name: compress(x, 1) for name, x in p.setup.layout.split(vectors).items()}
+    rows = p.setup.run(RowsPass(p.setup.plan, directions)).rows(vectors)
+    grown = space.grown(directions, rows)
+    p.anchors = {k: g.select(slice(0, 11)) for k, g in p.train.items()}
+    whole = build(p, 1)
+    assert grown.size == whole.size == 11
+    torch.testing.assert_close(grown.rows.values, whole.rows.values, **TIGHT)
+
+
+def test_examples_with_fewer_columns_have_rows_of_zeros():
+    p = Problem("mlp_gelu")
+    V = {k: compress(torch.randn(2, *shape).double(), 1) for k, shape in p.setup.layout.shapes.items()}
+    one_pass = p.setup.run(RowsPass(p.setup.plan, V))
+    one_pass._rows[0] = torch.cat([one_pass._rows[0]] * 2, dim=1)
+    rows = one_pass.rows(torch.zeros(0).double())
+    columns = rows.values.shape[1]
+    assert rows.values[:5].all()
+    assert not rows.values[5:, columns // 2 :].any()
+    assert Setup.of("mlp_gelu").wbar  # the problem is unchanged
+
+
+class TestGalerkinInverse:
+    def test_it_is_the_inverse_whatever_the_scale_of_the_directions(self):
+        generator = torch.Generator().manual_seed(0)
+        Q = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+        Q *= torch.logspace(-6, 6, 6, dtype=torch.float64)[:, None]
+        T, y = Q @ Q.T, torch.randn(3, 6, generator=generator, dtype=torch.float64)
+        found = GalerkinInverse(T, torch.float64)
+        assert found.rank == 6
+        torch.testing.assert_close(found.solve(y), torch.linalg.solve(T, y.T).T, rtol=1e-8, atol=0)
+
+    def test_of_nothing(self):
+        empty = torch.zeros(0, 0, dtype=torch.float64)
+        assert GalerkinInverse(empty, torch.float64).solve(torch.zeros(2, 0)).shape == (2, 0)
+        zero = GalerkinInverse(torch.zeros(3, 3, dtype=torch.float64), torch.float64)
+        assert zero.rank == 0
+        assert not zero.solve(torch.ones(2, 3)).any()

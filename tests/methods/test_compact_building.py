@@ -1,0 +1,185 @@
+"""`auto` in little memory: directions of low rank within the budget, which grow, converge and do no harm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_influence import InfluenceModule
+from lightning_influence.curvature.state import InfluenceState
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+DAMPING = 0.02
+PLAIN = {"damping": DAMPING, "max_steps": 0, "low_rank_tolerance": 0.0}
+
+
+class Net(LightningModule):
+    """Far more parameters than curvature rows; a convolution, a norm and linear layers."""
+
+    def __init__(self, width: int = 40, seed: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(
+            nn.Unflatten(1, (1, 5, 6)), nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.LayerNorm(48),
+            nn.Linear(48, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3),
+        )  # fmt: skip
+        self.double()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def draw(count: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 30, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (count,), generator=generator)
+
+
+TRAIN, QUERIES = [draw(15, 0), draw(15, 3)], [draw(5, 1)]
+NUMEL = sum(p.numel() for p in Net().parameters())
+
+
+def ask(module, budget: float, **options):
+    """Scores with a memory budget of so many vectors of the size of the parameters."""
+    return module.scores(
+        TRAIN, QUERIES, method="auto", memory_budget=int(budget * 8 * NUMEL), **{**PLAIN, **options}
+    )
+
+
+def directions(space) -> torch.Tensor:
+    return space.layout.join({name: part.dense() for name, part in space.directions.items()})
+
+
+@pytest.mark.parametrize("budget", [5, 8, 12, 20, 30])
+def test_what_is_stored_stays_within_its_share_of_the_budget(budget):
+    module = InfluenceModule(Net())
+    found = ask(module, budget)
+    space = module.state.compact
+    assert module.state.coarse is None
+    assert found.diagnostics.extra["coarse_space"] == space.size > 1
+    assert found.diagnostics.extra["coarse_rank"] == space.rank
+    parts = [*space.directions.values(), *space.probes.values()]
+    held = [*(t for part in parts for t in part.tensors().values()), space.rows.values]
+    assert len({t.untyped_storage().data_ptr() for t in held}) == len(held)
+    assert sum(t.untyped_storage().nbytes() for t in held) == space.nbytes <= budget * 8 * NUMEL / 2
+
+
+def test_directions_are_preconditioned_gradients_cut_to_the_rank():
+    module = InfluenceModule(Net())
+    ask(module, 30)
+    space = module.state.compact
+    assert (space.rank, space.size) == (4, 30)
+    gradients = module.ihvp(TRAIN, TRAIN, method="ekfac", damping=DAMPING)[0]
+    for name in ("net.5", "net.7"):
+        whole = torch.cat([gradients[f"{name}.weight"], gradients[f"{name}.bias"][:, :, None]], dim=2)
+        values = torch.linalg.svdvals(whole)
+        cut = space.directions[name].dense()[:, 0]
+        assert torch.linalg.matrix_rank(cut).max() == 4
+        # Each direction is one of these, up to what a rank of 4 leaves out, in the order of their drawing.
+        errors = torch.linalg.matrix_norm(cut[:, None] - whole)
+        best = errors.argmin(dim=1)
+        assert len(set(best.tolist())) == 30
+        left_out = values[:, 4:].norm(dim=1)[best]
+        torch.testing.assert_close(errors.min(dim=1).values, left_out, rtol=0.02, atol=1e-9)
+
+
+def test_answers_are_better_than_those_of_as_few_dense_directions_as_fit(monkeypatch):
+    exact = InfluenceModule(Net()).scores(TRAIN, QUERIES, method="exact", damping=DAMPING).scores
+    compact = ask(InfluenceModule(Net()), 20)
+    monkeypatch.setattr("lightning_influence.methods.auto.choose_builder", lambda builder: builder)
+    dense = ask(InfluenceModule(Net()), 20)
+    assert "coarse_rank" not in dense.diagnostics.extra
+    errors = [float((a.scores - exact).norm() / exact.norm()) for a in (compact, dense)]
+    assert errors[0] < 0.5 * errors[1]
+    assert compact.diagnostics.residuals.median() < 0.5 * dense.diagnostics.residuals.median()
+
+
+def test_steps_converge_beside_the_space():
+    queries = [draw(2, 1)]
+    options = {**PLAIN, "damping": 1.0, "tolerance": 1e-8, "max_steps": 25, "memory_budget": 60 * 8 * NUMEL}
+    found = InfluenceModule(Net()).scores(TRAIN, queries, method="auto", **options)
+    assert found.diagnostics.extra["coarse_rank"] == 4
+    exact = InfluenceModule(Net()).scores(TRAIN, queries, method="exact", damping=1.0)
+    torch.testing.assert_close(found.scores, exact.scores, rtol=1e-5, atol=1e-9)
+    assert float(found.diagnostics.residuals.max()) <= 1e-8
+
+
+def test_scores_are_those_of_the_solutions():
+    options = {"method": "auto", "memory_budget": 20 * 8 * NUMEL, **PLAIN}
+    module = InfluenceModule(Net())
+    found = module.scores(TRAIN, QUERIES, **options)
+    solved, facts = module.ihvp(TRAIN, QUERIES, **options)
+    torch.testing.assert_close(facts.residuals, found.diagnostics.residuals)
+    rows = module.ihvp(TRAIN, TRAIN, method="identity", damping=1.0)[0]
+    expected = sum((solved[name].flatten(1) @ rows[name].flatten(1).T) for name in solved) / 30
+    torch.testing.assert_close(found.scores.abs(), expected.abs(), rtol=1e-5, atol=1e-9)
+
+
+def test_a_larger_budget_grows_the_space_and_reuses_it():
+    kept = InfluenceModule(Net())
+    first = ask(kept, 7)
+    small = kept.state.compact
+    again = ask(kept, 7)
+    assert torch.equal(first.scores, again.scores)
+    assert kept.state.compact is small
+    assert [one["name"] for one in again.diagnostics.passes].count("Influence: anchors") == 0
+    larger = ask(kept, 60)
+    grown = kept.state.compact
+    assert small.size < grown.size == 30
+    assert grown.rank == small.rank
+    assert torch.equal(directions(grown)[: small.size], directions(small))
+    assert torch.equal(grown.rows.values[:, :, : small.rows.values.shape[2]], small.rows.values)
+    assert grown.num_probes == small.num_probes
+    assert larger.diagnostics.residuals.median() < first.diagnostics.residuals.median()
+    assert ask(kept, 7).diagnostics.extra["coarse_space"] == 30  # what is there is used
+
+
+def test_it_is_kept_in_checkpoints():
+    kept = InfluenceModule(Net())
+    first = ask(kept, 20)
+    state = InfluenceState()
+    state.take_results(kept.state.stored_results(kept.state.factors))
+    other = InfluenceModule(Net(), state=state)
+    again = ask(other, 20)
+    torch.testing.assert_close(again.scores, first.scores, rtol=1e-9, atol=1e-12)
+    assert "Influence: anchors" not in [one["name"] for one in again.diagnostics.passes]
+    kept.state.forget()
+    assert kept.state.compact is None
+
+
+def test_self_influence_takes_the_dense_space(monkeypatch):
+    options = {"method": "auto", "damping": DAMPING, "memory_budget": 60 * 8 * NUMEL, "max_steps": 0}
+    module = InfluenceModule(Net())
+    ask(module, 60)
+    assert (module.state.coarse, module.state.compact.size) == (None, 30)
+    found = module.self_influence(TRAIN, **options)
+    monkeypatch.setattr("lightning_influence.methods.auto.choose_builder", lambda builder: builder)
+    expected = InfluenceModule(Net()).self_influence(TRAIN, **options)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-9, atol=0)
+
+
+def test_where_dense_directions_fit_nothing_changes():
+    module = InfluenceModule(Net())
+    found = ask(module, 2000)
+    assert module.state.compact is None
+    assert "coarse_rank" not in found.diagnostics.extra
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 9), st.integers(10, 50), st.floats(5.5, 40), st.sampled_from([1e-4, 0.02, 1.0]))
+def test_no_answer_is_worse_than_ekfac_or_nothing(seed, width, budget, damping):
+    net = Net(width, seed)
+    numel = sum(p.numel() for p in net.parameters())
+    options = {**PLAIN, "damping": damping, "memory_budget": int(budget * 8 * numel)}
+    module = InfluenceModule(net)
+    found = module.scores(TRAIN, QUERIES, method="auto", **options)
+    own = module.scores(TRAIN, QUERIES, method="ekfac", damping=damping, low_rank_tolerance=0.0)
+    same = torch.isclose(found.scores, own.scores, rtol=1e-7, atol=1e-12).all(dim=1)
+    assert float(found.diagnostics.residuals[~same].max() if (~same).any() else 0) <= 1
+    told = any("got the answer of method='ekfac'" in note for note in found.diagnostics.warnings)
+    assert told == bool(same.any())
