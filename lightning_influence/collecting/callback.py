@@ -63,6 +63,7 @@ from lightning_influence.support.errors import (
     NonFiniteError,
 )
 from lightning_influence.support.notes import Notices
+from lightning_influence.support.waiting import reading_later
 
 if not TYPE_CHECKING:  # a class that is made is no class to type checkers
     Callback = make_callback_class()
@@ -255,7 +256,7 @@ class InfluenceCallback(Callback):
             if self._settings.loss is None and not callable(getattr(pl_module, "influence_loss", None)):
                 collector.live.open(pl_module)
                 return
-            with set_aside(trainer, pl_module, batch) as own:
+            with set_aside(trainer, pl_module, batch) as own, reading_later():
                 captured = collector.live.run_hook(pl_module, own, size, enter_precision(trainer))
                 self._add(trainer, pl_module, captured)
 
@@ -276,7 +277,7 @@ class InfluenceCallback(Callback):
                 collector.live.close()
                 self._from_backward = True
                 divisor = read_loss_divisor(trainer, pl_module)
-                with set_aside(trainer, pl_module):
+                with set_aside(trainer, pl_module), reading_later():
                     captured = collector.live.resolve(loss, self._batch_size, divisor)
                     self._add(trainer, pl_module, captured)
             elif self._from_backward and self._backwards > 1:

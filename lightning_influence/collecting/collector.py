@@ -27,6 +27,7 @@ from lightning_influence.model.losses.draws import draw_generator
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.errors import InfluenceError, NonFiniteError
 from lightning_influence.support.notes import Notices
+from lightning_influence.support.waiting import settle
 
 # The noise scale takes another backward pass, as much as collecting a batch once more. Chosen by hand: on
 # every eighth collected batch it adds an eighth to what collecting costs, and the running means below
@@ -168,6 +169,7 @@ class Collector:
             run.schedule.note_costs(_count_costs(gradients, captured.num_examples, module))
         phase, noisy = run.schedule.phase, self._count()
         check_finite(gradients)
+        settle()  # nothing of a batch that is not finite is stored
         run.scale += 1.0 if captured.loss is None else captured.loss.scale
         run.record.loss_scale = run.scale / run.collected
         if phase == "covariances":

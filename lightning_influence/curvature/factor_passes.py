@@ -14,6 +14,7 @@ from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import FactoredGradients, LayerGradients, check_finite, compact
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, ExampleGenerator
 from lightning_influence.model.plan import LayerPlan
+from lightning_influence.support.waiting import add_later
 
 
 class CovariancePass:
@@ -202,7 +203,7 @@ def add_weights(factors: Factors, captured: Captured) -> None:
     """Count a batch's examples and their loss weights."""
     if captured.loss is None:
         factors.fisher = "empirical"
-    factors.weight_sum += float(captured.weights.sum())
+    add_later(factors, "weight_sum", captured.weights.sum())
     factors.weight_examples += captured.num_examples
 
 

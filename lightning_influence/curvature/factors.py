@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
 from lightning_influence.support.errors import FactorMismatchError, NonFiniteError
 from lightning_influence.support.storage import check_version
+from lightning_influence.support.waiting import SummedLater, add_later
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class LayerStatistics:
     inputs: Tensor
     outputs: Tensor
     examples: float = 0.0
-    positions: float = 0.0
+    positions: SummedLater = SummedLater()  # noqa: RUF009
     basis: Eigenbasis | None = None
     squares: Tensor | None = None
     squares_examples: float = 0.0
@@ -85,16 +86,17 @@ class LayerStatistics:
             moments = torch.einsum("gbio,gbjo->gij", columns, columns)
             self.inputs += moments
             self.outputs += torch.einsum("gbio,gbip->gop", columns, columns)
-            self.positions += float(moments.diagonal(dim1=1, dim2=2).sum()) / len(moments)
+            positions = moments.diagonal(dim1=1, dim2=2).sum().double() / len(moments)
+            add_later(self, "positions", positions)
             self.examples += gradients.num_examples
             return
-        groups, examples, positions, d_in = gradients.inputs.shape
+        groups, examples, count, d_in = gradients.inputs.shape
         rows = gradients.inputs.reshape(groups, -1, d_in)
         self.inputs.baddbmm_(rows.transpose(1, 2), rows)
         outputs = gradients.outputs.transpose(0, 1).reshape(groups, -1, gradients.outputs.shape[-1])
         self.outputs.baddbmm_(outputs.transpose(1, 2), outputs)
         self.examples += examples
-        self.positions += examples * positions
+        self.positions += examples * count
 
     def add_squares(self, gradients: LayerGradients) -> None:
         """Add a batch to ``squares``, in the current basis (that of the parameters if there is none)."""
@@ -204,7 +206,7 @@ class Factors:
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     fisher: Literal["mixed", "sampled", "exact", "empirical"] = "mixed"
-    weight_sum: float = 0.0
+    weight_sum: SummedLater = SummedLater()  # noqa: RUF009
     weight_examples: float = 0.0
     origin: Literal["fit", "pass"] = "pass"
     fingerprint: dict[str, list[float]] = field(default_factory=dict)
@@ -326,7 +328,7 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
 
     They are the norm, and a sum with weights that tell places apart: entries that trade places change it.
     """
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         total = squares = parameter.new_zeros((), dtype=torch.float64)
         parts = torch.split(parameter.detach().flatten(), _AT_ONCE)
@@ -336,8 +338,19 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
             values = part.double()
             total = total + (values @ weights[: len(part)]) * (1 + (number * _GOLDEN) % 1)
             squares = squares + values @ values
-        result[name] = [float(total), float(squares.sqrt())]
-    return result
+        result[name] = torch.stack([total, squares.sqrt()])
+    return dict(zip(result, _read_rows(list(result.values())), strict=True))
+
+
+def _read_rows(rows: list[Tensor]) -> list[list[float]]:
+    """Return the numbers of tensors of one size, of each device with one wait."""
+    found: list[list[float]] = [[]] * len(rows)
+    for device in {row.device for row in rows}:
+        places = [place for place, row in enumerate(rows) if row.device == device]
+        values = torch.stack([rows[place] for place in places]).tolist()
+        for place, value in zip(places, values, strict=True):
+            found[place] = value
+    return found
 
 
 def fingerprint_differs(

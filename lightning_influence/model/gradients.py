@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.support.errors import NonFiniteError
+from lightning_influence.support.waiting import read_later
 
 
 class LayerGradients(ABC):
@@ -360,22 +361,26 @@ def check_finite(gradients: Mapping[str, LayerGradients]) -> None:
     Raises:
         NonFiniteError: naming the layers whose inputs or output gradients are not finite.
     """
-    sums = [
-        torch.stack([tensor.sum() for tensor in _tensors(layer)]).sum(0, keepdim=True)
-        for layer in gradients.values()
-    ]
-    if not sums or bool(torch.isfinite(torch.cat(sums).sum())):  # one wait for the device in all
+    if not gradients:
         return
-    bad = [
-        name
-        for name, layer in gradients.items()
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(layer))
-    ]
-    if bad:
-        raise NonFiniteError(
-            f"Non-finite inputs or gradients in layers {bad}; nothing was stored. Check the weights and the "
-            "batch for NaN or infinity, or train with a smaller learning rate."
-        )
+    sums = [tensor.sum() for layer in gradients.values() for tensor in _tensors(layer)]
+    if sums[0].is_cpu and bool(torch.isfinite(torch.stack(sums).sum())):
+        return  # what is left may be sums that overflow
+    finite = torch.stack([
+        torch.stack([torch.isfinite(tensor).all() for tensor in _tensors(layer)]).all()
+        for layer in gradients.values()
+    ])
+    names = list(gradients)
+
+    def take(found: Tensor) -> None:
+        bad = [name for name, is_finite in zip(names, found.tolist(), strict=True) if not is_finite]
+        if bad:
+            raise NonFiniteError(
+                f"Non-finite inputs or gradients in layers {bad}; nothing was stored. Check the weights and "
+                "the batch for NaN or infinity, or train with a smaller learning rate."
+            )
+
+    read_later(finite, take)
 
 
 def _tensors(layer: LayerGradients) -> list[Tensor]:

@@ -1,11 +1,12 @@
-"""A pretended accelerator: tensors in CPU memory on a device of its own, which refuses to mix and counts waits.
+"""A pretended accelerator: tensors in CPU memory on a device of its own, which mix with no others.
 
 A wrapper subclass says that its tensors are on ``pretended:0`` and runs each operation on the CPU tensors
 inside. As on a real accelerator, operations refuse tensors or generators of two devices, but for what a real
 one allows: copies, CPU tensors without dimensions, and CPU tensors as indices of tensors on the device.
 
 A real accelerator works behind the program's back: the program waits for it wherever a value is read, and
-wherever a shape depends on values. Such operations are counted (:func:`count_waits`).
+wherever a shape depends on values. Such operations are counted (:func:`count_waits`). A copy to the CPU that
+nobody waits for holds nonsense until somebody does.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ except ImportError:
 
 # Operations that take tensors of two devices: they copy from one to the other.
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from"}
-INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+INDEXING = {
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+    "aten::_unsafe_index",
+}
 # Operations whose result the program reads, or whose result's shape depends on values.
 READS = {
     "aten::_local_scalar_dense",
@@ -75,6 +82,7 @@ class Waits:
 
 
 _counters: list[Waits] = []
+_copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # on their way to the CPU
 _generators: dict[int, torch.Generator] = {}  # by address; kept, so that no other takes it
 
 
@@ -92,6 +100,22 @@ def count_waits():
 def _note(name):
     for waits in _counters:
         waits.note(name)
+    _arrive()
+
+
+def _arrive():
+    """Let the copies that are on their way to the CPU arrive, as they have once the program has waited."""
+    for target, source in _copies:
+        target.copy_(source)
+    _copies.clear()
+
+
+def _send(found):
+    """Return the tensor on the CPU in which a copy will arrive, nonsense until then."""
+    target = torch.empty_like(found)
+    target.fill_(torch.nan if target.is_floating_point() else 1 if target.dtype == torch.bool else -(2**6))
+    _copies.append((target, found))
+    return target
 
 
 class PretendedTensor(torch.Tensor):
@@ -164,8 +188,8 @@ def _refuse_mixture(name, args, leaves):
         wrong = [t for t in wrong if not any(t is index for index in args[1])]
     if wrong or (written and _is_other(args[0])):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {NAME}:0 and cpu! "
-            f"({name})"
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{NAME}:0 and cpu! ({name})"
         )
 
 
@@ -198,6 +222,33 @@ def _check_generator(name, leaves, on_device):
             raise RuntimeError(f"Expected a generator of the tensor's device, found one of {found} ({name})")
 
 
+def _fused_gru_cell(inputs, hidden, states, input_bias=None, hidden_bias=None):
+    """Return the states after one step and what the backward pass needs, as accelerators do in one kernel."""
+    inputs = inputs if input_bias is None else inputs + input_bias
+    hidden = hidden if hidden_bias is None else hidden + hidden_bias
+    (ir, iz, i_new), (hr, hz, h_new) = inputs.chunk(3, 1), hidden.chunk(3, 1)
+    reset, update = (ir + hr).sigmoid(), (iz + hz).sigmoid()
+    new = (i_new + reset * h_new).tanh()
+    return new + update * (states - new), torch.cat([reset, update, new, states, h_new], 1)
+
+
+def _fused_gru_cell_backward(grad, workspace, has_bias):
+    reset, update, new, states, h_new = workspace.chunk(5, 1)
+    d_new = grad * (1 - update) * (1 - new.square())
+    d_update = grad * (states - new) * update * (1 - update)
+    d_reset = d_new * h_new * reset * (1 - reset)
+    inputs = torch.cat([d_reset, d_update, d_new], 1)
+    hidden = torch.cat([d_reset, d_update, d_new * reset], 1)
+    return inputs, hidden, grad * update, *((inputs.sum(0), hidden.sum(0)) if has_bias else (None, None))
+
+
+# Kernels that only accelerators have.
+OWN_KERNELS = {
+    "aten::_thnn_fused_gru_cell": _fused_gru_cell,
+    "aten::_thnn_fused_gru_cell_backward": _fused_gru_cell_backward,
+}
+
+
 def _run(func, args, kwargs):
     """Run one operation on what is inside, and wrap what comes out."""
     name = func._schema.name
@@ -218,11 +269,15 @@ def _run(func, args, kwargs):
         inner.pop("non_blocking", None)
         dtype = inner.get("dtype") or args[0].dtype
         found = take(args[0]).to(dtype=dtype, copy=True)
-        found = found.contiguous(memory_format=inner["memory_format"]) if inner.get("memory_format") in {
-            torch.channels_last, torch.contiguous_format
-        } else found
+        found = (
+            found.contiguous(memory_format=inner["memory_format"])
+            if inner.get("memory_format") in {torch.channels_last, torch.contiguous_format}
+            else found
+        )
     else:
-        found = func(*tree_map(take, args), **tree_map(take, inner))
+        found = OWN_KERNELS.get(name, func)(*tree_map(take, args), **tree_map(take, inner))
+    if name == "aten::_to_copy" and ours and not onto and kwargs.get("non_blocking"):
+        return _send(found)
     if name == "aten::copy_":
         return args[0]
     if name in RESHAPES_IN_PLACE:
@@ -269,7 +324,8 @@ class _Literals(TorchFunctionMode):
             own, index, *rest = args
             parts = index if isinstance(index, tuple) else (index,)
             parts = tuple(
-                torch.tensor(part).to(own.device) if isinstance(part, list) and part else part for part in parts
+                torch.tensor(part).to(own.device) if isinstance(part, list) and part else part
+                for part in parts
             )
             return func(own, parts if isinstance(index, tuple) else parts[0], *rest)
         return func(*args, **kwargs)
@@ -308,6 +364,7 @@ def pretended_device():
     finally:
         torch.Generator = _Generator
         _generators.clear()
+        assert not _copies, "copies to the CPU that nobody has waited for"
 
 
 def _register():
@@ -322,6 +379,9 @@ def _register():
 
         def set_rng_state(self, state, *device):
             pass
+
+        def synchronize(self, *device):
+            _note("synchronize")
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
 
