@@ -173,6 +173,8 @@ class InfluenceCallback(Callback):
     @property
     def dynamics(self) -> Moments | None:
         """Moments of each training example's loss, up to the last step; None if there are none."""
+        if self._watching is not None:
+            self._watching.flush()
         return self._kept.read_dynamics()
 
     @property
@@ -318,6 +320,8 @@ class InfluenceCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives, which load with ``weights_only=True``."""
         state: dict[str, Any] = {}
+        if self._watching is not None:
+            self._watching.flush()
         with self._guarded():
             state = self._kept.state_dict()
         return state

@@ -46,7 +46,8 @@ def ask_both(kind, device, question):
 
 def assert_same(ours, theirs, rtol=1e-10):
     for one, other in zip(ours, theirs, strict=True):
-        assert isinstance(other, Tensor) and other.numel() > 0
+        assert isinstance(other, Tensor)
+        assert other.numel() > 0
         assert not isinstance(one, PretendedTensor), "answers are on the CPU"
         torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * float(other.abs().max()))
 
@@ -78,7 +79,7 @@ def test_weights_and_factors_of_a_fit(device, kind):
     ("kind", "method"),
     [
         *(("convolutional", method) for method in METHODS),
-        *(("sequential", method) for method in METHODS[3:8]),
+        *(("sequential", method) for method in ("ekfac", "auto")),
     ],
 )
 def test_scores(device, kind, method):

@@ -96,13 +96,15 @@ def make_trainer(device, callbacks, **options):
     return InfluenceTrainer(callbacks=callbacks, **quiet, **make_trainer_arguments(device), **options)
 
 
-def fit(kind, device, *, epochs=4, examples=EXAMPLES, dtype=torch.float64, collects=True, **options):
+def fit(
+    kind, device, *, epochs=4, examples=EXAMPLES, batch=BATCH, dtype=torch.float64, collects=True, **options
+):
     """Fit a model with the callback, which collects every step unless told otherwise."""
     torch.manual_seed(0)
     module = Task(MODELS[kind]()).to(dtype)
     settings = {"every_n_steps": 1, "dynamics": True, "strict": True}
     callbacks = [InfluenceCallback(**settings)] if collects is True else [*(collects or ())]
     trainer = make_trainer(device, callbacks, max_epochs=epochs, **options)
-    loaders = make_loader(kind, examples, 1, dtype=dtype), make_loader(kind, QUERIES, 2, dtype=dtype)
+    loaders = make_loader(kind, examples, 1, batch, dtype), make_loader(kind, QUERIES, 2, batch, dtype)
     trainer.fit(module, loaders[0])
     return Fitted(trainer, module, *loaders)
