@@ -64,7 +64,7 @@ def test_collected_steps(device):
     """
     callback = InfluenceCallback(every_n_steps=1)
     decompositions = ["collecting/sums.py"]
-    count, found = waits_of_a_fit(device, BATCHES, [callback], decompositions)
+    count, _ = waits_of_a_fit(device, BATCHES, [callback], decompositions)
     twice, _ = waits_of_a_fit(device, 2 * BATCHES, [InfluenceCallback(every_n_steps=1)], decompositions)
     assert callback.num_collected == BATCHES
     assert twice - count <= BATCHES * (1 + 1 / 8)

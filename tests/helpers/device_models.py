@@ -97,14 +97,23 @@ def make_trainer(device, callbacks, **options):
 
 
 def fit(
-    kind, device, *, epochs=4, examples=EXAMPLES, batch=BATCH, dtype=torch.float64, collects=True, **options
+    kind,
+    device,
+    *,
+    epochs=4,
+    examples=EXAMPLES,
+    batch=BATCH,
+    dtype=torch.float64,
+    collects=True,
+    more=(),
+    **options,
 ):
     """Fit a model with the callback, which collects every step unless told otherwise."""
     torch.manual_seed(0)
     module = Task(MODELS[kind]()).to(dtype)
     settings = {"every_n_steps": 1, "dynamics": True, "strict": True}
     callbacks = [InfluenceCallback(**settings)] if collects is True else [*(collects or ())]
-    trainer = make_trainer(device, callbacks, max_epochs=epochs, **options)
+    trainer = make_trainer(device, [*callbacks, *more], max_epochs=epochs, **options)
     loaders = make_loader(kind, examples, 1, batch, dtype), make_loader(kind, QUERIES, 2, batch, dtype)
     trainer.fit(module, loaders[0])
     return Fitted(trainer, module, *loaders)

@@ -81,6 +81,10 @@ class Waits:
         self.places.append(f"{name} at {' > '.join(lines)}")
 
 
+# Operations that autocast runs in the lower precision.
+LOWERED = ("linear", "conv2d")
+_libraries = []  # as long as these live, torch knows of what is in them
+
 _counters: list[Waits] = []
 _copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # on their way to the CPU
 _generators: dict[int, torch.Generator] = {}  # by address; kept, so that no other takes it
@@ -367,6 +371,21 @@ def pretended_device():
         assert not _copies, "copies to the CPU that nobody has waited for"
 
 
+def _lower(operation):
+    """Return an operation as it runs under autocast, on float32 arguments in the lower precision."""
+
+    def cast(value):
+        single = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+        return value.to(torch.get_autocast_dtype(NAME)) if single else value
+
+    def run(*args, **kwargs):
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return operation(*tree_map(cast, args), **tree_map(cast, kwargs))
+
+    return run
+
+
 def _register():
     """Tell torch of the device, before the first backward pass of a process fixes which devices there are."""
 
@@ -384,6 +403,11 @@ def _register():
             _note("synchronize")
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
+    _libraries.append(torch.library.Library("_", "IMPL"))
+    _libraries[-1].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    _libraries.append(torch.library.Library("aten", "IMPL"))
+    for name in LOWERED:
+        _libraries[-1].impl(name, _lower(getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")
 
 
 if IS_POSSIBLE:
