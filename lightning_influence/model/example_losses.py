@@ -152,21 +152,13 @@ class LossWatch:
             return None
         call = calls[0]
         own = [part for part in (*call.args, *call.kwargs.values()) if isinstance(part, Tensor)]
-        rows = {len(part) if part.ndim else 0 for part in own}
-        if (
-            len(own) != 2
-            or len(rows) != 1
-            or call.picked
-            or call.value.ndim
-            or not own[0].is_floating_point()
-        ):
+        shapes = [part.shape for part in own]
+        if len(own) != 2 or not all(shapes) or shapes[0][0] != shapes[1][0] or call.picked or call.value.ndim:
             return None
-        count = rows.pop()
-        if count % num_examples or sum(part.numel() for part in own) > _HELD_NUMBERS:
+        count, numbers = shapes[0][0], shapes[0].numel() + shapes[1].numel()
+        if count % num_examples or numbers > _HELD_NUMBERS or call.versions != versions_of(own):
             return None
-        if call.versions != versions_of(own):
-            return None
-        kind = (key, count // num_examples, *(part.shape[1:] for part in own), batch_loss.dtype)
+        kind = (key, count // num_examples, shapes[0][1:], shapes[1][1:], batch_loss.dtype)
         copies = {id(part): part.detach().clone() for part in own}
         args = tuple(copies.get(id(part), part) for part in call.args)
         kwargs = {name: copies.get(id(part), part) for name, part in call.kwargs.items()}
