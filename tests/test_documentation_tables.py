@@ -19,7 +19,7 @@ from lightning_influence.edits import directions, rules
 from lightning_influence.methods import method as methods
 from lightning_influence.model import layers
 from lightning_influence.model.uses import Watch, differentiate_losses
-from lightning_influence.results.loggers import summary_metrics
+from lightning_influence.results.loggers import name_pass, summary_metrics
 
 DOCS = Path(__file__).parents[1] / "docs"
 B, POSITIONS, WIDTH, WORDS = 6, 5, 8, 9
@@ -197,6 +197,17 @@ def test_names_logged_during_the_fit_are_on_the_page(tmp_path, monkeypatch):
     assert own == logged_names("loggers.md", "During the fit")
     answered = {re.sub(r"^seconds_.+", "seconds_<pass>", name) for name in summary_metrics(names["quietly"])}
     assert answered == logged_names("loggers.md", "After a question")
+    assert answered.isdisjoint(name.removeprefix("influence/") for name in own)  # both are under `influence/`
+    assert set(names["edit"].report.metrics()) == logged_names("loggers.md", "After an edit")
+
+
+def test_passes_that_are_timed_are_on_the_page():
+    """Their names are what progress bars show, in the form that every logger takes."""
+    source = "".join(path.read_text("utf-8") for path in (DOCS.parent / "lightning_influence").rglob("*.py"))
+    passes = {f"seconds_{name_pass(text)}" for text in re.findall(r'"(Influence: [^"{]+)"', source)}
+    told = read("loggers.md").split("A pass is one of ")[1].split(";")[0]
+    assert {f"seconds_{name}" for name in re.findall(r"`(\w+)`", told)} == passes
+    assert len(passes) > 10
 
 
 def test_reference_holds_every_public_name():

@@ -16,7 +16,7 @@ from lightning_influence.results.loggers import log_attributions
 from lightning_influence.results.ranking import Labels, to_labels
 from lightning_influence.running.host.checkpoints import read_checkpoint
 from lightning_influence.running.host.indices import describe_collate
-from lightning_influence.running.host.trainer import find_last_fit, resolve_checkpoint
+from lightning_influence.running.host.trainer import find_last_fit, find_log_folder, resolve_checkpoint
 from lightning_influence.support.errors import UnsupportedTrainerError
 
 
@@ -65,7 +65,7 @@ def training_dynamics(
         )
     result = build_dynamics(moments, describe_collate(find_last_fit(trainer)[0]))
     if log:
-        directory = trainer.log_dir if trainer.loggers else None
+        directory = find_log_folder(trainer)
         target = None if directory is None else os.path.join(directory, name)
         step = trainer.global_step
         log_attributions(trainer.loggers, result, step=step, name=name, directory=target, labels=labels)

@@ -29,7 +29,7 @@ from lightning_influence.results.loggers import Loggable, log_attributions, log_
 from lightning_influence.results.ranking import Labels, to_labels
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.results.suspects import Suspects, find_suspects
-from lightning_influence.running.host.trainer import register_trainer_method
+from lightning_influence.running.host.trainer import find_log_folder, register_trainer_method
 from lightning_influence.support.arguments import parse_options
 from lightning_influence.support.errors import UnsupportedTrainerError
 from lightning_influence.support.turns import take_turns
@@ -317,7 +317,7 @@ def _check_several(top_k: int | None, factors: Factors | Literal["refit"] | None
 
 def _log(trainer: Trainer, result: Loggable, name: str, labels: Labels | None) -> None:
     """Log to every logger, and to files where the Trainer has a log directory."""
-    directory = trainer.log_dir if trainer.loggers else None
+    directory = find_log_folder(trainer)
     target = None if directory is None else os.path.join(directory, name)
     log_attributions(
         trainer.loggers, result, step=trainer.global_step, name=name, directory=target, labels=labels
@@ -456,7 +456,7 @@ def _edit(
         data = request.split(session.find_train_loader(train_dataloaders))
         edit = compute_edit(set_out(session.runner, request, data, session.record))
     if name is not None:
-        directory = trainer.log_dir if trainer.loggers else None
+        directory = find_log_folder(trainer)
         log_edit(trainer.loggers, edit, step=trainer.global_step, name=name, directory=directory)
     return edit
 

@@ -243,7 +243,7 @@ class InfluenceCallback(Callback):
         self._backwards, self._hooked = 0, None
         self._begin_collecting(trainer, pl_module, batch, batch_idx)
         if self._watching is not None and self._indices is not None:
-            self._watching.begin_batch(functools.partial(self._indices.read, trainer))
+            self._watching.begin_batch(functools.partial(self._indices.read, trainer), batch)
 
     def _begin_collecting(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

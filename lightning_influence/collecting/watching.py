@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,11 +92,12 @@ class Watching:
             places = self._place([index for own in indices for index in own])
             self.moments.add(places, found.losses, found.margins, batches=len(steps))
 
-    def begin_batch(self, read_indices: Callable[[], list[int]]) -> None:
+    def begin_batch(self, read_indices: Callable[[], list[int]], batch: Any) -> None:
         """Watch a step.
 
         Args:
             read_indices: returns the dataset indices of its examples.
+            batch: what the step is given.
         """
         self._pending, self._reason, self._indices = None, None, []
         if self._gone:
@@ -107,7 +109,7 @@ class Watching:
             self._reason = _first_line(error)
             return
         if self._indices and min(self._indices) >= 0 and max(self._indices) < self.moments.size:
-            self._losses.open()
+            self._losses.open(batch, len(self._indices))
         else:
             self._reason = f"A batch has no indices, or some outside 0 to {self.moments.size - 1}."
 

@@ -90,14 +90,18 @@ class ValuePass:
     Args:
         data: the examples, whose new targets count; None for other data, of which all count.
         chosen: dataset indices of those to look at; all examples if None.
+        plan: the editable layers, whose passes have checked such batches; None where none has.
     """
 
     description = "Edit: losses"
 
-    def __init__(self, data: EditData | None, chosen: Tensor | None = None) -> None:
+    def __init__(
+        self, data: EditData | None, chosen: Tensor | None = None, plan: LayerPlan | None = None
+    ) -> None:
         # The common case of batches that are used as they are takes no call.
         self._view = None if data is None or data.targets is None else data.view
         self._chosen = chosen
+        self._verified = set() if plan is None else plan.verified
         self._parts: list[tuple[Tensor, ...]] = []
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
@@ -113,7 +117,7 @@ class ValuePass:
 
     def _read(self, module: Any, batch: Any, rows: Tensor, num_examples: int) -> tuple[Tensor, ...]:
         """Return what is kept of the chosen rows, on the CPU; the values come first."""
-        return (compute_losses(module, batch, num_examples).cpu()[rows],)
+        return (compute_losses(module, batch, num_examples, verified=self._verified).cpu()[rows],)
 
     def take_values(self) -> Tensor:
         """Return the values in the order of the dataset, ``(n,)``, and be ready for another run.
@@ -147,7 +151,7 @@ class LossPass(ValuePass):
     """
 
     def __init__(self, plan: LayerPlan, data: EditData | None, chosen: Tensor | None = None) -> None:
-        super().__init__(data, chosen)
+        super().__init__(data, chosen, plan)
         self._forward = Forward(plan)
 
     def _read(self, module: Any, batch: Any, rows: Tensor, num_examples: int) -> tuple[Tensor, ...]:

@@ -171,7 +171,7 @@ class _ObjectivePass:
     description = "Edit: objective"
 
     def __init__(self, sources: list[Source], weights: EditableWeights, *, differentiates: bool) -> None:
-        self._forward = Forward(weights.plan)
+        self._forward, self._verified = Forward(weights.plan), weights.plan.verified
         self._sources, self._gradients = sources, _Gradients(weights)
         self.value, self._differentiates = 0.0, differentiates
 
@@ -186,7 +186,7 @@ class _ObjectivePass:
         if self._differentiates:
             values = self._forward(module, seen, count).per_example()
         else:
-            values = compute_losses(module, seen, count)
+            values = compute_losses(module, seen, count, verified=self._verified)
         rows, coefficients = source.sample.find(indices)
         total = values[rows.to(values.device)] @ coefficients.to(values)
         self.value += float(total.detach())

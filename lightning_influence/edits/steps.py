@@ -93,7 +93,7 @@ class Stepping:
     def _take_values(self, chosen: Tensor | None) -> Tensor:
         """Return the losses of training examples at the weights that the module has now."""
         start = self._start
-        one_pass = ValuePass(start.data, chosen)
+        one_pass = ValuePass(start.data, chosen, start.weights.plan)
         start.runner.run(one_pass, start.data.every_loader if chosen is None else start.data.edited_loader)
         return one_pass.take_values()
 
@@ -105,7 +105,7 @@ class Stepping:
             losses = one_pass.result()
             self._validation_weight = float(losses.weights.sum())
             return losses.mean()
-        values = ValuePass(None)
+        values = ValuePass(None, plan=start.weights.plan)
         start.runner.run(values, start.validation)
         return float(values.take_values().sum()) / self._validation_weight
 
@@ -184,7 +184,7 @@ class Stepping:
         given, edited = start.options.forgotten_loss, start.losses.at(start.data.edited)
         chance = edited.chance if given is None else given * edited.weights
         move = start.weights.prepare_line(change, unit)
-        one_pass = ValuePass(start.data, start.data.edited)
+        one_pass = ValuePass(start.data, start.data.edited, start.weights.plan)
 
         def evaluate(step: float) -> Point | None:
             move(step)

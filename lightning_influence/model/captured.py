@@ -69,8 +69,8 @@ class Captured:
         """
         if self.loss is None:
             return self.gradients_of(self.per_example(), keep_graph=keep_graph)
-        seeds: list[Tensor | None] = [self.loss.gradient()]
-        return self.recorder.gradients(self.loss.outputs, seeds, self.num_examples, keep_graph=keep_graph)
+        outputs, seed = self.loss.seed()
+        return self.recorder.gradients(outputs, [seed], self.num_examples, keep_graph=keep_graph)
 
     def loss_gradient_parts(self) -> Iterator[dict[str, FactoredGradients]]:
         """Return :meth:`loss_gradients` in runs of consecutive examples; nothing further can be asked for."""
@@ -78,7 +78,7 @@ class Captured:
             outputs = self.per_example()
             seed = torch.ones_like(outputs)
         else:
-            outputs, seed = self.loss.outputs, self.loss.gradient()
+            outputs, seed = self.loss.seed()
         return self.recorder.gradient_parts(outputs, seed, self.num_examples)
 
     def gradients_of(self, values: Tensor, *, keep_graph: bool = True) -> dict[str, FactoredGradients]:

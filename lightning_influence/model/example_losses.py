@@ -25,6 +25,13 @@ from lightning_influence.model.losses.loss import OutputLoss, Reduction, working
 from lightning_influence.model.losses.reductions import tolerance
 from lightning_influence.support.errors import LossCaptureError
 
+# Chosen by hand: steps of one fit put rows into another order always or never.
+_FOLLOWED = 2
+_OTHER_ORDER = (
+    "The training step computes its losses on rows in another order than the examples of the batch, so that "
+    "it is not known which loss is whose."
+)
+
 
 class ExampleLosses(NamedTuple):
     """What one batch says of its examples.
@@ -75,12 +82,21 @@ class LossWatch:
         self.is_open = False
         self.excess: Tensor | None = None
         self._plain: dict[Hashable, Reduction] = {}
+        self._followed = 0
 
-    def open(self) -> None:
-        """Watch the calls of loss functions from here on."""
+    def open(self, batch: Any = None, num_examples: int = 0) -> None:
+        """Watch the calls of loss functions from here on.
+
+        Args:
+            batch: what the step is given. In the first steps its examples are followed to the losses, which
+                must have them in their order; None to trust that they do.
+            num_examples: ``B``.
+        """
         self._mode.hooks = False
         self._mode.__enter__()
         self.is_open = True
+        if self._followed < _FOLLOWED and num_examples > 1 and batch is not None:
+            self._mode.follow(batch, num_examples)
 
     def close(self) -> None:
         """Watch no longer, and let go of what was seen."""
@@ -109,6 +125,9 @@ class LossWatch:
             self._stop()
             if self._mode.hooks:
                 raise LossCaptureError("The training step registers a hook on a tensor.")
+            if not self._mode.are_in_order():
+                raise LossCaptureError(_OTHER_ORDER)
+            self._followed += self._mode.watch is not None
             with torch._C.DisableTorchFunction():
                 held = self._hold(batch_loss, num_examples, divisor)
                 return held or read_examples(self._read(batch_loss, num_examples, divisor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -22,11 +23,12 @@ from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.model.one_by_one import ONE_BY_ONE, SLOWER, is_mean_of_examples, run_one_by_one
 from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
-from lightning_influence.model.unnamed_loss import Run, UnnamedLoss, compute_alone
+from lightning_influence.model.unnamed_loss import OtherCallsError, Run, UnnamedLoss, compute_alone
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,
@@ -47,6 +49,8 @@ _OUTSIDE_FIT = (
 
 # Says that a layer is a module whose weights are used by calling it: its uses need not be watched.
 _CALLED = "{} is called"
+#: Says that the rows of a loss that is known by name are not the examples in their order.
+OTHER_ROWS = "rows of the loss are in another order"
 
 
 class Measure(Protocol):
@@ -122,8 +126,43 @@ class Forward:
         if note is not None and note not in self.plan.verified and not isinstance(captured.loss, BatchLoss):
             warnings.warn(note, InfluenceWarning, stacklevel=2)
             self.plan.verified.add(note)
-        self._check_examples(captured, module, batch, measured=measure is not None)
+        try:
+            self._check_examples(captured, module, batch, measured=measure is not None)
+        except UnsupportedModelError as refusal:
+            other = self._read_other_rows(captured, module, batch) if measure is None else None
+            if other is None:
+                raise refusal
+            return other
         return captured
+
+    def _read_other_rows(self, captured: Captured, module: Any, batch: Any) -> Captured | None:
+        """Return a batch whose loss was refused, by the outputs of modules that it is made of, or one by one.
+
+        Their rows are followed to the examples, or are in order where only the loss takes them in another.
+
+        Returns:
+            The batch, checked; None if it is refused that way, too, or has been read so before.
+        """
+        if captured.values is not None or self._unnamed is not None or captured.num_examples == 1:
+            return None
+        other = self._try(partial(self._read_unnamed, is_strict=True), module, batch, captured.num_examples)
+        if other is not None:
+            self.plan.verified.add(OTHER_ROWS)
+            return other
+        self._unnamed = None
+        return self._try(self._read_one_by_one, module, batch, captured.num_examples)
+
+    def _try(
+        self, read: Callable[[Any, Any, int], Captured | None], module: Any, batch: Any, num_examples: int
+    ) -> Captured | None:
+        """Return a batch as it is read in some way, checked; None if it cannot be."""
+        try:
+            other = read(module, batch, num_examples)
+            if other is not None:
+                self._check_examples(other, module, batch, measured=False)
+        except (UnsupportedModelError, NonFiniteError):
+            return None
+        return other
 
     def _check_examples(self, captured: Captured, module: Any, batch: Any, *, measured: bool) -> None:
         """Check, on a first batch, that gradients are right, examples independent and losses in their order.
@@ -167,12 +206,17 @@ class Forward:
             LossCaptureError: if the loss is found neither way.
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
-        recorder = self._make_recorder(batch, num_examples)
+        if ONE_BY_ONE in self.plan.verified:
+            return self._run_one_by_one(module, batch, num_examples)
+        if self._unnamed is None and OTHER_ROWS in self.plan.verified:
+            self._unnamed = UnnamedLoss(self._call, self.plan.verified)
         if self._unnamed is not None:
-            unnamed = self._unnamed.read(module, batch, num_examples, recorder)
-            return Captured(num_examples, unnamed, None, recorder)
+            return self._run_unnamed(self._unnamed, module, batch, num_examples)
+        recorder = self._make_recorder(batch, num_examples)
         with recorder, self._capture:
             values, batch_loss = self._call(module, batch)
+        if recorder.uses is not None:
+            self._capture.acquit(recorder.uses.is_in_order)
         try:
             if batch_loss is None:
                 source = "influence_loss(batch)" if self._loss is None else "loss="
@@ -189,6 +233,7 @@ class Forward:
             assert batch_loss is not None
             check_loss(batch_loss.detach(), recorder, self.plan.layers)
             captured = self._read_unnamed(module, batch, num_examples)
+            captured = captured or self._read_one_by_one(module, batch, num_examples)
             if captured is None:
                 raise
             return captured
@@ -196,18 +241,47 @@ class Forward:
             self._capture.calls = []  # lets go of the graph
         return Captured(num_examples, loss, None, recorder)
 
-    def _read_unnamed(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
+    def _run_unnamed(self, unnamed: UnnamedLoss, module: Any, batch: Any, num_examples: int) -> Captured:
+        recorder = self._make_recorder(batch, num_examples)
+        try:
+            loss = unnamed.read(module, batch, num_examples, recorder)
+        except OtherCallsError:
+            recorder = self._make_recorder(batch, num_examples)
+            loss = unnamed.read(module, batch, num_examples, recorder)
+        return Captured(num_examples, loss, None, recorder)
+
+    def _read_unnamed(
+        self, module: Any, batch: Any, num_examples: int, *, is_strict: bool = False
+    ) -> Captured | None:
         """Return the batch by the values of its loss, None if that depends on the output of no module."""
-        unnamed, recorder = (
-            UnnamedLoss(self._call, self.plan.verified),
-            self._make_recorder(batch, num_examples),
-        )
+        unnamed = UnnamedLoss(self._call, self.plan.verified, is_strict=is_strict)
+        recorder = self._make_recorder(batch, num_examples)
         try:
             loss = unnamed.read(module, batch, num_examples, recorder)
         except LossCaptureError:
             return None
         self._unnamed = unnamed
         return Captured(num_examples, loss, None, recorder)
+
+    def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured:
+        uses = ParameterRecorder(self.plan.layers, batch, num_examples, self.plan.slow)
+        recorder = Recorder(self.plan.layers, uses)
+        return run_one_by_one(recorder, uses, self._call, module, batch, num_examples)
+
+    def _read_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
+        """Return a batch by the losses of its examples alone; None if its loss is not their mean."""
+        if num_examples == 1:
+            return None
+        try:
+            captured = self._run_one_by_one(module, batch, num_examples)
+            is_mean = is_mean_of_examples(captured, self._call, module, batch)
+        except Exception:  # whatever the user's code may raise on a batch of one
+            return None
+        if not is_mean:
+            return None
+        self.plan.verified.add(ONE_BY_ONE)
+        warnings.warn(SLOWER, InfluenceWarning, stacklevel=2)
+        return captured
 
     def _compare_with_step(self, captured: Captured, module: Any, batch: Any) -> None:
         """Compare the gradient of the user's own loss with that of ``training_step``, where that can be run.
@@ -241,6 +315,8 @@ class Forward:
         loss, count = captured.loss, captured.num_examples
         if isinstance(loss, BatchLoss) and loss.values is None:
             return  # its gradients were compared with those of parts of the batch
+        if ONE_BY_ONE in self.plan.verified:
+            return
         outputs = captured.per_example() if loss is None else loss.outputs
         left_out = 0 if len(outputs) == count else missing_positions(batch, count, len(outputs))
         subject = f"order {left_out}"
@@ -269,7 +345,9 @@ class Forward:
         return (None, result) if result.dim() == 0 else (result, None)
 
 
-def compute_losses(module: Any, batch: Any, num_examples: int, run: Run | None = None) -> Tensor:
+def compute_losses(
+    module: Any, batch: Any, num_examples: int, run: Run | None = None, *, verified: Collection[str] = ()
+) -> Tensor:
     """Forward one batch for the losses of its examples alone, which are not differentiated.
 
     Args:
@@ -277,6 +355,7 @@ def compute_losses(module: Any, batch: Any, num_examples: int, run: Run | None =
         batch: a batch, on the module's device.
         num_examples: ``B``.
         run: computes the loss; that of the module if None.
+        verified: what passes on such batches have found.
 
     Returns:
         Unnormalised losses, ``(B,)``. Where the loss has no name they are those of the examples alone.
@@ -285,6 +364,8 @@ def compute_losses(module: Any, batch: Any, num_examples: int, run: Run | None =
         NonFiniteError: if the batch's loss is NaN or infinite.
     """
     run = call_loss if run is None else run
+    if OTHER_ROWS in verified or ONE_BY_ONE in verified:
+        return compute_alone(run, module, batch, num_examples)
     capture = LossCapture()
 
     def pack(saved: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class OutputTap:
         outputs: what the modules returned at the keys of ``cut``, by key.
         leaves: what took their place, by key.
         seen: without a cut, all that modules returned, by key.
+        calls: how often each module was called.
     """
 
     def __init__(self, module: nn.Module, cut: Sequence[Key] | None = None, *, leaves: bool = True) -> None:
@@ -39,7 +40,7 @@ class OutputTap:
         self.seen: dict[Key, Tensor] = {}
         self._module, self._cut, self._replaces = module, cut, leaves
         self._nodes: dict[tuple[Any, int], Key] = {}
-        self._calls: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -83,8 +84,8 @@ class OutputTap:
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            call = self._calls[name]
-            self._calls[name] += 1
+            call = self.calls[name]
+            self.calls[name] += 1
             parts, form = pytree.tree_flatten(output)
             changed = False
             for place, part in enumerate(parts):

@@ -18,7 +18,10 @@ from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.picked import PICKERS
 from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.ragged import find_places
 from lightning_influence.model.recorder import Recorder
+from lightning_influence.model.uses.calls import Call
+from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
 
 
@@ -39,11 +42,43 @@ class _StepRecorder(Recorder):
         return hook
 
 
-class StepLosses(LossCapture):
-    """A loss capture that can be left in any order, and notes whether the step registers gradient hooks."""
+class _LiveWatch(Watch):
+    """Follows the examples through the user's own step, which no failure of following may end."""
 
+    def _prepare(self, call: Call) -> Any:
+        try:
+            return super()._prepare(call)
+        except Exception:  # whatever it is: the examples are lost here
+            return None
+
+
+class StepLosses(LossCapture):
+    """A loss capture that can be left in any order, and notes whether the step registers gradient hooks.
+
+    Attributes:
+        watch: follows the examples to the losses; None to let them be.
+    """
+
+    allows_weights = True
     paused: ClassVar[int] = 0
     hooks: bool = False
+    watch: Watch | None = None
+
+    def follow(self, batch: Any, num_examples: int) -> None:
+        """Follow the examples of the next step."""
+        self.watch = _LiveWatch({}, batch, num_examples, find_places(batch, num_examples))
+
+    def are_in_order(self) -> bool:
+        """Return whether the rows of all losses are the examples in their order, as far as was followed."""
+        if self.watch is None:
+            return True
+        places = (self.watch.place_of(call.outputs) for call in self.calls)
+        return all(place is None or place.is_plain() for place in places)
+
+    def clear(self) -> None:
+        """Forget the recorded calls, their graph, and where examples were."""
+        super().clear()
+        self.watch = None
 
     def __exit__(self, *details: Any) -> None:
         """Leave the stack of modes, also where others have entered it since: those stay."""
@@ -68,8 +103,13 @@ class StepLosses(LossCapture):
         """
         if func is Tensor.register_hook and not (StepLosses.paused or args[0].is_leaf):
             self.hooks = True
-        if StepLosses.paused or not (func in self._losses or func in PICKERS):
+        is_loss = func in self._losses
+        if StepLosses.paused or not (is_loss or func in PICKERS or self.watch is not None):
             return func(*args, **(kwargs or {}))
+        if self.watch is not None and not (is_loss or torch.compiler.is_compiling()):
+            result = self.watch.__torch_function__(func, types, tuple(args), kwargs)
+            self.note_picked(func, args, result)
+            return result
         return super().__torch_function__(func, types, args, kwargs)
 
 

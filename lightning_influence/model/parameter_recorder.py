@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lightning_influence.model.uses.gradients import (
     pull_gradients,
     pull_uses,
 )
-from lightning_influence.model.uses.parts import ParameterGradient, Product
+from lightning_influence.model.uses.parts import ParameterGradient, Part, Product
 from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
@@ -69,8 +70,8 @@ class ParameterRecorder:
 
     @property
     def is_needed(self) -> bool:
-        """Whether a layer is a parameter by itself, or a module whose weight is used without calling it."""
-        return bool(self._single or self._heard)
+        """Whether some layers are not had from calls of modules on the batch, or may not be in the next."""
+        return bool(self._single or self._heard or self.watch.picks)
 
     def __enter__(self) -> None:
         """Begin to watch."""
@@ -109,10 +110,15 @@ class ParameterRecorder:
             for name in names_of(self.watch, use):
                 uses.setdefault(name, []).append(use)
         modules = self.layers.keys() - self._single
-        mine = {name for name in modules if not _is_called(uses.get(_WEIGHT + name, []), calls.get(name, 0))}
+        mine = {name for name in modules if not self._is_called(name, uses, calls.get(name, 0))}
         other = {name for name in mine if not self._is_linear(name, uses)}
-        # Of modules that are called, too, the calls are what is had, and a check tells if they are not all.
-        self._whole = {name for name in other if not calls.get(name) and _WEIGHT + name in uses}
+        # Of modules that are called as often as their weights are used, the calls are what is had.
+        self._whole = {
+            name
+            for name in other
+            if _WEIGHT + name in uses
+            and not (self._uses_itself(name, uses) and _most_uses(name, uses) <= calls.get(name, 0))
+        }
         self._paired, mine = mine - other, (mine - other) | self._whole
         wanted = {name: name for name in self.layers if name in self._single}
         for name in (name for name in self.layers if name in mine):
@@ -122,11 +128,26 @@ class ParameterRecorder:
         # A loss that is divided by a parameter, or that one is added to, is a number: what these do to single
         # examples cannot be told from the outputs.
         self._heard = {
-            wanted[name]
-            for name in uses.keys() & wanted.keys()
-            if any(any(map(len, use.shapes)) for use in uses[name])
+            wanted[name] for name in uses.keys() & wanted.keys() if any(map(_is_of_examples, uses[name]))
         }
         return mine & self._heard
+
+    def _is_called(self, name: str, uses: Mapping[str, list[Use]], calls: int) -> bool:
+        """Return whether a weight is used by calls of its module alone, on rows of the examples in order."""
+        own = uses.get(_WEIGHT + name, [])
+        if own and not self._uses_itself(name, uses):
+            return False
+        regular = (None, (0,)) if self.watch.num_examples == 1 else (None,)
+        first = [use.places.get((0, 0)) for use in own]
+        return _most_uses(name, uses) <= calls and all(
+            place is not None and place.dim in (0, None) and place.outer == 1 and place.owners in regular
+            for place in first
+        )
+
+    def _uses_itself(self, name: str, uses: Mapping[str, list[Use]]) -> bool:
+        """Return whether a use takes a module's weight, and not what was made of it."""
+        weight = self.watch.parameters[_WEIGHT + name]
+        return any(source is weight for use in uses[_WEIGHT + name] for source in use.sources.values())
 
     def _is_linear(self, name: str, uses: Mapping[str, list[Use]]) -> bool:
         """Return whether the uses of a module's weight are those of one linear map, wherever it is called."""
@@ -230,6 +251,15 @@ class ParameterRecorder:
             for name in self.heard
         }
 
+    def add_example(self, batch: Any, number: int) -> None:
+        """Take the tensors of a batch of one for those of an example."""
+        self.watch.add_example(batch, number)
+
+    def is_in_order(self, tensor: Tensor) -> bool:
+        """Return whether the rows of a tensor are known to be the examples in their order."""
+        place = self.watch.place_of(tensor)
+        return place is not None and place.is_plain()
+
     def certify(self, values: Tensor) -> None:
         """Find the parameters whose gradients do not add up, which take the slow way from now on.
 
@@ -281,24 +311,24 @@ class ParameterRecorder:
         """
         layer = self.layers[name]
         weight, bias = (gradients.get(kind + name) for kind in (_WEIGHT, _BIAS))
-        product = None if weight is None else weight.product(tables=False)
         # Uses without the bias have 0 where the others have 1; both gradients of one use are of one tensor.
         shifted = [] if bias is None else [part for part, _ in bias.parts]
-        columns = []
-        for part in [] if weight is None or product is None else [part for part, _ in weight.parts]:
-            assert isinstance(part, Product)
-            mate = next((b for b in shifted if isinstance(b, Product) and b.outputs is part.outputs), None)
+        parts: list[tuple[Part, int | None]] = []
+        for part, example in () if weight is None else weight.parts:
+            mate = next((b for b in shifted if _are_of_one_use(part, b)), None)
             shifted = [b for b in shifted if b is not mate]
-            columns.append(part.inputs.new_full((*part.inputs.shape[:-1], 1), float(mate is not None)))
+            if layer.has_bias and isinstance(part, Product):
+                zeros = part.inputs.new_zeros(*part.inputs.shape[:-1], 1)
+                ones = mate.inputs if isinstance(mate, Product) else zeros
+                part = replace(part, inputs=torch.cat([part.inputs, ones.to(part.inputs)], dim=-1))
+            parts.append((part, example))
+        product = None if weight is None else replace(weight, parts=parts).product(tables=False)
         if product is None or not product.is_plain() or (layer.has_bias and shifted):
             raise UnsupportedModelError(
                 f"The weight of layer {name!r} is used without calling the layer, and in another way. "
                 f"Leave it out with layers=['!{name}']."
             )
-        inputs = product.inputs
-        if layer.has_bias:
-            inputs = torch.cat([inputs, torch.cat(columns, dim=2)], dim=-1)
-        return inputs, product.outputs[0]
+        return product.inputs, product.outputs[0]
 
     def _columns(self, name: str, gradients: Mapping[str, ParameterGradient]) -> Tensor:
         """Return the columns ``(G, B, D_in, D_out)`` of a module's gradient matrices."""
@@ -322,6 +352,16 @@ class ParameterRecorder:
         return layer.output_gradients(gradient.dense()[0], count)
 
 
+def _most_uses(module: str, uses: Mapping[str, list[Use]]) -> int:
+    """Return how often a module's weight, or its bias, is used, but for penalties on a batch."""
+    return max(sum(map(_is_of_examples, uses.get(kind + module, []))) for kind in (_WEIGHT, _BIAS))
+
+
+def _is_of_examples(use: Use) -> bool:
+    """Return whether the output is no number, such as a loss, that all examples share."""
+    return any(map(len, use.shapes))
+
+
 def _keys(modules: Iterable[str]) -> list[str]:
     """Return the names of the modules' weights and biases among the parameters that are watched."""
     return [kind + name for name in modules for kind in (_WEIGHT, _BIAS)]
@@ -340,10 +380,5 @@ def _zeros(use: Use) -> list[Tensor | None]:
     ]
 
 
-def _is_called(uses: Sequence[Use], calls: int) -> bool:
-    """Return whether the uses of a weight are its module's calls, on rows that begin with the examples."""
-    first = [use.places.get((0, 0)) for use in uses]
-    return len(uses) <= calls and all(
-        place is not None and place.dim in (0, None) and place.outer == 1 and place.owners in (None, (0,))
-        for place in first
-    )
+def _are_of_one_use(weight: Part, bias: Part) -> bool:
+    return isinstance(weight, Product) and isinstance(bias, Product) and weight.outputs is bias.outputs

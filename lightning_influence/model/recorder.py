@@ -41,12 +41,20 @@ class UseRecorder(Protocol):
 
     @property
     def is_needed(self) -> bool:
-        """Whether a layer is a parameter by itself, or a module that is not called."""
+        """Whether some layers are not had from calls of modules on the batch, or may not be in the next."""
         ...
 
     @property
     def activations(self) -> list[GradientEdge]:
         """Where gradients of outputs that belong to examples arrive."""
+        ...
+
+    def add_example(self, batch: Any, number: int) -> None:
+        """Take the tensors of a batch of one for those of an example."""
+        ...
+
+    def is_in_order(self, tensor: Tensor) -> bool:
+        """Whether the rows of a tensor are known to be the examples in their order."""
         ...
 
     def certify(self, values: Tensor) -> None:
@@ -317,6 +325,8 @@ class Recorder:
             # What is read of tensors here is no operation of the step, and watching it would only cost.
             with torch._C.DisableTorchFunction():
                 if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+                    return
+                if not output.numel():  # an expert that no example was sent to
                     return
                 calls = self._calls[name]
                 calls.inputs.append((args[0] if args else next(iter(kwargs.values()))).detach())

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
-from lightning_influence.support.random_states import preserve_rng
+from lightning_influence.support.random_states import RandomStates, preserve_rng
 
 Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
 """Maps a module and a batch to the losses of the examples ``(B,)``, or else to the loss of the batch."""
@@ -72,21 +73,28 @@ _RANDOM = (
 )
 
 
+class OtherCallsError(Exception):
+    """A batch whose examples are sent to other modules than those of the batch that the cut was found for."""
+
+
 class UnnamedLoss:
     """Reads batch after batch of a loss that is known by its values only.
 
     Args:
         run: computes the loss.
         verified: what passes have found in order; completed here.
+        is_strict: whether a loss of which no parts can be had is refused, not taken for a mean.
     """
 
-    def __init__(self, run: Run, verified: set[str]) -> None:
-        self._run, self._verified = run, verified
+    def __init__(self, run: Run, verified: set[str], *, is_strict: bool = False) -> None:
+        self._run, self._verified, self._is_strict = run, verified, is_strict
         self._traits = BatchLossTraits()
         self._layout: Layout = _read_layout(verified)
         #: Layers whose weights the loss uses, and no module: their gradients are not known.
         self.direct = {text.removeprefix(_DIRECT) for text in verified if text.startswith(_DIRECT)}
         self._cut: list[Key] | None = None
+        self._calls: Counter[str] = Counter()  # of modules in the batch that the cut was found for
+        self._varies = False  # whether they differ between batches
         # Whether the rows of outputs are followed to the examples, because they are not in their order.
         self._follows = False
         # Whether the network has a run of its own: outputs that feed one another cannot be cut in the same
@@ -107,11 +115,13 @@ class UnnamedLoss:
 
         Raises:
             LossCaptureError: if the loss does not depend on the outputs of any module.
+            OtherCallsError: if the batch takes another way through the model than those before; to be asked
+                again, with another recorder.
             UnsupportedModelError: if it couples examples.
         """
-        if self._cut is None:
+        if self._cut is None or self._varies:
             self._find_cut(module, batch, num_examples)
-        assert self._cut is not None
+        states = RandomStates.read()
         watch = _follow(batch, num_examples) if self._follows else None
         following, picked = contextlib.nullcontext() if watch is None else watch, PickedRows()
         if self._chained:
@@ -124,6 +134,10 @@ class UnnamedLoss:
             with recorder, picked, following, OutputTap(module, self._cut) as tap:
                 value = self._run_cut(module, batch)
             leaves = list(tap.leaves.values())
+        if tap.calls != self._calls:
+            states.write()
+            self._varies = True
+            raise OtherCallsError
         outputs = list(tap.outputs.values())
         places = None if watch is None else [watch.place_of(output) for output in outputs]
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}
@@ -160,13 +174,15 @@ class UnnamedLoss:
         Raises:
             LossCaptureError: if there is none.
         """
-        watch = _follow(batch, count)
-        with preserve_rng(), watch, OutputTap(module) as tap:
+        watch, picked = _follow(batch, count), PickedRows()
+        with preserve_rng(), picked, watch, OutputTap(module) as tap:
             values, batch_loss = self._run(module, batch)
-        cut = tap.last(_scalar(values, batch_loss))
+        self._calls = tap.calls
+        cut = tap.last(to_scalar(values, batch_loss))
         places = [watch.place_of(tap.seen[key]) for key in cut]
         # Rows of which not all are followed are taken as they are, and checked as others are.
-        self._follows = None not in places and not all(place and place.is_plain() for place in places)
+        plain = all(place and place.is_plain() for place in places)
+        self._follows = None not in places and not (plain and not picked.counts)
         if not cut:
             raise LossCaptureError(
                 f"The training loss does not depend on the output of any module with parameters. {REMEDY}"
@@ -197,7 +213,7 @@ class UnnamedLoss:
             UnsupportedModelError: if it fails with outputs that depend on nothing.
         """
         try:
-            return _scalar(*self._run(module, batch))
+            return to_scalar(*self._run(module, batch))
         except RuntimeError as error:
             if "differentiated Tensor" not in str(error) and "does not require grad" not in str(error):
                 raise
@@ -228,6 +244,8 @@ class UnnamedLoss:
         if is_mean is None and runs:
             raise UnsupportedModelError(COUPLED)
         if is_mean is None:
+            if self._is_strict:
+                raise UnsupportedModelError(_UNKNOWN_PARTS)
             self._traits.warn(_UNKNOWN_PARTS)
             is_mean = True
         self._traits.is_mean = is_mean
@@ -413,9 +431,9 @@ def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout 
     with preserve_rng(), torch.no_grad():
         for n in range(count):
             try:
-                values.append(_scalar(*run(module, rearranged(batch, [n], count, layout))))
+                values.append(to_scalar(*run(module, rearranged(batch, [n], count, layout))))
             except Exception:  # whatever the user's code may raise
-                return _scalar(*run(module, batch)).expand(count)
+                return to_scalar(*run(module, batch)).expand(count)
     return torch.stack(values)
 
 
@@ -430,7 +448,12 @@ def _read_layout(verified: set[str]) -> Layout:
     return {} if noted is None else dict(json.loads(noted.removeprefix(_LAYOUT)))
 
 
-def _scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:
+def to_scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:
+    """Return what a run has computed as the loss of the batch, a scalar.
+
+    Raises:
+        LossCaptureError: if it is no single number.
+    """
     if values is not None:
         return values.mean()
     assert batch_loss is not None

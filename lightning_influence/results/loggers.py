@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
+from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.dynamics import TrainingDynamics
-from lightning_influence.results.ranking import Labels, Ranking
+from lightning_influence.results.ranking import Cell, Labels, Ranking
 from lightning_influence.results.rendering import markdown_table
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.results.suspects import Suspects
@@ -60,6 +62,15 @@ class Media:
     facts: Sequence[tuple[str, str]] = ()
     figures: Mapping[str, Figure] = field(default_factory=dict)
     files: Sequence[Path] = ()
+
+    def tables(self) -> dict[str, tuple[list[str], list[list[Cell]]]]:
+        """Names of the columns, and rows, of the rankings and of the diagnostics.
+
+        Returns:
+            Both by key; the diagnostics are last.
+        """
+        tables = {key: (ranking.columns(), ranking.rows()) for key, ranking in self.rankings.items()}
+        return {**tables, "diagnostics": (["name", "value"], [list(fact) for fact in self.facts])}
 
 
 def log_attributions(
@@ -196,7 +207,7 @@ def summary_metrics(attributions: Loggable) -> dict[str, float]:
             if counts is not None:
                 metrics |= {name: float(counts.sum()), f"{kind}_groups": float(len(counts))}
     for done in facts.passes:
-        key = f"seconds_{done['name']}"
+        key = f"seconds_{name_pass(done['name'])}"
         metrics[key] = metrics.get(key, 0.0) + done["seconds"]
     if facts.damping:
         metrics["damping_mean"] = sum(facts.damping.values()) / len(facts.damping)
@@ -204,6 +215,16 @@ def summary_metrics(attributions: Loggable) -> dict[str, float]:
         metrics["residual_mean"] = float(facts.residuals.mean())
         metrics["residual_max"] = float(facts.residuals.max())
     return metrics | _score_metrics(attributions)
+
+
+def name_pass(description: str) -> str:
+    """Return what a pass is called in logs: its words, as a logger may refuse colons and spaces.
+
+    Example:
+        >>> name_pass("Influence: query gradients")
+        'query_gradients'
+    """
+    return "_".join(re.findall(r"[0-9a-z]+", description.lower().removeprefix("influence:")))
 
 
 def _score_metrics(attributions: Loggable) -> dict[str, float]:
@@ -274,12 +295,18 @@ def log_media(logger: Any, media: Media) -> None:
     """Show tables and pictures in a logger; nothing for a logger class without its own way.
 
     Register one with ``@log_media.register(MyLogger)`` on a function of the same arguments. What it raises
-    becomes a warning.
+    becomes a warning. Loggers of ``pytorch_lightning`` are served like those of the same names here.
 
     Args:
         logger: the logger.
         media: what to show.
     """
+    for kind in type(logger).__mro__:
+        if kind.__module__.startswith("pytorch_lightning.loggers."):
+            twin = getattr(lightning_loggers, kind.__name__, object)
+            if twin in log_media.registry and twin is not object:
+                log_media.registry[twin](logger, media)
+                return
 
 
 @log_media.register(CSVLogger)
@@ -303,8 +330,8 @@ def _(logger: TensorBoardLogger, media: Media) -> None:
 def _(logger: WandbLogger, media: Media) -> None:
     from lightning_influence.results.plots import figure_to_array
 
-    for key, ranking in media.rankings.items():
-        logger.log_table(f"{media.name}/{key}", ranking.columns(), ranking.rows(), step=media.step)
+    for key, (columns, rows) in media.tables().items():
+        logger.log_table(f"{media.name}/{key}", columns, rows, step=media.step)
     for key, figure in media.figures.items():
         logger.log_image(f"{media.name}/{key}", [figure_to_array(figure)], step=media.step)
 
@@ -312,10 +339,12 @@ def _(logger: WandbLogger, media: Media) -> None:
 @log_media.register(MLFlowLogger)
 def _(logger: MLFlowLogger, media: Media) -> None:
     client, run, folder = logger.experiment, logger.run_id, f"{media.name}/step_{media.step}"
-    for key, ranking in media.rankings.items():
-        rows = ranking.rows()
-        table = {column: [row[i] for row in rows] for i, column in enumerate(ranking.columns())}
+    for key, (columns, rows) in media.tables().items():
+        table = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
         client.log_table(run, table, f"{folder}/{key}.json")
+        # The call above makes MLflow show a table, adds its rows to those of an earlier answer, and keeps ten
+        # digits after the point, of which small scores have few.
+        client.log_dict(run, {"columns": columns, "data": rows}, f"{folder}/{key}.json")
     for key, figure in media.figures.items():
         client.log_figure(run, figure, f"{folder}/{key}.png")
     for file in media.files:
@@ -325,9 +354,9 @@ def _(logger: MLFlowLogger, media: Media) -> None:
 @log_media.register(CometLogger)
 def _(logger: CometLogger, media: Media) -> None:
     experiment = logger.experiment
-    for key, ranking in media.rankings.items():
-        experiment.log_table(f"{media.name}/{key}_{media.step}.csv", ranking.rows(), ranking.columns())
+    for key, (columns, rows) in media.tables().items():
+        experiment.log_table(f"{media.name}/{key}_{media.step}.csv", rows, columns)
     for key, figure in media.figures.items():
         experiment.log_figure(f"{media.name}/{key}", figure, step=media.step)
     for file in media.files:
-        experiment.log_asset(str(file), file.name, step=media.step)
+        experiment.log_asset(str(file), f"{media.name}/{file.name}", step=media.step)

@@ -270,6 +270,15 @@ class Twice(Classifier):
             self.optimizers().step()
 
 
+class Sorted(Classifier):
+    """Rows of its losses are in another order than the batch's, which their values do not show."""
+
+    def training_step(self, batch, batch_idx):
+        order = batch[0][:, 0].argsort()
+        losses = functional.cross_entropy(self.net(batch[0][order]), batch[1][order], reduction="none")
+        return losses[order.argsort()].mean()
+
+
 class Several(Classifier):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch["a"], batch_idx)
@@ -279,6 +288,7 @@ UNSEEN = {
     "stream": (Classifier, lambda: DataLoader(Stream(), 8), "Stream has no length or no indices"),
     "several loaders": (Several, lambda: {"a": loader(), "b": loader()}, "training loader is a dict"),
     "own loss": (OwnLoss, loader, "no loss function was seen"),
+    "sorted inside": (Sorted, loader, "rows in another order"),
     "two backward passes": (Twice, loader, "several backward passes"),
 }
 

@@ -67,3 +67,10 @@ def test_failed_runs_are_left_out():
 def test_a_page_without_a_place_is_refused():
     with pytest.raises(ValueError, match="no '<!-- table: quality -->'"):
         write_page.write_page("# Benchmarks", [])
+
+
+def test_every_script_is_on_the_page():
+    folder = Path(__file__).parents[2] / "examples" / "benchmarks"
+    scripts = [path.name for path in folder.glob("*.py") if "__main__" in path.read_text("utf-8")]
+    assert len(scripts) > 20
+    assert [name for name in scripts if f"`{name}`" not in PAGE] == []

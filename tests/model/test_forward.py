@@ -269,25 +269,128 @@ def tied_bias(module, x, y):
 
 @pytest.mark.parametrize("step", [tied, tied_bias])
 @pytest.mark.parametrize("size", [1, B])
-def test_weights_that_are_used_outside_their_layer_are_refused(step, size):
-    with pytest.raises(UnsupportedModelError, match=r"weights of layer 'first' in another way.*`layers=`"):
-        forward(step, batch(size, 3), size)
+def test_weights_that_are_used_outside_their_layer_as_well(step, size):
+    """A layer is called, and its weight or bias taken for something else."""
+    module, (x, y) = mute(Module(step)).double(), batch(size, 3)
+    found = Forward(find_layers(module))(module, (x.double(), y), size).loss_gradients()["first"]
+    layer = find_layers(module).layers["first"]
+    for n in range(size):
+        loss = step(module, x[n : n + 1].double(), y[n : n + 1])
+        expected = torch.autograd.grad(loss, [module.first.weight, module.first.bias])
+        torch.testing.assert_close(found.dense()[0, n], layer.from_parameters(*expected))
 
 
-def test_a_penalty_in_the_hook_is_refused():
-    module = mute(Module(plain))
+class Quadratic(nn.Module):
+    """No modules at all, and a loss without a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.square = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3, 3))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return (x @ self.linear + (x @ self.square * x).sum(1) - y).square().mean()
+
+
+class Members(nn.Module):
+    """An ensemble of bare parameters: the rows of its loss are members times examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(4, 3, 2))
+
+    def training_step(self, batch, batch_idx):
+        outputs = torch.einsum("bi,eio->ebo", batch[0], self.weights)
+        return F.cross_entropy(outputs.flatten(0, 1), batch[1].repeat(4))
+
+
+@pytest.mark.parametrize("make", [Quadratic, Members])
+def test_examples_are_run_one_by_one_where_nothing_else_tells_whose_rows_are_whose(make):
+    module, (x, y) = mute(make()).double(), batch(5, 3)
+    x, run = x.double(), Forward(find_layers(module))
+    with pytest.warns(InfluenceWarning, match="run one by one"):
+        run(module, (x, y), 5)
+    for rows in ([0, 1, 2, 3, 4], [3, 1], [2]):
+        found = run(module, (x[rows], y[rows]), len(rows)).loss_gradients()
+        for place, n in enumerate(rows):
+            loss = module.training_step((x[n : n + 1], y[n : n + 1]), 0)
+            for name, parameter in module.named_parameters():
+                expected = torch.autograd.grad(loss, parameter, retain_graph=True)[0]
+                dense = found[name].dense()[0, place].reshape(parameter.shape)
+                torch.testing.assert_close(dense, expected)
+
+
+def test_a_penalty_that_the_hook_adds_to_each_loss_is_part_of_it():
+    module, (x, y) = mute(Module(plain)).double(), batch()
+    x = x.double()
     module.influence_loss = lambda b: (
         F.cross_entropy(module.last(module.first(b[0])), b[1], reduction="none")
         + 0.1 * module.last.weight.square().sum()
     )
-    with pytest.raises(UnsupportedModelError, match=r"layer 'last' .*leave penalties on weights out"):
-        Forward(find_layers(module))(module, batch(), B)
+    found = Forward(find_layers(module))(module, (x, y), B).loss_gradients()["last"].dense()
+    for n in range(B):
+        loss = module.influence_loss((x[n : n + 1], y[n : n + 1]))[0]
+        expected = torch.autograd.grad(loss, module.last.weight)[0]
+        torch.testing.assert_close(found[0, n, 0, :, :-1], expected)
 
 
 def test_a_hook_of_the_users_on_a_weight_is_no_second_use():
     module = mute(Module(plain))
     module.first.weight.register_hook(lambda grad: 0 * grad)
     assert Forward(find_layers(module))(module, batch(), B).num_examples == B
+
+
+class Weighed(nn.Module):
+    """Two losses weighed by a parameter that nothing else uses (Kendall et al. 2018)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.log_variance = (
+            nn.Linear(3, 3),
+            nn.Linear(3, 2),
+            nn.Parameter(torch.ones(2)),
+        )
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        hidden = self.first(x)
+        losses = torch.stack([F.cross_entropy(self.last(hidden), y), F.mse_loss(hidden[:, 0], x[:, 0])])
+        return (losses * (-self.log_variance).exp() + self.log_variance).sum()
+
+
+def test_parameters_of_the_loss_alone_are_not_counted_as_covered():
+    module, (x, y) = mute(Weighed()).double(), batch()
+    run = Forward(find_layers(module))
+    with pytest.warns(InfluenceWarning, match="weights of 'log_variance' directly.*left out"):
+        found = run(module, (x.double(), y), B).loss_gradients()
+    assert run.silent == {"log_variance"}
+    assert not found["log_variance"].dense().any()
+    for n in range(B):
+        loss = module.training_step((x[n : n + 1].double(), y[n : n + 1]), 0)
+        expected = torch.autograd.grad(loss, module.first.weight)[0]
+        torch.testing.assert_close(found["first"].dense()[0, n, 0, :, :-1], expected)
+
+
+def test_parameters_of_the_loss_alone_are_covered_where_the_user_gives_its_values():
+    module, (x, y) = mute(Weighed()).double(), batch()
+
+    def values(module, data):
+        hidden = module.first(data[0])
+        cross = F.cross_entropy(module.last(hidden), data[1], reduction="none")
+        square = (hidden[:, 0] - data[0][:, 0]).square()
+        return (torch.stack([cross, square]) * (-module.log_variance).exp()[:, None]).sum(
+            0
+        ) + module.log_variance.sum()
+
+    run = Forward(find_layers(module), values)
+    found = run(module, (x.double(), y), B).loss_gradients()
+    assert not run.silent
+    for n in range(B):
+        loss = module.training_step((x[n : n + 1].double(), y[n : n + 1]), 0)
+        for name, parameter in (("first", module.first.weight), ("log_variance", module.log_variance)):
+            expected = torch.autograd.grad(loss, parameter, retain_graph=True)[0]
+            dense = found[name].dense()[0, n, 0]
+            torch.testing.assert_close(dense[:, :-1] if name == "first" else dense.reshape(2), expected)
 
 
 def test_errors_of_the_step_say_where_it_ran():
@@ -327,13 +430,41 @@ def loop(module, x, y):
 
 
 def prototypes(module, x, y):
-    return F.cross_entropy(module.first(x) @ module.last.weight.T + module.last(torch.ones(2, 3)).sum(), y)
+    shared = module.last(torch.ones(2, 3, dtype=x.dtype))
+    return F.cross_entropy(module.first(x) @ module.last.weight.T + shared[0] * shared[1], y)
 
 
-@pytest.mark.parametrize(("step", "shape"), [(loop, r"\(3,\)"), (prototypes, r"\(2, 3\)")])
-def test_calls_without_a_batch_dimension_are_named(step, shape):
-    with pytest.raises(UnsupportedModelError, match=rf"called with a tensor of shape {shape}.*`layers=`"):
-        forward(step, batch(5, 3), 5)
+def experts(module, x, y):
+    """Examples are sent to layers by a mask, and some layers get none."""
+    chosen, hidden = x[:, 0] > 0, torch.zeros_like(x)
+    hidden[chosen] = module.first(x[chosen])
+    hidden = hidden.index_add(0, (~chosen).nonzero()[:, 0], module.first(2 * x[~chosen]).relu())
+    return F.cross_entropy(module.last(hidden), y)
+
+
+def scaled(module, x, y):
+    """A call of a layer with other weights in place of its own, made of these."""
+    weights = {name: p * p for name, p in module.first.named_parameters()}
+    return F.cross_entropy(module.last(torch.func.functional_call(module.first, weights, x)), y)
+
+
+@pytest.mark.parametrize("step", [loop, prototypes, experts, scaled])
+def test_layers_that_are_called_otherwise_than_on_the_batch_are_exact(step):
+    """On batches of which one sends all examples one way, one all the other, and one some each way."""
+    module = mute(Module(step)).double()
+    plan = find_layers(module)
+    run = Forward(plan)
+    for signs in ([1, -1, 1, 1, -1], [1] * 5, [-1] * 5, [-1, -1, 1, -1, -1]):
+        x, y = torch.randn(5, 3).double(), torch.randint(2, (5,))
+        x[:, 0] = x[:, 0].abs() * torch.tensor(signs)
+        found = run(module, (x, y), 5).loss_gradients()
+        for n in range(5):
+            loss = step(module, x[n : n + 1], y[n : n + 1])
+            for name, layer in plan.layers.items():
+                expected = torch.autograd.grad(
+                    loss, [layer.module.weight, layer.module.bias], retain_graph=True
+                )
+                torch.testing.assert_close(found[name].dense()[0, n], layer.from_parameters(*expected))
 
 
 @pytest.mark.parametrize("kind", ["named", "weighted", "sum", "unnamed", "hook"])

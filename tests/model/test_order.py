@@ -1,4 +1,4 @@
-"""Losses in another order than the examples are refused: nothing else would show the wrong answer."""
+"""Losses whose rows are in another order than the examples: read by the outputs of modules, or refused."""
 
 import pytest
 import torch
@@ -59,6 +59,17 @@ def sorted_inside(module, x, y, mask):
     return F.cross_entropy(module(x[order]).flatten(0, 1), y[order].flatten())
 
 
+def flipped(module, x, y, mask):
+    return F.cross_entropy(module(x.flip(0)).flatten(0, 1), y.flip(0).flatten())
+
+
+def put_back(module, x, y, mask):
+    """Losses of single positions of sorted examples, in the order of the batch again."""
+    order = mask.sum(1).argsort(descending=True, stable=True)
+    losses = F.cross_entropy(module(x[order]).mT, y[order], reduction="none")
+    return losses[order.argsort()].sum() / mask.sum()
+
+
 def shifted(module, x, y, mask):
     return F.cross_entropy(module(x)[:, :-1].flatten(0, 1), y[:, 1:].flatten())
 
@@ -68,24 +79,67 @@ def test_losses_in_the_order_of_the_examples_are_accepted(step):
     run(step, sequences(*[T] * B), sequences(2, 5, 3, 4), sequences(3, 4))
 
 
+def swapped(module, x, y, mask):
+    """Only batches of this very size run, so that no part of one shows what the rows are."""
+    return F.cross_entropy(module(x)[[0, 1, 3, 2]].flatten(0, 1), y.flatten())
+
+
+def test_rows_in_another_order_of_which_no_parts_run_are_refused():
+    with pytest.raises(UnsupportedModelError, match=r"at other examples.*influence_loss"):
+        run(swapped, sequences(2, 5, 3, 4))
+
+
 @pytest.mark.parametrize(
-    ("step", "batches"),
+    ("step", "lengths"),
     [
-        (time_first, [sequences(*[T] * B)]),
-        (time_first, [sequences(*[B] * B)]),
-        (sorted_inside, [sequences(2, 5, 3, 4)]),
+        (time_first, (T,) * B),
+        (time_first, (B,) * B),
+        (sorted_inside, (2, 5, 3, 4)),
+        (flipped, (2, 5, 3, 4)),
+        (put_back, (2, 5, 3, 4)),
     ],
 )
-def test_losses_in_another_order_are_refused(step, batches):
-    with pytest.raises(UnsupportedModelError, match=r"not come in the order .*time-first.*influence_loss"):
-        run(step, *batches)
+def test_gradients_are_those_of_the_examples_whatever_the_order_of_rows(step, lengths):
+    """Against the gradient of each example's own positions of the loss of the batch."""
+    torch.manual_seed(0)
+    module, (x, y, mask) = mute(Module(step)).double(), sequences(*lengths)
+    batch = x.double(), y, mask
+    found = Forward(find_layers(module))(module, batch, B).loss_gradients()
+    for n in range(B):
+        own = F.cross_entropy(module(batch[0][n]), y[n], reduction="sum") * B / mask.sum()
+        expected = torch.autograd.grad(own, module.first.weight)[0]
+        dense = found["first"].dense()[0, n, 0, :, :-1]
+        torch.testing.assert_close(dense, expected)
 
 
-def test_layers_on_rows_that_a_mask_picked_are_refused():
-    """The first batch alone would pass; rows that a first batch shows to be uneven are followed."""
-    with pytest.raises(UnsupportedModelError, match=r"rows that a mask picked.*influence_loss"):
-        run(packed, sequences(3, 3), sequences(2, 4))
-    run(packed, sequences(2, 4, 1, 5), sequences(3, 3))
+def test_later_batches_are_read_the_same_way():
+    """The second batch comes in order by chance, the third does not."""
+    torch.manual_seed(0)
+    module = mute(Module(sorted_inside)).double()
+    forward = Forward(find_layers(module))
+    for lengths in ((2, 5, 3, 4), (5, 4, 3, 2), (1, 2, 3, 4)):
+        x, y, mask = sequences(*lengths)
+        found = forward(module, (x.double(), y, mask), B).loss_gradients()["first"].dense()[0, :, 0, :, :-1]
+        own = F.cross_entropy(module(x[0].double()), y[0], reduction="sum") * B / mask.sum()
+        torch.testing.assert_close(found[0], torch.autograd.grad(own, module.first.weight)[0])
+
+
+@pytest.mark.parametrize("first", [(3, 3), (2, 4)])
+def test_layers_on_rows_that_a_mask_picked_are_exact(first):
+    """Rows that are as many for each example in one batch, and not in the next."""
+    torch.manual_seed(0)
+    module = mute(Module(packed)).double()
+    forward = Forward(find_layers(module))
+    for lengths in (first, (2, 4), (3, 3), (1, 5)):
+        x, y, mask = sequences(*lengths)
+        captured = forward(module, (x.double(), y, mask), 2)
+        dense = captured.loss_gradients()["first"].dense()[0, :, 0, :, :-1]
+        scale = captured.loss.scale * 2 / captured.weights.sum()
+        for n in range(2):
+            kept = mask[n]
+            own = F.cross_entropy(module(x[n][kept].double()), y[n][kept], reduction="sum") * 2 / mask.sum()
+            expected = torch.autograd.grad(own, module.first.weight)[0]
+            torch.testing.assert_close(dense[n] * scale, expected)
 
 
 def copies(count: int, together: bool):
@@ -100,11 +154,19 @@ def copies(count: int, together: bool):
 
 @pytest.mark.parametrize("batch", [2, 4, 5])
 @pytest.mark.parametrize("count", [2, 3])
-def test_copies_of_the_batch_must_stand_together(count, batch):
-    data = torch.randn(batch, 3), torch.randint(2, (batch,))
-    run(copies(count, True), data)
-    with pytest.raises(UnsupportedModelError, match=r"repeat_interleave\(2, 0\)"):
-        run(copies(count, False), data)
+def test_copies_of_the_batch_need_not_stand_together(count, batch):
+    torch.manual_seed(0)
+    x, y = torch.randn(batch, 3).double(), torch.randint(2, (batch,))
+    run(copies(count, True), (x.float(), y))
+    module = mute(Module(copies(count, False))).double()
+    found = (
+        Forward(find_layers(module))(module, (x, y), batch).loss_gradients()["first"].dense()[0, :, 0, :, :-1]
+    )
+    for n in range(batch):
+        expected = torch.autograd.grad(
+            F.cross_entropy(module(x[n : n + 1]), y[n : n + 1]), module.first.weight
+        )
+        torch.testing.assert_close(found[n], expected[0])
 
 
 def test_nothing_is_concluded_from_random_or_failing_steps():

@@ -40,9 +40,9 @@ def facts(**changes):
         "residuals": torch.tensor([0.125, 0.25, 0.75]),
         "seconds": 2.5,
         "passes": [
-            {"name": "query", "seconds": 0.5, "examples": 3},
-            {"name": "train", "seconds": 1.0, "examples": 4},
-            {"name": "train", "seconds": 0.25, "examples": 3},
+            {"name": "Influence: query gradients", "seconds": 0.5, "examples": 3},
+            {"name": "Influence: self-influence", "seconds": 1.0, "examples": 4},
+            {"name": "Influence: self-influence", "seconds": 0.25, "examples": 3},
         ],
         "parameters_covered": 0.5,
     }
@@ -102,8 +102,8 @@ def test_the_summary_is_made_of_floats():
         "train_examples": 7,
         "queries": 3,
         "seconds": 2.5,
-        "seconds_query": 0.5,
-        "seconds_train": 1.25,
+        "seconds_query_gradients": 0.5,
+        "seconds_self_influence": 1.25,
         "parameters_covered": 0.5,
         "damping_mean": 2.0,
         "residual_mean": 0.375,
@@ -278,7 +278,8 @@ def test_wandb_gets_tables_and_images():
     logger = stand_in(WandbLogger, log_table=Mock(), log_image=Mock())
     log_attributions([logger], attributions(), step=4, figures={"montage": figure()})
     tables = {call.args[0]: call for call in logger.log_table.call_args_list}
-    assert set(tables) == {"influence/top", "influence/bottom"}
+    assert set(tables) == {"influence/top", "influence/bottom", "influence/diagnostics"}
+    assert ["method", "ekfac"] in tables["influence/diagnostics"].args[2]
     assert tables["influence/top"].args[1] == ["query", "rank", "train", "score"]
     assert len(tables["influence/top"].args[2]) == 3 * 5
     assert tables["influence/top"].kwargs == {"step": 4}
@@ -301,6 +302,9 @@ def test_mlflow_gets_tables_figures_and_files(tmp_path):
         ["query", "rank", "train", "score"], 15
     )
     assert table["train"][0] == 60
+    run, exact, name = client.log_dict.call_args_list[0].args
+    assert (run, name) == ("r1", "influence/step_4/top.json")
+    assert exact == {"columns": list(table), "data": list(map(list, zip(*table.values(), strict=True)))}
     client.log_figure.assert_called_once_with("r1", picture, "influence/step_4/montage.png")
     assert [call.args for call in client.log_artifact.call_args_list] == [
         ("r1", str(file), "influence/step_4") for file in files
@@ -317,4 +321,5 @@ def test_comet_gets_tables_figures_and_files(tmp_path):
     assert (name, columns) == ("influence/top_4.csv", ["query", "rank", "train", "score"])
     assert len(rows) == 15
     experiment.log_figure.assert_called_once_with("influence/montage", picture, step=4)
-    assert [call.args for call in experiment.log_asset.call_args_list] == [(str(f), f.name) for f in files]
+    assets = [call.args for call in experiment.log_asset.call_args_list]
+    assert assets == [(str(file), f"influence/{file.name}") for file in files]

@@ -1,10 +1,13 @@
 """Both packages of Lightning as hosts: a fit, a query and an edit under ``pytorch_lightning``."""
 
+import importlib
 import importlib.metadata
+from pathlib import Path
 
 import lightning.pytorch as unified
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -56,8 +59,8 @@ def make_data(package):
     return Data()
 
 
-def fit(package, folder, **options):
-    off = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+def fit(package, folder, logger=False, **options):
+    off = {"logger": logger, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = package.Trainer(
         max_epochs=2, accelerator="cpu", default_root_dir=folder, callbacks=[InfluenceCallback()], **off
     )
@@ -131,3 +134,19 @@ def test_without_the_other_package_a_callback_is_as_ever(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", not_installed)
     assert make_callback_class() is unified.Callback
+
+
+def test_loggers_of_both_packages_show_tables_and_write_rows(tmp_path):
+    """Each package has logger classes of its own, which share their names alone."""
+    texts = []
+    for name, package in PACKAGES.items():
+        loggers = importlib.import_module(f"{name}.loggers")
+        boards = [loggers.TensorBoardLogger(tmp_path, name=name), loggers.CSVLogger(tmp_path, name=name)]
+        trainer, module = fit(package, tmp_path, logger=boards, train_dataloaders=make_loader())
+        trainer.influence(module, make_loader(), make_loader(6), method="ekfac")
+        events = EventAccumulator(boards[0].log_dir).Reload()
+        [table] = events.Tensors("influence/top/text_summary")
+        texts.append(table.tensor_proto.string_val)
+        assert "influence/score_max" in Path(boards[1].log_dir, "metrics.csv").read_text()
+        assert Path(boards[0].log_dir, "influence", "attributions.safetensors").exists()
+    assert texts[0] == texts[1]

@@ -193,6 +193,12 @@ class BatchLoss(OutputLoss):
         """Return the loss of the batch, a detached scalar."""
         return self.batch_loss.detach()
 
+    def seed(self) -> tuple[Tensor, Tensor]:
+        """Return what a backward pass starts from: the values of the user where there are some."""
+        if self.values is None:
+            return super().seed()
+        return self.values, torch.ones_like(self.values)
+
     def gradient(self) -> Tensor:
         """Return the seed of the training loss, ``(B, d)``."""
         return self._slopes.detach().to(self.detached.dtype) * self.factor
@@ -239,7 +245,10 @@ class BatchLoss(OutputLoss):
 
     @cached_property
     def _values(self) -> Tensor:
-        return self.values_of().detach()
+        values = self.values_of().detach()
+        # An example that the loss leaves out has none: alone it is divided by the number of nothing.
+        left_out = values.isnan() & ~self.gradient().any(dim=1)
+        return values.masked_fill(left_out, 0.0)
 
     @cached_property
     def _slopes(self) -> Tensor:

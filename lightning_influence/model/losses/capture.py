@@ -60,6 +60,12 @@ class LossCall:
     versions: tuple[int, ...]
     picked: bool = False
 
+    @property
+    def outputs(self) -> Tensor:
+        """The first argument: the outputs that it is a loss of."""
+        found: Tensor = self.args[0] if self.args else self.kwargs["input"]
+        return found
+
     def read(self, batch_size: int) -> OutputLoss:
         """Return the call as a loss of ``batch_size`` examples.
 
@@ -136,7 +142,14 @@ class LossCapture(TorchFunctionMode):
         >>> loss = capture.resolve(value, batch_size=4)
         >>> loss.num_examples, loss.reduction, round(loss.batch_value().item(), 4)
         (4, 'mean', 1.0986)
+
+    Attributes:
+        calls: what was recorded.
+        allows_weights: whether parameters that the loss alone uses may weigh its terms: the gradients of
+            outputs are right then, and those of such parameters are not seen.
     """
+
+    allows_weights = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,8 +188,7 @@ class LossCapture(TorchFunctionMode):
         result = func(*args, **kwargs)
         if type(result).__module__.startswith("torch._subclasses."):
             return result  # the compiler traces it after all: torch 2.4 does not say so
-        count = count_picked(func, args, result)
-        self._picked |= set() if count is None else {count}
+        self.note_picked(func, args, result)
         if func in self._losses and isinstance(result, Tensor) and result.requires_grad:
             versions = versions_of((*args, *kwargs.values()))
             # A copy, because `loss += penalty` would change the value that was seen.
@@ -188,6 +200,22 @@ class LossCapture(TorchFunctionMode):
                 LossCall(func, args, kwargs, value, result.grad_fn, result.output_nr, versions, picked)
             )
         return result
+
+    def note_picked(self, func: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
+        """Note how many rows a function picked by a mask, if it did."""
+        count = count_picked(func, args, result)
+        self._picked |= set() if count is None else {count}
+
+    def acquit(self, is_in_order: Callable[[Tensor], bool]) -> None:
+        """Take rows for those of the examples where that is known, whatever their number.
+
+        Args:
+            is_in_order: tells whether the rows of a tensor are known to be the examples in their order.
+        """
+        self.calls = [
+            replace(call, picked=not is_in_order(call.outputs)) if call.picked else call
+            for call in self.calls
+        ]
 
     def clear(self) -> None:
         """Forget the recorded calls and their graph."""
@@ -301,11 +329,9 @@ class LossCapture(TorchFunctionMode):
         edges = [GradientEdge(call.node, call.output_number) for call in calls]
         with torch.enable_grad():
             slopes = torch.autograd.grad(batch_loss, edges, create_graph=True)
+            # A slope with a graph goes with other calls' values, or with parameters that the loss alone uses.
             bent = [slope.sum() for slope in slopes if slope.requires_grad]
-            if bent and any(
-                part is not None and bool(part.any())
-                for part in torch.autograd.grad(bent, edges, allow_unused=True, retain_graph=True)
-            ):
+            if bent and not (self.allows_weights and _is_independent(bent, edges)):
                 raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
         slopes = tuple(slope.detach() for slope in slopes)
         nodes = {call.node for call in calls}
@@ -347,6 +373,12 @@ class LossCapture(TorchFunctionMode):
                 f"value:\n{_listing([call for call, _ in losses])}\nAccepted is exactly one. {_REMEDY}"
             )
         return losses[0][1]
+
+
+def _is_independent(bent: Sequence[Tensor], edges: Sequence[GradientEdge]) -> bool:
+    """Return whether slopes depend on no call's values."""
+    found = torch.autograd.grad(bent, edges, allow_unused=True, retain_graph=True)
+    return not any(part is not None and bool(part.any()) for part in found)
 
 
 def _lost_weight() -> dict[str, Tensor]:

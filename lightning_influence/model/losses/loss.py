@@ -75,6 +75,10 @@ class OutputLoss(ABC):
         """Return the sum of :meth:`per_example`, a differentiable scalar."""
         return self.per_example().sum()
 
+    def seed(self) -> tuple[Tensor, Tensor]:
+        """Return what a backward pass for the examples' gradients starts from, and its seed there."""
+        return self.outputs, self.gradient()
+
     def gradient(self) -> Tensor:
         """Return the seed of the training loss: ``d sum_n per_example()_n / d outputs``, detached.
 

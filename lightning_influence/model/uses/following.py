@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_influence.model.uses.calls import Call, Slot, integers_of, outputs_of, tensors_of
 from lightning_influence.model.uses.places import Place, find_owners, from_owners, reshape_place, whole
-from lightning_influence.model.uses.scatters import SCATTERS, follow_scatter
+from lightning_influence.model.uses.scatters import SCATTERS, follow_scatter, spread
 
 # Names of the fused recurrent networks, which are not run on tensors without data: some builds of torch do
 # not survive it.
@@ -114,10 +114,14 @@ def follow(op: Followable) -> Followed:
     lost: list[Place | None] = [None] * len(op.shapes)
     if op.num_examples == 1:
         return Followed([whole(0) for _ in op.shapes])
+    if all(0 in shape for shape in op.shapes):  # rows of nobody
+        return Followed([Place(shape.index(0), owners=()) for shape in op.shapes])
     with torch.no_grad(), torch._C.DisableTorchFunction():
         found = _follow_sequences(op.call, op.places, op.num_examples)
         if op.call.name in SCATTERS:
             return Followed([_follow_scatter(op)])
+        if op.call.name == "__setitem__":
+            return Followed([_follow_assignment(op)])
     if found is not None:
         return Followed(*found)
     kinds = set(op.places.values())
@@ -139,6 +143,17 @@ def _follow_scatter(op: Followable) -> Place | None:
         return None
     places = [op.places.get(slot) for slot in slots]
     return follow_scatter(call.name, dim, index, (target, source), places, op.num_examples)
+
+
+def _follow_assignment(op: Followable) -> Place | None:
+    """Return where the examples are in a tensor after others were written into a part of it."""
+    tensors = tensors_of(op.call)
+    target, value = tensors.get((0, 0)), tensors.get((0, 2))
+    if target is None:
+        return None
+    owners = spread(op.places.get((0, 0)), target, op.num_examples).clone()
+    owners[op.call.args[1]] = -1 if value is None else spread(op.places.get((0, 2)), value, op.num_examples)
+    return find_owners(owners, op.num_examples)
 
 
 def _reshape(op: Followable) -> Followed | None:

@@ -220,6 +220,10 @@ class ParameterGradient:
             total += part.bound(weights if example is None else weights[:, example : example + 1])
         return total
 
+    def _is_small_as_product(self, rows: Rows) -> bool:
+        K, _, R, _ = rows.values.shape
+        return K * K * R * sum(self.shape) <= K * prod(self.shape)
+
     def product(self, *, tables: bool = True) -> Product | None:
         """Return all parts as one product along the positions, or None if they are not of this form.
 
@@ -227,22 +231,20 @@ class ParameterGradient:
             tables: whether tables that are looked up and used as a head as well are made products where that
                 takes fewer numbers; their inputs then hold gradients.
         """
-        if any(example is not None for _, example in self.parts) or not self.parts:
-            return None
         if all(isinstance(part, Rows) for part, _ in self.parts):
             return None  # one-hot rows of a table are best left what they are
-        products = []
-        for part, _ in self.parts:
-            if isinstance(part, Rows):
-                if not tables:
-                    return None
-                K, _, R, _ = part.values.shape
-                if K * K * R * sum(self.shape) > K * prod(self.shape):
-                    return None
+        products, own = [], []
+        for part, example in self.parts:
+            if isinstance(part, Rows) and tables and self._is_small_as_product(part):
                 part = part.as_product()
             if not isinstance(part, Product):
                 return None
-            products.append(part)
+            if example is None:
+                products.append(part)
+            else:
+                own.append((part, example))
+        if own:
+            products.append(join_examples(own, self.num_examples))
         first = products[0]
         if any(
             part._axes() != first._axes() or part.inputs.shape[0] != first.inputs.shape[0]
@@ -255,10 +257,38 @@ class ParameterGradient:
         return replace(first, inputs=inputs, outputs=torch.cat([part.outputs for part in products], dim=3))
 
 
-def bias_part(outputs: Tensor, shape: torch.Size) -> Product:
-    """Return the gradients of a bias: one more input, which is 1, of outputs ``(K, G, B, R, D_out)``."""
-    ones = outputs.new_ones(()).expand(*outputs.shape[1:4], 1)
-    return Product(ones, outputs, shape)
+def join_examples(products: Sequence[tuple[Product, int]], num_examples: int) -> Product:
+    """Return products of one example each as one of all, filled up with positions of zeros.
+
+    Args:
+        products: each with its example, of which it holds the only one; of one form.
+        num_examples: ``B``.
+    """
+    first = products[0][0]
+    (G, _, _, d_in), (K, _, _, _, d_out) = first.inputs.shape, first.outputs.shape
+    ends = [0] * num_examples
+    places = []
+    for product, example in products:
+        start, ends[example] = ends[example], ends[example] + product.inputs.shape[2]
+        places.append(slice(start, ends[example]))
+    inputs = first.inputs.new_zeros(G, num_examples, max(ends), d_in)
+    outputs = first.outputs.new_zeros(K, G, num_examples, max(ends), d_out)
+    for (product, example), place in zip(products, places, strict=True):
+        inputs[:, example, place] = product.inputs[:, 0]
+        outputs[:, :, example, place] = product.outputs[:, :, 0]
+    return replace(first, inputs=inputs, outputs=outputs)
+
+
+def bias_part(outputs: Tensor, shape: torch.Size, present: Tensor | None = None) -> Product:
+    """Return the gradients of a bias: one more input, which is 1, of outputs ``(K, G, B, R, D_out)``.
+
+    Args:
+        outputs: the output gradients.
+        shape: of the bias.
+        present: ``(B, R)``, 0 for positions that only fill up, whose input is 0; None if there are none.
+    """
+    ones = outputs.new_ones(()) if present is None else present[None, :, :, None].to(outputs)
+    return Product(ones.expand(*outputs.shape[1:4], 1), outputs, shape)
 
 
 def sum_to(values: Tensor, shape: torch.Size) -> Tensor:

@@ -29,7 +29,7 @@ def follow_scatter(
     Returns:
         The place in the output; None if rows of several examples meet.
     """
-    before, owners = (_spread(place, tensor, count) for place, tensor in zip(places, parts, strict=True))
+    before, owners = (spread(place, tensor, count) for place, tensor in zip(places, parts, strict=True))
     if name.rstrip("_") in _BY_ROWS:
         shape = [1] * owners.ndim
         shape[dim] = -1
@@ -42,7 +42,7 @@ def follow_scatter(
     return None if bool(((last >= 0) & (last != first)).any()) else find_owners(last, count)
 
 
-def _spread(place: Place | None, tensor: Tensor, num_examples: int) -> Tensor:
+def spread(place: Place | None, tensor: Tensor, num_examples: int) -> Tensor:
     """Return the owner of each element, -1 for those of nobody."""
     if place is None:
         return torch.full(tensor.shape, -1, device=tensor.device)

@@ -32,7 +32,7 @@ from lightning_influence.model.uses.following import (
 )
 from lightning_influence.model.uses.operations.registry import find_operation
 from lightning_influence.model.uses.places import Place, whole
-from lightning_influence.support.batches import open_part
+from lightning_influence.support.batches import find_tensors, open_part
 
 # Questions that no tensor comes out of: not worth a look.
 _QUESTIONS = {
@@ -44,6 +44,7 @@ _QUESTIONS = {
 # What was found out about calls of one form, which model after model and batch after batch repeat.
 _FOLLOWED: dict[Any, Followed] = {}
 _MOST_FOLLOWED = 20_000
+_ROW_PICKS = {"__getitem__", "index_select", "masked_select", "take"}
 # How deeply tensors of a batch may be nested.
 _MOST_DEPTH = 6
 #: Composite functions of Python that hide their operations: they are watched inside.
@@ -78,6 +79,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         uses: what was recorded.
+        picks: whether rows were picked by values, so that those of another batch may be others.
         eps: relative rounding error of the lowest precision that took part: a norm may run in float32 in a
             model of float64.
 
@@ -100,6 +102,7 @@ class Watch(TorchFunctionMode):
         self.num_examples = num_examples
         self.parameters = dict(parameters)
         self.uses: list[Use] = []
+        self.picks = False
         self.eps = max((torch.finfo(p.dtype).eps for p in self.parameters.values()), default=0.0)
         self._precisions: set[torch.dtype] = set()
         self._sources = {id(p): p for p in self.parameters.values()}
@@ -110,6 +113,11 @@ class Watch(TorchFunctionMode):
         for tensor, place in find_examples(batch, num_examples, places or {}):
             self._mark(tensor, place)
             self._guesses[id(tensor)] = weakref.ref(tensor)
+
+    def add_example(self, batch: Any, number: int) -> None:
+        """Take all tensors of a batch of one, in any nesting, for those of one of the examples."""
+        for tensor in find_tensors(batch):
+            self._mark(tensor, whole(number))
 
     def clear(self) -> None:
         """Let go of the recorded tensors and their graph."""
@@ -213,13 +221,15 @@ class Watch(TorchFunctionMode):
         """Note an operation that examples take part in, and its use of parameters if there are any."""
         call, outputs, sources = seen.call, seen.outputs, seen.sources
         followed = Followed([None] * len(outputs)) if seen.unknown else self._follow(seen)
+        self.picks |= _picks_rows(seen, followed)
         for output, place in zip(outputs, followed.outputs, strict=True):
             why = _Unknown(f"{call.name} mixes the examples, or they could not be followed through it")
             self._mark(output, place or seen.unknown or why)
             if output.requires_grad and output.dtype not in self._precisions:
                 self._precisions.add(output.dtype)
                 self.eps = max(self.eps, _eps(output))
-        if sources and torch.is_grad_enabled() and any(output.requires_grad for output in outputs):
+        is_use = any(output.requires_grad and output.numel() for output in outputs)
+        if sources and torch.is_grad_enabled() and is_use:
             edges = [get_gradient_edge(output) if output.requires_grad else None for output in outputs]
             kept, shapes = _detach(seen.kept, sources), [output.shape for output in outputs]
             found, literals = list(followed.outputs), followed.literals
@@ -342,6 +352,14 @@ class Watch(TorchFunctionMode):
     def _is_guess(self, tensor: Tensor) -> bool:
         found = self._guesses.get(id(tensor))
         return found is not None and found() is tensor
+
+
+def _picks_rows(seen: _Seen, followed: Followed) -> bool:
+    """Return whether a call picks rows, and not one entry of each row, as a label's."""
+    if seen.call.name not in _ROW_PICKS or not is_data_dependent(seen.call):
+        return False
+    same = followed.outputs == [seen.places.get((0, 0))]
+    return not same or not isinstance(seen.call.get(1, "index")[1], tuple)
 
 
 def _eps(tensor: Tensor) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
+import os
 import signal
 import threading
 import warnings
@@ -90,6 +91,33 @@ def check_trainer(trainer: Trainer) -> None:
 def splits_parameters(trainer: Trainer) -> bool:
     """Return whether the Trainer's strategy gives no process whole layers."""
     return is_lightning(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+def find_log_folder(trainer: Trainer) -> str | None:
+    """Find the folder of the Trainer's run; to be called on all processes.
+
+    Args:
+        trainer: the Trainer.
+
+    Returns:
+        The folder of its first logger for this run. For a logger that has none, such as Weights & Biases, the
+        one in which Lightning keeps the run's checkpoints, which is in ``default_root_dir`` if the logger
+        writes to a service or a data base. None without a logger, and on all processes but that of rank zero.
+    """
+    if not trainer.loggers:
+        return None
+    folder = trainer.log_dir  # speaks to the other processes
+    if not trainer.is_global_zero or is_lightning(trainer.loggers[0], "DummyLogger"):
+        return None
+    logger = trainer.loggers[0]
+    if getattr(logger, "log_dir", None) is not None:
+        return folder
+    parts: list[Any] = []
+    # A service that cannot be reached fails here first; that is told when the logger is asked to log.
+    with contextlib.suppress(Exception):
+        getattr(logger, "experiment", None)  # begins the run, which has no version before
+        parts = [part for part in (logger.name, logger.version) if part not in {None, ""}]
+    return os.path.join(logger.save_dir or trainer.default_root_dir, *map(str, parts))
 
 
 def resolve_checkpoint(trainer: Trainer, ckpt_path: str) -> str:

@@ -32,7 +32,7 @@ def pull_linear(call: ExampleCall) -> Mapping[str, Part] | None:
         inputs = x.reshape(1, B, -1, x.shape[-1]).to(outputs.dtype)
         parts["weight"] = Product(inputs, outputs, call.get("weight").shape)
     if call.is_source("bias"):
-        parts["bias"] = bias_part(outputs, call.get("bias").shape)
+        parts["bias"] = bias_part(outputs, call.get("bias").shape, call.present("input"))
     return parts
 
 
@@ -60,7 +60,7 @@ def pull_addmm(call: ExampleCall) -> Mapping[str, Part] | None:
     if call.is_source("input"):
         shape = call.get("input").shape
         if len(shape) == 1 and shape[0] == outputs.shape[-1]:
-            parts["input"] = bias_part(outputs, shape)
+            parts["input"] = bias_part(outputs, shape, call.present("mat1"))
         else:
             parts["input"] = Dense(sum_to(gradient, shape))
     return parts

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_influence.model.uses.calls import Slot, Use, tensors_of
@@ -126,6 +127,19 @@ class ExampleCall:
         """Return a tensor of the batch split by examples, ``(B, ...)``; see :meth:`Place.split`."""
         slot = self.slot(name)
         return self.use.places[slot].split(tensors_of(self.use.call)[slot], self.num_examples, fill=fill)
+
+    def present(self, name: str) -> Tensor | None:
+        """Return which rows of :meth:`examples` are there and do not fill up, ``(B, R)``; None if all are.
+
+        Args:
+            name: of a tensor whose last dimension is no position.
+        """
+        slot = self.slot(name)
+        place, tensor = self.use.places[slot], tensors_of(self.use.call)[slot]
+        if place.owners is None or place.dim is None:
+            return None
+        ones = torch.ones((), device=tensor.device).expand(tensor.shape[:-1])
+        return place.split(ones, self.num_examples).flatten(1)
 
     def gradient(self) -> Tensor:
         """Return the gradient of the only output, ``(K, B, ...)``."""

@@ -1,0 +1,74 @@
+"""Batches whose examples are run one after the other, where nothing else tells what is whose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.model.captured import Captured
+from lightning_influence.model.rearranging import rearranged
+from lightning_influence.model.recorder import Recorder, UseRecorder
+from lightning_influence.model.unnamed_loss import Run, to_scalar
+from lightning_influence.support.random_states import preserve_rng
+
+#: Says that a batch's loss is the mean of those of its examples alone.
+ONE_BY_ONE = "examples are run one by one"
+SLOWER = (
+    "Which rows of the training loss are which examples' is not known, and it is no function of the outputs "
+    "of modules. It is the mean of the losses of single examples, which are run one by one: slower, and with "
+    "the squared gradients of the examples for the curvature."
+)
+
+
+def run_one_by_one(
+    recorder: Recorder, uses: UseRecorder, run: Run, module: Any, batch: Any, num_examples: int
+) -> Captured:
+    """Run each example of a batch alone, on one record.
+
+    Args:
+        recorder: records the layers.
+        uses: what it has them from.
+        run: computes the loss.
+        module: the user's module.
+        batch: the batch.
+        num_examples: ``B``.
+
+    Returns:
+        The batch, with the losses of its examples as values.
+
+    Raises:
+        UnknownPartError: if the batch cannot be taken apart.
+    """
+    values = []
+    parts = [rearranged(batch, [number], num_examples) for number in range(num_examples)]
+    with recorder:
+        for number, part in enumerate(parts):
+            uses.add_example(part, number)
+            values.append(to_scalar(*run(module, part)))
+    return Captured(num_examples, None, torch.stack(values), recorder)
+
+
+def is_mean_of_examples(captured: Captured, run: Run, module: Any, batch: Any) -> bool:
+    """Return whether the loss of a batch has the gradient of the mean of its examples' losses.
+
+    Args:
+        captured: the batch, run one by one.
+        run: computes the loss.
+        module: the user's module.
+        batch: the batch.
+    """
+    with preserve_rng():
+        whole = to_scalar(*run(module, batch))
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    found, expected = (_gradient(loss, parameters) for loss in (captured.per_example().mean(), whole))
+    limit = 1e-6 if found.dtype == torch.float64 else 1e-3
+    return bool((found - expected).norm() <= limit * expected.norm())
+
+
+def _gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    parts = torch.autograd.grad(
+        loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return torch.cat([part.flatten() for part in parts])
