@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from lightning_influence.model.losses.divisors import find_divisor, find_factor
+from lightning_influence.model.losses.graphs import walk
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
 from lightning_influence.model.losses.picked import count_picked
 from lightning_influence.model.losses.reductions import Alike, count_ways, reduced, summed, tolerance
@@ -391,42 +392,6 @@ def _lost_weight() -> dict[str, Tensor]:
         frame = frame.f_back  # type: ignore[assignment]
     weight = None if frame is None else frame.f_locals.get("weight")
     return {} if weight is None else {"weight": weight}
-
-
-def walk(
-    roots: Any, stops: Collection[Any], activations: Collection[Any]
-) -> tuple[list[Any], set[Any], Literal["call", "leaf", "layer"]]:
-    """Walk an autograd graph back from some nodes, up to others.
-
-    Args:
-        roots: a node, or several, to begin at.
-        stops: nodes beyond which not to look.
-        activations: nodes at which the walk ends too.
-
-    Returns:
-        The stops that were met; the nodes passed on the way, without leaves; what was met beside the stops:
-        an activation, or else a leaf, or nothing.
-    """
-    todo = list(roots) if isinstance(roots, list) else [roots]
-    met: list[Any] = []
-    passed: set[Any] = set()
-    seen: set[Any] = {None, *todo}
-    ends: Literal["call", "leaf", "layer"] = "call"
-    while todo:
-        node = todo.pop()
-        if node in stops:
-            met.append(node)
-        elif node in activations:
-            ends = "layer"
-        elif not node.next_functions:
-            ends = "leaf" if ends == "call" else ends
-        else:
-            passed.add(node)
-            for following, _ in node.next_functions:
-                if following not in seen:
-                    seen.add(following)
-                    todo.append(following)
-    return met, passed, ends
 
 
 def _listing(calls: Sequence[LossCall]) -> str:
