@@ -79,7 +79,8 @@ def test_weights_and_factors_of_a_fit(device, kind):
     ("kind", "method"),
     [
         *(("convolutional", method) for method in METHODS),
-        *(("sequential", method) for method in ("ekfac", "auto")),
+        ("sequential", "ekfac"),
+        pytest.param("sequential", "auto", marks=pytest.mark.slow),
     ],
 )
 def test_scores(device, kind, method):
@@ -139,7 +140,15 @@ def test_other_questions(device, options):
     assert_same(*ask_both("convolutional", device, question))
 
 
-@pytest.mark.parametrize("method", ["ekfac", "auto"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("convolutional", "ekfac"),
+        ("convolutional", "auto"),
+        ("sequential", "ekfac"),
+        pytest.param("sequential", "auto", marks=pytest.mark.slow),
+    ],
+)
 def test_self_influence(device, kind, method):
     assert_same(
         *ask_both(kind, device, lambda f: [f.trainer.self_influence(f.module, f.train, method=method).scores])
@@ -154,7 +163,14 @@ def test_training_dynamics(device, kind):
     assert_same(*ask_both(kind, device, question))
 
 
-@pytest.mark.parametrize("kind_of_edit", ["forget", "relabel"])
+@pytest.mark.parametrize(
+    ("kind", "kind_of_edit"),
+    [
+        ("convolutional", "forget"),
+        ("convolutional", "relabel"),
+        pytest.param("sequential", "forget", marks=pytest.mark.slow),
+    ],
+)
 def test_edits(device, kind, kind_of_edit):
     def question(found):
         rows = [0, 1]
@@ -174,8 +190,9 @@ def test_edits(device, kind, kind_of_edit):
     assert_same(*ask_both(kind, device, question), rtol=1e-7)
 
 
-def test_a_module_that_stays_on_the_device(device, kind):
+def test_a_module_that_stays_on_the_device(device):
     """Without a Trainer the module is where the user has put it."""
+    kind = "convolutional"
 
     def question(found):
         place = device if found is fitted(kind, True) else CPU

@@ -121,6 +121,7 @@ def test_self_influence(trained, device):
     assert len(places) <= 1, places
 
 
+@pytest.mark.slow
 def test_products(trained, device):
     """An iteration waits once or twice a step, which is a whole pass, to see who is solved: not a batch."""
 
