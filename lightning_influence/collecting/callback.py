@@ -63,6 +63,7 @@ from lightning_influence.support.errors import (
     NonFiniteError,
 )
 from lightning_influence.support.notes import Notices
+from lightning_influence.support.waiting import reading_later
 
 if not TYPE_CHECKING:  # a class that is made is no class to type checkers
     Callback = make_callback_class()
@@ -173,6 +174,8 @@ class InfluenceCallback(Callback):
     @property
     def dynamics(self) -> Moments | None:
         """Moments of each training example's loss, up to the last step; None if there are none."""
+        if self._watching is not None:
+            self._watching.flush()
         return self._kept.read_dynamics()
 
     @property
@@ -257,7 +260,7 @@ class InfluenceCallback(Callback):
                 with collector.watch.working():
                     collector.live.open(pl_module)
                 return
-            with collector.watch.working(), set_aside(trainer, pl_module, batch) as own:
+            with collector.watch.working(), set_aside(trainer, pl_module, batch) as own, reading_later():
                 captured = collector.live.run_hook(pl_module, own, size, enter_precision(trainer))
                 self._add(trainer, pl_module, captured)
 
@@ -279,7 +282,7 @@ class InfluenceCallback(Callback):
                     collector.live.close()
                     self._from_backward = True
                     divisor = read_loss_divisor(trainer, pl_module)
-                    with set_aside(trainer, pl_module):
+                    with set_aside(trainer, pl_module), reading_later():
                         captured = collector.live.resolve(loss, self._batch_size, divisor)
                         self._add(trainer, pl_module, captured)
             elif self._from_backward and self._backwards > 1:
@@ -320,6 +323,8 @@ class InfluenceCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives, which load with ``weights_only=True``."""
         state: dict[str, Any] = {}
+        if self._watching is not None:
+            self._watching.flush()
         with self._guarded():
             state = self._kept.state_dict()
         return state

@@ -22,17 +22,15 @@ from lightning_influence.collecting.sums import AllReduce, WindowSums, copy_stat
 from lightning_influence.curvature.factor_passes import add_weights
 from lightning_influence.curvature.thinning import mix_examples, thin_rows
 from lightning_influence.model.captured import RANDOM, Captured
-from lightning_influence.model.gradients import (
-    FactoredGradients,
-    check_finite,
-    check_finite_tensors,
-)
+from lightning_influence.model.finite import check_finite, check_finite_tensors
+from lightning_influence.model.gradients import FactoredGradients
 from lightning_influence.model.layers import Layer
 from lightning_influence.model.live_capture import LiveCapture, check_first
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, draw_generator
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.errors import InfluenceError, NonFiniteError
 from lightning_influence.support.notes import Notices
+from lightning_influence.support.waiting import settle
 
 # The noise scale takes another backward pass, as much as collecting a batch once more. Chosen by hand: on
 # every eighth collected batch it adds an eighth to what collecting costs, and the running means below
@@ -264,6 +262,7 @@ class Collector:
     ) -> None:
         rows, sums = thin_rows(captured, outputs, generator), self.run.sums
         check_finite_tensors({name: [layer.inputs, layer.outputs] for name, layer in rows.items()})
+        settle()  # nothing of a batch that is not finite is stored
         sums.fill({name: self.plan.layers[name] for name in rows})
         for name, layer in rows.items():
             sums.current.layers[name].add_rows(layer.inputs, layer.outputs, layer.examples, layer.positions)
@@ -274,6 +273,7 @@ class Collector:
     ) -> None:
         gradients = {name: mix_examples(layer, generator) for name, layer in _join(captured, outputs).items()}
         check_finite(gradients)
+        settle()
         statistics = self.run.sums.current.layers
         for name, layer in gradients.items():
             if name in statistics:  # a layer that no batch has used before has no basis yet

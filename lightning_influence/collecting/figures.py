@@ -39,7 +39,8 @@ def estimate_noise_and_signal(gradients: Mapping[str, LayerGradients]) -> tuple[
         ones = layer.like.new_ones(1, count, 1)
         mean = mean + (layer.combine(ones) / count).square().sum()
     noise = (each.mean() - mean) * count / (count - 1)
-    return float(noise), float(mean - noise / count)
+    found: list[float] = torch.stack([noise, mean - noise / count]).tolist()  # one wait for the device
+    return found[0], found[1]
 
 
 def measure_spectrum(factors: Factors) -> dict[str, float]:
@@ -51,7 +52,7 @@ def measure_spectrum(factors: Factors) -> dict[str, float]:
         return {}
     moments = [layer.second_moment() for layer in factors.layers.values()]
     pairs = torch.stack([torch.stack([m.sum(), m.max()]) for m in moments if m is not None])
-    trace, largest = float(pairs[:, 0].sum()), float(pairs[:, 1].max())
+    trace, largest = torch.stack([pairs[:, 0].sum(), pairs[:, 1].max()]).tolist()
     scale = factors.mean_weight
     result = {"trace": trace / scale, "top_eigenvalue": largest / scale}
     return {**result, "stable_rank": trace / largest} if largest > 0 else result

@@ -61,13 +61,14 @@ class Moments:
         """Number of examples ``N``."""
         return len(self.counts)
 
-    def add(self, indices: Tensor, losses: Tensor, margins: Tensor | None) -> None:
-        """Add one batch to the epoch; values that are not finite are not counted.
+    def add(self, indices: Tensor, losses: Tensor, margins: Tensor | None, *, batches: int = 1) -> None:
+        """Add batches to the epoch; values that are not finite are not counted.
 
         Args:
             indices: ``(B,)`` of the examples, on the device of the sums.
             losses: ``(B,)``.
             margins: ``(B,)``, or None.
+            batches: how many they are.
         """
         rows = losses.new_zeros(len(losses) + 1, _SUMS, dtype=self.sums.dtype)
         finite = losses.isfinite()
@@ -76,10 +77,10 @@ class Moments:
             rows[:-1, 2] = margins.where(finite, 0.0)
             rows[:-1, 3] = ((margins > 0) & finite).to(rows.dtype)
         else:
-            rows[-1, 1] = 1
+            rows[-1, 1] = batches
         rows[:-1, 0] = finite.to(rows.dtype)
         rows[:-1, 1] = losses.where(finite, 0.0)
-        rows[-1, 2] = 1
+        rows[-1, 2] = batches
         self.sums.index_add_(0, torch.cat([indices, indices.new_full((1,), self.size)]), rows)
 
     def miss(self, reason: str) -> None:

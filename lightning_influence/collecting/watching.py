@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from lightning_influence.collecting.moments import Moments
 from lightning_influence.collecting.sums import AllReduce
-from lightning_influence.model.example_losses import LossWatch
+from lightning_influence.model.example_losses import ExampleLosses, HeldStep, LossWatch
 from lightning_influence.support.errors import InfluenceError
 from lightning_influence.support.notes import Notices
 
+# Chosen by hand: small steps that are read at once. With 16 of them each operation is shared by as many.
+_STEPS = 16
 # Chosen by hand: a loss that was not seen in this many first batches will not be seen later either.
 _TRIES = 3
 SEVERAL = (
@@ -44,7 +47,9 @@ class Watching:
         self._losses = LossWatch()
         self._gone = False  # whether nothing more is watched, here or on another process
         self._indices: list[int] = []
-        self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._pending: HeldStep | ExampleLosses | None = None
+        self._held: list[tuple[HeldStep, list[int]]] = []
+        self._place: Callable[[list[int]], Tensor] | None = None
         self._reason: str | None = None
         self._seen = self._tried = 0
 
@@ -61,14 +66,31 @@ class Watching:
 
     def end_epoch(self) -> None:
         """Let the epoch enter the moments, of all processes together; every process has to call it."""
+        self.flush()
         self._compare_values()
         self.moments.fold(self.sum_over_processes())
 
     def sum_over_processes(self) -> Tensor | None:
         """Return the epoch's sums over all processes, None for one; every process has to call it."""
+        self.flush()
         if self._share is None:
             return None
         return self._share(self.moments.sums.clone())
+
+    def flush(self) -> None:
+        """Let the steps that were held enter the sums; the moments are behind by those until then."""
+        held, self._held = self._held, []
+        for _, some in itertools.groupby(held, lambda pair: pair[0].kind):
+            steps, indices = zip(*some, strict=True)
+            try:
+                found = self._losses.read_held(steps)
+            except Exception as error:
+                for _ in steps:
+                    self.moments.miss(_first_line(error))
+                continue
+            assert self._place is not None
+            places = self._place([index for own in indices for index in own])
+            self.moments.add(places, found.losses, found.margins, batches=len(steps))
 
     def begin_batch(self, read_indices: Callable[[], list[int]], batch: Any) -> None:
         """Watch a step.
@@ -102,8 +124,8 @@ class Watching:
         if self._gone or not self._losses.is_open:
             return
         try:
-            found = self._losses.take(loss, len(self._indices), divisor())
-            self._pending = place(self._indices), found.losses, found.margins
+            self._pending = self._losses.take(loss, len(self._indices), divisor())
+            self._place = place
         except Exception as error:
             self._losses.close()
             self._reason = _first_line(error)
@@ -121,7 +143,7 @@ class Watching:
         if backwards > 1:
             self._pending, self._reason = None, SEVERAL
         if self._pending is not None:
-            self.moments.add(*self._pending)
+            self._add(self._pending)
             self._pending = None
             self._seen += 1
         elif backwards or self._reason is not None:  # a step without a loss leaves nothing out
@@ -134,8 +156,18 @@ class Watching:
             )
             self._gone = True
 
+    def _add(self, found: HeldStep | ExampleLosses) -> None:
+        if isinstance(found, HeldStep):
+            self._held.append((found, self._indices))
+            if len(self._held) == _STEPS:
+                self.flush()
+            return
+        assert self._place is not None
+        self.moments.add(self._place(self._indices), found.losses, found.margins)
+
     def close(self) -> None:
         """Watch no longer."""
+        self.flush()
         self._losses.close()
         self._pending = None
 

@@ -12,11 +12,13 @@ from lightning_influence.curvature.eigenbases import compute_eigenbases
 from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics
 from lightning_influence.model.captured import RANDOM, Captured, Fisher
 from lightning_influence.model.content import SeenData
+from lightning_influence.model.finite import check_finite
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import LayerGradients, check_finite, compact
+from lightning_influence.model.gradients import LayerGradients, compact
 from lightning_influence.model.layers import Layer
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, ExampleGenerator
 from lightning_influence.model.plan import LayerPlan
+from lightning_influence.support.waiting import add_later
 
 
 class CovariancePass:
@@ -211,7 +213,7 @@ def add_weights(factors: Factors, captured: Captured) -> None:
     """Count a batch's examples and their loss weights."""
     if captured.loss is None:
         factors.fisher = "empirical"
-    factors.weight_sum += float(captured.weights.sum())
+    add_later(factors, "weight_sum", captured.weights.sum())
     factors.weight_examples += captured.num_examples
 
 

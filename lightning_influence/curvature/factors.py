@@ -13,6 +13,7 @@ from lightning_influence.model.gradients import DenseGradients, FactoredGradient
 from lightning_influence.model.table_gradients import TableGradients
 from lightning_influence.support.errors import FactorMismatchError
 from lightning_influence.support.storage import check_version
+from lightning_influence.support.waiting import SummedLater, add_later
 
 #: Examples that covariances should stand for, if there are so many, and eigenvalues for half of them. A fit
 #: collects as many if it can; answers note where it could not. Chosen by hand: with one draw an example,
@@ -70,7 +71,7 @@ class LayerStatistics:
     inputs: Tensor
     outputs: Tensor
     examples: float = 0.0
-    positions: float = 0.0
+    positions: SummedLater = SummedLater()  # noqa: RUF009
     basis: Eigenbasis | None = None
     squares: Tensor | None = None
     squares_examples: float = 0.0
@@ -116,7 +117,7 @@ class LayerStatistics:
             inputs, outputs, energy = gradients.second_moments()
             self.inputs += inputs if self.inputs.ndim == 3 else inputs.diagonal(dim1=1, dim2=2)
             self.outputs += outputs
-            self.positions += energy
+            add_later(self, "positions", energy)
             return
         if isinstance(gradients, FactoredGradients) and not gradients.whole:
             groups, examples, positions, d_in = gradients.inputs.shape
@@ -131,7 +132,7 @@ class LayerStatistics:
         matrices = gradients.dense().flatten(0, 1).transpose(0, 1)  # (G, K B, D_out, D_in)
         _add_moments(self.inputs, matrices.flatten(1, 2))
         _add_moments(self.outputs, matrices.transpose(2, 3).flatten(1, 2))
-        self.positions += float(matrices.square().sum()) / len(matrices)
+        add_later(self, "positions", matrices.square().sum().double() / len(matrices))
 
     def add_rows(self, inputs: Tensor, outputs: Tensor, examples: float, positions: float) -> None:
         """Add the second moments of rows to ``inputs`` and ``outputs``.
@@ -230,7 +231,7 @@ class Factors:
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     fisher: Literal["mixed", "sampled", "exact", "empirical"] = "mixed"
-    weight_sum: float = 0.0
+    weight_sum: SummedLater = SummedLater()  # noqa: RUF009
     weight_examples: float = 0.0
     origin: Literal["fit", "pass"] = "pass"
     fingerprint: dict[str, list[float]] = field(default_factory=dict)
@@ -352,7 +353,7 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
 
     They are the norm, and a sum with weights that tell places apart: entries that trade places change it.
     """
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         total = squares = parameter.new_zeros((), dtype=torch.float64)
         parts = torch.split(parameter.detach().flatten(), _AT_ONCE)
@@ -362,8 +363,19 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
             values = part.double()
             total = total + (values @ weights[: len(part)]) * (1 + (number * _GOLDEN) % 1)
             squares = squares + values @ values
-        result[name] = [float(total), float(squares.sqrt())]
-    return result
+        result[name] = torch.stack([total, squares.sqrt()])
+    return dict(zip(result, _read_rows(list(result.values())), strict=True))
+
+
+def _read_rows(rows: list[Tensor]) -> list[list[float]]:
+    """Return the numbers of tensors of one size, of each device with one wait."""
+    found: list[list[float]] = [[]] * len(rows)
+    for device in {row.device for row in rows}:
+        places = [place for place, row in enumerate(rows) if row.device == device]
+        values = torch.stack([rows[place] for place in places]).tolist()
+        for place, value in zip(places, values, strict=True):
+            found[place] = value
+    return found
 
 
 def fingerprint_differs(

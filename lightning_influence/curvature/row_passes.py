@@ -100,7 +100,7 @@ class CombinationPass(CurvaturePass):
         captured, start = self._capture(module, batch, len(indices)), 0
         weights = self._rows.find(indices).transpose(0, 1)  # (K, B, V)
         for run in self._runs(captured, indices):
-            seeds = next(iter(run.values())).outputs.shape[0]
+            seeds = next(iter(run.values())).num_seeds
             self.layout.add_combination(self._sum, run, weights[start : start + seeds])
             start += seeds
 

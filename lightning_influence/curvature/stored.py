@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lightning_influence.curvature.passes import CurvaturePass
 from lightning_influence.model.captured import MAX_COLUMNS, Fisher
+from lightning_influence.model.finite import check_finite
 from lightning_influence.model.gradients import (
     DenseGradients,
     FactoredGradients,
     LayerGradients,
-    check_finite,
     compact,
     concatenate,
 )

@@ -60,7 +60,7 @@ class Ritz:
 
     def vectors(self, count: int) -> Tensor:
         """Return Ritz vectors of the largest Ritz values, largest first, ``(count, P)``."""
-        chosen = self.coefficients[:, -count:].flip(1).to(self.basis.dtype)
+        chosen = self.coefficients[:, -count:].flip(1).to(self.basis)
         return chosen.T @ self.basis
 
     def share_below(self, threshold: float) -> Estimate:
@@ -153,11 +153,13 @@ def _ritz(basis: Tensor, products: Tensor, start: Tensor) -> Ritz:
         remainder = vectors.T @ pushed.double() - values[:, None] * (vectors.T @ rows.double())
         squares += remainder.square().sum(1)
         inside += float(pushed.double().square().sum())
+    # What is small is for questions that are asked later, wherever the vectors are.
+    values, vectors, start = values.cpu(), vectors.cpu(), start.cpu()
     first = start @ vectors[: start.shape[1]]
     weights = first.square()
     return Ritz(
         values=values,
-        residuals=squares.sqrt(),
+        residuals=squares.sqrt().cpu(),
         coefficients=vectors,
         basis=basis,
         weights=weights / weights.sum(1, keepdim=True),

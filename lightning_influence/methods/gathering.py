@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_influence.methods.context import Context
+from lightning_influence.model.finite import check_finite
 from lightning_influence.model.forward import Forward, Measure
 from lightning_influence.model.gradients import (
     DenseGradients,
     FactoredGradients,
     LayerGradients,
-    check_finite,
     compact,
     concatenate,
 )
@@ -24,6 +24,7 @@ from lightning_influence.model.plan import LayerPlan
 from lightning_influence.model.table_gradients import TableGradients
 from lightning_influence.support.errors import NonFiniteError
 from lightning_influence.support.passes import Loader, Passes
+from lightning_influence.support.waiting import read_later
 
 
 class GradientPass:
@@ -67,7 +68,10 @@ class GradientPass:
             if not len(rows):
                 return
             indices = indices[rows]
-            gradients = {name: layer.select(rows.to(layer.like.device)) for name, layer in gradients.items()}
+            gradients = {
+                name: layer.select(rows.to(layer.like.device, non_blocking=True))
+                for name, layer in gradients.items()
+            }
         self._parts.append({name: compact(layer).to(dtype=self._dtype) for name, layer in gradients.items()})
         self._indices.append(indices)
         self._dataloaders.append(torch.full_like(indices, dataloader_idx))
@@ -132,12 +136,16 @@ def differentiate(
         gradients = captured.loss_gradients(keep_graph=False)
     else:
         gradients = captured.gradients_of(values, keep_graph=False)
-    if not bool(torch.isfinite(values).all()):
-        bad = indices[~torch.isfinite(values).cpu()].tolist()
-        raise NonFiniteError(
-            f"The measurement is not finite for {len(bad)} examples (dataset indices {bad[:5]}). Check "
-            "these examples and the model's weights for NaN or infinity."
-        )
+
+    def take(finite: Tensor) -> None:
+        bad = indices[~finite].tolist()
+        if bad:
+            raise NonFiniteError(
+                f"The measurement is not finite for {len(bad)} examples (dataset indices {bad[:5]}). Check "
+                "these examples and the model's weights for NaN or infinity."
+            )
+
+    read_later(torch.isfinite(values.detach()), take)
     check_finite(gradients)
     return gradients
 

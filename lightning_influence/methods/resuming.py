@@ -121,7 +121,7 @@ class FactorFolder:
         kept = ("/squares",) if name == "squares" else ("/inputs", "/outputs")
         tensors = {key: value for key, value in state.items() if key.endswith(kept)}
         plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-        seen = None if losses is None else [losses.total, losses.examples, losses.weight, losses.content]
+        seen = None if losses is None else losses.numbers()
         metadata = {"kind": _SUMS, "key": self._key, "state": plain, "losses": seen}
         save_tensors(self._file(name, done), tensors, metadata)
 
@@ -144,7 +144,7 @@ class FactorFolder:
         factors.weight_sum, factors.weight_examples = state["weight_sum"], state["weight_examples"]
         one_pass.forward.silent -= set(factors.layers)
         if losses is not None and metadata["losses"] is not None:
-            losses.total, losses.examples, losses.weight, losses.content = metadata["losses"]
+            losses.restore(metadata["losses"])
         self.restored = True
 
     def _meet(self) -> None:

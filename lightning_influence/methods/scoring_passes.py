@@ -15,6 +15,7 @@ from lightning_influence.model.forward import Forward
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
+from lightning_influence.support.waiting import read_later
 
 
 class Scorer(Protocol):
@@ -55,7 +56,8 @@ class Columns:
     def update(self, scores: Tensor, indices: Tensor) -> None:
         """Write the columns of some examples."""
         columns = torch.searchsorted(self._indices, indices.cpu())
-        self._scores.index_copy_(-1, columns, scores.detach().to(self._scores))
+        scores = scores.detach().to(self._scores.dtype)
+        read_later(scores, lambda found: self._scores.index_copy_(-1, columns, found))
 
 
 class GroupSums:
@@ -71,7 +73,8 @@ class GroupSums:
 
     def update(self, scores: Tensor, indices: Tensor) -> None:
         """Add some examples to the columns of their groups."""
-        self._scores.index_add_(-1, self._find(indices), scores.detach().to(self._scores))
+        columns, scores = self._find(indices), scores.detach().to(self._scores.dtype)
+        read_later(scores, lambda found: self._scores.index_add_(-1, columns, found))
 
 
 class ScorePass:
@@ -216,8 +219,8 @@ class SelfInfluencePass:
         pairs = [pair if isinstance(pair, tuple) else (pair, None) for pair in found]
         values = _join([value for value, _ in pairs])
         refuse_non_finite(values, indices)
-        self._values.append(values.detach().cpu())
-        self._residuals += [part.detach().cpu() for _, part in pairs if part is not None]
+        self._values.append(values.detach())
+        self._residuals += [part.detach() for _, part in pairs if part is not None]
         self._indices.append(indices.cpu())
 
     def _find_values(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
@@ -236,8 +239,10 @@ class SelfInfluencePass:
         """
         empty = torch.empty(0, dtype=dtype)
         indices = all_gather_cat(torch.cat([torch.empty(0, dtype=torch.int64), *self._indices]))
-        values = all_gather_cat(torch.cat([empty, *(part.to(dtype) for part in self._values)]))
-        residuals = all_gather_cat(torch.cat([empty, *(part.to(dtype) for part in self._residuals)]))
+        values, residuals = (
+            all_gather_cat(torch.cat([part.to(dtype) for part in parts]).cpu() if parts else empty)
+            for parts in (self._values, self._residuals)
+        )
         order = indices.argsort(stable=True)
         return SelfScores(indices[order], values[order], residuals[order] if len(residuals) else None)
 
@@ -256,10 +261,15 @@ def refuse_non_finite(scores: Tensor, indices: Tensor) -> None:
     Raises:
         NonFiniteError: naming the training examples.
     """
-    if bool(torch.isfinite(scores.sum())):
+    if scores.is_cpu and bool(torch.isfinite(scores.sum())):
         return
-    bad = indices[~torch.isfinite(scores).reshape(-1, scores.shape[-1]).all(dim=0).cpu()].tolist()
-    raise NonFiniteError(
-        f"Scores of {len(bad)} training examples are not finite (dataset indices {bad[:5]}). Check these "
-        "examples for NaN or infinity, or raise the damping."
-    )
+
+    def take(finite: Tensor) -> None:
+        bad = indices[~finite].tolist()
+        if bad:
+            raise NonFiniteError(
+                f"Scores of {len(bad)} training examples are not finite (dataset indices {bad[:5]}). Check "
+                "these examples for NaN or infinity, or raise the damping."
+            )
+
+    read_later(torch.isfinite(scores.detach()).reshape(-1, scores.shape[-1]).all(dim=0), take)

@@ -14,6 +14,7 @@ from lightning_influence.model.losses.draws import balanced_signs, draw_signs
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import UnsupportedModelError
+from lightning_influence.support.waiting import LaterSum
 
 #: Which gradients stand for the output curvature, see :meth:`Captured.curvature_gradients`.
 Fisher = Literal["mixed", "sampled", "exact", "empirical"]
@@ -186,27 +187,35 @@ class Captured:
         return (loss.mix_columns(few) for few in weights)
 
 
-@dataclass
 class WeightedCount:
     """How many examples a pass has seen, and how much they weigh in the loss.
 
-    Attributes:
+    Args:
         examples: their number.
         weight: the sum of their loss weights: as many, but for class weights and ignored positions.
+
+    Attributes:
+        examples: their number.
     """
 
-    examples: int = 0
-    weight: float = 0.0
+    def __init__(self, examples: int = 0, weight: float = 0.0) -> None:
+        self.examples = examples
+        self._weight = LaterSum(weight)
+
+    @property
+    def weight(self) -> float:
+        """The sum of their loss weights."""
+        return self._weight.read()
 
     def add(self, captured: Captured) -> None:
         """Count a batch."""
         self.examples += captured.num_examples
-        self.weight += float(captured.weights.sum())
+        self._weight.add(captured.weights.sum())
 
     def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
         """Count the examples of all processes, given what sums over these."""
         both = all_reduce_sum(torch.tensor([float(self.examples), self.weight], dtype=torch.float64))
-        self.examples, self.weight = int(both[0]), float(both[1])
+        self.examples, self._weight = int(both[0]), LaterSum(float(both[1]))
 
     @property
     def normaliser(self) -> float:
@@ -219,21 +228,23 @@ class WeightedCount:
         return self.normaliser / max(self.examples, 1)
 
 
-@dataclass
 class LossSum(WeightedCount):
-    """The sum of the losses beside the count, which passes that see them anyway take on the way.
+    """The sum of the losses beside the count, which passes that see them anyway take on the way."""
 
-    Attributes:
-        total: sum of the examples' unnormalised losses.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self._total = LaterSum()
 
-    total: float = 0.0
+    @property
+    def total(self) -> float:
+        """Sum of the examples' unnormalised losses."""
+        return self._total.read()
 
     def add(self, captured: Captured) -> None:
         """Add a batch."""
         super().add(captured)
         with torch.no_grad():  # no graph of its own
-            self.total += float(captured.total().double())
+            self._total.add(captured.total())
 
     def mean(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> float:
         """Return the mean loss over the examples of all processes, given what sums over these."""

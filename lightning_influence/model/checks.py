@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lightning_influence.support.errors import (
     UnsupportedModelError,
 )
 from lightning_influence.support.random_states import preserve_rng
+from lightning_influence.support.waiting import expect
 
 # Chosen by hand: gradients of one loss in half precision have a cosine of .9999 and more.
 _ALIKE = 0.999
@@ -210,25 +211,27 @@ def check_loss(value: Tensor, recorder: Recorder, layers: Mapping[str, Layer]) -
     Raises:
         NonFiniteError: naming the first layer whose parameters or inputs are not finite.
     """
-    if bool(torch.isfinite(value).all()):
-        return
-    bad = [name for name, x in recorder.raw_inputs().items() if not bool(torch.isfinite(x).all())]
-    weights = [
-        name
-        for name, layer in layers.items()
-        if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters(recurse=False))
-    ]
-    where = (
-        f"the inputs of layer {bad[0]!r} are the first that are not finite"
-        if bad
-        else "the inputs of all layers are finite, so it comes from the last one, the targets or the loss"
-    )
-    raise NonFiniteError(
-        f"The training loss is {value.item()}: {where}"
-        + (f"; the weights of {weights} are not finite" if weights else "")
-        + ". Nothing of this batch was stored. Look for NaN or infinity in the data, or train with a "
-        "smaller learning rate."
-    )
+
+    def refuse() -> NoReturn:
+        bad = [name for name, x in recorder.raw_inputs().items() if not bool(torch.isfinite(x).all())]
+        weights = [
+            name
+            for name, layer in layers.items()
+            if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters(recurse=False))
+        ]
+        where = (
+            f"the inputs of layer {bad[0]!r} are the first that are not finite"
+            if bad
+            else "the inputs of all layers are finite, so it comes from the last one, the targets or the loss"
+        )
+        raise NonFiniteError(
+            f"The training loss is {value.item()}: {where}"
+            + (f"; the weights of {weights} are not finite" if weights else "")
+            + ". Nothing of this batch was stored. Look for NaN or infinity in the data, or train with a "
+            "smaller learning rate."
+        )
+
+    expect(torch.isfinite(value.detach()).all(), refuse)
 
 
 def check_direction(ours: Tensor, theirs: Tensor, name: str) -> None:

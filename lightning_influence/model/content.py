@@ -6,8 +6,8 @@ the same whatever batches the examples come in and whatever processes see them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,22 +18,25 @@ from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.support.batches import MOST_DEPTH, open_part
 from lightning_influence.support.digests import digest_number, digest_rows
 from lightning_influence.support.random_states import combine_keys
+from lightning_influence.support.waiting import LaterSum
 
 _PLAIN = (str, bytes, int, float, bool, type(None))
 # Settings of a loss that are tensors; others hold values of the examples, which the batch tells.
 _SETTINGS = {"class_weights", "pos_weight"}
 
 
-@dataclass
 class SeenData(LossSum):
-    """The sum of the losses, and of digests of the examples.
+    """The sum of the losses, and of digests of the examples."""
 
-    Attributes:
-        content: sum of the digests, modulo ``2**64``; 0 before there are any.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self._sum: Tensor | None = None  # int64, which wraps around as the sum is meant to
+        self._examples: Tensor | None = None
 
-    content: int = 0
-    _examples: Tensor | None = field(default=None, repr=False)
+    @property
+    def content(self) -> int:
+        """Sum of the digests, modulo ``2**64``; 0 before there are any."""
+        return 0 if self._sum is None else int(self._sum)
 
     def read(self, batch: Any, indices: Tensor) -> None:
         """Read a batch, before a step may write to it; :meth:`add` counts it.
@@ -50,8 +53,18 @@ class SeenData(LossSum):
         if self._examples is not None:
             settings = 0 if captured.loss is None else digest_number(_describe(captured.loss))
             digests = combine_keys(self._examples ^ settings, 0)
-            self.content = _wrap(self.content + int(digests.sum()))
+            total = digests.sum()
+            self._sum = total if self._sum is None else self._sum + total.to(self._sum.device)
             self._examples = None
+
+    def numbers(self) -> list[float | int]:
+        """Return all that was counted, for :meth:`restore`."""
+        return [self.total, self.examples, self.weight, self.content]
+
+    def restore(self, numbers: Sequence[float | int]) -> None:
+        """Go on from what :meth:`numbers` of another object returned."""
+        total, self.examples, weight, content = numbers[0], int(numbers[1]), numbers[2], int(numbers[3])
+        self._total, self._weight, self._sum = LaterSum(total), LaterSum(weight), torch.tensor(content)
 
     def identify(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> int:
         """Return the digest of the examples of all processes, given what sums over these."""
@@ -67,18 +80,20 @@ def digest_examples(batch: Any, indices: Tensor) -> Tensor:
         indices: dataset indices ``(B,)``.
 
     Returns:
-        ``(B,)`` int64, on the CPU.
+        ``(B,)`` int64, on the device of the batch's first tensor.
     """
     count = len(indices)
-    total = combine_keys(indices, 0)
-    for number, part in enumerate(_parts(batch, MOST_DEPTH)):
+    parts = list(_parts(batch, MOST_DEPTH))
+    device = next((part.device for part in parts if not part.is_cpu), indices.device)
+    total = combine_keys(indices.to(device, non_blocking=True), 0)
+    for number, part in enumerate(parts):
         rows = part.transpose(0, 1) if part.ndim > 1 and part.shape[0] != count == part.shape[1] else part
         if rows.ndim and len(rows) and len(rows) % count == 0:
             found = digest_rows(rows.reshape(count, -1))
         else:
-            found = torch.zeros(count, dtype=torch.int64)
-            found[0] = digest_rows(rows.reshape(1, -1))[0]
-        total = total + combine_keys(found.cpu(), number + 1)
+            first = digest_rows(rows.reshape(1, -1))
+            found = torch.cat([first, first.new_zeros(count - 1)])
+        total = total + combine_keys(found.to(device, non_blocking=True), number + 1)
     return total
 
 

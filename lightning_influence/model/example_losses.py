@@ -3,12 +3,13 @@
 A function mode keeps the calls of loss functions that a step makes. What a call says of each example is
 computed from its own arguments, without a backward pass and without random numbers. That the batch's loss is
 made of the call is found out from the graph, as for any capture; where it is the plain value of one call, the
-next steps only compare values, and on an accelerator nobody waits for the comparison.
+next steps only compare values, and on an accelerator nobody waits for the comparison. Small steps of that
+kind are held, as copies, and read many at once: an operation takes longer to begin than to run on one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lightning_influence.model.live_capture import StepLosses
 from lightning_influence.model.losses.bce import BinaryCrossEntropyLoss, ProbabilityLoss
-from lightning_influence.model.losses.capture import LossCall, same_value
+from lightning_influence.model.losses.capture import LossCall, same_value, versions_of
 from lightning_influence.model.losses.combined import ScaledLoss, SumLoss
 from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
 from lightning_influence.model.losses.loss import OutputLoss, Reduction, working
@@ -43,6 +44,28 @@ class ExampleLosses(NamedTuple):
 
     losses: Tensor
     margins: Tensor | None
+
+
+# Chosen by hand: numbers of a step that is read with others; of more, reading is no matter of how often.
+_HELD_NUMBERS = 2**14
+
+
+class HeldStep(NamedTuple):
+    """A step that is read with others, see :meth:`LossWatch.read_held`.
+
+    Attributes:
+        kind: equal for steps that can be read as one.
+        call: the call of the loss function, with copies of its arguments.
+        loss: a copy of the batch's loss, in the units of the call.
+        num_examples: ``B``.
+        reduction: of the call.
+    """
+
+    kind: Hashable
+    call: LossCall
+    loss: Tensor
+    num_examples: int
+    reduction: Reduction
 
 
 class LossWatch:
@@ -83,8 +106,8 @@ class LossWatch:
         self._mode.clear()
 
     @torch.no_grad()
-    def take(self, batch_loss: Tensor, num_examples: int, divisor: float = 1.0) -> ExampleLosses:
-        """Read the losses of the examples of the step that was watched, which ends here.
+    def take(self, batch_loss: Tensor, num_examples: int, divisor: float = 1.0) -> ExampleLosses | HeldStep:
+        """Read the losses of the examples of the step that was watched, which ends here, or hold the step.
 
         Args:
             batch_loss: the scalar that is about to be differentiated.
@@ -92,7 +115,7 @@ class LossWatch:
             divisor: what the training loss was divided by to give ``batch_loss``.
 
         Returns:
-            Losses and margins.
+            Losses and margins, or what :meth:`read_held` makes them of.
 
         Raises:
             LossCaptureError: if the loss is not made of calls that can be read.
@@ -106,9 +129,30 @@ class LossWatch:
                 raise LossCaptureError(_OTHER_ORDER)
             self._followed += self._mode.watch is not None
             with torch._C.DisableTorchFunction():
-                return read_examples(self._read(batch_loss, num_examples, divisor))
+                held = self._hold(batch_loss, num_examples, divisor)
+                return held or read_examples(self._read(batch_loss, num_examples, divisor))
         finally:
             self._mode.clear()
+
+    @torch.no_grad()
+    def read_held(self, steps: Sequence[HeldStep]) -> ExampleLosses:
+        """Read the losses of the examples of several steps of one kind, one after the other.
+
+        Args:
+            steps: of one kind, as :meth:`take` returned them.
+
+        Returns:
+            Losses and margins of all.
+
+        Raises:
+            LossCaptureError: if the calls cannot be read.
+        """
+        first = steps[0]
+        with torch._C.DisableTorchFunction():
+            call = _join_calls([step.call for step in steps])
+            self._compare(torch.stack([step.loss for step in steps]), call.value)
+            loss = call.read(sum(step.num_examples for step in steps))
+            return read_examples(replace(loss, reduction=first.reduction))
 
     def distrust(self) -> None:
         """Walk every graph from the next batch on, because a value did not agree."""
@@ -119,15 +163,40 @@ class LossWatch:
             self.is_open = False
             self._mode.__exit__(None, None, None)
 
+    def _hold(self, batch_loss: Tensor, num_examples: int, divisor: float) -> HeldStep | None:
+        """Return copies of a step that can be read later; None for one that is to be read now."""
+        calls = self._mode.calls
+        key = _key_of(calls[0]) if len(calls) == 1 else None
+        if key is None or key not in self._plain:
+            return None
+        call = calls[0]
+        own = [part for part in (*call.args, *call.kwargs.values()) if isinstance(part, Tensor)]
+        shapes = [part.shape for part in own]
+        if len(own) != 2 or not all(shapes) or shapes[0][0] != shapes[1][0] or call.picked or call.value.ndim:
+            return None
+        count, numbers = shapes[0][0], shapes[0].numel() + shapes[1].numel()
+        if count % num_examples or numbers > _HELD_NUMBERS or call.versions != versions_of(own):
+            return None
+        kind = (key, count // num_examples, shapes[0][1:], shapes[1][1:], batch_loss.dtype)
+        copies = {id(part): part.detach().clone() for part in own}
+        args = tuple(copies.get(id(part), part) for part in call.args)
+        kwargs = {name: copies.get(id(part), part) for name, part in call.kwargs.items()}
+        kept = replace(call, args=args, kwargs=kwargs, node=None)
+        return HeldStep(kind, kept, batch_loss.detach() * divisor, num_examples, self._plain[key])
+
+    def _compare(self, found: Tensor, values: Tensor) -> None:
+        """Take up by how much losses of batches differ from values of their calls, beyond rounding."""
+        limit = max(tolerance(values.dtype), tolerance(found.dtype))
+        differences = (found - values).abs().double() - limit * values.abs().double()
+        excess = differences.amax()
+        self.excess = excess if self.excess is None else torch.fmax(self.excess, excess)
+
     def _read(self, batch_loss: Tensor, num_examples: int, divisor: float) -> OutputLoss:
         calls = self._mode.calls
         key = _key_of(calls[0]) if len(calls) == 1 else None
         if key is not None and key in self._plain:
             loss = calls[0].read(num_examples)
-            difference = (batch_loss.detach() * divisor - calls[0].value.mean()).abs().double()
-            limit = max(tolerance(calls[0].value.dtype), tolerance(batch_loss.dtype))
-            excess = difference - limit * calls[0].value.mean().abs().double()
-            self.excess = excess if self.excess is None else torch.fmax(self.excess, excess)
+            self._compare(batch_loss.detach() * divisor, calls[0].value.mean())
             return replace(loss, reduction=self._plain[key])
         loss = self._mode.resolve(batch_loss, num_examples, divisor=divisor)
         # A value that no example's loss is told apart by, zero, would let any other loss pass.
@@ -135,6 +204,19 @@ class LossWatch:
         if key is not None and is_plain and same_value(calls[0].value.mean(), batch_loss * divisor):
             self._plain[key] = loss.reduction
         return loss
+
+
+def _join_calls(calls: Sequence[LossCall]) -> LossCall:
+    """Return one call on the rows of all; its value are theirs, ``(S,)``."""
+
+    def join(parts: Sequence[Any]) -> Any:
+        return torch.cat(list(parts)) if isinstance(parts[0], Tensor) else parts[0]
+
+    args = tuple(join(parts) for parts in zip(*(call.args for call in calls), strict=True))
+    kwargs = {name: join([call.kwargs[name] for call in calls]) for name in calls[0].kwargs}
+    value = torch.stack([call.value for call in calls])
+    versions = versions_of((*args, *kwargs.values()))
+    return replace(calls[0], args=args, kwargs=kwargs, value=value, versions=versions)
 
 
 def read_examples(loss: OutputLoss) -> ExampleLosses:

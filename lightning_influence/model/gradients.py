@@ -18,13 +18,11 @@ What is done with a batch's gradients whatever form they have: the cheaper form,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-from lightning_influence.support.errors import NonFiniteError
 
 
 class LayerGradients(ABC):
@@ -474,38 +472,3 @@ def compact(gradients: LayerGradients) -> LayerGradients:
     """Return the cheaper form: dense for products of several positions, else as they are."""
     several = isinstance(gradients, FactoredGradients) and gradients.inputs.shape[2] > 1
     return DenseGradients(gradients.dense()) if several else gradients
-
-
-def check_finite(gradients: Mapping[str, LayerGradients]) -> None:
-    """Refuse NaN and infinite gradients.
-
-    Args:
-        gradients: gradients by layer name.
-
-    Raises:
-        NonFiniteError: naming the layers whose inputs or output gradients are not finite.
-    """
-    check_finite_tensors({
-        name: [tensor for tensor in layer.tensors if tensor.is_floating_point()]
-        for name, layer in gradients.items()
-    })
-
-
-def check_finite_tensors(tensors: Mapping[str, Sequence[Tensor]]) -> None:
-    """Refuse NaN and infinity in what gradients are made of.
-
-    Args:
-        tensors: inputs and output gradients by layer name.
-
-    Raises:
-        NonFiniteError: as :func:`check_finite`.
-    """
-    sums = [torch.stack([tensor.sum() for tensor in own]).sum(0, keepdim=True) for own in tensors.values()]
-    if not sums or bool(torch.isfinite(torch.cat(sums).sum())):  # one wait for the device in all
-        return
-    bad = [name for name, own in tensors.items() if not all(bool(t.isfinite().all()) for t in own)]
-    if bad:
-        raise NonFiniteError(
-            f"Non-finite inputs or gradients in layers {bad}; nothing was stored. Check the weights and the "
-            "batch for NaN or infinity, or train with a smaller learning rate."
-        )

@@ -113,7 +113,7 @@ class TableGradients(LayerGradients):
         found = self._distinct.row_squares().sum(dim=(2, 3))
         return found + self.products.squared_norms() if self.maps else found
 
-    def second_moments(self) -> tuple[Tensor, Tensor, float]:
+    def second_moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what Kronecker factors of the table are made of, as if each position were an example.
 
         A position is an outer product ``v d^T`` of a vector over the rows with one over the columns: both
@@ -122,7 +122,7 @@ class TableGradients(LayerGradients):
 
         Returns:
             ``sum |v|^2 d d^T``, ``(1, D, D)``; the diagonal of ``sum |d|^2 v v^T``, ``(1, V)``; and ``sum
-            |v|^2 |d|^2``, over seeds, examples and positions.
+            |v|^2 |d|^2``, a scalar, over seeds, examples and positions.
         """
         values = self.values.flatten(0, 2)
         energies = self.values.square().sum(-1)  # (K, B, R)
@@ -136,7 +136,12 @@ class TableGradients(LayerGradients):
             weighted = inputs * pulled.sum(0)[..., None]
             narrow = narrow + weighted.flatten(0, 1).T @ inputs.flatten(0, 1)
             wide = wide + torch.einsum("kbsv,bs->v", squares, fed)
-        return narrow[None], wide[None], float(wide.sum())
+        return narrow[None], wide[None], wide.sum()
+
+    def weighted(self, weights: Tensor) -> TableGradients:
+        """Return the gradients times a number for each example."""
+        values = self.values * weights.to(self.values)[:, None, None]
+        return TableGradients(self.rows, values, self.products.weighted(weights))
 
     def absolute(self) -> TableGradients:
         """Return the same with all factors positive."""

@@ -27,6 +27,7 @@ from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import InfluenceError
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.turns import turn
+from lightning_influence.support.waiting import reading_later
 
 
 class Pass(Protocol):
@@ -125,7 +126,7 @@ class Runner(ABC):
         loaders = prepare(dataloaders)
         expected = Expected()
         start = time.perf_counter()
-        with preserved_states(self.module) as states, preserve_rng(), eagerly():
+        with preserved_states(self.module) as states, preserve_rng(), eagerly(), reading_later():
             done = Stepper(one_pass, self.module, states)
             self._run(done, loaders, expected)
         seconds = time.perf_counter() - start

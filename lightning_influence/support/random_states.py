@@ -85,7 +85,8 @@ def hash_numbers(keys: Tensor, count: int) -> Tensor:
 
 def combine_keys(keys: Tensor, number: int) -> Tensor:
     """Return keys ``(B,)`` that depend on other keys and a number."""
-    return _mix(keys ^ _mix(torch.tensor(number + 1, device=keys.device) * _STEP))
+    # A CPU tensor of one number goes with tensors of any device, as a number does.
+    return _mix(keys ^ _mix(torch.tensor(number + 1) * _STEP))
 
 
 def _mix(numbers: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def test_model_without_supported_layers() -> None:
     reason = "no trainable layer of a supported kind"
     with pytest.raises(UnsupportedModelError, match=reason):
         fit(Scale(), InfluenceCallback(strict=True))
-    with pytest.warns(InfluenceWarning, match=f"Nothing is collected .*{reason}"):
+    with pytest.warns(InfluenceWarning, match=f"(?s)Nothing is collected .*{reason}"):
         assert fit(Scale(), InfluenceCallback()).state.finished
 
 

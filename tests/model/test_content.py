@@ -130,7 +130,7 @@ def test_tensors_by_name_shape_precision_and_content():
 def test_nothing_seen_is_zero_and_sums_wrap():
     data = SeenData()
     assert data.identify(lambda own: own) == 0
-    data.content = 2**63 - 1
+    data._sum = torch.tensor(2**63 - 1)
     assert data.identify(lambda own: own) == 2**63 - 1
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_influence.model.example_losses import LossWatch
+from lightning_influence.model.example_losses import HeldStep, LossWatch
 from lightning_influence.model.losses import capture
 from lightning_influence.support.errors import LossCaptureError
 
@@ -61,7 +61,8 @@ def watch(setting, watcher=None):
     watcher = watcher or LossWatch()
     watcher.open()
     loss = setting.loss()
-    return watcher.take(loss, B)
+    found = watcher.take(loss, B)
+    return watcher.read_held([found]) if isinstance(found, HeldStep) else found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -139,6 +140,36 @@ def test_known_calls_are_not_traced_again_and_others_are(monkeypatch):
     assert len(traced) == 4, "a factor is looked up each time"
     watch(CASES["scaled"](), watcher)
     assert float(watcher.excess) > 0, "a call that was whole before and has a factor now passed"
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "sum", "tokens, ignored", "logistic", "squares"])
+def test_steps_that_are_held_and_read_together_are_read_as_alone(name):
+    """Copies are held: what the step does to its tensors afterwards is nothing to them."""
+    settings = [CASES[name]() for _ in range(3)]
+    for setting in settings:
+        setting.net = settings[0].net
+    expected = [watch(setting) for setting in settings]  # each by a watch that traces its graph
+    watcher, held = LossWatch(), []
+    watch(settings[0], watcher)
+    for setting in settings:
+        watcher.open()
+        held.append(watcher.take(setting.loss(), B))
+        setting.targets.zero_()
+    assert all(isinstance(step, HeldStep) for step in held)
+    assert len({step.kind for step in held}) == 1
+    found = watcher.read_held(held)
+    assert torch.equal(found.losses, torch.cat([one.losses for one in expected]))
+    if found.margins is not None:
+        assert torch.equal(found.margins, torch.cat([one.margins for one in expected]))
+    assert float(watcher.excess) <= 0
+
+
+def test_large_steps_are_read_at_once():
+    setting = Setting(functional.mse_loss, torch.randn(B, 5000).double(), (B, 6), 5000)
+    watcher = LossWatch()
+    watch(setting, watcher)
+    watcher.open()
+    assert not isinstance(watcher.take(setting.loss(), B), HeldStep)
 
 
 def test_a_part_that_comes_later_is_noticed_by_the_value():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
-from lightning_influence.model.losses.divisors import find_divisor
+from lightning_influence.model.losses.divisors import find_divisor, find_factor
+from lightning_influence.model.losses.graphs import walk
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
 from lightning_influence.model.losses.picked import count_picked
 from lightning_influence.model.losses.reductions import Alike, count_ways, reduced, summed, tolerance
@@ -26,6 +29,7 @@ from lightning_influence.model.losses.registry import (
     supported_losses,
 )
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
+from lightning_influence.support.waiting import expect
 
 
 def versions_of(tensors: Iterable[Any]) -> tuple[int, ...]:
@@ -259,6 +263,9 @@ class LossCapture(TorchFunctionMode):
                 _check_finite(batch_loss)
                 return self._by_value(batch_loss * divisor, batch_size)
             terms = self._terms(batch_loss, activations)
+            factor = find_factor(batch_loss.grad_fn, terms[0].node) if len(terms) == 1 else None
+            if factor is not None and factor * divisor > 0 and terms[0].value.dim() == 0:
+                return self._take_one(terms[0], batch_loss, batch_size, factor * divisor, divisor)
             if not bool(torch.isfinite(batch_loss).all()):
                 loss = terms[0].read(batch_size) if len(terms) == 1 else None
                 if loss is None or bool(loss.weights().any()):
@@ -266,6 +273,31 @@ class LossCapture(TorchFunctionMode):
                 assert loss is not None
                 return loss
             return self._join(terms, batch_loss, batch_size, divisor)
+
+    def _take_one(
+        self, call: LossCall, batch_loss: Tensor, batch_size: int, factor: float, divisor: float
+    ) -> OutputLoss:
+        """Return a call of one value that the loss is a known multiple of, as steps have it as a rule.
+
+        Neither derivatives nor, on an accelerator, values are read for that.
+
+        Raises:
+            LossCaptureError: if the call cannot be read.
+        """
+        with _explained(call, batch_loss):
+            loss = call.read(batch_size)
+            # The mean over labels that are all ignored is NaN, and no loss of any example.
+            value = batch_loss.detach().reshape(())
+            finite = torch.isfinite(value)
+            if not (finite.is_cpu and bool(finite)):
+                expect(finite | ~loss.weights().any(), partial(_refuse_value, value))
+            slope = torch.as_tensor(factor)
+            own = find_divisor(
+                batch_loss.grad_fn, call.node, {call.node}, partial(count_ways, loss, slope), divisor
+            )
+            taken = reduced(loss, factor, own)
+            self._alike.check(loss, taken)
+        return taken
 
     def _terms(self, batch_loss: Tensor, activations: Collection[object]) -> list[LossCall]:
         """Return the calls that the loss's graph leads to.
@@ -306,17 +338,13 @@ class LossCapture(TorchFunctionMode):
         nodes = {call.node for call in calls}
         losses = []
         for call, slope in zip(calls, slopes, strict=True):
-            try:
+            with _explained(call, batch_loss):
                 loss = call.read(batch_size)
                 slope = slope.to(loss.detached.dtype) * divisor
-                own = find_divisor(batch_loss.grad_fn, call.node, nodes, count_ways(loss, slope), divisor)
+                ways = partial(count_ways, loss, slope)
+                own = find_divisor(batch_loss.grad_fn, call.node, nodes, ways, divisor)
                 losses.append(reduced(loss, slope, own))
                 self._alike.check(loss, losses[-1])
-            except LossCaptureError as error:
-                raise LossCaptureError(
-                    f"The training loss is {batch_loss.item():.6g}, and this call is part of it:\n"
-                    f"{_listing([call])}\n{error} {_REMEDY}"
-                ) from error
         if len(losses) == 1:
             return losses[0]
         return summed(losses)
@@ -364,42 +392,6 @@ def _lost_weight() -> dict[str, Tensor]:
         frame = frame.f_back  # type: ignore[assignment]
     weight = None if frame is None else frame.f_locals.get("weight")
     return {} if weight is None else {"weight": weight}
-
-
-def walk(
-    roots: Any, stops: Collection[Any], activations: Collection[Any]
-) -> tuple[list[Any], set[Any], Literal["call", "leaf", "layer"]]:
-    """Walk an autograd graph back from some nodes, up to others.
-
-    Args:
-        roots: a node, or several, to begin at.
-        stops: nodes beyond which not to look.
-        activations: nodes at which the walk ends too.
-
-    Returns:
-        The stops that were met; the nodes passed on the way, without leaves; what was met beside the stops:
-        an activation, or else a leaf, or nothing.
-    """
-    todo = list(roots) if isinstance(roots, list) else [roots]
-    met: list[Any] = []
-    passed: set[Any] = set()
-    seen: set[Any] = {None, *todo}
-    ends: Literal["call", "leaf", "layer"] = "call"
-    while todo:
-        node = todo.pop()
-        if node in stops:
-            met.append(node)
-        elif node in activations:
-            ends = "layer"
-        elif not node.next_functions:
-            ends = "leaf" if ends == "call" else ends
-        else:
-            passed.add(node)
-            for following, _ in node.next_functions:
-                if following not in seen:
-                    seen.add(following)
-                    todo.append(following)
-    return met, passed, ends
 
 
 def _listing(calls: Sequence[LossCall]) -> str:
@@ -450,7 +442,32 @@ def _check_finite(batch_loss: Tensor) -> None:
         NonFiniteError: naming the value.
     """
     if not bool(torch.isfinite(batch_loss).all()):
-        raise NonFiniteError(
-            f"The training loss is {batch_loss.item()}. Accepted are finite losses: look at the learning "
-            "rate, the inputs and the targets of this batch."
-        )
+        _refuse_value(batch_loss)
+
+
+def _refuse_value(batch_loss: Tensor) -> NoReturn:
+    """Refuse a loss that is not finite.
+
+    Raises:
+        NonFiniteError: naming the value.
+    """
+    raise NonFiniteError(
+        f"The training loss is {batch_loss.item()}. Accepted are finite losses: look at the learning "
+        "rate, the inputs and the targets of this batch."
+    )
+
+
+@contextlib.contextmanager
+def _explained(call: LossCall, batch_loss: Tensor) -> Iterator[None]:
+    """Let errors about one call name the loss that it is part of.
+
+    Raises:
+        LossCaptureError: in place of another.
+    """
+    try:
+        yield
+    except LossCaptureError as error:
+        raise LossCaptureError(
+            f"The training loss is {batch_loss.item():.6g}, and this call is part of it:\n"
+            f"{_listing([call])}\n{error} {_REMEDY}"
+        ) from error

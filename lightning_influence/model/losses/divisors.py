@@ -8,7 +8,7 @@ mean, too.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import isclose, prod
 from typing import Any
@@ -31,8 +31,36 @@ class Divisor:
     is_count: bool
 
 
+def find_factor(root: Any, call: Any) -> float | None:
+    """Return what a loss multiplies the single value of a call with, if plain numbers are all that it does.
+
+    Args:
+        root: autograd node of the loss.
+        call: autograd node of the value.
+
+    Returns:
+        The factor; None where something else stands between the two, or a number that is not on the CPU:
+        derivatives tell, then.
+    """
+    factor, node = 1.0, root
+    while node is not call:
+        name, following = type(node).__name__, [edge[0] for edge in node.next_functions]
+        if following[1:] != [None] or not name.startswith(("DivBackward", "MulBackward")):
+            return None
+        other = node._saved_other
+        if other.dim() or not other.is_cpu:
+            return None
+        factor = factor / float(other) if name.startswith("Div") else factor * float(other)
+        node = following[0]
+    return factor
+
+
 def find_divisor(
-    root: Any, call: Any, calls: Collection[Any], counts: Collection[float], host: float
+    root: Any,
+    call: Any,
+    calls: Collection[Any],
+    counts: Callable[[], Collection[float]],
+    host: float,
 ) -> Divisor | None:
     """Return what stands between a loss and the values of a call that it is made of.
 
@@ -40,8 +68,9 @@ def find_divisor(
         root: autograd node of the loss.
         call: autograd node of the values.
         calls: nodes of all calls, beyond which not to look.
-        counts: of examples, rows, values, values that count, or their weight: plain numbers that make up
-            none of them, together with the means, are factors, not divisors that go with the batch.
+        counts: returns those of examples, rows, values, values that count, or their weight: plain numbers
+            that make up none of them, together with the means, are factors, not divisors that go with the
+            batch.
         host: what the host has divided the loss by after the user; its own division, the last one, counts
             not.
 
@@ -60,7 +89,7 @@ def find_divisor(
             value, is_plain = float(node._saved_other), _is_plain_number(node._saved_other)
             plain, held = (plain * value, held) if is_plain else (plain, held * value)
             is_count &= is_plain
-    if is_count and any(isclose(averaged * plain, count, rel_tol=1e-4) for count in counts):
+    if is_count and plain != 1 and any(isclose(averaged * plain, n, rel_tol=1e-4) for n in counts()):
         averaged *= plain
     whole = averaged * held
     return Divisor(whole, is_count) if whole > 0 and (whole != 1 or not is_count) else None

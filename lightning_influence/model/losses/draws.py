@@ -46,7 +46,7 @@ class ExampleGenerator(torch.Generator):
     def next_keys(self, device: torch.device) -> Tensor:
         """Return a key of each example for one draw, ``(B,)``."""
         self._draws += 1
-        return combine_keys(self._keys.to(device), self._draws)
+        return combine_keys(self._keys.to(device, non_blocking=True), self._draws)
 
     def count_each(self, shape: torch.Size) -> int | None:
         """Return how many numbers of a draw are each example's; None if they cannot be told apart."""

@@ -36,12 +36,15 @@ def count_ways(loss: OutputLoss, slope: Tensor) -> list[float]:
         slope: derivative of the batch's loss in what the call returned.
     """
     whole = replace(loss, reduction="sum")
-    shares = [float(replace(whole, reduction=reduction).share()) for reduction in _MEANS]
-    sizes = [loss.num_examples, len(loss.outputs), slope.numel(), int((slope > 0).sum())]
-    return [*map(float, sizes), *(1 / share for share in shares if 0 < share < math.inf)]
+    shares = [replace(whole, reduction=reduction).share() for reduction in _MEANS]
+    taken = (slope > 0).sum()
+    parts = [part.to(loss.detached.device, torch.float64, non_blocking=True) for part in (*shares, taken)]
+    *found, count = torch.stack(parts).tolist()  # one wait for the device
+    sizes = [loss.num_examples, len(loss.outputs), slope.numel(), count]
+    return [*map(float, sizes), *(1 / share for share in found if 0 < share < math.inf)]
 
 
-def reduced(loss: OutputLoss, slope: Tensor, divisor: Divisor | None) -> OutputLoss:
+def reduced(loss: OutputLoss, slope: Tensor | float, divisor: Divisor | None) -> OutputLoss:
     """Return a call's loss as the batch's loss takes it.
 
     Batches of one data set must be taken alike, whatever their sizes and weights: what each adds to the sums
@@ -49,7 +52,8 @@ def reduced(loss: OutputLoss, slope: Tensor, divisor: Divisor | None) -> OutputL
 
     Args:
         loss: the call, under the reduction that it was made with.
-        slope: derivative of the batch's loss in what the call returned, of its shape.
+        slope: derivative of the batch's loss in what the call returned, of its shape; a number that is known
+            to be positive, of a call of one value.
         divisor: what the batch's loss divides the call's values by; None for a sum.
 
     Returns:
@@ -58,22 +62,26 @@ def reduced(loss: OutputLoss, slope: Tensor, divisor: Divisor | None) -> OutputL
     Raises:
         LossCaptureError: if the slope is negative somewhere, zero everywhere, or cannot be taken in.
     """
-    if bool((slope < 0).any()) or not bool((slope > 0).any()):
+    if not isinstance(slope, Tensor):
+        return _scaled(loss, slope, divisor)
+    near, taken, largest = tolerance(slope.dtype), slope > 0, slope.max()
+    alike = ((slope - largest).abs() <= near * largest) | ~taken
+    parts = [slope.min(), largest, slope.sum(), taken.all(), alike.all()]
+    facts = torch.stack([part.to(slope.dtype) for part in parts])
+    least, factor, total, all_taken, all_alike = facts.tolist()  # one wait for the device
+    if not (least >= 0 and factor > 0):
         raise LossCaptureError(
-            f"The training loss takes it with a factor of {slope.min().item():.4g}; accepted are positive "
-            "ones."
+            f"The training loss takes it with a factor of {least:.4g}; accepted are positive ones."
         )
     if loss.reduction != "none":
-        return _scaled(loss, float(slope.sum()), divisor)
-    factor, near = slope.max(), tolerance(slope.dtype)
-    taken = slope > 0
-    if bool(((slope - factor).abs() <= near * factor)[taken].all()):
-        if not bool(taken.all()):
+        return _scaled(loss, total, divisor)
+    if all_alike:
+        if not all_taken:
             loss = loss.weighted(taken.to(slope.dtype))
-        return _scaled(replace(loss, reduction="sum"), float(factor), divisor)
+        return _scaled(replace(loss, reduction="sum"), factor, divisor)
     if divisor is not None:
         return _divided(loss.weighted(slope * divisor.value), 1.0, divisor)
-    if abs(float(slope.sum()) - 1) <= near:  # by what they were divided is not to be seen
+    if abs(total - 1) <= near:  # by what they were divided is not to be seen
         shares = ScaledLoss.of(loss.weighted(slope * loss.num_examples), 1.0)
         return replace(shares, remark=WEIGHTED)
     return replace(loss.weighted(slope), reduction="sum")

@@ -126,10 +126,10 @@ def count_examples(trainer: Trainer, batch: Any, batch_idx: int) -> int:
     Raises:
         UnsupportedDataError: if the batch shows no number of examples.
     """
-    guess = guess_count(batch)
     loaded = _count_loaded(trainer.train_dataloader, batch_idx)
-    if loaded is not None and loaded != guess and loaded in _lengths(batch):
+    if loaded is not None and loaded in _lengths(batch):
         return loaded
+    guess = guess_count(batch)  # which may have to read a tensor
     if guess is None:
         raise UnsupportedDataError(
             f"No batch size can be read from a batch of type {type(batch).__name__}. Accepted are tensors, "
