@@ -63,7 +63,7 @@ def _tell_examples(context: Context, factors: Factors) -> None:
         name: {"covariances": layer.examples, "eigenvalues": layer.squares_examples}
         for name, layer in factors.layers.items()
     }
-    enough = min(ENOUGH_EXAMPLES, context.train.num_examples)
+    enough = min(ENOUGH_EXAMPLES, context.train.num_examples // 2)
     few = {
         name: layer
         for name, layer in factors.layers.items()
