@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence import InfluenceModule
 
 pytestmark = [
+    pytest.mark.devices,
     pytest.mark.filterwarnings(
         "ignore:The fit has collected no factors", "ignore:.*tolerance", "ignore:.*answer of"
     ),

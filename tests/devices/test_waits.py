@@ -13,9 +13,15 @@ from pretended_device import count_waits
 
 from lightning_influence import InfluenceCallback
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The fit has collected no factors", "ignore:.*tolerance", "ignore:.*answer of", "ignore:.*limit"
-)
+pytestmark = [
+    pytest.mark.devices,
+    pytest.mark.filterwarnings(
+        "ignore:The fit has collected no factors",
+        "ignore:.*tolerance",
+        "ignore:.*answer of",
+        "ignore:.*limit",
+    ),
+]
 BATCHES = 8
 
 
