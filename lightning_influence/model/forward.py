@@ -28,7 +28,13 @@ from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
-from lightning_influence.model.unnamed_loss import OtherCallsError, Run, UnnamedLoss, compute_alone
+from lightning_influence.model.unnamed_loss import (
+    OtherCallsError,
+    Run,
+    UnnamedLoss,
+    compute_alone,
+    read_layout,
+)
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,
@@ -364,8 +370,9 @@ def compute_losses(
         NonFiniteError: if the batch's loss is NaN or infinite.
     """
     run = call_loss if run is None else run
+    layout = read_layout(verified)
     if OTHER_ROWS in verified or ONE_BY_ONE in verified:
-        return compute_alone(run, module, batch, num_examples)
+        return compute_alone(run, module, batch, num_examples, layout)
     capture = LossCapture()
 
     def pack(saved: Tensor) -> Tensor:
@@ -380,7 +387,7 @@ def compute_losses(
     try:
         return capture.resolve(batch_loss, num_examples).per_example().detach()
     except LossCaptureError:
-        return compute_alone(run, module, batch, num_examples)
+        return compute_alone(run, module, batch, num_examples, layout)
 
 
 def call_loss(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:

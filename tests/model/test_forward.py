@@ -485,3 +485,19 @@ def test_losses_alone_are_those_of_the_forward_pass(kind):
         module.influence_loss = lambda data: step(module, *data)
     expected = Forward(find_layers(module))(module, data, B).per_example()
     torch.testing.assert_close(compute_losses(module, data, B), expected.detach())
+
+
+def test_losses_alone_are_read_as_the_passes_before_found_the_batch_to_be():
+    """Class weights in the batch, as many as there are examples by chance, in a loss without a name."""
+
+    def step(module, x, y, weights):
+        outputs = module.last(torch.tanh(module.first(x)))
+        return (weights[y] * (outputs.logsumexp(1) - outputs.gather(1, y[:, None])[:, 0])).mean()
+
+    module, data = mute(Module(step)), (batch()[0], torch.arange(B) % 2, torch.linspace(0.5, 2, B))
+    plan = find_layers(module)
+    values = Forward(plan)(module, data, B).per_example().detach()
+    outputs = module.last(torch.tanh(module.first(data[0])))
+    expected = data[2][data[1]] * F.cross_entropy(outputs, data[1], reduction="none")
+    torch.testing.assert_close(values, expected.detach())
+    torch.testing.assert_close(compute_losses(module, data, B, verified=plan.verified), values)
