@@ -53,11 +53,6 @@ class Watching:
         self._reason: str | None = None
         self._seen = self._tried = 0
 
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more is watched."""
-        return self._gone
-
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch; the one before enters the moments, unless it is the same, after a resumption."""
         if self.moments.epoch not in {-1, epoch}:

@@ -136,7 +136,7 @@ class CompactSpace:
                 state.update({f"{name}/{kind}/{key}": tensor for key, tensor in tensors.items()})
             state[f"{name}/eigenvalues"] = inverse.eigenvalues
             if inverse.basis is not None:
-                state[f"{name}/q_in"], state[f"{name}/q_out"] = inverse.basis.q_in, inverse.basis.q_out
+                state |= {f"{name}/{key}": q for key, q in inverse.basis.tensors().items()}
         return state
 
     @classmethod
@@ -164,9 +164,8 @@ class CompactSpace:
                 vectors[name] = make_matrices({
                     key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
                 })
-            basis = None
-            if f"{name}/q_in" in state:
-                basis = Eigenbasis(state[f"{name}/q_in"], state[f"{name}/q_out"])
+            bases = state.get(f"{name}/q_in"), state.get(f"{name}/q_out")
+            basis = None if all(q is None for q in bases) else Eigenbasis(*bases)
             inverses[name] = EigenInverse(basis, state[f"{name}/eigenvalues"], state["damping"][name])
         return cls(
             layout,

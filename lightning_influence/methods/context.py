@@ -128,7 +128,7 @@ class Context:
 def note_unknown_outputs(context: Context) -> None:
     """Say that the Gauss-Newton matrix is the empirical Fisher although nobody asked for it."""
     context.notes.add(
-        "The values of `influence_loss` are those of no known loss function, so the Gauss-Newton matrix "
+        "The losses of single examples are those of no known loss function, so the Gauss-Newton matrix "
         "is not known; the empirical Fisher of the training labels, which is biased, stands in for it. "
         "The Hessian needs no known loss: method='hessian', or 'cg' with curvature='hessian'."
     )

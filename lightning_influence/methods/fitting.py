@@ -19,6 +19,7 @@ from lightning_influence.methods.context import Context, compute_digest, note_un
 from lightning_influence.methods.resuming import FactorFolder
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.content import SeenData
+from lightning_influence.model.one_by_one import ONE_BY_ONE
 from lightning_influence.model.plan import LayerPlan, Layout, find_layers
 
 # Chosen by hand: memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
@@ -95,7 +96,11 @@ def fit_diagonal(context: Context) -> Factors:
 
 def _note_empirical(context: Context, factors: Factors) -> None:
     """Say so if factors are made of training labels because the loss is unknown."""
-    unknown = callable(getattr(context.runner.module, "influence_loss", None))
+    unknown = (
+        callable(getattr(context.runner.module, "influence_loss", None))
+        or context.plan.loss is not None
+        or ONE_BY_ONE in context.plan.verified
+    )
     # During a fit the empirical Fisher is collected where it was asked for, and never for want of another.
     if (
         factors.origin == "pass"

@@ -19,7 +19,7 @@ from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStat
 from lightning_influence.methods.context import Context
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
-from lightning_influence.support.digests import digest_text
+from lightning_influence.support.digests import digest_tensors, digest_text
 from lightning_influence.support.storage import PathLike, check_kind, load_tensors, save_tensors
 
 # Chosen by hand: a killed fit loses at most this share of a pass, and the sums are written as often.
@@ -53,6 +53,7 @@ class FactorFolder:
     def __init__(self, path: PathLike, key: str, context: Context) -> None:
         self._path, self._key, self._context = Path(path).expanduser(), key, context
         self._path.mkdir(parents=True, exist_ok=True)
+        self._parts = ""  # digest of the examples of each part, of the pass that runs
         self.restored = False
 
     def clear(self) -> None:
@@ -72,6 +73,8 @@ class FactorFolder:
         """
         runner, train = self._context.runner, self._context.train
         parts = train.parts(-(-train.num_examples // min(PARTS, len(train))))
+        # Batches of another size may make other parts, whose numbers say nothing of which examples were seen.
+        self._parts = digest_tensors({str(number): part.indices for number, part in enumerate(parts)})
         done = self._agree(name, len(parts))
         if done:
             self._take_up(one_pass, self._file(name, done), losses)
@@ -113,7 +116,8 @@ class FactorFolder:
             return None
         tensors, metadata = load_tensors(file)
         check_kind(file, metadata, kind)
-        return (tensors, metadata) if metadata.get("key") == self._key else None
+        fits = metadata.get("key") == self._key and metadata.get("parts", self._parts) == self._parts
+        return (tensors, metadata) if fits else None
 
     def _save(self, one_pass: FactorPass, name: str, done: int, losses: SeenData | None) -> None:
         state = one_pass.factors.state_dict()
@@ -122,7 +126,7 @@ class FactorFolder:
         tensors = {key: value for key, value in state.items() if key.endswith(kept)}
         plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
         seen = None if losses is None else losses.numbers()
-        metadata = {"kind": _SUMS, "key": self._key, "state": plain, "losses": seen}
+        metadata = {"kind": _SUMS, "key": self._key, "parts": self._parts, "state": plain, "losses": seen}
         save_tensors(self._file(name, done), tensors, metadata)
 
     def _take_up(self, one_pass: FactorPass, file: Path, losses: SeenData | None) -> None:

@@ -23,12 +23,24 @@ from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
-from lightning_influence.model.one_by_one import ONE_BY_ONE, SLOWER, is_mean_of_examples, run_one_by_one
+from lightning_influence.model.one_by_one import (
+    ONE_BY_ONE,
+    SLOWER,
+    check_mean,
+    is_mean_of_examples,
+    run_one_by_one,
+)
 from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
-from lightning_influence.model.unnamed_loss import OtherCallsError, Run, UnnamedLoss, compute_alone
+from lightning_influence.model.unnamed_loss import (
+    OtherCallsError,
+    Run,
+    UnnamedLoss,
+    compute_alone,
+    read_layout,
+)
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,
@@ -161,6 +173,7 @@ class Forward:
             if other is not None:
                 self._check_examples(other, module, batch, measured=False)
         except (UnsupportedModelError, NonFiniteError):
+            self.plan.verified.discard(ONE_BY_ONE)
             return None
         return other
 
@@ -207,7 +220,9 @@ class Forward:
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
         if ONE_BY_ONE in self.plan.verified:
-            return self._run_one_by_one(module, batch, num_examples)
+            captured = self._run_one_by_one(module, batch, num_examples)
+            check_mean(captured, self._call, module, batch)
+            return captured
         if self._unnamed is None and OTHER_ROWS in self.plan.verified:
             self._unnamed = UnnamedLoss(self._call, self.plan.verified)
         if self._unnamed is not None:
@@ -364,8 +379,9 @@ def compute_losses(
         NonFiniteError: if the batch's loss is NaN or infinite.
     """
     run = call_loss if run is None else run
+    layout = read_layout(verified)
     if OTHER_ROWS in verified or ONE_BY_ONE in verified:
-        return compute_alone(run, module, batch, num_examples)
+        return compute_alone(run, module, batch, num_examples, layout)
     capture = LossCapture()
 
     def pack(saved: Tensor) -> Tensor:
@@ -380,7 +396,7 @@ def compute_losses(
     try:
         return capture.resolve(batch_loss, num_examples).per_example().detach()
     except LossCaptureError:
-        return compute_alone(run, module, batch, num_examples)
+        return compute_alone(run, module, batch, num_examples, layout)
 
 
 def call_loss(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -1,18 +1,12 @@
-"""Per-example gradients of one layer, and the contractions on top of them.
+"""Per-example gradients of one layer, as matrices or as products, and the contractions on top of them.
 
-Shapes, on top of those in :mod:`.base`: ``K`` seeds (backward passes) share one forward pass; ``V`` is a
-number of vectors, each a matrix ``(G, D_out, D_in)``; a weight or a product of an example, a seed and a
-vector is ``(K, B, V)``.
+``K`` seeds (backward passes) share one forward pass over ``B`` examples; ``V`` is a number of vectors, each a
+matrix ``(G, D_out, D_in)``; a weight or a product of an example, a seed and a vector is ``(K, B, V)``.
 
-Gradients as the matrices they are.
-
-Gradients as products of inputs and output gradients, and the choice between them and matrices.
-
-The factored form stores ``R (D_in + K D_out)`` numbers per example and is kept when there is one position per
-example (the matrix has rank one, and nearly everything is cheaper without forming it). With more positions
-the dense form costs one product per example and then serves any number of vectors without the factor ``R``.
-
-What is done with a batch's gradients whatever form they have: the cheaper form, and a check.
+The form of products of inputs and output gradients stores ``R (D_in + K D_out)`` numbers per example and is
+kept when there is one position per example (the matrix has rank one, and nearly everything is cheaper without
+forming it). With more positions the dense form costs one product per example and then serves any number of
+vectors without the factor ``R``. Those of large tables are in :mod:`.table_gradients`.
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.model.additivity import REMEDY
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.rearranging import rearranged
 from lightning_influence.model.recorder import Recorder, UseRecorder
 from lightning_influence.model.unnamed_loss import Run, to_scalar
+from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
 
 #: Says that a batch's loss is the mean of those of its examples alone.
@@ -65,6 +67,28 @@ def is_mean_of_examples(captured: Captured, run: Run, module: Any, batch: Any) -
     found, expected = (_gradient(loss, parameters) for loss in (captured.per_example().mean(), whole))
     limit = 1e-6 if found.dtype == torch.float64 else 1e-3
     return bool((found - expected).norm() <= limit * expected.norm())
+
+
+def check_mean(captured: Captured, run: Run, module: Any, batch: Any) -> None:
+    """Refuse a batch whose loss is not the mean of those of its examples, as that of the first one was.
+
+    Args:
+        captured: the batch, run one by one.
+        run: computes the loss.
+        module: the user's module.
+        batch: the batch.
+
+    Raises:
+        UnsupportedModelError: if it is not: the mean over positions, for one, where examples have unlike numbers.
+    """
+    with preserve_rng(), torch.no_grad():
+        whole, mean = to_scalar(*run(module, batch)), captured.per_example().detach().mean()
+    limit = 1e-6 if mean.dtype == torch.float64 else 1e-3
+    if not bool((whole - mean).abs() <= limit * captured.per_example().detach().abs().mean()):
+        raise UnsupportedModelError(
+            f"The loss of a batch is {float(whole):.6g}, and the mean of its examples' losses {float(mean):.6g}, "
+            "though they were one in the first batch. " + REMEDY
+        )
 
 
 def _gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:

@@ -305,7 +305,11 @@ class ParameterRecorder:
         reference = weigh_losses(values, weights, own)
         found = pull_gradients(self.watch, values, [torch.ones_like(values)], only=set(own))
         verdicts = certify(found.gradients, weights, reference, self.watch.eps)
-        self._slow |= {name for name, verdict in verdicts.items() if not verdict.passed}
+        failed = {name for name, verdict in verdicts.items() if not verdict.passed}
+        if failed - self._slow:
+            self._slow |= failed
+            # What earlier backward passes took for products or rows alone is read anew.
+            self._products, self._tables = {}, {}
 
     def _rows(self, outputs: Tensor, seed: Tensor | None) -> Tensor:
         """Return what each example's own backward pass starts from.

@@ -8,7 +8,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -91,7 +91,7 @@ class UnnamedLoss:
     def __init__(self, run: Run, verified: set[str], *, is_strict: bool = False) -> None:
         self._run, self._verified, self._is_strict = run, verified, is_strict
         self._traits = BatchLossTraits()
-        self._layout: Layout = _read_layout(verified)
+        self._layout: Layout = read_layout(verified)
         #: Layers whose weights the loss uses, and no module: their gradients are not known.
         self.direct = {text.removeprefix(_DIRECT) for text in verified if text.startswith(_DIRECT)}
         self._cut: list[Key] | None = None
@@ -444,7 +444,7 @@ def _follow(batch: Any, count: int) -> Watch:
     return Watch({}, batch, count, find_places(batch, count))
 
 
-def _read_layout(verified: set[str]) -> Layout:
+def read_layout(verified: Collection[str]) -> Layout:
     """Return how an earlier pass found that batches are to be read."""
     noted = next((text for text in verified if text.startswith(_LAYOUT)), None)
     return {} if noted is None else dict(json.loads(noted.removeprefix(_LAYOUT)))

@@ -129,3 +129,23 @@ def test_examples_without_gradients_have_no_influence(method):
     scores = InfluenceModule(module).scores(DataLoader(data, 6), DataLoader(data, 6), method=method).scores
     assert scores.shape == (N, N)
     assert not scores.any()
+
+
+class SquaredForms(LightningModule):
+    """Bare parameters, and a loss of which nothing tells whose rows are whose."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def training_step(self, batch, batch_idx=0):
+        return (batch @ self.weight * batch).sum(1).square().mean()
+
+
+@pytest.mark.parametrize(
+    "loss", [None, lambda module, batch: (batch @ module.weight * batch).sum(1).square()]
+)
+def test_the_empirical_fisher_is_named_where_examples_run_alone_or_values_are_given(loss):
+    train = [torch.randn(6, 3)]
+    found = InfluenceModule(SquaredForms()).scores(train, train, method="ekfac", damping=0.1, loss=loss)
+    assert any("no known loss function" in note for note in found.diagnostics.warnings)

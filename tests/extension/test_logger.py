@@ -49,6 +49,12 @@ class Line(LightningModule):
 DATA = TensorDataset(torch.randn(12, 2, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Files of a run whose logger has no folder of its own lie in the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def make_trainer(logger):
     return InfluenceTrainer(
         accelerator="cpu",

@@ -1,5 +1,6 @@
 """A loss of a user's own, log-cosh: one class and one parser, as a project outside the package has them."""
 
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import InfluenceCallback, InfluenceTrainer
+from lightning_influence import InfluenceCallback, InfluenceTrainer, InfluenceWarning
 from lightning_influence.model.losses import ElementwiseLoss, register_loss
 
 N, Q = 24, 5
@@ -90,3 +91,30 @@ def test_scores_with_a_loss_of_the_users_own(reduction):
     matrix = hessians.mean(0) + 0.1 * torch.eye(8, dtype=torch.float64)
     expected = queries @ torch.linalg.solve(matrix, gradients.T) / N
     torch.testing.assert_close(scores.double(), expected, rtol=1e-6, atol=1e-9)
+
+
+class Named(Regression):
+    """Calls the loss with names of its own for all arguments."""
+
+    def training_step(self, batch, batch_idx):
+        return log_cosh(outputs=self.net(batch[0]), target=batch[1], reduction=self.reduction)
+
+
+@pytest.mark.parametrize("kind", [Regression, Named])
+def test_a_fit_with_a_loss_of_the_users_own_is_watched(kind):
+    x, y = torch.randn(N, 3).double(), torch.randn(N, 2).double()
+    callback = InfluenceCallback(dynamics=True)
+    trainer = InfluenceTrainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=InfluenceWarning)
+        trainer.fit(kind("mean"), DataLoader(TensorDataset(x, y), 8))
+    assert callback.num_collected
+    assert len(trainer.training_dynamics().loss_mean) == N

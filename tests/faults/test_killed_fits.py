@@ -93,6 +93,17 @@ def test_a_killed_fit_goes_on_from_the_part_it_was_in(tmp_path, undisturbed):
     assert len([path for path in folder.iterdir() if path.name.startswith("covariances")]) == 1
 
 
+def test_a_killed_fit_with_batches_of_another_size_begins_its_passes_anew(tmp_path):
+    kill(ask, tmp_path, 7)  # of ten parts of 4
+    fit = {"method": "ekfac", "damping": 0.1}
+    wide = DataLoader(data().dataset, 2 * BATCH)  # of which there would be five parts of 8
+    RUN.update(steps=0, last=None)
+    expected = InfluenceModule(Net().double()).ihvp(wide, data(6, 2), **fit)[0]
+    found = InfluenceModule(Net().double()).ihvp(wide, data(6, 2), factors_dir=tmp_path, **fit)[0]
+    for name, rows in expected.items():
+        torch.testing.assert_close(found[name], rows, rtol=1e-9, atol=1e-12)
+
+
 def test_a_finished_layer_is_not_decomposed_again(tmp_path, undisturbed, monkeypatch):
     kill(die_at_the_second_basis, tmp_path)
     assert len(list(tmp_path.glob("basis-*"))) == 1

@@ -157,7 +157,7 @@ def packages(tmp_path_factory):
             run = Path(offline.experiment.dir).parent
         finally:
             wandb.finish()
-        comet = CometLogger(api_key="none-is-needed", offline_directory="comet")
+        comet = CometLogger(api_key="none-is-needed", offline_directory=str(folder / "comet"))
         try:
             ask(fit([comet, alone]))
         finally:
@@ -167,7 +167,7 @@ def packages(tmp_path_factory):
             "csv": (memory.kept, read_csv(table.log_dir)),
             "mlflow": (memory.kept, read_mlflow(uri, mlflow.run_id)),
             "wandb": (memory.kept, read_wandb(run)),
-            "comet": (alone.kept, read_comet("comet")),
+            "comet": (alone.kept, read_comet(folder / "comet")),
         }
 
 

@@ -344,3 +344,46 @@ def test_parts_means_and_self_influence_are_those_of_the_scores(name, method):
     own = module.scores(train, train, **exact).scores
     found = module.self_influence(train, method=method, self_influence_tolerance=0.0, **options)
     torch.testing.assert_close(found.scores, own.diagonal(), **kept)
+
+
+class Hidden(torch.autograd.Function):
+    """Linear, out of sight."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, slopes):
+        x, weight = ctx.saved_tensors
+        return slopes @ weight, slopes.T @ x
+
+
+class HalfSeen(LightningModule):
+    """One of two uses of a weight cannot be seen, and gradients are asked for before that is found out."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.randn(V, D)), nn.Linear(V, 3)
+
+    def influence_loss(self, batch):
+        mapped = functional.linear(batch[0], self.weight) + Hidden.apply(batch[0], self.weight)
+        return functional.cross_entropy(self.out(torch.tanh(mapped)), batch[1], reduction="none")
+
+    def training_step(self, batch, batch_idx=0):
+        return self.influence_loss(batch).mean()
+
+
+@pytest.mark.parametrize("limit", [7, 100])  # a table, and a matrix that maps
+def test_a_use_that_is_not_seen_counts_whatever_was_read_before(limit, monkeypatch):
+    monkeypatch.setattr("lightning_influence.model.layers.MATRIX_WIDTH", limit)
+    torch.manual_seed(0)
+    model = HalfSeen().double().eval()
+    batch = torch.randn(N, D, dtype=DOUBLE), torch.arange(N) % 3
+    plan = find_layers(model)
+    captured = Forward(plan)(model, batch, N)
+    found = captured.loss_gradients()["weight"].dense()[0, :, 0]
+    losses = model.influence_loss(batch)
+    rows = [torch.autograd.grad(loss, model.weight, retain_graph=True)[0] for loss in losses]
+    torch.testing.assert_close(found, torch.stack(rows))

@@ -304,6 +304,28 @@ class Members(nn.Module):
         return F.cross_entropy(outputs.flatten(0, 1), batch[1].repeat(4))
 
 
+class Tokens(nn.Module):
+    """The mean over all positions of a batch: that of its examples only where these have as many."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+
+    def training_step(self, batch, batch_idx):
+        x, mask = batch
+        return ((x @ self.weight).square() * mask).sum() / mask.sum()
+
+
+def test_a_later_batch_whose_loss_is_no_mean_of_its_examples_is_refused():
+    module, x, mask = mute(Tokens()).double(), torch.randn(4, 6, 3).double(), torch.ones(4, 6).double()
+    run = Forward(find_layers(module))
+    with pytest.warns(InfluenceWarning, match="run one by one"):
+        run(module, (x, mask), 4)
+    mask[0, 2:] = 0
+    with pytest.raises(UnsupportedModelError, match=r"one in the first batch.*influence_loss"):
+        run(module, (x, mask), 4)
+
+
 @pytest.mark.parametrize("make", [Quadratic, Members])
 def test_examples_are_run_one_by_one_where_nothing_else_tells_whose_rows_are_whose(make):
     module, (x, y) = mute(make()).double(), batch(5, 3)
@@ -485,3 +507,19 @@ def test_losses_alone_are_those_of_the_forward_pass(kind):
         module.influence_loss = lambda data: step(module, *data)
     expected = Forward(find_layers(module))(module, data, B).per_example()
     torch.testing.assert_close(compute_losses(module, data, B), expected.detach())
+
+
+def test_losses_alone_are_read_as_the_passes_before_found_the_batch_to_be():
+    """Class weights in the batch, as many as there are examples by chance, in a loss without a name."""
+
+    def step(module, x, y, weights):
+        outputs = module.last(torch.tanh(module.first(x)))
+        return (weights[y] * (outputs.logsumexp(1) - outputs.gather(1, y[:, None])[:, 0])).mean()
+
+    module, data = mute(Module(step)), (batch()[0], torch.arange(B) % 2, torch.linspace(0.5, 2, B))
+    plan = find_layers(module)
+    values = Forward(plan)(module, data, B).per_example().detach()
+    outputs = module.last(torch.tanh(module.first(data[0])))
+    expected = data[2][data[1]] * F.cross_entropy(outputs, data[1], reduction="none")
+    torch.testing.assert_close(values, expected.detach())
+    torch.testing.assert_close(compute_losses(module, data, B, verified=plan.verified), values)

@@ -63,9 +63,9 @@ class LossCall:
 
     @property
     def outputs(self) -> Tensor:
-        """The first argument: the outputs that it is a loss of."""
-        found: Tensor = self.args[0] if self.args else self.kwargs["input"]
-        return found
+        """The first argument: the outputs that it is a loss of; torch calls it ``input``."""
+        arguments = (*self.args, self.kwargs.get("input"), *self.kwargs.values())
+        return next(part for part in arguments if isinstance(part, Tensor))
 
     def read(self, batch_size: int) -> OutputLoss:
         """Return the call as a loss of ``batch_size`` examples.
@@ -195,7 +195,8 @@ class LossCapture(TorchFunctionMode):
             # A copy, because `loss += penalty` would change the value that was seen.
             value = result.detach().clone()
             picked = any(
-                isinstance(part, Tensor) and part.dim() and len(part) in self._picked for part in args
+                isinstance(part, Tensor) and part.dim() and len(part) in self._picked
+                for part in (*args, *kwargs.values())
             )
             self.calls.append(
                 LossCall(func, args, kwargs, value, result.grad_fn, result.output_nr, versions, picked)
