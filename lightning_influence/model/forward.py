@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_influence.model import one_by_one
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import (
     check_direction,
@@ -23,13 +24,7 @@ from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCall, LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
-from lightning_influence.model.one_by_one import (
-    ONE_BY_ONE,
-    SLOWER,
-    check_mean,
-    is_mean_of_examples,
-    run_one_by_one,
-)
+from lightning_influence.model.one_by_one import ONE_BY_ONE
 from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import missing_positions
@@ -220,9 +215,9 @@ class Forward:
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
         if ONE_BY_ONE in self.plan.verified:
-            captured = self._run_one_by_one(module, batch, num_examples)
-            check_mean(captured, self._call, module, batch)
-            return captured
+            alone = self._run_one_by_one(module, batch, num_examples)
+            one_by_one.check_mean(alone, self._call, module, batch)
+            return alone
         if self._unnamed is None and OTHER_ROWS in self.plan.verified:
             self._unnamed = UnnamedLoss(self._call, self.plan.verified)
         if self._unnamed is not None:
@@ -281,7 +276,7 @@ class Forward:
     def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured:
         uses = ParameterRecorder(self.plan.layers, batch, num_examples, self.plan.slow)
         recorder = Recorder(self.plan.layers, uses)
-        return run_one_by_one(recorder, uses, self._call, module, batch, num_examples)
+        return one_by_one.run(recorder, uses, self._call, module, batch, num_examples)
 
     def _read_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
         """Return a batch by the losses of its examples alone; None if its loss is not their mean."""
@@ -289,13 +284,13 @@ class Forward:
             return None
         try:
             captured = self._run_one_by_one(module, batch, num_examples)
-            is_mean = is_mean_of_examples(captured, self._call, module, batch)
+            is_mean = one_by_one.is_mean_of_examples(captured, self._call, module, batch)
         except Exception:  # whatever the user's code may raise on a batch of one
             return None
         if not is_mean:
             return None
         self.plan.verified.add(ONE_BY_ONE)
-        warnings.warn(SLOWER, InfluenceWarning, stacklevel=2)
+        warnings.warn(one_by_one.SLOWER, InfluenceWarning, stacklevel=2)
         return captured
 
     def _compare_with_step(self, captured: Captured, module: Any, batch: Any) -> None:

@@ -24,15 +24,15 @@ SLOWER = (
 )
 
 
-def run_one_by_one(
-    recorder: Recorder, uses: UseRecorder, run: Run, module: Any, batch: Any, num_examples: int
+def run(
+    recorder: Recorder, uses: UseRecorder, compute: Run, module: Any, batch: Any, num_examples: int
 ) -> Captured:
     """Run each example of a batch alone, on one record.
 
     Args:
         recorder: records the layers.
         uses: what it has them from.
-        run: computes the loss.
+        compute: computes the loss.
         module: the user's module.
         batch: the batch.
         num_examples: ``B``.
@@ -48,7 +48,7 @@ def run_one_by_one(
     with recorder:
         for number, part in enumerate(parts):
             uses.add_example(part, number)
-            values.append(to_scalar(*run(module, part)))
+            values.append(to_scalar(*compute(module, part)))
     return Captured(num_examples, None, torch.stack(values), recorder)
 
 
@@ -79,15 +79,15 @@ def check_mean(captured: Captured, run: Run, module: Any, batch: Any) -> None:
         batch: the batch.
 
     Raises:
-        UnsupportedModelError: if it is not: the mean over positions, for one, where examples have unlike numbers.
+        UnsupportedModelError: if it is not, as a mean over positions where examples have unlike numbers.
     """
     with preserve_rng(), torch.no_grad():
         whole, mean = to_scalar(*run(module, batch)), captured.per_example().detach().mean()
     limit = 1e-6 if mean.dtype == torch.float64 else 1e-3
     if not bool((whole - mean).abs() <= limit * captured.per_example().detach().abs().mean()):
         raise UnsupportedModelError(
-            f"The loss of a batch is {float(whole):.6g}, and the mean of its examples' losses {float(mean):.6g}, "
-            "though they were one in the first batch. " + REMEDY
+            f"The loss of a batch is {float(whole):.6g}, and the mean of its examples' losses "
+            f"{float(mean):.6g}, though they were one in the first batch. " + REMEDY
         )
 
 
