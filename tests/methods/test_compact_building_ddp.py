@@ -29,13 +29,13 @@ class Net(pl.LightningModule):
 
 
 torch.manual_seed(0)
-x, y = torch.randn(13, 40, dtype=torch.float64), torch.arange(13) % 3
+x, y = torch.randn(61, 40, dtype=torch.float64), torch.arange(61) % 3
 module = Net().double()
 trainer = InfluenceTrainer(
     max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1],
 )
-loader = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
+loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
 queries = DataLoader(TensorDataset(x[:3] + 0.1, y[:3]), batch_size=3)
 trainer.fit(module, loader)
 assert trainer.world_size == 2
@@ -45,12 +45,12 @@ for budget, steps in ((12, 0), (40, 0), (40, 2)):
                "low_rank_tolerance": 0.0, "tolerance": 1e-3, "factors": "refit"}
     found = trainer.influence(module, loader, queries, **options)
     del options["factors"]
-    alone = InfluenceModule(module).scores(DataLoader(TensorDataset(x, y), batch_size=4), queries, **options)
+    alone = InfluenceModule(module).scores(DataLoader(TensorDataset(x, y), batch_size=16), queries, **options)
     assert found.diagnostics.extra["coarse_rank"] == alone.diagnostics.extra["coarse_rank"]
     assert found.diagnostics.extra["coarse_space"] == alone.diagnostics.extra["coarse_space"]
-    torch.testing.assert_close(found.diagnostics.residuals, alone.diagnostics.residuals, rtol=1e-3, atol=1e-5)
-    # Factors that two processes have summed differ by rounding in float32: ekfac's scores do by 1e-5.
-    assert float((found.scores - alone.scores).norm() / alone.scores.norm()) < 2e-5
+    # More examples than a side is wide: bases of null spaces would be arbitrary.
+    torch.testing.assert_close(found.diagnostics.residuals, alone.diagnostics.residuals, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found.scores, alone.scores, rtol=1e-6, atol=1e-9)
 """
 
 
