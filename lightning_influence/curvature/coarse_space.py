@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Eigenbasis
-from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
+from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.linalg.orthonormal import orthonormalise
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients, concatenate
 from lightning_influence.model.plan import Layout
@@ -83,13 +82,12 @@ class CoarseSpace:
         """Return tensors and primitives under flat keys; loads with ``weights_only=True``."""
         state: dict[str, Any] = {
             "version": _VERSION,
-            "shapes": {name: list(shape) for name, shape in self.layout.shapes.items()},
+            **self.inverse.state_dict(),
             "examples": self.examples,
             "mixtures": self.mixtures,
             "limit": self.limit,
             "tolerance": self.tolerance,
             "solves": self.solves,
-            "damping": self.inverse.damping,
             "directions": self.directions,
             "product": self.product,
             "probe_product": self.probe_product,
@@ -97,10 +95,6 @@ class CoarseSpace:
         }
         for name, gradients in self.anchors.items():
             state.update({f"{name}/anchors/{key}": t for key, t in _parts(gradients).items()})
-        for name, inverse in self.inverse.layers.items():
-            state[f"{name}/eigenvalues"] = inverse.eigenvalues
-            if inverse.basis is not None:
-                state |= {f"{name}/{key}": q for key, q in inverse.basis.tensors().items()}
         return state
 
     @classmethod
@@ -119,24 +113,19 @@ class CoarseSpace:
             subject="A stored coarse space has",
             remedy="Build it again with factors='refit'.",
         )
-        shapes = {name: (int(g), int(o), int(i)) for name, (g, o, i) in state["shapes"].items()}
-        layout = Layout(shapes)
-        inverses, anchors = {}, {}
-        for name in shapes:
-            bases = state.get(f"{name}/q_in"), state.get(f"{name}/q_out")
-            basis = None if all(q is None for q in bases) else Eigenbasis(*bases)
-            inverses[name] = EigenInverse(basis, state[f"{name}/eigenvalues"], state["damping"][name])
+        inverse, anchors = BlockInverse.from_state_dict(state), {}
+        for name in inverse.layout.shapes:
             gradients = _gradients(state, f"{name}/anchors")
             if gradients is not None:
                 anchors[name] = gradients
         return cls(
-            layout,
+            inverse.layout,
             state["directions"],
             state["product"],
             state["probe_product"],
             state["mixing"],
             anchors,
-            BlockInverse(layout, inverses),
+            inverse,
             state["examples"],
             **{key: state[key] for key in ("mixtures", "limit", "tolerance", "solves") if key in state},
         )

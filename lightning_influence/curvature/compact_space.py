@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Eigenbasis
-from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
+from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.low_rank_matrices import Matrices, join_matrices, make_matrices
 from lightning_influence.model.plan import Layout
 from lightning_influence.support.storage import check_version
@@ -121,8 +120,7 @@ class CompactSpace:
         """Return tensors and primitives under flat keys; loads with ``weights_only=True``."""
         state: dict[str, Any] = {
             "version": _VERSION,
-            "shapes": {name: list(shape) for name, shape in self.layout.shapes.items()},
-            "damping": self.inverse.damping,
+            **self.inverse.state_dict(),
             "indices": self.rows.indices,
             "rows": self.rows.values,
             "normaliser": self.normaliser,
@@ -130,13 +128,9 @@ class CompactSpace:
             "rank": self.rank,
             "limit": self.limit,
         }
-        for name, inverse in self.inverse.layers.items():
-            for kind, vectors in (("directions", self.directions), ("probes", self.probes)):
-                tensors = vectors[name].tensors()
-                state.update({f"{name}/{kind}/{key}": tensor for key, tensor in tensors.items()})
-            state[f"{name}/eigenvalues"] = inverse.eigenvalues
-            if inverse.basis is not None:
-                state |= {f"{name}/{key}": q for key, q in inverse.basis.tensors().items()}
+        for kind, vectors in (("directions", self.directions), ("probes", self.probes)):
+            for name, part in vectors.items():
+                state |= {f"{name}/{kind}/{key}": tensor for key, tensor in part.tensors().items()}
         return state
 
     @classmethod
@@ -155,25 +149,21 @@ class CompactSpace:
             subject="A stored coarse space has",
             remedy="Build it again with factors='refit'.",
         )
-        layout = Layout({name: (int(g), int(o), int(i)) for name, (g, o, i) in state["shapes"].items()})
+        inverse = BlockInverse.from_state_dict(state)
         found: dict[str, dict[str, Matrices]] = {"directions": {}, "probes": {}}
-        inverses = {}
-        for name in layout.shapes:
+        for name in inverse.layout.shapes:
             for kind, vectors in found.items():
                 prefix = f"{name}/{kind}/"
                 vectors[name] = make_matrices({
                     key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
                 })
-            bases = state.get(f"{name}/q_in"), state.get(f"{name}/q_out")
-            basis = None if all(q is None for q in bases) else Eigenbasis(*bases)
-            inverses[name] = EigenInverse(basis, state[f"{name}/eigenvalues"], state["damping"][name])
         return cls(
-            layout,
+            inverse.layout,
             found["directions"],
             found["probes"],
             CurvatureRows(state["indices"], state["rows"]),
             state["normaliser"],
-            BlockInverse(layout, inverses),
+            inverse,
             state["mixtures"],
             state["rank"],
             state["limit"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,29 @@ class BlockInverse:
     def damping(self) -> dict[str, float]:
         """The damping of each layer."""
         return {name: inverse.damping for name, inverse in self.layers.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives under flat keys; a scale is not kept."""
+        state: dict[str, Any] = {
+            "shapes": {name: list(shape) for name, shape in self.layout.shapes.items()},
+            "damping": self.damping,
+        }
+        for name, inverse in self.layers.items():
+            state[f"{name}/eigenvalues"] = inverse.eigenvalues
+            if inverse.basis is not None:
+                state |= {f"{name}/{key}": q for key, q in inverse.basis.tensors().items()}
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> BlockInverse:
+        """Rebuild an inverse from a state that holds :meth:`state_dict`."""
+        layout = Layout({name: (int(g), int(o), int(i)) for name, (g, o, i) in state["shapes"].items()})
+        layers = {}
+        for name in layout.shapes:
+            bases = state.get(f"{name}/q_in"), state.get(f"{name}/q_out")
+            basis = None if all(q is None for q in bases) else Eigenbasis(*bases)
+            layers[name] = EigenInverse(basis, state[f"{name}/eigenvalues"], state["damping"][name])
+        return cls(layout, layers)
 
     def scaled(self, factor: float) -> BlockInverse:
         """Return the inverse times a number; the damping it reports stays."""
