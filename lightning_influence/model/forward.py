@@ -265,13 +265,12 @@ class Forward:
     ) -> Captured | None:
         """Return the batch by the values of its loss, None if that depends on the output of no module."""
         unnamed = UnnamedLoss(self._call, self.plan.verified, is_strict=is_strict)
-        recorder = self._make_recorder(batch, num_examples)
         try:
-            loss = unnamed.read(module, batch, num_examples, recorder)
+            captured = self._run_unnamed(unnamed, module, batch, num_examples)
         except LossCaptureError:
             return None
         self._unnamed = unnamed
-        return Captured(num_examples, loss, None, recorder)
+        return captured
 
     def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured:
         uses = ParameterRecorder(self.plan.layers, batch, num_examples, self.plan.slow)

@@ -65,6 +65,10 @@ _LEFT_OUT = (
     "cover them, define `influence_loss(batch) -> (B,)` on the module, or let a module that owns them return "
     "them with a row for each example, such as `self.scale.expand_as(outputs)`."
 )
+_OTHER_CALLS = (
+    "The loss has no name here and comes from other modules each time that one and the same batch is run, so "
+    "that it is not known which outputs it is made of. " + REMEDY
+)
 _UNKNOWN_PARTS = (
     "The loss of a batch is taken for the mean of its examples' losses, without a check: the batch could not "
     "be taken apart. If it is a sum, or couples examples, define `influence_loss(batch) -> (B,)`."
@@ -75,7 +79,7 @@ _RANDOM = (
 )
 
 
-class OtherCallsError(Exception):
+class OtherCallsError(UnsupportedModelError):
     """A batch whose examples are sent to other modules than those of the batch that the cut was found for."""
 
 
@@ -139,7 +143,7 @@ class UnnamedLoss:
         if tap.calls != self._calls:
             states.write()
             self._varies = True
-            raise OtherCallsError
+            raise OtherCallsError(_OTHER_CALLS)
         outputs = list(tap.outputs.values())
         places = None if watch is None else [watch.place_of(output) for output in outputs]
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}

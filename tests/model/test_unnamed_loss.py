@@ -12,6 +12,7 @@ from lightning_influence.curvature.differentiation import add_gauss_newton_produ
 from lightning_influence.curvature.hessian import DenseHessianPass
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.plan import find_layers
+from lightning_influence.support.errors import UnsupportedModelError
 
 N, Q = 18, 4
 
@@ -126,3 +127,61 @@ def test_scores_of_a_trainer():
     exact = trainer.influence(module, train, queries, method="exact", damping=0.1, log=False).scores.double()
     matrix = gauss_newton(module, x, y) + 0.1 * torch.eye(own.shape[1], dtype=torch.float64)
     torch.testing.assert_close(exact, asked @ torch.linalg.solve(matrix, own.T) / N, rtol=1e-5, atol=1e-8)
+
+
+class Routed(nn.Module):
+    """Examples are sent to one of two layers by a mask, under a loss without a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 1).double(), nn.Linear(3, 1).double()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        chosen = x[:, 0] > 0
+        outputs = torch.zeros_like(y)
+        for layer, rows in ((self.left, chosen), (self.right, ~chosen)):
+            if rows.any():
+                outputs = outputs.index_add(0, rows.nonzero()[:, 0], layer(x[rows])[:, 0])
+        return (outputs - y).cosh().log().mean()
+
+
+def test_a_batch_that_takes_another_way_through_the_model_is_cut_anew():
+    """The first batch knows one of the layers only, the last the other one."""
+    module = mute(Routed())
+    plan = find_layers(module)
+    run = Forward(plan)
+    for signs in ([1, 1, 1, 1], [1, -1, -1, 1], [-1, 1, 1, 1], [-1, -1, -1, -1]):
+        x, y = data(4, 3)
+        x[:, 0] = x[:, 0].abs() * torch.tensor(signs)
+        found = run(module, (x, y), 4).loss_gradients()
+        for n in range(4):
+            loss = module.training_step((x[n : n + 1], y[n : n + 1]), 0)
+            for name, layer in plan.layers.items():
+                expected = layer.from_parameters(
+                    *torch.autograd.grad(
+                        loss,
+                        [layer.module.weight, layer.module.bias],
+                        retain_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                )
+                dense = found[name].dense()[0, n] if name in found else torch.zeros_like(expected)
+                torch.testing.assert_close(dense, expected)
+
+
+def test_a_step_that_calls_other_modules_each_time_is_refused():
+    class Alternating(Routed):
+        count = 0
+
+        def training_step(self, batch, batch_idx):
+            self.count += 1
+            outputs = self.left(batch[0])[:, 0]
+            if self.count % 2:
+                outputs = outputs + self.right(batch[0])[:, 0]
+            return (outputs - batch[1]).cosh().log().mean()
+
+    module = mute(Alternating())
+    with pytest.raises(UnsupportedModelError, match=r"other modules each time.*influence_loss"):
+        Forward(find_layers(module))(module, data(4, 3), 4)
