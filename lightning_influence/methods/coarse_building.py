@@ -14,6 +14,7 @@ from lightning_influence.curvature.coarse_space import (
     join_scored,
     precondition,
 )
+from lightning_influence.curvature.compact_space import CompactSpace
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse
@@ -95,6 +96,13 @@ class SpaceBuilder:
         """Hand over what the pass for leverages has found, to a builder with the same preconditioner."""
         other._found = self._found
 
+    def _tell(self, space: CoarseSpace | CompactSpace) -> None:
+        """Tell in the answer what the space is made of."""
+        extra = self.context.extra
+        extra["coarse_space"], extra["curvature_examples"] = space.size, space.examples
+        if space.mixtures:
+            extra["curvature_mixtures"] = space.mixtures
+
     def _sample(self, count: int) -> Loader:
         """Return the examples that ``count`` anchors are drawn from, and what is held out."""
         return self.context.train.sample(max(count + _CHECK, self.most_examples), self._seed + 2)
@@ -166,10 +174,7 @@ class CoarseBuilder(SpaceBuilder):
         context.reused |= known is not None
         assert state.coarse is not None
         space = state.coarse.to(context.device)
-        context.extra["coarse_space"] = space.size
-        context.extra["curvature_examples"] = space.examples
-        if space.mixtures:
-            context.extra["curvature_mixtures"] = space.mixtures
+        self._tell(space)
         return space
 
     def set_up(self) -> tuple[CoarseSpace, BlockInverse, TwoLevel]:

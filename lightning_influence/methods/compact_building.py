@@ -121,11 +121,8 @@ class CompactBuilder(SpaceBuilder):
         context.reused |= known is not None
         assert state.compact is not None
         space = state.compact.to(context.device)
-        context.extra["coarse_space"] = space.size
         context.extra["coarse_rank"] = space.rank
-        context.extra["curvature_examples"] = space.examples
-        if space.mixtures:
-            context.extra["curvature_mixtures"] = space.mixtures
+        self._tell(space)
         return space
 
     def set_up(self) -> tuple[CompactSpace, BlockInverse, CompactTwoLevel]:
