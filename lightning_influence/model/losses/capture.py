@@ -19,7 +19,7 @@ from typing_extensions import Self
 from lightning_influence.model.losses.divisors import find_divisor, find_factor
 from lightning_influence.model.losses.graphs import walk
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
-from lightning_influence.model.losses.picked import count_picked
+from lightning_influence.model.losses.picked import PICKERS, count_picked
 from lightning_influence.model.losses.reductions import Alike, count_ways, reduced, summed, tolerance
 from lightning_influence.model.losses.registry import (
     find_losses,
@@ -50,6 +50,7 @@ class LossCall:
         output_number: which output of the node it is.
         versions: of its tensor arguments, to notice changes in place after the call.
         picked: whether it has as many rows as a mask has left, which are nobody's by their number.
+        is_packed: whether hooks have packed what its node saved, so that looking at that runs them.
     """
 
     function: Callable[..., Any]
@@ -60,6 +61,21 @@ class LossCall:
     output_number: int
     versions: tuple[int, ...]
     picked: bool = False
+    is_packed: bool = False
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its tensor arguments."""
+        return [part for part in (*self.args, *self.kwargs.values()) if isinstance(part, Tensor)]
+
+    def with_tensors(self, tensors: Sequence[Tensor], value: Tensor) -> LossCall:
+        """Return a call on other tensors, with the value that it had."""
+        parts = iter(tensors)
+        args = tuple(next(parts) if isinstance(part, Tensor) else part for part in self.args)
+        kwargs = {
+            name: next(parts) if isinstance(part, Tensor) else part for name, part in self.kwargs.items()
+        }
+        return replace(self, args=args, kwargs=kwargs, value=value, node=None, versions=versions_of(tensors))
 
     @property
     def outputs(self) -> Tensor:
@@ -74,7 +90,7 @@ class LossCall:
             LossCaptureError: if the function, its arguments or the number of its rows cannot be worked with.
         """
         loss = parse(self.function, self.args, self.kwargs)
-        if self.versions != versions_of((*self.args, *self.kwargs.values())):
+        if self.versions != versions_of(self.tensors):
             raise LossCaptureError(
                 f"An argument of {loss_name(self.function)} was changed in place after the call. Accepted "
                 "are outputs and targets that stay as they were: change a copy."
@@ -189,18 +205,17 @@ class LossCapture(TorchFunctionMode):
         result = func(*args, **kwargs)
         if type(result).__module__.startswith("torch._subclasses."):
             return result  # the compiler traces it after all: torch 2.4 does not say so
-        self.note_picked(func, args, result)
+        if func in PICKERS:
+            self.note_picked(func, args, result)
         if func in self._losses and isinstance(result, Tensor) and result.requires_grad:
             versions = versions_of((*args, *kwargs.values()))
             # A copy, because `loss += penalty` would change the value that was seen.
             value = result.detach().clone()
-            picked = any(
-                isinstance(part, Tensor) and part.dim() and len(part) in self._picked
-                for part in (*args, *kwargs.values())
+            call = LossCall(
+                func, args, kwargs, value, result.grad_fn, result.output_nr, versions, is_packed=_is_packed()
             )
-            self.calls.append(
-                LossCall(func, args, kwargs, value, result.grad_fn, result.output_nr, versions, picked)
-            )
+            picked = any(part.dim() and len(part) in self._picked for part in call.tensors)
+            self.calls.append(replace(call, picked=picked))
         return result
 
     def note_picked(self, func: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
@@ -393,6 +408,12 @@ def _lost_weight() -> dict[str, Tensor]:
         frame = frame.f_back  # type: ignore[assignment]
     weight = None if frame is None else frame.f_locals.get("weight")
     return {} if weight is None else {"weight": weight}
+
+
+def _is_packed() -> bool:
+    """Return whether hooks pack what operations save; also where torch (before 2.6) does not tell."""
+    read = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return read is None or read(False) is not None
 
 
 def _listing(calls: Sequence[LossCall]) -> str:
