@@ -20,7 +20,8 @@ from torch import Tensor
 from lightning_influence.model.live_capture import StepLosses
 from lightning_influence.model.loss_nodes import LossNode
 from lightning_influence.model.losses.bce import BinaryCrossEntropyLoss, ProbabilityLoss
-from lightning_influence.model.losses.capture import LossCall, same_value, versions_of
+from lightning_influence.model.losses.calls import LossCall, versions_of
+from lightning_influence.model.losses.capture import same_value
 from lightning_influence.model.losses.combined import ScaledLoss, SumLoss
 from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
 from lightning_influence.model.losses.loss import OutputLoss, Reduction, working

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_influence.model.losses.capture import LossCall
+from lightning_influence.model.losses.calls import LossCall
 
 _LABELLED = frozenset({"NllLossBackward0", "NllLoss2DBackward0"})
 # The nodes that may stand for a call; all have saved its two tensors, as `self` and `target`. A softmax is a

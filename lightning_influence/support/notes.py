@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lightning_influence.support.errors import InfluenceWarning
 
 
@@ -21,7 +23,10 @@ class Notices:
 
 
 class Notes:
-    """What was left out or assumed: kept for the diagnostics, and said once as a Python warning.
+    """What an answer was made of, left out or assumed: kept for its certificate, and said once.
+
+    What may change an answer, or what somebody makes of it, is a warning; what was done to get it right is
+    information, which Lightning's logger shows as it does its own.
 
     Attributes:
         messages: all notes, in order.
@@ -35,3 +40,9 @@ class Notes:
         if message not in self.messages:
             self.messages.append(message)
             warnings.warn(message, InfluenceWarning, stacklevel=2)
+
+    def inform(self, message: str) -> None:
+        """Say what is no reason to worry, unless it was said before."""
+        if message not in self.messages:
+            self.messages.append(message)
+            rank_zero_info(message)
