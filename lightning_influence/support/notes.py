@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_influence.support.errors import InfluenceWarning
+
+# A child of Lightning's own logger, whose level and handlers it shares.
+_LOG = logging.getLogger("lightning.pytorch.influence")
 
 
 class Notices:
@@ -45,4 +49,5 @@ class Notes:
         """Say what is no reason to worry, unless it was said before."""
         if message not in self.messages:
             self.messages.append(message)
-            rank_zero_info(message)
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                _LOG.info(message)
