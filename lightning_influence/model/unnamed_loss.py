@@ -149,7 +149,8 @@ class UnnamedLoss:
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}
         if watch is None and rows & picked.counts:
             raise UnsupportedModelError(_PICKED)
-        if picked.counts:  # as many for each example in one batch, and not in the next
+        # Picked rows are as many for each example in one batch, and not in the next.
+        if picked.counts or any(place is not None and place.is_uneven() for place in places or ()):
             self._traits.warn(WEIGHTED)
 
         def describe() -> BatchLoss:

@@ -16,7 +16,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_influence.support.batches import MOST_DEPTH, find_tensors, guess_count, open_part
+from lightning_influence.support.batches import MOST_DEPTH, find_tensors, guess_count, has_lists, open_part
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 from lightning_influence.support.random_states import preserve_rng
 
@@ -104,11 +104,11 @@ class OrderedCollate:
         """
         if self._checked or not isinstance(items, list) or len(items) < 2:
             return self._collate(items)
-        reverse = self._try_out(items[::-1])
-        self._warn_of_mixing(items)
+        reverse, longer = self._try_out(items[::-1]), self._try_out([*items, items[0]])
+        self._warn_of_mixing(items, longer)
         batch = self._collate(items)
         self._checked = True
-        if _has_own_order(batch, reverse, len(items)):
+        if _has_own_order(batch, reverse, longer, len(items)):
             name = getattr(self._collate, "__name__", type(self._collate).__name__)
             raise UnsupportedDataError(
                 f"collate_fn={name} brings the examples of a batch into an order of its own: which row is "
@@ -129,7 +129,7 @@ class OrderedCollate:
         except Exception:  # whatever the user's code may raise
             return None
 
-    def _warn_of_mixing(self, items: list[Any]) -> None:
+    def _warn_of_mixing(self, items: list[Any], longer: Any) -> None:
         """Warn if an example's row changes with the other examples although the random draws are the same.
 
         A permutation can happen to mix the two halves of a batch within themselves, so it is drawn thrice.
@@ -138,7 +138,7 @@ class OrderedCollate:
         replaced = items[:half] + [items[0]] * (len(items) - half)
         for seed in range(3):
             same, again, other = (self._try_out(part, seed) for part in (items, items, replaced))
-            if not _depend_on_others(same, again, other, half, len(items)):
+            if not _depend_on_others((same, again, other), longer, half, len(items)):
                 continue
             name = getattr(self._collate, "__name__", type(self._collate).__name__)
             warnings.warn(
@@ -151,20 +151,20 @@ class OrderedCollate:
             return
 
 
-def _depend_on_others(same: Any, again: Any, other: Any, half: int, count: int) -> bool:
+def _depend_on_others(batches: tuple[Any, Any, Any], longer: Any, half: int, count: int) -> bool:
     """Tell whether the first rows of a batch differ in another one of which only the last examples differ.
 
     Args:
-        same: the batch.
-        again: the same once more; where it differs, rows are random and tell nothing.
-        other: the batch with other examples from ``half`` on.
+        batches: the batch; the same once more, where it differs, rows are random and tell nothing; and the
+            batch with other examples from ``half`` on.
+        longer: a batch of one example more.
         half: number of the first rows.
         count: number of examples.
 
     Returns:
         Whether some part of the batch does.
     """
-    parts = zip(*(_parts(batch, count) for batch in (same, again, other)), strict=False)
+    parts = zip(*(_parts(batch, count, longer) for batch in batches), strict=False)
     return any(
         rows.shape == others.shape
         and torch.equal(rows, repeated)
@@ -173,10 +173,10 @@ def _depend_on_others(same: Any, again: Any, other: Any, half: int, count: int) 
     )
 
 
-def _has_own_order(batch: Any, reverse: Any, count: int) -> bool:
+def _has_own_order(batch: Any, reverse: Any, longer: Any, count: int) -> bool:
     """Return whether the reverse batch holds the same rows, and in no part in reverse order."""
     moved = False
-    for rows, others in zip(_parts(batch, count), _parts(reverse, count), strict=False):
+    for rows, others in zip(_parts(batch, count, longer), _parts(reverse, count, longer), strict=False):
         if rows.shape != others.shape or torch.equal(rows, rows.flip(0)):
             continue
         if torch.equal(others, rows.flip(0)):
@@ -185,23 +185,42 @@ def _has_own_order(batch: Any, reverse: Any, count: int) -> bool:
     return moved
 
 
-def _parts(batch: Any, count: int, depth: int = MOST_DEPTH) -> Iterator[Tensor]:
-    """The tensors of a batch with one row for each example; columns of a time-first one become its rows."""
+def _parts(batch: Any, count: int, longer: Any, depth: int = MOST_DEPTH) -> Iterator[Tensor]:
+    """The tensors of a batch with one row for each example; columns of a time-first one become its rows.
+
+    A list that has one entry more in a batch of one example more is of the examples: its rows are numbers that
+    stand for the entries.
+    """
     if isinstance(batch, Tensor) and batch.layout == torch.strided:
         for dim in (0, 1):
             if batch.ndim > dim and batch.shape[dim] == count:
                 yield batch.transpose(0, dim)
                 return
         return
-    opened = open_part(batch) if depth else None
-    for part in opened.parts if opened is not None else ():
-        yield from _parts(part, count, depth - 1)
+    if _lists_examples(batch, longer, count):
+        yield torch.tensor([hash(tuple(map(_contents, find_tensors(entry)))) for entry in batch])
+        return
+    opened, others = (open_part(part) if depth else None for part in (batch, longer))
+    if opened is None:
+        return
+    same = others is not None and len(others.parts) == len(opened.parts)
+    for part, other in zip(opened.parts, others.parts if others and same else [None] * len(opened.parts)):  # noqa: B905
+        yield from _parts(part, count, other, depth - 1)
 
 
-def _contents(rows: Tensor) -> list[bytes]:
+def _lists_examples(batch: Any, longer: Any, count: int) -> bool:
+    """Return whether a part of a batch is a list with an entry for each example, given one of one more."""
+    return (
+        all(isinstance(part, list | tuple) for part in (batch, longer))
+        and (len(batch), len(longer)) == (count, count + 1)
+        and all(find_tensors(entry) for entry in batch)
+    )
+
+
+def _contents(rows: Tensor) -> tuple[bytes, ...]:
     """Return the rows as bytes, in an order that depends on them alone."""
-    flat = rows.detach().cpu().reshape(len(rows), -1).contiguous()
-    return sorted(row.view(torch.uint8).numpy().tobytes() for row in flat)
+    flat = rows.detach().cpu().reshape(len(rows) if rows.ndim else 1, -1).contiguous()
+    return tuple(sorted(row.view(torch.uint8).numpy().tobytes() for row in flat))
 
 
 ACCEPTED = (
@@ -422,7 +441,7 @@ def _check_size(batch: Any, expected: int) -> None:
         UnsupportedDataError: naming both numbers.
     """
     sizes = {len(tensor) for tensor in find_tensors(batch) if tensor.ndim}
-    if len(sizes) == 1 and max(sizes) < expected:
+    if len(sizes) == 1 and max(sizes) < expected and not has_lists(batch, expected):
         raise UnsupportedDataError(
             f"A batch made of {expected} examples has {max(sizes)}: its collate_fn (or dataset) leaves some "
             "out, and which ones cannot be told. Let it return all of them, and pass a loader over a "

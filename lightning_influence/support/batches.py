@@ -97,6 +97,16 @@ def copy_tensors(batch: Any) -> Any:
         return batch
 
 
+def has_lists(batch: Any, count: int, depth: int = MOST_DEPTH) -> bool:
+    """Return whether a batch holds lists with a tensor for each of ``count`` examples, by their form."""
+    opened = open_part(batch) if depth else None
+    if opened is None:
+        return False
+    forms = {(part.dtype, part.shape[1:]) for part in opened.parts if isinstance(part, Tensor) and part.ndim}
+    is_list = isinstance(batch, list | tuple) and len(opened.parts) == count and len(forms) == 1
+    return is_list or any(has_lists(part, count, depth - 1) for part in opened.parts)
+
+
 def guess_count(batch: Any) -> int | None:
     """Guess the number of examples in a batch of which nobody tells it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -82,9 +82,9 @@ class LossCall:
         rows = loss.outputs.shape[0]
         if self.picked:
             raise LossCaptureError(
-                f"{loss_name(self.function)} was computed on {rows} rows that a mask picked. Accepted are B "
-                "rows, or B * T with the T positions of each example together: mark rows to leave out with "
-                "`ignore_index`."
+                f"{loss_name(self.function)} was computed on {rows} rows, which a mask or an index picked or "
+                "which are joined from examples of several lengths. Accepted are B rows, or B * T with the T "
+                "positions of each example together: mark rows to leave out with `ignore_index`."
             )
         if rows == 0 or rows % batch_size:
             raise LossCaptureError(
@@ -208,16 +208,19 @@ class LossCapture(TorchFunctionMode):
         count = count_picked(func, args, result)
         self._picked |= set() if count is None else {count}
 
-    def acquit(self, is_in_order: Callable[[Tensor], bool]) -> None:
-        """Take rows for those of the examples where that is known, whatever their number.
+    def judge(self, whole: Container[int], is_in_order: Callable[[Tensor], bool] | None = None) -> None:
+        """Decide which calls are on rows of which it is not known whose they are.
 
         Args:
-            is_in_order: tells whether the rows of a tensor are known to be the examples in their order.
+            whole: numbers of rows that are all positions of the examples.
+            is_in_order: tells whether the rows of a tensor are known to be the examples in their order,
+                whatever their number.
         """
-        self.calls = [
-            replace(call, picked=not is_in_order(call.outputs)) if call.picked else call
-            for call in self.calls
-        ]
+        for number, call in enumerate(self.calls):
+            outputs = call.outputs
+            doubtful = call.picked or (outputs.dim() > 0 and len(outputs) not in whole)
+            picked = doubtful and not (is_in_order is not None and is_in_order(outputs))
+            self.calls[number] = replace(call, picked=picked)
 
     def clear(self) -> None:
         """Forget the recorded calls and their graph."""
