@@ -97,14 +97,36 @@ def copy_tensors(batch: Any) -> Any:
         return batch
 
 
-def has_lists(batch: Any, count: int, depth: int = MOST_DEPTH) -> bool:
-    """Return whether a batch holds lists with a tensor for each of ``count`` examples, by their form."""
-    opened = open_part(batch) if depth else None
-    if opened is None:
+class ExampleList(list[Any]):
+    """A list of which it is known that it has an entry for each example of its batch."""
+
+
+def is_list_of_examples(part: Any, count: int) -> bool:
+    """Return whether a part of a batch is a list with a tensor for each of ``count`` examples.
+
+    Args:
+        part: anything.
+        count: number of examples ``B``. Several tensors of one shape that have as many rows or columns are
+            taken for inputs and targets of the batch, unless it is known that they are not.
+    """
+    if isinstance(part, ExampleList):
+        return len(part) == count
+    if not isinstance(part, list | tuple) or len(part) != count or count < 2:
         return False
-    forms = {(part.dtype, part.shape[1:]) for part in opened.parts if isinstance(part, Tensor) and part.ndim}
-    is_list = isinstance(batch, list | tuple) and len(opened.parts) == count and len(forms) == 1
-    return is_list or any(has_lists(part, count, depth - 1) for part in opened.parts)
+    tensors = [item for item in part if isinstance(item, Tensor)]
+    if len(tensors) < count or len({(tensor.ndim, tensor.dtype) for tensor in tensors}) > 1:
+        return False
+    shapes = {tensor.shape for tensor in tensors}
+    of_several_lengths = len(shapes) > 1 == len({shape[1:] for shape in shapes})
+    return of_several_lengths or not all(count in shape[:2] for shape in shapes)
+
+
+def has_lists(batch: Any, count: int, depth: int = MOST_DEPTH) -> bool:
+    """Return whether a batch holds a list with a tensor for each of ``count`` examples."""
+    opened = open_part(batch) if depth else None
+    return opened is not None and (
+        is_list_of_examples(batch, count) or any(has_lists(part, count, depth - 1) for part in opened.parts)
+    )
 
 
 def guess_count(batch: Any) -> int | None:
