@@ -53,6 +53,8 @@ _CALLED = "{} is called"
 OTHER_ROWS = "losses are read by their values"
 # Says that layers are called on rows whose examples are not known by their number: their uses are watched.
 _ROWS_VARY = "rows of layers vary"
+# Says that a loss leaves out so many positions of each example, as one with shifted targets does.
+_LEFT_OUT = "{} positions are left out"
 # Says that functions that losses are made of give examples other weights than one.
 _WEIGHED = "examples have weights"
 
@@ -255,10 +257,8 @@ class Forward:
         recorder = self._make_recorder(batch, num_examples)
         with recorder, self._capture:
             values, batch_loss = self._call(module, batch)
-        whole = WholeRows(batch, num_examples, recorder.positions(num_examples))
-        if recorder.uses is None and any(rows not in whole for rows in recorder.flat_rows()):
+        if not self._judge_rows(batch, num_examples, recorder):
             return self._watch_rows(module, batch, num_examples)
-        self._capture.judge(whole, None if recorder.uses is None else recorder.uses.is_in_order)
         try:
             if batch_loss is None:
                 source = "influence_loss(batch)" if self._loss is None else "loss="
@@ -283,6 +283,16 @@ class Forward:
             self._capture.calls = []  # lets go of the graph
         return Captured(num_examples, loss, None, recorder)
 
+    def _judge_rows(self, batch: Any, num_examples: int, recorder: Recorder) -> bool:
+        """Return whether the rows that layers saw are known to be the examples', and mark losses of others."""
+        known = [text.split()[0] for text in self.plan.verified if text.endswith(_LEFT_OUT.format(""))]
+        whole = WholeRows(batch, num_examples, recorder.positions(num_examples), map(int, known))
+        uses = recorder.uses
+        in_order = self._capture.judge(whole, None if uses is None else uses.is_in_order)
+        for rows in in_order:
+            self.plan.verified |= {_LEFT_OUT.format(number) for number in whole.left_out(rows)}
+        return uses is not None or all(rows in whole for rows in recorder.flat_rows())
+
     def _watch_rows(self, module: Any, batch: Any, num_examples: int) -> Captured:
         """Run a batch again whose layers were called on rows that are nobody's by their number."""
         self.plan.verified.add(_ROWS_VARY)
@@ -296,10 +306,8 @@ class Forward:
         except OtherCallsError:
             recorder = self._make_recorder(batch, num_examples)
             loss = unnamed.read(module, batch, num_examples, recorder)
-        if recorder.uses is None:
-            whole = WholeRows(batch, num_examples, recorder.positions(num_examples))
-            if any(rows not in whole for rows in recorder.flat_rows()):
-                return self._watch_rows(module, batch, num_examples)
+        if not self._judge_rows(batch, num_examples, recorder):
+            return self._watch_rows(module, batch, num_examples)
         return Captured(num_examples, loss, None, recorder)
 
     def _read_unnamed(

@@ -208,19 +208,25 @@ class LossCapture(TorchFunctionMode):
         count = count_picked(func, args, result)
         self._picked |= set() if count is None else {count}
 
-    def judge(self, whole: Container[int], is_in_order: Callable[[Tensor], bool] | None = None) -> None:
+    def judge(self, whole: Container[int], is_in_order: Callable[[Tensor], bool] | None = None) -> set[int]:
         """Decide which calls are on rows of which it is not known whose they are.
 
         Args:
             whole: numbers of rows that are all positions of the examples.
             is_in_order: tells whether the rows of a tensor are known to be the examples in their order,
                 whatever their number.
+
+        Returns:
+            Numbers of rows that are not whole, and are the examples' in their order.
         """
+        acquitted = set()
         for number, call in enumerate(self.calls):
             outputs = call.outputs
-            doubtful = call.picked or (outputs.dim() > 0 and len(outputs) not in whole)
-            picked = doubtful and not (is_in_order is not None and is_in_order(outputs))
-            self.calls[number] = replace(call, picked=picked)
+            other = outputs.dim() > 0 and len(outputs) not in whole
+            in_order = (call.picked or other) and is_in_order is not None and is_in_order(outputs)
+            acquitted |= {len(outputs)} if other and in_order else set()
+            self.calls[number] = replace(call, picked=(call.picked or other) and not in_order)
+        return acquitted
 
     def clear(self) -> None:
         """Forget the recorded calls and their graph."""

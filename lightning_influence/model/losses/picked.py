@@ -72,10 +72,13 @@ class WholeRows:
         batch: any nesting.
         num_examples: ``B``.
         positions: how many the outputs of layers have of each example.
+        left_out: how many of its positions may be missing, as the last one of shifted targets is.
     """
 
-    def __init__(self, batch: Any, num_examples: int, positions: Iterable[int]) -> None:
-        self._count = num_examples
+    def __init__(
+        self, batch: Any, num_examples: int, positions: Iterable[int], left_out: Iterable[int] = ()
+    ) -> None:
+        self._count, self._left_out = num_examples, {0, *left_out}
         self._positions = set(positions)
         tensors = [tensor for tensor in find_tensors(batch) if tensor.dim()]
         for shape, is_index in ((tensor.shape, not tensor.is_floating_point()) for tensor in tensors):
@@ -90,4 +93,10 @@ class WholeRows:
         if not isinstance(rows, int) or rows % self._count:
             return False
         each = rows // self._count
-        return self._count == 1 or each == 1 or each in self._positions or self._is_flat
+        known = bool(self.left_out(rows) & self._left_out)
+        return self._count == 1 or each == 1 or known or self._is_flat
+
+    def left_out(self, rows: int) -> set[int]:
+        """Return how many positions of each example may be missing in so many rows."""
+        each = rows // self._count
+        return {positions - each for positions in self._positions if positions >= each}
