@@ -284,7 +284,7 @@ class Forward:
         return Captured(num_examples, loss, None, recorder)
 
     def _judge_rows(self, batch: Any, num_examples: int, recorder: Recorder) -> bool:
-        """Return whether the rows that layers saw are known to be the examples', and mark losses of others."""
+        """Return whether rows that layers saw are known to be the examples', and mark losses of others."""
         known = [text.split()[0] for text in self.plan.verified if text.endswith(_LEFT_OUT.format(""))]
         whole = WholeRows(batch, num_examples, recorder.positions(num_examples), map(int, known))
         uses = recorder.uses
