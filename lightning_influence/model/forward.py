@@ -139,7 +139,7 @@ class Forward:
         if len(silent) == len(self.plan.layers) and not self.plan.is_part:
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
-                "and parameters that are used outside torch.no_grad() and outside gradient checkpointing. "
+                "and parameters that are used outside torch.no_grad(), torch.vmap and gradient checkpoints. "
                 f"Layers: {sorted(self.plan.layers)[:8]}."
             )
         if measure is None and (self._loss is not None or callable(getattr(module, "influence_loss", None))):
