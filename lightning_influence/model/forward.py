@@ -139,7 +139,7 @@ class Forward:
         if len(silent) == len(self.plan.layers) and not self.plan.is_part:
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
-                "and parameters that are used outside torch.no_grad(), torch.vmap and gradient checkpoints. "
+                "and parameters used outside torch.no_grad(), torch.vmap and outside gradient checkpointing. "
                 f"Layers: {sorted(self.plan.layers)[:8]}."
             )
         if measure is None and (self._loss is not None or callable(getattr(module, "influence_loss", None))):
@@ -291,7 +291,7 @@ class Forward:
         in_order = self._capture.judge(whole, None if uses is None else uses.is_in_order)
         for rows in in_order:
             self.plan.verified |= {_LEFT_OUT.format(number) for number in whole.left_out(rows)}
-        return uses is not None or all(rows in whole for rows in recorder.flat_rows())
+        return uses is not None or all(rows in whole for rows in recorder.flat_rows(num_examples))
 
     def _watch_rows(self, module: Any, batch: Any, num_examples: int) -> Captured:
         """Run a batch again whose layers were called on rows that are nobody's by their number."""

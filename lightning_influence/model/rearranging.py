@@ -83,8 +83,10 @@ def find_layouts(batch: Any, count: int) -> Iterator[dict[int, int | None]]:
     options: list[tuple[int, int | None]] = []
     tensors = find_tensors(batch)
     certain = any(count in tensor.shape[:1] and count not in tensor.shape[1:2] for tensor in tensors)
+    by_index = find_rows(tensors, count)
     for number, tensor in enumerate(tensors):
         if count in tensor.shape[:1]:
+            options += [(number, 0)] if number in by_index else []
             options.append((number, None))
             if certain and count in tensor.shape[1:2]:
                 options.append((number, 1))

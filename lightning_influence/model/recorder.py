@@ -172,9 +172,10 @@ class Recorder:
             if shape[:1] == (num_examples,)
         }
 
-    def flat_rows(self) -> set[int]:
-        """Return numbers of rows that layers were called on, where these are no sequences or images."""
-        return {len(x) for calls in self._calls.values() for x in calls.inputs if x.ndim == 2}
+    def flat_rows(self, num_examples: int) -> set[int]:
+        """Return numbers of rows that layers were called on, of sequences and images only uneven ones."""
+        inputs = (x for calls in self._calls.values() for x in calls.inputs)
+        return {len(x) for x in inputs if x.ndim == 2 or (x.ndim > 2 and len(x) % num_examples)}
 
     @property
     def silent(self) -> list[str]:

@@ -354,7 +354,7 @@ class LossCapture(TorchFunctionMode):
                 ways = partial(count_ways, loss, slope)
                 own = find_divisor(batch_loss.grad_fn, call.node, nodes, ways, divisor)
                 losses.append(reduced(loss, slope, own))
-                self._alike.check(loss, losses[-1])
+                self._alike.check(loss, losses[-1], len(losses))
         if len(losses) == 1:
             return losses[0]
         return summed(losses)
