@@ -115,7 +115,14 @@ def _must_be_answered(recipe: Recipe) -> bool:
         or recipe.net in {"time_inside", "multihead", "multihead_time", "functional"}
         or recipe.net.startswith("experts")
         or recipe.step == "surrogate"
-        or (recipe.step == "loop" and recipe.net.startswith("conv"))
+        or (
+            recipe.step in {"parts", "loop"}
+            and (recipe.net.startswith("conv") or recipe.penalty == "weights")
+        )
+        # A list of as many equal tensors as these have rows may be a batch of inputs and targets.
+        or (recipe.packing == "lists" and recipe.loader == "batches")
+        # Sums over bags of words have no second derivatives in torch.
+        or (recipe.net == "bag" and "hessian" in {recipe.method, recipe.options.get("curvature")})
         or recipe.frozen
         or recipe.ignored  # perhaps all of it
         or (recipe.method in {"cg", "minres", "astra", "lissa"} and recipe.ask == "self_influence")
