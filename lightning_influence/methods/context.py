@@ -20,6 +20,7 @@ from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.options import Options
 from lightning_influence.model.content import SeenData
+from lightning_influence.model.forward import ReadOtherwiseError
 from lightning_influence.model.mean_loss import same_mean
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.digests import digest_text
@@ -165,15 +166,18 @@ class OtherDataError(Exception):
 def answer_or_retry(state: InfluenceState, answer: Callable[[], Answer]) -> Answer:
     """Return an answer; once more from scratch if it rests on what was computed for other data.
 
+    It is also computed once more where batches have to be read in another way than was begun with.
+
     Args:
         state: what is kept between calls.
         answer: computes the answer, with :func:`check_same_data` on the way.
     """
-    try:
-        return answer()
-    except OtherDataError:
-        state.forget()
-        return answer()
+    for _ in range(2):  # one retry for either reason
+        try:
+            return answer()
+        except (OtherDataError, ReadOtherwiseError):
+            state.forget()
+    return answer()
 
 
 def check_same_data(context: Context, losses: SeenData) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.gradients import FactoredGradients, LayerGradients
 from lightning_influence.model.layers import Layer
+from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.rearranging import Layout, find_layouts, rearranged
 from lightning_influence.model.recorder import Recorder, Slopes
 from lightning_influence.support.errors import (
@@ -46,6 +47,12 @@ def check_independent(captured: Captured) -> None:
     values = captured.per_example()
     if not bool(torch.isfinite(values).all()):
         bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+        if isinstance(captured.loss, BatchLoss) and bool(torch.isfinite(captured.loss.batch_loss)):
+            raise NonFiniteError(
+                f"The loss of the first batch is finite, and those of {len(bad)} of its examples alone are "
+                f"not (positions {bad[:5]}), as the mean over half a batch is not in a batch of one. Define "
+                "`influence_loss(batch) -> (B,)` on the module, or pass `loss=`."
+            )
         raise NonFiniteError(
             f"The loss of {len(bad)} of {captured.num_examples} examples in the first batch is not "
             f"finite (positions {bad[:5]}). Check these examples and the model's weights for NaN or "

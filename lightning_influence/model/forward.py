@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -25,11 +24,13 @@ from lightning_influence.model.losses.calls import LossCall
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.one_by_one import ONE_BY_ONE
 from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
+from lightning_influence.model.training_step import call_loss, run_step
 from lightning_influence.model.unnamed_loss import (
     OtherCallsError,
     Run,
@@ -43,22 +44,35 @@ from lightning_influence.support.errors import (
     LossCaptureError,
     NonFiniteError,
     UnsupportedModelError,
-    add_note,
 )
 from lightning_influence.support.random_states import preserve_rng
-
-_OUTSIDE_FIT = (
-    "This was raised by the module's `training_step`, which influence runs on training and query batches, in "
-    "eval mode and outside of a fit. If it needs what only a fit has (optimizers, a logger), or query "
-    "batches are of another form, define `influence_loss(batch) -> (B,)` on the module: the loss of each "
-    "example of the batch."
-)
-
+from lightning_influence.support.waiting import read_later
 
 # Says that a layer is a module whose weights are used by calling it: its uses need not be watched.
 _CALLED = "{} is called"
-#: Says that the rows of a loss that is known by name are not the examples in their order.
-OTHER_ROWS = "rows of the loss are in another order"
+#: Says that batches are read by the values of their losses, not by the functions these are made of.
+OTHER_ROWS = "losses are read by their values"
+# Says that layers are called on rows whose examples are not known by their number: their uses are watched.
+_ROWS_VARY = "rows of layers vary"
+# Says that a loss leaves out so many positions of each example, as one with shifted targets does.
+_LEFT_OUT = "{} positions are left out"
+# Says that functions that losses are made of give examples other weights than one.
+_WEIGHED = "examples have weights"
+
+
+class ReadOtherwiseError(UnsupportedModelError):
+    """A batch whose loss has to be read in another way than those of batches before, with other weights.
+
+    The question is to be asked anew, and will be answered in that way from the start.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The losses of some batches are made of functions that are known by name, and those of others of "
+            "rows that a mask or an index picked, whose weights are not known. Define "
+            "`influence_loss(batch) -> (B,)` on the module, or mask losses without dropping rows "
+            "(`ignore_index`)."
+        )
 
 
 class Measure(Protocol):
@@ -90,6 +104,7 @@ class Forward:
         self._loss = plan.loss if loss is None else loss
         self._capture = LossCapture()
         self._unnamed: UnnamedLoss | None = None
+        self._weights: Tensor | None = None  # of the examples of the last batch
 
     def __call__(
         self, module: Any, batch: Any, num_examples: int, measure: Measure | None = None
@@ -125,7 +140,7 @@ class Forward:
         if len(silent) == len(self.plan.layers) and not self.plan.is_part:
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
-                "and parameters that are used outside torch.no_grad() and outside gradient checkpointing. "
+                "and parameters used outside torch.no_grad(), torch.vmap and outside gradient checkpointing. "
                 f"Layers: {sorted(self.plan.layers)[:8]}."
             )
         if measure is None and (self._loss is not None or callable(getattr(module, "influence_loss", None))):
@@ -140,8 +155,25 @@ class Forward:
             other = self._read_other_rows(captured, module, batch) if measure is None else None
             if other is None:
                 raise refusal
-            return other
+            captured = other
+        self._keep_one_reading(captured)
         return captured
+
+    def _keep_one_reading(self, captured: Captured) -> None:
+        """Note how a batch was read; batches of one question are all read in the same way.
+
+        Raises:
+            ReadOtherwiseError: if some before gave examples weights, which this reading does not know.
+        """
+        loss, verified = captured.loss, self.plan.verified
+        if isinstance(loss, BatchLoss) and loss.values is None:
+            if OTHER_ROWS not in verified:
+                verified.add(OTHER_ROWS)
+                if _WEIGHED in verified or (self._weights is not None and bool((self._weights != 1).any())):
+                    raise ReadOtherwiseError
+        elif loss is not None and _WEIGHED not in verified:
+            self._weights = loss.weights().detach()
+            read_later((self._weights != 1).any(), lambda found: verified.add(_WEIGHED) if found else None)
 
     def _read_other_rows(self, captured: Captured, module: Any, batch: Any) -> Captured | None:
         """Return a batch whose loss was refused, by the outputs of modules that it is made of, or one by one.
@@ -201,7 +233,7 @@ class Forward:
 
     def _make_recorder(self, batch: Any, num_examples: int) -> Recorder:
         plan = self.plan
-        if self._called <= plan.verified:
+        if self._called <= plan.verified and _ROWS_VARY not in plan.verified:
             return Recorder(plan.layers)
         return Recorder(plan.layers, ParameterRecorder(plan.layers, batch, num_examples, plan.slow))
 
@@ -226,8 +258,8 @@ class Forward:
         recorder = self._make_recorder(batch, num_examples)
         with recorder, self._capture:
             values, batch_loss = self._call(module, batch)
-        if recorder.uses is not None:
-            self._capture.acquit(recorder.uses.is_in_order)
+        if not self._judge_rows(batch, num_examples, recorder):
+            return self._watch_rows(module, batch, num_examples)
         try:
             if batch_loss is None:
                 source = "influence_loss(batch)" if self._loss is None else "loss="
@@ -252,6 +284,22 @@ class Forward:
             self._capture.calls = []  # lets go of the graph
         return Captured(num_examples, loss, None, recorder)
 
+    def _judge_rows(self, batch: Any, num_examples: int, recorder: Recorder) -> bool:
+        """Return whether rows that layers saw are known to be the examples', and mark losses of others."""
+        known = [text.split()[0] for text in self.plan.verified if text.endswith(_LEFT_OUT.format(""))]
+        whole = WholeRows(batch, num_examples, recorder.positions(num_examples), map(int, known))
+        uses = recorder.uses
+        in_order = self._capture.judge(whole, None if uses is None else uses.is_in_order)
+        for rows in in_order:
+            self.plan.verified |= {_LEFT_OUT.format(number) for number in whole.left_out(rows)}
+        return uses is not None or all(rows in whole for rows in recorder.flat_rows(num_examples))
+
+    def _watch_rows(self, module: Any, batch: Any, num_examples: int) -> Captured:
+        """Run a batch again whose layers were called on rows that are nobody's by their number."""
+        self.plan.verified.add(_ROWS_VARY)
+        self.plan.verified.discard("loss")
+        return self._run(module, batch, num_examples)
+
     def _run_unnamed(self, unnamed: UnnamedLoss, module: Any, batch: Any, num_examples: int) -> Captured:
         recorder = self._make_recorder(batch, num_examples)
         try:
@@ -259,6 +307,8 @@ class Forward:
         except OtherCallsError:
             recorder = self._make_recorder(batch, num_examples)
             loss = unnamed.read(module, batch, num_examples, recorder)
+        if not self._judge_rows(batch, num_examples, recorder):
+            return self._watch_rows(module, batch, num_examples)
         return Captured(num_examples, loss, None, recorder)
 
     def _read_unnamed(
@@ -392,76 +442,6 @@ def compute_losses(
         return capture.resolve(batch_loss, num_examples).per_example().detach()
     except LossCaptureError:
         return compute_alone(run, module, batch, num_examples, layout)
-
-
-def call_loss(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Run the hook ``influence_loss`` if there is one, else ``training_step``.
-
-    Returns:
-        ``(per-example values, None)`` from the hook, or ``(None, batch loss)``.
-    """
-    hook = getattr(module, "influence_loss", None)
-    if callable(hook):
-        return hook(copy_tensors(batch)), None
-    return None, run_step(module, batch)
-
-
-def run_step(module: Any, batch: Any) -> Tensor:
-    """Run ``training_step``.
-
-    Returns:
-        Its loss.
-
-    Raises:
-        LossCaptureError: if it returns none.
-        UnsupportedModelError: if the module optimizes manually.
-    """
-    if not getattr(module, "automatic_optimization", True):
-        raise UnsupportedModelError(
-            "The module optimizes manually, so its `training_step` cannot be run without changing the "
-            "weights. Define `influence_loss(self, batch)`, which returns the per-example training loss as a "
-            "tensor of shape (B,)."
-        )
-    # A step may change the batch in place, which is the user's, and is run again on it by checks.
-    arguments = _step_arguments(module, copy_tensors(batch))
-    try:
-        result = module.training_step(*arguments)
-    except Exception as error:
-        add_note(error, _OUTSIDE_FIT)
-        raise
-    loss = result.get("loss") if isinstance(result, dict) else result
-    if not isinstance(loss, Tensor):
-        raise LossCaptureError(
-            f"`training_step` returned {type(result).__name__} without a loss tensor; accepted are a scalar "
-            "tensor or a dict with the key 'loss'. If it skips batches, define `influence_loss(batch) -> "
-            "(B,)` on the module."
-        )
-    return loss
-
-
-def _step_arguments(module: Any, batch: Any) -> tuple[Any, ...]:
-    """Collect positional arguments of ``training_step``: the batch, and 0 for every further required one.
-
-    Returns:
-        The arguments.
-
-    Raises:
-        UnsupportedModelError: if the step takes an iterator.
-    """
-    parameters = list(inspect.signature(module.training_step).parameters.values())
-    if parameters and parameters[0].name == "dataloader_iter":
-        raise UnsupportedModelError(
-            "`training_step(dataloader_iter)` draws its own batches; influence passes need "
-            "`training_step(batch, ...)` or the hook `influence_loss(batch) -> (B,)`."
-        )
-    required = [
-        p
-        for p in parameters[1:]
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    # Lightning gives the batch's number to `training_step(self, *args)` as well.
-    variadic = bool(parameters) and parameters[0].kind is parameters[0].VAR_POSITIONAL
-    return (batch, *(0 for _ in required), *((0,) if variadic else ()))
 
 
 def forward_if_weighted(forward: Forward, module: Any, batch: Any, num_examples: int) -> Captured | None:

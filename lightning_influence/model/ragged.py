@@ -63,9 +63,12 @@ def find_rows(tensors: Sequence[Tensor], count: int) -> dict[int, Rows]:
         if values.ndim == 1 and len(values) > count and _is_ascending(values, count):
             search.owners.setdefault(len(values), values)
             search.found[number] = Rows(0, search.owners[len(values)], "examples")
-    # Class weights are vectors and masks are square: labels that happen to sum to their size are no index.
+    # Class weights and positions are vectors, masks square: labels that sum to their size are no index.
     flats = [
-        t for t in tensors if (t.ndim == 1 and _is_index(t)) or (t.ndim > 1 and t.shape[0] != t.shape[1])
+        t
+        for n, t in enumerate(tensors)
+        if (t.ndim == 1 and n in flat and not _are_positions(flat[n]))
+        or (t.ndim > 1 and t.shape[0] != t.shape[1])
     ]
     lengths = {len(t) for t in flats} - {count, count + 1}
     for number, values in flat.items():
@@ -147,6 +150,11 @@ def _order_rows(owners: Tensor, order: Sequence[int]) -> Tensor:
 def _is_index(tensor: Tensor) -> bool:
     integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     return tensor.layout == torch.strided and integer and tensor.ndim in (1, 2) and tensor.numel() > 0
+
+
+def _are_positions(values: Tensor) -> bool:
+    """Return whether a vector is 0, 1, 2 and so on, which says nothing of examples."""
+    return torch.equal(values, torch.arange(len(values)))
 
 
 def _is_ascending(values: Tensor, count: int) -> bool:

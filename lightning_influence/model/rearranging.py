@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lightning_influence.model.ragged import Rows, find_rows, select_rows
-from lightning_influence.support.batches import MOST_DEPTH, find_tensors, open_part
+from lightning_influence.support.batches import (
+    MOST_DEPTH,
+    ExampleList,
+    find_tensors,
+    has_lists,
+    is_list_of_examples,
+    open_part,
+)
+from lightning_influence.support.errors import UnsupportedDataError
 
 Layout = Mapping[int, int | None]
 """Tensors by their number in the batch -> the dimension of their examples, None if they hold none."""
@@ -21,8 +29,16 @@ Layout = Mapping[int, int | None]
 _MOST_LAYOUTS = 24
 
 
-class UnknownPartError(Exception):
+class UnknownPartError(UnsupportedDataError):
     """A part of a batch of which it is not known how it belongs to the examples."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A batch has to be taken apart into its examples, and how it holds them is not known. Accepted "
+            "are tensors with the examples in the first or second dimension, lists with an entry an example, "
+            "and rows that an index gives to examples. Otherwise define `influence_loss(batch) -> (B,)` on "
+            "the module."
+        )
 
 
 def rearranged(batch: Any, order: Sequence[int], count: int, layout: Layout | None = None) -> Any:
@@ -67,8 +83,10 @@ def find_layouts(batch: Any, count: int) -> Iterator[dict[int, int | None]]:
     options: list[tuple[int, int | None]] = []
     tensors = find_tensors(batch)
     certain = any(count in tensor.shape[:1] and count not in tensor.shape[1:2] for tensor in tensors)
+    by_index = find_rows(tensors, count)
     for number, tensor in enumerate(tensors):
         if count in tensor.shape[:1]:
+            options += [(number, 0)] if number in by_index else []
             options.append((number, None))
             if certain and count in tensor.shape[1:2]:
                 options.append((number, 1))
@@ -103,7 +121,7 @@ class _Rearranging:
         opened = open_part(part) if depth else None
         if opened is None:
             return part
-        if isinstance(part, list | tuple) and len(part) == self.count and self._is_ragged(opened.parts):
+        if isinstance(part, list | tuple) and len(part) == self.count and self._is_ragged(part):
             for _ in find_tensors(opened.parts):
                 next(self._numbers)
             self.moved = self.moved or bool(find_tensors(opened.parts))
@@ -158,10 +176,10 @@ class _Rearranging:
         """Return whether a list holds one thing an example: texts and numbers, or tensors of no batch."""
         if all(item is None or isinstance(item, str | bytes | int | float) for item in items):
             return True
-        tensors = [item for item in items if isinstance(item, Tensor)]
-        if len(tensors) == len(items):
-            return not all(self.count in tensor.shape[:2] for tensor in tensors)
-        return not any(self.count in tensor.shape[:2] for tensor in find_tensors(items))
+        if isinstance(items, ExampleList) or all(isinstance(item, Tensor) for item in items):
+            return is_list_of_examples(items, self.count)
+        inner = any(has_lists(item, self.count) for item in items)
+        return not inner and not any(self.count in tensor.shape[:2] for tensor in find_tensors(items))
 
 
 def _is_number(item: object, count: int) -> bool:

@@ -163,6 +163,20 @@ class Recorder:
         edges = [edge for calls in self._calls.values() for edge in calls.edges]
         return {edge.node for edge in (*edges, *(self.uses.activations if self.uses is not None else ()))}
 
+    def positions(self, num_examples: int) -> set[int]:
+        """Return how many positions of an example the calls of layers had that begin with the examples."""
+        return {
+            shape.numel() // (num_examples * self.layers[name].groups * self.layers[name].d_out)
+            for name, calls in self._calls.items()
+            for shape in calls.shapes
+            if shape[:1] == (num_examples,)
+        }
+
+    def flat_rows(self, num_examples: int) -> set[int]:
+        """Return numbers of rows that layers were called on, of sequences and images only uneven ones."""
+        inputs = (x for calls in self._calls.values() for x in calls.inputs)
+        return {len(x) for x in inputs if x.ndim == 2 or (x.ndim > 2 and len(x) % num_examples)}
+
     @property
     def silent(self) -> list[str]:
         """Names of the layers that did not take part in the forward pass."""

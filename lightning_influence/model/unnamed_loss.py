@@ -106,6 +106,7 @@ class UnnamedLoss:
         # Whether the network has a run of its own: outputs that feed one another cannot be cut in the same
         # one, and values that the user gives for the examples keep their graph, by which they are checked.
         self._chained = False
+        self._has_looked = False  # for uses of weights beside outputs, where the values are given
 
     def read(self, module: Any, batch: Any, num_examples: int, recorder: Recorder) -> BatchLoss:
         """Run a batch.
@@ -149,7 +150,8 @@ class UnnamedLoss:
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}
         if watch is None and rows & picked.counts:
             raise UnsupportedModelError(_PICKED)
-        if picked.counts:  # as many for each example in one batch, and not in the next
+        # Picked rows are as many for each example in one batch, and not in the next.
+        if picked.counts or any(place is not None and place.is_uneven() for place in places or ()):
             self._traits.warn(WEIGHTED)
 
         def describe() -> BatchLoss:
@@ -166,6 +168,8 @@ class UnnamedLoss:
 
         if values is None and not self._is_known():
             self._check(describe(), module, batch, recorder)
+        if values is not None and num_examples > 1 and not self._has_looked:
+            self._look_beside(value, describe(), module, batch, recorder)
         return describe()
 
     def _is_known(self) -> bool:
@@ -410,6 +414,30 @@ class UnnamedLoss:
         if rows.shape[1] != width:
             raise UnknownPartError
         return rows, self._direct_gradients(value, recorder)
+
+    def _look_beside(
+        self, value: Tensor, loss: BatchLoss, module: Any, batch: Any, recorder: Recorder
+    ) -> None:
+        """Note a layer that the user's losses reach in another way than through the outputs of modules.
+
+        Penalties on weights do not count: their gradients are the same for all data.
+        """
+        self._has_looked = True
+        beside = {name: g for name, g in self._direct_gradients(value, recorder).items() if bool(g.any())}
+        limit = 10 * _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
+        for part in draw_halves(loss.num_examples) if beside else ():
+            try:
+                piece = rearranged(batch, part, loss.num_examples, self._layout)
+                _, half, _ = self._run_from_leaves(module, piece, len(part))
+                others = self._direct_gradients(half, recorder)
+            except Exception:  # whatever the user's code may raise on a part of a batch
+                continue
+            for name, gradient in beside.items():
+                weight = recorder.layers[name].rule.weight(recorder.layers[name].module)
+                inside = torch.autograd.grad(loss.outputs.sum(), weight, retain_graph=True, allow_unused=True)
+                used_twice = inside[0] is not None and bool(inside[0].any())
+                if used_twice and bool((others[name] - gradient).norm() > limit * gradient.norm()):
+                    self._traits.beside = name
 
     def _direct_gradients(self, value: Tensor, recorder: Recorder) -> dict[str, Tensor]:
         """Return gradients of a loss in covered weights that do not pass through the last outputs."""

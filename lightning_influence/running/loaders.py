@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
-    default_collate,
 )
 
-from lightning_influence.support.batches import MOST_DEPTH, find_tensors, guess_count, open_part
-from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
-from lightning_influence.support.random_states import preserve_rng
+from lightning_influence.running.collating import OrderedCollate
+from lightning_influence.support.batches import find_tensors, guess_count, has_lists
+from lightning_influence.support.errors import UnsupportedDataError
 
 
 class Held:
@@ -80,128 +75,6 @@ def _tensors(item: Any) -> list[Tensor] | None:
             return None
         found += tensors
     return found
-
-
-class OrderedCollate:
-    """A user's collate function that is also given its first batch in reverse order.
-
-    Args:
-        collate: the function.
-    """
-
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self._collate = collate
-        self._checked = collate is default_collate
-
-    def __call__(self, items: Any) -> Any:
-        """Collate a batch.
-
-        Returns:
-            What the user's function returns.
-
-        Raises:
-            UnsupportedDataError: if the function puts the examples into an order of its own.
-        """
-        if self._checked or not isinstance(items, list) or len(items) < 2:
-            return self._collate(items)
-        reverse = self._try_out(items[::-1])
-        self._warn_of_mixing(items)
-        batch = self._collate(items)
-        self._checked = True
-        if _has_own_order(batch, reverse, len(items)):
-            name = getattr(self._collate, "__name__", type(self._collate).__name__)
-            raise UnsupportedDataError(
-                f"collate_fn={name} brings the examples of a batch into an order of its own: which row is "
-                "which example of the dataset cannot be told. Pass a loader whose collate_fn keeps the order "
-                "(to pack sequences, use pack_padded_sequence(enforce_sorted=False))."
-            )
-        return batch
-
-    def _try_out(self, items: list[Any], seed: int | None = None) -> Any:
-        """Collate a copy of items and put the random states back; None if that fails."""
-        try:
-            with preserve_rng():
-                if seed is not None:
-                    torch.manual_seed(seed)
-                    random.seed(seed)
-                    np.random.seed(seed)
-                return self._collate(copy.deepcopy(items))
-        except Exception:  # whatever the user's code may raise
-            return None
-
-    def _warn_of_mixing(self, items: list[Any]) -> None:
-        """Warn if an example's row changes with the other examples although the random draws are the same.
-
-        A permutation can happen to mix the two halves of a batch within themselves, so it is drawn thrice.
-        """
-        half = (len(items) + 1) // 2
-        replaced = items[:half] + [items[0]] * (len(items) - half)
-        for seed in range(3):
-            same, again, other = (self._try_out(part, seed) for part in (items, items, replaced))
-            if not _depend_on_others(same, again, other, half, len(items)):
-                continue
-            name = getattr(self._collate, "__name__", type(self._collate).__name__)
-            warnings.warn(
-                f"collate_fn={name} mixes examples, as mixup does, or scales them by their batch: a row is "
-                "of several examples, and its score is given to one. For scores of single examples pass a "
-                "loader with a collate_fn that keeps them apart.",
-                InfluenceWarning,
-                stacklevel=2,
-            )
-            return
-
-
-def _depend_on_others(same: Any, again: Any, other: Any, half: int, count: int) -> bool:
-    """Tell whether the first rows of a batch differ in another one of which only the last examples differ.
-
-    Args:
-        same: the batch.
-        again: the same once more; where it differs, rows are random and tell nothing.
-        other: the batch with other examples from ``half`` on.
-        half: number of the first rows.
-        count: number of examples.
-
-    Returns:
-        Whether some part of the batch does.
-    """
-    parts = zip(*(_parts(batch, count) for batch in (same, again, other)), strict=False)
-    return any(
-        rows.shape == others.shape
-        and torch.equal(rows, repeated)
-        and not torch.equal(rows[:half], others[:half])
-        for rows, repeated, others in parts
-    )
-
-
-def _has_own_order(batch: Any, reverse: Any, count: int) -> bool:
-    """Return whether the reverse batch holds the same rows, and in no part in reverse order."""
-    moved = False
-    for rows, others in zip(_parts(batch, count), _parts(reverse, count), strict=False):
-        if rows.shape != others.shape or torch.equal(rows, rows.flip(0)):
-            continue
-        if torch.equal(others, rows.flip(0)):
-            return False
-        moved |= _contents(rows) == _contents(others)
-    return moved
-
-
-def _parts(batch: Any, count: int, depth: int = MOST_DEPTH) -> Iterator[Tensor]:
-    """The tensors of a batch with one row for each example; columns of a time-first one become its rows."""
-    if isinstance(batch, Tensor) and batch.layout == torch.strided:
-        for dim in (0, 1):
-            if batch.ndim > dim and batch.shape[dim] == count:
-                yield batch.transpose(0, dim)
-                return
-        return
-    opened = open_part(batch) if depth else None
-    for part in opened.parts if opened is not None else ():
-        yield from _parts(part, count, depth - 1)
-
-
-def _contents(rows: Tensor) -> list[bytes]:
-    """Return the rows as bytes, in an order that depends on them alone."""
-    flat = rows.detach().cpu().reshape(len(rows), -1).contiguous()
-    return sorted(row.view(torch.uint8).numpy().tobytes() for row in flat)
 
 
 ACCEPTED = (
@@ -422,7 +295,7 @@ def _check_size(batch: Any, expected: int) -> None:
         UnsupportedDataError: naming both numbers.
     """
     sizes = {len(tensor) for tensor in find_tensors(batch) if tensor.ndim}
-    if len(sizes) == 1 and max(sizes) < expected:
+    if len(sizes) == 1 and max(sizes) < expected and not has_lists(batch, expected):
         raise UnsupportedDataError(
             f"A batch made of {expected} examples has {max(sizes)}: its collate_fn (or dataset) leaves some "
             "out, and which ones cannot be told. Let it return all of them, and pass a loader over a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -97,6 +98,38 @@ def copy_tensors(batch: Any) -> Any:
         return batch
 
 
+class ExampleList(list[Any]):
+    """A list of which it is known that it has an entry for each example of its batch."""
+
+
+def is_list_of_examples(part: Any, count: int) -> bool:
+    """Return whether a part of a batch is a list with a tensor for each of ``count`` examples.
+
+    Args:
+        part: anything.
+        count: number of examples ``B``. Several tensors of one shape that have as many rows or columns are
+            taken for inputs and targets of the batch, unless it is known that they are not.
+    """
+    if isinstance(part, ExampleList):
+        return len(part) == count
+    if not isinstance(part, list | tuple) or len(part) != count or count < 2:
+        return False
+    tensors = [item for item in part if isinstance(item, Tensor)]
+    if len(tensors) < count or len({(tensor.ndim, tensor.dtype) for tensor in tensors}) > 1:
+        return False
+    shapes = {tensor.shape for tensor in tensors}
+    of_several_lengths = len(shapes) > 1 == len({shape[1:] for shape in shapes})
+    return of_several_lengths or not all(count in shape[:2] for shape in shapes)
+
+
+def has_lists(batch: Any, count: int, depth: int = MOST_DEPTH) -> bool:
+    """Return whether a batch holds a list with a tensor for each of ``count`` examples."""
+    opened = open_part(batch) if depth else None
+    return opened is not None and (
+        is_list_of_examples(batch, count) or any(has_lists(part, count, depth - 1) for part in opened.parts)
+    )
+
+
 def guess_count(batch: Any) -> int | None:
     """Guess the number of examples in a batch of which nobody tells it.
 
@@ -105,8 +138,8 @@ def guess_count(batch: Any) -> int | None:
 
     Returns:
         The number of sequences in a packed one, or in a list of tensors of different sizes, or of graphs in
-        an index that says of which one each row is; else the first dimension of the first tensor. None if it
-        holds no tensors.
+        an index that says of which one each row is; else the first dimension that most tensors have, of the
+        first tensor where these are as many. None if it holds no tensors.
     """
     tensors = [tensor for tensor in find_tensors(batch) if tensor.ndim]
     lengths = [len(tensor) for tensor in tensors]
@@ -118,11 +151,12 @@ def guess_count(batch: Any) -> int | None:
         indexed, others = _count_by_index(tensor), {*lengths} - {len(tensor)}
         if indexed is not None and others & {indexed, indexed + 1}:
             return indexed
-    return lengths[0] if lengths else None
+    # Class weights, masks and positions may stand before what holds the examples.
+    return Counter(lengths).most_common(1)[0][0] if lengths else None
 
 
 def _count_parts(part: Any, depth: int) -> Iterator[int]:
-    """Yield the numbers of sequences in packed ones and in lists of tensors of different sizes."""
+    """Yield numbers of sequences in packed ones, in lists of tensors of several sizes or side by side."""
     if isinstance(part, PackedSequence):
         yield int(part.batch_sizes[0])
         return
@@ -133,8 +167,17 @@ def _count_parts(part: Any, depth: int) -> Iterator[int]:
     same_kind = len(shapes) == len(opened.parts) > 1 and len({shape[1:] for shape in shapes}) == 1
     if isinstance(part, list | tuple) and same_kind and len({shape[:1] for shape in shapes}) > 1:
         yield len(shapes)
+    lists = [item for item in opened.parts if isinstance(item, list) and _is_of_one_kind(item)]
+    if 1 < len(lists) == len(opened.parts) and len({len(item) for item in lists}) == 1:
+        yield len(lists[0])
     for item in opened.parts:
         yield from _count_parts(item, depth - 1)
+
+
+def _is_of_one_kind(parts: list[Any]) -> bool:
+    """Return whether a list holds tensors of one form."""
+    forms = {(part.dtype, part.shape) if isinstance(part, Tensor) else None for part in parts}
+    return len(forms) == 1 and None not in forms
 
 
 def _count_by_index(tensor: Tensor) -> int | None:

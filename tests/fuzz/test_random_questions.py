@@ -57,6 +57,8 @@ PLAIN = replace(
     method="exact",
     options={"damping": 0.3},
     measurement=None,
+    step="plain",
+    fit="none",
 )
 
 
@@ -76,7 +78,7 @@ def test_the_judge_sees_what_is_wrong(wrong, message, monkeypatch):
     assert fuzz_judge.judge(PLAIN) == "right"
     asked = fuzz_judge._ask
 
-    def ask(problem):
+    def ask(problem, trainer=None):
         if wrong == "raw error":
             raise IndexError("list index out of range")
         if wrong == "refusal":
@@ -98,7 +100,7 @@ def test_the_judge_sees_what_is_wrong(wrong, message, monkeypatch):
 def test_a_wrong_case_is_made_simpler(monkeypatch):
     asked = fuzz_judge._ask
 
-    def ask(problem):
+    def ask(problem, trainer=None):
         answer = asked(problem)
         answer.values.scores[:, 0] += 1
         return answer

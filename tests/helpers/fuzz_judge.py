@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 from fuzz_losses import LOSSES
-from fuzz_recipes import Problem, Recipe
+from fuzz_recipes import PICKED, Problem, Recipe
 from fuzz_reference import Reference, UndeterminedError
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_influence import InfluenceError, InfluenceModule, InfluenceWarning
+from lightning_influence import (
+    InfluenceCallback,
+    InfluenceError,
+    InfluenceModule,
+    InfluenceWarning,
+    influence,
+    self_influence,
+)
 
 # Relative error of float64 answers: of closed forms and dense solvers, and of iterations to 1e-11.
 CLOSED, ITERATED = 1e-7, 1e-5
@@ -69,10 +77,14 @@ def judge(recipe: Recipe) -> str:
     Raises:
         WrongError: if the answer is wrong, an exception is none of the library's, or something was changed.
     """
-    problem = Problem(recipe)
+    problem, trainer = Problem(recipe), None
+    if recipe.fit != "none":
+        trainer = _fit(problem)
+        if trainer is None:
+            return "undetermined"
     before = _state(problem)
     try:
-        answer = _ask(problem)
+        answer = _ask(problem, trainer)
     except InfluenceError as error:
         _check_unchanged(before, _state(problem))
         return _refusal(recipe, error)
@@ -86,7 +98,9 @@ def judge(recipe: Recipe) -> str:
         return "undetermined"
     try:
         with sdpa_kernel(SDPBackend.MATH):  # others have no second derivatives
-            _compare(Problem(recipe), answer)
+            again = Problem(recipe)
+            again.module.load_state_dict(problem.module.state_dict())
+            _compare(again, answer)
     except UndeterminedError:
         return "undetermined"
     return "right"
@@ -97,8 +111,18 @@ def _must_be_answered(recipe: Recipe) -> bool:
     kind = LOSSES[recipe.loss]
     return not (
         kind.coupled
-        or recipe.loss in {"ce_time_first", "ce_picked"}
-        or recipe.net in {"time_inside", "multihead", "multihead_time"}
+        or recipe.loss in {"ce_time_first", *PICKED}
+        or recipe.net in {"time_inside", "multihead", "multihead_time", "functional"}
+        or recipe.net.startswith("experts")
+        or recipe.step == "surrogate"
+        or (
+            recipe.step in {"parts", "loop"}
+            and (recipe.net.startswith("conv") or recipe.penalty == "weights")
+        )
+        # A list of as many equal tensors as these have rows may be a batch of inputs and targets.
+        or (recipe.packing == "lists" and recipe.loader == "batches")
+        # Sums over bags of words have no second derivatives in torch.
+        or (recipe.net == "bag" and "hessian" in {recipe.method, recipe.options.get("curvature")})
         or recipe.frozen
         or recipe.ignored  # perhaps all of it
         or (recipe.method in {"cg", "minres", "astra", "lissa"} and recipe.ask == "self_influence")
@@ -116,8 +140,44 @@ def _refusal(recipe: Recipe, error: InfluenceError) -> str:
     return f"refused: {type(error).__name__}: {text[:150]}"
 
 
-def _ask(problem: Problem) -> Answer:
+def _fit(problem: Problem) -> Trainer | None:
+    """Train, and check that watching changed nothing; None if this trains to nothing, watched or not."""
+    found = []
+    for own, callbacks in (
+        (Problem(problem.recipe), []),
+        (problem, [InfluenceCallback(every_n_steps=1, dynamics=problem.recipe.fit == "dynamics")]),
+    ):
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+            accumulate_grad_batches=2 if problem.recipe.fit == "accumulate" else 1,
+            gradient_clip_val=0.1 if problem.recipe.fit == "clip" else None,
+        )
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                trainer.fit(own.module, own.train())
+            except Exception as error:
+                if not callbacks:
+                    return None
+                raise WrongError(f"watching ended a fit: {type(error).__name__}: {error}") from error
+        found.append(own.module.state_dict())
+    if not _same(*found):
+        raise WrongError("watching changed the weights of a fit")
+    problem.module.train()
+    return trainer if all(bool(p.isfinite().all()) for p in problem.module.parameters()) else None
+
+
+def _ask(problem: Problem, trainer: Trainer | None = None) -> Answer:
     recipe, given = problem.recipe, problem.keywords()
+    if trainer is not None:
+        return _ask_trainer(problem, trainer)
     asked = InfluenceModule(problem.module)
     train, queries = problem.train(), problem.queries()
     with warnings.catch_warnings(record=True) as caught:
@@ -133,6 +193,20 @@ def _ask(problem: Problem) -> Answer:
             diagnostics = found.diagnostics
     told = [str(w.message) for w in caught if issubclass(w.category, InfluenceWarning)]
     return Answer(found, diagnostics, told + list(diagnostics.warnings))
+
+
+def _ask_trainer(problem: Problem, trainer: Trainer) -> Answer:
+    recipe, given = problem.recipe, {**problem.keywords(), "log": False}
+    train, queries = problem.train(), problem.queries()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if recipe.ask == "self_influence":
+            found: Any = self_influence(trainer, problem.module, train, **given)
+        else:
+            top = {"top_k": 2} if recipe.ask == "top_k" else {}
+            found = influence(trainer, problem.module, train, queries, **given, **top)
+    told = [str(w.message) for w in caught if issubclass(w.category, InfluenceWarning)]
+    return Answer(found, found.diagnostics, told + list(found.diagnostics.warnings))
 
 
 # ---------------------------------------------------------------------- what is changed
@@ -173,7 +247,18 @@ def _compare(problem: Problem, answer: Answer) -> None:
     shares = any(_SHARES in text for text in answer.told)
     if shares and recipe.loader in {"shuffled", "subset"}:
         raise UndeterminedError
-    reference = Reference(problem, diagnostics.layers, shares)
+    try:
+        _compare_with(Reference(problem, diagnostics.layers, shares), answer)
+    except WrongError:
+        other = Reference(problem, diagnostics.layers, units=True)
+        is_by_value = recipe.step != "plain" or recipe.loss in {"ce_time_first", *PICKED}
+        if shares or not is_by_value or not Reference(problem, diagnostics.layers).weighs_the_same():
+            raise
+        _compare_with(other, answer)
+
+
+def _compare_with(reference: Reference, answer: Answer) -> None:
+    recipe, diagnostics = reference.recipe, answer.diagnostics
     if not reference.wbar:  # ignored examples only: nothing to be normalised by
         raise UndeterminedError
     given = recipe.options.get("damping")
@@ -300,6 +385,8 @@ _SIMPLE: dict[str, tuple[Any, ...]] = {
     "method": ("identity", "exact"),
     "options": ({"damping": 0.3},),
     "measurement": (None,),
+    "step": ("plain",),
+    "fit": ("none",),
 }
 
 

@@ -180,6 +180,21 @@ def _example_ce_picked(s: Settings, z: Tensor, t: Tensor, w: Tensor) -> tuple[Te
     return (losses * w).sum(), (w & counts).double().sum()
 
 
+def _batch_ce_index(s: Settings, z: Tensor, t: Tensor, w: Tensor) -> Tensor:
+    rows = w.nonzero(as_tuple=True)
+    return F.cross_entropy(z[rows], t[rows])
+
+
+def _batch_ce_slices(s: Settings, z: Tensor, t: Tensor, w: Tensor) -> Tensor:
+    lengths = w.sum(1).tolist()
+    parts = [(z[n, :length], t[n, :length]) for n, length in enumerate(lengths)]
+    return F.cross_entropy(torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts]))
+
+
+def _batch_ce_select(s: Settings, z: Tensor, t: Tensor, w: Tensor) -> Tensor:
+    return _by_hand(s, z, t).masked_select(w).mean()
+
+
 def _batch_ce_lengths(s: Settings, z: Tensor, t: Tensor, w: Tensor) -> Tensor:
     return ((_none(s, z, t) * w).sum(1) / w.sum(1)).mean()
 
@@ -267,6 +282,11 @@ def _example_two(s: Settings, z: Any, t: Any, w: Tensor) -> tuple[Tensor, Any]:
     return _nll(s, z[0], t[0])[0].sum() + 0.7 * ((z[1] - t[1]) ** 2).sum(), 1.0
 
 
+def _halves(s: Settings, z: Tensor, t: Tensor, w: Tensor) -> Tensor:
+    half, losses = (len(z) + 1) // 2, _by_hand(s, z, t)
+    return 0.7 * losses[:half].sum() + 0.3 * losses[half:].sum()
+
+
 def _gaussian(s: Settings, z: Tensor, t: Tensor, w: Tensor) -> Tensor:
     return F.gaussian_nll_loss(z, t, torch.full_like(z, 0.5), reduction=s.reduction).mean()
 
@@ -284,6 +304,9 @@ LOSSES: dict[str, LossKind] = {
     "ce_weighed": LossKind("labels", _batch_ce_weighed, _example_ce_weighed, ("vector",), uses_weights=True),
     "ce_share": LossKind("labels", _batch_ce_share, _example_ce_share, uses_weights=True),
     "ce_picked": LossKind("labels", _batch_ce_picked, _example_ce_picked, ("steps",), uses_weights=True),
+    "ce_index": LossKind("labels", _batch_ce_index, _example_ce_picked, ("steps",), uses_weights=True),
+    "ce_slices": LossKind("labels", _batch_ce_slices, _example_ce_picked, ("steps",), uses_weights=True),
+    "ce_select": LossKind("labels", _batch_ce_select, _example_ce_picked, ("steps",), uses_weights=True),
     "ce_lengths": LossKind("labels", _batch_ce_lengths, _example_ce_lengths, ("steps",), uses_weights=True),
     "ce_hand": LossKind("labels", _batch_hand, _example_hand, named=False),
     "focal": LossKind("labels", _batch_focal, _example_focal, named=False),
@@ -314,6 +337,21 @@ LOSSES: dict[str, LossKind] = {
     "bce": LossKind("bits", _batch_bce, _example_bce),
     "bce_probabilities": LossKind("bits", _batch_probabilities, _each(_bce)),
     "two": LossKind("both", _batch_two, _example_two, ("two",)),
+    "halves": LossKind("labels", _halves, None, named=False, coupled="another weight in the first half"),
+    "dropped": LossKind(
+        "labels",
+        lambda s, z, t, w: _by_hand(s, z, t)[: max(1, len(z) - 1)].mean(),
+        None,
+        named=False,
+        coupled="the last one is left out",
+    ),
+    "mixed": LossKind(
+        "labels",
+        lambda s, z, t, w: F.cross_entropy(_rows(z + 0.3 * z.roll(1, 0), t)[0], _rows(z, t)[1]),
+        None,
+        named=False,
+        coupled="outputs of neighbours",
+    ),
     "rmse": LossKind(
         "values", lambda s, z, t, w: F.mse_loss(z, t).sqrt(), None, named=False, coupled="a root of a mean"
     ),

@@ -32,6 +32,7 @@ class Shape:
     act: str
     norm: str
     dropout: bool
+    zero_head: bool = False
 
     def activation(self) -> nn.Module:
         return ACTIVATIONS[self.act]()
@@ -165,6 +166,60 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.body(self.table(x))))
 
 
+class Scaled(nn.Module):
+    """Parameters of the network's own beside its layers: a scale and prototypes, which have no batch."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.body, self.scale = (
+            nn.Linear(EXAMPLES_FIRST, s.hidden, s.bias),
+            nn.Parameter(torch.ones(s.hidden)),
+        )
+        self.prototypes = nn.Parameter(torch.randn(s.outputs, s.hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.body(x)) * self.scale
+        return -(h[:, None] - self.prototypes).square().sum(-1)
+
+
+class Functional(nn.Module):
+    """Layers that are used by functions, not called; one of them is called as well."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.first = nn.Linear(EXAMPLES_FIRST, s.hidden, s.bias)
+        self.head = nn.Linear(s.hidden, s.outputs, s.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(nn.functional.linear(x, self.first.weight, self.first.bias))
+        return self.head(h) + nn.functional.linear(h.square(), self.head.weight)
+
+
+class Experts(nn.Module):
+    """Each row goes to one of two experts, which may have none."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(EXAMPLES_FIRST, s.hidden, s.bias) for _ in range(2))
+        self.head, self.by_index = nn.Linear(s.hidden, s.outputs), s.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(*x.shape[:-1], self.head.in_features)
+        for number, expert in enumerate(self.experts):
+            chosen = (x[..., 0] > 0) == bool(number)
+            rows = torch.where(chosen) if self.by_index else chosen
+            h[rows] = torch.tanh(expert(x[rows]))
+        return self.head(h)
+
+
+def _bag(s: Shape) -> nn.Module:
+    return nn.Sequential(
+        nn.EmbeddingBag(WORDS, s.hidden, mode="sum" if s.bias else "mean"),
+        s.activation(),
+        nn.Linear(s.hidden, s.outputs),
+    )
+
+
 def _norm(s: Shape) -> list[nn.Module]:
     return {"batch": [nn.BatchNorm1d(s.hidden)], "layer": [nn.LayerNorm(s.hidden)]}.get(s.norm, [])
 
@@ -265,6 +320,11 @@ NETS: dict[str, tuple[str, str, Callable[[Shape], nn.Module]]] = {
     "words": ("words", "steps", _words),
     "words_mean": ("words", "vector", _words_mean),
     "tied": ("words", "steps", Tied),
+    "scaled": ("vectors", "vector", Scaled),
+    "functional": ("vectors", "vector", Functional),
+    "experts": ("vectors", "vector", Experts),
+    "experts_steps": ("steps", "steps", Experts),
+    "bag": ("words", "vector", _bag),
 }
 # Nets whose covered layers are Linear layers and convolutions only.
 KRONECKER = (
@@ -304,4 +364,8 @@ def make_net(name: str, shape: Shape) -> nn.Module:
                 module.running_var.uniform_(0.5, 2)
         for p in net.parameters():  # norms and biases that are not those of an initialisation
             p.add_(0.2 * torch.randn(p.shape, dtype=torch.float64))
+        heads = [module for module in net.modules() if isinstance(module, nn.Linear)]
+        if shape.zero_head:  # as many begin to train: all examples of a label have one loss
+            for p in heads[-1].parameters():
+                p.zero_()
     return net

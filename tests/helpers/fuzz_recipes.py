@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import fuzz_losses
@@ -34,11 +34,25 @@ PACKINGS = {
     "nested": lambda x, t, w: {"in": {"x": x, "name": "abc"}, "out": (t, w), "number": 3},
     "named": Named,
     "dataclass": Record,
+    "lists": lambda x, t, w: (x, t, w),
+    "extras": lambda x, t, w: {
+        "classes": torch.ones(3),
+        "square": torch.eye(4, dtype=torch.bool),
+        "steps": torch.arange(4),
+        "x": x,
+        "t": t,
+        "w": w,
+    },
 }
+_SHARED = ("classes", "square", "steps")  # of the whole batch
 
 
 def unpack(batch: Any) -> tuple[Any, Any, Any]:
     """Inputs, targets and weights of a batch in any packing."""
+    if isinstance(batch, dict) and isinstance(batch.get("lists"), list):
+        x, t, w = batch["lists"]
+        both = isinstance(t[0], tuple)
+        return torch.stack(x), tuple(map(torch.stack, zip(*t))) if both else torch.stack(t), torch.stack(w)  # noqa: B905
     if isinstance(batch, Record):
         return batch.x, batch.t, batch.w
     if isinstance(batch, dict):
@@ -47,8 +61,16 @@ def unpack(batch: Any) -> tuple[Any, Any, Any]:
     return tuple(batch)
 
 
+def collate_lists(items: list[Any]) -> Any:
+    """Lists with an entry for each example, as detectors have them."""
+    return {"lists": [list(part) for part in zip(*items)]}  # noqa: B905
+
+
 def collate(items: list[Any]) -> Any:
-    """torch's own collating, which does not know dataclasses."""
+    """torch's own collating, which does not know dataclasses, nor what a batch has once."""
+    if isinstance(items[0], dict) and "square" in items[0]:
+        parts = {name: default_collate([item[name] for item in items]) for name in ("x", "t", "w")}
+        return {**{name: items[0][name] for name in _SHARED}, **parts}
     if isinstance(items[0], Record):
         parts = [default_collate([getattr(item, name) for item in items]) for name in ("x", "t", "w")]
         return Record(*parts)
@@ -81,6 +103,8 @@ class Recipe:
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     measurement: str | None = None
+    step: str = "plain"
+    fit: str = "none"
     seed: int = 0
 
     def __str__(self) -> str:
@@ -144,6 +168,10 @@ METHODS = (
 )
 
 
+# Losses on rows that are picked, whatever picks them.
+PICKED = {"ce_picked", "ce_index", "ce_slices", "ce_select"}
+
+
 def make_recipe(number: int) -> Recipe:
     """The question of a number: its parts fit one another."""
     draw = _Draws(number)
@@ -159,15 +187,17 @@ def make_recipe(number: int) -> Recipe:
         and name in {"ce", "ce_classes_second", "ce_soft", "nll", "bce", "ce_time_first"}
     )
     smoothing = draw.among(0.0, 0.0, 0.1) if name.startswith("ce") and kind.named else 0.0
-    smoothing = 0.0 if name == "ce_picked" else smoothing
+    smoothing = 0.0 if name in PICKED else smoothing
     labelled = kind.targets == "labels" and kind.named and not kind.coupled
     ask = draw.among("scores", "scores", "top_k", "self_influence", "ihvp")
-    measured = [None, "loss", "function"] + (["margin", "logit"] if labelled and name != "ce_picked" else [])
+    measured = [None, "loss", "function"] + (["margin", "logit"] if labelled and name not in PICKED else [])
     alone = makes == "vector" and not kind.coupled and name != "l1"
+    steps = ["plain"] * 4 + ["sorted", "flipped", "parts", "loop", "metrics", "surrogate"]
+    steps += ["in place"] if NETS[net][0] != "words" else []
     via = draw.among(*(["step", "step", "hook", "argument", "argument_mean"] if alone else ["step"]))
     # Of an ignored example alone a mean is 0 / 0.
-    may_ignore = labelled and name not in {"ce_lengths", "ce_picked"} and via not in {"hook", "argument"}
-    return Recipe(
+    may_ignore = labelled and name not in PICKED | {"ce_lengths"} and via not in {"hook", "argument"}
+    recipe = Recipe(
         net=net,
         shape=Shape(
             hidden=draw.between(2, 4),
@@ -176,6 +206,7 @@ def make_recipe(number: int) -> Recipe:
             act=draw.among(*ACTIVATIONS),
             norm=draw.among("none", "layer", "batch"),
             dropout=draw.among(False, True),
+            zero_head=draw.between(0, 5) == 5,
         ),
         loss=name,
         reduction=draw.among("mean", "sum", "none"),
@@ -198,7 +229,29 @@ def make_recipe(number: int) -> Recipe:
         options=_options(draw, method),
         measurement=None if ask == "self_influence" else draw.among(*measured),
         seed=draw.between(0, 10**6),
+        step="plain" if kind.coupled or via in {"hook", "argument"} else draw.among(*steps),
     )
+    if recipe.step == "surrogate" and not _takes_surrogate(recipe):
+        recipe = replace(recipe, step="plain")
+    return replace(recipe, fit=draw.among(*FITS)) if draw.between(0, 7) == 7 and _can_fit(recipe) else recipe
+
+
+def _takes_surrogate(recipe: Recipe) -> bool:
+    """Whether the mean over examples of something else goes together with the loss."""
+    kind = LOSSES[recipe.loss]
+    other = recipe.classes or recipe.ignored or kind.uses_weights or kind.bend is not None
+    return recipe.reduction == "mean" and not other and recipe.loss not in {"pinball", "two"}
+
+
+FITS = ("sgd", "momentum", "adam", "adamw", "accumulate", "clip", "dynamics")
+
+
+def _can_fit(recipe: Recipe) -> bool:
+    """Whether a fit of it runs, and what is asked afterwards does not depend on what was collected."""
+    takes_factors = recipe.method in {"kfac", "ekfac", "diagonal", "astra", "lissa"}
+    own = recipe.via == "step" and recipe.loader != "subset" and not recipe.ignored
+    plain = recipe.shape.norm != "batch" and recipe.ask in {"scores", "top_k", "self_influence"}
+    return own and plain and not takes_factors and recipe.loss not in {"kl", "poisson"}
 
 
 recipes = st.integers(0, 2**40).map(make_recipe)
@@ -213,10 +266,46 @@ class Module(LightningModule):
 
     def _batch(self, batch: Any) -> Tensor:
         x, t, w = unpack(batch)
-        loss = self.recipe.factor * LOSSES[self.recipe.loss].batch(self.settings, self.net(x), t, w)
+        x, t, w = self._arrange(x, t, w)
+        z = self._run(x)
+        loss = self.recipe.factor * LOSSES[self.recipe.loss].batch(self.settings, z, t, w)
+        loss = self._add_to(loss, z)
         if self.recipe.penalty == "weights":
             loss = loss + 0.1 * sum(p.square().sum() for p in self.parameters())
         return loss + 3.0 if self.recipe.penalty == "constant" else loss
+
+    def _arrange(self, x: Tensor, t: Any, w: Tensor) -> tuple[Tensor, Any, Tensor]:
+        """The examples in the order that the step takes them in."""
+        if self.recipe.step == "in place":
+            x.mul_(2)
+            return x.div(2), t, w
+        if self.recipe.step not in {"sorted", "flipped"}:
+            return x, t, w
+        order = torch.arange(len(x)).flip(0)
+        if self.recipe.step == "sorted":
+            order = x.double().flatten(1).sum(1).argsort()
+        return x[order], tuple(part[order] for part in t) if isinstance(t, tuple) else t[order], w[order]
+
+    def _run(self, x: Tensor) -> Any:
+        """The network on the batch, on two parts of it, or on each example."""
+        if self.recipe.step not in {"parts", "loop"}:
+            return self.net(x)
+        parts = x.split(1 if self.recipe.step == "loop" else (len(x) + 1) // 2)
+        outputs = [self.net(part) for part in parts]
+        if isinstance(outputs[0], tuple):
+            return tuple(map(torch.cat, zip(*outputs)))  # noqa: B905
+        return torch.cat(outputs)
+
+    def _add_to(self, loss: Tensor, z: Any) -> Tensor:
+        """Losses that are for show, or that have a gradient and no value."""
+        first = z[0] if isinstance(z, tuple) else z
+        if self.recipe.step == "metrics":
+            torch.nn.functional.mse_loss(first.detach(), torch.zeros_like(first))
+            torch.nn.functional.l1_loss(first, torch.zeros_like(first))
+        if self.recipe.step == "surrogate":
+            term = surrogate(first).mean()
+            return loss + (term - term.detach())
+        return loss
 
     def _values(self, batch: Any) -> Tensor:
         x, t, w = unpack(batch)
@@ -227,6 +316,17 @@ class Module(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self._batch(batch)
         return {"loss": loss} if self.recipe.seed % 2 else loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        own = [p for p in self.parameters() if p.requires_grad]
+        if self.recipe.fit in {"adam", "adamw"}:
+            return (torch.optim.Adam if self.recipe.fit == "adam" else torch.optim.AdamW)(own, 1e-3)
+        return torch.optim.SGD(own, 1e-3, momentum=0.9 if self.recipe.fit == "momentum" else 0.0)
+
+
+def surrogate(z: Tensor) -> Tensor:
+    """A value for each example of a batch of outputs."""
+    return 0.3 * z.flatten(1).square().mean(1)
 
 
 class Hooked(Module):
@@ -285,19 +385,21 @@ class Problem:
     def train(self) -> Any:
         N, size, how = self.recipe.examples, self.recipe.batch, self.recipe.loader
         items = [self.item(n) for n in range(N)]
+        join = collate_lists if self.recipe.packing == "lists" else collate
         if how == "batches":
-            return [collate(items[start : start + size]) for start in range(0, N, size)]
+            return [join(items[start : start + size]) for start in range(0, N, size)]
         if how == "subset":
             sampler = SubsetRandomSampler(self.train_indices, generator=self.generator)
-            return DataLoader(items, batch_size=size, sampler=sampler, collate_fn=collate)
+            return DataLoader(items, batch_size=size, sampler=sampler, collate_fn=join)
         return DataLoader(
-            items, batch_size=size, shuffle=how == "shuffled", collate_fn=collate, generator=self.generator
+            items, batch_size=size, shuffle=how == "shuffled", collate_fn=join, generator=self.generator
         )
 
     def queries(self) -> Any:
         N, Q = self.recipe.examples, self.recipe.queries
         items = [self.item(n) for n in range(N, N + Q)]
-        return DataLoader(items, batch_size=self.recipe.query_batch, collate_fn=collate)
+        join = collate_lists if self.recipe.packing == "lists" else collate
+        return DataLoader(items, batch_size=self.recipe.query_batch, collate_fn=join)
 
     def keywords(self) -> dict[str, Any]:
         """Arguments of the question."""

@@ -12,7 +12,7 @@ from typing import Any
 import oracle
 import torch
 from fuzz_losses import IGNORED
-from fuzz_recipes import Problem, squares
+from fuzz_recipes import Problem, squares, surrogate
 from torch import Tensor, nn
 
 
@@ -27,9 +27,12 @@ class Reference:
         problem: the question.
         layers: names of the covered modules, or of single parameters.
         shares: whether weights of examples are shares of their batch, which is said of losses without a name.
+        units: whether all examples, which weigh the same, weigh one, as where losses are read by value.
     """
 
-    def __init__(self, problem: Problem, layers: Mapping[str, int], shares: bool = False) -> None:
+    def __init__(
+        self, problem: Problem, layers: Mapping[str, int], shares: bool = False, units: bool = False
+    ) -> None:
         self.problem, self.recipe, self.kind = problem, problem.recipe, problem.kind
         self.module = problem.module
         self.module.eval()
@@ -48,7 +51,7 @@ class Reference:
         self.train = problem.train_indices
         self.query = list(range(self.recipe.examples, self.recipe.examples + self.recipe.queries))
         self.values = self.recipe.via in {"hook", "argument"}
-        self.shares = shares
+        self.shares, self.units = shares, units
 
     # ------------------------------------------------------------------ one example
 
@@ -69,7 +72,11 @@ class Reference:
             z = flat.reshape(z.shape[1:])
         value, weight = self.kind.example(self.problem.settings, z, t, w)
         weight = float(weight)
-        if self.values or not (self.kind.named or self.shares):  # known as means of examples
+        if self.recipe.step == "surrogate":
+            first = z[0] if isinstance(z, tuple) else z
+            term = surrogate(first[None])[0]
+            value = value + weight * (term - term.detach()) / self.recipe.factor
+        if self.units or self.values or not (self.kind.named or self.shares):  # known as means of examples
             return self.recipe.factor * value / weight, 1.0
         return self.recipe.factor * value, weight
 
@@ -111,6 +118,11 @@ class Reference:
             batch = weights[start : start + size]
             factors += [len(batch) / sum(batch)] * len(batch)
         return factors, 1.0
+
+    def weighs_the_same(self) -> bool:
+        """Whether all examples, and all queries, have one weight."""
+        weights = {self.loss(n, self.outputs(n).detach())[1] for n in (*self.train, *self.query)}
+        return len(weights) == 1
 
     @cached_property
     def wbar(self) -> float:

@@ -6,7 +6,7 @@ from drive import mute
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_influence.model.forward import Forward
+from lightning_influence.model.forward import Forward, ReadOtherwiseError
 from lightning_influence.model.plan import find_layers
 from lightning_influence.model.rearranging import UnknownPartError, missing_positions, rearranged
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedModelError
@@ -126,11 +126,15 @@ def test_later_batches_are_read_the_same_way():
 
 @pytest.mark.parametrize("first", [(3, 3), (2, 4)])
 def test_layers_on_rows_that_a_mask_picked_are_exact(first):
-    """Rows that are as many for each example in one batch, and not in the next."""
+    """Rows that are as many for each example in one batch, and not in the next: all are read in one way."""
     torch.manual_seed(0)
     module = mute(Module(packed)).double()
-    forward = Forward(find_layers(module))
-    for lengths in (first, (2, 4), (3, 3), (1, 5)):
+    forward, batches = Forward(find_layers(module)), [first, (2, 4), (3, 3), (1, 5)]
+    if first == (3, 3):
+        forward(module, (sequences(3, 3)[0].double(), *sequences(3, 3)[1:]), 2)
+        with pytest.raises(ReadOtherwiseError, match="rows that a mask or an index picked"):
+            forward(module, (sequences(2, 4)[0].double(), *sequences(2, 4)[1:]), 2)
+    for lengths in batches:
         x, y, mask = sequences(*lengths)
         captured = forward(module, (x.double(), y, mask), 2)
         dense = captured.loss_gradients()["first"].dense()[0, :, 0, :, :-1]

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_influence.running.loaders import OrderedCollate
+from lightning_influence.running.collating import OrderedCollate
 from lightning_influence.running.reading import prepare
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 

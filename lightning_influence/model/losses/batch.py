@@ -47,6 +47,11 @@ _ONCE = (
     "The training loss has no second derivatives in torch. The squared gradients of the examples stand for "
     "its curvature."
 )
+_BESIDE = (
+    "The losses of the examples use the weights of layer {name!r} beside the outputs of modules, so their "
+    "curvature in these outputs is not all of it. Accepted are losses of what modules return: let a module "
+    "use the weights, leave the layer out with `layers=`, or take method='identity' or 'hessian'."
+)
 _CONCAVE = (
     "The training loss is not convex in the model's outputs: {share:.1%} of its second derivatives' size is "
     "negative, and is left out of the curvature. Scores keep the loss's own gradients."
@@ -66,12 +71,14 @@ class BatchLossTraits:
         is_mean: whether the batch's loss is the mean of the examples' losses, not their sum.
         structure: of the Hessian; None before it was looked at.
         has_curvature: whether there is a second derivative; None before it was looked at.
+        beside: a layer whose weights the loss also uses beside the outputs that it is a function of, or None.
         warn: says each thing once.
     """
 
     is_mean: bool = True
     structure: Structure | None = None
     has_curvature: bool | None = None
+    beside: str | None = None
     warn: Notices = field(default_factory=Notices)
 
 
@@ -354,6 +361,8 @@ class BatchLoss(OutputLoss):
     @cached_property
     def _roots(self) -> Tensor:
         """Root of the positive part of each block, ``(B, T, C, K')``; the gradient where there is none."""
+        if self.traits.beside is not None:
+            raise UnsupportedModelError(_BESIDE.format(name=self.traits.beside))
         if self._blocks is None:
             return self.gradient()[:, None, :, None]
         values, vectors = torch.linalg.eigh(self._blocks)

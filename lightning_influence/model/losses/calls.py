@@ -80,9 +80,9 @@ class LossCall:
         rows = loss.outputs.shape[0]
         if self.picked:
             raise LossCaptureError(
-                f"{loss_name(self.function)} was computed on {rows} rows that a mask picked. Accepted are B "
-                "rows, or B * T with the T positions of each example together: mark rows to leave out with "
-                "`ignore_index`."
+                f"{loss_name(self.function)} was computed on {rows} rows that a mask picked, or an index, or "
+                "that are joined from examples of several lengths. Accepted are B rows, or B * T with the T "
+                "positions of each example together: mark rows to leave out with `ignore_index`."
             )
         if rows == 0 or rows % batch_size:
             raise LossCaptureError(

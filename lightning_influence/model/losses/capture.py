@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -133,16 +133,25 @@ class LossCapture(TorchFunctionMode):
         count = count_picked(func, args, result)
         self._picked |= set() if count is None else {count}
 
-    def acquit(self, is_in_order: Callable[[Tensor], bool]) -> None:
-        """Take rows for those of the examples where that is known, whatever their number.
+    def judge(self, whole: Container[int], is_in_order: Callable[[Tensor], bool] | None = None) -> set[int]:
+        """Decide which calls are on rows of which it is not known whose they are.
 
         Args:
-            is_in_order: tells whether the rows of a tensor are known to be the examples in their order.
+            whole: numbers of rows that are all positions of the examples.
+            is_in_order: tells whether the rows of a tensor are known to be the examples in their order,
+                whatever their number.
+
+        Returns:
+            Numbers of rows that are not whole, and are the examples' in their order.
         """
-        self.calls = [
-            replace(call, picked=not is_in_order(call.outputs)) if call.picked else call
-            for call in self.calls
-        ]
+        acquitted = set()
+        for number, call in enumerate(self.calls):
+            outputs = call.outputs
+            other = outputs.dim() > 0 and len(outputs) not in whole
+            in_order = (call.picked or other) and is_in_order is not None and is_in_order(outputs)
+            acquitted |= {len(outputs)} if other and in_order else set()
+            self.calls[number] = replace(call, picked=(call.picked or other) and not in_order)
+        return acquitted
 
     def clear(self) -> None:
         """Forget the recorded calls and their graph."""
@@ -270,7 +279,7 @@ class LossCapture(TorchFunctionMode):
                 ways = partial(count_ways, loss, slope)
                 own = find_divisor(batch_loss.grad_fn, call.node, nodes, ways, divisor)
                 losses.append(reduced(loss, slope, own))
-                self._alike.check(loss, losses[-1])
+                self._alike.check(loss, losses[-1], len(losses))
         if len(losses) == 1:
             return losses[0]
         return summed(losses)

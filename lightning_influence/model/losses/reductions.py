@@ -123,26 +123,34 @@ def _divided(loss: OutputLoss, factor: float, divisor: Divisor) -> OutputLoss:
     )
 
 
+_FACTORS = (
+    "The training loss takes the value of a loss function with a factor of {first:.4g} in one batch and of "
+    "{other:.4g} in another, so the loss of an example depends on the examples beside it. Scores take the "
+    "factor of the batch that the loader puts an example in."
+)
+
+
 class Alike:
     """Looks for what makes batches of one data set be taken differently, which no batch shows alone."""
 
     def __init__(self) -> None:
-        self._first: tuple[int, float] | None = None
+        self._first: dict[int, tuple[int, float]] = {}
         self._class_weights: Tensor | None = None
-        self._warned = False
+        self._warned = self._told = False
 
-    def check(self, call: OutputLoss, taken: OutputLoss) -> None:
+    def check(self, call: OutputLoss, taken: OutputLoss, number: int = 0) -> None:
         """Compare a batch with the first.
 
         Args:
             call: the loss under the reduction that it was made with.
             taken: the loss under the reduction that is in force.
+            number: of the term in a sum of several.
 
         Raises:
             UnsupportedModelError: if a factor goes with the number of examples.
         """
         if call.reduction != "none":
-            self._check_factor(taken.num_examples, getattr(taken, "factor", 1.0))
+            self._check_factor(number, taken.num_examples, getattr(taken, "factor", 1.0))
         weights: Tensor | None = getattr(call, "class_weights", None)
         if weights is None or self._warned:
             return
@@ -152,17 +160,18 @@ class Alike:
             self._warned = True
             warnings.warn(_CLASS_WEIGHTS, InfluenceWarning, stacklevel=2)
 
-    def _check_factor(self, count: int, factor: float) -> None:
-        if self._first is None:
-            self._first = count, factor
-        ratio, sizes = factor / self._first[1], count / self._first[0]
+    def _check_factor(self, number: int, count: int, factor: float) -> None:
+        known, first = self._first.setdefault(number, (count, factor))
+        ratio, sizes = factor / first, count / known
         if sizes != 1 and any(math.isclose(ratio, other, rel_tol=1e-4) for other in (sizes, 1 / sizes)):
             raise UnsupportedModelError(
-                f"The loss function's value is multiplied with {self._first[1]:.4g} in a batch of "
-                f"{self._first[0]} examples and with {factor:.4g} in one of {count}: it is made a sum, or a "
-                "mean, by hand. Use its own reduction='sum' or 'mean' (a sum divided by the number of "
-                "examples is a mean, too)."
+                f"The loss function's value is multiplied with {first:.4g} in a batch of {known} examples "
+                f"and with {factor:.4g} in one of {count}: it is made a sum, or a mean, by hand. Use its "
+                "own reduction='sum' or 'mean' (a sum divided by the number of examples is a mean, too)."
             )
+        if not self._told and not math.isclose(ratio, 1, rel_tol=1e-3):
+            self._told = True
+            warnings.warn(_FACTORS.format(first=first, other=factor), InfluenceWarning, stacklevel=2)
 
 
 def summed(losses: Sequence[OutputLoss]) -> OutputLoss:

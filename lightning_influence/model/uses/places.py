@@ -8,6 +8,7 @@ tensor by examples.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -46,6 +47,10 @@ class Place:
     def is_plain(self) -> bool:
         """Return whether the first dimension holds the examples, each with its slices, in their order."""
         return self.owners is None and self.dim == 0 and self.outer == 1
+
+    def is_uneven(self) -> bool:
+        """Return whether examples have different numbers of slices."""
+        return len(set(Counter(self.owners or ()).values())) > 1
 
     def moved(self, dim: int) -> Place:
         """Return the same order of examples in another dimension."""

@@ -32,7 +32,7 @@ from lightning_influence.model.uses.following import (
 )
 from lightning_influence.model.uses.operations.registry import find_operation
 from lightning_influence.model.uses.places import Place, whole
-from lightning_influence.support.batches import find_tensors, open_part
+from lightning_influence.support.batches import find_tensors, is_list_of_examples, open_part
 
 # Questions that no tensor comes out of: not worth a look.
 _QUESTIONS = {
@@ -403,7 +403,7 @@ def find_examples(
         places: of tensors whose places are known.
 
     Returns:
-        Tensors with their places. A list of ``B`` tensors of different sizes holds one example each.
+        Tensors with their places. A list of ``B`` tensors holds one example each.
     """
     known = {id(tensor): place for tensor, place in places.items()}
     found: list[tuple[Tensor, Place]] = []
@@ -414,7 +414,7 @@ def find_examples(
             place = known.get(id(value)) or _guess(value, num_examples)
             if place is not None:
                 found.append((value, place))
-        elif isinstance(value, (list, tuple)) and _is_ragged(value, num_examples):
+        elif is_list_of_examples(value, num_examples):
             found.extend((tensor, whole(example)) for example, tensor in enumerate(value))
         elif depth < _MOST_DEPTH:
             opened = open_part(value)
@@ -427,16 +427,6 @@ def _guess(tensor: Tensor, num_examples: int) -> Place | None:
         return whole(0)
     dims = [dim for dim, size in enumerate(tensor.shape) if size == num_examples]
     return Place(dims[0]) if dims else None
-
-
-def _is_ragged(value: list[Any] | tuple[Any, ...], num_examples: int) -> bool:
-    tensors = [item for item in value if isinstance(item, Tensor)]
-    return (
-        len(tensors) == len(value) == num_examples > 1
-        and len({tensor.ndim for tensor in tensors}) == 1
-        and len({tensor.shape for tensor in tensors}) > 1
-        and any(tensor.ndim and len(tensor) != num_examples for tensor in tensors)
-    )
 
 
 def _without_dispatch(func: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_influence.running.host.attributes import defines, preserved
 from lightning_influence.running.host.packages import is_lightning, load_beside
 from lightning_influence.running.host.states import ModuleStates
+from lightning_influence.support.errors import InfluenceWarning
 
 
 @contextlib.contextmanager
@@ -35,6 +37,7 @@ def borrowed_module(module: LightningModule) -> Iterator[None]:
                 stack.callback(vars(part).pop, "_trainer", None)
             stack.enter_context(preserved(part, "_trainer", "_current_fx_name", "_device", "_dtype"))
             stack.enter_context(muted(part))
+        _unscale_tables(module, stack)
         try:
             enter_eval_mode(module)
             for parameter, _, _ in grads:
@@ -49,6 +52,26 @@ def borrowed_module(module: LightningModule) -> Iterator[None]:
             for parameter, grad, requires_grad in grads:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
+
+
+def _unscale_tables(module: nn.Module, stack: contextlib.ExitStack) -> None:
+    """Let tables have gradients of the loss, whatever else is in a batch; name those that had not."""
+    tables = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.scale_grad_by_freq
+    }
+    for table in tables.values():
+        stack.enter_context(preserved(table, "scale_grad_by_freq"))
+        table.scale_grad_by_freq = False
+    if tables:
+        warnings.warn(
+            f"scale_grad_by_freq=True of {list(tables)} divides a row's gradient by how often it comes in "
+            "a batch, so that it depends on the other examples. Influence is of the gradients without that: "
+            "leave these layers out with layers= where that is not what is asked.",
+            InfluenceWarning,
+            stacklevel=3,
+        )
 
 
 def _restore_dtypes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -12,6 +13,7 @@ from lightning_influence.model.uses.calls import tensors_of
 from lightning_influence.model.uses.operations.registry import ExampleCall, register_operation
 from lightning_influence.model.uses.parts import Part, Rows
 from lightning_influence.model.uses.places import Place
+from lightning_influence.support.errors import InfluenceWarning
 
 
 @register_operation(
@@ -27,7 +29,7 @@ def pull_embedding(call: ExampleCall) -> Mapping[str, Part] | None:
     Returns:
         The rows' gradients.
     """
-    if not call.has_place("input") or call.has_place("weight") or call.get("scale_grad_by_freq", False):
+    if _is_scaled(call) or not call.has_place("input") or call.has_place("weight"):
         return None
     shape, padding = call.get("weight").shape, call.get("padding_idx")
     indices = call.examples("input").flatten(1)
@@ -35,6 +37,19 @@ def pull_embedding(call: ExampleCall) -> Mapping[str, Part] | None:
     if padding is not None:
         values = values * (indices != padding % shape[0])[None, :, :, None]
     return {"weight": Rows(indices, values, shape)}
+
+
+def _is_scaled(call: ExampleCall) -> bool:
+    """Return whether a row's gradient is divided by how often it is looked up, and tell of it."""
+    if not call.get("scale_grad_by_freq", False):
+        return False
+    warnings.warn(
+        "A table is looked up with scale_grad_by_freq=True, which divides a row's gradient by how often it "
+        "comes in a batch: influence is of the gradients of each example alone.",
+        InfluenceWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 @register_operation(
@@ -55,7 +70,7 @@ def pull_embedding_bag(call: ExampleCall) -> Mapping[str, Part] | None:
     """
     mode = call.get("mode", "mean")
     out = call.use.outputs[0]
-    if call.sources() != {"weight"} or mode not in ("sum", "mean") or call.get("scale_grad_by_freq", False):
+    if _is_scaled(call) or call.sources() != {"weight"} or mode not in ("sum", "mean"):
         return None
     if out is None or out.dim != 0:
         return None
