@@ -25,6 +25,7 @@ from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluenceP
 from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
 from lightning_influence.model.captured import WeightedCount
 from lightning_influence.model.content import SeenData
+from lightning_influence.model.forward import forget_measurement
 from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.plan import LayerPlan, ModuleLoss, find_layers
@@ -369,7 +370,7 @@ class Engine:
         shapes = {name: layer.shape for name, layer in plan.layers.items()}
         model = compute_digest(type(module).__module__, type(module).__qualname__, shapes)
         plan = replace(plan, verified=self._state.verified.setdefault(model, set()))
-        plan.verified.discard("measurement")  # may be another one
+        forget_measurement(plan.verified)
         return plan
 
     def _queries(

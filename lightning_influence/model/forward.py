@@ -48,8 +48,9 @@ from lightning_influence.support.errors import (
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.waiting import read_later
 
-# Says that a layer is a module whose weights are used by calling it: its uses need not be watched.
-_CALLED = "{} is called"
+# Says that a layer is a module whose weights the loss, or a measurement, uses by calling it on the examples
+# in their order: its uses need not be watched.
+_CALLED = "{} is called for the {}"
 #: Says that batches are read by the values of their losses, not by the functions these are made of.
 OTHER_ROWS = "losses are read by their values"
 # Says that layers are called on rows whose examples are not known by their number: their uses are watched.
@@ -58,6 +59,11 @@ _ROWS_VARY = "rows of layers vary"
 _LEFT_OUT = "{} positions are left out"
 # Says that functions that losses are made of give examples other weights than one.
 _WEIGHED = "examples have weights"
+
+
+def forget_measurement(verified: set[str]) -> None:
+    """Forget what passes have found of a measurement, as there may be another one."""
+    verified -= {text for text in verified if text.endswith("measurement")}
 
 
 class ReadOtherwiseError(UnsupportedModelError):
@@ -100,7 +106,6 @@ class Forward:
     def __init__(self, plan: LayerPlan, loss: ModuleLoss | None = None) -> None:
         self.plan = plan
         self.silent: set[str] = set(plan.layers)
-        self._called = {_CALLED.format(name) for name in plan.layers}
         self._loss = plan.loss if loss is None else loss
         self._capture = LossCapture()
         self._unnamed: UnnamedLoss | None = None
@@ -126,7 +131,7 @@ class Forward:
             UnsupportedModelError: if the model cannot be differentiated example by example.
         """
         if measure is not None and not measure.needs_loss:
-            recorder = self._make_recorder(batch, num_examples)
+            recorder = self._make_recorder(batch, num_examples, "measurement")
             with recorder:
                 values = measure(module, batch, loss=None, batch_size=num_examples)
             captured = Captured(num_examples, None, values, recorder)
@@ -150,7 +155,7 @@ class Forward:
             warnings.warn(note, InfluenceWarning, stacklevel=2)
             self.plan.verified.add(note)
         try:
-            self._check_examples(captured, module, batch, measured=measure is not None)
+            self._check_examples(captured, module, batch, measure=measure)
         except UnsupportedModelError as refusal:
             other = self._read_other_rows(captured, module, batch) if measure is None else None
             if other is None:
@@ -199,19 +204,22 @@ class Forward:
         try:
             other = read(module, batch, num_examples)
             if other is not None:
-                self._check_examples(other, module, batch, measured=False)
+                self._check_examples(other, module, batch)
         except (UnsupportedModelError, NonFiniteError):
             self.plan.verified.discard(ONE_BY_ONE)
             return None
         return other
 
-    def _check_examples(self, captured: Captured, module: Any, batch: Any, *, measured: bool) -> None:
+    def _check_examples(
+        self, captured: Captured, module: Any, batch: Any, measure: Measure | None = None
+    ) -> None:
         """Check, on a first batch, that gradients are right, examples independent and losses in their order.
 
         Raises:
             UnsupportedModelError: if they are not.
         """
         uses, verified, alone = captured.recorder.uses, self.plan.verified, captured.num_examples == 1
+        measured = measure is not None
         subject = "measurement" if measured else "loss"
         if subject not in verified:
             if uses is not None:
@@ -226,14 +234,18 @@ class Forward:
                 raise
             if not alone:  # one example alone shows no coupling
                 verified.add(subject)
-                if uses is None or not uses.is_needed:
-                    verified |= self._called
+                # A measurement of the loss's outputs does not show in which order it takes them.
+                if (uses is None or not uses.is_needed) and not (measure is not None and measure.needs_loss):
+                    verified |= self._called(subject)
         if not measured and not alone:
             self._check_order(captured, module, batch)
 
-    def _make_recorder(self, batch: Any, num_examples: int) -> Recorder:
+    def _called(self, subject: str) -> set[str]:
+        return {_CALLED.format(name, subject) for name in self.plan.layers}
+
+    def _make_recorder(self, batch: Any, num_examples: int, subject: str = "loss") -> Recorder:
         plan = self.plan
-        if self._called <= plan.verified and _ROWS_VARY not in plan.verified:
+        if self._called(subject) <= plan.verified and _ROWS_VARY not in plan.verified:
             return Recorder(plan.layers)
         return Recorder(plan.layers, ParameterRecorder(plan.layers, batch, num_examples, plan.slow))
 

@@ -116,7 +116,9 @@ class ParameterRecorder:
         uses: dict[str, list[Use]] = {}
         for use in self.watch.uses:
             for name in names_of(self.watch, use):
-                uses.setdefault(name, []).append(use)
+                # What penalties on a module's weights use them for says nothing of where its examples are.
+                if name in self._single or _is_of_examples(use):
+                    uses.setdefault(name, []).append(use)
         modules = self.layers.keys() - self._single
         mine = {name for name in modules if not self._is_called(name, uses, calls.get(name, 0))}
         other = {name for name in mine if not self._is_linear(name, uses)}

@@ -168,7 +168,7 @@ class UnnamedLoss:
 
         if values is None and not self._is_known():
             self._check(describe(), module, batch, recorder)
-        if values is not None and num_examples > 1 and not self._has_looked:
+        if not self._has_looked and (values is not None or num_examples == 1):
             self._look_beside(value, describe(), module, batch, recorder)
         return describe()
 
@@ -422,22 +422,24 @@ class UnnamedLoss:
 
         Penalties on weights do not count: their gradients are the same for all data.
         """
-        self._has_looked = True
+        self._has_looked, traits = loss.num_examples > 1, self._traits
         beside = {name: g for name, g in self._direct_gradients(value, recorder).items() if bool(g.any())}
-        limit = 10 * _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
-        for part in draw_halves(loss.num_examples) if beside else ():
-            try:
-                piece = rearranged(batch, part, loss.num_examples, self._layout)
-                _, half, _ = self._run_from_leaves(module, piece, len(part))
-                others = self._direct_gradients(half, recorder)
-            except Exception:  # whatever the user's code may raise on a part of a batch
-                continue
-            for name, gradient in beside.items():
-                weight = recorder.layers[name].rule.weight(recorder.layers[name].module)
-                inside = torch.autograd.grad(loss.outputs.sum(), weight, retain_graph=True, allow_unused=True)
-                used_twice = inside[0] is not None and bool(inside[0].any())
-                if used_twice and bool((others[name] - gradient).norm() > limit * gradient.norm()):
-                    self._traits.beside = name
+        weights = {name: layer.rule.weight(layer.module) for name, layer in recorder.layers.items()}
+        for name in beside if traits.beside is None else ():
+            output = loss.outputs.sum()
+            [inside] = torch.autograd.grad(output, weights[name], retain_graph=True, allow_unused=True)
+            if inside is not None and bool(inside.any()) and self._meets_outputs(loss, weights[name]):
+                traits.beside = name
+
+    def _meets_outputs(self, loss: BatchLoss, weight: Tensor) -> bool:
+        """Return whether a weight's gradient beside the outputs depends on these, as no penalty's does."""
+        [direct] = torch.autograd.grad(loss.batch_loss, weight, create_graph=True, allow_unused=True)
+        if direct is None or not direct.requires_grad:
+            return False
+        mixed = torch.autograd.grad(
+            direct.to_dense().sum(), loss.leaves, retain_graph=True, allow_unused=True
+        )
+        return any(part is not None and bool(part.any()) for part in mixed)
 
     def _direct_gradients(self, value: Tensor, recorder: Recorder) -> dict[str, Tensor]:
         """Return gradients of a loss in covered weights that do not pass through the last outputs."""

@@ -284,7 +284,8 @@ class Module(LightningModule):
         order = torch.arange(len(x)).flip(0)
         if self.recipe.step == "sorted":
             order = x.double().flatten(1).sum(1).argsort()
-        return x[order], tuple(part[order] for part in t) if isinstance(t, tuple) else t[order], w[order]
+        both = isinstance(t, tuple | list)
+        return x[order], tuple(part[order] for part in t) if both else t[order], w[order]
 
     def _run(self, x: Tensor) -> Any:
         """The network on the batch, on two parts of it, or on each example."""
