@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_influence.model.additivity import REMEDY
-from lightning_influence.model.last_outputs import CutLoss, Key, OutputTap, are_chained
+from lightning_influence.model.last_outputs import CutLoss, Key, OutputTap, Share, are_chained
 from lightning_influence.model.losses.picked import PickedRows
 from lightning_influence.model.ragged import find_places
+from lightning_influence.model.shares import ShareWatch
 from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
@@ -101,10 +102,29 @@ class Cut:
         pairs = zip(single, slopes, strict=True)
         return [key for key, slope in pairs if slope is not None and not slope.requires_grad]
 
-    def watch(self, batch: Any, count: int, names: Collection[str] = ()) -> Watch | None:
-        """Return what follows the examples and some parameters, None if neither is wanted."""
-        parameters = {name: self._parameters[name] for name in names}
-        return _follow(batch, count, parameters) if self.follows or names else None
+    @contextlib.contextmanager
+    def follow(
+        self, batch: Any, count: int, names: Collection[str] = ()
+    ) -> Iterator[tuple[Watch | None, list[Share]]]:
+        """Follow the examples through a run where they are out of order, and parameters.
+
+        Args:
+            batch: the batch.
+            count: its number of examples.
+            names: of the parameters.
+
+        Yields:
+            What follows them, None if neither is wanted; and sums over the examples, noted for parameters.
+        """
+        if not (self.follows or names):
+            yield None, []
+            return
+        with _follow(batch, count, {name: self._parameters[name] for name in names}) as watch:
+            if not names:
+                yield watch, []
+                return
+            with ShareWatch(count, watch.place_of) as noted:
+                yield watch, noted.shares
 
     def run(
         self, module: Any, batch: Any, count: int, names: Collection[str] = (), *, is_part: bool = False
@@ -124,12 +144,12 @@ class Cut:
         Raises:
             OtherCallsError: if the batch takes another way through the model.
         """
-        watch = self.watch(batch, count, names)
-        with torch.enable_grad(), watch or contextlib.nullcontext(), OutputTap(module, self.keys) as tap:
+        following, tap = self.follow(batch, count, names), OutputTap(module, self.keys)
+        with torch.enable_grad(), following as (watch, shares), tap:
             values, value = self.compute(module, batch)
         if not is_part:
             self.check_calls(tap)
-        return self.describe(tap, value, values, watch)
+        return self.describe(tap, value, values, watch, shares)
 
     def check_calls(self, tap: OutputTap) -> None:
         """Refuse a batch that takes another way through the model.
@@ -140,17 +160,26 @@ class Cut:
         if tap.calls != self.calls:
             raise OtherCallsError(_OTHER_CALLS)
 
-    def describe(self, tap: OutputTap, value: Tensor, values: Tensor | None, watch: Watch | None) -> CutLoss:
+    def describe(
+        self,
+        tap: OutputTap,
+        value: Tensor,
+        values: Tensor | None,
+        watch: Watch | None,
+        shares: Sequence[Share],
+    ) -> CutLoss:
         """Return what a run has shown.
 
         Args:
             tap: which has cut the run.
             value: the loss.
             values: given losses of the examples.
-            watch: see :meth:`watch`.
+            watch: see :meth:`follow`.
+            shares: see :meth:`follow`.
         """
         outputs = list(tap.outputs.values())
-        return CutLoss(list(tap.leaves.values()), outputs, value, values, self.places(outputs, watch), watch)
+        places = self.places(outputs, watch)
+        return CutLoss(list(tap.leaves.values()), outputs, value, values, places, watch, shares)
 
     def places(self, outputs: list[Tensor], watch: Watch | None) -> list[Place | None]:
         """Return where the examples stand in outputs; None for each whose rows are the examples in order."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
@@ -20,6 +20,19 @@ from lightning_influence.model.uses.places import Place
 
 Key = tuple[str, int, int]
 """Name of a module, number of its call in the forward pass, and place of a tensor in what it returned."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A number, or several, that an operation has made of all examples: the sum of what each adds.
+
+    Attributes:
+        edge: of the result.
+        values: what each example adds to it, ``(B, *shape)``.
+    """
+
+    edge: GradientEdge
+    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class CutLoss:
         values: the losses of the examples ``(B,)``, where the user gives them.
         places: where the examples stand in the leaves, where they were followed.
         watch: what followed them, and some parameters; None if neither was wanted.
+        shares: sums over the examples that the loss is made of, where parameters were followed.
     """
 
     leaves: list[Tensor]
@@ -41,6 +55,7 @@ class CutLoss:
     values: Tensor | None
     places: list[Place | None]
     watch: Watched | None
+    shares: Sequence[Share] = ()
 
 
 class OutputTap:

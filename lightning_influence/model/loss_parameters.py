@@ -15,12 +15,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from lightning_influence.model.last_outputs import CutLoss
+from lightning_influence.model.last_outputs import CutLoss, Share
 from lightning_influence.model.layers import BIAS, WEIGHT
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.losses.shared import JointLoss, SharedLoss
-from lightning_influence.model.uses.gradients import pull_gradients
+from lightning_influence.model.uses.gradients import (
+    differentiate_batch,
+    edges_of,
+    gather_passes,
+    names_of,
+    pull_uses,
+)
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.notes import Notices
 
@@ -310,12 +317,18 @@ class LossParameters:
             return {}
         parameters = {name: cut.watch.parameters[name] for name in names}
         whole = _fill(find_direct(cut.value, parameters), parameters)
-        pulled = pull_gradients(cut.watch, cut.value, [None], only=set(names)).gradients
+        uses = [
+            use for use in cut.watch.uses if None not in use.outputs and names_of(cut.watch, use) & set(names)
+        ]
+        edges = edges_of(uses)
+        grads = torch.autograd.grad(cut.value, edges, retain_graph=True, allow_unused=True) if edges else ()
+        pulled = pull_uses(cut.watch, uses, gather_passes(uses, [grads]), 1).gradients
+        shared = _pull_shares(cut.value, cut.shares, parameters)
         found = {}
         for name, total in whole.items():
-            none = total.new_zeros(cut.watch.num_examples, *total.shape)
-            own = pulled[name].dense()[0] if name in pulled else none
-            found[name] = _Rows(own, total.to(own) - own.sum(0))
+            own = total.new_zeros(cut.watch.num_examples, *total.shape)
+            own = own + (pulled[name].dense()[0] if name in pulled else 0) + shared.get(name, 0)
+            found[name] = _Rows(own, total - own.sum(0))
         return found
 
     def _run_alone(
@@ -324,7 +337,7 @@ class LossParameters:
         """Return gradients from the losses of the examples alone; nothing if these are not known."""
         found: dict[str, _Rows] = {}
         for name in names if singles else ():
-            shares = torch.tensor([1 / single.ratio for single in singles]).to(direct[name])
+            shares = direct[name].new_tensor([1 / single.ratio for single in singles])
             none = torch.zeros_like(direct[name])
             each = torch.stack([single.direct.get(name, none) for single in singles])
             total = torch.einsum("b,b...->...", shares, each)
@@ -334,6 +347,42 @@ class LossParameters:
             own = (each - constant) * shares.view(-1, *[1] * constant.dim())
             found[name] = _Rows(own, direct[name] - own.sum(0))
         return found
+
+
+def _pull_shares(
+    value: Tensor, shares: Sequence[Share], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what the factors of sums over the examples add to their gradients in parameters.
+
+    Args:
+        value: the loss, with its graph.
+        shares: sums that it is made of.
+        parameters: by name.
+
+    Returns:
+        ``(B, *shape)`` by name; nothing for a loss that is not linear in the sums.
+    """
+    edges = [share.edge for share in shares]
+    if not edges:
+        return {}
+    slopes = torch.autograd.grad(value, edges, create_graph=True, allow_unused=True)
+    bent = [
+        (slope, share.values)
+        for slope, share in zip(slopes, shares, strict=True)
+        if slope is not None and slope.requires_grad
+    ]
+    if not bent:
+        return {}
+    sums = [slope.sum() for slope, _ in bent]
+    others = torch.autograd.grad(sums, edges, retain_graph=True, allow_unused=True)
+    if any(other is not None and bool(other.any()) for other in others):
+        return {}
+    found = differentiate_batch(
+        [get_gradient_edge(slope) for slope, _ in bent],
+        list(parameters.values()),
+        [values for _, values in bent],
+    )
+    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
 
 
 def _fill(grads: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -120,17 +119,18 @@ class UnnamedLoss:
         names, picked, uses = self.own.names, PickedRows(), recorder.uses
         assert uses is not None or not names
         spread = {name: uses.spread(name) for name in names} if uses is not None else {}
-        watch = cut.watch(batch, num_examples, () if cut.is_chained else names)
-        following = watch or contextlib.nullcontext()
         if cut.is_chained:
             with preserve_rng():
                 found = cut.run(module, batch, num_examples, names)
-            with recorder, picked, following, OutputTap(module, cut.keys, leaves=False) as tap:
+        tap = OutputTap(module, cut.keys, leaves=not cut.is_chained)
+        following = cut.follow(batch, num_examples, () if cut.is_chained else names)
+        with recorder, picked, following as (watch, shares), tap:
+            if cut.is_chained:
                 values, _ = self._run(module, batch)
-        else:
-            with recorder, picked, following, OutputTap(module, cut.keys) as tap:
+            else:
                 values, value = cut.compute(module, batch)
-            found = cut.describe(tap, value, values, watch)
+        if not cut.is_chained:
+            found = cut.describe(tap, value, values, watch, shares)
         cut.check_calls(tap)
         outputs = list(tap.outputs.values())
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}

@@ -380,17 +380,17 @@ class Weighed(nn.Module):
         return (losses * (-self.log_variance).exp() + self.log_variance).sum()
 
 
-def test_parameters_of_the_loss_alone_are_not_counted_as_covered():
+def test_parameters_of_the_loss_alone_are_covered():
     module, (x, y) = mute(Weighed()).double(), batch()
     run = Forward(find_layers(module))
-    with pytest.warns(InfluenceWarning, match="weights of 'log_variance' directly.*left out"):
-        found = run(module, (x.double(), y), B).loss_gradients()
-    assert run.silent == {"log_variance"}
-    assert not found["log_variance"].dense().any()
+    found = run(module, (x.double(), y), B).loss_gradients()
+    assert not run.silent
     for n in range(B):
         loss = module.training_step((x[n : n + 1].double(), y[n : n + 1]), 0)
-        expected = torch.autograd.grad(loss, module.first.weight)[0]
-        torch.testing.assert_close(found["first"].dense()[0, n, 0, :, :-1], expected)
+        wanted = [module.first.weight, module.log_variance]
+        weight, log_variance = torch.autograd.grad(loss, wanted)
+        torch.testing.assert_close(found["first"].dense()[0, n, 0, :, :-1], weight)
+        torch.testing.assert_close(found["log_variance"].dense()[0, n].reshape(2), log_variance)
 
 
 def test_parameters_of_the_loss_alone_are_covered_where_the_user_gives_its_values():

@@ -292,14 +292,14 @@ class _Sums:
             edges.append(made.edge)
             grads.append(whole.flatten(0, 1).to(tensor.dtype))
         parameters = self._watch.parameters
-        found = _batched_grad(edges, list(parameters.values()), grads)
+        found = differentiate_batch(edges, list(parameters.values()), grads)
         for name, grad in zip(parameters, found, strict=True):
             if grad is not None:
                 values = full_precision(grad).reshape(K, B, *grad.shape[1:])
                 self._parts.setdefault(name, []).append((Dense(values), None))
 
 
-def _batched_grad(
+def differentiate_batch(
     edges: list[GradientEdge], parameters: list[Tensor], grads: list[Tensor]
 ) -> Sequence[Tensor | None]:
     """Return gradients of the parameters ``(K B, *shape)`` for a batch of gradients at the edges."""
