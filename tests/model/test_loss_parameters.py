@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_influence.curvature.gauss_newton import DenseCurvaturePass
+from lightning_influence.curvature.hessian import DenseHessianPass
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.plan import find_layers
@@ -141,12 +142,16 @@ def dense(plan, found):
     return torch.cat(blocks, 1)
 
 
+def parameters_in_order(layer):
+    weight, bias = layer.rule.weight(layer.module), layer.rule.bias(layer.module)
+    return [weight] if bias is None else [weight, bias]
+
+
 def in_order(plan, value):
     """The gradient of a scalar in the layout's order, by automatic differentiation."""
     rows = []
     for layer in plan.layers.values():
-        weight, bias = layer.rule.weight(layer.module), layer.rule.bias(layer.module)
-        wanted = [p for p in (weight, bias) if p is not None]
+        wanted = parameters_in_order(layer)
         grads = torch.autograd.grad(
             value, wanted, retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -208,6 +213,29 @@ def test_curvature_is_that_of_outputs_and_parameters(name):
     one_pass = DenseCurvaturePass(plan, fisher="exact")
     one_pass.step(module, data, torch.arange(B), 0)
     torch.testing.assert_close(one_pass.result(), joint_gauss_newton(module, plan, data), **CLOSE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_hessian_mixes_outputs_and_parameters(name):
+    module, data = make(name), batch()
+    plan = find_layers(module)
+    one_pass = DenseHessianPass(plan)
+    one_pass.step(module, data, torch.arange(B), 0)
+    wanted = [p for layer in plan.layers.values() for p in parameters_in_order(layer)]
+    loss = module.training_step(data, 0)
+    first = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
+    rows = [
+        torch.autograd.grad(entry, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
+        if entry.requires_grad
+        else [torch.zeros_like(p) for p in wanted]
+        for grad in first
+        for entry in grad.flatten()
+    ]
+    expected = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    # Weights and biases stand in another order in the layout, which changes no eigenvalue.
+    torch.testing.assert_close(
+        torch.linalg.eigvalsh(one_pass.result()), torch.linalg.eigvalsh(expected), **CLOSE
+    )
 
 
 def test_a_parameter_in_which_the_loss_is_linear_has_the_squares_of_its_gradients():

@@ -80,10 +80,35 @@ class SharedLoss(BatchLoss):
         """Return what the examples' losses change by, a scalar with first derivatives in the parameter."""
         return (self.gradient() * (working(self.outputs) - self.detached)).sum()
 
+    def linear(self) -> Tensor:
+        """Return what each example's loss changes by, with the second derivatives of the batch's loss."""
+        assert self.mean is not None
+        slopes, (parameter,) = self.mean._slopes, self.mean.leaves
+        bent, shift = slopes - slopes.detach(), parameter - parameter.detach()
+        quadratic = self.mean.factor / 2 * (bent * shift.reshape(1, -1)).sum()
+        return (self.gradient() * (working(self.outputs) - self.detached)).sum(1) + quadratic
+
     def gradient(self) -> Tensor:
         """Return the gradient of each example's loss, ``(B, |p|)``."""
         assert self.rows is not None
         return self.rows.to(self.detached.dtype)
+
+    def mix_columns(self, weights: Tensor) -> Tensor:
+        """Return the sum of the columns with weights ``(B, K)``.
+
+        The columns are those of all examples, whose outer products alone count in their sum. Where there are
+        enough examples, each takes another row of a Hadamard matrix (Sylvester 1867) for signs of its own, by
+        which mixed products cancel; the first one's weights are the random part.
+        """
+        count, columns = weights.shape
+        rows = 1 << (columns - 1).bit_length()
+        if self._blocks is None or rows > count:
+            return super().mix_columns(weights)
+        numbers = torch.arange(rows, device=weights.device)
+        common = numbers[:, None] & numbers[None, :columns]
+        bits = torch.stack([(common >> bit) & 1 for bit in range(rows.bit_length())]).sum(0)
+        signs = (1 - 2 * (bits % 2)).to(weights).repeat(-(-count // rows), 1)[:count]
+        return super().mix_columns(weights[:1] * signs)
 
     @cached_property
     def _blocks(self) -> Tensor | None:
@@ -144,6 +169,21 @@ class JointLoss(SumLoss):
     def per_example(self) -> Tensor:
         """Return the loss of each example, ``(B,)``, with first and second derivatives in the outputs."""
         return self.main.per_example() if self.values is not None else super().per_example()
+
+    def second_order(self) -> Tensor:
+        """Return the loss of each example, ``(B,)``, with the derivatives that mix parameters and outputs.
+
+        Slopes keep their graph for that. Each example has an equal part in what is quadratic in parameters.
+        """
+        if self.values is not None:
+            return self.values
+        main, total = self.main, self.main.per_example()
+        bent = main._slopes - main._slopes.detach()
+        total = total + main.factor * (bent * (working(main.outputs) - main.detached)).sum(1)
+        for term in self.terms[1:]:
+            assert isinstance(term, SharedLoss)
+            total = total + term.linear()
+        return total
 
     def batch_value(self) -> Tensor:
         """Return the loss of the batch, a detached scalar."""
