@@ -7,12 +7,13 @@ mix the two are left out, as the Gauss-Newton matrix leaves out what goes with t
 likelihood their expectation is zero, and with them the blocks of single examples are indefinite.
 
 As all examples share ``p``, only the sum over them of ``d^2 l_n / dp^2`` counts. It is the second derivative
-of the batch's loss, and each example takes an equal part in it.
+of the batch's loss, and each example takes an equal part in it. So the columns of its square root need not be
+had for each example: they are dealt out among the examples, which makes no difference to the sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,8 +23,11 @@ from typing_extensions import Self
 
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.losses.combined import SumLoss
-from lightning_influence.model.losses.loss import working
+from lightning_influence.model.losses.loss import OutputLoss, working
 from lightning_influence.model.uses.places import whole
+
+# Chosen by hand: up to so many columns each example has them all, as minibatches and samples would have it.
+_FEW_COLUMNS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,22 +97,46 @@ class SharedLoss(BatchLoss):
         assert self.rows is not None
         return self.rows.to(self.detached.dtype)
 
-    def mix_columns(self, weights: Tensor) -> Tensor:
-        """Return the sum of the columns with weights ``(B, K)``.
+    @property
+    def num_columns(self) -> int:
+        """``K``: the columns of each example, or those that are dealt out to it."""
+        if self._blocks is None or self._count <= _FEW_COLUMNS:
+            return super().num_columns
+        return -(-self._count // self.num_examples)
 
-        The columns are those of all examples, whose outer products alone count in their sum. Where there are
-        enough examples, each takes another row of a Hadamard matrix (Sylvester 1867) for signs of its own, by
-        which mixed products cancel; the first one's weights are the random part.
-        """
-        count, columns = weights.shape
-        rows = 1 << (columns - 1).bit_length()
-        if self._blocks is None or rows > count:
+    def columns(self) -> Iterator[Tensor]:
+        """The columns of each example while there are few, and others dealt out to the examples."""
+        few = self._blocks is None or self._count <= _FEW_COLUMNS
+        return super().columns() if few else self._deal()
+
+    def column_energies(self) -> Tensor:
+        """Return the squared norm of each column of each example, ``(B, K)``."""
+        return OutputLoss.column_energies(self)
+
+    def mix_columns(self, weights: Tensor) -> Tensor:
+        """Return the sum of columns that are dealt out with weights ``(B, K)``: products of two cancel."""
+        if self._blocks is None:
             return super().mix_columns(weights)
-        numbers = torch.arange(rows, device=weights.device)
-        common = numbers[:, None] & numbers[None, :columns]
-        bits = torch.stack([(common >> bit) & 1 for bit in range(rows.bit_length())]).sum(0)
-        signs = (1 - 2 * (bits % 2)).to(weights).repeat(-(-count // rows), 1)[:count]
-        return super().mix_columns(weights[:1] * signs)
+        return torch.stack([w[:, None] * seed for w, seed in zip(weights.T, self._deal(), strict=False)]).sum(
+            0
+        )
+
+    @property
+    def _count(self) -> int:
+        """Number of all columns."""
+        assert self.mean is not None
+        return self.mean._roots.shape[1] * self.mean._roots.shape[3]
+
+    def _deal(self) -> Iterator[Tensor]:
+        """Yield the columns, each for one of the examples and scaled by the root of their number."""
+        assert self.mean is not None
+        count, roots = self.num_examples, self.mean._roots[0]
+        for start in range(0, self._count, count):
+            numbers = torch.arange(start, min(start + count, self._count), device=roots.device)
+            blocks, own = numbers // roots.shape[2], numbers % roots.shape[2]
+            seed = roots.new_zeros(count, *roots.shape[:2])
+            seed[numbers - start, blocks] = count**0.5 * roots[blocks, :, own]
+            yield self._join(seed)
 
     @cached_property
     def _blocks(self) -> Tensor | None:
