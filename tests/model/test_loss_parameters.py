@@ -286,6 +286,23 @@ def test_given_losses_of_examples(name):
     torch.testing.assert_close(one_pass.result(), joint_gauss_newton(module, plan, data), **CLOSE)
 
 
+def test_a_factor_of_given_losses():
+    """The values are those of a loss that has a name, times a parameter."""
+    torch.manual_seed(0)
+    module, data = mute(Step(None, s=())).double(), batch()
+
+    def values(module, batch):
+        losses = F.cross_entropy(module.net(batch[0])[0], batch[1], reduction="none")
+        return module.own["s"].exp() * losses
+
+    module.training_step = lambda batch, number: values(module, batch).mean()
+    plan = find_layers(module)
+    run = Forward(plan, values)
+    found = run(module, data, B).loss_gradients()
+    assert "own.s" not in run.silent
+    torch.testing.assert_close(dense(plan, found), expected_gradients(module, plan, data), **CLOSE)
+
+
 class Criterion(nn.Module):
     """A module of the loss with a matrix, whose result is one number, or one for each example."""
 
