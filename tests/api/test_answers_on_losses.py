@@ -154,3 +154,37 @@ def test_a_fit_is_not_changed():
     lightning.Trainer(**options, callbacks=[InfluenceCallback()]).fit(watched, make_loader(N, 0))
     for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Scaled(torch.autograd.Function):
+    """A product that no operation of torch shows."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x.detach() * scale.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        return grad * scale, (grad * x).sum(0)
+
+
+class Unseen(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 2), nn.Parameter(torch.tensor([0.5, 2.0]))
+        self.double()
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(Scaled.apply(self.layer(batch[0]), self.scale), batch[1])
+
+
+def test_what_one_question_has_found_slow_is_slow_in_the_next():
+    torch.manual_seed(0)
+    module, train = Unseen(), make_loader(N, 0)
+    trainer = InfluenceTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    own = gradients(module.eval(), train)
+    for _ in range(2):
+        found = trainer.influence(module, train, train, method="identity", log=False).scores.double()
+        torch.testing.assert_close(found, own @ own.T / N, rtol=1e-5, atol=1e-8)

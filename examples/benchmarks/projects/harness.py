@@ -146,7 +146,7 @@ def compare(fitted: Fitted, identity: Any) -> dict[str, Any]:
         for p in (layer.rule.weight(layer.module), layer.rule.bias(layer.module))
         if p is not None and p.requires_grad
     }
-    with Evaluating(fitted):
+    with Evaluating(fitted), fitted.quiet():
         train, _ = differentiate(fitted, fitted.train_singles, kept)
         queries, share = differentiate(fitted, fitted.query_singles, kept)
     expected = queries @ train.T / len(train)

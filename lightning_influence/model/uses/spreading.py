@@ -11,12 +11,12 @@ from lightning_influence.model.uses.parts import Dense, Part
 from lightning_influence.model.uses.places import Place
 
 
-def spread(parameter: Tensor, num_examples: int) -> Tensor:
+def spread_parameter(parameter: Tensor, num_examples: int) -> Tensor:
     """Return a parameter once for each example, ``(B, *shape)``."""
     return parameter.unsqueeze(0).expand(num_examples, *parameter.shape)
 
 
-@register_operation(spread, arguments=("parameter", "num_examples"), reads_inputs=False)
+@register_operation(spread_parameter, arguments=("parameter", "num_examples"), reads_inputs=False)
 def pull_spread(call: ExampleCall) -> dict[str, Part]:
     """Return the gradients of the rows, which are those of the parameter."""
     return {"parameter": Dense(call.gradient()[:, :, 0])}
@@ -32,9 +32,9 @@ def make_spread_use(parameter: Tensor, num_examples: int) -> tuple[Tensor, Use]:
     Returns:
         Its rows ``(B, *shape)``, and the use.
     """
-    rows = spread(parameter, num_examples)
+    rows = spread_parameter(parameter, num_examples)
     use = Use(
-        Call(spread, (parameter, num_examples), {}),
+        Call(spread_parameter, (parameter, num_examples), {}),
         {(0, 0): parameter},
         {},
         {},
