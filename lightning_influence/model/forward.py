@@ -22,7 +22,8 @@ from lightning_influence.model.checks import (
 )
 from lightning_influence.model.cut import Run
 from lightning_influence.model.losses.batch import BatchLoss
-from lightning_influence.model.losses.capture import LossCall, LossCapture
+from lightning_influence.model.losses.calls import LossCall
+from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.losses.shared import JointLoss
