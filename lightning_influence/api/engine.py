@@ -369,7 +369,8 @@ class Engine:
             return replace(plan, loss=self._question.loss)
         shapes = {name: layer.shape for name, layer in plan.layers.items()}
         model = compute_digest(type(module).__module__, type(module).__qualname__, shapes)
-        plan = replace(plan, verified=self._state.verified.setdefault(model, set()))
+        verified, slow = (kept.setdefault(model, set()) for kept in (self._state.verified, self._state.slow))
+        plan = replace(plan, verified=verified, slow=slow)
         forget_measurement(plan.verified)
         return plan
 

@@ -106,7 +106,7 @@ def add_hessian_products(
         UnsupportedModelError: if the model has no second derivatives.
     """
     parameters = Parameters(plan, captured)
-    losses = captured.per_example()
+    losses = captured.second_order()
     value = losses.sum() if coefficients is None else losses @ coefficients.to(losses)
     with _explained("Hessian"):
         first = torch.autograd.grad(value, parameters.tensors, create_graph=True, allow_unused=True)

@@ -38,6 +38,8 @@ class InfluenceState:
             computed again whatever is kept elsewhere; not stored.
         columns: of the output curvature of an example, by the key of a coarse space; not stored.
         verified: what passes of earlier calls have found in order, by model; not stored.
+        slow: the parameters whose gradients take a pass for each example, as they have found, by model; not
+            stored.
     """
 
     factors: Factors | None = None
@@ -52,6 +54,7 @@ class InfluenceState:
     forgotten: bool = field(default=False, compare=False, repr=False)
     columns: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
     verified: dict[str, set[str]] = field(default_factory=dict, compare=False, repr=False)
+    slow: dict[str, set[str]] = field(default_factory=dict, compare=False, repr=False)
 
     def forget(self) -> None:
         """Let go of what passes have computed; factors of a training run, or a user's own, stay."""

@@ -58,6 +58,10 @@ class Captured:
         """Return the sum of :meth:`per_example`, differentiable."""
         return self.per_example().sum() if self.loss is None else self.loss.total()
 
+    def second_order(self) -> Tensor:
+        """Return :meth:`per_example` where all second derivatives in the parameters count."""
+        return self.per_example() if self.loss is None else self.loss.second_order()
+
     def loss_gradients(self, *, keep_graph: bool = True) -> dict[str, LayerGradients]:
         """Gradients of the per-example losses, before division by the mean weight.
 

@@ -19,25 +19,21 @@ from lightning_influence.model.checks import (
     check_loss,
     check_order,
 )
+from lightning_influence.model.cut import Run
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.calls import LossCall
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.losses.picked import WholeRows
+from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.one_by_one import ONE_BY_ONE
 from lightning_influence.model.parameter_recorder import ParameterRecorder
 from lightning_influence.model.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.rearranging import missing_positions
 from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.training_step import call_loss, run_step
-from lightning_influence.model.unnamed_loss import (
-    OtherCallsError,
-    Run,
-    UnnamedLoss,
-    compute_alone,
-    read_layout,
-)
+from lightning_influence.model.unnamed_loss import UnnamedLoss, compute_alone, read_layout
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,
@@ -141,7 +137,7 @@ class Forward:
                 values = measure(module, batch, loss=captured.loss, batch_size=num_examples)
                 captured = Captured(num_examples, None, values, captured.recorder)
         silent = captured.recorder.silent
-        self.silent &= {*silent, *(() if self._unnamed is None else self._unnamed.direct)}
+        self.silent &= {*silent, *(() if self._unnamed is None else self._unnamed.own.silent)}
         if len(silent) == len(self.plan.layers) and not self.plan.is_part:
             raise UnsupportedModelError(
                 "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
@@ -151,7 +147,11 @@ class Forward:
         if measure is None and (self._loss is not None or callable(getattr(module, "influence_loss", None))):
             self._compare_with_step(captured, module, batch)
         note = None if captured.loss is None else captured.loss.note
-        if note is not None and note not in self.plan.verified and not isinstance(captured.loss, BatchLoss):
+        if (
+            note is not None
+            and note not in self.plan.verified
+            and not isinstance(captured.loss, BatchLoss | JointLoss)
+        ):
             warnings.warn(note, InfluenceWarning, stacklevel=2)
             self.plan.verified.add(note)
         try:
@@ -264,7 +264,7 @@ class Forward:
             one_by_one.check_mean(alone, self._call, module, batch)
             return alone
         if self._unnamed is None and OTHER_ROWS in self.plan.verified:
-            self._unnamed = UnnamedLoss(self._call, self.plan.verified)
+            self._unnamed = UnnamedLoss(self._call, self.plan.layers, self.plan.verified)
         if self._unnamed is not None:
             return self._run_unnamed(self._unnamed, module, batch, num_examples)
         recorder = self._make_recorder(batch, num_examples)
@@ -313,12 +313,8 @@ class Forward:
         return self._run(module, batch, num_examples)
 
     def _run_unnamed(self, unnamed: UnnamedLoss, module: Any, batch: Any, num_examples: int) -> Captured:
-        recorder = self._make_recorder(batch, num_examples)
-        try:
-            loss = unnamed.read(module, batch, num_examples, recorder)
-        except OtherCallsError:
-            recorder = self._make_recorder(batch, num_examples)
-            loss = unnamed.read(module, batch, num_examples, recorder)
+        make = partial(self._make_recorder, batch, num_examples)
+        loss, recorder = unnamed.read(module, batch, num_examples, make)
         if not self._judge_rows(batch, num_examples, recorder):
             return self._watch_rows(module, batch, num_examples)
         return Captured(num_examples, loss, None, recorder)
@@ -327,7 +323,7 @@ class Forward:
         self, module: Any, batch: Any, num_examples: int, *, is_strict: bool = False
     ) -> Captured | None:
         """Return the batch by the values of its loss, None if that depends on the output of no module."""
-        unnamed = UnnamedLoss(self._call, self.plan.verified, is_strict=is_strict)
+        unnamed = UnnamedLoss(self._call, self.plan.layers, self.plan.verified, is_strict=is_strict)
         try:
             captured = self._run_unnamed(unnamed, module, batch, num_examples)
         except LossCaptureError:
@@ -385,7 +381,7 @@ class Forward:
     def _check_order(self, captured: Captured, module: Any, batch: Any) -> None:
         """Check that the losses come in the order of the examples, for each way in which their rows do."""
         loss, count = captured.loss, captured.num_examples
-        if isinstance(loss, BatchLoss) and loss.values is None:
+        if isinstance(loss, BatchLoss | JointLoss) and loss.values is None:
             return  # its gradients were compared with those of parts of the batch
         if ONE_BY_ONE in self.plan.verified:
             return

@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from lightning_influence.model.uses.calls import Watched
+from lightning_influence.model.uses.places import Place
+
 Key = tuple[str, int, int]
 """Name of a module, number of its call in the forward pass, and place of a tensor in what it returned."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A number, or several, that an operation has made of all examples: the sum of what each adds.
+
+    Attributes:
+        edge: of the result.
+        values: what each example adds to it, ``(B, *shape)``.
+    """
+
+    edge: GradientEdge
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class CutLoss:
+    """A batch's loss, computed from leaves in place of the last outputs.
+
+    Attributes:
+        leaves: in place of the outputs, of the same values.
+        outputs: what the modules returned there.
+        value: the loss, a scalar.
+        values: the losses of the examples ``(B,)``, where the user gives them.
+        places: where the examples stand in the leaves, where they were followed.
+        watch: what followed them, and some parameters; None if neither was wanted.
+        shares: sums over the examples that the loss is made of, where parameters were followed.
+    """
+
+    leaves: list[Tensor]
+    outputs: list[Tensor]
+    value: Tensor
+    values: Tensor | None
+    places: list[Place | None]
+    watch: Watched | None
+    shares: Sequence[Share] = ()
 
 
 class OutputTap:
@@ -62,18 +102,19 @@ class OutputTap:
             handle.remove()
         self._handles = []
 
-    def last(self, loss: Tensor) -> list[Key]:
+    def last(self, loss: Tensor, without: Collection[Key] = ()) -> list[Key]:
         """Return the outputs that a graph leads to without passing another one, in the order of the model.
 
         Args:
             loss: a scalar of the forward pass that was watched.
+            without: outputs that do not count.
         """
         met: set[Key] = set()
         todo: list[tuple[Any, int]] = [(get_gradient_edge(loss).node, loss.output_nr)]
         seen = set(todo)
         while todo:
             node, number = todo.pop()
-            if (node, number) in self._nodes:
+            if (node, number) in self._nodes and self._nodes[node, number] not in without:
                 met.add(self._nodes[node, number])
                 continue
             for following in node.next_functions:
@@ -93,6 +134,8 @@ class OutputTap:
                     continue
                 key = name, call, place
                 if self._cut is None:
+                    if not part.dim():  # a number is what a module of the loss has made of a batch
+                        continue
                     # A module that hands on what another made is not its last user.
                     self._nodes.setdefault((get_gradient_edge(part).node, part.output_nr), key)
                     self.seen[key] = part

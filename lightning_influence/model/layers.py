@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -172,6 +172,8 @@ class Layer:
         return rows.reshape(*lead, *shape), bias
 
 
+#: What the names of parameters of modules begin with, see :func:`parameters_of`.
+WEIGHT, BIAS = "weight of ", "bias of "
 # A parameter by itself is a vector up to the first width: the second moments of its gradients are a matrix,
 # whose eigendecomposition costs what that of a layer of this width does. Above, it is a matrix of rows and
 # columns; if one dimension is larger than the second width it is a table, of whose larger dimension only a
@@ -254,6 +256,25 @@ def rule_of_parameter(attribute: str, parameter: Tensor) -> ParameterRule:
     """
     lies = is_table(parameter) and parameter.shape[1] > parameter.shape[0]
     return WideTableRule(attribute) if lies else ParameterRule(attribute)
+
+
+def parameters_of(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """Return all covered parameters.
+
+    Args:
+        layers: the covered layers by name.
+
+    Returns:
+        By name those that are layers by themselves, others as the weight or the bias of theirs.
+    """
+    parameters: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        is_single = isinstance(layer.rule, ParameterRule)
+        bias = layer.rule.bias(layer.module) if layer.has_bias else None
+        parameters[name if is_single else WEIGHT + name] = layer.rule.weight(layer.module)
+        if bias is not None:
+            parameters[BIAS + name] = bias
+    return parameters
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.model.gradients import FactoredGradients, LayerGradients
-from lightning_influence.model.layers import Layer, ParameterRule, full_precision, is_table
+from lightning_influence.model.layers import (
+    BIAS,
+    WEIGHT,
+    Layer,
+    ParameterRule,
+    full_precision,
+    is_table,
+    parameters_of,
+)
 from lightning_influence.model.ragged import find_places
 from lightning_influence.model.recorder import Slopes
 from lightning_influence.model.table_uses import TableUses
@@ -27,10 +35,9 @@ from lightning_influence.model.uses.gradients import (
 )
 from lightning_influence.model.uses.parts import ParameterGradient, Part, Product
 from lightning_influence.model.uses.places import Place
+from lightning_influence.model.uses.spreading import make_spread_use
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
-
-_WEIGHT, _BIAS = "weight of ", "bias of "
 
 
 class ParameterRecorder:
@@ -50,12 +57,7 @@ class ParameterRecorder:
     def __init__(self, layers: Mapping[str, Layer], batch: Any, num_examples: int, slow: set[str]) -> None:
         self.layers, self._slow = dict(layers), slow
         self._single = {name for name, layer in layers.items() if isinstance(layer.rule, ParameterRule)}
-        parameters: dict[str, Tensor] = {}
-        for name, layer in layers.items():
-            bias = layer.rule.bias(layer.module) if layer.has_bias else None
-            parameters[name if name in self._single else _WEIGHT + name] = layer.rule.weight(layer.module)
-            if bias is not None:
-                parameters[_BIAS + name] = bias
+        parameters = parameters_of(layers)
         self.watch = Watch(parameters, batch, num_examples, find_places(batch, num_examples))
         self._large = {
             name for name in self._single if is_table(layers[name].rule.weight(layers[name].module))
@@ -126,7 +128,7 @@ class ParameterRecorder:
         self._whole = {
             name
             for name in other
-            if _WEIGHT + name in uses
+            if WEIGHT + name in uses
             and not (self._uses_itself(name, uses) and _most_uses(name, uses) <= calls.get(name, 0))
         }
         self._paired, mine = mine - other, (mine - other) | self._whole
@@ -144,7 +146,7 @@ class ParameterRecorder:
 
     def _is_called(self, name: str, uses: Mapping[str, list[Use]], calls: int) -> bool:
         """Return whether a weight is used by calls of its module alone, on rows of the examples in order."""
-        own = uses.get(_WEIGHT + name, [])
+        own = uses.get(WEIGHT + name, [])
         if own and not self._uses_itself(name, uses):
             return False
         regular = (None, (0,)) if self.watch.num_examples == 1 else (None,)
@@ -156,12 +158,12 @@ class ParameterRecorder:
 
     def _uses_itself(self, name: str, uses: Mapping[str, list[Use]]) -> bool:
         """Return whether a use takes a module's weight, and not what was made of it."""
-        weight = self.watch.parameters[_WEIGHT + name]
-        return any(source is weight for use in uses[_WEIGHT + name] for source in use.sources.values())
+        weight = self.watch.parameters[WEIGHT + name]
+        return any(source is weight for use in uses[WEIGHT + name] for source in use.sources.values())
 
     def _is_linear(self, name: str, uses: Mapping[str, list[Use]]) -> bool:
         """Return whether the uses of a module's weight are those of one linear map, wherever it is called."""
-        self._uses = [*uses.get(_WEIGHT + name, []), *uses.get(_BIAS + name, [])]
+        self._uses = [*uses.get(WEIGHT + name, []), *uses.get(BIAS + name, [])]
         if any(place is None for use in self._uses for place in use.outputs):
             return False
         try:
@@ -284,6 +286,22 @@ class ParameterRecorder:
                 slopes[name] = (self._pair(name, gradients)[1],)
         return slopes
 
+    def spread(self, key: str) -> Tensor:
+        """Give a parameter a row for each example, ``(B, *shape)``, before the forward pass.
+
+        Gradients that arrive there are added to those of its uses.
+
+        Args:
+            key: one of :func:`parameters_of` the layers.
+
+        Returns:
+            The rows, with their graph.
+        """
+        with torch.enable_grad():
+            rows, use = make_spread_use(self.watch.parameters[key], self.watch.num_examples)
+        self.watch.uses.append(use)
+        return rows
+
     def add_example(self, batch: Any, number: int) -> None:
         """Take the tensors of a batch of one for those of an example."""
         self.watch.add_example(batch, number)
@@ -347,7 +365,7 @@ class ParameterRecorder:
             UnsupportedModelError: if its uses are not those of a linear map, with the same bias.
         """
         layer = self.layers[name]
-        weight, bias = (gradients.get(kind + name) for kind in (_WEIGHT, _BIAS))
+        weight, bias = (gradients.get(kind + name) for kind in (WEIGHT, BIAS))
         # Uses without the bias have 0 where the others have 1; both gradients of one use are of one tensor.
         shifted = [] if bias is None else [part for part, _ in bias.parts]
         parts: list[tuple[Part, int | None]] = []
@@ -373,7 +391,7 @@ class ParameterRecorder:
         weight, bias = layer.rule.weight(layer.module), layer.rule.bias(layer.module)
         parts = [
             None if p is None else gradients[key].dense()[0] if key in gradients else _no_gradients(p, count)
-            for p, key in ((weight, _WEIGHT + name), (bias, _BIAS + name))
+            for p, key in ((weight, WEIGHT + name), (bias, BIAS + name))
         ]
         assert parts[0] is not None
         return layer.from_parameters(parts[0], parts[1]).transpose(0, 1).transpose(2, 3)
@@ -391,7 +409,7 @@ class ParameterRecorder:
 
 def _most_uses(module: str, uses: Mapping[str, list[Use]]) -> int:
     """Return how often a module's weight, or its bias, is used, but for penalties on a batch."""
-    return max(sum(map(_is_of_examples, uses.get(kind + module, []))) for kind in (_WEIGHT, _BIAS))
+    return max(sum(map(_is_of_examples, uses.get(kind + module, []))) for kind in (WEIGHT, BIAS))
 
 
 def _is_of_examples(use: Use) -> bool:
@@ -401,7 +419,7 @@ def _is_of_examples(use: Use) -> bool:
 
 def _keys(modules: Iterable[str]) -> list[str]:
     """Return the names of the modules' weights and biases among the parameters that are watched."""
-    return [kind + name for name in modules for kind in (_WEIGHT, _BIAS)]
+    return [kind + name for name in modules for kind in (WEIGHT, BIAS)]
 
 
 def _no_gradients(parameter: Tensor, count: int) -> Tensor:

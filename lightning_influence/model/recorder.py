@@ -58,6 +58,10 @@ class UseRecorder(Protocol):
         """Take the tensors of a batch of one for those of an example."""
         ...
 
+    def spread(self, key: str) -> Tensor:
+        """Give a parameter a row for each example, ``(B, *shape)``, to which gradients can be sent."""
+        ...
+
     def is_in_order(self, tensor: Tensor) -> bool:
         """Whether the rows of a tensor are known to be the examples in their order."""
         ...

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_influence.model.training_mode import run_in_mode
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError, add_note
 
@@ -46,10 +47,12 @@ def run_step(module: Any, batch: Any) -> Tensor:
             "weights. Define `influence_loss(self, batch)`, which returns the per-example training loss as a "
             "tensor of shape (B,)."
         )
-    # A step may change the batch in place, which is the user's, and is run again on it by checks.
-    arguments = _step_arguments(module, copy_tensors(batch))
+    _step_arguments(module, batch)  # refuses a step that draws its own batches, in any mode
     try:
-        result = module.training_step(*arguments)
+        # A step may change the batch in place, which is the user's, and is run again on it by checks.
+        result = run_in_mode(
+            module, lambda: module.training_step(*_step_arguments(module, copy_tensors(batch)))
+        )
     except Exception as error:
         add_note(error, _OUTSIDE_FIT)
         raise

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
 import random
-from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,50 +23,29 @@ from lightning_influence.model.additivity import (
     find_ratio,
     tell_mean,
 )
-from lightning_influence.model.last_outputs import Key, OutputTap, are_chained
+from lightning_influence.model.cut import Cut, OtherCallsError, Run, to_scalar
+from lightning_influence.model.last_outputs import CutLoss, OutputTap
+from lightning_influence.model.layers import Layer, parameters_of
+from lightning_influence.model.loss_parameters import LossParameters, PartGradients, find_direct
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits, split_rows
 from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.model.losses.picked import PickedRows
-from lightning_influence.model.ragged import find_places
+from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.rearranging import Layout, UnknownPartError, find_layouts, rearranged
 from lightning_influence.model.recorder import Recorder
-from lightning_influence.model.uses.places import Place
-from lightning_influence.model.uses.watch import Watch
-from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
+from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import RandomStates, preserve_rng
 
-Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
-"""Maps a module and a batch to the losses of the examples ``(B,)``, or else to the loss of the batch."""
-
-_MEAN, _SUM = "loss is a mean", "loss is a sum"
-_LAYOUT, _DIRECT = "batch is read as ", "the loss alone uses "
-# Relative error of gradients that come from batches of another size.
+_MEAN, _SUM, _GIVEN = "loss is a mean", "loss is a sum", "losses of examples are given"
+_LAYOUT = "batch is read as "
+# Relative error of gradients that come from batches of another size; those of parameters add up more of them.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
 
-_SECOND_USE = (
-    "The loss depends on the weights of layer {name!r} in another way than by calling the layer, so its "
-    "gradients would be wrong. Accepted are weights that are used by their own layer only, and penalties on "
-    "weights: leave out a layer whose weight is used a second time with `layers=`."
-)
-_DIFFERENTIATES = (
-    "The loss differentiates the model's outputs by what they depend on, as gradient penalties do, so it is "
-    "no function of the outputs alone. Pass `loss=` without that term."
-)
 _PICKED = (
     "A layer was called on rows that a mask picked: by their number it cannot be told which example each row "
     "is of. Call the layers on all rows, and mask the losses: `ignore_index`, or `(losses * mask).sum() / "
     "mask.sum()`. " + REMEDY
-)
-_LEFT_OUT = (
-    "The loss uses the weights of {name!r} directly, beside the outputs of modules: its gradient by them is "
-    "one sum over the batch, and their gradients for single examples are not known, so they are left out. To "
-    "cover them, define `influence_loss(batch) -> (B,)` on the module, or let a module that owns them return "
-    "them with a row for each example, such as `self.scale.expand_as(outputs)`."
-)
-_OTHER_CALLS = (
-    "The loss has no name here and comes from other modules each time that one and the same batch is run, so "
-    "that it is not known which outputs it is made of. " + REMEDY
 )
 _UNKNOWN_PARTS = (
     "The loss of a batch is taken for the mean of its examples' losses, without a check: the batch could not "
@@ -79,178 +57,146 @@ _RANDOM = (
 )
 
 
-class OtherCallsError(UnsupportedModelError):
-    """A batch whose examples are sent to other modules than those of the batch that the cut was found for."""
-
-
 class UnnamedLoss:
     """Reads batch after batch of a loss that is known by its values only.
 
     Args:
         run: computes the loss.
+        layers: the covered layers by name.
         verified: what passes have found in order; completed here.
         is_strict: whether a loss of which no parts can be had is refused, not taken for a mean.
     """
 
-    def __init__(self, run: Run, verified: set[str], *, is_strict: bool = False) -> None:
+    def __init__(
+        self, run: Run, layers: Mapping[str, Layer], verified: set[str], *, is_strict: bool = False
+    ) -> None:
         self._run, self._verified, self._is_strict = run, verified, is_strict
+        self._parameters = parameters_of(layers)
+        #: Parameters that the loss uses itself.
+        self.own = LossParameters(verified)
+        self._parts: list[PartGradients] = []
         self._traits = BatchLossTraits()
         self._layout: Layout = read_layout(verified)
-        #: Layers whose weights the loss uses, and no module: their gradients are not known.
-        self.direct = {text.removeprefix(_DIRECT) for text in verified if text.startswith(_DIRECT)}
-        self._cut: list[Key] | None = None
-        self._calls: Counter[str] = Counter()  # of modules in the batch that the cut was found for
-        self._varies = False  # whether they differ between batches
-        # Whether the rows of outputs are followed to the examples, because they are not in their order.
-        self._follows = False
-        # Whether the network has a run of its own: outputs that feed one another cannot be cut in the same
-        # one, and values that the user gives for the examples keep their graph, by which they are checked.
-        self._chained = False
+        self._found: Cut | None = None
+        self._knows_one = False  # whether a batch of one was looked at
+        self._varies = False  # whether batches take ways of their own through the model
         self._has_looked = False  # for uses of weights beside outputs, where the values are given
 
-    def read(self, module: Any, batch: Any, num_examples: int, recorder: Recorder) -> BatchLoss:
+    def read(
+        self, module: Any, batch: Any, num_examples: int, make_recorder: Callable[[], Recorder]
+    ) -> tuple[BatchLoss | JointLoss, Recorder]:
         """Run a batch.
 
         Args:
             module: the user's module.
             batch: the batch.
             num_examples: ``B``.
-            recorder: records the layers.
+            make_recorder: makes what records the layers.
 
         Returns:
-            The loss of the batch.
+            The loss of the batch, and what has recorded the layers.
 
         Raises:
             LossCaptureError: if the loss does not depend on the outputs of any module.
-            OtherCallsError: if the batch takes another way through the model than those before; to be asked
-                again, with another recorder.
+            OtherCallsError: if it comes from other modules each time.
             UnsupportedModelError: if it couples examples.
         """
-        if self._cut is None or self._varies:
-            self._find_cut(module, batch, num_examples)
+        if self._found is None or self._varies:
+            self._found = Cut(self._run, self._parameters, module, batch, num_examples)
         states = RandomStates.read()
-        watch = _follow(batch, num_examples) if self._follows else None
-        following, picked = contextlib.nullcontext() if watch is None else watch, PickedRows()
-        if self._chained:
-            with preserve_rng():
-                leaves, value, _ = self._run_from_leaves(module, batch, num_examples)
-            with recorder, picked, following, OutputTap(module, self._cut, leaves=False) as tap:
-                values, _ = self._run(module, batch)
-        else:
-            values = None
-            with recorder, picked, following, OutputTap(module, self._cut) as tap:
-                value = self._run_cut(module, batch)
-            leaves = list(tap.leaves.values())
-        if tap.calls != self._calls:
+        try:
+            return self._read(self._found, module, batch, num_examples, make_recorder())
+        except OtherCallsError:
             states.write()
             self._varies = True
-            raise OtherCallsError(_OTHER_CALLS)
+            self._found = Cut(self._run, self._parameters, module, batch, num_examples)
+            return self._read(self._found, module, batch, num_examples, make_recorder())
+
+    def _read(
+        self, cut: Cut, module: Any, batch: Any, num_examples: int, recorder: Recorder
+    ) -> tuple[BatchLoss | JointLoss, Recorder]:
+        if not self._is_known():
+            self._check(cut, module, batch, num_examples)
+        names, picked, uses = self.own.names, PickedRows(), recorder.uses
+        assert uses is not None or not names
+        spread = {name: uses.spread(name) for name in names} if uses is not None else {}
+        if cut.is_chained:
+            with preserve_rng():
+                found = cut.run(module, batch, num_examples, names)
+        tap = OutputTap(module, cut.keys, leaves=not cut.is_chained)
+        following = cut.follow(batch, num_examples, () if cut.is_chained else names)
+        with recorder, picked, following as (watch, shares), tap:
+            if cut.is_chained:
+                values, _ = self._run(module, batch)
+            else:
+                values, value = cut.compute(module, batch)
+        if not cut.is_chained:
+            found = cut.describe(tap, value, values, watch, shares)
+        cut.check_calls(tap)
         outputs = list(tap.outputs.values())
-        places = None if watch is None else [watch.place_of(output) for output in outputs]
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}
-        if watch is None and rows & picked.counts:
+        if not cut.follows and rows & picked.counts:
             raise UnsupportedModelError(_PICKED)
         # Picked rows are as many for each example in one batch, and not in the next.
-        if picked.counts or any(place is not None and place.is_uneven() for place in places or ()):
+        places = cut.places(outputs, watch)
+        if picked.counts or any(place is not None and place.is_uneven() for place in places):
             self._traits.warn(WEIGHTED)
-
-        def describe() -> BatchLoss:
-            return BatchLoss.of(
-                outputs,
-                leaves,
-                value,
-                num_examples,
-                traits=self._traits,
-                values_of=lambda: compute_alone(self._run, module, batch, num_examples, self._layout),
-                values=values,
-                places=places,
-            )
-
-        if values is None and not self._is_known():
-            self._check(describe(), module, batch, recorder)
+        found = replace(found, outputs=outputs, places=places, values=values)
+        loss = self._describe(found, module, batch, num_examples)
         if not self._has_looked and (values is not None or num_examples == 1):
-            self._look_beside(value, describe(), module, batch, recorder)
-        return describe()
+            self._look_beside(found, loss, recorder.layers)
+        if names:
+            alone = partial(self._run_alone, cut, module, batch, loss)
+            return self.own.join(loss, found, self._parameters, spread, alone), recorder
+        return loss, recorder
+
+    def _describe(self, found: CutLoss, module: Any, batch: Any, num_examples: int) -> BatchLoss:
+        return BatchLoss.of(
+            found.outputs,
+            found.leaves,
+            found.value,
+            num_examples,
+            traits=self._traits,
+            values_of=lambda: compute_alone(self._run, module, batch, num_examples, self._layout),
+            values=found.values,
+            places=found.places,
+        )
 
     def _is_known(self) -> bool:
         """Return whether the loss was checked before; what was found then is taken over."""
         if _SUM in self._verified:
             self._traits.is_mean = False
-        return bool({_MEAN, _SUM} & self._verified)
+        return bool({_MEAN, _SUM, _GIVEN} & self._verified)
 
-    def _find_cut(self, module: Any, batch: Any, count: int) -> None:
-        """Find the outputs that the loss depends on directly, and whether some depend on others of them.
-
-        Raises:
-            LossCaptureError: if there is none.
-        """
-        watch, picked = _follow(batch, count), PickedRows()
-        with preserve_rng(), picked, watch, OutputTap(module) as tap:
-            values, batch_loss = self._run(module, batch)
-        self._calls = tap.calls
-        cut = tap.last(to_scalar(values, batch_loss))
-        places = [watch.place_of(tap.seen[key]) for key in cut]
-        # Rows of which not all are followed are taken as they are, and checked as others are.
-        plain = all(place and place.is_plain() for place in places)
-        self._follows = None not in places and not (plain and not picked.counts)
-        if not cut:
-            raise LossCaptureError(
-                f"The training loss does not depend on the output of any module with parameters. {REMEDY}"
-            )
-        self._cut, self._chained = cut, values is not None or len(cut) > 1
-        if values is None and len(cut) > 1:
-            with preserve_rng(), OutputTap(module, cut) as tap:
-                self._run_cut(module, batch)
-            self._chained = are_chained(tap)
-
-    def _run_from_leaves(
-        self, module: Any, batch: Any, count: int
-    ) -> tuple[list[Tensor], Tensor, list[Place | None]]:
-        """Return the leaves at the cut, the batch's loss as a function of them, and where examples stand."""
-        watch = _follow(batch, count) if self._follows else None
-        following = contextlib.nullcontext() if watch is None else watch
-        with torch.enable_grad(), following, OutputTap(module, self._cut) as tap:
-            value = self._run_cut(module, batch)
-        outputs = tap.outputs.values()
-        places = [None if watch is None else watch.place_of(output) for output in outputs]
-        return list(tap.leaves.values()), value, places
-
-    def _run_cut(self, module: Any, batch: Any) -> Tensor:
-        """Return the loss, from a run that has succeeded with the outputs attached to what they depend on.
-
-        Raises:
-            RuntimeError: the step's own, for any other reason.
-            UnsupportedModelError: if it fails with outputs that depend on nothing.
-        """
-        try:
-            return to_scalar(*self._run(module, batch))
-        except RuntimeError as error:
-            if "differentiated Tensor" not in str(error) and "does not require grad" not in str(error):
-                raise
-            raise UnsupportedModelError(_DIFFERENTIATES) from error
-
-    def _check(self, loss: BatchLoss, module: Any, batch: Any, recorder: Recorder) -> None:
+    def _check(self, cut: Cut, module: Any, batch: Any, count: int) -> None:
         """Check on a first batch that the examples' losses add up, and find out how.
 
         Raises:
-            UnsupportedModelError: if they do not, or if a covered weight is used outside its layer.
+            UnsupportedModelError: if they do not.
         """
-        count = loss.num_examples
-        if count == 1:  # shows nothing
+        if count == 1 and self._knows_one:
             return
-        rows = loss.gradient() / loss.factor
-        if not bool(rows.any()):
+        with preserve_rng():
+            found = cut.run(module, batch, count)
+        if count == 1:  # shows not what is a mean
+            self._knows_one = True
+            self.own.cover_one(found, self._parameters)
+            return
+        direct = find_direct(found.value, self._parameters)
+        if cut.gives_values:
+            self.own.cover_given(direct, self._differentiate_whole(module, batch))
+            self._verified.add(_GIVEN)
+            return
+        loss = self._describe(found, module, batch, count)
+        if not bool(loss.gradient().any()):
             return
         limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
         check_cross_derivatives(loss, draw_halves(count)[0], limit)
-        direct = self._direct_gradients(loss.batch_loss, recorder)
-        find = partial(self._find_mean, module, batch, loss, limit, direct, recorder)
+        find = partial(self._find_mean, cut, module, batch, loss, limit)
         is_mean, runs = self._try(find, {})
-        if is_mean is None and self._draws_noise(module, batch, loss, limit, direct, recorder):
-            self._traits.warn(_RANDOM)
-            is_mean = True
-        elif is_mean is None:
-            is_mean = self._read_otherwise(find, batch, count)
+        again = self._draw_again(cut, module, batch, loss, limit) if is_mean is None else None
+        if is_mean is None:
+            is_mean = self._read_otherwise(find, batch, count) if again is None else True
         if is_mean is None and runs:
             raise UnsupportedModelError(COUPLED)
         if is_mean is None:
@@ -259,34 +205,58 @@ class UnnamedLoss:
             self._traits.warn(_UNKNOWN_PARTS)
             is_mean = True
         self._traits.is_mean = is_mean
+        loss = replace(loss, factor=float(count) if is_mean else 1.0)
+        self._settle(cut, module, batch, loss, direct, again, 10 * limit)
         self._verified.add(_MEAN if is_mean else _SUM)
 
-    def _find_mean(
+    def _settle(
         self,
+        cut: Cut,
         module: Any,
         batch: Any,
         loss: BatchLoss,
-        limit: float,
         direct: dict[str, Tensor],
-        recorder: Recorder,
-        layout: Layout,
+        again: CutLoss | None,
+        limit: float,
+    ) -> None:
+        """Find the parameters that the loss uses itself, and how to have their gradients.
+
+        Raises:
+            UnsupportedModelError: if one cannot be had and outputs depend on it as well.
+        """
+
+        def follow(names: Collection[str]) -> CutLoss:
+            with preserve_rng():
+                return cut.run(module, batch, loss.num_examples, names)
+
+        if again is None:
+            alone = partial(self._run_alone, cut, module, batch, loss)
+            self.own.settle(direct, self._parts, limit, follow, alone)
+        else:
+            self.own.settle_noise(direct, follow, again, limit)
+        if self.own.left_out:
+            self.own.check_left_out(direct, self._differentiate_whole(module, batch))
+
+    def _differentiate_whole(self, module: Any, batch: Any) -> dict[str, Tensor]:
+        with preserve_rng(), torch.enable_grad():
+            return find_direct(to_scalar(*self._run(module, batch)), self._parameters)
+
+    def _find_mean(
+        self, cut: Cut, module: Any, batch: Any, loss: BatchLoss, limit: float, layout: Layout
     ) -> bool | None:
         """Compare parts of a batch, read in one way, with the whole.
 
         Returns:
             Whether the loss is a mean, not a sum; None if it is neither.
-
-        Raises:
-            UnsupportedModelError: if a covered weight is used outside its layer.
         """
         rows, count = loss.gradient() / loss.factor, loss.num_examples
         ratios: list[float] = []
+        self._parts = []
         # The example of the least gradient, alone: a loss of the hardest examples gives it none among others.
         parts = [*draw_halves(count), [int(rows.norm(dim=1).argmin())]]
         for part in parts:
-            piece = rearranged(batch, part, count, layout)
             try:
-                found = self._part_gradients(module, piece, len(part), rows.shape[1], recorder)
+                found = self._run_part(cut, module, batch, part, loss, layout)
             except Exception:  # steps may fail on one example
                 if len(ratios) < len(parts) - 1:
                     raise
@@ -297,10 +267,25 @@ class UnnamedLoss:
                 continue
             ratio = find_ratio(found[0], rows[part], limit)
             if ratio is None:
+                self._parts = []
                 return None
             ratios.append(ratio * len(part) / count)
-            self._compare_direct(direct, found[1], limit, loss, recorder)
+            if not math.isnan(ratio):
+                self._parts.append(PartGradients(part, ratio, found[1]))
         return tell_mean(ratios, [len(part) / count for part in parts], limit, self._traits)
+
+    def _run_alone(self, cut: Cut, module: Any, batch: Any, loss: BatchLoss) -> list[PartGradients]:
+        """Return what the loss of each example alone says; nothing if they cannot be run alone."""
+        rows, found = loss.gradient() / loss.factor, []
+        for number in range(loss.num_examples):
+            try:
+                own, direct = self._run_part(cut, module, batch, [number], loss, self._layout)
+            except Exception:  # whatever the user's code may raise on one example
+                return []
+            ratio = find_ratio(own, rows[[number]], 1.0)
+            fits = ratio is not None and not math.isnan(ratio)
+            found.append(PartGradients([number], ratio if fits and ratio else loss.factor, direct))
+        return found
 
     def _try(self, find: Callable[[Layout], bool | None], layout: Layout) -> tuple[bool | None, bool]:
         """Read a batch in one way.
@@ -332,122 +317,72 @@ class UnnamedLoss:
                 return is_mean
         return None
 
-    def _compare_direct(
-        self,
-        direct: dict[str, Tensor],
-        others: dict[str, Tensor],
-        limit: float,
-        loss: BatchLoss,
-        recorder: Recorder,
-    ) -> None:
-        """Tell penalties, whose gradients are the same for all data, from other direct uses of weights.
-
-        Weights that only the loss uses have no gradients of single examples, and are left out.
-
-        Raises:
-            UnsupportedModelError: if a layer uses the weight as well, whose gradients would be wrong.
-        """
-        for name, gradient in direct.items():
-            if name in self.direct or (others[name] - gradient).norm() <= 10 * limit * gradient.norm():
-                continue
-            layer = recorder.layers[name]
-            weight = layer.rule.weight(layer.module)
-            inside = torch.autograd.grad(
-                loss.outputs.sum(), weight, retain_graph=True, allow_unused=True, materialize_grads=True
-            )[0]
-            if bool(inside.any()):
-                raise UnsupportedModelError(_SECOND_USE.format(name=name))
-            self.direct.add(name)
-            self._verified.add(_DIRECT + name)
-            self._traits.warn(_LEFT_OUT.format(name=name))
-
-    def _draws_noise(
-        self,
-        module: Any,
-        batch: Any,
-        loss: BatchLoss,
-        limit: float,
-        direct: dict[str, Tensor],
-        recorder: Recorder,
-    ) -> bool:
-        """Return whether the loss of one and the same batch comes out differently each time.
+    def _draw_again(self, cut: Cut, module: Any, batch: Any, loss: BatchLoss, limit: float) -> CutLoss | None:
+        """Return another run of a batch whose loss comes out differently each time, None if it does not.
 
         Of such a loss the second derivatives have been checked. One that does not couples its examples.
-
-        Raises:
-            UnsupportedModelError: if a covered weight is used outside its layer.
         """
         with preserve_rng():
             _ = torch.rand(1), np.random.rand(), random.random()  # other draws than before
-            leaves, value, _ = self._run_from_leaves(module, batch, loss.num_examples)
-            again = torch.autograd.grad(
-                value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-        first = torch.autograd.grad(
-            loss.batch_loss, loss.leaves, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        noisy = any(
-            new.shape != old.shape or bool((new - old).norm() > limit * old.norm())
-            for new, old in zip(again, first, strict=True)
-        )
-        if noisy:
-            self._compare_direct(direct, self._direct_gradients(value, recorder), limit, loss, recorder)
-        return noisy
+            found = cut.run(module, batch, loss.num_examples, self._parameters)
+        pairs = zip(_slopes(found.value, found.leaves), _slopes(loss.batch_loss, loss.leaves), strict=True)
+        for new, old in pairs:
+            if new.shape != old.shape or bool((new - old).norm() > limit * old.norm()):
+                self._traits.warn(_RANDOM)
+                return found
+        return None
 
-    def _part_gradients(
-        self, module: Any, part: Any, count: int, width: int, recorder: Recorder
+    def _run_part(
+        self, cut: Cut, module: Any, batch: Any, part: list[int], loss: BatchLoss, layout: Layout
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the gradient of a part's loss in its outputs ``(b, d)``, and directly in covered weights.
+        """Return the gradient of a part's loss in its outputs ``(b, d)``, and directly in parameters.
 
         Raises:
             UnknownPartError: if the part has outputs of another width.
         """
+        piece, count, width = (
+            rearranged(batch, part, loss.num_examples, layout),
+            len(part),
+            loss.outputs.shape[1],
+        )
         with preserve_rng():
-            leaves, value, places = self._run_from_leaves(module, part, count)
-            grads = torch.autograd.grad(
-                value, leaves, allow_unused=True, materialize_grads=True, retain_graph=True
-            )
-            split = [split_rows(grad, place, count) for grad, place in zip(grads, places, strict=True)]
+            found = cut.run(module, piece, count, is_part=True)
+            grads = _slopes(found.value, found.leaves)
+            split = [split_rows(grad, place, count) for grad, place in zip(grads, found.places, strict=True)]
             rows = torch.cat([part.flatten(1) for part in split], 1)
         if len(split) == 1 and rows.shape[1] < width:  # others have more rows
             rows = torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
         if rows.shape[1] != width:
             raise UnknownPartError
-        return rows, self._direct_gradients(value, recorder)
+        return rows, find_direct(found.value, self._parameters)
 
-    def _look_beside(
-        self, value: Tensor, loss: BatchLoss, module: Any, batch: Any, recorder: Recorder
-    ) -> None:
+    def _look_beside(self, found: CutLoss, loss: BatchLoss, layers: Mapping[str, Layer]) -> None:
         """Note a layer that the user's losses reach in another way than through the outputs of modules.
 
         Penalties on weights do not count: their gradients are the same for all data.
         """
         self._has_looked, traits = loss.num_examples > 1, self._traits
-        beside = {name: g for name, g in self._direct_gradients(value, recorder).items() if bool(g.any())}
-        weights = {name: layer.rule.weight(layer.module) for name, layer in recorder.layers.items()}
-        for name in beside if traits.beside is None else ():
-            output = loss.outputs.sum()
-            [inside] = torch.autograd.grad(output, weights[name], retain_graph=True, allow_unused=True)
-            if inside is not None and bool(inside.any()) and self._meets_outputs(loss, weights[name]):
+        for name, layer in layers.items() if traits.beside is None else ():
+            weight = layer.rule.weight(layer.module)
+            [inside] = torch.autograd.grad(loss.outputs.sum(), weight, retain_graph=True, allow_unused=True)
+            if inside is not None and bool(inside.any()) and _meets_outputs(found, weight):
                 traits.beside = name
 
-    def _meets_outputs(self, loss: BatchLoss, weight: Tensor) -> bool:
-        """Return whether a weight's gradient beside the outputs depends on these, as no penalty's does."""
-        [direct] = torch.autograd.grad(loss.batch_loss, weight, create_graph=True, allow_unused=True)
-        if direct is None or not direct.requires_grad:
-            return False
-        mixed = torch.autograd.grad(
-            direct.to_dense().sum(), loss.leaves, retain_graph=True, allow_unused=True
-        )
-        return any(part is not None and bool(part.any()) for part in mixed)
 
-    def _direct_gradients(self, value: Tensor, recorder: Recorder) -> dict[str, Tensor]:
-        """Return gradients of a loss in covered weights that do not pass through the last outputs."""
-        weights = {name: layer.rule.weight(layer.module) for name, layer in recorder.layers.items()}
-        found = torch.autograd.grad(
-            value, list(weights.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return {name: grad.to_dense() for name, grad in zip(weights, found, strict=True)}
+def _meets_outputs(found: CutLoss, weight: Tensor) -> bool:
+    """Return whether a weight's gradient beside the outputs depends on these, as no penalty's does."""
+    [direct] = torch.autograd.grad(found.value, weight, create_graph=True, allow_unused=True)
+    if direct is None or not bool(direct.to_dense().any()) or not direct.requires_grad:
+        return False
+    mixed = torch.autograd.grad(direct.to_dense().sum(), found.leaves, retain_graph=True, allow_unused=True)
+    return any(part is not None and bool(part.any()) for part in mixed)
+
+
+def _slopes(value: Tensor, leaves: Collection[Tensor]) -> tuple[Tensor, ...]:
+    """Return the gradient of a loss in what it is computed from; the graph is kept."""
+    return torch.autograd.grad(
+        value, list(leaves), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
 
 
 def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout | None = None) -> Tensor:
@@ -473,28 +408,7 @@ def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout 
     return torch.stack(values)
 
 
-def _follow(batch: Any, count: int) -> Watch:
-    """Return what follows the examples of a batch, and no parameters."""
-    return Watch({}, batch, count, find_places(batch, count))
-
-
 def read_layout(verified: Collection[str]) -> Layout:
     """Return how an earlier pass found that batches are to be read."""
     noted = next((text for text in verified if text.startswith(_LAYOUT)), None)
     return {} if noted is None else dict(json.loads(noted.removeprefix(_LAYOUT)))
-
-
-def to_scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:
-    """Return what a run has computed as the loss of the batch, a scalar.
-
-    Raises:
-        LossCaptureError: if it is no single number.
-    """
-    if values is not None:
-        return values.mean()
-    assert batch_loss is not None
-    if batch_loss.numel() != 1:
-        raise LossCaptureError(
-            f"Got a training loss of shape {tuple(batch_loss.shape)}; accepted is a single number. {REMEDY}"
-        )
-    return batch_loss.reshape(())

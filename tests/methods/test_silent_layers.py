@@ -119,8 +119,8 @@ def test_nothing_is_left():
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_a_parameter_beside_the_outputs_is_left_out_and_not_said_to_be_covered(size):
-    """A learned scale of the whole loss: what it does to single examples cannot be told from the outputs."""
+def test_a_parameter_beside_the_outputs_is_covered(size):
+    """A learned scale of the whole loss."""
 
     class Scaled(lightning.LightningModule):
         def __init__(self):
@@ -133,11 +133,20 @@ def test_a_parameter_beside_the_outputs_is_left_out_and_not_said_to_be_covered(s
     module = Scaled().double()
     x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
     batches = [(x[at : at + size], y[at : at + size]) for at in range(0, 8, size)]
-    with pytest.warns(InfluenceWarning, match=r"\['log_scale'\].*they are left out"):
-        found = InfluenceModule(module).scores(batches, batches, method="identity")
-    assert list(found.diagnostics.layers) == ["layer"]
-    assert found.diagnostics.parameters_covered == 4 / 5
+    asked = InfluenceModule(module)
     with torch.no_grad():
-        inputs = torch.cat([x, torch.ones(8, 1, dtype=torch.float64)], 1)
-        rows = 2 * (module.layer(x) - y) * inputs / module.log_scale.exp()
+        inputs, scale = torch.cat([x, torch.ones(8, 1, dtype=torch.float64)], 1), module.log_scale.exp()
+        errors = module.layer(x) - y
+        rows = torch.cat([2 * errors * inputs / scale, 1 - errors.square() / scale], 1)
+        matrix = torch.zeros(5, 5, dtype=torch.float64)
+        matrix[:4, :4], matrix[4, 4] = 2 * inputs.T @ inputs / 8 / scale, errors.square().mean() / scale
+    found = asked.scores(batches, batches, method="identity")
+    assert set(found.diagnostics.layers) == {"layer", "log_scale"}
+    assert found.diagnostics.parameters_covered == 1
     torch.testing.assert_close(found.scores, rows @ rows.T / 8)
+    matrix += 0.1 * torch.eye(5, dtype=torch.float64)
+    expected = rows @ torch.linalg.solve(matrix, rows.T) / 8
+    for method in ("exact", "ekfac", "block_ggn", "cg"):
+        options = {"tolerance": 1e-12} if method == "cg" else {}
+        scores = asked.scores(batches, batches, method=method, damping=0.1, **options).scores
+        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-8)

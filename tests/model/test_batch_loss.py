@@ -292,7 +292,21 @@ def test_coupled_losses_are_answered_with_a_loss_of_the_call():
         Forward(find_layers(module), loss=lambda m, b: 0.5)(module, batch(), B)
 
 
-def test_a_weight_used_a_second_time_is_refused():
+def check_alone(module: nn.Module, found: dict, x: Tensor, y: Tensor) -> None:
+    """All gradients are those of the loss of each example alone."""
+    plan = find_layers(module)
+    for n in range(B):
+        grads = torch.autograd.grad(
+            module.training_step((x[n : n + 1], y[n : n + 1]), 0), parameters(plan), materialize_grads=True
+        )
+        torch.testing.assert_close(
+            torch.cat([found[name].dense()[0, n].flatten() for name in plan.layers]),
+            flat(module, plan, grads),
+            **CLOSE,
+        )
+
+
+def test_a_weight_used_a_second_time():
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -301,9 +315,8 @@ def test_a_weight_used_a_second_time_is_refused():
         def forward(self, x):
             return torch.tanh(self.first(x)) @ self.first.weight
 
-    module = module_of(Tied(), lambda net, x, y: (net(x) - x).square().mean())
-    with pytest.raises(UnsupportedModelError, match=r"layer 'net.first' in another way"):
-        Forward(find_layers(module))(module, batch(), B)
+    module, data = module_of(Tied(), lambda net, x, y: (net(x) - x).square().mean()), batch()
+    check_alone(module, Forward(find_layers(module))(module, data, B).loss_gradients(), *data)
 
 
 def test_noise_leaves_the_check_to_second_derivatives():
@@ -387,8 +400,7 @@ def test_hooks_that_agree_with_the_step_are_taken_in_silence(kind):
     assert Forward(find_layers(module))(module, batch(), B).num_examples == B
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_weights_that_the_loss_alone_uses_are_left_out_by_name(noise):
+def test_weights_that_the_loss_alone_uses():
     """Such as the dispersion of a likelihood: their gradients do not pass through any module's outputs."""
 
     class WithDispersion(nn.Module):
@@ -397,15 +409,15 @@ def test_weights_that_the_loss_alone_uses_are_left_out_by_name(noise):
             self.mean, self.dispersion = nn.Linear(4, 2), nn.Linear(1, 2, bias=False)
 
     def step(net, x, y):
-        error = net.mean(x) * (1 + noise * torch.randn(len(x), 1, dtype=x.dtype)) - y[:, None]
+        error = net.mean(x) - y[:, None]
         scale = net.dispersion.weight[:, 0]
         return (error.square() * scale.exp() - scale + error.abs() ** 3).mean()
 
-    module = module_of(WithDispersion(), step)
+    module, data = module_of(WithDispersion(), step), batch()
     forward = Forward(find_layers(module))
-    with pytest.warns(InfluenceWarning, match=r"weights of 'net.dispersion' directly.*are left out"):
-        forward(module, batch(), B)
-    assert forward.silent == {"net.dispersion"}
+    found = forward(module, data, B).loss_gradients()
+    assert not forward.silent
+    check_alone(module, found, *data)
 
 
 class Spread(nn.Module):
@@ -426,7 +438,7 @@ def dispersed_losses(net, x, y):
 
 @pytest.mark.parametrize("hook", [True, False])
 @pytest.mark.parametrize("rows", [True, False])
-def test_weights_of_the_loss_are_covered_as_outputs_with_a_row_for_each_example(rows, hook):
+def test_weights_of_the_loss_with_and_without_a_row_for_each_example(rows, hook):
     net = nn.Module()
     net.mean, net.spread = nn.Linear(4, 2), Spread(rows)
 
@@ -437,11 +449,6 @@ def test_weights_of_the_loss_are_covered_as_outputs_with_a_row_for_each_example(
     if hook:
         module.influence_loss = lambda data: dispersed_losses(net, *data)
     forward, (x, y) = Forward(find_layers(module)), batch()
-    if not rows and not hook:
-        with pytest.warns(InfluenceWarning, match=r"'net.spread.weight' directly.*self.scale.expand"):
-            forward(module, (x, y), B)
-        assert forward.silent == {"net.spread.weight"}
-        return
     found = forward(module, (x, y), B).loss_gradients()["net.spread.weight"].dense()[0].flatten(1)
     losses = dispersed_losses(module.net, x, y)
     expected = [torch.autograd.grad(loss, module.net.spread.weight, retain_graph=True)[0] for loss in losses]

@@ -46,8 +46,8 @@ class Module(nn.Module):
 
 def read(module, batch):
     layers = find_layers(module).layers
-    unnamed = UnnamedLoss(lambda m, b: (None, m.training_step(b, 0)), set())
-    return unnamed.read(module, batch, B, Recorder(layers))
+    unnamed = UnnamedLoss(lambda m, b: (None, m.training_step(b, 0)), layers, set())
+    return unnamed.read(module, batch, B, lambda: Recorder(layers))[0]
 
 
 @pytest.mark.parametrize("step", [time_first, masked, drawn])

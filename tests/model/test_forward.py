@@ -380,17 +380,17 @@ class Weighed(nn.Module):
         return (losses * (-self.log_variance).exp() + self.log_variance).sum()
 
 
-def test_parameters_of_the_loss_alone_are_not_counted_as_covered():
+def test_parameters_of_the_loss_alone_are_covered():
     module, (x, y) = mute(Weighed()).double(), batch()
     run = Forward(find_layers(module))
-    with pytest.warns(InfluenceWarning, match="weights of 'log_variance' directly.*left out"):
-        found = run(module, (x.double(), y), B).loss_gradients()
-    assert run.silent == {"log_variance"}
-    assert not found["log_variance"].dense().any()
+    found = run(module, (x.double(), y), B).loss_gradients()
+    assert not run.silent
     for n in range(B):
         loss = module.training_step((x[n : n + 1].double(), y[n : n + 1]), 0)
-        expected = torch.autograd.grad(loss, module.first.weight)[0]
-        torch.testing.assert_close(found["first"].dense()[0, n, 0, :, :-1], expected)
+        wanted = [module.first.weight, module.log_variance]
+        weight, log_variance = torch.autograd.grad(loss, wanted)
+        torch.testing.assert_close(found["first"].dense()[0, n, 0, :, :-1], weight)
+        torch.testing.assert_close(found["log_variance"].dense()[0, n].reshape(2), log_variance)
 
 
 def test_parameters_of_the_loss_alone_are_covered_where_the_user_gives_its_values():
@@ -423,6 +423,38 @@ def test_errors_of_the_step_say_where_it_ran():
         forward(step)
     assert "outside of a fit" in info.value.__notes__[0]
     assert "influence_loss(batch)" in info.value.__notes__[0]
+
+
+def test_steps_that_fail_in_eval_mode_run_as_in_training():
+    """Torch's own modules stay as they are: dropout would draw."""
+
+    class Several(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if self.training else torch.cat([super().forward(x)] * 4)
+
+    class Sampled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(Several(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    module, (x, y) = mute(Sampled()).eval(), batch()
+    run = Forward(find_layers(module))
+    with pytest.warns(InfluenceWarning, match=r"fails in eval mode \(ValueError.*in training mode"):
+        found = run(module, (x.double(), y), B).loss_gradients()
+    assert not any(part.training for part in module.modules())
+    losses = F.cross_entropy(
+        module.net[2](F.linear(x.double(), *module.net[0].parameters())), y, reduction="none"
+    )
+    expected = torch.stack([
+        torch.autograd.grad(loss, module.net[2].bias, retain_graph=True)[0] for loss in losses
+    ])
+    torch.testing.assert_close(found["net.2"].dense()[0, :, 0, :, -1], expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InfluenceWarning)
+        run(module, (x.double(), y), B)  # it is said once
 
 
 def test_what_stands_for_the_curvature_is_said_once():

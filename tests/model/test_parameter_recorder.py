@@ -204,6 +204,29 @@ def test_several_seeds_and_parts_agree_with_one_by_one(case):
         torch.testing.assert_close(joined, whole[name].dense())
 
 
+def test_rows_of_a_parameter_that_are_written_into_a_part():
+    """Each category has a vector of its own, of which some entries are those of its column."""
+
+    class Column(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.common = nn.Embedding(5, 8), nn.Parameter(torch.randn(1, 4))
+
+        def training_step(self, batch, batch_idx):
+            words = self.own(batch[0])
+            words[:, :4] = self.common.expand(len(words), -1)
+            return functional.cross_entropy(words.tanh(), batch[1])
+
+    module, count = Column().double(), 6
+    batch = torch.arange(count) % 5, torch.arange(count) % 8
+    plan = find_layers(module)
+    found = Forward(plan)(module, batch, count).loss_gradients()["common"].dense()[0].reshape(count, 1, 4)
+    alone = [module.training_step((batch[0][n : n + 1], batch[1][n : n + 1]), 0) for n in range(count)]
+    expected = torch.stack([torch.autograd.grad(loss, module.common)[0] for loss in alone])
+    torch.testing.assert_close(found, expected)
+    assert not plan.slow
+
+
 def test_what_is_not_seen_takes_the_slow_way_and_is_named():
     model = Net(Unseen(), nn.Linear(8, 3)).double()
     plan = find_layers(model)

@@ -64,6 +64,8 @@ class Fitted:
         query_singles: a batch of each query alone, or twice.
         loss: the loss of such a batch in eval mode.
         quiet: a context without the noise that the project draws in eval mode too, for comparisons.
+        in_order: whether the examples above come in the order of the loaders; if not, singular values of the
+            scores are compared, which know no order.
     """
 
     trainer: Any
@@ -75,6 +77,7 @@ class Fitted:
     query_singles: Sequence[Any]
     loss: Callable[[Any, Any], Tensor] | None = None
     quiet: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    in_order: bool = True
 
 
 Fit = Callable[[list[Any]], Fitted]
@@ -143,16 +146,19 @@ def compare(fitted: Fitted, identity: Any) -> dict[str, Any]:
         for p in (layer.rule.weight(layer.module), layer.rule.bias(layer.module))
         if p is not None and p.requires_grad
     }
-    with Evaluating(fitted):
+    with Evaluating(fitted), fitted.quiet():
         train, _ = differentiate(fitted, fitted.train_singles, kept)
         queries, share = differentiate(fitted, fitted.query_singles, kept)
     expected = queries @ train.T / len(train)
     scores = identity.scores.double()
+    sizes = [tuple(scores.shape), tuple(expected.shape)]
+    if not fitted.in_order:
+        scores, expected = torch.linalg.svdvals(scores), torch.linalg.svdvals(expected)
     return {
         "covered": identity.diagnostics.parameters_covered,
         "gradient_share": share,
         "error": float((scores - expected).norm() / expected.norm()),
-        "sizes": [tuple(scores.shape), tuple(expected.shape)],
+        "sizes": sizes,
     }
 
 

@@ -85,8 +85,9 @@ def fit(kind: str, callbacks: list[Any]) -> Fitted:
         else [default_convert(loader.dataset[[n]]) for n in range(len(loader.dataset))]
     )
     return Fitted(
-        trainer, trainer.lightning_module, loader, loader, EPOCHS, singles, singles, quiet=without_draws
-    )
+        trainer, trainer.lightning_module, loader, loader, EPOCHS, singles, singles, quiet=without_draws,
+        in_order=kind != "SCANVI",  # whose loader draws an order each time
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from harness import QUIET, Fitted, collate_singles, run
@@ -12,13 +14,17 @@ from harness import QUIET, Fitted, collate_singles, run
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 from torch_uncertainty import TUTrainer
+from torch_uncertainty.layers.bayesian.sampler import TrainableDistribution
 from torch_uncertainty.losses import DECLoss, DistributionNLLLoss, ELBOLoss, FocalLoss
 from torch_uncertainty.models.classification.lenet import bayesian_lenet, lenet, packed_lenet
 from torch_uncertainty.routines import ClassificationRoutine, RegressionRoutine
 from torch_uncertainty.transforms import RepeatTarget
+
+from lightning_influence.model.training_mode import own_modules_in_training
 
 COUNT, EPOCHS, CLASSES = 64, 3, 4
 
@@ -61,6 +67,30 @@ ROUTINES: dict[str, Any] = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def same_draws() -> Iterator[None]:
+    """Let weights be the same draw each time."""
+    sample = TrainableDistribution.sample
+
+    def draw(self: Any) -> Tensor:
+        noise = torch.randn(self.mu.shape, generator=torch.Generator().manual_seed(0))
+        self.sigma = torch.log1p(torch.exp(self.rho))
+        self.weight = self.mu + self.sigma * noise
+        return self.weight
+
+    TrainableDistribution.sample = draw
+    try:
+        yield
+    finally:
+        TrainableDistribution.sample = sample
+
+
+def _likelihood(module: Any, batch: Any) -> Tensor:
+    """Return the part of the loss that goes with the data, of a network drawn once as in training."""
+    with own_modules_in_training(module):
+        return functional.cross_entropy(module.model(batch[0]), batch[1])
+
+
 def fit(kind: str, callbacks: list[Any]) -> Fitted:
     """Train as in the project's tutorials."""
     pl.seed_everything(0)
@@ -75,7 +105,10 @@ def fit(kind: str, callbacks: list[Any]) -> Fitted:
     trainer.fit(module, loader)
     singles = collate_singles(points, default_collate, 2)
     queries = DataLoader(Subset(points, range(12)), batch_size=8)
-    return Fitted(trainer, module, loader, queries, EPOCHS, singles, singles[:12])
+    fitted = Fitted(trainer, module, loader, queries, EPOCHS, singles, singles[:12])
+    if kind == "Bayesian LeNet":
+        fitted.loss, fitted.quiet = _likelihood, same_draws
+    return fitted
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ _BLOCK_BYTES = 2**30
 _NEGATIVE = 1e-3
 
 _LINEAR = (
-    "The training loss is linear in the model's outputs, piece by piece, so its second derivative is zero. "
+    "The training loss is linear in {subject}, piece by piece, so its second derivative is zero. "
     "The squared gradients of the examples stand for its curvature."
 )
 _ONCE = (
@@ -53,11 +53,11 @@ _BESIDE = (
     "use the weights, leave the layer out with `layers=`, or take method='identity' or 'hessian'."
 )
 _CONCAVE = (
-    "The training loss is not convex in the model's outputs: {share:.1%} of its second derivatives' size is "
+    "The training loss is not convex in {subject}: {share:.1%} of its second derivatives' size is "
     "negative, and is left out of the curvature. Scores keep the loss's own gradients."
 )
 _LARGE = (
-    "The training loss couples {count:,} outputs of an example, too many for their second derivatives. The "
+    "The training loss couples {count:,} {entries}, too many for their second derivatives. The "
     "squared gradients of the examples stand for its curvature. Use a loss function that is known by name, "
     "or register yours."
 )
@@ -72,6 +72,8 @@ class BatchLossTraits:
         structure: of the Hessian; None before it was looked at.
         has_curvature: whether there is a second derivative; None before it was looked at.
         beside: a layer whose weights the loss also uses beside the outputs that it is a function of, or None.
+        subject: what the loss is a function of, for messages.
+        entries: what that is made of.
         warn: says each thing once.
     """
 
@@ -79,6 +81,8 @@ class BatchLossTraits:
     structure: Structure | None = None
     has_curvature: bool | None = None
     beside: str | None = None
+    subject: str = "the model's outputs"
+    entries: str = "outputs of an example"
     warn: Notices = field(default_factory=Notices)
 
 
@@ -248,7 +252,12 @@ class BatchLoss(OutputLoss):
     @property
     def note(self) -> str | None:
         """What stands for the curvature of a loss that has none."""
-        return _LINEAR if self.traits.has_curvature is False else None
+        return self._describe(_LINEAR) if self.traits.has_curvature is False else None
+
+    def _describe(self, text: str, share: float = 0.0) -> str:
+        traits = self.traits
+        count = self.outputs.shape[1]
+        return text.format(subject=traits.subject, entries=traits.entries, count=count, share=share)
 
     @cached_property
     def _values(self) -> Tensor:
@@ -306,10 +315,10 @@ class BatchLoss(OutputLoss):
                 if self.traits.has_curvature is None:
                     self.traits.has_curvature = bool(blocks.any())
                     if not self.traits.has_curvature:
-                        self.traits.warn(_LINEAR)
+                        self.traits.warn(self._describe(_LINEAR))
                         return None
                 return blocks
-        self.traits.warn(_LARGE.format(count=self.outputs.shape[1]))
+        self.traits.warn(self._describe(_LARGE))
         self.traits.has_curvature = False
         return None
 
@@ -369,7 +378,7 @@ class BatchLoss(OutputLoss):
         size = values.abs().sum()
         share = float(values.clamp_max(0).abs().sum() / size) if bool(size > 0) else 0.0
         if share > _NEGATIVE:
-            self.traits.warn(_CONCAVE.format(share=share), "concave")
+            self.traits.warn(self._describe(_CONCAVE, share), "concave")
         roots: Tensor = vectors * values.clamp_min(0).sqrt()[..., None, :]
         return roots
 
@@ -392,7 +401,7 @@ class BatchLoss(OutputLoss):
     def _flatten(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(
             [
-                split_rows(part, place, self.num_examples).flatten(1)
+                split_rows(part, place, self.num_examples).reshape(self.num_examples, -1)
                 for part, place in zip(parts, self.places, strict=True)
             ],
             1,

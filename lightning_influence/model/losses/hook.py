@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_influence.model.losses.capture import LossCapture, same_loss
 from lightning_influence.model.losses.combined import ScaledLoss
+from lightning_influence.model.losses.graphs import walk
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
 
@@ -73,15 +74,18 @@ def per_example_capture(values: Tensor, capture: LossCapture, batch_size: int) -
 
     Returns:
         The loss with the factor inside and all weights 1, or None if no single captured call explains the
-        values.
+        values, or parameters have a part in them beside it.
 
     Raises:
         TypeError: if the values are no floating-point tensor.
         ValueError: if their shape is not ``(B,)``, or they do not depend on the parameters.
         NonFiniteError: if a value is NaN or infinite.
     """
-    values = check_per_example(values, batch_size, "influence_loss").detach()
-    found: list[ScaledLoss] = []
+    values = check_per_example(values, batch_size, "influence_loss")
+    nodes = {call.node for call in capture.calls if call.node is not None}
+    if walk(values.grad_fn, nodes, ())[2] == "leaf":  # parameters make the factor, or are added
+        return None
+    values, found = values.detach(), list[ScaledLoss]()
     with torch._C.DisableTorchFunction():
         for call in capture.calls:
             try:

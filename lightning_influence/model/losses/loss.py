@@ -64,6 +64,10 @@ class OutputLoss(ABC):
         """What the curvature stands for where it is not the second derivative of the loss, else None."""
         return None
 
+    def second_order(self) -> Tensor:
+        """Return :meth:`per_example` where all second derivatives in the parameters count."""
+        return self.per_example()
+
     def weights(self) -> Tensor:
         """Return ones: what a mean reduction divides by, summed over the batch, shape ``(B,)``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -133,6 +133,24 @@ class Derivation:
     edge: GradientEdge
     number: int
     shapes: list[torch.Size] = field(default_factory=list)
+
+
+class Watched(Protocol):
+    """What a watched forward pass leaves, as far as gradients need it.
+
+    Attributes:
+        num_examples: ``B``.
+        parameters: those that were watched, by name.
+        uses: what was recorded.
+    """
+
+    num_examples: int
+    parameters: dict[str, Tensor]
+    uses: list[Use]
+
+    def source_of(self, tensor: Tensor) -> str | Derivation | None:
+        """Return the name of a parameter, how a tensor was made of parameters, or None for any other."""
+        ...
 
 
 def tensors_of(call: Call) -> dict[Slot, Tensor]:

@@ -121,7 +121,7 @@ def follow(op: Followable) -> Followed:
         if op.call.name in SCATTERS:
             return Followed([_follow_scatter(op)])
         if op.call.name == "__setitem__":
-            return Followed([_follow_assignment(op)])
+            return _follow_assignment(op)
     if found is not None:
         return Followed(*found)
     kinds = set(op.places.values())
@@ -145,15 +145,25 @@ def _follow_scatter(op: Followable) -> Place | None:
     return follow_scatter(call.name, dim, index, (target, source), places, op.num_examples)
 
 
-def _follow_assignment(op: Followable) -> Place | None:
-    """Return where the examples are in a tensor after others were written into a part of it."""
-    tensors = tensors_of(op.call)
-    target, value = tensors.get((0, 0)), tensors.get((0, 2))
+def _follow_assignment(op: Followable) -> Followed:
+    """Return where the examples are in a tensor after others were written into a part of it.
+
+    What was made of parameters alone and fills that part has a row for each example, too.
+    """
+    tensors, slot = tensors_of(op.call), (0, 2)
+    target, value = tensors.get((0, 0)), tensors.get(slot)
     if target is None:
-        return None
+        return Followed([None])
     owners = spread(op.places.get((0, 0)), target, op.num_examples).clone()
-    owners[op.call.args[1]] = -1 if value is None else spread(op.places.get((0, 2)), value, op.num_examples)
-    return find_owners(owners, op.num_examples)
+    part = owners[op.call.args[1]]
+    promoted = None
+    if value is not None and slot not in op.places and slot not in op.fixed and part.shape == value.shape:
+        promoted = find_owners(part, op.num_examples)
+    if promoted is None or promoted.dim is None:
+        written = -1 if value is None else spread(op.places.get(slot), value, op.num_examples)
+        owners[op.call.args[1]] = written
+        return Followed([find_owners(owners, op.num_examples)])
+    return Followed([find_owners(owners, op.num_examples)], promoted={slot: promoted})
 
 
 def _reshape(op: Followable) -> Followed | None:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_influence.model.uses.calls import Derivation, Slot, Use
+from lightning_influence.model.uses.calls import Derivation, Slot, Use, Watched
 from lightning_influence.model.uses.operations.general import pull_in_loop, pull_mapped
 from lightning_influence.model.uses.operations.registry import ExampleCall, find_operation
 from lightning_influence.model.uses.parts import Dense, ParameterGradient, Part, Product
-from lightning_influence.model.uses.watch import Watch
 
 
 @dataclass
@@ -30,7 +29,7 @@ class UseGradients:
 
 
 def pull_gradients(
-    watch: Watch,
+    watch: Watched,
     outputs: Tensor,
     seeds: Sequence[Tensor | None],
     *,
@@ -58,7 +57,7 @@ def pull_gradients(
 
 
 def pull_uses(
-    watch: Watch,
+    watch: Watched,
     uses: Sequence[Use],
     passes: Sequence[list[Tensor | None]],
     num_seeds: int,
@@ -237,7 +236,7 @@ def full_precision(x: Tensor) -> Tensor:
 class _Sums:
     """Adds up what uses contribute, to parameters and to the tensors made of them."""
 
-    def __init__(self, watch: Watch, num_seeds: int) -> None:
+    def __init__(self, watch: Watched, num_seeds: int) -> None:
         self._watch, self._num_seeds = watch, num_seeds
         self._parts: dict[str, list[tuple[Part, int | None]]] = {}
         self._derived: dict[int, tuple[Tensor, Derivation, list[tuple[Part, int | None]]]] = {}
@@ -293,14 +292,14 @@ class _Sums:
             edges.append(made.edge)
             grads.append(whole.flatten(0, 1).to(tensor.dtype))
         parameters = self._watch.parameters
-        found = _batched_grad(edges, list(parameters.values()), grads)
+        found = differentiate_batch(edges, list(parameters.values()), grads)
         for name, grad in zip(parameters, found, strict=True):
             if grad is not None:
                 values = full_precision(grad).reshape(K, B, *grad.shape[1:])
                 self._parts.setdefault(name, []).append((Dense(values), None))
 
 
-def _batched_grad(
+def differentiate_batch(
     edges: list[GradientEdge], parameters: list[Tensor], grads: list[Tensor]
 ) -> Sequence[Tensor | None]:
     """Return gradients of the parameters ``(K B, *shape)`` for a batch of gradients at the edges."""
@@ -330,7 +329,7 @@ def _like(parts: Sequence[tuple[Part, int | None]]) -> Tensor:
     return values.new_empty(0)
 
 
-def names_of(watch: Watch, use: Use) -> set[str]:
+def names_of(watch: Watched, use: Use) -> set[str]:
     """Return the names of the parameters that a use concerns, through whatever was made of them."""
     names: set[str] = set()
 
@@ -347,7 +346,7 @@ def names_of(watch: Watch, use: Use) -> set[str]:
 
 
 def differentiate_rows(
-    watch: Watch, outputs: Tensor, rows: Tensor, names: set[str]
+    watch: Watched, outputs: Tensor, rows: Tensor, names: set[str]
 ) -> dict[str, ParameterGradient]:
     """Differentiate a tensor by a backward pass for each example.
 
