@@ -71,7 +71,7 @@ def test_what_is_stored_stays_within_its_share_of_the_budget(budget):
 
 def test_directions_are_preconditioned_gradients_cut_to_the_rank():
     module = InfluenceModule(Net())
-    ask(module, 30)
+    ask(module, 40)
     space = module.state.compact
     assert (space.rank, space.size) == (4, 30)
     gradients = module.ihvp(TRAIN, TRAIN, method="ekfac", damping=DAMPING)[0]
