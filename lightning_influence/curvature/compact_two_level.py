@@ -41,12 +41,14 @@ class CompactCorrection:
         space: holds the directions.
         solved: ``z`` by layer, as far as it is not cut.
         steps: ``t``, ``(Q,)``.
+        shortened: how many of the answers have another length than is best in the norm of ``A``.
     """
 
     coefficients: Tensor
     space: CompactSpace
     solved: Mapping[str, Matrices]
     steps: Tensor
+    shortened: int = 0
 
     def select(self, index: Tensor | slice) -> CompactCorrection:
         """Return the answers to some of the queries."""
@@ -121,6 +123,7 @@ class CompactTwoLevel:
             queries: query gradients, ``K = 1``.
             closed: a closed form to compare with.
             tolerance: queries with a larger residual take a step other than 1, if that makes it smaller.
+                Where it is above 1 still, answers are shortened, so that they are better than none.
             low_rank: largest relative error of preconditioned queries that are held in low rank. Residuals
                 are those of answers as they are held.
 
@@ -159,17 +162,28 @@ class CompactTwoLevel:
         curved = squares[:count] + damped - (inside * ours[:, probes:]).sum(dim=1)
         best = (along - (inside * right[:, probes:]).sum(dim=1)) / curved
         best = torch.where((curved > 0) & best.isfinite(), best, plain)
-        others, remainders = correct(best)
-        tried = self._relate(remainders, queries)
-        better = (residuals > tolerance) & (tried < residuals)
+        others, tried = correct(best)
+        better = (residuals > tolerance) & (self._relate(tried, queries) < residuals)
+        coefficients = torch.where(better[:, None], others, coefficients)
+        remainders = torch.where(better[:, None], tried, remainders)
+        residuals = self._relate(remainders, queries)
+        # What is best in the norm of A may be longer than nothing at all is off in the norm of residuals. Its
+        # length is then the one that is best in that norm, as the probes see it.
+        seen = right[:, :probes]
+        images = seen - remainders
+        lengths = (images * seen).sum(dim=1) / images.square().sum(dim=1)
+        shorter = self._relate(seen - lengths[:, None] * images, queries)
+        long = (residuals > max(1.0, tolerance)) & (lengths > 0) & (shorter < residuals)
+        lengths = torch.where(long, lengths, plain)
         correction = CompactCorrection(
-            torch.where(better[:, None], others, coefficients).to(self._dtype),
+            (coefficients * lengths[:, None]).to(self._dtype),
             space,
             solved,
-            torch.where(better, best, plain).to(self._dtype),
+            (torch.where(better, best, plain) * lengths).to(self._dtype),
+            int(long.sum()),
         )
         closed_residuals = self._relate((right - image[-count:])[:, :probes], queries)
-        return correction, torch.where(better, tried, residuals), closed_residuals
+        return correction, torch.where(long, shorter, residuals), closed_residuals
 
     def _relate(self, remainders: Tensor, queries: Mapping[str, LayerGradients]) -> Tensor:
         return relate_norms(remainders.to(self._dtype), queries)

@@ -208,7 +208,14 @@ class Auto(Method):
         operator = self.operator
         if isinstance(operator, TwoLevel):
             return *operator.correction(queries), operator.estimate_residuals(self.ekfac, queries)
-        return operator.compare(queries, self.ekfac, self.options.tolerance, self._low_rank())
+        found = operator.compare(queries, self.ekfac, self.options.tolerance, self._low_rank())
+        if found[0].shortened:
+            self.context.notes.add(
+                f"{found[0].shortened} queries are far from solved by {self.space.size} directions: their "
+                "answers were shortened until their residuals were below 1, so that the order of scores "
+                "tells more than their size. Raise `memory_budget`, `max_steps` or the damping."
+            )
+        return found
 
     def _find_worse(self, residuals: Tensor, own: Tensor, subject: str) -> Tensor:
         """Return which residuals are above EK-FAC's own or above 1, and say so."""

@@ -48,9 +48,9 @@ STAGES = (16, 8, 4, 2, 1)
 _STAGED, _RANKED = 0.5, 0.1
 # The rank that answers are taken to have when room is made for them: what they have in wide layers, or less.
 _ANSWER_RANK = 32
-# Chosen by hand: parts of directions that may span the space, whose Galerkin matrix is decomposed; and ranks
+# Chosen by hand: parts of directions that may span the space, whose Galerkin matrix is factorised; and ranks
 # of all directions together, by which the cost of products with them grows.
-_MOST_PARTS, _MOST_RANKS = 4096, 1024
+_MOST_PARTS, _MOST_RANKS = 2048, 1024
 
 
 @dataclass(frozen=True)

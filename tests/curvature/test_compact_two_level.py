@@ -174,12 +174,20 @@ def test_unsolved_queries_take_the_step_that_is_best_in_the_norm_of_the_system(n
     assert (found.steps != 1).all()
     assert (after < before).all()
     torch.testing.assert_close(own, same)
-    Q = densify(p, space.directions)
+    Q, W, shortened = densify(p, space.directions), densify(p, space.probes), 0
     for q in range(len(V)):
         basis = torch.cat([z[q : q + 1], Q])
         best = torch.linalg.lstsq(basis @ A @ basis.T, basis @ V[q], driver="gelsd").solution @ basis
+        seen, image = W @ V[q], W @ A @ best
+        if float((seen - image).square().mean()) > float(V[q].square().sum()):
+            # Worse than nothing: as long as is best for the residual, as the probes see it.
+            best, shortened = best * (image @ seen) / (image @ image), shortened + 1
         got = found.steps[q] * z[q] + found.coefficients[q] @ Q
         torch.testing.assert_close(got, best, rtol=1e-5, atol=1e-6)
+    assert found.shortened == shortened
+    assert plain.shortened == 0
+    if name == "conv2d_replicate_depthwise":
+        assert shortened
     some = found.select(slice(1, 3))
     assert torch.equal(some.steps, found.steps[1:3])
     patient = operator.compare(p.queries, p.inverse, tolerance=float(before.max()))[0]
@@ -264,6 +272,22 @@ class TestGalerkinInverse:
         found = GalerkinInverse(T, torch.float64)
         assert found.rank == 6
         torch.testing.assert_close(found.solve(y), torch.linalg.solve(T, y.T).T, rtol=1e-8, atol=0)
+
+    def test_many_directions_are_solved_for_as_few_are(self, monkeypatch):
+        generator = torch.Generator().manual_seed(1)
+        Q = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+        Q = torch.cat([
+            Q,
+            Q[:2] - Q[2:4],
+            torch.zeros(1, 20, dtype=torch.float64),
+        ])  # dependent, and of nothing
+        T, y = Q @ Q.T, torch.randn(3, 20, generator=generator, dtype=torch.float64) @ Q.T
+        few = GalerkinInverse(T, torch.float64).solve(y)
+        monkeypatch.setattr("lightning_influence.linalg.galerkin._MANY", 0)
+        many = GalerkinInverse(T, torch.float64)
+        assert many.rank == 8
+        torch.testing.assert_close(many.solve(y) @ Q, few @ Q, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(many.solve(y[0]) @ Q, few[0] @ Q, rtol=1e-6, atol=1e-9)
 
     def test_of_nothing(self):
         empty = torch.zeros(0, 0, dtype=torch.float64)
