@@ -114,10 +114,9 @@ def _turn_columns(factor: Tensor, q: Tensor | None) -> Tensor:
     """Return ``Q f`` of factors ``(V, G, D, r)``, those of all matrices in one product a group."""
     if q is None:
         return factor
-    count, _, _, rank = factor.shape
+    count, groups, width, rank = factor.shape
     columns = factor.permute(1, 2, 0, 3).flatten(2)  # (G, D, V r)
-    turned: Tensor = torch.bmm(q, columns).unflatten(2, (count, rank)).permute(2, 0, 1, 3)
-    return turned.contiguous()
+    return torch.bmm(q, columns).view(groups, width, count, rank).permute(2, 0, 1, 3).contiguous()
 
 
 def _place(values: Tensor, rows: Tensor, inverse: EigenInverse) -> Tensor:

@@ -86,6 +86,18 @@ class Auto(Method):
 
     def prepare(self) -> None:
         """Use or fit the factors; use, grow or build the coarse space."""
+        self._use(choose_builder(self._prepare_factors()))
+
+    def prepare_self(self) -> None:
+        """Use or fit the factors; use, grow or build the dense coarse space.
+
+        With a compact space every group of training examples would take a pass over all of them: the dense
+        one takes its place, of as many directions as fit.
+        """
+        self._use(self._prepare_factors())
+
+    def _prepare_factors(self) -> CoarseBuilder:
+        """Use or fit the factors, and return the builder of the dense coarse space."""
         context = self.context
         factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
@@ -93,8 +105,7 @@ class Auto(Method):
         self.ekfac = invert_blocks(context.layout, factors, closed, take_eigenvalues)
         damping = context.resolve_damping(factors, "full")
         inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
-        self._dense = CoarseBuilder(context, inverse, self.options.curvature_examples, self.options.tolerance)
-        self._use(choose_builder(self._dense))
+        return CoarseBuilder(context, inverse, self.options.curvature_examples, self.options.tolerance)
 
     def _use(self, builder: CoarseBuilder | CompactBuilder) -> None:
         """Find a coarse space and set up the operator that corrects with it."""
@@ -155,13 +166,7 @@ class Auto(Method):
         return solutions, torch.where(worse, own, residuals)
 
     def quadratic(self) -> Quadratic:
-        """Return EK-FAC's weighted squares plus the correction's products, with the residuals.
-
-        With a compact space every group of training examples would take a pass over all of them: the dense
-        space takes its place, of as many directions as fit.
-        """
-        if isinstance(self.builder, CompactBuilder):
-            self._use(self._dense)
+        """Return EK-FAC's weighted squares plus the correction's products, with the residuals."""
         operator = self.operator
         assert isinstance(operator, TwoLevel)
 
