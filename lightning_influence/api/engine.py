@@ -234,7 +234,7 @@ class Engine:
         return answer_or_retry(self._state, lambda: self._find_self_influence(train_loader))
 
     def _find_self_influence(self, train: IndexedLoader) -> SelfInfluence:
-        method = self._prepare(train)
+        method = self._prepare(train, itself=True)
         one_pass = SelfInfluencePass(method.context.plan, method.quadratic())
         method.context.run_on_train(one_pass)
         check_same_data(method.context, one_pass.losses)
@@ -317,13 +317,27 @@ class Engine:
         self._runner.run(one_pass, loader)
         return one_pass.losses
 
-    def _prepare(self, train: IndexedLoader, shape: tuple[int, int] | None = None) -> Method:
-        """Return the method, after its query-independent passes, for scores of a shape ``(Q, N)``."""
+    def _prepare(
+        self, train: IndexedLoader, shape: tuple[int, int] | None = None, *, itself: bool = False
+    ) -> Method:
+        """Return the method, after its query-independent passes.
+
+        Args:
+            train: the training examples.
+            shape: of the scores that are asked for, ``(Q, N)``.
+            itself: whether only the influence of training examples on themselves is asked for.
+
+        Returns:
+            The method.
+        """
         method = find_method(self._question.method)(self._context(train))
         if shape is not None and self._question.by is not None:
             check_room(method.context, shape)
         method.note_unused()
-        method.prepare()
+        if itself:
+            method.prepare_self()
+        else:
+            method.prepare()
         return method
 
     def _context(self, train: IndexedLoader) -> Context:

@@ -194,8 +194,8 @@ def join_scored(parts: Sequence[Mapping[str, LayerGradients]]) -> dict[str, Laye
     result: dict[str, LayerGradients] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         layers = [part[name] for part in parts if name in part]
-        forms = {layer.inputs.shape[2] if isinstance(layer, FactoredGradients) else 0 for layer in layers}
-        if len(layers) == len(parts) and len(forms) == 1 and 0 not in forms:
+        single = all(isinstance(layer, FactoredGradients) and layer.inputs.shape[2] == 1 for layer in layers)
+        if len(layers) == len(parts) and single:
             result[name] = concatenate(layers)
         else:  # a copy, not a view that holds what is let go
             like = layers[0].like

@@ -3,12 +3,16 @@
 Any subspace gives a valid Galerkin correction, so a direction ``P^{-1} g`` may be cut to a low rank in every
 layer, as long as all products are those of what is stored. Beside a direction not its product ``G q`` is
 held, which is as large as the model, but ``B_n^T J_n q`` of every curvature example: a few numbers each.
+
+Closed forms leave out what layers have to do with one another, so that a direction's layers are right one by
+one and not in relation. Consecutive layers make *stages*, and a direction's part in each stage is a direction
+of its own: products with the parts cost what products with the whole do, which is their sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,13 +58,15 @@ class CompactSpace:
     Attributes:
         layout: the order of flat vectors.
         directions: ``Q`` by layer, ``m`` of them: preconditioned gradients, neither orthogonal nor scaled.
+            Their parts in the stages, ``m S``, span the space, in the order of the directions.
         probes: ``W`` by layer, ``s`` of them; they price residuals.
-        rows: ``B^T J [W, Q]`` of all curvature examples, ``(N, K, s + m)``.
+        rows: ``B^T J [W, Q]`` of all curvature examples, ``(N, K, s + m S)``.
         normaliser: what sums over the examples are divided by.
         inverse: ``P``, the preconditioner that directions are made with.
         mixtures: as in :class:`~.coarse_space.CoarseSpace`.
         rank: of the directions in a layer, at most.
         limit: as in :class:`~.coarse_space.CoarseSpace`.
+        stages: the stage of each layer, from 0; all layers are in one if there are none.
     """
 
     layout: Layout
@@ -72,6 +78,7 @@ class CompactSpace:
     mixtures: int
     rank: int
     limit: int = 0
+    stages: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return its size; the tensors would fill the screen."""
@@ -84,6 +91,15 @@ class CompactSpace:
     def size(self) -> int:
         """``m``."""
         return next(iter(self.directions.values())).count
+
+    @property
+    def num_stages(self) -> int:
+        """``S``."""
+        return 1 + max(self.stages.values(), default=0)
+
+    def columns(self, name: str) -> slice:
+        """Return which of the ``m S`` parts are those of a layer, one a direction."""
+        return slice(self.stages.get(name, 0), None, self.num_stages)
 
     @property
     def examples(self) -> int:
@@ -102,12 +118,10 @@ class CompactSpace:
         return self.rows.nbytes + sum(part.nbytes for part in vectors)
 
     def grown(self, directions: Mapping[str, Matrices], rows: CurvatureRows) -> CompactSpace:
-        """Return the space with further directions, and their rows ``(N, K, k)``."""
+        """Return the space with further directions, and their rows ``(N, K, k S)``."""
         joined = {name: join_matrices([part, directions[name]]) for name, part in self.directions.items()}
         both = CurvatureRows(self.rows.indices, torch.cat([self.rows.values, rows.values], dim=2))
-        return CompactSpace(
-            self.layout, joined, self.probes, both, self.normaliser, self.inverse, self.mixtures, self.rank
-        )
+        return replace(self, directions=joined, rows=both, limit=0)
 
     def to(self, device: torch.device | str) -> CompactSpace:
         """Return the space on another device; tensors that are there already are shared."""
@@ -127,6 +141,7 @@ class CompactSpace:
             "mixtures": self.mixtures,
             "rank": self.rank,
             "limit": self.limit,
+            "stages": dict(self.stages),
         }
         for kind, vectors in (("directions", self.directions), ("probes", self.probes)):
             for name, part in vectors.items():
@@ -167,6 +182,7 @@ class CompactSpace:
             state["mixtures"],
             state["rank"],
             state["limit"],
+            state.get("stages", {}),
         )
 
 

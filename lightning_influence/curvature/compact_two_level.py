@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.compact_solving import solve_within
 from lightning_influence.curvature.compact_space import CompactSpace, CurvatureRows, compute_gram
 from lightning_influence.curvature.inverse import BlockInverse
-from lightning_influence.curvature.low_rank_matrices import DenseMatrices, Matrices
+from lightning_influence.curvature.low_rank_matrices import Matrices, join_matrices
 from lightning_influence.curvature.two_level import relate_norms
 from lightning_influence.linalg.enlarged_subspace import EnlargedSubspace
 from lightning_influence.linalg.galerkin import GalerkinInverse
@@ -33,39 +34,42 @@ _EXAMPLES = 64
 
 @dataclass(frozen=True)
 class CompactCorrection:
-    """What :class:`~.two_level.Correction` is, of directions of low rank.
+    """Corrected answers: ``x = t z + Q c`` with ``z`` and the directions in low rank.
 
     Attributes:
-        coefficients: ``(Q, m)``.
-        directions: by layer.
-        steps: what each preconditioned query is multiplied by, ``(Q,)``; None for 1.
+        coefficients: ``c`` of the parts of the directions in all stages, ``(Q, m S)``.
+        space: holds the directions.
+        solved: ``z`` by layer, as far as it is not cut.
+        steps: ``t``, ``(Q,)``.
+        shortened: how many of the answers have another length than is best in the norm of ``A``.
     """
 
     coefficients: Tensor
-    directions: Mapping[str, Matrices]
-    steps: Tensor | None = None
-
-    @property
-    def weights(self) -> Tensor:
-        """Weights of what is scored in factored form in each query's correction, ``(Q, m)``."""
-        return self.coefficients
+    space: CompactSpace
+    solved: Mapping[str, Matrices]
+    steps: Tensor
+    shortened: int = 0
 
     def select(self, index: Tensor | slice) -> CompactCorrection:
-        """Return the correction of some of the queries."""
-        steps = None if self.steps is None else self.steps[index]
-        return replace(self, coefficients=self.coefficients[index], steps=steps)
+        """Return the answers to some of the queries."""
+        solved = {name: vectors.select(index) for name, vectors in self.solved.items()}
+        return replace(self, coefficients=self.coefficients[index], solved=solved, steps=self.steps[index])
 
-    def mix(self, name: str) -> Tensor:
-        """Return the correction in one layer, ``(Q, G, D_out, D_in)``."""
-        return self.directions[name].mix(self.coefficients)
+    def in_layer(self, name: str) -> Tensor:
+        """Return the directions' coefficients in a layer, ``(Q, m)``."""
+        return self.coefficients[:, self.space.columns(name)]
 
-    def add_to(self, solutions: Tensor) -> Tensor:
-        """Add the correction to flat vectors ``(Q, P)``, in place."""
-        start = 0
-        for name, vectors in self.directions.items():
-            solutions[:, start : start + vectors.numel] += self.mix(name).flatten(1)
-            start += vectors.numel
-        return solutions
+    def form(self, name: str) -> Tensor:
+        """Return the answers in one layer, ``(Q, G, D_out, D_in)``."""
+        mixed = self.space.directions[name].mix(self.in_layer(name))
+        if name in self.solved:
+            mixed += self.solved[name].scaled(self.steps).dense()
+        return mixed
+
+    def solutions(self) -> Tensor:
+        """Return the answers as flat vectors, ``(Q, P)``."""
+        layout = self.space.layout
+        return layout.join({name: self.form(name) for name in layout.shapes})
 
 
 class CompactTwoLevel:
@@ -94,10 +98,10 @@ class CompactTwoLevel:
         small = compute_gram(rows, rows[:, :, probes:]) / space.normaliser  # [W, Q]^T G Q
         for name, damping in inverse.damping.items():
             if damping:
-                vectors = space.directions[name]
-                small[probes:] += damping * vectors.inner(vectors)
-                small[:probes] += damping * space.probes[name].inner(vectors)
-        self._residual_coarse = small[:probes]  # W^T A Q, (s, m)
+                vectors, columns = space.directions[name], space.columns(name)
+                small[probes:][columns, columns] += damping * vectors.inner(vectors)
+                small[:probes, columns] += damping * space.probes[name].inner(vectors)
+        self._residual_coarse = small[:probes]  # W^T A Q, (s, m S)
         self.small = (small[probes:] + small[probes:].T) / 2
         self._galerkin = GalerkinInverse(self.small, self._dtype)
 
@@ -107,34 +111,43 @@ class CompactTwoLevel:
         return self._galerkin.rank
 
     def compare(
-        self, queries: Mapping[str, LayerGradients], closed: BlockInverse, tolerance: float = math.inf
+        self,
+        queries: Mapping[str, LayerGradients],
+        closed: BlockInverse,
+        tolerance: float = math.inf,
+        low_rank: float = 0.0,
     ) -> tuple[CompactCorrection, Tensor, Tensor]:
-        """Find what to add to the preconditioned queries, in one pass over the curvature examples.
+        """Find the corrected answers, in one pass over the curvature examples.
 
         Args:
             queries: query gradients, ``K = 1``.
             closed: a closed form to compare with.
             tolerance: queries with a larger residual take a step other than 1, if that makes it smaller.
+                Where it is above 1 still, answers are shortened, so that they are better than none.
+            low_rank: largest relative error of preconditioned queries that are held in low rank. Residuals
+                are those of answers as they are held.
 
         Returns:
-            The correction; the estimated relative residual ``||v - A x|| / ||v||`` of each query, ``(Q,)``;
-            and that of the closed form's answers in the same system, ``(Q,)``.
+            The answers; the estimated relative residual ``||v - A x|| / ||v||`` of each query, ``(Q,)``; and
+            that of the closed form's answers in the same system, ``(Q,)``.
         """
-        solved: dict[str, Matrices] = {}
         forms = [self.inverse] if _are_equal(self.inverse, closed) else [self.inverse, closed]
-        products, dots = [], []
+        space, probes, galerkin = self.space, self.space.num_probes, self._galerkin
+        count = next(iter(queries.values())).num_examples
+        right, image = (
+            self.small.new_zeros(n, probes + len(self.small)) for n in (count, count * len(forms))
+        )
+        solved, joint = {}, {}
+        along, damped = (self.small.new_zeros(count) for _ in range(2))  # z^T v, z^T (lambda) z
         for name, gradients in queries.items():
-            dense = gradients.dense()[0]
-            answers = torch.cat([form.layers[name].apply(dense) for form in forms])
-            solved[name] = DenseMatrices(answers)
-            parts = [part[name].dot(gradients)[0] for part in (self.space.probes, self.space.directions)]
-            products.append(torch.cat(parts, dim=1))
-            own, damping = answers[: len(dense)], self.inverse.layers[name].damping
-            pairs = [(own, dense), (own, own * damping)]
-            dots.append(torch.stack([torch.einsum("qgoi,qgoi->q", a, b) for a, b in pairs]).double())
-        (image, squares), right = self._image(solved), torch.stack(products).double().sum(dim=0)
-        along, damped = torch.stack(dots).sum(dim=0)  # z^T v, z^T (lambda) z
-        count, probes, galerkin = len(right), self.space.num_probes, self._galerkin
+            answers = [solve_within(form.layers[name], gradients, low_rank, self._dtype) for form in forms]
+            solved[name], joint[name] = answers[0], join_matrices(answers)
+            right[:, :probes] += space.probes[name].dot(gradients)[0]
+            right[:, probes:][:, space.columns(name)] += space.directions[name].dot(gradients)[0]
+            dots, squares = _relate_pairs(answers[0], gradients)
+            along += dots
+            damped += self.inverse.layers[name].damping * squares
+        squares = self._add_image(image, joint)
         ours = image[:count]  # [W, Q]^T A z, and right: [W, Q]^T v
 
         def correct(steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,16 +162,28 @@ class CompactTwoLevel:
         curved = squares[:count] + damped - (inside * ours[:, probes:]).sum(dim=1)
         best = (along - (inside * right[:, probes:]).sum(dim=1)) / curved
         best = torch.where((curved > 0) & best.isfinite(), best, plain)
-        others, remainders = correct(best)
-        tried = self._relate(remainders, queries)
-        better = (residuals > tolerance) & (tried < residuals)
+        others, tried = correct(best)
+        better = (residuals > tolerance) & (self._relate(tried, queries) < residuals)
+        coefficients = torch.where(better[:, None], others, coefficients)
+        remainders = torch.where(better[:, None], tried, remainders)
+        residuals = self._relate(remainders, queries)
+        # What is best in the norm of A may be longer than nothing at all is off in the norm of residuals. Its
+        # length is then the one that is best in that norm, as the probes see it.
+        seen = right[:, :probes]
+        images = seen - remainders
+        lengths = (images * seen).sum(dim=1) / images.square().sum(dim=1)
+        shorter = self._relate(seen - lengths[:, None] * images, queries)
+        long = (residuals > max(1.0, tolerance)) & (lengths > 0) & (shorter < residuals)
+        lengths = torch.where(long, lengths, plain)
         correction = CompactCorrection(
-            torch.where(better[:, None], others, coefficients).to(self._dtype),
-            self.space.directions,
-            torch.where(better, best, plain).to(self._dtype),
+            (coefficients * lengths[:, None]).to(self._dtype),
+            space,
+            solved,
+            (torch.where(better, best, plain) * lengths).to(self._dtype),
+            int(long.sum()),
         )
         closed_residuals = self._relate((right - image[-count:])[:, :probes], queries)
-        return correction, torch.where(better, tried, residuals), closed_residuals
+        return correction, torch.where(long, shorter, residuals), closed_residuals
 
     def _relate(self, remainders: Tensor, queries: Mapping[str, LayerGradients]) -> Tensor:
         return relate_norms(remainders.to(self._dtype), queries)
@@ -168,39 +193,50 @@ class CompactTwoLevel:
         return EnlargedSubspace(vectors, self)
 
     def project(self, vectors: Tensor) -> Tensor:
-        """Return ``Q^T v`` of flat vectors, ``(V, m)``."""
-        blocks = self.space.layout.split(vectors)
-        parts = [self.space.directions[name].project(block) for name, block in blocks.items()]
-        return torch.stack(parts).sum(dim=0)
+        """Return ``Q^T v`` of flat vectors, ``(V, m S)``."""
+        result = vectors.new_zeros(len(vectors), len(self.small))
+        for name, block in self.space.layout.split(vectors).items():
+            result[:, self.space.columns(name)] += self.space.directions[name].project(block)
+        return result
 
     def combine(self, weights: Tensor) -> Tensor:
-        """Return ``Q w`` of weights ``(V, m)``, ``(V, P)``."""
-        flat = weights.to(self._dtype).new_zeros(len(weights), self.space.layout.numel)
-        return CompactCorrection(weights.to(flat), self.space.directions).add_to(flat)
+        """Return ``Q w`` of weights ``(V, m S)``, ``(V, P)``."""
+        space, weights = self.space, weights.to(self._dtype)
+        return space.layout.join({
+            name: vectors.mix(weights[:, space.columns(name)]) for name, vectors in space.directions.items()
+        })
 
     def multiply(self, weights: Tensor) -> Tensor:
-        """Return ``A Q w`` of weights ``(V, m)``, ``(V, P)``, in a pass over the curvature examples."""
+        """Return ``A Q w`` of weights ``(V, m S)``, ``(V, P)``, in a pass over the curvature examples."""
         rows = self.space.rows.values[:, :, self.space.num_probes :] @ weights.to(self._dtype).T
         result = self._combine(CurvatureRows(self.space.rows.indices, rows))
         damping = self.space.layout.expand(self.inverse.damping, result)
         return result.add_(self.combine(weights) * damping)
 
-    def _image(self, solved: Mapping[str, Matrices]) -> tuple[Tensor, Tensor]:
-        """Return ``[W, Q]^T A z`` of vectors by layer, ``(V, s + m)``, and ``z^T G z``, both in float64."""
-        found, rows = self._find_rows(solved), self.space.rows
+    def _add_image(self, image: Tensor, solved: Mapping[str, Matrices]) -> Tensor:
+        """Add ``[W, Q]^T A z`` of vectors by layer to ``(V, s + m S)`` and return ``z^T G z``; in float64."""
+        found, space = self._find_rows(solved), self.space
         columns = found.values.shape[1]  # of this process's examples: others may have more
-        image = self.small.new_zeros(found.values.shape[2], rows.values.shape[2])
         for some in torch.split(torch.arange(len(found.indices)), _EXAMPLES):
-            image += compute_gram(found.values[some], rows.find(found.indices[some])[:, :columns])
-        squares = found.values.double().square().sum(dim=(0, 1))
-        image = self._all_reduce_sum(image) / self.space.normaliser
-        squares = self._all_reduce_sum(squares) / self.space.normaliser
-        damped = torch.zeros_like(image)
+            rows = space.rows.find(found.indices[some])[:, :columns]
+            image += compute_gram(found.values[some], rows) / space.normaliser
+        squares = found.values.double().square().sum(dim=(0, 1)) / space.normaliser
+        image.copy_(self._all_reduce_sum(image))
         for name, vectors in solved.items():
-            damping, space = self.inverse.layers[name].damping, self.space
-            parts = [part[name].project(vectors.dense()) for part in (space.probes, space.directions)]
-            damped += damping * torch.cat(parts, dim=1)
-        return image + damped, squares
+            damping, probes = self.inverse.layers[name].damping, space.num_probes
+            image[:, :probes] += damping * vectors.inner(space.probes[name])
+            image[:, probes:][:, space.columns(name)] += damping * vectors.inner(space.directions[name])
+        return self._all_reduce_sum(squares)
+
+
+def _relate_pairs(solved: Matrices, gradients: LayerGradients) -> tuple[Tensor, Tensor]:
+    """Return ``z^T v`` of each vector with its own gradient, and ``z^T z``, ``(V,)`` in float64."""
+    dots, squares = [], []
+    for rows in solved.runs():
+        formed = solved.dense(rows).flatten(1)
+        dots.append((formed * gradients.select(rows).dense()[0].to(formed.dtype).flatten(1)).sum(1).double())
+        squares.append(formed.square().sum(1).double())
+    return torch.cat(dots), torch.cat(squares)
 
 
 def rescale_compact(inverse: BlockInverse, space: CompactSpace) -> BlockInverse:
@@ -216,6 +252,7 @@ def rescale_compact(inverse: BlockInverse, space: CompactSpace) -> BlockInverse:
         ``alpha P^{-1}``; unchanged if the directions are all zero.
     """
     rows = space.rows.values[:, :, space.num_probes :]
+    rows = rows.reshape(*rows.shape[:2], -1, space.num_stages).sum(3)  # those of whole directions
     above, below = 0.0, float(rows.double().square().sum()) / space.normaliser
     for name, vectors in space.directions.items():
         for some in vectors.runs():

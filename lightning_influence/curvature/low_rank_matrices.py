@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lightning_influence.linalg.truncation import truncate
+from lightning_influence.linalg.truncation import truncate, truncate_within
 from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
 
 # Chosen by hand: bytes of matrices, or of products with them, that are formed at once, whatever the memory.
@@ -54,6 +55,14 @@ class Matrices(ABC):
     @abstractmethod
     def inner(self, other: Matrices) -> Tensor:
         """Inner products ``(V, W)`` with other matrices, in float64."""
+
+    @abstractmethod
+    def scaled(self, weights: Tensor) -> Matrices:
+        """The matrices times numbers ``(V,)``."""
+
+    def select(self, index: Tensor | slice) -> Matrices:
+        """Return some of the matrices."""
+        return make_matrices({key: tensor[index] for key, tensor in self.tensors().items()})
 
     def mix(self, weights: Tensor) -> Tensor:
         """Return sums ``(Q, G, D_out, D_in)`` with weights ``(Q, V)``."""
@@ -114,6 +123,10 @@ class DenseMatrices(Matrices):
         """Return inner products ``(K, B, V)``."""
         return gradients.dot(self.matrices)
 
+    def scaled(self, weights: Tensor) -> DenseMatrices:
+        """Return the matrices times numbers."""
+        return DenseMatrices(self.matrices * weights.to(self.matrices)[:, None, None, None])
+
     def inner(self, other: Matrices) -> Tensor:
         """Return inner products ``(V, W)`` in float64."""
         own = self.matrices.flatten(1).double()
@@ -159,6 +172,10 @@ class LowRankMatrices(Matrices):
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """Return some of the matrices, ``(V, G, D_out, D_in)``."""
         return self.left[rows] @ self.right[rows].mT
+
+    def scaled(self, weights: Tensor) -> LowRankMatrices:
+        """Return the matrices times numbers."""
+        return LowRankMatrices(self.left * weights.to(self.left)[:, None, None, None], self.right)
 
     def dot(self, gradients: LayerGradients) -> Tensor:
         """Return inner products ``(K, B, V)``, by the way of fewest operations.
@@ -235,6 +252,16 @@ def compress(matrices: Tensor, rank: int) -> Matrices:
     return LowRankMatrices(*truncate(matrices, rank))
 
 
+def compress_within(matrices: Tensor, tolerance: float) -> Matrices:
+    """Return matrices ``(V, G, D_out, D_in)`` in the smallest form whose relative error in norm is tolerated.
+
+    The error is the root mean square over the matrices, which all get the same rank.
+    """
+    d_out, d_in = matrices.shape[2:]
+    found = truncate_within(matrices, tolerance, (d_out * d_in - 1) // (d_out + d_in))
+    return DenseMatrices(matrices) if found is None else LowRankMatrices(*found)
+
+
 def count_numbers(shape: tuple[int, int, int], rank: int) -> int:
     """Return how many numbers :func:`compress` keeps of a matrix ``(G, D_out, D_in)``."""
     groups, d_out, d_in = shape
@@ -242,9 +269,17 @@ def count_numbers(shape: tuple[int, int, int], rank: int) -> int:
 
 
 def join_matrices(parts: Sequence[Matrices]) -> Matrices:
-    """Return matrices of the same form as one, in order."""
-    tensors = [part.tensors() for part in parts]
-    return make_matrices({key: torch.cat([part[key] for part in tensors]) for key in tensors[0]})
+    """Return matrices of one layer in order: in whole if some are, else in the largest of their ranks."""
+    if any(isinstance(part, DenseMatrices) for part in parts):
+        return DenseMatrices(torch.cat([part.dense() for part in parts]))
+    products = [part for part in parts if isinstance(part, LowRankMatrices)]
+    rank = max(part.rank for part in products)
+    factors = ([part.left for part in products], [part.right for part in products])
+    left, right = (
+        torch.cat([functional.pad(factor, (0, rank - factor.shape[3])) for factor in side])
+        for side in factors
+    )
+    return LowRankMatrices(left, right)
 
 
 def make_matrices(tensors: Mapping[str, Tensor]) -> Matrices:

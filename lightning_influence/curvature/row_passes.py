@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_influence.curvature.compact_space import CurvatureRows
 from lightning_influence.curvature.low_rank_matrices import Matrices
 from lightning_influence.curvature.passes import CurvaturePass
+from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.plan import LayerPlan
 
 
@@ -25,6 +26,8 @@ class RowsPass(CurvaturePass):
     Args:
         plan: the covered layers.
         blocks: ``V`` by layer, in several blocks; a layer without an entry is zero in all vectors.
+        stages: the stage of each layer, for the last block: each of its vectors has a row for its part in
+            every stage, which follow one another. None for one row a vector.
         draws: see :class:`~.passes.CurvaturePass`.
         seed: see there.
     """
@@ -32,10 +35,16 @@ class RowsPass(CurvaturePass):
     description = "Influence: curvature rows"
 
     def __init__(
-        self, plan: LayerPlan, *blocks: Mapping[str, Matrices], draws: int = 16, seed: int = 0
+        self,
+        plan: LayerPlan,
+        *blocks: Mapping[str, Matrices],
+        stages: Mapping[str, int] | None = None,
+        draws: int = 16,
+        seed: int = 0,
     ) -> None:
         super().__init__(plan, draws=draws, seed=seed)
         self._blocks = blocks
+        self._stages: list[Mapping[str, int]] = [{}] * (len(blocks) - 1) + [stages or {}]
         self._rows: list[Tensor] = []
         self._indices: list[Tensor] = []
 
@@ -44,8 +53,8 @@ class RowsPass(CurvaturePass):
         captured, parts = self._capture(module, batch, len(indices)), []
         for run in self._runs(captured, indices):
             found = [
-                torch.stack([block[name].dot(layer) for name, layer in run.items() if name in block]).sum(0)
-                for block in self._blocks
+                _add_stages(block, run, stages)
+                for block, stages in zip(self._blocks, self._stages, strict=True)
             ]
             parts.append(torch.cat(found, dim=2))
             del run  # before the next ones are made
@@ -59,7 +68,10 @@ class RowsPass(CurvaturePass):
             like: a tensor of the device and precision: a process without examples knows none.
             gather: concatenates a tensor's rows over the processes; None for this process alone.
         """
-        count = sum(next(iter(block.values())).count for block in self._blocks)
+        count = sum(
+            next(iter(block.values())).count * (1 + max(stages.values(), default=0))
+            for block, stages in zip(self._blocks, self._stages, strict=True)
+        )
         columns = max((part.shape[1] for part in self._rows), default=0)
         if gather is not None:
             columns = int(gather(torch.tensor([columns])).max())
@@ -76,6 +88,20 @@ class RowsPass(CurvaturePass):
             order = indices.argsort()
             indices, values = indices[order], values[order.to(values.device)]
         return CurvatureRows(indices, values)
+
+
+def _add_stages(
+    block: Mapping[str, Matrices], run: Mapping[str, LayerGradients], stages: Mapping[str, int]
+) -> Tensor:
+    """Return inner products of vectors with gradients, summed over each stage's layers, ``(K, B, V S)``."""
+    sums: dict[int, Tensor] = {}
+    for name, layer in run.items():
+        if name in block:
+            part, stage = block[name].dot(layer), stages.get(name, 0)
+            sums[stage] = sums[stage].add_(part) if stage in sums else part
+    zero = torch.zeros_like(next(iter(sums.values())))
+    ordered = [sums.get(stage, zero) for stage in range(1 + max(stages.values(), default=0))]
+    return ordered[0] if len(ordered) == 1 else torch.stack(ordered, dim=3).flatten(2)
 
 
 class CombinationPass(CurvaturePass):

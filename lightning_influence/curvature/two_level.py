@@ -14,10 +14,8 @@ examples, once; afterwards every right-hand side and every damping costs a few p
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -125,15 +123,6 @@ class TwoLevel:
         residuals = relate_norms(projected, queries)
         correction = Correction(coefficients, space.directions, space.mixing, space.anchors, space.inverse)
         return correction, residuals
-
-    def compare(
-        self, queries: Mapping[str, LayerGradients], closed: BlockInverse, tolerance: float = math.inf
-    ) -> tuple[Correction, Tensor, Tensor]:
-        """Return :meth:`correction`, and what :meth:`estimate_residuals` gives for a closed form.
-
-        Whatever the tolerance: another step than 1 would take products with the curvature.
-        """
-        return *self.correction(queries), self.estimate_residuals(closed, queries)
 
     def begin(self, vectors: Tensor) -> Subspace:
         """Return the subspace that block Krylov begins with, for right-hand sides ``(V, P)``."""
@@ -269,8 +258,6 @@ class Correction:
     mixing: Tensor
     anchors: Mapping[str, LayerGradients]
     inverse: BlockInverse
-
-    steps: ClassVar[None] = None
 
     @property
     def weights(self) -> Tensor:

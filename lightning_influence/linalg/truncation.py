@@ -8,6 +8,8 @@ from torch import Tensor
 # Columns of the random sketch beyond the rank, and multiplications that sharpen it. Chosen by hand: the usual
 # values (Halko, Martinsson & Tropp 2011).
 _OVERSAMPLE, _POWER_STEPS = 4, 1
+# Chosen by hand: the rank that is tried first, and what it is multiplied by where it is not enough.
+_FIRST_RANK, _RAISE = 8, 4
 
 
 def truncate(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -34,3 +36,33 @@ def truncate(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     small = basis.mT @ matrices  # (..., size, D_in)
     left = basis @ torch.linalg.eigh(small @ small.mT).eigenvectors[..., -rank:]
     return left, matrices.mT @ left
+
+
+def truncate_within(matrices: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor] | None:
+    """Cut matrices to the smallest rank whose relative error, root mean square over them, is tolerated.
+
+    Args:
+        matrices: ``(V, G, D_out, D_in)``.
+        tolerance: largest relative error in the Frobenius norm.
+        most: give up beyond this rank.
+
+    Returns:
+        What :func:`truncate` returns; None if the rank ``most`` is not enough.
+    """
+    most = min(most, *matrices.shape[-2:])
+    energies = matrices.double().square().flatten(1).sum(1)
+    energies = energies.clamp_min(torch.finfo(matrices.dtype).tiny)
+    rank = min(_FIRST_RANK, most)
+    while rank >= 1:
+        left, right = truncate(matrices, rank)
+        # Left factors are orthonormal, their columns in ascending order of what they take along.
+        kept = right.double().square().sum(dim=(1, -2))  # (V, r)
+        errors = (1 - kept.flip(1).cumsum(1) / energies[:, None]).clamp_min(0).mean(0)
+        enough = (errors <= tolerance**2).nonzero().flatten()
+        if len(enough):
+            rank = int(enough[0]) + 1
+            return left[..., -rank:], right[..., -rank:]
+        if rank == most:
+            break
+        rank = min(_RAISE * rank, most)
+    return None

@@ -18,6 +18,7 @@ from lightning_influence.linalg.stopping import compute_remainder
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.methods.coarse_building import TOLERANCE, CoarseBuilder, count_vector_bytes
 from lightning_influence.methods.compact_building import CompactBuilder, choose_builder
+from lightning_influence.methods.compact_scorer import CompactScorer
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.fitting import provide_factors
 from lightning_influence.methods.gathering import gather_examples
@@ -37,6 +38,9 @@ _MAX_STEPS = 3
 # computes them anew in float64.
 _ROUNDED = 1e-2
 _MOST_GROUPS = 4
+# Chosen by hand: see AutoOptions; and the share of the memory budget that answers may take which are formed.
+_LOW_RANK, _COMPACT_LOW_RANK = 1e-3, 0.03
+_FORMED = 8
 _EXAMPLES = "training examples"
 
 
@@ -49,13 +53,14 @@ class AutoOptions(SpaceOptions):
             the coarse space grows until most training gradients are below.
         max_steps: most steps of block Krylov. None for 3, and for none where the coarse space is made of
             random mixtures, because a step costs a pass over all columns there.
-        low_rank_tolerance: largest relative error, in norm, of the preconditioned queries' scores from
-            low-rank forms; 0 for exact ones. The correction is computed from exact ones.
+        low_rank_tolerance: largest relative error, in norm, of the preconditioned queries in low-rank form,
+            or of their scores; 0 for exact ones. None for 1e-3, and for 0.03 beside directions of low rank:
+            corrections and residuals are computed for what is held there.
     """
 
     tolerance: float = field(default=TOLERANCE, metadata=require_number())
     max_steps: int | None = field(default=None, metadata=require_count(0))
-    low_rank_tolerance: float = field(default=1e-3, metadata=require_number(below=1.0))
+    low_rank_tolerance: float | None = field(default=None, metadata=require_number(below=1.0))
 
 
 @register_method("auto", options=AutoOptions)
@@ -81,6 +86,18 @@ class Auto(Method):
 
     def prepare(self) -> None:
         """Use or fit the factors; use, grow or build the coarse space."""
+        self._use(choose_builder(self._prepare_factors()))
+
+    def prepare_self(self) -> None:
+        """Use or fit the factors; use, grow or build the dense coarse space.
+
+        With a compact space every group of training examples would take a pass over all of them: the dense
+        one takes its place, of as many directions as fit.
+        """
+        self._use(self._prepare_factors())
+
+    def _prepare_factors(self) -> CoarseBuilder:
+        """Use or fit the factors, and return the builder of the dense coarse space."""
         context = self.context
         factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
@@ -88,8 +105,7 @@ class Auto(Method):
         self.ekfac = invert_blocks(context.layout, factors, closed, take_eigenvalues)
         damping = context.resolve_damping(factors, "full")
         inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
-        self._dense = CoarseBuilder(context, inverse, self.options.curvature_examples, self.options.tolerance)
-        self._use(choose_builder(self._dense))
+        return CoarseBuilder(context, inverse, self.options.curvature_examples, self.options.tolerance)
 
     def _use(self, builder: CoarseBuilder | CompactBuilder) -> None:
         """Find a coarse space and set up the operator that corrects with it."""
@@ -128,13 +144,8 @@ class Auto(Method):
                 continue
             # A scorer keeps what it is given: all queries as they are, or copies of some.
             own_queries = dict(queries) if len(positions) == everyone else _select(queries, positions)
-            if falls_back:
-                parts.append((positions, self._score(own_queries, None)))
-            else:
-                few = correction.select(positions)
-                if few.steps is not None:
-                    own_queries = {name: layer.weighted(few.steps) for name, layer in own_queries.items()}
-                parts.append((positions, self._score(own_queries, few)))
+            few = None if falls_back else correction.select(positions)
+            parts.append((positions, self._score(own_queries, few)))
         queries.clear()
         return Solved(parts[0][1] if len(parts) == 1 else JointScorer(parts), residuals)
 
@@ -142,8 +153,10 @@ class Auto(Method):
         """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
         correction, residuals, own = self._compare(queries)
         vectors = self.context.layout.dense(queries)[0]
-        stepped = vectors if correction.steps is None else vectors * correction.steps[:, None]
-        solutions = correction.add_to(self.inverse.apply(stepped))
+        if isinstance(correction, CompactCorrection):
+            solutions = correction.solutions()
+        else:
+            solutions = correction.add_to(self.inverse.apply(vectors))
         chosen = self._choose(residuals, "queries")
         if len(chosen):
             solutions[chosen], residuals[chosen] = self._iterate(_select(queries, chosen), "queries")
@@ -153,19 +166,14 @@ class Auto(Method):
         return solutions, torch.where(worse, own, residuals)
 
     def quadratic(self) -> Quadratic:
-        """Return EK-FAC's weighted squares plus the correction's products, with the residuals.
-
-        With a compact space every group of training examples would take a pass over all of them: the dense
-        space takes its place, of as many directions as fit.
-        """
-        if isinstance(self.builder, CompactBuilder):
-            self._use(self._dense)
+        """Return EK-FAC's weighted squares plus the correction's products, with the residuals."""
         operator = self.operator
         assert isinstance(operator, TwoLevel)
 
         def quadratic(gradients: Gradients) -> tuple[Tensor, Tensor]:
             values = operator.quadratic(gradients)[0]
-            _, residuals, own = operator.compare(gradients, self.ekfac)
+            residuals = operator.correction(gradients)[1]
+            own = operator.estimate_residuals(self.ekfac, gradients)
             worse = residuals > own.clamp(max=1.0)
             if bool(worse.any()):
                 self._replaced += int(worse.sum())
@@ -202,7 +210,17 @@ class Auto(Method):
 
     def _compare(self, queries: Gradients) -> tuple[Correction | CompactCorrection, Tensor, Tensor]:
         """Return corrections, their residuals, and those of EK-FAC's own answers in the same system."""
-        return self.operator.compare(queries, self.ekfac, self.options.tolerance)
+        operator = self.operator
+        if isinstance(operator, TwoLevel):
+            return *operator.correction(queries), operator.estimate_residuals(self.ekfac, queries)
+        found = operator.compare(queries, self.ekfac, self.options.tolerance, self._low_rank())
+        if found[0].shortened:
+            self.context.notes.add(
+                f"{found[0].shortened} queries are far from solved by {self.space.size} directions: their "
+                "answers were shortened until their residuals were below 1, so that the order of scores "
+                "tells more than their size. Raise `memory_budget`, `max_steps` or the damping."
+            )
+        return found
 
     def _find_worse(self, residuals: Tensor, own: Tensor, subject: str) -> Tensor:
         """Return which residuals are above EK-FAC's own or above 1, and say so."""
@@ -237,30 +255,36 @@ class Auto(Method):
         )
         return chosen[:0]
 
-    def _score(
-        self, queries: Queries, correction: Correction | CompactCorrection | None
-    ) -> PreconditionedScorer:
+    def _score(self, queries: Queries, correction: Correction | CompactCorrection | None) -> LayeredScorer:
         """Return the scorer of corrected queries, or of EK-FAC's answers if there is no correction."""
+        if isinstance(correction, CompactCorrection):
+            return CompactScorer(correction, self.options.memory_budget // _FORMED)
         scorer = PreconditionedScorer(
             self.ekfac if correction is None else self.inverse,
             queries,
             correction=correction,
-            tolerance=self.options.low_rank_tolerance,
+            tolerance=self._low_rank(),
             consume=True,
         )
         if scorer.ranks:
             self.context.extra["low_rank"] = dict(scorer.ranks)
         return scorer
 
+    def _low_rank(self) -> float:
+        """Return the error that low-rank forms of preconditioned queries may make."""
+        given = self.options.low_rank_tolerance
+        default = _COMPACT_LOW_RANK if isinstance(self.space, CompactSpace) else _LOW_RANK
+        return default if given is None else given
+
     def group_size(self) -> int:
         """Return how many queries to answer at once: what the coarse space leaves of the memory budget.
 
-        A query is held as its gradient and its answer, and for a compact space as both closed forms' answers
-        while their products are found, with what makes them; where it may be iterated on, half is left.
+        A query is held as its gradient and its answer; where it may be iterated on, half is left. Beside a
+        compact space, see :meth:`.CompactBuilder.count_query_bytes`.
         """
+        if isinstance(self.builder, CompactBuilder):
+            return max(1, self._left() // self.builder.count_query_bytes(self._low_rank() > 0))
         each = 4 if self._may_iterate() else 2
-        if isinstance(self.space, CompactSpace):
-            each = 8
         return max(1, self._left() // (each * count_vector_bytes(self.context)))
 
     def _left(self) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.compact_solving import solve_in_rank
 from lightning_influence.curvature.compact_space import CompactSpace, CurvatureRows
 from lightning_influence.curvature.compact_two_level import CompactTwoLevel, rescale_compact
 from lightning_influence.curvature.inverse import BlockInverse
@@ -21,7 +22,7 @@ from lightning_influence.curvature.low_rank_matrices import (
     make_matrices,
 )
 from lightning_influence.curvature.row_passes import CombinationPass, RowsPass
-from lightning_influence.methods.coarse_building import CoarseBuilder, SpaceBuilder
+from lightning_influence.methods.coarse_building import CoarseBuilder, SpaceBuilder, count_vector_bytes
 from lightning_influence.methods.gathering import differentiate
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.plan import LayerPlan
@@ -39,8 +40,44 @@ _SHARE = 2
 _WORTH = 2
 # The most columns of the output curvature that products are made of; see CurvaturePass.
 _MOST_COLUMNS = 64
-# Chosen by hand: bytes of anchors' gradients that are formed at once.
-_FORMED_BYTES = 2**23
+# Stages to divide layers into. On a ResNet-18 (300 images, damping .003), where EK-FAC's residuals are
+# 400 to 1,400: with 100 directions of rank 1 they are 13 to 36 in one stage, 5 to 11 in two, 2.3 to 6.5 in
+# four, 1.4 to 3.1 in 16; with 25 directions 82 to 146, 57 to 61, 26 to 48, 12 to 18. So four times as many
+# stages are worth about twice as many directions. Rank 4 makes 12 to 35, 2.1 to 4.9, 1.4 to 2.8 of it.
+STAGES = (16, 8, 4, 2, 1)
+_STAGED, _RANKED = 0.5, 0.1
+# The rank that answers are taken to have when room is made for them: what they have in wide layers, or less.
+_ANSWER_RANK = 32
+# Chosen by hand: parts of directions that may span the space, whose Galerkin matrix is factorised; and ranks
+# of all directions together, by which the cost of products with them grows.
+_MOST_PARTS, _MOST_RANKS = 2048, 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compact space is made of.
+
+    Attributes:
+        rank: of the directions in a layer.
+        stages: how many stages have directions of their own.
+        count: of directions.
+        probes: how many.
+    """
+
+    rank: int
+    stages: int
+    count: int
+    probes: int
+
+    @property
+    def worth(self) -> float:
+        """How much such a space is worth, in numbers that mean something beside one another only."""
+        return float(self.count * self.stages**_STAGED * self.rank**_RANKED)
+
+
+def divide_layers(names: Sequence[str], count: int) -> dict[str, int]:
+    """Return the stage of each layer: consecutive layers, about as many in each stage."""
+    return {name: number * count // len(names) for number, name in enumerate(names)}
 
 
 class AnchorPass:
@@ -71,14 +108,13 @@ class AnchorPass:
             return
         gradients = differentiate(self.forward, module, batch, indices, None)
         for name, inverse in self._inverse.layers.items():
-            weights = inverse.eigenvalues
-            each = max(1, _FORMED_BYTES // (4 * weights.nbytes))
-            for few in torch.split(rows.to(weights.device), each):
-                if name in gradients:
-                    solved = inverse.apply(gradients[name].select(few).dense()[0].to(self._dtype))
-                else:
-                    solved = weights.new_zeros(len(few), *weights.shape, dtype=self._dtype)
-                self._parts[name].append(compress(solved, self._rank))
+            if name in gradients:
+                few = gradients[name].select(rows.to(inverse.eigenvalues.device))
+                found = solve_in_rank(inverse, few, self._rank, self._dtype)
+            else:
+                nothing = inverse.eigenvalues.new_zeros(len(rows), *inverse.eigenvalues.shape)
+                found = compress(nothing.to(self._dtype), self._rank)
+            self._parts[name].append(found)
         self._indices.append(indices[rows].cpu())
 
     def collect(self, runner: Any) -> dict[str, Matrices]:
@@ -121,7 +157,7 @@ class CompactBuilder(SpaceBuilder):
         context.reused |= known is not None
         assert state.compact is not None
         space = state.compact.to(context.device)
-        context.extra["coarse_rank"] = space.rank
+        context.extra["coarse_rank"], context.extra["coarse_stages"] = space.rank, space.num_stages
         self._tell(space)
         return space
 
@@ -141,7 +177,7 @@ class CompactBuilder(SpaceBuilder):
         like = space.rows.values
 
         def find_rows(vectors: Mapping[str, Matrices]) -> CurvatureRows:
-            return self._run_rows(vectors).rows(like)
+            return self._run_rows([vectors]).rows(like)
 
         def combine(rows: CurvatureRows) -> Tensor:
             one_pass = CombinationPass(self.context.plan, rows, draws=draws, seed=self._seed)
@@ -157,20 +193,49 @@ class CompactBuilder(SpaceBuilder):
 
     def may_help(self, dense: int) -> bool:
         """Return whether far more directions than so many dense ones could fit, outputs being few."""
-        return self._count(min(RANKS), None, 1)[0] >= _WORTH * dense
+        return self._plan(min(RANKS), 1, None, 1).count >= _WORTH * dense
 
     def count_affordable(self, known: CompactSpace | None = None) -> int:
         """Return how many directions fit, by what is known of the outputs."""
-        return self._choose(known)[1]
+        return self._choose(known).count
 
-    def _choose(self, known: CompactSpace | None) -> tuple[int, int, int]:
-        """Return the rank, how many directions of it fit, and how many probes."""
-        ranks = RANKS if known is None else (known.rank,)
-        counts = [(rank, *self._count(rank, known)) for rank in ranks]
-        return max(counts, key=lambda pair: pair[1])  # the first of equal ones
+    def count_query_bytes(self, low_rank: bool) -> int:
+        """Return about what a query takes while it is answered, in bytes.
 
-    def _count(self, rank: int, known: CompactSpace | None, columns: int = 0) -> tuple[int, int]:
-        """Return how many directions of a rank fit, and how many probes beside them."""
+        It is held as its gradient and as both closed forms' answers, which are of low rank where these take
+        less; and products with the probes and the directions are found for all of them.
+
+        Args:
+            low_rank: whether answers may be cut.
+        """
+        context, factors = self.context, self.context.state.factors
+        if not low_rank or factors is None:
+            return 8 * count_vector_bytes(context)
+        total = 0
+        for name, (groups, d_out, d_in) in context.layout.shapes.items():
+            layer, pair = factors.layers[name], d_out + d_in
+            positions = layer.positions / max(1.0, layer.examples)
+            gradient, answer = (min(d_out * d_in, count * pair) for count in (positions, _ANSWER_RANK))
+            total += groups * int(gradient + 4 * answer)
+        return count_vector_bytes(context) * total // context.layout.numel + 1
+
+    def _choose(self, known: CompactSpace | None) -> Plan:
+        """Return the directions that are worth most of those that fit, or more of those that are known."""
+        if known is not None:
+            return self._plan(known.rank, known.num_stages, known)
+        layers = len(self.context.layout.shapes)
+        plans = [self._plan(rank, min(stages, layers)) for rank in RANKS for stages in STAGES]
+        return max(plans, key=lambda plan: plan.worth)  # the first of equal ones
+
+    def _plan(self, rank: int, stages: int, known: CompactSpace | None = None, columns: int = 0) -> Plan:
+        """Return how many directions of a rank, told apart in so many stages, fit beside probes.
+
+        Args:
+            rank: of the directions.
+            stages: into which their layers are divided.
+            known: a space that is to grow.
+            columns: of the output curvature of an example; what is known of it if 0.
+        """
         context = self.context
         width = torch.empty((), dtype=context.dtype).element_size()
         draws = self._mixtures()
@@ -179,15 +244,16 @@ class CompactBuilder(SpaceBuilder):
             columns = known.rows.values.shape[1]
         elif columns > max(_MOST_COLUMNS, draws):
             columns = draws
-        rows = columns * self._curvature.num_examples
+        numbers = columns * self._curvature.num_examples
         shapes = context.layout.shapes.values()
-        each = width * (rows + sum(count_numbers(shape, rank) for shape in shapes))
-        probe = width * (rows + sum(groups * (d_out + d_in) for groups, d_out, d_in in shapes))
+        each = width * (stages * numbers + sum(count_numbers(shape, rank) for shape in shapes))
+        probe = width * (numbers + sum(groups * (d_out + d_in) for groups, d_out, d_in in shapes))
         room = context.options.memory_budget // _SHARE
         probes = max(_FEWEST_PROBES, min(PROBES, room // (4 * probe)))
         if known is not None:
             probes = known.num_probes
-        return max(1, min(self._wanted(), (room - probes * probe) // each)), probes
+        most = max(1, min(self._wanted(), _MOST_PARTS // stages, _MOST_RANKS // rank))
+        return Plan(rank, stages, max(1, min(most, (room - probes * probe) // each)), probes)
 
     def _build(self, space: CompactSpace | None) -> CompactSpace:
         """Return the space with as many anchors as fit.
@@ -198,7 +264,8 @@ class CompactBuilder(SpaceBuilder):
         context, inverse = self.context, self.inverse if space is None else space.inverse
         sample = self._sample(self._wanted())
         found = self._weigh(sample, inverse)
-        rank, limit, count = self._choose(space)
+        plan = self._choose(space)
+        rank, limit = plan.rank, plan.count
         size = 0 if space is None else space.size
         most = min(limit, sample.num_examples)
         if size >= most:
@@ -211,20 +278,24 @@ class CompactBuilder(SpaceBuilder):
         like = torch.empty(0, device=context.device, dtype=context.dtype)
         gather = context.runner.all_gather_cat if context.runner.world_size > 1 else None
         if space is not None:
-            grown = space.grown(directions, self._run_rows(directions).rows(like, gather))
+            grown = space.grown(directions, self._run_rows([directions], space.stages).rows(like, gather))
             return replace(grown, limit=limit)
-        probes = draw_rank_one(context.layout.shapes, count, _PROBE_SEED, like)
-        one_pass = self._run_rows(probes, directions)
+        probes = draw_rank_one(context.layout.shapes, plan.probes, _PROBE_SEED, like)
+        stages = divide_layers(list(context.layout.shapes), plan.stages)
+        one_pass = self._run_rows([probes, directions], stages)
         one_pass.count.reduce(context.runner.all_reduce_sum)
         mixtures = self._mixtures() if one_pass.estimated and one_pass.columns is not None else 0
         rows, normaliser = one_pass.rows(like, gather), one_pass.count.normaliser
         return CompactSpace(
-            context.layout, directions, probes, rows, normaliser, inverse, mixtures, rank, limit
+            context.layout, directions, probes, rows, normaliser, inverse, mixtures, rank, limit, stages
         )
 
-    def _run_rows(self, *blocks: Mapping[str, Matrices]) -> RowsPass:
+    def _run_rows(
+        self, blocks: Sequence[Mapping[str, Matrices]], stages: Mapping[str, int] | None = None
+    ) -> RowsPass:
         """Return the pass for ``B^T J V`` after it has visited the curvature examples."""
-        one_pass = RowsPass(self.context.plan, *blocks, draws=self._mixtures(), seed=self._seed)
+        plan, draws = self.context.plan, self._mixtures()
+        one_pass = RowsPass(plan, *blocks, stages=stages, draws=draws, seed=self._seed)
         self.context.runner.run(one_pass, self._curvature)
         return one_pass
 

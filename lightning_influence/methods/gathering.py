@@ -72,7 +72,9 @@ class GradientPass:
                 name: layer.select(rows.to(layer.like.device, non_blocking=True))
                 for name, layer in gradients.items()
             }
-        self._parts.append({name: compact(layer).to(dtype=self._dtype) for name, layer in gradients.items()})
+        self._parts.append({
+            name: compact(layer, smaller=True).to(dtype=self._dtype) for name, layer in gradients.items()
+        })
         self._indices.append(indices)
         self._dataloaders.append(torch.full_like(indices, dataloader_idx))
 

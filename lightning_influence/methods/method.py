@@ -65,6 +65,10 @@ class Method(ABC):
     def prepare(self) -> None:
         """Run whatever passes do not depend on the queries."""
 
+    def prepare_self(self) -> None:
+        """Run the passes that :meth:`quadratic` needs: those of :meth:`prepare`, unless these are more."""
+        self.prepare()
+
     @abstractmethod
     def solve(self, queries: Queries) -> Solved:
         """Solve for query gradients, ``K = 1``; the mapping may be emptied."""

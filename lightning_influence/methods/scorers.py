@@ -14,10 +14,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.compact_two_level import CompactCorrection
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
-from lightning_influence.curvature.low_rank_matrices import LowRankMatrices, Matrices
 from lightning_influence.curvature.two_level import Correction
 from lightning_influence.linalg.low_rank import LowRank, factorise_weights
 from lightning_influence.methods.scoring_passes import LayeredScorer, stack_layers
@@ -69,21 +67,6 @@ class Thin:
         return result
 
 
-class Directions:
-    """Directions of low rank in one layer, scored as they are.
-
-    Args:
-        matrices: the directions.
-    """
-
-    def __init__(self, matrices: Matrices) -> None:
-        self._matrices = matrices
-
-    def scores(self, gradients: FactoredGradients) -> Tensor:
-        """Return ``(m, B)``."""
-        return self._matrices.dot(gradients)[0].T
-
-
 def factorise(inverse: EigenInverse, tolerance: float, max_rank: int) -> LowRank | None:
     """Return low-rank form of one layer's weights, weighed by the energy its eigenvalues show."""
     if max_rank < 1:
@@ -121,7 +104,7 @@ class PreconditionedScorer:
         inverse: BlockInverse,
         queries: MutableMapping[str, LayerGradients],
         *,
-        correction: Correction | CompactCorrection | None = None,
+        correction: Correction | None = None,
         tolerance: float = 1e-3,
         consume: bool = False,
     ) -> None:
@@ -130,7 +113,7 @@ class PreconditionedScorer:
         self._tolerance = tolerance
         self.ranks: dict[str, int] = {}
         self._dense: dict[str, Tensor] = {}
-        self._thin: dict[str, tuple[Thin, Thin | Directions | None]] = {}
+        self._thin: dict[str, tuple[Thin, Thin | None]] = {}
         self._bases: dict[str, Eigenbasis] = {}
         self._rows: dict[str, Tensor] = {}  # of tables, the only ones in which solved queries are not zero
         self._checked = tolerance <= 0
@@ -198,20 +181,13 @@ class PreconditionedScorer:
         _, d_out, d_in = inverse.eigenvalues.shape
         # Terms that an outer product of each query's may have until they take too many operations.
         most = _THIN * queries.num_examples * d_out * d_in / (d_out + d_in)
-        if isinstance(correction, CompactCorrection):
-            matrices = correction.directions[name]
-            rank = matrices.rank if isinstance(matrices, LowRankMatrices) else 0
-            limit = int((most - matrices.count * rank) / queries.num_examples)
-        else:
-            anchors = None if correction is None else correction.anchors.get(name)
-            limit = int(most / (queries.num_examples + (anchors.num_examples if anchors else 0)))
+        anchors = None if correction is None else correction.anchors.get(name)
+        limit = int(most / (queries.num_examples + (anchors.num_examples if anchors else 0)))
         form = factorise(inverse, tolerance, min(limit, _MAX_RANK))
         if form is None:
             return False
-        thin: Thin | Directions | None = None
-        if isinstance(correction, CompactCorrection):
-            thin = Directions(matrices)
-        elif correction is not None and isinstance(anchors, FactoredGradients):
+        thin: Thin | None = None
+        if correction is not None and isinstance(anchors, FactoredGradients):
             first = correction.inverse.layers[name]
             anchor_form = form if first is inverse else factorise(first, tolerance, min(limit, _MAX_RANK))
             if anchor_form is None:
@@ -312,17 +288,15 @@ class PreconditionedScorer:
         return scores[:_CHECK_QUERIES]
 
     def _mix(self) -> Tensor:
-        """Return weights of the anchors, or of the directions, in each query's correction, ``(Q, M)``."""
+        """Return weights of the anchors in each query's correction, ``(Q, M)``."""
         assert self._correction is not None
         return self._correction.weights
 
 
-def _is_factored(correction: Correction | CompactCorrection | None, name: str) -> bool:
+def _is_factored(correction: Correction | None, name: str) -> bool:
     """Return whether what a correction adds in a layer can be scored without a matrix of its size."""
     if correction is None:
         return True
-    if isinstance(correction, CompactCorrection):
-        return isinstance(correction.directions[name], LowRankMatrices)
     return name not in correction.anchors or isinstance(correction.anchors[name], FactoredGradients)
 
 

@@ -462,7 +462,18 @@ def _chunk(bytes_each: int, count: int, limit: int = _CHUNK_BYTES) -> int:
     return max(1, min(count, limit // max(1, bytes_each)))
 
 
-def compact(gradients: LayerGradients) -> LayerGradients:
-    """Return the cheaper form: dense for products of several positions, else as they are."""
-    several = isinstance(gradients, FactoredGradients) and gradients.inputs.shape[2] > 1
-    return DenseGradients(gradients.dense()) if several else gradients
+def compact(gradients: LayerGradients, *, smaller: bool = False) -> LayerGradients:
+    """Return the cheaper form: dense for products of several positions, else as they are.
+
+    Args:
+        gradients: the gradients.
+        smaller: keep products of several positions where these take less memory.
+    """
+    if not isinstance(gradients, FactoredGradients) or gradients.inputs.shape[2] == 1:
+        return gradients
+    if smaller and not gradients.whole:
+        groups, d_out, d_in = gradients.shape
+        whole = gradients.num_seeds * gradients.num_examples * groups * d_out * d_in
+        if sum(tensor.numel() for tensor in gradients.tensors) < whole:
+            return gradients
+    return DenseGradients(gradients.dense())

@@ -13,22 +13,30 @@ from lightning_influence.curvature.row_passes import CombinationPass, RowsPass
 from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse
 from lightning_influence.linalg.block_krylov import block_krylov
 from lightning_influence.linalg.galerkin import GalerkinInverse
-from lightning_influence.methods.scorers import PreconditionedScorer
+from lightning_influence.methods.compact_scorer import CompactScorer
 from lightning_influence.model.gradients import DenseGradients
 
 
-def build(p: Problem, rank: int, probes: int = 32) -> CompactSpace:
+def divide(p: Problem, stages: int) -> dict[str, int]:
+    return {name: number % stages for number, name in enumerate(p.setup.layout.shapes)}
+
+
+def build(p: Problem, rank: int, probes: int = 32, stages: int = 1) -> CompactSpace:
     """The space of a problem's anchors, in whole precision but for the rank."""
     setup = p.setup
     vectors = p.inverse.apply(setup.layout.dense(p.anchors)[0])
     directions = {name: compress(x, rank) for name, x in setup.layout.split(vectors).items()}
     W = draw_rank_one(setup.layout.shapes, probes, 1, vectors)
-    rows = [setup.run(RowsPass(setup.plan, V), batch_size=size) for V, size in ((W, 5), (directions, 4))]
+    divided = divide(p, stages)
+    rows = [
+        setup.run(RowsPass(setup.plan, V, stages=told), batch_size=size)
+        for V, told, size in ((W, None, 5), (directions, divided, 4))
+    ]
     found = [one.rows(vectors) for one in rows]
     values = torch.cat([part.values for part in found], dim=2)
     both = type(found[0])(found[0].indices, values)
     normaliser = rows[0].count.normaliser
-    return CompactSpace(setup.layout, directions, W, both, normaliser, p.inverse, 0, rank)
+    return CompactSpace(setup.layout, directions, W, both, normaliser, p.inverse, 0, rank, 0, divided)
 
 
 def operate(p: Problem, inverse: BlockInverse, space: CompactSpace) -> CompactTwoLevel:
@@ -46,18 +54,29 @@ def densify(p: Problem, vectors) -> torch.Tensor:
     return p.setup.layout.join({name: part.dense() for name, part in vectors.items()})
 
 
+def split(p: Problem, space: CompactSpace) -> torch.Tensor:
+    """The parts of the directions in the stages, one after the other, (m S, P)."""
+    parts = [
+        p.setup.layout.join({
+            name: part.dense() * (space.stages[name] == stage) for name, part in space.directions.items()
+        })
+        for stage in range(space.num_stages)
+    ]
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
 def expect(p: Problem, inverse: BlockInverse, damping, Q: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     A, z = p.matrix(damping), inverse.apply(V)
     T = Q @ A @ Q.T
     return z + (torch.linalg.pinv(T, hermitian=True) @ (Q @ (V - z @ A).T)).T @ Q
 
 
-@pytest.mark.parametrize("rank", [1, 2, 50])
+@pytest.mark.parametrize(("rank", "stages"), [(1, 1), (2, 2), (50, 1), (1, 3)])
 @pytest.mark.parametrize("name", SOME)
-def test_products_are_those_of_what_is_stored(name, rank):
+def test_products_are_those_of_what_is_stored(name, rank, stages):
     p = Problem(name)
-    space = build(p, rank)
-    Q, W, G = densify(p, space.directions), densify(p, space.probes), p.setup.ggn()
+    space = build(p, rank, stages=stages)
+    Q, W, G = split(p, space), densify(p, space.probes), p.setup.ggn()
     both = torch.cat([W, Q])
     rows = space.rows.values
     assert rows.shape[:1] == (12,)
@@ -66,7 +85,7 @@ def test_products_are_those_of_what_is_stored(name, rank):
     for damping in (DAMPING, {layer: 0.01 * k for k, layer in enumerate(p.setup.layout.shapes)}):
         operator = operate(p, closed_form(p.factors, p.setup.layout, damping), space)
         torch.testing.assert_close(operator.small, Q @ p.matrix(damping) @ Q.T, **TIGHT)
-        weights = torch.randn(3, space.size, dtype=torch.float64)
+        weights = torch.randn(3, len(Q), dtype=torch.float64)
         torch.testing.assert_close(operator.combine(weights), weights @ Q, **TIGHT)
         expected = weights @ Q @ p.matrix(damping)
         torch.testing.assert_close(operator.multiply(weights), expected, rtol=1e-9, atol=1e-10)
@@ -74,21 +93,21 @@ def test_products_are_those_of_what_is_stored(name, rank):
         torch.testing.assert_close(operator.project(vectors), vectors @ Q.T, **TIGHT)
 
 
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(("rank", "stages"), [(1, 1), (3, 1), (1, 2)])
 @pytest.mark.parametrize("damping", [DAMPING, 0.3, {}])
 @pytest.mark.parametrize("name", SOME)
-def test_the_answer_is_the_galerkin_correction_with_what_is_stored(name, damping, rank):
+def test_the_answer_is_the_galerkin_correction_with_what_is_stored(name, damping, rank, stages):
     p = Problem(name)
     if damping == {}:
         damping = {layer: 0.01 * (k + 1) for k, layer in enumerate(p.setup.layout.shapes)}
-    space, inverse = build(p, rank), closed_form(p.factors, p.setup.layout, damping)
-    V, Q = p.setup.layout.dense(p.queries)[0], densify(p, space.directions)
+    space = build(p, rank, stages=stages)
+    inverse = closed_form(p.factors, p.setup.layout, damping)
+    V, Q = p.setup.layout.dense(p.queries)[0], split(p, space)
     correction, residuals, own = operate(p, inverse, space).compare(p.queries, p.inverse)
     solved = expect(p, inverse, damping, Q, V)
-    found = correction.add_to(inverse.apply(V))
-    torch.testing.assert_close(found, solved, rtol=1e-6, atol=1e-7)
-    for tolerance in (0.0, 1e-7):
-        scorer = PreconditionedScorer(inverse, p.queries, correction=correction, tolerance=tolerance)
+    torch.testing.assert_close(correction.solutions(), solved, rtol=1e-6, atol=1e-7)
+    for room in (0, 2**30):
+        scorer = CompactScorer(correction, room)
         expected = solved @ p.setup.gradients().T / 12
         torch.testing.assert_close(p.scores(scorer), expected, rtol=1e-5, atol=1e-8)
     # The residuals are those that the probes see: of the answer, and of the closed form in the same system.
@@ -104,10 +123,8 @@ def test_with_full_rank_it_is_the_answer_of_the_dense_space(name):
     V = p.setup.layout.dense(p.queries)[0]
     correction, _, own = operate(p, p.inverse, build(p, 50)).compare(p.queries, p.inverse)
     expected = TwoLevel(p.inverse, p.space).solve(V)
-    torch.testing.assert_close(correction.add_to(p.inverse.apply(V)), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(correction.solutions(), expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(expected, definition(p, p.inverse, DAMPING, V), rtol=1e-8, atol=1e-8)
-    same = TwoLevel(p.inverse, p.space)
-    assert same.compare(p.queries, p.inverse)[0].coefficients.shape == (3, p.space.size)
     scaled = rescale_compact(p.inverse, build(p, 50)).layers
     dense = rescale_inverse(p.inverse, p.space).layers
     for layer, one in scaled.items():
@@ -119,11 +136,30 @@ def test_residuals_are_estimated_without_bias():
     p = Problem("mlp_gelu")
     V = p.setup.layout.dense(p.queries)[0]
     correction, residuals, own = operate(p, p.inverse, build(p, 2, 4000)).compare(p.queries, p.inverse)
-    for x, told in ((correction.add_to(p.inverse.apply(V)), residuals), (p.inverse.apply(V), own)):
+    for x, told in ((correction.solutions(), residuals), (p.inverse.apply(V), own)):
         true = (V - x @ p.matrix(DAMPING)).norm(dim=1) / V.norm(dim=1)
         assert true.min() > 1e-3
         # The relative error is at most about sqrt(8 / s) / 2: 2.2% for 4000 probes, and four times that here.
         torch.testing.assert_close(told, true, rtol=0.09, atol=0)
+
+
+@pytest.mark.parametrize("low_rank", [0.3, 1e-3])
+@pytest.mark.parametrize("name", SOME)
+def test_answers_that_are_cut_are_corrected_as_they_are_held(name, low_rank):
+    p = Problem(name, anchors=4)
+    space = build(p, 1, stages=2)
+    V, Q, W = p.setup.layout.dense(p.queries)[0], split(p, space), densify(p, space.probes)
+    correction, residuals, own = operate(p, p.inverse, space).compare(p.queries, p.inverse, low_rank=low_rank)
+    z = densify(p, correction.solved)
+    off = (z - p.inverse.apply(V)).norm(dim=1) / p.inverse.apply(V).norm(dim=1)
+    assert float(off.square().mean().sqrt()) <= 2 * low_rank
+    A = p.matrix(DAMPING)
+    T = Q @ A @ Q.T
+    expected = z + (torch.linalg.pinv(T, hermitian=True) @ (Q @ (V - z @ A).T)).T @ Q
+    torch.testing.assert_close(correction.solutions(), expected, rtol=1e-5, atol=1e-6)
+    for x, told in ((expected, residuals), (z, own)):
+        seen = ((V - x @ A) @ W.T).square().mean(1).sqrt() / V.norm(dim=1)
+        torch.testing.assert_close(told, seen, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -138,12 +174,20 @@ def test_unsolved_queries_take_the_step_that_is_best_in_the_norm_of_the_system(n
     assert (found.steps != 1).all()
     assert (after < before).all()
     torch.testing.assert_close(own, same)
-    Q = densify(p, space.directions)
+    Q, W, shortened = densify(p, space.directions), densify(p, space.probes), 0
     for q in range(len(V)):
         basis = torch.cat([z[q : q + 1], Q])
         best = torch.linalg.lstsq(basis @ A @ basis.T, basis @ V[q], driver="gelsd").solution @ basis
+        seen, image = W @ V[q], W @ A @ best
+        if float((seen - image).square().mean()) > float(V[q].square().sum()):
+            # Worse than nothing: as long as is best for the residual, as the probes see it.
+            best, shortened = best * (image @ seen) / (image @ image), shortened + 1
         got = found.steps[q] * z[q] + found.coefficients[q] @ Q
         torch.testing.assert_close(got, best, rtol=1e-5, atol=1e-6)
+    assert found.shortened == shortened
+    assert plain.shortened == 0
+    if name == "conv2d_replicate_depthwise":
+        assert shortened
     some = found.select(slice(1, 3))
     assert torch.equal(some.steps, found.steps[1:3])
     patient = operator.compare(p.queries, p.inverse, tolerance=float(before.max()))[0]
@@ -159,19 +203,17 @@ def test_dependent_and_zero_directions_change_nothing(name):
     p.anchors = {k: DenseGradients(v[None]) for k, v in p.setup.layout.split(more).items()}
     operator = operate(p, p.inverse, build(p, 50))
     assert operator.rank <= operator.space.size - 4
-    V = p.setup.layout.dense(p.queries)[0]
     again = operator.compare(p.queries, p.inverse)[0]
-    z = p.inverse.apply(V)
-    torch.testing.assert_close(again.add_to(z.clone()), few.add_to(z.clone()), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(again.solutions(), few.solutions(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(("rank", "stages"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("name", SOME)
-def test_block_krylov_beside_the_space_is_galerkin_and_converges(name, rank):
+def test_block_krylov_beside_the_space_is_galerkin_and_converges(name, rank, stages):
     p = Problem(name)
-    space = build(p, rank)
+    space = build(p, rank, stages=stages)
     operator, A = operate(p, p.inverse, space), p.matrix(DAMPING)
-    V, Q = p.setup.layout.dense(p.queries)[0], densify(p, space.directions)
+    V, Q = p.setup.layout.dense(p.queries)[0], split(p, space)
     product = lambda vectors: vectors @ A  # noqa: E731
     one = block_krylov(product, p.inverse.apply, operator.begin(V), max_steps=1, tolerance=1e-12)
     basis = torch.cat([Q, p.inverse.apply(V)])
@@ -190,9 +232,8 @@ def test_it_is_told_and_stored_and_grows():
     space = build(p, 1)
     assert repr(space) == "CompactSpace(8 directions of 89 in rank 1, 12 curvature examples)"
     again = CompactSpace.from_state_dict(space.state_dict())
-    V = p.setup.layout.dense(p.queries)[0]
     first, second = (
-        operate(p, p.inverse, one).compare(p.queries, p.inverse)[0].add_to(p.inverse.apply(V))
+        operate(p, p.inverse, one).compare(p.queries, p.inverse)[0].solutions()
         for one in (space, again.to("cpu"))
     )
     assert torch.equal(first, second)
@@ -231,6 +272,22 @@ class TestGalerkinInverse:
         found = GalerkinInverse(T, torch.float64)
         assert found.rank == 6
         torch.testing.assert_close(found.solve(y), torch.linalg.solve(T, y.T).T, rtol=1e-8, atol=0)
+
+    def test_many_directions_are_solved_for_as_few_are(self, monkeypatch):
+        generator = torch.Generator().manual_seed(1)
+        Q = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+        Q = torch.cat([
+            Q,
+            Q[:2] - Q[2:4],
+            torch.zeros(1, 20, dtype=torch.float64),
+        ])  # dependent, and of nothing
+        T, y = Q @ Q.T, torch.randn(3, 20, generator=generator, dtype=torch.float64) @ Q.T
+        few = GalerkinInverse(T, torch.float64).solve(y)
+        monkeypatch.setattr("lightning_influence.linalg.galerkin._MANY", 0)
+        many = GalerkinInverse(T, torch.float64)
+        assert many.rank == 8
+        torch.testing.assert_close(many.solve(y) @ Q, few @ Q, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(many.solve(y[0]) @ Q, few[0] @ Q, rtol=1e-6, atol=1e-9)
 
     def test_of_nothing(self):
         empty = torch.zeros(0, 0, dtype=torch.float64)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.running.loop_runner import LoopRunner
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DAMPING = 0.02
@@ -71,7 +72,7 @@ def test_what_is_stored_stays_within_its_share_of_the_budget(budget):
 
 def test_directions_are_preconditioned_gradients_cut_to_the_rank():
     module = InfluenceModule(Net())
-    ask(module, 30)
+    ask(module, 40)
     space = module.state.compact
     assert (space.rank, space.size) == (4, 30)
     gradients = module.ihvp(TRAIN, TRAIN, method="ekfac", damping=DAMPING)[0]
@@ -161,6 +162,41 @@ def test_self_influence_takes_the_dense_space(monkeypatch):
     monkeypatch.setattr("lightning_influence.methods.auto.choose_builder", lambda builder: builder)
     expected = InfluenceModule(Net()).self_influence(TRAIN, **options)
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-9, atol=0)
+
+
+def test_self_influence_builds_no_space_that_it_does_not_use():
+    module = InfluenceModule(Net())
+    found = module.self_influence(TRAIN, method="auto", damping=DAMPING, memory_budget=60 * 8 * NUMEL)
+    names = [one["name"] for one in found.diagnostics.passes]
+    assert "Influence: curvature rows" not in names
+    assert module.state.compact is None
+    assert module.state.coarse is not None
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "kept"),
+    [("Influence: curvature rows", False), ("Influence: query gradients", True), ("Influence: scores", True)],
+)
+def test_what_was_finished_is_kept_when_a_call_is_interrupted(monkeypatch, interrupted, kept):
+    expected = ask(InfluenceModule(Net()), 20)
+    module, run = InfluenceModule(Net()), LoopRunner.run
+
+    def stop(self, one_pass, loaders):
+        if one_pass.description == interrupted:
+            raise KeyboardInterrupt
+        return run(self, one_pass, loaders)
+
+    monkeypatch.setattr(LoopRunner, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ask(module, 20)
+    monkeypatch.undo()
+    assert module.state.factors is not None
+    assert (module.state.compact is not None) == kept
+    found = ask(module, 20)
+    names = [one["name"] for one in found.diagnostics.passes]
+    assert not any("factor" in name or "covariances" in name for name in names)
+    assert ("Influence: anchors" in names) == (not kept)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-9, atol=1e-12)
 
 
 def test_where_dense_directions_fit_nothing_changes():

@@ -1,0 +1,92 @@
+"""Answers of low rank are those of the dense inverse, cut as a singular value decomposition would."""
+
+import pytest
+import torch
+from drive import closed_form
+from test_two_level import DAMPING, SOME, Problem
+
+from lightning_influence.curvature.compact_solving import solve_in_rank, solve_within
+from lightning_influence.curvature.inverse import EigenInverse
+from lightning_influence.curvature.low_rank_matrices import DenseMatrices, LowRankMatrices
+from lightning_influence.model.gradients import DenseGradients, FactoredGradients
+from lightning_influence.model.table_gradients import TableGradients
+
+DOUBLE = torch.float64
+
+
+def cut(whole: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(whole, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_ranks_cut_what_the_inverse_gives(name):
+    p = Problem(name)
+    inverse = closed_form(p.factors, p.setup.layout, DAMPING)
+    for layer, gradients in p.train.items():
+        whole = inverse.layers[layer].apply(gradients.dense()[0])
+        exact = solve_in_rank(inverse.layers[layer], gradients, 99, DOUBLE)
+        torch.testing.assert_close(exact.dense(), whole, rtol=1e-9, atol=1e-12)
+        same = solve_within(inverse.layers[layer], gradients, 0.0, DOUBLE)
+        torch.testing.assert_close(same.dense(), whole, rtol=1e-12, atol=0)
+        one = solve_in_rank(inverse.layers[layer], gradients, 1, DOUBLE)
+        if isinstance(one, LowRankMatrices):
+            best = (cut(whole, 1) - whole).flatten(1).norm(dim=1)
+            assert ((one.dense() - whole).flatten(1).norm(dim=1) <= 1.1 * best + 1e-12).all()
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.05, 1e-4])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_the_error_is_tolerated_and_the_rank_is_about_the_smallest(tolerance, positions):
+    torch.manual_seed(3)
+    d_out, d_in, count = 24, 40, 7
+    eigenvalues = torch.logspace(0, -4, d_out, dtype=DOUBLE)[:, None] * torch.logspace(
+        0, -3, d_in, dtype=DOUBLE
+    )
+    problem = Problem(SOME[0])
+    basis = type(next(iter(problem.factors.layers.values())).basis)(
+        *(torch.linalg.qr(torch.randn(1, d, d, dtype=DOUBLE)).Q for d in (d_in, d_out))
+    )
+    inverse = EigenInverse(basis, eigenvalues[None], 1e-3)
+    gradients = FactoredGradients(
+        torch.randn(1, count, positions, d_in, dtype=DOUBLE),
+        torch.randn(1, 1, count, positions, d_out, dtype=DOUBLE),
+    )
+    whole = inverse.apply(gradients.dense()[0])
+    found = solve_within(inverse, gradients, tolerance, DOUBLE)
+
+    def error(matrices: torch.Tensor) -> float:
+        relative = (matrices - whole).flatten(1).square().sum(1) / whole.flatten(1).square().sum(1)
+        return float(relative.mean().sqrt())
+
+    assert error(found.dense()) <= tolerance
+    most = (d_out * d_in - 1) // (d_out + d_in)
+    needed = next(r for r in range(1, d_out + 1) if error(cut(whole, r)) <= 0.95 * tolerance)
+    if needed <= most:
+        assert isinstance(found, LowRankMatrices)
+        assert found.rank <= needed + 1
+    else:
+        assert isinstance(found, DenseMatrices)
+
+
+def test_rows_of_tables_are_solved_alone():
+    torch.manual_seed(4)
+    vocabulary, width, count, positions = 50, 12, 4, 3
+    nothing = FactoredGradients(
+        torch.zeros(1, count, 0, width, dtype=DOUBLE), torch.zeros(1, 1, count, 0, vocabulary, dtype=DOUBLE)
+    )
+    rows = torch.randint(vocabulary, (count, positions))
+    table = TableGradients(rows, torch.randn(1, count, positions, width, dtype=DOUBLE), nothing)
+    problem = Problem(SOME[0])
+    q_in = torch.linalg.qr(torch.randn(1, width, width, dtype=DOUBLE)).Q
+    basis = type(next(iter(problem.factors.layers.values())).basis)(q_in, None)
+    inverse = EigenInverse(basis, torch.rand(1, vocabulary, width, dtype=DOUBLE), 0.1)
+    whole = inverse.apply(table.dense()[0])
+    for found in (
+        solve_in_rank(inverse, table, 3, DOUBLE),
+        solve_within(inverse, table, 1e-6, DOUBLE),
+        solve_in_rank(inverse, DenseGradients(table.dense()), 3, DOUBLE),
+    ):
+        torch.testing.assert_close(found.dense(), whole, rtol=1e-5, atol=1e-6)
+        assert isinstance(found, LowRankMatrices)
+        assert found.rank <= 3
