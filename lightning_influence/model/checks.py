@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.gradients import FactoredGradients, LayerGradients
@@ -22,6 +22,7 @@ from lightning_influence.support.errors import (
 )
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.waiting import expect
+from lightning_influence.support.whole import is_stand_in, read_own_part, read_whole
 
 # Chosen by hand: gradients of one loss in half precision have a cosine of .9999 and more.
 _ALIKE = 0.999
@@ -217,7 +218,7 @@ def check_loss(value: Tensor, recorder: Recorder, layers: Mapping[str, Layer]) -
         weights = [
             name
             for name, layer in layers.items()
-            if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters(recurse=False))
+            if not all(bool(torch.isfinite(p).all()) for p in _own_parts(layer.module))
         ]
         where = (
             f"the inputs of layer {bad[0]!r} are the first that are not finite"
@@ -232,6 +233,12 @@ def check_loss(value: Tensor, recorder: Recorder, layers: Mapping[str, Layer]) -
         )
 
     expect(torch.isfinite(value.detach()).all(), refuse)
+
+
+def _own_parts(module: nn.Module) -> Iterator[Tensor]:
+    """Yield a module's own parameters, of sharded ones what this process holds."""
+    for parameter in module.parameters(recurse=False):
+        yield read_whole(parameter) if is_stand_in(parameter) else read_own_part(parameter.detach())
 
 
 def check_direction(ours: Tensor, theirs: Tensor, name: str) -> None:

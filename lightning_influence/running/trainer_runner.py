@@ -11,7 +11,7 @@ import copy
 import functools
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ from lightning_influence.running.host.trainer import (
     read_progress,
     resolve_checkpoint,
     set_progress,
+    splits_parameters,
 )
+from lightning_influence.running.host.shards import Shards
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Expected, Runner, Stepper
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
@@ -56,6 +58,8 @@ class _PassModule:
         self._shown = shown
         self.checkpoint: dict[str, Any] = {}
         self._to_set_up = set_up
+        self.has_begun = False
+        self.lend: Callable[[], object] | None = None
         self._hooks: dict[str, Any] = {}
         for hook in TRANSFER_HOOKS:
             from_data = datamodule is not None and defines(datamodule, hook)
@@ -63,10 +67,11 @@ class _PassModule:
         self._work: tuple[Stepper, list[IndexedLoader], Expected] | None = None
 
     def begin(self, stepper: Stepper, loaders: list[IndexedLoader], expected: Expected) -> None:
+        self.has_begun = False
         self._work = (stepper, loaders, expected)
 
     def end(self) -> None:
-        self._work = None
+        self._work, self.lend = None, None
 
     @property
     def strict_loading(self) -> bool:
@@ -103,6 +108,9 @@ class _PassModule:
         """The module is in the mode that its author wants already, see ``enter_eval_mode``."""
 
     def on_predict_start(self) -> None:
+        self.has_begun = True  # Lightning lets the processes wait for each other until here
+        if self.lend is not None:
+            self.lend()
         self.trainer.datamodule = self._shown
 
     def on_predict_end(self) -> None:
@@ -236,6 +244,7 @@ class TrainerRunner(Runner):
         self._stages: list[str] = []
         self._wrapper: Any = None
         self._bar: Any = None
+        self._shards: Shards | None = None
 
     @property
     def rank(self) -> int:
@@ -255,6 +264,7 @@ class TrainerRunner(Runner):
     def agree(self, loader: IndexedLoader) -> None:
         """Let all processes visit the first one's batches; in the context only."""
         if self.world_size > 1:
+            self._meet()
             loader.agree(self.trainer.strategy.broadcast)
 
     def train_dataloaders(self) -> Any:
@@ -321,6 +331,13 @@ class TrainerRunner(Runner):
         stack.callback(set_progress, self.trainer, read_progress(self.trainer))
         if self.ckpt_path is not None or data is not None or not known:
             self._predict_nothing(data)
+        if splits_parameters(self.trainer):
+            self._shards = Shards(self.module, self.device)
+            self._meeting = self._shards.meeting
+            stack.callback(vars(self).update, _shards=None, _meeting=None)
+
+    def _has_begun(self) -> bool:
+        return bool(self._wrapper.has_begun)
 
     def _ready(self, known: bool) -> bool:
         """Return whether the datamodule is still set up from a fit of this Trainer."""
@@ -379,8 +396,9 @@ class TrainerRunner(Runner):
         host.datamodule = None
         if self._bar is not None:
             self._bar.label = stepper.one_pass.description
-        self._wrapper.begin(stepper, loaders, expected)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._wrapper.end)
+            self._wrapper.begin(stepper, loaders, expected)
+            if self._shards is not None:  # Lightning wants the parameters until the batches come
+                self._wrapper.lend = functools.partial(stack.enter_context, self._shards.lent())
             self.trainer.predict(self._wrapper, return_predictions=False)
-        finally:
-            self._wrapper.end()

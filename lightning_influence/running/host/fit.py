@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler
 from lightning_influence.running.host.module import muted
 from lightning_influence.running.host.processes import sum_over_processes
 from lightning_influence.running.host.states import ModuleStates
-from lightning_influence.running.host.trainer import splits_parameters
+from lightning_influence.running.host.trainer import check_strategy
 from lightning_influence.support.batches import MOST_DEPTH, guess_count, open_part
 from lightning_influence.support.errors import (
     UnsupportedDataError,
@@ -44,11 +44,7 @@ def check_collectable(trainer: Trainer) -> None:
     """
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
         raise UnsupportedTrainerError("LBFGS runs the training step several times for one batch.")
-    if splits_parameters(trainer):
-        name = type(trainer.strategy).__name__
-        raise UnsupportedTrainerError(
-            f"{name} splits the parameters over processes; ask for influence with a Trainer that does not."
-        )
+    check_strategy(trainer)
 
 
 def refuse_step(reason: str) -> None:

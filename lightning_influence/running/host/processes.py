@@ -1,10 +1,15 @@
-"""Sums over the processes of a distributed run."""
+"""What the processes of a distributed run tell each other: sums, failures, and tensors in mid-pass."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_influence.support.errors import InfluenceError
 
 
 def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
@@ -17,3 +22,102 @@ def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
     buffer = tensor.to(device).contiguous()
     dist.all_reduce(buffer)
     return tensor if buffer is tensor else tensor.copy_(buffer)
+
+
+_WAITS, _FAILED = -1, -2
+
+
+class Meeting:
+    """Where processes that are at different places of a pass find each other.
+
+    Collectives need every process at the same one, and in a pass processes are not: they have other numbers
+    of batches, and check other ones. So every process that needs something of the others says what, in a
+    round in which all take part; then all serve each wish of the round, and who got what it wished for goes
+    on. Who has nothing left to do waits, and serves the others until all wait. Who fails says so, and all
+    raise.
+
+    Args:
+        device: where the processes communicate.
+        serve: computes, with all processes, what a number stands for.
+    """
+
+    def __init__(self, device: torch.device, serve: Callable[[int], Sequence[Tensor]] | None = None) -> None:
+        self._device, self._serve = device, serve
+
+    def ask(self, number: int) -> Sequence[Tensor]:
+        """Return what a number stands for, computed by all processes together.
+
+        Raises:
+            InfluenceError: if another process has failed.
+        """
+        wishes = self._tell(number)
+        found: Sequence[Tensor] = ()
+        for wish in sorted(wishes):
+            assert self._serve is not None
+            served = self._serve(wish)
+            found = served if wish == number else found
+        return found
+
+    def wait(self) -> None:
+        """Serve the other processes until all wait.
+
+        Raises:
+            InfluenceError: if another process has failed.
+        """
+        while wishes := self._tell(_WAITS):
+            for wish in sorted(wishes):
+                assert self._serve is not None
+                self._serve(wish)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Tell the others of an error, and raise it.
+
+        Raises:
+            Exception: the error.
+        """
+        self._tell(_FAILED, error)
+        raise error
+
+    def _tell(self, wish: int, error: Exception | None = None) -> set[int]:
+        """Tell the others of a wish.
+
+        Returns:
+            The wishes of all processes.
+
+        Raises:
+            InfluenceError: if another process has failed.
+        """
+        own = torch.tensor([wish], device=self._device)
+        told = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(told, own)
+        wishes = set(torch.cat(told).tolist())
+        if _FAILED in wishes:
+            raise_together(error)
+        return wishes - {_WAITS}
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise an error on all processes if there is one on any; all of them have to call it.
+
+    Args:
+        error: of this process, None if all is well.
+
+    Raises:
+        Exception: this process's error.
+        InfluenceError: another one's, of its kind where that is one of this library's.
+    """
+    told: list[tuple[type[InfluenceError], str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if error is None else _describe(error))
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(told):
+        if failure is not None:
+            kind, text = failure
+            raise kind(f"Process {rank} of {len(told)} has failed, and all end with it: {text}")
+
+
+def _describe(error: Exception) -> tuple[type[InfluenceError], str]:
+    """Return an error in a form that other processes can raise."""
+    if isinstance(error, InfluenceError):
+        return type(error), str(error)
+    return InfluenceError, f"{type(error).__name__}: {error}"
