@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -75,7 +76,8 @@ class Meeting:
         Raises:
             Exception: the error.
         """
-        self._tell(_FAILED, error)
+        with contextlib.suppress(Exception):  # the others may be gone already
+            self._tell(_FAILED, error)
         raise error
 
     def _tell(self, wish: int, error: Exception | None = None) -> set[int]:
@@ -107,9 +109,11 @@ def raise_together(error: Exception | None) -> None:
         InfluenceError: another one's, of its kind where that is one of this library's.
     """
     told: list[tuple[type[InfluenceError], str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if error is None else _describe(error))
-    if error is not None:
-        raise error
+    try:
+        dist.all_gather_object(told, None if error is None else _describe(error))
+    finally:  # the others may be gone already
+        if error is not None:
+            raise error
     for rank, failure in enumerate(told):
         if failure is not None:
             kind, text = failure

@@ -90,8 +90,9 @@ class Shards:
                 stack.enter_context(_without_fsdp_hooks(group.module))
                 for places, stand_in in zip(group.places, group.stand_ins, strict=True):
                     for owner, name in places:
-                        stack.callback(owner._parameters.__setitem__, name, owner._parameters[name])
-                        owner._parameters[name] = stand_in
+                        # Not into the table of parameters: recurrent modules keep a list of their own.
+                        stack.callback(setattr, owner, name, owner._parameters[name])
+                        setattr(owner, name, stand_in)
                 contexts: list[Any] = []
                 enter = functools.partial(self._enter, number, contexts)
                 leave = functools.partial(self._leave, number, contexts)

@@ -163,7 +163,8 @@ def _hold(value: Any, depth: int, seen: set[int]) -> PutBack | None:
 
 
 def _hold_tensor(value: Tensor) -> PutBack:
-    copy, data = value.detach().clone(), value.data
+    data = read_own_part(value.data)
+    copy = data.clone()
 
     def put_back() -> None:
         if not _equal(data, copy):
