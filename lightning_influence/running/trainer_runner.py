@@ -21,18 +21,19 @@ from torch import nn
 from typing_extensions import Self
 
 from lightning_influence.running.host.attributes import TRANSFER_HOOKS, combine_loaders, defines
-from lightning_influence.running.host.module import borrowed_module, unwrap_compiled
+from lightning_influence.running.host.module import borrowed_module, enter_eval_mode, unwrap_compiled
 from lightning_influence.running.host.packages import check_same_package, find_package
+from lightning_influence.running.host.shards import Shards
 from lightning_influence.running.host.trainer import (
     borrowed_trainer,
     check_trainer,
+    loading_into,
     make_labelled_bar,
     read_progress,
     resolve_checkpoint,
     set_progress,
     splits_parameters,
 )
-from lightning_influence.running.host.shards import Shards
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Expected, Runner, Stepper
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
@@ -86,8 +87,12 @@ class _PassModule:
             self.module.setup(stage)
 
     def configure_model(self) -> None:
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None:  # which Lightning gives to the module that it runs
+            self.module._device_mesh = mesh
         if self._to_set_up:
             self.module.configure_model()
+            enter_eval_mode(self.module)  # with what was made only now
         self._to_set_up = False
 
     def predict_dataloader(self) -> Any:
@@ -376,9 +381,10 @@ class TrainerRunner(Runner):
         host: Any = self.trainer
         callbacks, limit = host.callbacks, host.limit_predict_batches
         host.callbacks, host.limit_predict_batches = [], 0
-        with warnings.catch_warnings(), preserve_rng():
+        with warnings.catch_warnings(), preserve_rng(), contextlib.ExitStack() as stack:
             # The callbacks that Lightning misses here are those that step aside.
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+            stack.enter_context(loading_into(self.trainer, self.module))
             host.predict(
                 self._wrapper,
                 datamodule=data,

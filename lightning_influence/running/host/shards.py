@@ -149,10 +149,12 @@ class Shards:
                     f"operation: a tensor of shape {tuple(saved.shape)} is at version {saved._version}; "
                     f"expected version {version}"
                 )
-            return saved
+            found: Tensor = saved
+            return found
         (number, place), size, stride, offset, dtype = packed
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            return self._fetch(number)[place].view(dtype).as_strided(size, stride, offset)
+            whole: Tensor = self._fetch(number)[place].view(dtype)
+            return whole.as_strided(size, stride, offset)
 
     def _fetch(self, number: int) -> Sequence[Tensor]:
         """Return the values of a group."""
@@ -176,6 +178,9 @@ class Shards:
 
 def _find_groups(module: nn.Module) -> list[_Group]:
     """Find the parameters that each call of a sharded module gathers, and make their stand-ins.
+
+    Returns:
+        The groups.
 
     Raises:
         UnsupportedTrainerError: if a sharded parameter is in no module that ``fully_shard`` was called on.

@@ -207,6 +207,32 @@ def borrowed_trainer(trainer: Trainer, callbacks: list[Callback]) -> Iterator[No
         yield
 
 
+@contextlib.contextmanager
+def loading_into(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Let checkpoints be loaded into a module itself, not into what the Trainer runs it in.
+
+    Strategies that shard parameters load by the names of these; all others ask the module for them.
+    """
+    strategy: Any = trainer.strategy
+    if not splits_parameters(trainer):
+        yield
+        return
+    original = strategy.load_checkpoint
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        shown, strategy.model = strategy.model, module
+        try:
+            return original(*args, **kwargs)
+        finally:
+            strategy.model = shown
+
+    strategy.load_checkpoint = load
+    try:
+        yield
+    finally:
+        del strategy.load_checkpoint
+
+
 def _stop_display(callbacks: list[Callback]) -> None:
     """Close the finished display of a fit, open until teardown: a second one would break its closing."""
     for callback in callbacks:
