@@ -184,6 +184,7 @@ def _fit(context: Context, plan: LayerPlan | None = None) -> Factors:
             rank=runner.rank,
             world_size=runner.world_size,
             all_reduce_sum=runner.all_reduce_sum,
+            raise_together=runner.raise_together,
             decompose=compute_eigenbasis if folder is None else folder.decompose,
         )
     )

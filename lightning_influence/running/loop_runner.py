@@ -41,7 +41,7 @@ class LoopRunner(Runner):
             raise InfluenceError("Gradients cannot be taken inside torch.inference_mode(). Leave it first.")
         if any(is_sharded(parameter) for parameter in self.module.parameters()):
             raise InfluenceError(
-                "The module's parameters are sharded over processes, which a Trainer has to run together: use "
+                "The module's parameters are sharded over processes, which a Trainer has to run: use "
                 "influence(trainer, model, ...) with its ModelParallelStrategy, or a module that is whole."
             )
         stack.enter_context(borrowed_module(self.module))

@@ -64,6 +64,10 @@ class Passes(Protocol):
         """Sum over the processes, in place."""
         ...
 
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on all processes the error that one of them has."""
+        ...
+
     def all_gather_cat(self, tensor: Tensor) -> Tensor:
         """All processes' tensors joined along the first dimension."""
         ...
