@@ -155,6 +155,11 @@ class _PassModule:
                     tensor.copy_(own[name])
             raise
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        if self.lend is None:
+            super().to(*args, **kwargs)  # type: ignore[misc]
+        return self  # sharded parameters are where they belong, and cannot be moved while they are held
+
     def cpu(self) -> Self:
         return self  # Lightning moves a model off its device after every run; here after the last pass only
 
