@@ -44,6 +44,7 @@ class Meeting:
 
     def __init__(self, device: torch.device, serve: Callable[[int], Sequence[Tensor]] | None = None) -> None:
         self._device, self._serve = device, serve
+        self._failure: Exception | None = None  # after which nobody comes here any more
 
     def ask(self, number: int) -> Sequence[Tensor]:
         """Return what a number stands for, computed by all processes together.
@@ -76,7 +77,7 @@ class Meeting:
         Raises:
             Exception: the error.
         """
-        with contextlib.suppress(Exception):  # the others may be gone already
+        with contextlib.suppress(Exception):  # the others may be gone already, or have failed first
             self._tell(_FAILED, error)
         raise error
 
@@ -89,12 +90,18 @@ class Meeting:
         Raises:
             InfluenceError: if another process has failed.
         """
+        if self._failure is not None:  # raised before, and caught by somebody who was not meant
+            raise self._failure
         own = torch.tensor([wish], device=self._device)
         told = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(told, own)
         wishes = set(torch.cat(told).tolist())
         if _FAILED in wishes:
-            raise_together(error)
+            try:
+                raise_together(error)
+            except Exception as failure:
+                self._failure = failure
+                raise
         return wishes - {_WAITS}
 
 
