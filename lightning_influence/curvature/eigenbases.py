@@ -134,20 +134,22 @@ def compute_eigenbases(
     all_reduce_sum: Callable[[Tensor], Tensor] | None = None,
     raise_together: Callable[[Exception | None], None] | None = None,
     decompose: Callable[[str, LayerStatistics, torch.dtype], Eigenbasis] = compute_eigenbasis,
+    owned: bool = False,
 ) -> dict[str, Eigenbasis]:
     """Eigenbases of all layers, each decomposed by one of the processes.
 
     Args:
-        layers: the same sums on every process.
+        layers: the same sums on every process, or where they are ``owned`` those of its own layers.
         dtype: see :func:`compute_eigenbasis`.
         rank: number of this process.
         world_size: how many there are.
         all_reduce_sum: sums a tensor over them; every process has to call it.
         raise_together: raises on all of them the error that one of them has.
         decompose: computes a layer's basis.
+        owned: whether each layer is on one process only, where its basis stays.
 
     Returns:
-        The bases, the same on every process.
+        The bases, the same on every process unless they are owned.
 
     Raises:
         Exception: on all processes, if one of them fails; a NonFiniteError if a covariance cannot be
@@ -159,10 +161,13 @@ def compute_eigenbases(
     own: dict[str, Eigenbasis] = {}
     failure: Exception | None = None
     try:
-        own = {name: decompose(name, layers[name], dtype) for name in layers if owners[name] == rank}
+        names = [name for name in layers if owned or owners[name] == rank]
+        own = {name: decompose(name, layers[name], dtype) for name in names}
     except Exception as error:  # whatever it is: the others would wait
         failure = error
     raise_together(failure)
+    if owned:
+        return own
     result = {}
     for name, layer in layers.items():
         bases = []

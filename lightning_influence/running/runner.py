@@ -25,6 +25,7 @@ from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare
 from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import InfluenceError
+from lightning_influence.support.passes import Exchange
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.turns import turn
 from lightning_influence.support.waiting import reading_later
@@ -132,6 +133,8 @@ class Runner(ABC):
         try:
             with preserved_states(self.module) as states, preserve_rng(), eagerly(), reading_later():
                 done = Stepper(one_pass, self.module, states)
+                if self._meeting is not None:
+                    self._meeting.helper = getattr(one_pass, "help", None)
                 self._run(done, loaders, expected)
             if (done.batches, done.examples) != (expected.batches, expected.examples):
                 raise InfluenceError(
@@ -158,6 +161,11 @@ class Runner(ABC):
     def world_size(self) -> int:
         """Number of processes that share a pass."""
         return 1
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """Lets processes that share parameters work together in mid-pass; None where each works alone."""
+        return self._meeting if self.world_size > 1 else None
 
     @property
     def device(self) -> torch.device:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_influence.support.errors import InfluenceError
+from lightning_influence.support.passes import Parcel
 
 
 def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
@@ -25,7 +26,7 @@ def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if buffer is tensor else tensor.copy_(buffer)
 
 
-_WAITS, _FAILED = -1, -2
+_WAITS, _FAILED, _JOINS = -1, -2, -3
 
 
 class Meeting:
@@ -34,16 +35,21 @@ class Meeting:
     Collectives need every process at the same one, and in a pass processes are not: they have other numbers
     of batches, and check other ones. So every process that needs something of the others says what, in a
     round in which all take part; then all serve each wish of the round, and who got what it wished for goes
-    on. Who has nothing left to do waits, and serves the others until all wait. Who fails says so, and all
-    raise.
+    on. Who has nothing left to do waits, and serves the others until all wait. Work of all together begins
+    when all who do not wait join; who waits helps. Who fails says so, and all raise.
 
     Args:
         device: where the processes communicate.
         serve: computes, with all processes, what a number stands for.
+
+    Attributes:
+        helper: does the part of a process without batches in work of all together.
     """
 
     def __init__(self, device: torch.device, serve: Callable[[int], Sequence[Tensor]] | None = None) -> None:
         self._device, self._serve = device, serve
+        self.helper: Callable[[], object] | None = None
+        self._has_joined = False  # as a helper, by waiting
         self._failure: Exception | None = None  # after which nobody comes here any more
 
     def ask(self, number: int) -> Sequence[Tensor]:
@@ -52,13 +58,7 @@ class Meeting:
         Raises:
             InfluenceError: if another process has failed.
         """
-        wishes = self._tell(number)
-        found: Sequence[Tensor] = ()
-        for wish in sorted(wishes):
-            assert self._serve is not None
-            served = self._serve(wish)
-            found = served if wish == number else found
-        return found
+        return self._serve_all(self._tell(number))[number]
 
     def wait(self) -> None:
         """Serve the other processes until all wait.
@@ -67,9 +67,65 @@ class Meeting:
             InfluenceError: if another process has failed.
         """
         while wishes := self._tell(_WAITS):
-            for wish in sorted(wishes):
-                assert self._serve is not None
-                self._serve(wish)
+            if not self._serve_all(wishes):
+                assert self.helper is not None
+                self._has_joined = True
+                try:
+                    self.helper()
+                except Exception as error:  # the others go on, and hear of it in the next round
+                    self.fail(error)
+
+    def join(self) -> None:
+        """Wait until all who do not wait for the end join.
+
+        Raises:
+            InfluenceError: if another process has failed.
+        """
+        while not self._has_joined and self._serve_all(self._tell(_JOINS)):
+            pass
+        self._has_joined = False
+
+    def swap(self, outgoing: Sequence[Parcel], error: Exception | None = None) -> list[Parcel]:
+        """Send a parcel to each process, and return what each has sent; after :meth:`join`.
+
+        Args:
+            outgoing: a parcel for each process.
+            error: of this process, None if all is well.
+
+        Returns:
+            The parcel of each process.
+
+        Raises:
+            Exception: this process's error.
+            InfluenceError: another one's.
+        """
+        forms = [(p.note, [(t.shape, t.dtype) for t in p.tensors]) for p in outgoing]
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, forms)
+        self._raise_together(error)
+        mine, operations, found = dist.get_rank(), [], []
+        for rank, forms_of in enumerate(told):
+            note, shapes = forms_of[mine]
+            arriving = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in shapes]
+            leaving = [tensor.to(self._device).contiguous() for tensor in outgoing[rank].tensors]
+            if rank == mine:
+                arriving = leaving
+            else:
+                for kind, tensors in ((dist.isend, leaving), (dist.irecv, arriving)):
+                    some = [(tag, tensor) for tag, tensor in enumerate(tensors) if tensor.numel()]
+                    operations += [dist.P2POp(kind, tensor, rank, tag=tag) for tag, tensor in some]
+            found.append(Parcel(note, arriving))
+        for request in dist.batch_isend_irecv(operations) if operations else ():
+            request.wait()
+        return found
+
+    def _serve_all(self, wishes: set[int]) -> dict[int, Sequence[Tensor]]:
+        """Compute with all processes what the wishes of a round stand for."""
+        found = {}
+        for wish in sorted(wishes - {_JOINS}):
+            assert self._serve is not None
+            found[wish] = self._serve(wish)
+        return found
 
     def fail(self, error: Exception) -> NoReturn:
         """Tell the others of an error, and raise it.
@@ -97,12 +153,15 @@ class Meeting:
         dist.all_gather(told, own)
         wishes = set(torch.cat(told).tolist())
         if _FAILED in wishes:
-            try:
-                raise_together(error)
-            except Exception as failure:
-                self._failure = failure
-                raise
+            self._raise_together(error)
         return wishes - {_WAITS}
+
+    def _raise_together(self, error: Exception | None) -> None:
+        try:
+            raise_together(error)
+        except Exception as failure:
+            self._failure = failure
+            raise
 
 
 def raise_together(error: Exception | None) -> None:
