@@ -52,6 +52,36 @@ for method in ("identity", "ekfac", "auto"):
     options = {"method": method, "damping": 0.1, "fisher": "exact"}
     ours = trainer.self_influence(module, load(data, 4), log=False, **options)
     close(ours.scores, alone.self_influence(load(data, 13), **options).scores)
+
+# Each layer's factors, basis and solved queries are on one process.
+from lightning_influence.methods import closed_form, fitting
+
+held = {"factors": [], "queries": []}
+decompose, scorer = fitting.compute_eigenbases, closed_form.PreconditionedScorer
+
+
+def watch_factors(layers, *args, **options):
+    held["factors"] += layers
+    found = decompose(layers, *args, **options)
+    held["factors"] += found
+    return found
+
+
+def watch_queries(inverse, queries, **options):
+    held["queries"] += [*inverse.layers, *queries]
+    return scorer(inverse, queries, **options)
+
+
+fitting.compute_eigenbases, closed_form.PreconditionedScorer = watch_factors, watch_queries
+ours = trainer.influence(module, load(data, 4), load(asked, 2), method="ekfac", log=False, **exact)
+everyone = [None, None]
+torch.distributed.all_gather_object(everyone, {name: set(layers) for name, layers in held.items()})
+for name in held:
+    assert not everyone[0][name] & everyone[1][name], (name, everyone)
+    assert everyone[0][name] | everyone[1][name] == set(ours.diagnostics.layers)
+told = ours.diagnostics
+assert told.damping.keys() == told.extra["factor_examples"].keys() == set(told.layers)
+
 one = torch.utils.data.Subset(data, [4])  # a process without examples serves the other
 options = {"method": "ekfac", **exact}
 ours = trainer.influence(module, load(one, 1), load(asked, 2), log=False, **options)
@@ -104,6 +134,18 @@ for name, layer in callback.factors.layers.items():
     close(layer.squares.sum(), theirs.squares.sum(), 1e-7)
 close(torch.tensor([r.metric for r in callback.record.layers.values()]),
       torch.tensor([r.metric for r in other.record.layers.values()]), 1e-7)
+
+# Parts of factors serve the next question of their kind, and are neither taken for whole ones nor saved.
+asked, more = make_words(3), {"damping": 0.1, "fisher": "exact", "low_rank_tolerance": 0.0, "log": False}
+whole = InfluenceModule(make_whole(module))
+for method in ("ekfac", "kfac", "auto", "ekfac"):
+    options = more | ({"max_steps": 0} if method == "auto" else {})
+    options |= {"factors": "refit"} if not callback.influence_state.owns_part else {}
+    ours = trainer.influence(module, load(data, 4), load(asked, 2), method=method, **options)
+    for name in ("log", "factors"):
+        options.pop(name, None)
+    close(ours.scores, whole.scores(load(data, 24), load(asked, 3), method=method, **options).scores)
+callback.influence_state = type(callback.influence_state)(callback.factors, callback.record)
 
 # A checkpoint's weights and factors serve one process, and go into a module that was never fitted.
 trainer.save_checkpoint(sys.argv[1] + "/a.ckpt")
