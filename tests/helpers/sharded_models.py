@@ -60,8 +60,8 @@ class Narrow(Reader):
     def configure_model(self):
         if self._device_mesh is not None and not hasattr(self, "unshard"):
             mesh = self.device_mesh["data_parallel"]
-            fully_shard(self.embed, mesh=mesh)
-            fully_shard(self, mesh=mesh)
+            for part in (self.embed, self.head, self):  # nothing is left to the last one
+                fully_shard(part, mesh=mesh)
 
     def forward(self, x):
         return self.head(self.attention(self.embed(x)))

@@ -73,7 +73,8 @@ class Shards:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._groups = _find_groups(module)
+        self._owners = [part for part in module.modules() if is_fully_sharded(part)]
+        self._groups = _find_groups(module, self._owners)
         self._kept: OrderedDict[int, Sequence[Tensor]] = OrderedDict()
         self._filled: dict[int, tuple[int, int]] = {}  # storages -> where their values are from
         self._users: Counter[int] = Counter()  # of each stand-in, groups that are under way
@@ -86,8 +87,9 @@ class Shards:
     def lent(self) -> Iterator[None]:
         """A context in which stand-ins take the parameters' places, and FSDP's hooks are off."""
         with contextlib.ExitStack() as stack:
+            for owner in self._owners:  # also those all of whose parameters are in others
+                stack.enter_context(_without_fsdp_hooks(owner))
             for number, group in enumerate(self._groups):
-                stack.enter_context(_without_fsdp_hooks(group.module))
                 for places, stand_in in zip(group.places, group.stand_ins, strict=True):
                     for owner, name in places:
                         # Not into the table of parameters: recurrent modules keep a list of their own.
@@ -176,7 +178,7 @@ class Shards:
         return self._fetch(number)[place]
 
 
-def _find_groups(module: nn.Module) -> list[_Group]:
+def _find_groups(module: nn.Module, owners: Sequence[nn.Module]) -> list[_Group]:
     """Find the parameters that each call of a sharded module gathers, and make their stand-ins.
 
     Returns:
@@ -185,7 +187,6 @@ def _find_groups(module: nn.Module) -> list[_Group]:
     Raises:
         UnsupportedTrainerError: if a sharded parameter is in no module that ``fully_shard`` was called on.
     """
-    owners = {part: part for part in module.modules() if is_fully_sharded(part)}
     for part in owners:
         part.reshard()  # type: ignore[operator]  # a forward pass without a backward pass leaves them whole
     groups: dict[nn.Module, _Group] = {}
