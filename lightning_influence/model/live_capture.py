@@ -25,6 +25,7 @@ from lightning_influence.model.uses.calls import Call
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.fast_paths import keep_open, let_go
+from lightning_influence.support.whole import is_of_fsdp
 
 
 class _StepRecorder(Recorder):
@@ -113,7 +114,7 @@ class StepLosses(LossCapture):
         Returns:
             What the function returns.
         """
-        if func is Tensor.register_hook and not (StepLosses.paused or args[0].is_leaf):
+        if func is Tensor.register_hook and not (StepLosses.paused or args[0].is_leaf or is_of_fsdp(args[1])):
             self.hooks = True
         is_loss = func in self._losses
         if StepLosses.paused or not (is_loss or func in PICKERS or self.watch is not None):

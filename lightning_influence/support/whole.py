@@ -22,6 +22,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_of_fsdp(hook: object) -> bool:
+    """Return whether a hook on a module or a tensor is one of those with which FSDP gathers parameters."""
+    owner = getattr(hook, "__self__", None)
+    places = (getattr(hook, "__module__", None), type(owner).__module__)
+    return any("fsdp" in (place or "").split(".") or "_fsdp" in (place or "") for place in places)
+
+
 def mark_stand_in(parameter: Tensor, fetch: Callable[[], Tensor]) -> None:
     """Say that a parameter stands in for a sharded one.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_influence.running.host.processes import Meeting
 from lightning_influence.support.errors import UnsupportedTrainerError
-from lightning_influence.support.whole import is_sharded, mark_stand_in
+from lightning_influence.support.whole import is_of_fsdp, is_sharded, mark_stand_in
 
 # Groups whose values are kept after their use: what a backward pass begins with, and goes on to.
 _KEPT = 2
@@ -229,7 +229,7 @@ def _without_fsdp_hooks(module: nn.Module) -> Iterator[None]:
     before = [list(table.items()) for table in tables]
     for table, items in zip(tables, before, strict=True):
         for key, hook in items:
-            if ".fsdp" in (getattr(hook, "__module__", None) or "") or "fsdp" in _name_origin(hook):
+            if is_of_fsdp(hook):
                 del table[key]
     try:
         yield
@@ -239,8 +239,3 @@ def _without_fsdp_hooks(module: nn.Module) -> Iterator[None]:
             added = [(key, hook) for key, hook in table.items() if key not in own]
             table.clear()
             table.update([*items, *added])
-
-
-def _name_origin(hook: Any) -> str:
-    owner = getattr(hook, "__self__", None)
-    return "" if owner is None else type(owner).__module__
