@@ -29,7 +29,11 @@ from lightning_influence.results.loggers import Loggable, log_attributions, log_
 from lightning_influence.results.ranking import Labels, to_labels
 from lightning_influence.results.self_influence import SelfInfluence
 from lightning_influence.results.suspects import Suspects, find_suspects
-from lightning_influence.running.host.trainer import find_log_folder, register_trainer_method
+from lightning_influence.running.host.trainer import (
+    find_log_folder,
+    register_trainer_method,
+    splits_parameters,
+)
 from lightning_influence.support.arguments import parse_options
 from lightning_influence.support.errors import UnsupportedTrainerError
 from lightning_influence.support.turns import take_turns
@@ -439,12 +443,17 @@ def _edit(
 
     Raises:
         TypeError: if an argument is of a wrong type.
-        UnsupportedTrainerError: if the Trainer has several processes.
+        UnsupportedTrainerError: if the Trainer has several processes, or shards parameters.
     """
     path = read_paths(ckpt_path)
     if isinstance(path, list):
         raise TypeError(f"Got ckpt_path={ckpt_path!r}; an edit is of one checkpoint.")
     session = Session(trainer, model, datamodule, path, None)
+    if splits_parameters(trainer):
+        raise UnsupportedTrainerError(
+            f"{type(trainer.strategy).__name__} shards the parameters, which edits change whole; accepted is "
+            "a Trainer without it, such as Trainer(devices=1), with the consolidated checkpoint as ckpt_path."
+        )
     processes = max(trainer.world_size, trainer.num_devices * trainer.num_nodes)
     if processes > 1:  # before any of them starts
         raise UnsupportedTrainerError(

@@ -29,6 +29,7 @@ from lightning_influence.curvature.factors import Factors, fingerprint
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.model.captured import Captured
+from lightning_influence.model.forward import run_step
 from lightning_influence.model.live_capture import (
     check_not_compiled,
     describe_coupling,
@@ -43,6 +44,7 @@ from lightning_influence.running.host.fit import (
     count_examples,
     count_planned_batches,
     enter_precision,
+    lent_parameters,
     make_all_reduce,
     read_log_interval,
     read_loss_divisor,
@@ -50,18 +52,10 @@ from lightning_influence.running.host.fit import (
     set_aside,
     will_step,
 )
-from lightning_influence.running.host.indices import (
-    IndexWatch,
-    count_dataset,
-    place_indices,
-)
+from lightning_influence.running.host.indices import IndexWatch, count_dataset, place_indices
 from lightning_influence.running.host.packages import make_callback_class
-from lightning_influence.running.host.trainer import attach_methods, keep_last_fit
-from lightning_influence.support.errors import (
-    InfluenceError,
-    LossCaptureError,
-    NonFiniteError,
-)
+from lightning_influence.running.host.trainer import attach_methods, keep_last_fit, splits_parameters
+from lightning_influence.support.errors import InfluenceError, LossCaptureError, NonFiniteError
 from lightning_influence.support.notes import Notices
 from lightning_influence.support.waiting import reading_later
 
@@ -234,7 +228,8 @@ class InfluenceCallback(Callback):
         self._unwatch()
         if self._collector is not None and self._collector.failure is not None:
             self._stop(self._collector.failure)
-        self._finish(trainer, pl_module, None)
+        # Sharded weights and moments are read by all processes together, and one may have failed alone.
+        self._finish(trainer, pl_module, None, reads=not splits_parameters(trainer))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -253,16 +248,24 @@ class InfluenceCallback(Callback):
         if collector is None:
             return
         with self._guarded():
-            if not collector.begin_batch():
+            collects = collector.begin_batch()
+            if not collector.is_due:
                 return
-            size = self._batch_size = count_examples(trainer, batch, batch_idx)
-            if self._settings.loss is None and not callable(getattr(pl_module, "influence_loss", None)):
-                with collector.watch.working():
-                    collector.live.open(pl_module)
+            own_loss = self._settings.loss is not None or callable(getattr(pl_module, "influence_loss", None))
+            # In the graph of a step with shards each backward pass of one process needs one of all others.
+            if not (own_loss or splits_parameters(trainer)):
+                if collects:
+                    self._batch_size = count_examples(trainer, batch, batch_idx)
+                    with collector.watch.working():
+                        collector.live.open(pl_module)
                 return
-            with collector.watch.working(), set_aside(trainer, pl_module, batch) as own, reading_later():
-                captured = collector.live.run_hook(pl_module, own, size, enter_precision(trainer))
-                self._add(trainer, pl_module, captured)
+            with collector.watch.working(), lent_parameters(trainer, pl_module):
+                if not collects:
+                    return
+                size = count_examples(trainer, batch, batch_idx)
+                with set_aside(trainer, pl_module, batch) as own, reading_later():
+                    context, live = enter_precision(trainer), collector.live
+                    self._add(trainer, pl_module, live.run_apart(pl_module, own, size, context, run_step))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Collect from the graph that the user's step has just built."""
@@ -425,13 +428,16 @@ class InfluenceCallback(Callback):
             self._figures.keep(collector.add(captured, module, measure=measure))
         collector.close()
 
-    def _finish(self, trainer: Trainer, module: LightningModule, final: WindowSums | None) -> None:
+    def _finish(
+        self, trainer: Trainer, module: LightningModule, final: WindowSums | None, *, reads: bool = True
+    ) -> None:
         weights = None
         with self._guarded():
             if self._collector is not None:
                 self._collector.close()
-                self._read_metric(trainer)
-                weights = fingerprint(module)
+                if reads:
+                    self._read_metric(trainer)
+                    weights = fingerprint(module)
         self._kept.end_fit(weights, final)
 
     def _sum_over_processes(self) -> WindowSums | None:

@@ -138,6 +138,11 @@ class Collector:
         """Whether other processes collect along."""
         return self._processes.share is not None
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the batch is to be collected by all processes whose collecting has not failed."""
+        return self._pending
+
     def begin_batch(self) -> bool:
         """Count a batch, begin windows and decompose when it is time.
 

@@ -12,6 +12,7 @@ from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.training_record import effective_rate
 from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.layers import Layer
+from lightning_influence.support.whole import is_sharded
 
 
 def sum_squared_norms(gradients: Mapping[str, LayerGradients]) -> Tensor:
@@ -61,8 +62,8 @@ def measure_spectrum(factors: Factors) -> dict[str, float]:
 def measure_gradient_norms(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, float]:
     """Return norms of the gradients that are there: of all parameters together, and of each layer."""
     named = [(name, _dense(p.grad)) for name, p in module.named_parameters() if p.grad is not None]
-    if not named:
-        return {}
+    if not named or any(is_sharded(gradient) for _, gradient in named):
+        return {}  # a norm of all parts takes all processes, and one alone may be measuring
     norms = torch.stack([g.norm().float() for g in torch._foreach_norm([g for _, g in named])]).tolist()
     by_name = dict(zip((name for name, _ in named), norms, strict=True))
     result = {"grad_norm": sum(n * n for n in norms) ** 0.5}

@@ -132,40 +132,42 @@ def compute_eigenbases(
     rank: int = 0,
     world_size: int = 1,
     all_reduce_sum: Callable[[Tensor], Tensor] | None = None,
+    raise_together: Callable[[Exception | None], None] | None = None,
     decompose: Callable[[str, LayerStatistics, torch.dtype], Eigenbasis] = compute_eigenbasis,
+    owned: bool = False,
 ) -> dict[str, Eigenbasis]:
     """Eigenbases of all layers, each decomposed by one of the processes.
 
     Args:
-        layers: the same sums on every process.
+        layers: the same sums on every process, or where they are ``owned`` those of its own layers.
         dtype: see :func:`compute_eigenbasis`.
         rank: number of this process.
         world_size: how many there are.
         all_reduce_sum: sums a tensor over them; every process has to call it.
+        raise_together: raises on all of them the error that one of them has.
         decompose: computes a layer's basis.
+        owned: whether each layer is on one process only, where its basis stays.
 
     Returns:
-        The bases, the same on every process.
+        The bases, the same on every process unless they are owned.
 
     Raises:
-        NonFiniteError: on all processes, if a covariance cannot be decomposed on one.
+        Exception: on all processes, if one of them fails; a NonFiniteError if a covariance cannot be
+            decomposed.
     """
-    if world_size == 1 or all_reduce_sum is None:
+    if world_size == 1 or all_reduce_sum is None or raise_together is None:
         return {name: decompose(name, layer, dtype) for name, layer in layers.items()}
     owners = share_out({name: _count_cost(layer) for name, layer in layers.items()}, world_size)
     own: dict[str, Eigenbasis] = {}
-    failed = torch.zeros(len(layers), dtype=torch.float64)
-    for number, (name, layer) in enumerate(layers.items()):
-        if owners[name] == rank:
-            try:
-                own[name] = decompose(name, layer, dtype)
-            except NonFiniteError:  # the others wait: all raise together
-                failed[number] = 1
-    failed = all_reduce_sum(failed)
-    for number, (name, layer) in enumerate(layers.items()):
-        if float(failed[number]):
-            compute_eigenbasis(name, layer, dtype)  # which says why
-            raise NonFiniteError(f"The covariances of layer {name!r} could not be decomposed on a process.")
+    failure: Exception | None = None
+    try:
+        names = [name for name in layers if owned or owners[name] == rank]
+        own = {name: decompose(name, layers[name], dtype) for name in names}
+    except Exception as error:  # whatever it is: the others would wait
+        failure = error
+    raise_together(failure)
+    if owned:
+        return own
     result = {}
     for name, layer in layers.items():
         bases = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -20,6 +20,9 @@ from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, Example
 from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.waiting import add_later
 
+#: Sends gradients of a batch away, and returns those of other layers or batches, one mapping a batch.
+HandOver = Callable[[Mapping[str, LayerGradients]], Sequence[Mapping[str, LayerGradients]]]
+
 
 class CovariancePass:
     """Sums ``A`` and ``S`` over a loader; keeps gradients if they fit, so that Lambda needs no pass.
@@ -35,6 +38,8 @@ class CovariancePass:
         draws: mixtures or sampled labels per example.
         cache_bytes: keep gradients in memory up to this size.
         num_examples: examples that will come, to tell from the first batch whether they will fit.
+        hand_over: sends gradients to the processes that own their layers, and returns what this one gets;
+            none are kept in memory then. None where every process sums all layers.
     """
 
     description = "Influence: covariances"
@@ -48,9 +53,11 @@ class CovariancePass:
         draws: int = 1,
         cache_bytes: int = 2**28,
         num_examples: int | None = None,
+        hand_over: HandOver | None = None,
     ) -> None:
         self.factors = Factors(fisher=fisher)
-        self.cache: list[dict[str, LayerGradients]] | None = []
+        self.cache: list[dict[str, LayerGradients]] | None = [] if hand_over is None else None
+        self._plan, self._hand_over = plan, hand_over
         self.forward = Forward(plan)
         self.losses = SeenData()
         self._draws = Draws(fisher, seed, draws)
@@ -64,7 +71,8 @@ class CovariancePass:
         self.losses.add(captured)
         gradients, others = self._draws.pair(captured, indices, second=self.cache is not None)
         check_finite(gradients)
-        add_covariances(self.factors, gradients, captured)
+        self._add(gradients)
+        add_weights(self.factors, captured)
         if self.cache is not None and others is not None:
             check_finite(others)
             kept = {name: _smaller(layer) for name, layer in others.items()}
@@ -74,6 +82,14 @@ class CovariancePass:
             self.cache.append(kept)
             if self._free < 0 or expected > self._free + size:
                 self.cache = None
+
+    def help(self) -> None:
+        """Take gradients of this process's layers from others, with no batch of its own."""
+        self._add({})
+
+    def _add(self, gradients: Mapping[str, LayerGradients]) -> None:
+        for part in [gradients] if self._hand_over is None else self._hand_over(gradients):
+            add_covariances(self.factors, part, self._plan.layers)
 
     def finish(self, bases: Mapping[str, Eigenbasis] | None = None) -> None:
         """Take up eigenbases; if every gradient was kept, measure the squares at once.
@@ -97,12 +113,21 @@ class SquaresPass:
         factors: factors whose layers have a basis; their squares are replaced.
         seed: seed of the draws; the same seed gives the second draw of :class:`CovariancePass`.
         draws: mixtures or sampled labels per example.
+        hand_over: see :class:`CovariancePass`.
     """
 
     description = "Influence: eigenvalues"
 
-    def __init__(self, plan: LayerPlan, factors: Factors, *, seed: int = 0, draws: int = 1) -> None:
-        self.factors = factors
+    def __init__(
+        self,
+        plan: LayerPlan,
+        factors: Factors,
+        *,
+        seed: int = 0,
+        draws: int = 1,
+        hand_over: HandOver | None = None,
+    ) -> None:
+        self.factors, self._hand_over = factors, hand_over
         for layer in factors.layers.values():
             layer.set_basis(layer.basis)
         self.forward = Forward(plan)
@@ -113,7 +138,15 @@ class SquaresPass:
         captured = self.forward(module, batch, len(indices))
         gradients = self._draws.gradients(captured, indices, SQUARES)
         check_finite(gradients)
-        add_squares(self.factors, gradients)
+        self._add(gradients)
+
+    def help(self) -> None:
+        """Take gradients of this process's layers from others, with no batch of its own."""
+        self._add({})
+
+    def _add(self, gradients: Mapping[str, LayerGradients]) -> None:
+        for part in [gradients] if self._hand_over is None else self._hand_over(gradients):
+            add_squares(self.factors, part)
 
 
 class DiagonalPass:
@@ -190,12 +223,13 @@ class Draws:
         return ExampleGenerator(self.seed, indices, purpose) if drawn else None
 
 
-def add_covariances(factors: Factors, gradients: Mapping[str, LayerGradients], captured: Captured) -> None:
-    """Add a batch of curvature gradients to the covariances of ``factors``."""
-    add_layers(factors, gradients, captured.recorder.layers)
+def add_covariances(
+    factors: Factors, gradients: Mapping[str, LayerGradients], layers: Mapping[str, Layer]
+) -> None:
+    """Add a batch of curvature gradients of some layers to the covariances of ``factors``."""
+    add_layers(factors, gradients, layers)
     for name, layer in gradients.items():
         factors.layers[name].add_covariances(layer)
-    add_weights(factors, captured)
 
 
 def add_layers(

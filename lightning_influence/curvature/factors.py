@@ -14,6 +14,7 @@ from lightning_influence.model.table_gradients import TableGradients
 from lightning_influence.support.errors import FactorMismatchError
 from lightning_influence.support.storage import check_version
 from lightning_influence.support.waiting import SummedLater, add_later
+from lightning_influence.support.whole import read_whole
 
 #: Examples that covariances should stand for, if there are so many, and eigenvalues for half of them. A fit
 #: collects as many if it can; answers note where it could not. Chosen by hand: with one draw an example,
@@ -355,9 +356,10 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
     """
     result: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        total = squares = parameter.new_zeros((), dtype=torch.float64)
-        parts = torch.split(parameter.detach().flatten(), _AT_ONCE)
-        places = torch.arange(len(parts[0]), dtype=torch.float64, device=parameter.device)
+        values = read_whole(parameter).detach()
+        total = squares = values.new_zeros((), dtype=torch.float64)
+        parts = torch.split(values.flatten(), _AT_ONCE)
+        places = torch.arange(len(parts[0]), dtype=torch.float64, device=values.device)
         weights = 1 + (places * _GOLDEN) % 1
         for number, part in enumerate(parts):
             values = part.double()

@@ -40,6 +40,7 @@ class InfluenceState:
         verified: what passes of earlier calls have found in order, by model; not stored.
         slow: the parameters whose gradients take a pass for each example, as they have found, by model; not
             stored.
+        owns_part: whether the factors are of this process's own layers alone; neither is stored then.
     """
 
     factors: Factors | None = None
@@ -55,6 +56,7 @@ class InfluenceState:
     columns: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
     verified: dict[str, set[str]] = field(default_factory=dict, compare=False, repr=False)
     slow: dict[str, set[str]] = field(default_factory=dict, compare=False, repr=False)
+    owns_part: bool = field(default=False, compare=False, repr=False)
 
     def forget(self) -> None:
         """Let go of what passes have computed; factors of a training run, or a user's own, stay."""
@@ -79,7 +81,8 @@ class InfluenceState:
             result["coarse"], result["coarse_key"] = self.coarse.state_dict(), self.coarse_key
         if self.compact is not None:
             result["compact"], result["compact_key"] = self.compact.state_dict(), self.compact_key
-        if self.factors is not None and (self.factors_key or not collected.has_squares):
+        other = self.factors_key or not collected.has_squares
+        if self.factors is not None and other and not self.owns_part:
             result["factors"], result["factors_key"] = self.factors.state_dict(), self.factors_key
         kept = {
             name: value

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_influence.model.layers import Layer
+from lightning_influence.support.whole import read_whole
 
 Family = Literal["sgd", "adam", "adamw", "other"]
 
@@ -226,7 +227,7 @@ class TrainingRecord:
                     continue
                 metric = rule.read_metric(optimizer.state.get(p, {}), groups[id(p)])
                 if metric is not None:
-                    total, count = total + float(metric.double().sum()), count + p.numel()
+                    total, count = total + float(read_whole(metric).double().sum()), count + p.numel()
             if count:
                 self.layers[name].metric = total / count
 

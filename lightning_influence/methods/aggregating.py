@@ -111,6 +111,8 @@ def gather_means(
         mean = means.pop(name, None)
         if mean is None:
             mean = torch.zeros(len(rows), *layer.shape, device=context.device, dtype=context.dtype)
-        gradients[name] = DenseGradients(runner.all_reduce_sum(mean)[None])
+        total = runner.all_reduce_sum(mean)
+        if name in context.own_layers:
+            gradients[name] = DenseGradients(total[None])
     positions = torch.tensor([*rows])
     return Gathered(gradients, positions, torch.zeros_like(positions))

@@ -20,6 +20,7 @@ from lightning_influence.methods.method import (
     register_method,
 )
 from lightning_influence.methods.options import ClosedFormOptions, Options
+from lightning_influence.methods.owners import OwnedQuadratic, OwnedScorer, Owners
 from lightning_influence.methods.scorers import PreconditionedScorer
 from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
@@ -34,13 +35,21 @@ class ClosedForm(Method):
     options_type: ClassVar[type[Options]] = ClosedFormOptions
     options: ClosedFormOptions
 
+    owners: Owners | None = None
+
+    def begin(self) -> None:
+        """Share the layers out, where processes share the parameters: nobody holds factors of all."""
+        context, exchange = self.context, self.context.runner.exchange
+        if exchange is not None and context.options.factors_dir is None:
+            context.owners = self.owners = Owners(context.runner, exchange, context.plan)
+
     def solve(self, queries: Queries) -> Solved:
         """Apply the inverse, within the scores where that is cheaper."""
-        tolerance = self.options.low_rank_tolerance
+        tolerance, names = self.options.low_rank_tolerance, set(queries)
         scorer = PreconditionedScorer(self.inverse, queries, tolerance=tolerance, consume=True)
         if scorer.ranks:
             self.context.extra["low_rank"] = dict(scorer.ranks)
-        return Solved(scorer)
+        return Solved(scorer if self.owners is None else OwnedScorer(self.owners, scorer, names))
 
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
         """Apply the inverse to the queries' gradients."""
@@ -56,7 +65,7 @@ class ClosedForm(Method):
                 self.context.extra["leading_eigenvectors"] = squares.kept
             return values
 
-        return quadratic
+        return quadratic if self.owners is None else OwnedQuadratic(self.owners, quadratic)
 
 
 @register_method("identity")
@@ -65,8 +74,9 @@ class Identity(ClosedForm):
 
     def prepare(self) -> None:
         """Nothing to fit."""
+        self.begin()
         like = torch.empty(0, device=self.context.device, dtype=self.context.dtype)
-        self.inverse = make_identity(self.context.layout, like)
+        self.inverse = make_identity(self.context.own_layout, like)
 
 
 @register_method("diagonal")
@@ -76,9 +86,10 @@ class Diagonal(ClosedForm):
     def prepare(self) -> None:
         """Fit second moments in one pass."""
         factors = fit_diagonal(self.context)
+        self.begin()
         self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = invert_blocks(self.context.layout, factors, damping, take_eigenvalues)
+        self.inverse = invert_blocks(self.context.own_layout, factors, damping, take_eigenvalues)
 
 
 @register_method("kfac")
@@ -87,10 +98,11 @@ class KFAC(ClosedForm):
 
     def prepare(self) -> None:
         """Use or fit the factors."""
+        self.begin()
         factors = provide_factors(self.context)
         self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = invert_blocks(self.context.layout, factors, damping, multiply_eigenvalues)
+        self.inverse = invert_blocks(self.context.own_layout, factors, damping, multiply_eigenvalues)
 
 
 @register_method("ekfac")
@@ -99,10 +111,11 @@ class EKFAC(ClosedForm):
 
     def prepare(self) -> None:
         """Use or fit the factors."""
+        self.begin()
         factors = provide_factors(self.context)
         self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = invert_blocks(self.context.layout, factors, damping, take_eigenvalues)
+        self.inverse = invert_blocks(self.context.own_layout, factors, damping, take_eigenvalues)
 
 
 def invert_blocks(
@@ -114,7 +127,7 @@ def invert_blocks(
     """The damped inverse of factors.
 
     Args:
-        layout: the covered layers.
+        layout: the layers that this process has factors of.
         factors: their statistics.
         damping: of each layer.
         eigenvalues: how a layer's eigenvalues follow from its statistics.

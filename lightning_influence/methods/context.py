@@ -9,9 +9,9 @@ see on the way: if they are others, what was kept is computed again, and so is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.options import Options
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import ReadOtherwiseError
+from lightning_influence.model.gradients import LayerGradients
 from lightning_influence.model.mean_loss import same_mean
 from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.digests import digest_text
@@ -30,6 +31,20 @@ from lightning_influence.support.passes import Loader as Loader
 from lightning_influence.support.passes import Passes as Passes
 
 _SILENT = "took no part in the training loss, or only in what all examples of a batch share"
+
+
+class Ownership(Protocol):
+    """Who owns which layer, see ``owners``."""
+
+    own: list[str]
+
+    def hand_over(self, gradients: Mapping[str, LayerGradients]) -> list[dict[str, LayerGradients]]:
+        """Send gradients to the owners of their layers, and return what this one gets."""
+        ...
+
+    def merge(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the numbers of all layers, of which each owner has its own."""
+        ...
 
 
 @dataclass
@@ -54,6 +69,7 @@ class Context:
         losses: of all training examples, if a pass of this call has summed them.
         damping: the damping of each layer once it is decided.
         damping_origin: where it comes from.
+        owners: of the layers, where each process has the factors of some; None where it has those of all.
     """
 
     runner: Passes
@@ -72,18 +88,33 @@ class Context:
     losses: SeenData | None = None
     damping: dict[str, float] = field(default_factory=dict)
     damping_origin: str = "not used"
+    owners: Ownership | None = None
 
     @property
     def layout(self) -> Layout:
         """The order of flat vectors over the covered layers."""
         return Layout.of(self.plan.layers)
 
+    @property
+    def own_layers(self) -> list[str]:
+        """Names of the covered layers whose factors this process has: all of them, or those it owns."""
+        own = self.plan.layers if self.owners is None else self.owners.own
+        return [name for name in self.plan.layers if name in own]
+
+    @property
+    def own_layout(self) -> Layout:
+        """The order of flat vectors over :attr:`own_layers`."""
+        return Layout.of({name: self.plan.layers[name] for name in self.own_layers})
+
     def resolve_damping(self, factors: Factors, solver: Literal["closed", "full"]) -> dict[str, float]:
         """Decide the damping of each layer, and remember it for the diagnostics."""
         self.damping, self.damping_origin = resolve_damping(
             self.options.damping, factors, self.state.record, solver=solver
         )
-        return self.damping
+        own = self.damping
+        if self.owners is not None:
+            self.damping = self.owners.merge(own)
+        return own
 
     def run_on_train(self, one_pass: Any, run: Callable[[Any], object] | None = None) -> None:
         """Run a pass over all training examples; layers that took no part in it leave the plan.

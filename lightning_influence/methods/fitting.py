@@ -15,7 +15,7 @@ from lightning_influence.curvature.factors import (
     LayerStatistics,
     fingerprint_differs,
 )
-from lightning_influence.methods.context import Context, compute_digest, note_unknown_outputs
+from lightning_influence.methods.context import Context, Ownership, compute_digest, note_unknown_outputs
 from lightning_influence.methods.resuming import FactorFolder
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.content import SeenData
@@ -37,32 +37,45 @@ def provide_factors(context: Context) -> Factors:
     Raises:
         FactorMismatchError: if stored factors belong to another model.
     """
-    state = context.state
-    if state.factors is None or not state.factors.layers or _is_stale(context):
+    state, owned = context.state, context.owners is not None
+    # Parts of factors are of no use to a method that needs all; whole ones serve those that need parts.
+    others = state.owns_part and not owned
+    none = state.factors is None or not (state.factors.layers or state.owns_part)
+    if none or others or _is_stale(context):
         key = _key(context, context.options.fitted_fisher)
-        state.factors = _fit(context)
+        state.factors, state.owns_part = _fit(context, owners=context.owners), owned
         state.factors_key, context.made = key, True
     else:
+        assert state.factors is not None
         context.reused |= bool(state.factors_key)
-        state.factors = _complete(context, _adopt(context, state.factors))
+        if not state.owns_part:
+            state.factors = _adopt(context, state.factors)
+        state.factors = _complete(context, state.factors)
     factors = state.factors
     _note_empirical(context, factors)
+    known = dict.fromkeys(factors.layers, 1.0)
+    known = known if context.owners is None else context.owners.merge(known)
     context.leave_out(
-        [name for name in context.plan.layers if name not in factors.layers],
+        [name for name in context.plan.layers if name not in known],
         "have no factors, because no training step used them: they were frozen when the fit began, not "
         "called, or not selected. Pass factors='refit' to fit factors of all that take part now",
     )
     context.extra["factors"] = f"from the {factors.origin}, {factors.fisher} Fisher"
-    factors = replace(factors, layers={name: factors.layers[name] for name in context.plan.layers})
+    factors = replace(factors, layers={name: factors.layers[name] for name in context.own_layers})
     _tell_examples(context, factors)
     return factors
 
 
 def _tell_examples(context: Context, factors: Factors) -> None:
     """Tell how many examples each factor stands for, and of factors from a fit whether they are few."""
+    counts = [
+        {name: getattr(layer, part) for name, layer in factors.layers.items()}
+        for part in ("examples", "squares_examples")
+    ]
+    if context.owners is not None:
+        counts = list(map(context.owners.merge, counts))
     context.extra["factor_examples"] = {
-        name: {"covariances": layer.examples, "eigenvalues": layer.squares_examples}
-        for name, layer in factors.layers.items()
+        name: {"covariances": count, "eigenvalues": counts[1][name]} for name, count in counts[0].items()
     }
     enough = min(ENOUGH_EXAMPLES, context.train.num_examples // 2)
     few = {
@@ -148,15 +161,17 @@ def _is_stale(context: Context) -> bool:
     return False
 
 
-def _fit(context: Context, plan: LayerPlan | None = None) -> Factors:
+def _fit(context: Context, plan: LayerPlan | None = None, owners: Ownership | None = None) -> Factors:
     options, runner, plan = context.options, context.runner, plan or context.plan
     folder = _open_folder(context, plan)
+    hand_over = None if owners is None else owners.hand_over
     covariance = CovariancePass(
         plan,
         fisher=options.fitted_fisher,
         seed=options.seed,
         cache_bytes=min(options.memory_budget, CACHE_BYTES),
         num_examples=context.train.num_examples,
+        hand_over=hand_over,
     )
     if folder is None:
         context.run_on_train(covariance)
@@ -166,8 +181,8 @@ def _fit(context: Context, plan: LayerPlan | None = None) -> Factors:
     context.losses = covariance.losses
     factors = covariance.factors
     if runner.world_size > 1:
-        _fill(context, factors, plan)
-        for layer in factors.layers.values():
+        _fill(context, factors, plan, owners)
+        for layer in factors.layers.values() if owners is None else ():
             layer.reduce(runner.all_reduce_sum, covariances=True)
         factors.reduce_counts(runner.all_reduce_sum)
         # A process whose gradients did not fit has to pass again, and no process passes alone.
@@ -181,16 +196,18 @@ def _fit(context: Context, plan: LayerPlan | None = None) -> Factors:
             rank=runner.rank,
             world_size=runner.world_size,
             all_reduce_sum=runner.all_reduce_sum,
+            raise_together=runner.raise_together,
             decompose=compute_eigenbasis if folder is None else folder.decompose,
+            owned=owners is not None,
         )
     )
     if covariance.cache is None:
-        squares = SquaresPass(plan, factors, seed=options.seed)
+        squares = SquaresPass(plan, factors, seed=options.seed, hand_over=hand_over)
         if folder is None:
             runner.run(squares, context.train)
         else:
             folder.run(squares, "squares")
-    _reduce_squares(context, factors)
+    _reduce_squares(context, factors, owned=owners is not None)
     factors.fingerprint = context.weights
     if folder is not None and folder.restored:
         _compare_later(context, covariance.losses)
@@ -278,8 +295,9 @@ def _complete(context: Context, factors: Factors) -> Factors:
     return replace(factors, layers=factors.layers | added)
 
 
-def _fill(context: Context, factors: Factors, plan: LayerPlan) -> None:
-    """Give every process statistics of the same layers in the same order: only then can they be summed."""
+def _fill(context: Context, factors: Factors, plan: LayerPlan, owners: Ownership | None = None) -> None:
+    """Give every process statistics of the same layers in the same order, or of those that it owns."""
+    own = plan.layers if owners is None else owners.own
     zeros = {
         name: LayerStatistics.zeros(
             layer.shape, layer.diagonal_sides, device=context.device, dtype=context.dtype
@@ -287,15 +305,18 @@ def _fill(context: Context, factors: Factors, plan: LayerPlan) -> None:
         for name, layer in plan.layers.items()
         if name not in factors.layers
     }
-    factors.layers = {name: (factors.layers | zeros)[name] for name in plan.layers}
+    factors.layers = {name: (factors.layers | zeros)[name] for name in plan.layers if name in own}
 
 
-def _reduce_squares(context: Context, factors: Factors) -> None:
-    """Sum squares over the processes; what did not use a layer has a gradient of zero there, and counts."""
+def _reduce_squares(context: Context, factors: Factors, *, owned: bool = False) -> None:
+    """Sum squares over the processes, unless each layer's are on one that owns it.
+
+    What did not use a layer has a gradient of zero there, and counts.
+    """
     for layer in factors.layers.values():
-        if context.runner.world_size > 1:
-            if layer.squares is None:
-                layer.squares = layer.inputs.new_zeros(layer.shape)
+        if context.runner.world_size > 1 and layer.squares is None:
+            layer.squares = layer.inputs.new_zeros(layer.shape)
+        if context.runner.world_size > 1 and not owned:
             layer.reduce(context.runner.all_reduce_sum, covariances=False)
         if layer.squares_examples:
             layer.squares_examples = float(context.train.num_examples)

@@ -154,7 +154,10 @@ def differentiate(
 
 @dataclass(frozen=True)
 class Gathered:
-    """Gradients by layer, dataset indices ``(B,)`` and loader of each ``(B,)``, the same on every process."""
+    """Gradients by layer, dataset indices ``(B,)`` and loader of each ``(B,)``, the same on every process.
+
+    Where processes own layers, each has the gradients of its own.
+    """
 
     gradients: dict[str, LayerGradients]
     indices: Tensor
@@ -183,11 +186,13 @@ def gather(context: Context, one_pass: GradientPass, loaders: Sequence[Loader]) 
     if runner.world_size == 1:
         return Gathered(gradients, indices, dataloaders)
     forms = _forms(context, gradients, len(indices))
-    joined = {}
+    joined, own = {}, context.own_layers
     for name, form in forms.items():
         layer = context.plan.layers[name]
-        local = _in_form(layer, gradients.get(name), len(indices), form, context)
-        joined[name] = _join(runner, local)
+        local = _in_form(layer, gradients.pop(name, None), len(indices), form, context)
+        everyones = _join(runner, local)
+        if name in own:
+            joined[name] = everyones
     indices, dataloaders = runner.all_gather_cat(indices), runner.all_gather_cat(dataloaders)
     order = _visiting_order(loaders, indices, dataloaders)
     on_device = order.to(context.device)

@@ -122,6 +122,10 @@ class ScorePass:
                 start += scores.shape[-1]
                 self.rounding.look(module, batch, len(indices), few, self._scorer)
 
+    def help(self) -> None:
+        """Take part in what other processes ask of the scorer."""
+        help_with(self._scorer)
+
     def _score(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return scores ``(Q, B)``, or by layer ``(L, Q, B)``.
 
@@ -223,6 +227,10 @@ class SelfInfluencePass:
         self._residuals += [part.detach() for _, part in pairs if part is not None]
         self._indices.append(indices.cpu())
 
+    def help(self) -> None:
+        """Take part in what other processes ask of the quadratic."""
+        help_with(self._quadratic)
+
     def _find_values(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
         found = self._quadratic(gradients)
         return found[0] if isinstance(found, tuple) else found
@@ -245,6 +253,12 @@ class SelfInfluencePass:
         )
         order = indices.argsort(stable=True)
         return SelfScores(indices[order], values[order], residuals[order] if len(residuals) else None)
+
+
+def help_with(part: Scorer | Quadratic) -> None:
+    """Take part in what other processes ask of a scorer or a quadratic, see ``owners``."""
+    shared: Any = part
+    shared.help()
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.gradients import FactoredGradients, LayerGradients
@@ -23,6 +24,7 @@ from lightning_influence.support.errors import (
 )
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.waiting import expect
+from lightning_influence.support.whole import is_stand_in, read_own_part, read_whole
 
 # Chosen by hand: gradients of one loss in half precision have a cosine of .9999 and more.
 _ALIKE = 0.999
@@ -30,6 +32,8 @@ _ALIKE = 0.999
 _LIMITS = {torch.float64: 1e-8, torch.float32: 1e-2}
 
 
+# Chosen by hand: gradients of parameters that processes share are taken so many numbers at a time.
+_SHARED_AT_ONCE = 2**24
 # Relative difference of one example's gradients that stands for a coupling: where examples trade places it is
 # a factor of two or more. Kernels that add in a varying order, and float16 gradients below its smallest
 # number, leave differences; those of examples whose gradient is nothing beside the largest one's are let
@@ -175,16 +179,15 @@ def _partly_seen(
     }
     layers = {name: recorder.layers[name] for name in gradients}
     parameters = {name: _parameters(layer) for name, layer in layers.items()}
-    flat = [p for own in parameters.values() for p in own]
-    if not flat:
-        return None
-    found = iter(
-        torch.autograd.grad(
-            values, flat, factors, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-    )
+    differentiate = partial(torch.autograd.grad, values, grad_outputs=factors, retain_graph=True)
+    found: dict[str, Sequence[Tensor]] = {}
     for name, layer in layers.items():
-        weight, *bias = [next(found).to_dense() for _ in parameters[name]]  # of sparse embeddings
+        if name not in found:
+            run = _find_run(list(layers)[list(layers).index(name) :], parameters)
+            flat = [p for other in run for p in parameters[other]]
+            grads = iter(differentiate(flat, allow_unused=True, materialize_grads=True))
+            found = {other: [next(grads).to_dense() for _ in parameters[other]] for other in run}
+        weight, *bias = found[name]  # of sparse embeddings too
         whole = layer.from_parameters(weight, bias[0] if bias else None)
         seen, size = _add_up(gradients[name]), _add_up(gradients[name].absolute()).norm()
         limit = _LIMITS.get(weight.dtype, 5e-2) * size
@@ -192,6 +195,20 @@ def _partly_seen(
         if not hooked and bool((seen - whole.to(seen)).norm() > limit):
             return name
     return None
+
+
+def _find_run(names: Sequence[str], parameters: Mapping[str, Sequence[Tensor]]) -> list[str]:
+    """Return the first names, of parameters that may be differentiated at once.
+
+    All of them; but where processes share the parameters, none should hold gradients of all.
+    """
+    run, count = [names[0]], 0
+    for name in names[1:]:
+        count += sum(p.numel() for p in parameters[name] if is_stand_in(p))
+        if count > _SHARED_AT_ONCE:
+            break
+        run.append(name)
+    return run
 
 
 def _add_up(gradients: LayerGradients) -> Tensor:
@@ -224,7 +241,7 @@ def check_loss(value: Tensor, recorder: Recorder, layers: Mapping[str, Layer]) -
         weights = [
             name
             for name, layer in layers.items()
-            if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters(recurse=False))
+            if not all(bool(torch.isfinite(p).all()) for p in _own_parts(layer.module))
         ]
         where = (
             f"the inputs of layer {bad[0]!r} are the first that are not finite"
@@ -239,6 +256,12 @@ def check_loss(value: Tensor, recorder: Recorder, layers: Mapping[str, Layer]) -
         )
 
     expect(torch.isfinite(value.detach()).all(), refuse)
+
+
+def _own_parts(module: nn.Module) -> Iterator[Tensor]:
+    """Yield a module's own parameters, of sharded ones what this process holds."""
+    for parameter in module.parameters(recurse=False):
+        yield read_whole(parameter) if is_stand_in(parameter) else read_own_part(parameter.detach())
 
 
 def check_direction(ours: Tensor, theirs: Tensor, name: str) -> None:

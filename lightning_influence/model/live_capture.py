@@ -25,6 +25,7 @@ from lightning_influence.model.uses.calls import Call
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.fast_paths import keep_open, let_go
+from lightning_influence.support.whole import is_of_fsdp
 
 
 class _StepRecorder(Recorder):
@@ -113,7 +114,7 @@ class StepLosses(LossCapture):
         Returns:
             What the function returns.
         """
-        if func is Tensor.register_hook and not (StepLosses.paused or args[0].is_leaf):
+        if func is Tensor.register_hook and not (StepLosses.paused or args[0].is_leaf or is_of_fsdp(args[1])):
             self.hooks = True
         is_loss = func in self._losses
         if StepLosses.paused or not (is_loss or func in PICKERS or self.watch is not None):
@@ -197,18 +198,24 @@ class LiveCapture:
         resolved = self._losses.resolve(loss, num_examples, activations=self._recorder.nodes, divisor=divisor)
         return self._complete(Captured(num_examples, resolved, None, self._recorder))
 
-    def run_hook(
-        self, module: Any, batch: Any, num_examples: int, context: contextlib.AbstractContextManager[None]
+    def run_apart(
+        self,
+        module: Any,
+        batch: Any,
+        num_examples: int,
+        context: contextlib.AbstractContextManager[None],
+        run_step: Callable[[Any, Any], Tensor],
     ) -> Captured:
-        """Run the user's own loss under capture, in addition to the user's step.
+        """Run a loss under capture, in addition to the user's step.
 
-        That is the plan's, or else the module's ``influence_loss``.
+        That is the plan's, or else the module's ``influence_loss``, or else that of a step of ours.
 
         Args:
             module: the user's module.
             batch: the batch, on the module's device.
             num_examples: ``B``.
             context: what to run it in: the precision of the training steps.
+            run_step: runs a step on a batch, and returns its loss.
 
         Returns:
             The captured batch.
@@ -219,12 +226,16 @@ class LiveCapture:
         self.open(module)
         try:
             with context:
-                loss = self._plan.loss
-                values = module.influence_loss(batch) if loss is None else loss(module, batch)
+                loss, hook = self._plan.loss, getattr(module, "influence_loss", None)
+                if loss is not None:
+                    values = loss(module, batch)
+                else:
+                    values = hook(batch) if callable(hook) else run_step(module, batch)
         finally:
             self.close()
         source = "influence_loss(batch)" if loss is None else "loss="
-        if loss is not None and isinstance(values, Tensor) and values.dim() == 0:
+        is_hook = loss is None and callable(hook)
+        if not is_hook and isinstance(values, Tensor) and values.dim() == 0:
             found = self._losses.resolve(values, num_examples, activations=self._recorder.nodes)
             return self._complete(Captured(num_examples, found, None, self._recorder))
         check_per_example(values, num_examples, source)

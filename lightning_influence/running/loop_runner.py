@@ -15,6 +15,7 @@ from lightning_influence.running.host.trainer import make_idle_trainer
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Expected, Runner, Stepper
 from lightning_influence.support.errors import InfluenceError
+from lightning_influence.support.whole import is_sharded
 
 
 class LoopRunner(Runner):
@@ -38,6 +39,11 @@ class LoopRunner(Runner):
     def _borrow(self, stack: contextlib.ExitStack) -> None:
         if torch.is_inference_mode_enabled():
             raise InfluenceError("Gradients cannot be taken inside torch.inference_mode(). Leave it first.")
+        if any(is_sharded(parameter) for parameter in self.module.parameters()):
+            raise InfluenceError(
+                "The module's parameters are sharded over processes, which a Trainer has to run: use "
+                "influence(trainer, model, ...) with its ModelParallelStrategy, or a module that is whole."
+            )
         stack.enter_context(borrowed_module(self.module))
         if self._fit_loop:
             self.module.trainer = make_idle_trainer(self.module, self._fit_loop)

@@ -19,12 +19,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_influence.running.host.module import TrainingStage, preserved_states
-from lightning_influence.running.host.processes import sum_over_processes
+from lightning_influence.running.host.processes import Meeting, raise_together, sum_over_processes
 from lightning_influence.running.host.states import ModuleStates
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare
 from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import InfluenceError
+from lightning_influence.support.passes import Exchange
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.turns import turn
 from lightning_influence.support.waiting import reading_later
@@ -73,6 +74,7 @@ class Runner(ABC):
     def __init__(self) -> None:
         self.records: list[PassRecord] = []
         self._stack: contextlib.ExitStack | None = None
+        self._meeting: Meeting | None = None
 
     def __enter__(self) -> Self:
         """Return the runner with the module (and Trainer) borrowed; on failure everything is as before.
@@ -118,7 +120,8 @@ class Runner(ABC):
             What the pass took; also appended to :attr:`records`.
 
         Raises:
-            InfluenceError: if batches were left out, for instance because a step raised ``StopIteration``.
+            InfluenceError: if batches were left out, for instance because a step raised ``StopIteration``,
+                or if another process has failed.
         """
         if self._stack is None:
             with self:
@@ -126,15 +129,24 @@ class Runner(ABC):
         loaders = prepare(dataloaders)
         expected = Expected()
         start = time.perf_counter()
-        with preserved_states(self.module) as states, preserve_rng(), eagerly(), reading_later():
-            done = Stepper(one_pass, self.module, states)
-            self._run(done, loaders, expected)
+        failure: Exception | None = None
+        try:
+            with preserved_states(self.module) as states, preserve_rng(), eagerly(), reading_later():
+                done = Stepper(one_pass, self.module, states)
+                if self._meeting is not None:
+                    self._meeting.helper = getattr(one_pass, "help", None)
+                self._run(done, loaders, expected)
+            if (done.batches, done.examples) != (expected.batches, expected.examples):
+                raise InfluenceError(
+                    f"Pass {one_pass.description!r} ended after {done.examples} of {expected.examples} "
+                    "examples. Look for a StopIteration that escapes from the model or the data."
+                )
+        except Exception as error:
+            if not self._has_begun():
+                raise  # the others are not where they could hear of it
+            failure = error
+        self.raise_together(failure)
         seconds = time.perf_counter() - start
-        if (done.batches, done.examples) != (expected.batches, expected.examples):
-            raise InfluenceError(
-                f"Pass {one_pass.description!r} ended after {done.examples} of {expected.examples} examples. "
-                "Look for a StopIteration that escapes from the model or the data."
-            )
         total = self.all_reduce_sum(torch.tensor([done.batches, done.examples]))
         record = PassRecord(one_pass.description, seconds, int(total[0]), int(total[1]))
         self.records.append(record)
@@ -149,6 +161,11 @@ class Runner(ABC):
     def world_size(self) -> int:
         """Number of processes that share a pass."""
         return 1
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """Lets processes that share parameters work together in mid-pass; None where each works alone."""
+        return self._meeting if self.world_size > 1 else None
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +186,36 @@ class Runner(ABC):
         """Return the sum of a tensor over the processes, computed in place; on one process, the tensor."""
         if self.world_size == 1:
             return tensor
+        self._meet()
         return sum_over_processes(tensor, self.device)
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise an error on all processes if there is one on any; all of them have to call it.
+
+        Args:
+            error: of this process, None if all is well.
+
+        Raises:
+            Exception: this process's error.
+            InfluenceError: another one's.
+        """
+        if self.world_size > 1 and self._meeting is None:
+            raise_together(error)
+        elif error is None:
+            self._meet()
+        elif self._meeting is None:
+            raise error
+        else:
+            self._meeting.fail(error)
+
+    def _meet(self) -> None:
+        """Wait for the others, where processes ask each other for what they need in mid-pass."""
+        if self._meeting is not None:
+            self._meeting.wait()
+
+    def _has_begun(self) -> bool:
+        """Return whether all processes are on their way through the batches of a pass, or past it."""
+        return True
 
     def all_gather_cat(self, tensor: Tensor) -> Tensor:
         """Return all processes' tensors joined along their first dimension, which may differ in length."""

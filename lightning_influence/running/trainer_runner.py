@@ -11,7 +11,7 @@ import copy
 import functools
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,15 +21,18 @@ from torch import nn
 from typing_extensions import Self
 
 from lightning_influence.running.host.attributes import TRANSFER_HOOKS, combine_loaders, defines
-from lightning_influence.running.host.module import borrowed_module, unwrap_compiled
+from lightning_influence.running.host.module import borrowed_module, enter_eval_mode, unwrap_compiled
 from lightning_influence.running.host.packages import check_same_package, find_package
+from lightning_influence.running.host.shards import Shards
 from lightning_influence.running.host.trainer import (
     borrowed_trainer,
     check_trainer,
+    loading_into,
     make_labelled_bar,
     read_progress,
     resolve_checkpoint,
     set_progress,
+    splits_parameters,
 )
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Expected, Runner, Stepper
@@ -56,6 +59,8 @@ class _PassModule:
         self._shown = shown
         self.checkpoint: dict[str, Any] = {}
         self._to_set_up = set_up
+        self.has_begun = False
+        self.lend: Callable[[], object] | None = None
         self._hooks: dict[str, Any] = {}
         for hook in TRANSFER_HOOKS:
             from_data = datamodule is not None and defines(datamodule, hook)
@@ -63,10 +68,11 @@ class _PassModule:
         self._work: tuple[Stepper, list[IndexedLoader], Expected] | None = None
 
     def begin(self, stepper: Stepper, loaders: list[IndexedLoader], expected: Expected) -> None:
+        self.has_begun = False
         self._work = (stepper, loaders, expected)
 
     def end(self) -> None:
-        self._work = None
+        self._work, self.lend = None, None
 
     @property
     def strict_loading(self) -> bool:
@@ -81,8 +87,12 @@ class _PassModule:
             self.module.setup(stage)
 
     def configure_model(self) -> None:
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None:  # which Lightning gives to the module that it runs
+            self.module._device_mesh = mesh
         if self._to_set_up:
             self.module.configure_model()
+            enter_eval_mode(self.module)  # with what was made only now
         self._to_set_up = False
 
     def predict_dataloader(self) -> Any:
@@ -103,6 +113,9 @@ class _PassModule:
         """The module is in the mode that its author wants already, see ``enter_eval_mode``."""
 
     def on_predict_start(self) -> None:
+        self.has_begun = True  # Lightning lets the processes wait for each other until here
+        if self.lend is not None:
+            self.lend()
         self.trainer.datamodule = self._shown
 
     def on_predict_end(self) -> None:
@@ -141,6 +154,11 @@ class _PassModule:
                 for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
                     tensor.copy_(own[name])
             raise
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        if self.lend is None:
+            super().to(*args, **kwargs)  # type: ignore[misc]
+        return self  # sharded parameters are where they belong, and cannot be moved while they are held
 
     def cpu(self) -> Self:
         return self  # Lightning moves a model off its device after every run; here after the last pass only
@@ -236,6 +254,7 @@ class TrainerRunner(Runner):
         self._stages: list[str] = []
         self._wrapper: Any = None
         self._bar: Any = None
+        self._shards: Shards | None = None
 
     @property
     def rank(self) -> int:
@@ -255,6 +274,7 @@ class TrainerRunner(Runner):
     def agree(self, loader: IndexedLoader) -> None:
         """Let all processes visit the first one's batches; in the context only."""
         if self.world_size > 1:
+            self._meet()
             loader.agree(self.trainer.strategy.broadcast)
 
     def train_dataloaders(self) -> Any:
@@ -321,6 +341,13 @@ class TrainerRunner(Runner):
         stack.callback(set_progress, self.trainer, read_progress(self.trainer))
         if self.ckpt_path is not None or data is not None or not known:
             self._predict_nothing(data)
+        if splits_parameters(self.trainer):
+            self._shards = Shards(self.module, self.device)
+            self._meeting = self._shards.meeting
+            stack.callback(vars(self).update, _shards=None, _meeting=None)
+
+    def _has_begun(self) -> bool:
+        return bool(self._wrapper.has_begun)
 
     def _ready(self, known: bool) -> bool:
         """Return whether the datamodule is still set up from a fit of this Trainer."""
@@ -359,9 +386,10 @@ class TrainerRunner(Runner):
         host: Any = self.trainer
         callbacks, limit = host.callbacks, host.limit_predict_batches
         host.callbacks, host.limit_predict_batches = [], 0
-        with warnings.catch_warnings(), preserve_rng():
+        with warnings.catch_warnings(), preserve_rng(), contextlib.ExitStack() as stack:
             # The callbacks that Lightning misses here are those that step aside.
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+            stack.enter_context(loading_into(self.trainer, self.module))
             host.predict(
                 self._wrapper,
                 datamodule=data,
@@ -379,8 +407,9 @@ class TrainerRunner(Runner):
         host.datamodule = None
         if self._bar is not None:
             self._bar.label = stepper.one_pass.description
-        self._wrapper.begin(stepper, loaders, expected)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._wrapper.end)
+            self._wrapper.begin(stepper, loaders, expected)
+            if self._shards is not None:  # Lightning wants the parameters until the batches come
+                self._wrapper.lend = functools.partial(stack.enter_context, self._shards.lent())
             self.trainer.predict(self._wrapper, return_predictions=False)
-        finally:
-            self._wrapper.end()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.support.random_states import hash_numbers
+from lightning_influence.support.whole import read_whole
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Numbers of a row that share their weights with those so much further on, up to a factor for the whole run.
@@ -47,7 +48,7 @@ def digest_rows(rows: Tensor) -> Tensor:
 def digest_tensors(tensors: dict[str, Tensor]) -> str:
     """Return a short text that changes with the names, shapes, precisions and contents of tensors."""
     facts = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
-    found = [digest_rows(tensor.detach()[None]) for tensor in tensors.values() if tensor.numel()]
+    found = [digest_rows(read_whole(tensor).detach()[None]) for tensor in tensors.values() if tensor.numel()]
     devices = sorted({str(digest.device) for digest in found})
     # One wait for each device.
     values = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -38,6 +39,31 @@ class Loader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """What one process sends to another.
+
+    Attributes:
+        note: primitives that say what the tensors are.
+        tensors: the tensors.
+    """
+
+    note: Any
+    tensors: Sequence[Tensor]
+
+
+class Exchange(Protocol):
+    """Lets processes work together in mid-pass, whatever batch each of them is at."""
+
+    def join(self) -> None:
+        """Wait until all who have batches left join; who has none helps, see :meth:`Passes.run`."""
+        ...
+
+    def swap(self, outgoing: Sequence[Parcel], error: Exception | None = None) -> list[Parcel]:
+        """Send a parcel to each process, and return what each has sent; raise an error on all."""
+        ...
+
+
 class Passes(Protocol):
     """Runs passes over loaders, on one process or several."""
 
@@ -56,12 +82,21 @@ class Passes(Protocol):
         """Number of processes that share a pass."""
         ...
 
+    @property
+    def exchange(self) -> Exchange | None:
+        """Lets processes that share parameters work together in mid-pass; None where each works alone."""
+        ...
+
     def run(self, one_pass: Any, dataloaders: Any) -> Any:
-        """Run one pass."""
+        """Run one pass; a process without batches left calls its ``help()`` while others join."""
         ...
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over the processes, in place."""
+        ...
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on all processes the error that one of them has."""
         ...
 
     def all_gather_cat(self, tensor: Tensor) -> Tensor:

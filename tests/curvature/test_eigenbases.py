@@ -116,6 +116,15 @@ class Meeting:
         self.barrier.wait(10)
         return total
 
+    def fail(self, rank, error):
+        self.parts[rank] = error
+        self.barrier.wait(10)
+        both = [self.parts[rank], self.parts[1 - rank]]
+        self.barrier.wait(10)
+        for found in both:
+            if found is not None:
+                raise found
+
 
 def on_two(layers):
     """What each of two processes gets, and which layers it decomposed."""
@@ -130,6 +139,7 @@ def on_two(layers):
             found[rank] = compute_eigenbases(
                 layers, rank=rank, world_size=2, decompose=decompose,
                 all_reduce_sum=lambda tensor: meeting.add(rank, tensor),
+                raise_together=lambda error: meeting.fail(rank, error),
             )  # fmt: skip
         except NonFiniteError as error:
             found[rank] = error

@@ -23,6 +23,7 @@ from lightning_influence.running.host.trainer import (
     SIGNAL_CONNECTOR,
     STRATEGY,
     borrowed_trainer,
+    check_strategy,
     check_trainer,
     make_labelled_bar,
     resolve_checkpoint,
@@ -138,12 +139,25 @@ def test_spawning_strategies_are_refused(tmp_path):
         check_trainer(trainer)
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
-def test_sharded_strategies_are_refused(kind):
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_shard_in_flat_pieces_are_refused(kind):
     strategy = kind.__new__(kind)
     strategy._launcher = None
-    with pytest.raises(UnsupportedTrainerError, match=f"{kind.__name__} splits the parameters"):
+    text = f"{kind.__name__} splits the parameters .* accepted are .*ModelParallelStrategy"
+    with pytest.raises(UnsupportedTrainerError, match=text):
         check_trainer(SimpleNamespace(strategy=strategy))
+
+
+@pytest.mark.parametrize(("size", "refused"), [(2, True), ("auto", True), (1, False)])
+def test_only_data_parallel_shards_are_accepted(size, refused):
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=size)
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    trainer = SimpleNamespace(strategy=strategy)
+    if not refused:
+        check_strategy(trainer)
+        return
+    with pytest.raises(UnsupportedTrainerError, match=r"tensor_parallel_size=2 .* tensor_parallel_size=1"):
+        check_strategy(trainer)
 
 
 class Checker(pl.Callback):

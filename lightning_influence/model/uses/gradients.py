@@ -13,6 +13,7 @@ from lightning_influence.model.uses.calls import Derivation, Slot, Use, Watched
 from lightning_influence.model.uses.operations.general import pull_in_loop, pull_mapped
 from lightning_influence.model.uses.operations.registry import ExampleCall, find_operation
 from lightning_influence.model.uses.parts import Dense, ParameterGradient, Part, Product
+from lightning_influence.support.whole import made_whole
 
 
 @dataclass
@@ -81,7 +82,8 @@ def pull_uses(
         if all(gradient is None for gradient in gradients):
             continue
         try:
-            sums.add(use, _pull(use, gradients, watch.num_examples, closed_forms))
+            with made_whole(use.sources.values()):
+                sums.add(use, _pull(use, gradients, watch.num_examples, closed_forms))
         except Exception as error:  # an operation may raise anything on a call of its own for each example
             reason = f"{use.call.name}: {error}".splitlines()[0]
             sums.failed.update(dict.fromkeys(names_of(watch, use), reason))

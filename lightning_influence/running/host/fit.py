@@ -16,8 +16,9 @@ from torch.utils.data import BatchSampler
 
 from lightning_influence.running.host.module import muted
 from lightning_influence.running.host.processes import sum_over_processes
+from lightning_influence.running.host.shards import Shards
 from lightning_influence.running.host.states import ModuleStates
-from lightning_influence.running.host.trainer import splits_parameters
+from lightning_influence.running.host.trainer import check_strategy, splits_parameters
 from lightning_influence.support.batches import MOST_DEPTH, guess_count, open_part
 from lightning_influence.support.errors import (
     UnsupportedDataError,
@@ -44,11 +45,7 @@ def check_collectable(trainer: Trainer) -> None:
     """
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
         raise UnsupportedTrainerError("LBFGS runs the training step several times for one batch.")
-    if splits_parameters(trainer):
-        name = type(trainer.strategy).__name__
-        raise UnsupportedTrainerError(
-            f"{name} splits the parameters over processes; ask for influence with a Trainer that does not."
-        )
+    check_strategy(trainer)
 
 
 def refuse_step(reason: str) -> None:
@@ -167,6 +164,27 @@ def make_all_reduce(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
     if trainer.world_size == 1:
         return None
     return functools.partial(sum_over_processes, device=trainer.strategy.root_device)
+
+
+@contextlib.contextmanager
+def lent_parameters(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """A context in which this process can run a module whose parameters are sharded, whatever others do.
+
+    At its end each process serves the others until all are there. Without shards nothing is done.
+
+    Args:
+        trainer: the Trainer, between two steps.
+        module: the user's module.
+    """
+    if not splits_parameters(trainer):
+        yield
+        return
+    shards = Shards(module, trainer.strategy.root_device)
+    with shards.lent():
+        try:
+            yield
+        finally:
+            shards.meeting.wait()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric
 
 from lightning_influence.running.host.packages import find_package
+from lightning_influence.support.whole import is_stand_in, read_own_part
 
 PutBack = Callable[[], None]
 # Objects in objects are followed so far: a moving average in a helper object lies two levels down.
@@ -39,7 +40,9 @@ class ModuleStates:
 
     def __init__(self, module: nn.Module, *, parameters: bool = True) -> None:
         parts = list(module.modules())
-        self._live = [t.data for t in module.parameters() if parameters and not is_lazy(t)]
+        # A step does not reach the values that a stand-in is filled with for the time of a call.
+        own = [t for t in module.parameters() if parameters and not is_lazy(t) and not is_stand_in(t)]
+        self._live = [read_own_part(t.data) for t in own]
         self._copies = [t.clone() for t in self._live]
         self._buffers = [(m, name, b.clone()) for m in parts for name, b in m.named_buffers(recurse=False)]
         self._metrics = [(m, _metric_state(m)) for m in parts if isinstance(m, Metric)]
@@ -160,7 +163,8 @@ def _hold(value: Any, depth: int, seen: set[int]) -> PutBack | None:
 
 
 def _hold_tensor(value: Tensor) -> PutBack:
-    copy, data = value.detach().clone(), value.data
+    data = read_own_part(value.data)
+    copy = data.clone()
 
     def put_back() -> None:
         if not _equal(data, copy):

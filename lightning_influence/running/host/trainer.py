@@ -64,11 +64,7 @@ def check_trainer(trainer: Trainer) -> None:
             f"{name} starts its processes with spawn or fork, and what they compute is lost when they end. "
             'Use Trainer(strategy="ddp") in a script, or Trainer(devices=1) in a notebook.'
         )
-    if splits_parameters(trainer):
-        raise UnsupportedTrainerError(
-            f"{name} splits the parameters over processes; influence needs whole layers. "
-            'Use Trainer(devices=1) or Trainer(strategy="ddp") with the consolidated checkpoint.'
-        )
+    check_strategy(trainer)
     # Asked of every loop: within a pass, the Trainer says that it trains and not that it predicts.
     loops: dict[str, Any] = {
         "fit": trainer.fit_loop,
@@ -88,9 +84,33 @@ def check_trainer(trainer: Trainer) -> None:
         )
 
 
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that split parameters over processes in another way than ``fully_shard`` does.
+
+    Raises:
+        UnsupportedTrainerError: saying what is accepted.
+    """
+    strategy: Any = trainer.strategy
+    name = type(strategy).__name__
+    if is_lightning(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
+        raise UnsupportedTrainerError(
+            f"{name} splits the parameters over processes in flat pieces; accepted are one device, "
+            'strategy="ddp", and ModelParallelStrategy(data_parallel_size=<number of processes>, '
+            "tensor_parallel_size=1) with torch's fully_shard in configure_model."
+        )
+    size = strategy._tensor_parallel_size if splits_parameters(trainer) else 1
+    size = strategy.num_processes if size == "auto" else size
+    if size != 1:
+        raise UnsupportedTrainerError(
+            f"{name} splits layers over tensor_parallel_size={size} processes (tensor parallel); accepted "
+            f"are data-parallel shards alone: {name}(data_parallel_size=<number of processes>, "
+            "tensor_parallel_size=1) with torch's fully_shard in configure_model."
+        )
+
+
 def splits_parameters(trainer: Trainer) -> bool:
-    """Return whether the Trainer's strategy gives no process whole layers."""
-    return is_lightning(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+    """Return whether the Trainer's strategy leaves the processes parts of the parameters, see ``shards``."""
+    return is_lightning(trainer.strategy, "ModelParallelStrategy")
 
 
 def find_log_folder(trainer: Trainer) -> str | None:
@@ -185,6 +205,32 @@ def borrowed_trainer(trainer: Trainer, callbacks: list[Callback]) -> Iterator[No
         trainer._checkpoint_connector._ckpt_path = None
         trainer._checkpoint_connector._user_managed = False
         yield
+
+
+@contextlib.contextmanager
+def loading_into(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Let checkpoints be loaded into a module itself, not into what the Trainer runs it in.
+
+    Strategies that shard parameters load by the names of these; all others ask the module for them.
+    """
+    strategy: Any = trainer.strategy
+    if not splits_parameters(trainer):
+        yield
+        return
+    original = strategy.load_checkpoint
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        shown, strategy.model = strategy.model, module
+        try:
+            return original(*args, **kwargs)
+        finally:
+            strategy.model = shown
+
+    strategy.load_checkpoint = load
+    try:
+        yield
+    finally:
+        del strategy.load_checkpoint
 
 
 def _stop_display(callbacks: list[Callback]) -> None:
