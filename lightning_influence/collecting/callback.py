@@ -29,7 +29,6 @@ from lightning_influence.curvature.factors import Factors, fingerprint
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.forward import run_step
 from lightning_influence.model.live_capture import (
     check_not_compiled,
     describe_coupling,
@@ -37,6 +36,7 @@ from lightning_influence.model.live_capture import (
     pause_other_captures,
 )
 from lightning_influence.model.plan import ModuleLoss, find_layers
+from lightning_influence.model.training_step import run_step
 from lightning_influence.running.host.fit import (
     LOSS_NOT_SEEN,
     SEVERAL_BACKWARDS,
