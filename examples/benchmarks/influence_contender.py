@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from contender import Contender, Stage
-from tasks import Task, TaskModule, TensorTable
+from contender import Contender
+from large_tasks import fresh_module
+from meter import Stage, TensorTable
+from tasks import Task, TaskModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceModule
-from lightning_influence.curvature.state import InfluenceState
-from lightning_influence.curvature.training_record import LayerRecord, TrainingRecord
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.plan import find_layers
 from lightning_influence.results.attributions import Attributions
@@ -71,11 +71,7 @@ class EKFAC(Contender):
 
     def _fresh(self) -> InfluenceModule:
         """Return the model without factors, but with the record of its training."""
-        recipe, steps = self.task.recipe, self.task.recipe.steps(len(self.task.train))
-        rate = sum(recipe.rate(k, steps) for k in range(steps)) / (1 - recipe.momentum)
-        layers = {name: LayerRecord(rate, recipe.weight_decay) for name in find_layers(self.model).layers}
-        record = TrainingRecord(family="sgd", steps=steps, layers=layers)
-        return InfluenceModule(self.model, state=InfluenceState(record=record))
+        return fresh_module(self.task, self.model)
 
     def _factors(self, count: int) -> None:
         self.module = self._fresh()

@@ -160,21 +160,23 @@ class Module(LightningModule):
         return functional.cross_entropy(outputs.flatten(0, -2), batch[1].flatten())
 
 
-def draw_images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_images(count: int, generator: torch.Generator, pixels: int = PIXELS) -> tuple[Tensor, Tensor]:
     """Return noisy images of one smooth pattern a class; a tenth of the labels are wrong."""
     patterns = torch.randn(CLASSES, 3, 4, 4, generator=torch.Generator().manual_seed(7))
     labels = torch.randint(CLASSES, (count,), generator=generator)
-    clean = functional.interpolate(patterns, size=(PIXELS, PIXELS), mode="bilinear")[labels]
+    clean = functional.interpolate(patterns, size=(pixels, pixels), mode="bilinear")[labels]
     noisy = clean + 0.9 * torch.randn(clean.shape, generator=generator)
     wrong = torch.rand(count, generator=generator) < 0.1
     return noisy, torch.where(wrong, torch.randint(CLASSES, (count,), generator=generator), labels)
 
 
-def draw_tokens(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    count: int, generator: torch.Generator, vocabulary: int = VOCABULARY, context: int = CONTEXT
+) -> tuple[Tensor, Tensor]:
     """Return sequences of a chain in which each token has few likely successors."""
-    successors = torch.randint(VOCABULARY, (VOCABULARY, 3), generator=torch.Generator().manual_seed(7))
-    tokens = [torch.randint(VOCABULARY, (count,), generator=generator)]
-    for _ in range(CONTEXT):
+    successors = torch.randint(vocabulary, (vocabulary, 3), generator=torch.Generator().manual_seed(7))
+    tokens = [torch.randint(vocabulary, (count,), generator=generator)]
+    for _ in range(context):
         chosen = torch.randint(3, (count,), generator=generator)
         tokens.append(successors[tokens[-1], chosen])
     sequence = torch.stack(tokens, dim=1)
