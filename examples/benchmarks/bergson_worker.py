@@ -59,10 +59,13 @@ class ShellConfig(PretrainedConfig):
 
 
 class Shell(PreTrainedModel):
-    """A network of ``(B, T)`` tokens to logits as a causal language model of sequences of ``T + 1``."""
+    """A network of ``(B, T)`` tokens to logits as a causal language model of sequences of ``T + 1``.
+
+    Its layers see the last token too, as bergson wants; what they say of it predicts nothing.
+    """
 
     config_class = ShellConfig
-    base_model_prefix = "net"
+    base_model_prefix = ""  # it is its own base: the head is watched as well
 
     def __init__(self, config: ShellConfig) -> None:
         super().__init__(config)
@@ -81,8 +84,16 @@ class Shell(PreTrainedModel):
         return self.net.head
 
     def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
-        """Return logits; those of the last token, which predict nothing, are zero."""
-        return CausalLMOutput(logits=nn.functional.pad(self.net(input_ids[:, :-1]), (0, 0, 0, 1)))
+        """Return logits of each next token."""
+        return CausalLMOutput(logits=self.net(input_ids))
+
+
+def _lengthen(net: nn.Module) -> nn.Module:
+    """Return a copy of a network with learned places that has one more."""
+    longer = deepcopy(net)
+    weight = nn.functional.pad(net.place.weight.detach(), (0, 0, 0, 1))
+    longer.place = nn.Embedding.from_pretrained(weight, freeze=False)
+    return longer
 
 
 AutoConfig.register("benchmark_shell", ShellConfig)
@@ -110,7 +121,7 @@ class EKFAC(Peer):
             raise UnansweredError("answers for causal language models of Hugging Face alone")
         if not torch.equal(job.train.tensors[0][:, 1:], job.train.tensors[1][:, :-1]):
             raise UnansweredError("labels are not the next tokens")
-        NETS["net"] = job.net
+        NETS["net"] = _lengthen(job.net)
         folder, vocabulary = job.scratch, job.net.token.num_embeddings
         shell = Shell(ShellConfig())
         shell.save_pretrained(folder / "model")
