@@ -34,6 +34,7 @@ PEERS = {
 # This package's methods: each a Contender in a file of its own.
 OURS = {
     "ekfac": "influence_contender:EKFAC",
+    "ekfac-layers": "influence_contender:LayersEKFAC",
     "ekfac-tight": "influence_contender:TightEKFAC",
     "kfac": "influence_contender:KFAC",
     "ekfac-exact": "influence_contender:ExactFisher",
@@ -42,7 +43,7 @@ OURS = {
 # Peers in environments of their own: the keys of ``foreign.METHODS``.
 FOREIGN = ("bergson", "bergson-cg", "dattri-ekfac", "dattri-cg", "dattri-logra", "dattri-llm")
 CONTENDERS = (*OURS, *PEERS, *FOREIGN)
-DEFAULT = ["ekfac", "kfac", "auto", "kronfluence", *FOREIGN]
+DEFAULT = ["ekfac", "ekfac-layers", "kfac", "auto", "kronfluence", *FOREIGN]
 DEFAULT_TASKS = ["digits_mlp", "digits_cnn", "large_mlp", "transformer", "resnet10", "language_small"]
 
 

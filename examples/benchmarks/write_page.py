@@ -32,10 +32,12 @@ TASKS = {
     "resnet18": "ResNet-18, 32 x 32",
     "language": "language model of 11 M",
 }
+PEERS = {"kronfluence", "bergson", "bergson-cg", "dattri-llm", "dattri-ekfac", "dattri-cg", "dattri-logra"}
 METHODS = {
     "auto": "`auto`",
     "kfac": "`kfac`",
     "ekfac": "`ekfac`",
+    "ekfac-layers": "`ekfac`, linear and convolutional layers alone",
     "kronfluence": "kronfluence 1.0.1, EK-FAC, damping 1e-6",
     "bergson": "bergson 2.5.1, EK-FAC",
     "bergson-cg": "bergson 2.5.1, EK-FAC + CG",
@@ -115,7 +117,7 @@ def write_peers(results: list[Result]) -> str:
 
 def _figures(result: Result, own: Result | None, best: Result | None) -> list[str]:
     """Return a method's cells: epochs of each group, peak memory, quality, quality untuned."""
-    peer = result["contender"] not in {"auto", "kfac", OWN}
+    peer = result["contender"] in PEERS
     cells = []
     for group in GROUPS:
         epochs, ours = total(result, group), total(own, group) if own and "error" not in own else 0.0
