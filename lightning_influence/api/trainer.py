@@ -69,9 +69,8 @@ def influence(
     """Attribute a model's behaviour on queries to its training examples.
 
     The score of training example ``n`` for query ``q`` is ``(1/N) g_q^T (H + damping)^{-1} g_n``: the
-    predicted change of
-    the measurement on ``q`` when ``n`` is removed from the training data. With the loss as measurement,
-    positive scores belong to examples that help ``q``.
+    predicted change of the measurement on ``q`` when ``n`` is removed from the training data. With the loss
+    as measurement, positive scores belong to examples that help ``q``.
 
     Args:
         trainer: the Trainer; with an :class:`~lightning_influence.InfluenceCallback` its factors are used.
@@ -87,8 +86,8 @@ def influence(
         damping: ``"auto"`` (from the recorded training run), ``"heuristic"`` (a tenth of a layer's mean
             eigenvalue), or a number.
         measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or
-            ``"hook"`` for the
-            module's ``influence_measurement``, which is also the default if it is defined; else the loss.
+            ``"hook"`` for the module's ``influence_measurement``, which is also the default if it is defined;
+            else the loss.
         loss: a callable ``(module, batch)`` that returns the losses of the examples ``(B,)``, or the loss of
             the batch, where the training step's own couples the examples or cannot be found; it is compared
             with the step's gradient. None for the loss of ``training_step``, or of ``influence_loss``.

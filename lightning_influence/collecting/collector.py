@@ -28,7 +28,7 @@ from lightning_influence.model.layers import Layer
 from lightning_influence.model.live_capture import LiveCapture, check_first
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, draw_generator
 from lightning_influence.model.plan import LayerPlan
-from lightning_influence.support.errors import InfluenceError, NonFiniteError
+from lightning_influence.support.errors import InfluenceError, LossCaptureError, NonFiniteError
 from lightning_influence.support.notes import Notices
 from lightning_influence.support.waiting import settle
 
@@ -61,6 +61,8 @@ class CollectingError(InfluenceError):
 
 def describe_error(error: Exception) -> str:
     """Return an error's message as a sentence: of another library's, its kind and how it begins."""
+    if isinstance(error, LossCaptureError):
+        return error.reason  # a pass will find the loss in other ways than by its functions
     if isinstance(error, InfluenceError):
         return str(error)
     first = str(error).strip().partition("\n")[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_influence.collecting.moments import Moments
 from lightning_influence.collecting.sums import AllReduce
 from lightning_influence.model.example_losses import ExampleLosses, HeldStep, LossWatch
-from lightning_influence.support.errors import InfluenceError
+from lightning_influence.support.errors import InfluenceError, LossCaptureError
 from lightning_influence.support.notes import Notices
 
 # Chosen by hand: small steps that are read at once. With 16 of them each operation is shared by as many.
@@ -187,5 +187,6 @@ class Watching:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
+    text = error.reason if isinstance(error, LossCaptureError) else str(error)
+    text = text.strip().partition("\n")[0]
     return text if isinstance(error, InfluenceError) else f"{type(error).__name__}: {text}"

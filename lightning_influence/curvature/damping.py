@@ -42,9 +42,9 @@ def resolve_damping(
     (``examples/benchmarks/damping_rules.py``).
 
     ``"auto"`` for closed-form factors is 3% of the layer's mean eigenvalue: block-diagonal factors miss the
-    cross-layer terms that the run's damping relies on.
-    Where no run was recorded, a solver of the full system uses one number for all layers, the mean eigenvalue
-    of a layer averaged over the layers. ``"heuristic"`` is a tenth of each layer's mean (Grosse et al. 2023).
+    cross-layer terms that the run's damping relies on. Where no run was recorded, a solver of the full system
+    uses one number for all layers, the mean eigenvalue of a layer averaged over the layers. ``"heuristic"``
+    is a tenth of each layer's mean (Grosse et al. 2023).
 
     Args:
         damping: a number for all layers, or the rule.

@@ -7,10 +7,8 @@ g_m]`` for ``m`` training gradients. For a right-hand side ``v`` and ``z = P^{-1
 
 a coarse correction in the sense of deflation and domain decomposition (Frank and Vuik 2001). Where EK-FAC is
 too small as a whole, ``z`` overshoots outside the coarse space, where nothing corrects it, and
-:func:`rescale_inverse`
-takes out the common factor, at no cost. ``G Q`` costs
-one pass over the curvature examples, once; afterwards every right-hand side and every damping costs a few
-products.
+:func:`rescale_inverse` takes out the common factor, at no cost. ``G Q`` costs one pass over the curvature
+examples, once; afterwards every right-hand side and every damping costs a few products.
 """
 
 from __future__ import annotations

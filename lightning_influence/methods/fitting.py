@@ -126,7 +126,7 @@ def _is_stale(context: Context) -> bool:
         kinds = get_args(Fisher) if asked is None else (asked,)
         stale = state.factors_key not in {_key(context, kind) for kind in kinds}
         if stale:
-            context.notes.add(
+            context.notes.inform(
                 "The factors of an earlier call were fitted for other weights, buffers, training examples, "
                 "layers or another kind of Fisher; they are fitted again."
             )
@@ -135,18 +135,15 @@ def _is_stale(context: Context) -> bool:
     if differing:
         shown = ", ".join(differing[:4]) + (" and more" if len(differing) > 4 else "")
         context.notes.add(
-            f"The factors were collected at other weights than the model has now (they differ in "
-            f"{shown}). Scores "
-            "are less accurate the further the weights have moved; pass the checkpoint that holds the "
-            "factors as "
-            "ckpt_path, or fit factors for these weights with factors='refit'."
+            f"The factors were collected at other weights than the model has now (they differ in {shown}). "
+            "Scores are less accurate the further the weights have moved; pass the checkpoint that holds the "
+            "factors as ckpt_path, or fit factors for these weights with factors='refit'."
         )
     examples = context.train.num_examples
     if factors.origin == "pass" and factors.weight_examples != examples:
         context.notes.add(
             f"The factors were fitted on {factors.weight_examples:g} examples, the training data has "
-            f"{examples}. "
-            "They are used as they are; fit factors for these examples with factors='refit'."
+            f"{examples}. They are used as they are; fit factors for these with factors='refit'."
         )
     return False
 
@@ -226,7 +223,7 @@ def _compare_later(context: Context, losses: SeenData) -> None:
     state.mean_loss = losses.mean(runner.all_reduce_sum)
     state.content = losses.identify(runner.all_reduce_sum)
     context.reused = True
-    context.notes.add("Factors, or parts of them, were read from factors_dir.")
+    context.notes.inform("Factors, or parts of them, were read from factors_dir.")
 
 
 def _adopt(context: Context, factors: Factors) -> Factors:
@@ -251,7 +248,7 @@ def _adopt(context: Context, factors: Factors) -> Factors:
     context.runner.run(squares, context.train)
     _reduce_squares(context, factors)
     factors.layers = {name: layer for name, layer in factors.layers.items() if layer.squares_examples}
-    context.notes.add(
+    context.notes.inform(
         "The fit ended before eigenvalues were collected; they were measured in a pass of their own."
     )
     return factors
@@ -272,11 +269,11 @@ def _complete(context: Context, factors: Factors) -> Factors:
     added = {name: layer for name, layer in fitted.layers.items() if name in missing}
     verified.update(_TAKES_NO_PART.format(name) for name in missing.keys() - added.keys())
     if added:
-        context.notes.add(
+        context.notes.inform(
             f"The fit has collected no factors of {next(iter(added))!r}"
             + (f" and {len(added) - 1} more" if len(added) > 1 else "")
-            + ": it collects those of the Linear and convolution layers that it was to watch and that were "
-            "called. The others were fitted in a pass of their own."
+            + ", because it collects those of Linear and convolution layers that are called and that it was "
+            "to watch. They were fitted in a pass of their own."
         )
     return replace(factors, layers=factors.layers | added)
 

@@ -3,7 +3,8 @@
 A function mode keeps the calls of loss functions that a step makes. What a call says of each example is
 computed from its own arguments, without a backward pass and without random numbers. That the batch's loss is
 made of the call is found out from the graph, as for any capture; where it is the plain value of one call, the
-next steps only compare values, and on an accelerator nobody waits for the comparison. Small steps of that
+next steps are not watched at all: the call is read off its node in their graph, or, of losses that have no
+such node, values are compared, and on an accelerator nobody waits for the comparison. Small steps of that
 kind are held, as copies, and read many at once: an operation takes longer to begin than to run on one.
 """
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.live_capture import StepLosses
+from lightning_influence.model.loss_nodes import LossNode
 from lightning_influence.model.losses.bce import BinaryCrossEntropyLoss, ProbabilityLoss
-from lightning_influence.model.losses.capture import LossCall, same_value, versions_of
+from lightning_influence.model.losses.calls import LossCall, versions_of
+from lightning_influence.model.losses.capture import same_value
 from lightning_influence.model.losses.combined import ScaledLoss, SumLoss
 from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
 from lightning_influence.model.losses.loss import OutputLoss, Reduction, working
@@ -27,6 +30,7 @@ from lightning_influence.support.errors import LossCaptureError
 
 # Chosen by hand: steps of one fit put rows into another order always or never.
 _FOLLOWED = 2
+_OTHER_STEP = "The loss of this training step is made otherwise than those of the steps before it."
 _OTHER_ORDER = (
     "The training step computes its losses on rows in another order than the examples of the batch, so that "
     "it is not known which loss is whose."
@@ -56,14 +60,14 @@ class HeldStep(NamedTuple):
     Attributes:
         kind: equal for steps that can be read as one.
         call: the call of the loss function, with copies of its arguments.
-        loss: a copy of the batch's loss, in the units of the call.
+        loss: a copy of the batch's loss, in the units of the call; None where it is known to be the call's.
         num_examples: ``B``.
         reduction: of the call.
     """
 
     kind: Hashable
     call: LossCall
-    loss: Tensor
+    loss: Tensor | None
     num_examples: int
     reduction: Reduction
 
@@ -83,6 +87,11 @@ class LossWatch:
         self.excess: Tensor | None = None
         self._plain: dict[Hashable, Reduction] = {}
         self._followed = 0
+        # The node that the calls of steps are read off, with what is known of them; while it is known, steps
+        # run without the mode.
+        self._node: tuple[LossNode, Hashable, Reduction] | None = None
+        self._is_regular = True  # whether no step has been met whose loss is made otherwise
+        self._is_entered = False  # whether the mode is on
 
     def open(self, batch: Any = None, num_examples: int = 0) -> None:
         """Watch the calls of loss functions from here on.
@@ -92,17 +101,17 @@ class LossWatch:
                 must have them in their order; None to trust that they do.
             num_examples: ``B``.
         """
-        self._mode.hooks = False
-        self._mode.__enter__()
         self.is_open = True
+        if self._node is not None:
+            return
+        self._mode.hooks, self._is_entered = False, True
+        self._mode.__enter__()
         if self._followed < _FOLLOWED and num_examples > 1 and batch is not None:
             self._mode.follow(batch, num_examples)
 
     def close(self) -> None:
         """Watch no longer, and let go of what was seen."""
-        if self.is_open:
-            self.is_open = False
-            self._mode.__exit__(None, None, None)
+        self._stop()
         self._mode.clear()
 
     @torch.no_grad()
@@ -123,14 +132,15 @@ class LossWatch:
         """
         try:
             self._stop()
+            if self._node is not None:
+                return self._take_node(batch_loss, num_examples, divisor)
             if self._mode.hooks:
                 raise LossCaptureError("The training step registers a hook on a tensor.")
             if not self._mode.are_in_order():
                 raise LossCaptureError(_OTHER_ORDER)
             self._followed += self._mode.watch is not None
             with torch._C.DisableTorchFunction():
-                held = self._hold(batch_loss, num_examples, divisor)
-                return held or read_examples(self._read(batch_loss, num_examples, divisor))
+                return self._take_call(batch_loss, num_examples, divisor)
         finally:
             self._mode.clear()
 
@@ -150,39 +160,84 @@ class LossWatch:
         first = steps[0]
         with torch._C.DisableTorchFunction():
             call = _join_calls([step.call for step in steps])
-            self._compare(torch.stack([step.loss for step in steps]), call.value)
+            found = [step.loss for step in steps if step.loss is not None]
+            if found:
+                self._compare(torch.stack(found), call.value)
             loss = call.read(sum(step.num_examples for step in steps))
             return read_examples(replace(loss, reduction=first.reduction))
 
     def distrust(self) -> None:
         """Walk every graph from the next batch on, because a value did not agree."""
         self._plain, self.excess = {}, None
+        self._node, self._is_regular = None, False
 
     def _stop(self) -> None:
-        if self.is_open:
-            self.is_open = False
+        self.is_open = False
+        if self._is_entered:
+            self._is_entered = False
             self._mode.__exit__(None, None, None)
 
-    def _hold(self, batch_loss: Tensor, num_examples: int, divisor: float) -> HeldStep | None:
-        """Return copies of a step that can be read later; None for one that is to be read now."""
+    def _take_node(self, batch_loss: Tensor, num_examples: int, divisor: float) -> ExampleLosses | HeldStep:
+        """Read a step off its graph.
+
+        Returns:
+            As :meth:`take`.
+
+        Raises:
+            LossCaptureError: if its loss is made otherwise; the next steps are watched again.
+        """
+        assert self._node is not None
+        node, key, reduction = self._node
+        call = node.read(batch_loss, divisor)
+        if call is None:
+            self.distrust()
+            raise LossCaptureError(_OTHER_STEP)
+        return self._hold_or_read(key, call, None, num_examples, reduction)
+
+    def _take_call(self, batch_loss: Tensor, num_examples: int, divisor: float) -> ExampleLosses | HeldStep:
+        """Read a step by the calls that were seen."""
         calls = self._mode.calls
         key = _key_of(calls[0]) if len(calls) == 1 else None
         if key is None or key not in self._plain:
-            return None
-        call = calls[0]
-        own = [part for part in (*call.args, *call.kwargs.values()) if isinstance(part, Tensor)]
+            loss = self._resolve(key, batch_loss, num_examples, divisor)
+            if key is None or key not in self._plain:
+                return read_examples(loss)
+        call, reduction = calls[0], self._plain[key]
+        node = LossNode.find(batch_loss, call)
+        if node is not None and self._is_regular and self._followed >= _FOLLOWED:
+            self._node = node, key, reduction
+        # Also where it was seen, so that numbers do not go, by a digit, with when the watch began.
+        off_node = None if node is None else node.read(batch_loss, divisor)
+        if off_node is not None:
+            return self._hold_or_read(key, off_node, None, num_examples, reduction)
+        return self._hold_or_read(key, call, batch_loss.detach() * divisor, num_examples, reduction)
+
+    def _hold_or_read(
+        self, key: Hashable, call: LossCall, loss: Tensor | None, num_examples: int, reduction: Reduction
+    ) -> ExampleLosses | HeldStep:
+        held = self._hold(key, call, loss, num_examples, reduction)
+        if held is not None:
+            return held
+        if loss is not None:
+            self._compare(loss, call.value.mean())
+        return read_examples(replace(call.read(num_examples), reduction=reduction))
+
+    def _hold(
+        self, key: Hashable, call: LossCall, loss: Tensor | None, num_examples: int, reduction: Reduction
+    ) -> HeldStep | None:
+        """Return copies of a step that can be read later; None for one that is to be read now."""
+        own = call.tensors
         shapes = [part.shape for part in own]
         if len(own) != 2 or not all(shapes) or shapes[0][0] != shapes[1][0] or call.picked or call.value.ndim:
             return None
         count, numbers = shapes[0][0], shapes[0].numel() + shapes[1].numel()
         if count % num_examples or numbers > _HELD_NUMBERS or call.versions != versions_of(own):
             return None
-        kind = (key, count // num_examples, shapes[0][1:], shapes[1][1:], batch_loss.dtype)
-        copies = {id(part): part.detach().clone() for part in own}
-        args = tuple(copies.get(id(part), part) for part in call.args)
-        kwargs = {name: copies.get(id(part), part) for name, part in call.kwargs.items()}
-        kept = replace(call, args=args, kwargs=kwargs, node=None)
-        return HeldStep(kind, kept, batch_loss.detach() * divisor, num_examples, self._plain[key])
+        # Calls of several steps are joined to one: their tensors are alike but for the number of rows.
+        alike = [(shape[1:], part.dtype) for shape, part in zip(shapes, own, strict=True)]
+        kind = (key, count // num_examples, *alike, None if loss is None else loss.dtype)
+        kept = call.with_tensors([part.detach().clone() for part in own], call.value)
+        return HeldStep(kind, kept, loss, num_examples, reduction)
 
     def _compare(self, found: Tensor, values: Tensor) -> None:
         """Take up by how much losses of batches differ from values of their calls, beyond rounding."""
@@ -191,17 +246,15 @@ class LossWatch:
         excess = differences.amax()
         self.excess = excess if self.excess is None else torch.fmax(self.excess, excess)
 
-    def _read(self, batch_loss: Tensor, num_examples: int, divisor: float) -> OutputLoss:
-        calls = self._mode.calls
-        key = _key_of(calls[0]) if len(calls) == 1 else None
-        if key is not None and key in self._plain:
-            loss = calls[0].read(num_examples)
-            self._compare(batch_loss.detach() * divisor, calls[0].value.mean())
-            return replace(loss, reduction=self._plain[key])
+    def _resolve(
+        self, key: Hashable | None, batch_loss: Tensor, num_examples: int, divisor: float
+    ) -> OutputLoss:
+        """Find out from the graph what the loss is made of; note if it is the plain value of one call."""
         loss = self._mode.resolve(batch_loss, num_examples, divisor=divisor)
         # A value that no example's loss is told apart by, zero, would let any other loss pass.
         is_plain = not isinstance(loss, ScaledLoss | SumLoss) and bool(batch_loss != 0)
-        if key is not None and is_plain and same_value(calls[0].value.mean(), batch_loss * divisor):
+        whole = batch_loss * divisor
+        if key is not None and is_plain and same_value(self._mode.calls[0].value.mean(), whole):
             self._plain[key] = loss.reduction
         return loss
 
@@ -228,11 +281,14 @@ def read_examples(loss: OutputLoss) -> ExampleLosses:
     Returns:
         Detached values. An example without any weight in the loss has a loss of NaN: nothing is known of it.
     """
-    weights = loss.weights().detach().double()
-    losses = loss.per_example().detach().double()
+    if isinstance(loss, CrossEntropyLoss) and not loss.has_probabilities:
+        values, margins = _read_labels(loss)
+    else:
+        values, margins = None, _margins_of(loss)
+    losses = (loss.per_example().detach() if values is None else values).double()
     if loss.divides_by_positions:
-        losses = losses / weights  # 0 / 0 is NaN
-    return ExampleLosses(losses.float(), _margins_of(loss))
+        losses = losses / loss.weights().detach().double()  # 0 / 0 is NaN
+    return ExampleLosses(losses.float(), margins)
 
 
 def _margins_of(loss: OutputLoss) -> Tensor | None:
@@ -253,23 +309,45 @@ def _margins_of(loss: OutputLoss) -> Tensor | None:
 
 def _softmax_margins(loss: CrossEntropyLoss) -> Tensor | None:
     """Return the true label's logit less the highest other one; of soft targets, the likeliest label's."""
+    if not loss.has_probabilities:
+        return _read_labels(loss)[1]
+    logits = _logits_of(loss)
+    labels = loss.targets.movedim(1, -1).reshape(logits.shape).argmax(-1, keepdim=True)
+    return None if logits.shape[-1] < 2 else _margins_at(logits, labels).mean(1).float()
+
+
+def _read_labels(loss: CrossEntropyLoss) -> tuple[Tensor | None, Tensor | None]:
+    """Read losses and margins of a loss on class indices with one pass over the logits.
+
+    Returns:
+        The unnormalised losses ``(B,)``, None if labels or classes are weighed; and the margins ``(B,)``.
+    """
+    logits = _logits_of(loss)
+    logits = logits - logits.amax(-1, keepdim=True)
+    labels = loss.targets.reshape(loss.num_examples, -1).long()
+    counts = labels != loss.ignore_index
+    labels, kept = labels.where(counts, 0).unsqueeze(-1), counts.to(logits.dtype)
+    margins = None
+    if logits.shape[-1] > 1:
+        margins = (_margins_at(logits, labels) * kept).sum(1) / kept.sum(1).clamp_min(1)
+        margins = margins.float()
+    if loss.class_weights is not None or loss.label_smoothing or loss.position_weights is not None:
+        return None, margins
+    # Torch's own log_softmax takes four times as long for ten classes.
+    values = logits.exp().sum(-1).log() - logits.gather(-1, labels).squeeze(-1)
+    return (values * kept).sum(1), margins
+
+
+def _logits_of(loss: CrossEntropyLoss) -> Tensor:
+    """Return the logits as ``(B, T, C)``, detached."""
     classes = loss.outputs.shape[1]
-    if classes < 2:
-        return None
-    logits = working(loss.outputs.detach()).movedim(1, -1).reshape(loss.num_examples, -1, classes)
-    if loss.has_probabilities:
-        labels = loss.targets.movedim(1, -1).reshape(logits.shape).argmax(-1)
-        kept = torch.ones_like(labels, dtype=logits.dtype)
-    else:
-        labels = loss.targets.reshape(loss.num_examples, -1).long()
-        counts = labels != loss.ignore_index
-        labels, kept = labels.where(counts, 0), counts.to(logits.dtype)
-    # The best two logits give the best other one of any label, with one pass over the classes.
-    best, places = logits.topk(2, dim=-1)
-    own = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    others = torch.where(places[..., 0] == labels, best[..., 1], best[..., 0])
-    margins = (own - others) * kept
-    return (margins.sum(1) / kept.sum(1).clamp_min(1)).float()
+    return working(loss.outputs.detach()).movedim(1, -1).reshape(loss.num_examples, -1, classes)
+
+
+def _margins_at(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each position's margin ``(B, T)`` for labels ``(B, T, 1)``."""
+    others = logits.scatter(-1, labels, -torch.inf).amax(-1)
+    return logits.gather(-1, labels).squeeze(-1) - others
 
 
 def _key_of(call: LossCall) -> Hashable | None:

@@ -21,7 +21,8 @@ from lightning_influence.model.checks import (
     check_order,
 )
 from lightning_influence.model.losses.batch import BatchLoss
-from lightning_influence.model.losses.capture import LossCall, LossCapture
+from lightning_influence.model.losses.calls import LossCall
+from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.one_by_one import ONE_BY_ONE

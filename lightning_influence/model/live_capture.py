@@ -120,7 +120,8 @@ class StepLosses(LossCapture):
             return func(*args, **(kwargs or {}))
         if self.watch is not None and not (is_loss or torch.compiler.is_compiling()):
             result = self.watch.__torch_function__(func, types, tuple(args), kwargs)
-            self.note_picked(func, args, result)
+            if func in PICKERS:
+                self.note_picked(func, args, result)
             return result
         return super().__torch_function__(func, types, args, kwargs)
 

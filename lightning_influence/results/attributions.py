@@ -309,8 +309,8 @@ class Attributions(Result):
 
         Returns:
             Columns ``query``, ``dataloader`` (with several), ``train`` and ``score``, with names in place of
-            indices of groups; when only the ends are
-            stored also ``end`` (``top`` or ``bottom``) and ``rank`` (from 1).
+            indices of groups; when only the ends are stored also ``end`` (``top`` or ``bottom``) and ``rank``
+            (from 1).
 
         Raises:
             ImportError: if pandas is not installed.

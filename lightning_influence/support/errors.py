@@ -8,7 +8,19 @@ class InfluenceError(RuntimeError):
 
 
 class LossCaptureError(InfluenceError):
-    """The training loss of a LightningModule could not be found, or does not match what was found."""
+    """The training loss of a LightningModule could not be found, or does not match what was found.
+
+    Args:
+        message: what was found, what is accepted, and what to do.
+        reason: the first of these in one sentence, for those who go on without it; the message if None.
+
+    Attributes:
+        reason: the same.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 class UnsupportedModelError(InfluenceError):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
+from lightning_utilities.core.rank_zero import rank_zero_only
+
 from lightning_influence.support.errors import InfluenceWarning
+
+# A child of Lightning's own logger, whose level and handlers it shares.
+_LOG = logging.getLogger("lightning.pytorch.influence")
 
 
 class Notices:
@@ -21,7 +27,10 @@ class Notices:
 
 
 class Notes:
-    """What was left out or assumed: kept for the diagnostics, and said once as a Python warning.
+    """What an answer was made of, left out or assumed: kept for its certificate, and said once.
+
+    What may change an answer, or what somebody makes of it, is a warning; what was done to get it right is
+    information, which Lightning's logger shows as it does its own.
 
     Attributes:
         messages: all notes, in order.
@@ -35,3 +44,10 @@ class Notes:
         if message not in self.messages:
             self.messages.append(message)
             warnings.warn(message, InfluenceWarning, stacklevel=2)
+
+    def inform(self, message: str) -> None:
+        """Say what is no reason to worry, unless it was said before."""
+        if message not in self.messages:
+            self.messages.append(message)
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                _LOG.info(message)

@@ -8,7 +8,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from pretended_device import NAME
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-pytestmark = [pytest.mark.devices, pytest.mark.filterwarnings("ignore:The fit has collected no factors")]
+pytestmark = pytest.mark.devices
 
 
 @pytest.mark.parametrize("precision", HALF)

@@ -12,9 +12,7 @@ from lightning_influence import InfluenceModule
 
 pytestmark = [
     pytest.mark.devices,
-    pytest.mark.filterwarnings(
-        "ignore:The fit has collected no factors", "ignore:.*tolerance", "ignore:.*answer of"
-    ),
+    pytest.mark.filterwarnings("ignore:.*tolerance", "ignore:.*answer of"),
     pytest.mark.filterwarnings("ignore:No step makes", "ignore:The edit raises", "ignore:.*limit"),
 ]
 METHODS = [

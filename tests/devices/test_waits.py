@@ -16,7 +16,6 @@ from lightning_influence import InfluenceCallback
 pytestmark = [
     pytest.mark.devices,
     pytest.mark.filterwarnings(
-        "ignore:The fit has collected no factors",
         "ignore:.*tolerance",
         "ignore:.*answer of",
         "ignore:.*limit",

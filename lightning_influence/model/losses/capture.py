@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -16,93 +16,19 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from lightning_influence.model.losses.calls import LossCall, is_packed, versions_of
 from lightning_influence.model.losses.divisors import find_divisor, find_factor
 from lightning_influence.model.losses.graphs import walk
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
-from lightning_influence.model.losses.picked import count_picked
+from lightning_influence.model.losses.picked import PICKERS, count_picked
 from lightning_influence.model.losses.reductions import Alike, count_ways, reduced, summed, tolerance
 from lightning_influence.model.losses.registry import (
     find_losses,
-    is_supported,
     loss_name,
-    parse,
     supported_losses,
 )
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
 from lightning_influence.support.waiting import expect
-
-
-def versions_of(tensors: Iterable[Any]) -> tuple[int, ...]:
-    """Return how often each tensor was changed in place; inference tensors do not count it."""
-    return tuple(t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference())
-
-
-@dataclass(frozen=True, eq=False)
-class LossCall:
-    """One recorded call of a loss function.
-
-    Attributes:
-        function: the torch function.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        value: a copy of what it returned.
-        node: the autograd node of what it returned.
-        output_number: which output of the node it is.
-        versions: of its tensor arguments, to notice changes in place after the call.
-        picked: whether it has as many rows as a mask has left, which are nobody's by their number.
-    """
-
-    function: Callable[..., Any]
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    value: Tensor
-    node: Any
-    output_number: int
-    versions: tuple[int, ...]
-    picked: bool = False
-
-    @property
-    def outputs(self) -> Tensor:
-        """The first argument: the outputs that it is a loss of; torch calls it ``input``."""
-        arguments = (*self.args, self.kwargs.get("input"), *self.kwargs.values())
-        return next(part for part in arguments if isinstance(part, Tensor))
-
-    def read(self, batch_size: int) -> OutputLoss:
-        """Return the call as a loss of ``batch_size`` examples.
-
-        Raises:
-            LossCaptureError: if the function, its arguments or the number of its rows cannot be worked with.
-        """
-        loss = parse(self.function, self.args, self.kwargs)
-        if self.versions != versions_of((*self.args, *self.kwargs.values())):
-            raise LossCaptureError(
-                f"An argument of {loss_name(self.function)} was changed in place after the call. Accepted "
-                "are outputs and targets that stay as they were: change a copy."
-            )
-        rows = loss.outputs.shape[0]
-        if self.picked:
-            raise LossCaptureError(
-                f"{loss_name(self.function)} was computed on {rows} rows that a mask picked. Accepted are B "
-                "rows, or B * T with the T positions of each example together: mark rows to leave out with "
-                "`ignore_index`."
-            )
-        if rows == 0 or rows % batch_size:
-            raise LossCaptureError(
-                f"The loss was computed on {rows} rows (outputs of shape {tuple(loss.outputs.shape)}), which "
-                f"is no multiple of the batch size {batch_size}. Accepted are B rows, or B * T with the T "
-                "positions of each example together: do not drop rows before the loss, mark them with "
-                "`ignore_index`."
-            )
-        return replace(loss, num_examples=batch_size)
-
-    def describe(self) -> str:
-        """Return the call for a message: name, shape or value, and whether it can be read."""
-        value = self.value
-        shown = f"{value.item():.6g}" if value.numel() == 1 else f"values of shape {tuple(value.shape)}"
-        if value.numel() > 1:
-            shown += f" with mean {value.mean().item():.6g}"
-        known = "" if is_supported(self.function) else " (not a supported loss)"
-        return f"{loss_name(self.function)} = {shown}{known}"
 
 
 def same_value(value: Tensor, batch_loss: Tensor) -> bool:
@@ -189,18 +115,17 @@ class LossCapture(TorchFunctionMode):
         result = func(*args, **kwargs)
         if type(result).__module__.startswith("torch._subclasses."):
             return result  # the compiler traces it after all: torch 2.4 does not say so
-        self.note_picked(func, args, result)
+        if func in PICKERS:
+            self.note_picked(func, args, result)
         if func in self._losses and isinstance(result, Tensor) and result.requires_grad:
             versions = versions_of((*args, *kwargs.values()))
             # A copy, because `loss += penalty` would change the value that was seen.
             value = result.detach().clone()
-            picked = any(
-                isinstance(part, Tensor) and part.dim() and len(part) in self._picked
-                for part in (*args, *kwargs.values())
+            call = LossCall(
+                func, args, kwargs, value, result.grad_fn, result.output_nr, versions, is_packed=is_packed()
             )
-            self.calls.append(
-                LossCall(func, args, kwargs, value, result.grad_fn, result.output_nr, versions, picked)
-            )
+            picked = any(part.dim() and len(part) in self._picked for part in call.tensors)
+            self.calls.append(replace(call, picked=picked))
         return result
 
     def note_picked(self, func: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
@@ -258,7 +183,7 @@ class LossCapture(TorchFunctionMode):
         _check_request(batch_loss, batch_size)
         if not self.calls:
             _check_finite(batch_loss)
-            raise LossCaptureError(_message_no_calls(batch_loss))
+            _refuse_no_calls(batch_loss)
         with torch._C.DisableTorchFunction():
             if batch_loss.grad_fn is None:
                 _check_finite(batch_loss)
@@ -317,7 +242,7 @@ class LossCapture(TorchFunctionMode):
         met, beside, ends = walk(batch_loss.grad_fn, by_node, outputs.union(activations))
         # Leaves beside the calls are weights: penalties, unless the way there is one of the outputs' too.
         if not met or ends == "layer" or (ends == "leaf" and beside & walk(met, (), ())[1]):
-            raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
+            _refuse_calls(self.calls, batch_loss)
         return [by_node[node] for node in met]
 
     def _join(
@@ -334,7 +259,7 @@ class LossCapture(TorchFunctionMode):
             # A slope with a graph goes with other calls' values, or with parameters that the loss alone uses.
             bent = [slope.sum() for slope in slopes if slope.requires_grad]
             if bent and not (self.allows_weights and _is_independent(bent, edges)):
-                raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
+                _refuse_calls(self.calls, batch_loss)
         slopes = tuple(slope.detach() for slope in slopes)
         nodes = {call.node for call in calls}
         losses = []
@@ -368,7 +293,7 @@ class LossCapture(TorchFunctionMode):
                     losses.append((call, reduced))
                     break
         if not losses:
-            raise LossCaptureError(_message_not_reproduced(self.calls, batch_loss))
+            _refuse_calls(self.calls, batch_loss)
         if any(not same_loss(losses[0][1], other) for _, other in losses[1:]):
             raise LossCaptureError(
                 f"The training loss is {batch_loss.item():.6g}, and {len(losses)} different calls have that "
@@ -403,21 +328,40 @@ def _listing(calls: Sequence[LossCall]) -> str:
     return "\n".join(lines)
 
 
-def _message_no_calls(batch_loss: Tensor) -> str:
-    return (
+def _refuse_no_calls(batch_loss: Tensor) -> NoReturn:
+    """Refuse a loss in which no loss function was seen.
+
+    Raises:
+        LossCaptureError: saying what is accepted.
+    """
+    reason = (
         f"The training loss is {batch_loss.item():.6g}, but no loss function was seen that depends on the "
-        f"parameters. Accepted is one call of {supported_losses()}. A loss written out by hand, or computed "
+        "parameters."
+    )
+    raise LossCaptureError(
+        f"{reason} Accepted is one call of {supported_losses()}. A loss written out by hand, or computed "
         "inside a function under `torch.compile`, cannot be seen (compile the network and not its loss). "
-        f"{_REMEDY}"
+        f"{_REMEDY}",
+        reason,
     )
 
 
-def _message_not_reproduced(calls: Sequence[LossCall], batch_loss: Tensor) -> str:
-    return (
+def _refuse_calls(calls: Sequence[LossCall], batch_loss: Tensor) -> NoReturn:
+    """Refuse a loss that is not made up by the calls that were seen.
+
+    Raises:
+        LossCaptureError: listing them.
+    """
+    reason = (
         f"The training loss is {batch_loss.item():.6g}, and no single call of a loss function, nor a sum of "
-        f"several, makes it up. Seen:\n{_listing(calls)}\nA second term that depends on the outputs, or a "
-        f"function of the loss such as a root, has this effect. Accepted are sums of calls of "
-        f"{supported_losses()}, with positive factors. {_REMEDY}"
+        "several, makes it up"
+    )
+    names = dict.fromkeys(loss_name(call.function) for call in calls)
+    raise LossCaptureError(
+        f"{reason}. Seen:\n{_listing(calls)}\nA second term that depends on the outputs, or a function of "
+        f"the loss such as a root, has this effect. Accepted are sums of calls of {supported_losses()}, with "
+        f"positive factors. {_REMEDY}",
+        f"{reason} (seen: {', '.join(names)}).",
     )
 
 
@@ -470,5 +414,6 @@ def _explained(call: LossCall, batch_loss: Tensor) -> Iterator[None]:
     except LossCaptureError as error:
         raise LossCaptureError(
             f"The training loss is {batch_loss.item():.6g}, and this call is part of it:\n"
-            f"{_listing([call])}\n{error} {_REMEDY}"
+            f"{_listing([call])}\n{error} {_REMEDY}",
+            f"The training loss is made of {loss_name(call.function)}. {error.reason}",
         ) from error

@@ -50,7 +50,7 @@ class PickedRows(TorchFunctionMode):
             What the function returns.
         """
         result = func(*args, **(kwargs or {}))
-        if not torch.compiler.is_compiling():
+        if func in PICKERS and not torch.compiler.is_compiling():
             count = count_picked(func, args, result)
             self.counts |= set() if count is None else {count}
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The function's name."""
         return str(getattr(self.func, "__name__", self.func))

@@ -146,6 +146,8 @@ def _to_integers(index: Any) -> list[int]:
     """
     if isinstance(index, Tensor) and index.ndim == 1 and not index.is_floating_point():
         return [int(value) for value in index.tolist()]
+    if type(index) is list and {*map(type, index)} == {int}:  # as samplers do: the loops below take longer
+        return index[:]
     if isinstance(index, Sequence) and not isinstance(index, str):
         values = [value.item() if isinstance(value, Tensor) else value for value in index]
         if all(hasattr(value, "__index__") for value in values):
