@@ -148,6 +148,7 @@ class EKFAC(Peer):
             token_batch_size=self.job.pass_batch * length,
             include_bias=True,
             loss_reduction="mean",
+            force_math_sdp=self.steps > 0,  # CG differentiates attention twice
         )
 
     def _clear(self, *paths: str) -> None:

@@ -50,6 +50,7 @@ class _InnerProducts(Peer):
     """What EK-FAC and CG share: the answer is a matrix of inner products, made in one go."""
 
     dampings: ClassVar[tuple[float, ...]]
+    query_batch: ClassVar[int | None] = None  # all of them
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -60,7 +61,8 @@ class _InnerProducts(Peer):
         self.found: dict[str, Tensor] = {}
 
     def _attribute(self, attributor: IFAttributorEKFAC | IFAttributorCG) -> Tensor:
-        train, queries = (self.job.loader(t, len(t)) for t in (self.job.train, self.job.queries))
+        train = self.job.loader(self.job.train, len(self.job.train))
+        queries = self.job.loader(self.job.queries, self.query_batch or len(self.job.queries))
         return attributor.attribute(train, queries).T.detach()
 
     def _self(self, attributor: IFAttributorEKFAC | IFAttributorCG) -> None:
@@ -119,6 +121,7 @@ class CG(_InnerProducts):
     name: ClassVar[str] = "dattri-cg"
     untuned: ClassVar[str] = "10 steps, damping 0"
     dampings: ClassVar[tuple[float, ...]] = (3e-3, 3e-2)
+    query_batch: ClassVar[int | None] = 10  # each has the whole training set's graph to itself
 
     def _solver(self, damping: float, steps: int) -> IFAttributorCG:
         attributor = IFAttributorCG(self.task, max_iter=steps, regularization=damping)

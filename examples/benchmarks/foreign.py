@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,10 @@ METHODS = {
     "dattri-logra": ("dattri", "logra"),
     "dattri-llm": ("dattri-llm", "ekfac"),
 }
+
+
+# Bytes of addresses that a peer may take: more would end other people's processes as well.
+MEMORY = 14 * 2**30
 
 
 class LeftOutError(Exception):
@@ -152,14 +157,24 @@ def measure_foreign(
 def _run(words: list[str], limit: float) -> str:
     with tempfile.TemporaryFile("w+") as said:
         done = subprocess.run(
-            words, stdout=said, stderr=said, env=_surroundings(), timeout=limit, check=False, cwd=words[-1]
+            words,
+            stdout=said,
+            stderr=said,
+            env=_surroundings(),
+            timeout=limit,
+            check=False,
+            cwd=words[-1],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
         )
         if done.returncode == 0:
             return ""
         if done.returncode < 0:
             return f"ended by signal {-done.returncode}"
         said.seek(0)
-        return (said.read().strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        text = said.read()
+        if "can't allocate memory" in text or "MemoryError" in text:
+            return f"takes more than {MEMORY / 2**30:.0f} GiB"
+        return (text.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:160]
 
 
 def _judge_settings(task: Task, found: dict[str, Any], scores: dict[str, Tensor], *, small: bool) -> Result:

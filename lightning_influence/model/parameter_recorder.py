@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.model.gradients import FactoredGradients, LayerGradients
-from lightning_influence.model.layers import Layer, ParameterRule, full_precision, is_table
+from lightning_influence.model.layers import Layer, ParameterRule, full_precision
 from lightning_influence.model.ragged import find_places
 from lightning_influence.model.recorder import Slopes
 from lightning_influence.model.table_uses import TableUses
@@ -57,9 +57,7 @@ class ParameterRecorder:
             if bias is not None:
                 parameters[_BIAS + name] = bias
         self.watch = Watch(parameters, batch, num_examples, find_places(batch, num_examples))
-        self._large = {
-            name for name in self._single if is_table(layers[name].rule.weight(layers[name].module))
-        }
+        self._large = {name for name in self._single if layers[name].is_table}
         # What large tables look up and map, once it is known.
         self._tables: dict[str, TableUses] = {}
         # Matrices may be products of the inputs and output gradients of what they map.
