@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from large_nets import LanguageModel, make_resnet
 from lightning.pytorch import LightningModule, Trainer
-from nets import Block
 from tasks import TensorTable, as_batch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -39,63 +39,6 @@ try:  # the peer is optional
     from kronfluence_peer import CrossEntropyTask
 except ImportError:
     Analyzer = None
-
-
-class Residual(nn.Module):
-    """A residual unit: two 3 x 3 convolutions, or a bottleneck of 1 x 1, 3 x 3 and 1 x 1 (He et al. 2016)."""
-
-    def __init__(self, before: int, width: int, stride: int, *, bottleneck: bool) -> None:
-        super().__init__()
-        after = 4 * width if bottleneck else width
-        kernels = [(before, width, 1, 1), (width, width, 3, stride), (width, after, 1, 1)]
-        if not bottleneck:
-            kernels = [(before, width, 3, stride), (width, width, 3, 1)]
-        parts: list[nn.Module] = []
-        for d_in, d_out, size, step in kernels:
-            convolution = nn.Conv2d(d_in, d_out, size, step, size // 2, bias=False)
-            parts += [convolution, nn.BatchNorm2d(d_out), nn.ReLU()]
-        self.branch = nn.Sequential(*parts[:-1])
-        self.skip: nn.Module = nn.Identity()
-        if stride > 1 or before != after:
-            self.skip = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the unit's output."""
-        return nn.functional.relu(self.branch(x) + self.skip(x))
-
-
-def make_resnet(depths: tuple[int, ...], width: int, *, bottleneck: bool) -> nn.Module:
-    """Return a ResNet for small images: its first convolution is 3 x 3, without pooling."""
-    parts: list[nn.Module] = [
-        nn.Conv2d(3, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-    ]
-    before = width
-    for stage, depth in enumerate(depths):
-        for unit in range(depth):
-            stride = 2 if stage and not unit else 1
-            parts.append(Residual(before, width * 2**stage, stride, bottleneck=bottleneck))
-            before = width * 2**stage * (4 if bottleneck else 1)
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
-
-
-class LanguageModel(nn.Module):
-    """Tokens ``(B, T)`` to logits ``(B, T, V)``: pre-norm blocks between an embedding and a head."""
-
-    def __init__(self, vocabulary: int, length: int, width: int, heads: int, depth: int) -> None:
-        super().__init__()
-        self.token, self.place = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits of each next token."""
-        x = self.token(tokens) + self.place.weight
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from contender import Contender, Stage
-from tasks import Task, TaskModule, TensorTable
-from torch import Tensor
+from contender import Contender
+from large_tasks import fresh_module
+from meter import Stage, TensorTable
+from tasks import Task, TaskModule
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceModule
-from lightning_influence.curvature.state import InfluenceState
-from lightning_influence.curvature.training_record import LayerRecord, TrainingRecord
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.plan import find_layers
 from lightning_influence.results.attributions import Attributions
@@ -37,6 +37,7 @@ class EKFAC(Contender):
         super().__init__(task, model, scratch)
         model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
         self.module = self._fresh()
+        self.layers: list[str] | None = None
         self._scores: Tensor | None = None
         self._settings: dict[str, str] = {}
 
@@ -71,15 +72,11 @@ class EKFAC(Contender):
 
     def _fresh(self) -> InfluenceModule:
         """Return the model without factors, but with the record of its training."""
-        recipe, steps = self.task.recipe, self.task.recipe.steps(len(self.task.train))
-        rate = sum(recipe.rate(k, steps) for k in range(steps)) / (1 - recipe.momentum)
-        layers = {name: LayerRecord(rate, recipe.weight_decay) for name in find_layers(self.model).layers}
-        record = TrainingRecord(family="sgd", steps=steps, layers=layers)
-        return InfluenceModule(self.model, state=InfluenceState(record=record))
+        return fresh_module(self.task, self.model)
 
     def _factors(self, count: int) -> None:
         self.module = self._fresh()
-        self.module.fit_factors(self._loader(self.task.train), fisher=self.fisher)
+        self.module.fit_factors(self._loader(self.task.train), fisher=self.fisher, layers=self.layers)
 
     def _pairs(self, count: int) -> None:
         answer = self._answer(len(self.task.queries))
@@ -93,14 +90,26 @@ class EKFAC(Contender):
             self._loader(self.task.train),
             self._loader(self.task.queries.head(queries)),
             method=self.method,
+            layers=self.layers,
             **options,
         )
 
     def _self_influence(self, count: int) -> None:
-        self.module.self_influence(self._loader(self.task.train), method=self.method)
+        self.module.self_influence(self._loader(self.task.train), method=self.method, layers=self.layers)
 
     def _loader(self, table: TensorTable) -> DataLoader[tuple[Tensor, Tensor]]:
         return self.task.pass_loader(table)
+
+
+class LayersEKFAC(EKFAC):
+    """EK-FAC of linear and convolutional layers alone: what peers cover."""
+
+    name: ClassVar[str] = "ekfac-layers"
+
+    def __init__(self, task: Task, model: TaskModule, scratch: Path) -> None:
+        super().__init__(task, model, scratch)
+        kinds = (nn.Linear, nn.Conv2d)
+        self.layers = [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
 
 
 class TightEKFAC(EKFAC):

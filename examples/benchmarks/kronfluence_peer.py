@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from contender import Contender, Stage
+from contender import Contender
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task as KronfluenceTask
 from kronfluence.utils.dataset import DataLoaderKwargs
-from tasks import Task, TaskModule, TensorTable, as_batch
+from meter import Stage, TensorTable, as_batch
+from tasks import Task, TaskModule
 from torch import Tensor, nn
 
 
@@ -69,6 +70,10 @@ SIZES = {
         score_part=(128, 512),
     ),
     "transformer": Sizes(factor_batch=16, query_batch=50, train_batch=50, self_batch=50),
+    "resnet10": Sizes(factor_batch=32, query_batch=16, train_batch=64, self_batch=32),
+    "resnet18": Sizes(factor_batch=16, query_batch=50, train_batch=50, self_batch=16),
+    "language_small": Sizes(factor_batch=32, query_batch=16, train_batch=64, self_batch=32),
+    "language": Sizes(factor_batch=16, query_batch=32, train_batch=32, self_batch=16),
 }
 
 

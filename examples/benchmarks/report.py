@@ -42,6 +42,14 @@ def save(results: list[Result], path: Path) -> None:
     os.replace(temporary, path)
 
 
+def load(path: Path) -> dict[tuple[str, str], Result]:
+    """Read results that :func:`save` wrote, by contender and task; none if there is no file."""
+    if not path.exists():
+        return {}
+    results = json.loads(path.read_text("utf-8"))["results"]
+    return {(result["contender"], result["task"]): result for result in results}
+
+
 def _figure(value: float) -> str:
     """Return three digits, or whole numbers from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -93,19 +101,21 @@ def _summary_table(results: list[Result]) -> Table:
     reference = next((r for r in results if r["contender"] == "kronfluence"), results[0])
     table = Table(
         title=f"{results[0]['task']}: totals",
-        caption=f"(in brackets: times faster than {reference['contender']})",
+        caption=f"(in brackets: times faster than {reference['contender']}; rho: ranks against converged CG)",
     )
     table.add_column("method")
-    for column in (*GROUPS, "peak MiB", "LDS", "95% interval", "score error"):
+    for column in (*GROUPS, "peak MiB", "LDS or rho", "95% interval", "untuned", "score error"):
         table.add_column(column, justify="right")
     for result in results:
-        lds, error = result["lds"], result["relative_error"]
+        lds, error, rho = result["lds"], result["relative_error"], result.get("correlation")
+        untuned = result.get("untuned")
         table.add_row(
             result["contender"],
             *[_ratio(result, reference, group) for group in GROUPS],
             f"{max((stage['peak_mib'] for stage in result['stages']), default=0):.0f}",
-            f"{lds[0]:.3f}" if lds else "",
+            f"{lds[0]:.3f}" if lds else "" if rho is None else f"{rho:.3f}",
             f"{lds[1]:.3f} to {lds[2]:.3f}" if lds else "",
+            "" if untuned is None else f"{untuned:.3f}",
             f"{error:.1e}" if error is not None else "",
         )
     return table

@@ -16,46 +16,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
+from meter import TensorTable, as_batch
 from nets import CONTEXT, VOCABULARY, CharacterTransformer, cnn_net, large_mlp_net, small_mlp_net
 from recipes import Recipe, make_optimizer
 from safetensors.torch import load_file, save_file
 from stacked_training import fingerprint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_influence.evaluation.losses import binary_cross_entropy, cross_entropy, squared_error
 
 CACHE = Path(__file__).parent / ".cache"
-
-
-class TensorTable(Dataset[tuple[Tensor, Tensor]]):
-    """Inputs and targets in memory; a batch is one indexing operation, so that loading hides nothing."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        self.tensors = (inputs, targets)
-
-    def __len__(self) -> int:
-        return len(self.tensors[0])
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.tensors[0][index], self.tensors[1][index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        index = torch.tensor(indices)
-        return self.tensors[0][index], self.tensors[1][index]
-
-    def head(self, count: int) -> TensorTable:
-        """The first ``count`` examples."""
-        return TensorTable(*(tensor[:count] for tensor in self.tensors))
-
-
-def as_batch(batch: Any) -> Any:
-    """Collate function of :class:`TensorTable`, which hands over whole batches."""
-    return batch
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -111,7 +111,12 @@ class Layer:
     def diagonal_sides(self) -> tuple[bool, bool]:
         """Whether only the diagonal is held of the covariance of outputs, and of that of inputs."""
         limit = MATRIX_WIDTH if isinstance(self.rule, ParameterRule) else SIDE_WIDTH
-        return self.d_out > limit, self.d_in - self.has_bias > limit
+        return self.is_table or self.d_out > limit, self.d_in - self.has_bias > limit
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the layer is a parameter by itself whose larger dimension has a diagonal alone."""
+        return isinstance(self.rule, ParameterRule) and self.rule.is_table(self.module)
 
     @property
     def has_gradient_hooks(self) -> bool:
@@ -180,6 +185,10 @@ WEIGHT, BIAS = "weight of ", "bias of "
 # diagonal is held. Of the inputs and of the outputs of a layer only the diagonal is held above the last
 # width, the widest whose eigendecomposition takes minutes on one core. Chosen by hand.
 DENSE_WIDTH, MATRIX_WIDTH, SIDE_WIDTH = 1024, 4096, 8192
+# An embedding is a table from fewer rows on: an example looks up few of them, and a full matrix of all rows
+# was most of the cost of a small language model (2,000 tokens: factors 16 epochs in place of 8, rank
+# correlation with converged solves .81 and .80; examples/benchmarks/peers.py).
+LOOKUP_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -202,9 +211,13 @@ class ParameterRule(LayerRule):
         numel, rows = weight.numel(), weight.shape[0] if weight.ndim else 1
         if numel <= DENSE_WIDTH:
             return (1, numel, 1)
-        if is_table(weight):
+        if self.is_table(module):
             return (1, max(weight.shape), min(weight.shape))
         return (1, rows, numel // rows) if max(rows, numel // rows) <= MATRIX_WIDTH else (numel, 1, 1)
+
+    def is_table(self, module: nn.Module) -> bool:
+        """Return whether the parameter is a table: a matrix one of whose dimensions is large."""
+        return is_table(self.weight(module), isinstance(module, nn.Embedding | nn.EmbeddingBag))
 
     def inputs(self, module: nn.Module, x: Tensor, num_examples: int) -> Tensor:
         """Return ones ``(G, B, 1, 1)``, or the identity ``(1, B, D_in, D_in)`` for a matrix."""
@@ -237,14 +250,17 @@ class WideTableRule(ParameterRule):
     transposed: ClassVar[bool] = True
 
 
-def is_table(parameter: Tensor) -> bool:
-    """Return whether a parameter by itself is a table: a matrix one of whose dimensions is large."""
-    return (
-        parameter.ndim == 2
-        and min(parameter.shape) > 1
-        and max(parameter.shape) > MATRIX_WIDTH
-        and parameter.numel() > DENSE_WIDTH
-    )
+def is_table(parameter: Tensor, looked_up: bool = False) -> bool:
+    """Return whether a parameter by itself is a table: a matrix one of whose dimensions is large.
+
+    Args:
+        parameter: any.
+        looked_up: whether it is an embedding's, whose rows are looked up.
+    """
+    if parameter.ndim != 2 or min(parameter.shape) < 2 or parameter.numel() <= DENSE_WIDTH:
+        return False
+    rows, columns = parameter.shape
+    return max(rows, columns) > MATRIX_WIDTH or (looked_up and rows > LOOKUP_WIDTH and rows >= columns)
 
 
 def rule_of_parameter(attribute: str, parameter: Tensor) -> ParameterRule:

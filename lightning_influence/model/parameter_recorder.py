@@ -17,7 +17,6 @@ from lightning_influence.model.layers import (
     Layer,
     ParameterRule,
     full_precision,
-    is_table,
     parameters_of,
 )
 from lightning_influence.model.ragged import find_places
@@ -59,9 +58,7 @@ class ParameterRecorder:
         self._single = {name for name, layer in layers.items() if isinstance(layer.rule, ParameterRule)}
         parameters = parameters_of(layers)
         self.watch = Watch(parameters, batch, num_examples, find_places(batch, num_examples))
-        self._large = {
-            name for name in self._single if is_table(layers[name].rule.weight(layers[name].module))
-        }
+        self._large = {name for name in self._single if layers[name].is_table}
         # What large tables look up and map, once it is known.
         self._tables: dict[str, TableUses] = {}
         # Matrices may be products of the inputs and output gradients of what they map.

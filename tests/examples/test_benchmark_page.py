@@ -1,52 +1,23 @@
-"""The tables of the page of benchmarks are what the script makes of the results of ``peers.py``."""
+"""The tables of the page of benchmarks are what the script makes of the figures that are kept beside it."""
 
+import json
 from pathlib import Path
 
 import pytest
-from benchmarks import load_benchmark
+from benchmarks import BENCHMARKS, load_benchmark
 
 write_page = load_benchmark("write_page")
 PAGE = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text("utf-8")
-# What the page says, as `peers.py` would have written it: LDS with interval, epochs of ours and of the
-# reference for factors, scores and self-influence, and peaks.
-LDS = {
-    "digits_mlp": {
-        "auto": (0.713, 0.701, 0.724),
-        "kfac": (0.590, 0.575, 0.605),
-        "ekfac": (0.573, 0.557, 0.588),
-        "kronfluence": (0.544, 0.528, 0.560),
-    },
-    "digits_cnn": {
-        "auto": (0.541, 0.525, 0.557),
-        "kfac": (0.429, 0.411, 0.449),
-        "ekfac": (0.434, 0.416, 0.454),
-        "kronfluence": (0.455, 0.438, 0.472),
-    },
-}
-COSTS = {
-    "digits_mlp": ((1617, 180), (9.3, 20, 3.9), (62, 19, 90), (29, 111)),
-    "digits_cnn": ((1617, 180), (9.7, 9.8, 2.4), (11, 6.6, 46), (82, 148)),
-    "large_mlp": ((10_000, 500), (5.2, 44, 1.5), (201, 18, 1490), (522, 1783)),
-    "transformer": ((400, 50), (4.8, 2.4, 1.7), (1.3, 1.2, 4.3), (411, 422)),
-}
+MEASURED = json.loads((BENCHMARKS / "measured.json").read_text("utf-8"))
 
 
 def make_result(contender, task):
-    (train, queries), epochs, times, peaks = COSTS[task]
-    if contender == "kronfluence":
-        epochs = [own * ratio for own, ratio in zip(epochs, times, strict=True)]
-    stages = [
-        {"group": group, "epochs": value, "peak_mib": peaks[contender == "kronfluence"]}
-        for group, value in zip(write_page.GROUPS, epochs, strict=True)
-    ]
-    lds = LDS.get(task, {}).get(contender)
-    sizes = {"num_train": train, "num_queries": queries}
-    return {"contender": contender, "task": task, "stages": stages, "lds": lds, **sizes}
+    (found,) = [r for r in MEASURED if (r["contender"], r["task"]) == (contender, task)]
+    return dict(found)
 
 
 def test_the_page_is_what_the_script_writes():
-    results = [make_result(c, t) for t in COSTS for c in ("ekfac", "kfac", "auto", "kronfluence")]
-    assert write_page.write_page(PAGE, results) == PAGE
+    assert write_page.write_page(PAGE, MEASURED) == PAGE
 
 
 def test_new_figures_replace_old_ones_and_nothing_else():
@@ -55,6 +26,7 @@ def test_new_figures_replace_old_ones_and_nothing_else():
     page = write_page.write_page(PAGE, results)
     assert "| `ekfac` | .612 (.600 to .620) |" in page
     assert "digits CNN" not in page.split("<!-- table: cost -->")[0].split("<!-- table: quality -->")[1]
+    assert "ResNet" not in page.split("<!-- table: peers -->")[1].split("<!-- /table -->")[0]
     outside = [part.split("<!-- /table -->")[-1] for part in page.split("<!-- table:")]
     assert outside == [part.split("<!-- /table -->")[-1] for part in PAGE.split("<!-- table:")]
 
@@ -62,6 +34,35 @@ def test_new_figures_replace_old_ones_and_nothing_else():
 def test_failed_runs_are_left_out():
     failed = {"contender": "kronfluence", "task": "digits_mlp", "error": "out of memory"}
     assert "digits MLP" not in write_page.write_cost([make_result("ekfac", "digits_mlp"), failed])
+
+
+def test_what_is_better_than_ours_is_bold_and_what_is_left_out_says_why():
+    def stages(epochs, peak):
+        return [{"group": group, "epochs": epochs, "peak_mib": peak} for group in write_page.GROUPS]
+
+    results = [
+        {"contender": "ekfac", "task": "resnet10", "stages": stages(2.0, 20), "correlation": 0.5},
+        {"contender": "auto", "task": "resnet10", "stages": stages(9.0, 40), "correlation": 0.9},
+        {"contender": "dattri-llm", "task": "resnet10", "stages": stages(1.5, 30), "correlation": 0.7},
+        {"contender": "bergson", "task": "resnet10", "error": "answers for language models alone"},
+    ]
+    results[2]["untuned"] = 0.25
+    lines = write_page.write_peers(results).splitlines()
+    (row,) = [line for line in lines if "dattri-llm" in line]
+    assert row.endswith("| **1.5** | **1.5** | **1.5** | 30 | .700 | .250 |")
+    (row,) = [line for line in lines if "bergson" in line]
+    assert "answers for language models alone" in row
+    assert not any("**" in line for line in lines if "`auto`" in line or "`ekfac`" in line)
+
+
+def test_a_second_run_replaces_the_first_and_keeps_the_rest():
+    first = {"contender": "ekfac", "task": "resnet10", "stages": [], "lds": None, "settings": {}}
+    other = {**first, "contender": "kfac", "correlation": 0.25}
+    again = {**first, "stages": [{"group": "scores", "epochs": 1.23456, "peak_mib": 7.7, "seconds": 3.0}]}
+    kept = write_page.join([], [first, other])
+    found = {r["contender"]: r for r in write_page.join(kept, [again])}
+    assert found["ekfac"]["stages"] == [{"group": "scores", "epochs": 1.235, "peak_mib": 8}]
+    assert found["kfac"] == {"contender": "kfac", "task": "resnet10", "correlation": 0.25}
 
 
 def test_a_page_without_a_place_is_refused():

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from lightning_influence.curvature.factors import LayerStatistics
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.layers import MATRIX_WIDTH
+from lightning_influence.model.layers import LOOKUP_WIDTH, MATRIX_WIDTH
 from lightning_influence.model.plan import find_layers
 
 B = 5
@@ -248,6 +248,21 @@ def test_a_wide_parameter_is_a_table_or_has_a_diagonal():
     assert layers["body.bare"].shape == (1 + MATRIX_WIDTH, 1, 1)
     assert layers["head"].shape == (1, 3, 9)
     assert layers["head"].diagonal_sides == (False, False)
+
+
+def test_an_embedding_is_a_table_from_fewer_rows_on_than_another_matrix():
+    model = Net(Wide(), nn.Linear(8, 3))
+    model.body.many, model.body.few = nn.Embedding(LOOKUP_WIDTH + 1, 4), nn.Embedding(LOOKUP_WIDTH, 4)
+    model.body.broad = nn.Embedding(9, LOOKUP_WIDTH + 1)  # what is looked up is wide, not what is chosen of
+    model.body.bag = nn.EmbeddingBag(LOOKUP_WIDTH + 1, 4)
+    model.body.bare = nn.Parameter(torch.zeros(LOOKUP_WIDTH + 1, 4))
+    layers = find_layers(model).layers
+    tables = {name for name, layer in layers.items() if layer.is_table}
+    assert tables == {"body.embed.weight", "body.many.weight", "body.bag.weight"}
+    assert layers["body.many.weight"].diagonal_sides == (True, False)
+    for name in ("few.weight", "broad.weight", "bare"):
+        assert layers[f"body.{name}"].diagonal_sides == (False, False)
+    assert layers["body.broad.weight"].shape == (1, 9, LOOKUP_WIDTH + 1)
 
 
 def curvature_statistics(model, batch, name):
