@@ -95,8 +95,8 @@ def test_layers_that_were_thawed_in_the_fit_are_fitted_in_a_pass():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, make_loader(N))
-    with pytest.warns(InfluenceWarning, match=r"no factors of 'body.0'.*in a pass of their own"):
-        answer = trainer.influence(module, make_loader(N), make_loader(Q), method="ekfac")
+    answer = trainer.influence(module, make_loader(N), make_loader(Q), method="ekfac")
+    assert any("no factors of 'body.0'" in told for told in answer.diagnostics.warnings)
     assert "body.0" in answer.diagnostics.layers
     again = trainer.influence(module, make_loader(N), make_loader(Q), method="ekfac", factors="refit")
     assert "body.0" in again.diagnostics.layers

@@ -83,8 +83,8 @@ def test_other_buffers_and_another_loss(model, data):
     module = InfluenceModule(model)
     ask(module, data, FIRST)
     model.net[1].running_var.mul_(9)
-    with pytest.warns(InfluenceWarning, match=r"for other weights, buffers, .* fitted again"):
-        found = ask(module, data, FIRST)
+    found = ask(module, data, FIRST)
+    assert any("for other weights, buffers" in told for told in found.diagnostics.warnings)
     torch.testing.assert_close(found.scores, ask(InfluenceModule(model), data, FIRST).scores)
     model.weights = torch.tensor([1.0, 20.0, 0.05])
     with pytest.warns(InfluenceWarning, match=AGAIN):
@@ -182,8 +182,8 @@ def test_hidden_units_that_traded_places(data, method):
     module = InfluenceModule(model)
     ask(module, data, FIRST, method)
     shuffled_units(model)
-    with pytest.warns(InfluenceWarning, match="for other weights, buffers"):
-        found = ask(module, data, FIRST, method)
+    found = ask(module, data, FIRST, method)
+    assert any("for other weights, buffers" in told for told in found.diagnostics.warnings)
     fresh = ask(InfluenceModule(model), data, FIRST, method).scores
     torch.testing.assert_close(found.scores, fresh, rtol=1e-3, atol=1e-6)
 

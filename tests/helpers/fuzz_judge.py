@@ -28,6 +28,7 @@ from lightning_influence import (
 # Relative error of float64 answers: of closed forms and dense solvers, and of iterations to 1e-11.
 CLOSED, ITERATED = 1e-7, 1e-5
 LOOSE = ("astra", "lissa")  # to a residual or an error of a few percent
+_LINEAR, _PARTLY_LINEAR = "so its second derivative is zero", {"huber"}
 _SHARES = "Weights count as shares of their batch"
 
 
@@ -103,6 +104,11 @@ def judge(recipe: Recipe) -> str:
             _compare(again, answer)
     except UndeterminedError:
         return "undetermined"
+    except WrongError:
+        # Of a loss that is linear from somewhere on, a batch without any example in its curved part is told.
+        if recipe.loss in _PARTLY_LINEAR and any(_LINEAR in text for text in answer.told):
+            return "undetermined"
+        raise
     return "right"
 
 
