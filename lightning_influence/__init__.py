@@ -15,7 +15,7 @@ from lightning_influence.curvature.training_record import register_optimizer
 from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.rules import register_rule
 from lightning_influence.methods.method import register_method
-from lightning_influence.model.layers import register_layer
+from lightning_influence.model.layers.layer import register_layer
 from lightning_influence.model.losses.registry import register_loss
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.averages import average_attributions

@@ -13,7 +13,7 @@ from lightning_influence import Attributions
 from lightning_influence.curvature import training_record
 from lightning_influence.edits import directions, rules
 from lightning_influence.methods import method
-from lightning_influence.model import layers
+from lightning_influence.model.layers import layer as layers
 from lightning_influence.model.losses import registry
 from lightning_influence.model.uses.operations import registry as operations
 

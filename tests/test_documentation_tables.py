@@ -17,7 +17,7 @@ import lightning_influence
 from lightning_influence import InfluenceModule, errors, evaluation, register_layer
 from lightning_influence.edits import directions, rules
 from lightning_influence.methods import method as methods
-from lightning_influence.model import layers
+from lightning_influence.model.layers import layer as layers
 from lightning_influence.model.uses import Watch, differentiate_losses
 from lightning_influence.results.loggers import name_pass, summary_metrics
 

@@ -24,7 +24,7 @@ from lightning_influence.curvature.damping import resolve_damping
 from lightning_influence.curvature.operators import GaussNewtonOperator
 from lightning_influence.curvature.two_level import TwoLevel
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
-from lightning_influence.model.gradients import DenseGradients
+from lightning_influence.model.layers.gradients import DenseGradients
 
 PROBES = 16
 MIXED = 8

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.damping import resolve_damping
 from lightning_influence.evaluation.lds import linear_datamodeling_score, predict_subsets
-from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.model.layers.plan import Layout, find_layers
 
 GRID = [10 ** (power / 2) for power in range(-10, 3)]
 BOOTSTRAP = 200

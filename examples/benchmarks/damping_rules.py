@@ -26,7 +26,7 @@ from spectra import Spectrum, recorded, spectrum
 from studies import STUDIES, Study
 from torch import Tensor
 
-from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.model.layers.plan import Layout, find_layers
 
 FINE = [10 ** (power / 4) for power in range(-18, 5)]
 CLOSE = 0.02

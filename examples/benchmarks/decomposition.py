@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.plan import Layout
 
 
 def relative_residual(truth: Tensor, approximation: Tensor) -> float:

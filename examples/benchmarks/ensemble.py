@@ -18,7 +18,7 @@ from truth import SIZES, Truth, truth
 from lightning_influence import Attributions, InfluenceModule, average_attributions
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import LayerRecord, TrainingRecord
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 
 
 def answer(task: Task, seed: int) -> Attributions:

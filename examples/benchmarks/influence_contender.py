@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceModule
 from lightning_influence.model.captured import Fisher
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.results.attributions import Attributions
 
 # The exact dense route costs 2 P operations a pair; beyond this many it is compared on fewer queries.

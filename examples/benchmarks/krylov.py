@@ -33,7 +33,7 @@ from lightning_influence.linalg import block_krylov as krylov
 from lightning_influence.linalg import orthonormal
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
-from lightning_influence.model.plan import LayerPlan, Layout, find_layers
+from lightning_influence.model.layers.plan import LayerPlan, Layout, find_layers
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train

@@ -17,8 +17,8 @@ from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_influence.methods.closed_form import invert_blocks, multiply_eigenvalues, take_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
+from lightning_influence.model.layers.plan import Layout, find_layers
 from lightning_influence.model.measurements import resolve_measurement
-from lightning_influence.model.plan import Layout, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
 

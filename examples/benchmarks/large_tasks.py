@@ -22,7 +22,7 @@ from torch.nn import functional
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import LayerRecord, TrainingRecord
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 
 # Where nothing is retrained: the first queries' scores by CG of this residual are what others are held to.
 CONVERGED = {"large_mlp", "transformer", "resnet10", "resnet18", "language_small", "language"}

@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.stored import StoragePass, StoredGaussNewton
-from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.model.layers.plan import Layout, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass
-from lightning_influence.model.plan import LayerPlan, find_layers
+from lightning_influence.model.layers.plan import LayerPlan, find_layers
 
 _ROUTE = "_autograd_is_cheaper"
 

@@ -26,7 +26,7 @@ from lightning_influence.curvature.operators import GaussNewtonOperator, Hessian
 from lightning_influence.evaluation import random_subsets
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.methods.gathering import GradientPass
-from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.model.layers.plan import Layout, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
 

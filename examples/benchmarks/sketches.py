@@ -27,9 +27,9 @@ from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse
 from lightning_influence.linalg.block_krylov import Subspace, block_krylov
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import DenseGradients
+from lightning_influence.model.layers.gradients import DenseGradients
+from lightning_influence.model.layers.plan import LayerPlan, Layout, find_layers
 from lightning_influence.model.losses.draws import balanced_signs
-from lightning_influence.model.plan import LayerPlan, Layout, find_layers
 
 CLASSES, POSITIONS, WIDTH = 32, 12, 12
 TRAIN, QUERIES, ANCHORS = 192, 24, 96

@@ -20,7 +20,7 @@ from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
-from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.model.layers.plan import Layout, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
 

@@ -16,7 +16,7 @@ from lightning_influence import InfluenceCallback
 from lightning_influence.curvature.gauss_newton import DenseCurvaturePass
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.methods.gathering import GradientPass
-from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.model.layers.plan import Layout, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
-from lightning_influence.model.gradients import rotate_matrices
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.gradients import rotate_matrices
+from lightning_influence.model.layers.plan import Layout
 
 Function = Callable[[Tensor], Tensor]
 

@@ -24,8 +24,8 @@ from lightning_influence.edits.start import Start, set_out
 from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
+from lightning_influence.model.layers.plan import ModuleLoss
 from lightning_influence.model.measurements import Measurement
-from lightning_influence.model.plan import ModuleLoss
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics
 from lightning_influence.results.self_influence import SelfInfluence

@@ -22,8 +22,8 @@ from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.options import Damping
 from lightning_influence.model.captured import Fisher
+from lightning_influence.model.layers.plan import ModuleLoss
 from lightning_influence.model.measurements import Measurement
-from lightning_influence.model.plan import ModuleLoss
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.loggers import Loggable, log_attributions, log_edit
 from lightning_influence.results.ranking import Labels, to_labels

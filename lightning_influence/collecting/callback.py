@@ -29,13 +29,13 @@ from lightning_influence.curvature.factors import Factors, fingerprint
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.live_capture import (
+from lightning_influence.model.layers.plan import ModuleLoss, find_layers
+from lightning_influence.model.live.live_capture import (
     check_not_compiled,
     describe_coupling,
     describe_other_loss,
     pause_other_captures,
 )
-from lightning_influence.model.plan import ModuleLoss, find_layers
 from lightning_influence.model.training_step import run_step
 from lightning_influence.running.host.fit import (
     LOSS_NOT_SEEN,

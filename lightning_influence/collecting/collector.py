@@ -23,11 +23,11 @@ from lightning_influence.curvature.factor_passes import add_weights
 from lightning_influence.curvature.thinning import mix_examples, thin_rows
 from lightning_influence.model.captured import RANDOM, Captured
 from lightning_influence.model.finite import check_finite, check_finite_tensors
-from lightning_influence.model.gradients import FactoredGradients
-from lightning_influence.model.layers import Layer
-from lightning_influence.model.live_capture import LiveCapture, check_first
+from lightning_influence.model.layers.gradients import FactoredGradients
+from lightning_influence.model.layers.layer import Layer
+from lightning_influence.model.layers.plan import LayerPlan
+from lightning_influence.model.live.live_capture import LiveCapture, check_first
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, draw_generator
-from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.errors import InfluenceError, LossCaptureError, NonFiniteError
 from lightning_influence.support.notes import Notices
 from lightning_influence.support.waiting import settle

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.training_record import effective_rate
-from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.layers import Layer
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.layer import Layer
 from lightning_influence.support.whole import is_sharded
 
 

@@ -22,7 +22,7 @@ from lightning_influence.collecting.sums import WindowSums
 from lightning_influence.curvature.factors import Factors, fingerprint_differs
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
-from lightning_influence.model.plan import LayerPlan, ModuleLoss
+from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
 from lightning_influence.support.arguments import (
     check_callable,
     check_count,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.eigenbases import compute_eigenbasis
 from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics
-from lightning_influence.model.layers import Layer
+from lightning_influence.model.layers.layer import Layer
 
 #: Sums a tensor over all processes in place and returns it; every process has to call it.
 AllReduce = Callable[[Tensor], Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.collecting.moments import Moments
 from lightning_influence.collecting.sums import AllReduce
-from lightning_influence.model.example_losses import ExampleLosses, HeldStep, LossWatch
+from lightning_influence.model.live.example_losses import ExampleLosses, HeldStep, LossWatch
 from lightning_influence.support.errors import InfluenceError, LossCaptureError
 from lightning_influence.support.notes import Notices
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_influence.curvature.gauss_newton import add_gram
 from lightning_influence.curvature.passes import CurvaturePass
 from lightning_influence.model.captured import Fisher
-from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.plan import LayerPlan
 
 #: One block a layer (weight and bias together), or one a parameter tensor.
 Blocks = Literal["layer", "tensor"]

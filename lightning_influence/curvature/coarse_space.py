@@ -12,9 +12,14 @@ from torch import Tensor
 
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.linalg.orthonormal import orthonormalise
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients, concatenate
-from lightning_influence.model.plan import Layout
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.gradients import (
+    DenseGradients,
+    FactoredGradients,
+    LayerGradients,
+    concatenate,
+)
+from lightning_influence.model.layers.plan import Layout
+from lightning_influence.model.layers.table_gradients import TableGradients
 from lightning_influence.support.storage import check_version
 
 _VERSION = 1

@@ -23,8 +23,8 @@ from lightning_influence.curvature.low_rank_matrices import (
     compress_within,
     join_matrices,
 )
-from lightning_influence.model.gradients import LayerGradients, rotate_matrices
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.gradients import LayerGradients, rotate_matrices
+from lightning_influence.model.layers.table_gradients import TableGradients
 
 # Chosen by hand: bytes of answers that are formed in the basis at once.
 _FORMED_BYTES = 2**25

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.low_rank_matrices import Matrices, join_matrices, make_matrices
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.plan import Layout
 from lightning_influence.support.storage import check_version
 
 _VERSION = 1

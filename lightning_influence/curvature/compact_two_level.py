@@ -22,7 +22,7 @@ from lightning_influence.curvature.low_rank_matrices import Matrices, join_matri
 from lightning_influence.curvature.two_level import relate_norms
 from lightning_influence.linalg.enlarged_subspace import EnlargedSubspace
 from lightning_influence.linalg.galerkin import GalerkinInverse
-from lightning_influence.model.gradients import LayerGradients
+from lightning_influence.model.layers.gradients import LayerGradients
 
 FindRows = Callable[[Mapping[str, Matrices]], CurvatureRows]
 """Finds ``B^T J V`` of this process's curvature examples for vectors by layer."""

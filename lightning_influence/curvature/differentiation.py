@@ -1,9 +1,9 @@
 """Second derivatives through autograd, for many vectors at once.
 
 The network is differentiated with respect to the covered parameters, as flat vectors in the order of a
-:class:`~lightning_influence.model.plan.Layout`. A product with ``V`` vectors is one batched backward pass
-(Pearlmutter 1994 for the Hessian; Schraudolph 2002 for the Gauss-Newton matrix) and costs a small multiple of
-``V`` ordinary ones, whatever the number of outputs.
+:class:`~lightning_influence.model.layers.plan.Layout`. A product with ``V`` vectors is one batched backward
+pass (Pearlmutter 1994 for the Hessian; Schraudolph 2002 for the Gauss-Newton matrix) and costs a small
+multiple of ``V`` ordinary ones, whatever the number of outputs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.layers import Layer
-from lightning_influence.model.plan import LayerPlan, Layout
+from lightning_influence.model.layers.layer import Layer
+from lightning_influence.model.layers.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 
 # Chosen by hand: memory for what flows back at once; a batched pass holds a copy of everything a vector.

@@ -14,10 +14,10 @@ from lightning_influence.model.captured import RANDOM, Captured, Fisher
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.finite import check_finite
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import LayerGradients, compact
-from lightning_influence.model.layers import Layer
+from lightning_influence.model.layers.gradients import LayerGradients, compact
+from lightning_influence.model.layers.layer import Layer
+from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, ExampleGenerator
-from lightning_influence.model.plan import LayerPlan
 from lightning_influence.support.waiting import add_later
 
 #: Sends gradients of a batch away, and returns those of other layers or batches, one mapping a batch.

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.model.layers.table_gradients import TableGradients
 from lightning_influence.support.errors import FactorMismatchError
 from lightning_influence.support.storage import check_version
 from lightning_influence.support.waiting import SummedLater, add_later

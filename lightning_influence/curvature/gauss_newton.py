@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_influence.curvature.differentiation import add_gauss_newton_products, differentiable_twice
 from lightning_influence.curvature.passes import CurvaturePass
 from lightning_influence.model.captured import MAX_COLUMNS, Captured, Fisher
-from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.support.errors import UnsupportedModelError
 
 # Chosen by hand: bytes of dense gradients that are formed at once.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.factors import Eigenbasis, rotate
-from lightning_influence.model.gradients import LayerGradients, rotate_matrices
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.gradients import LayerGradients, rotate_matrices
+from lightning_influence.model.layers.plan import Layout
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Many matrices of one layer, held as they are or as products of low rank, and what is computed with them.
 
-Shapes are those of :mod:`~lightning_influence.model.gradients`: ``V`` matrices ``(G, D_out, D_in)``.
+Shapes are those of :mod:`~lightning_influence.model.layers.gradients`: ``V`` matrices ``(G, D_out, D_in)``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_influence.linalg.truncation import truncate, truncate_within
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 
 # Chosen by hand: bytes of matrices, or of products with them, that are formed at once, whatever the memory.
 _FORMED_BYTES = 2**22

@@ -13,7 +13,7 @@ from lightning_influence.curvature.gauss_newton import CurvatureProductPass, Den
 from lightning_influence.curvature.hessian import DenseHessianPass, HessianProductPass
 from lightning_influence.curvature.passes import AveragingPass
 from lightning_influence.model.captured import Fisher
-from lightning_influence.model.plan import LayerPlan, Layout
+from lightning_influence.model.layers.plan import LayerPlan, Layout
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.passes import Loader, Passes
 

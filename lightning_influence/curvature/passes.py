@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_influence.model.captured import RANDOM, Captured, Fisher, WeightedCount
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import LayerGradients
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.plan import LayerPlan, Layout
 from lightning_influence.model.losses.draws import ExampleGenerator
-from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.support.errors import NonFiniteError
 
 

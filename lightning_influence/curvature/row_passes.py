@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_influence.curvature.compact_space import CurvatureRows
 from lightning_influence.curvature.low_rank_matrices import Matrices
 from lightning_influence.curvature.passes import CurvaturePass
-from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.plan import LayerPlan
 
 
 class RowsPass(CurvaturePass):

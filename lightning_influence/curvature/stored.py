@@ -16,15 +16,15 @@ from torch import Tensor
 from lightning_influence.curvature.passes import CurvaturePass
 from lightning_influence.model.captured import MAX_COLUMNS, Fisher
 from lightning_influence.model.finite import check_finite
-from lightning_influence.model.gradients import (
+from lightning_influence.model.layers.gradients import (
     DenseGradients,
     FactoredGradients,
     LayerGradients,
     compact,
     concatenate,
 )
-from lightning_influence.model.plan import LayerPlan, Layout
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.plan import LayerPlan, Layout
+from lightning_influence.model.layers.table_gradients import TableGradients
 from lightning_influence.support.errors import NonFiniteError
 
 # Chosen by hand: examples whose gradients are formed at once when norms of products are taken.

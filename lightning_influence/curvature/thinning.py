@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.gradients import FactoredGradients
-from lightning_influence.model.layers import Layer
+from lightning_influence.model.layers.gradients import FactoredGradients
+from lightning_influence.model.layers.layer import Layer
 from lightning_influence.model.losses.draws import draw_signs
 
 # Sums over rows take an eighth of the operations of the layer's own product on them, but of at least so many

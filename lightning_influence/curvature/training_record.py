@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_influence.model.layers import Layer
+from lightning_influence.model.layers.layer import Layer
 from lightning_influence.support.whole import read_whole
 
 Family = Literal["sgd", "adam", "adamw", "other"]

@@ -24,7 +24,7 @@ from lightning_influence.curvature.coarse_space import CoarseSpace, draw_signs
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.linalg.block_krylov import Subspace
 from lightning_influence.linalg.orthonormal import inner
-from lightning_influence.model.gradients import LayerGradients
+from lightning_influence.model.layers.gradients import LayerGradients
 
 # Chosen by hand: bytes of vectors that are formed at once where only products with them are wanted.
 _FORMED_BYTES = 2**25

@@ -26,10 +26,10 @@ from lightning_influence.edits.data import EditData
 from lightning_influence.edits.losses import MAX_COLUMNS, Sample
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import FactoredGradients, LayerGradients, concatenate
+from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients, concatenate
+from lightning_influence.model.layers.plan import LayerPlan, Layout
 from lightning_influence.model.losses.draws import draw_generator
 from lightning_influence.model.losses.loss import OutputLoss
-from lightning_influence.model.plan import LayerPlan, Layout
 from lightning_influence.running.runner import Runner
 from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
 from lightning_influence.support.notes import Notes

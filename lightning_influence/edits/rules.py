@@ -21,7 +21,7 @@ from rich.jupyter import JupyterMixin
 from rich.table import Table
 from torch import Tensor
 
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.plan import Layout
 from lightning_influence.support.arguments import is_number
 
 Source = Literal["outputs", "gradients", "gain"]

@@ -26,7 +26,7 @@ from lightning_influence.methods.method import Gradients, Method, Queries, Solve
 from lightning_influence.methods.options import SpaceOptions, require_count, require_number
 from lightning_influence.methods.scorers import DenseScorer, JointScorer, PreconditionedScorer
 from lightning_influence.methods.scoring_passes import LayeredScorer, Quadratic, SelfScores
-from lightning_influence.model.gradients import LayerGradients
+from lightning_influence.model.layers.gradients import LayerGradients
 
 # Measured (examples/benchmarks/krylov.py) after 0, 1, 2 steps on all queries: digits MLP, median
 # residual .14, .12, .05, LDS .715, .715, .711; digits CNN, .18, .15, .06, LDS .529, .534, .538. So steps

@@ -24,7 +24,7 @@ from lightning_influence.methods.owners import OwnedQuadratic, OwnedScorer, Owne
 from lightning_influence.methods.scorers import PreconditionedScorer
 from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.plan import Layout
 
 
 class ClosedForm(Method):

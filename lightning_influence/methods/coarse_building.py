@@ -23,7 +23,7 @@ from lightning_influence.methods.context import Context, compute_digest
 from lightning_influence.methods.gathering import gather_examples
 from lightning_influence.methods.scoring_passes import SelfInfluencePass, SelfScores
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
-from lightning_influence.model.gradients import LayerGradients
+from lightning_influence.model.layers.gradients import LayerGradients
 from lightning_influence.support.passes import Loader
 
 # Relative residual at which a held-out training gradient counts as solved; that of "auto" as well.

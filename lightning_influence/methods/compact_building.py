@@ -25,7 +25,7 @@ from lightning_influence.curvature.row_passes import CombinationPass, RowsPass
 from lightning_influence.methods.coarse_building import CoarseBuilder, SpaceBuilder, count_vector_bytes
 from lightning_influence.methods.gathering import differentiate
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.layers.plan import LayerPlan
 
 # Ranks to cut directions to, best first: the first with which all of them fit. Measured on the digits MLP and
 # CNN: with rank 4 the correlation with retraining is that of whole directions, with rank 1 nearly so.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.compact_two_level import CompactCorrection
 from lightning_influence.curvature.low_rank_matrices import LowRankMatrices, Matrices
-from lightning_influence.model.gradients import FactoredGradients, LayerGradients
+from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
 
 
 class CompactScorer:

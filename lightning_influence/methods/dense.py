@@ -25,7 +25,7 @@ from lightning_influence.methods.method import Gradients, Method, Solved, regist
 from lightning_influence.methods.options import Options, require_choice, require_count
 from lightning_influence.methods.scorers import DenseScorer
 from lightning_influence.methods.scoring_passes import Quadratic
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.plan import Layout
 from lightning_influence.support.errors import UnsupportedModelError
 
 # Vectors in float64 that a query takes while it is solved and its residual is found.

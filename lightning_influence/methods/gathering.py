@@ -12,16 +12,16 @@ from torch import Tensor
 from lightning_influence.methods.context import Context
 from lightning_influence.model.finite import check_finite
 from lightning_influence.model.forward import Forward, Measure
-from lightning_influence.model.gradients import (
+from lightning_influence.model.layers.gradients import (
     DenseGradients,
     FactoredGradients,
     LayerGradients,
     compact,
     concatenate,
 )
-from lightning_influence.model.layers import Layer
-from lightning_influence.model.plan import LayerPlan
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.layer import Layer
+from lightning_influence.model.layers.plan import LayerPlan
+from lightning_influence.model.layers.table_gradients import TableGradients
 from lightning_influence.support.errors import NonFiniteError
 from lightning_influence.support.passes import Loader, Passes
 from lightning_influence.support.waiting import read_later

@@ -14,8 +14,8 @@ from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.options import Options, parse_options
 from lightning_influence.methods.scoring_passes import Quadratic, Scorer, SelfScores
-from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.plan import Layout
 
 Gradients = Mapping[str, LayerGradients]
 Queries = MutableMapping[str, LayerGradients]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lightning_influence.curvature.eigenbases import share_out
 from lightning_influence.methods.scoring_passes import LayeredScorer
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
-from lightning_influence.model.plan import LayerPlan
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.model.layers.plan import LayerPlan
+from lightning_influence.model.layers.table_gradients import TableGradients
 from lightning_influence.support.passes import Exchange, Parcel, Passes
 
 Gradients = Mapping[str, LayerGradients]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.model.rounding import EXAMPLES, find_half_precision, take_in_float32
 
 

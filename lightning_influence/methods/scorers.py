@@ -19,8 +19,8 @@ from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.curvature.two_level import Correction
 from lightning_influence.linalg.low_rank import LowRank, factorise_weights
 from lightning_influence.methods.scoring_passes import LayeredScorer, stack_layers
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.model.layers.table_gradients import TableGradients
 
 # Chosen by hand: entries of an intermediate that should stay in a processor's cache, 1 MiB of float32.
 _CACHED = 2**18

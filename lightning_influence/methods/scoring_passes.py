@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_influence.methods.rounding import Rounding
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
 from lightning_influence.support.waiting import read_later
 

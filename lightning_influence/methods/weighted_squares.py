@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
-from lightning_influence.model.gradients import FactoredGradients, LayerGradients
+from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
 
 # Shares of a basis that may be its leading part.
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)

@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.model.gradients import LayerGradients
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.recorder import Recorder
 from lightning_influence.model.losses.draws import balanced_signs, draw_signs
 from lightning_influence.model.losses.loss import OutputLoss
-from lightning_influence.model.recorder import Recorder
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.waiting import LaterSum
 

@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.model.batches.rearranging import Layout, find_layouts, rearranged
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.gradients import FactoredGradients, LayerGradients
-from lightning_influence.model.layers import Layer
+from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
+from lightning_influence.model.layers.layer import Layer
+from lightning_influence.model.layers.recorder import Recorder, Slopes
 from lightning_influence.model.losses.batch import BatchLoss
-from lightning_influence.model.rearranging import Layout, find_layouts, rearranged
-from lightning_influence.model.recorder import Recorder, Slopes
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,

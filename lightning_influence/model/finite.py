@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_influence.model.gradients import LayerGradients
+from lightning_influence.model.layers.gradients import LayerGradients
 from lightning_influence.support.errors import NonFiniteError
 from lightning_influence.support.waiting import read_later
 

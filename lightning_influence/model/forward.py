@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_influence.model import one_by_one
+from lightning_influence.model.batches.rearranging import missing_positions
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import (
     check_direction,
@@ -19,7 +19,9 @@ from lightning_influence.model.checks import (
     check_loss,
     check_order,
 )
-from lightning_influence.model.cut import Run
+from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
+from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
+from lightning_influence.model.layers.recorder import Recorder
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.calls import LossCall
 from lightning_influence.model.losses.capture import LossCapture
@@ -27,13 +29,11 @@ from lightning_influence.model.losses.hook import check_per_example, per_example
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.losses.shared import JointLoss
-from lightning_influence.model.one_by_one import ONE_BY_ONE
-from lightning_influence.model.parameter_recorder import ParameterRecorder
-from lightning_influence.model.plan import LayerPlan, ModuleLoss
-from lightning_influence.model.rearranging import missing_positions
-from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.training_step import call_loss, run_step
-from lightning_influence.model.unnamed_loss import UnnamedLoss, compute_alone, read_layout
+from lightning_influence.model.unnamed import one_by_one
+from lightning_influence.model.unnamed.cut import Run
+from lightning_influence.model.unnamed.one_by_one import ONE_BY_ONE
+from lightning_influence.model.unnamed.unnamed_loss import UnnamedLoss, compute_alone, read_layout
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,

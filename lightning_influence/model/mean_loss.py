@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.layers.plan import LayerPlan
 
 # Means that differ by less are taken for equal: batches of another size round differently.
 _RELATIVE, _ABSOLUTE = 1e-3, 1e-7

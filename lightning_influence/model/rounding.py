@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.plan import LayerPlan
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.support.batches import map_tensors
 
 HALF = (torch.float16, torch.bfloat16)

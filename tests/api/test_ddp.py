@@ -209,7 +209,7 @@ assert passes[1] == 2 < passes[0], passes  # the queries and the scores
 
 
 TABLES = """
-from lightning_influence.model import layers
+from lightning_influence.model.layers import layer as layers
 
 layers.DENSE_WIDTH, layers.MATRIX_WIDTH = 10, 7
 """

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceModule, InfluenceWarning, influence
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.model.rounding import take_in_float32
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tolerance", "ignore:.*answer of", "ignore:.*limit")

@@ -13,8 +13,8 @@ from lightning_influence.collecting.figures import (
     sum_squared_norms,
 )
 from lightning_influence.curvature.factors import Factors, LayerStatistics
-from lightning_influence.model.gradients import FactoredGradients
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.gradients import FactoredGradients
+from lightning_influence.model.layers.plan import find_layers
 
 G = torch.Generator().manual_seed(0)
 

@@ -8,8 +8,8 @@ from test_two_level import DAMPING, SOME, Problem
 from lightning_influence.curvature.compact_solving import solve_in_rank, solve_within
 from lightning_influence.curvature.inverse import EigenInverse
 from lightning_influence.curvature.low_rank_matrices import DenseMatrices, LowRankMatrices
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients
+from lightning_influence.model.layers.table_gradients import TableGradients
 
 DOUBLE = torch.float64
 

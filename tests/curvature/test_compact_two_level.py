@@ -14,7 +14,7 @@ from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse
 from lightning_influence.linalg.block_krylov import block_krylov
 from lightning_influence.linalg.galerkin import GalerkinInverse
 from lightning_influence.methods.compact_scorer import CompactScorer
-from lightning_influence.model.gradients import DenseGradients
+from lightning_influence.model.layers.gradients import DenseGradients
 
 
 def divide(p: Problem, stages: int) -> dict[str, int]:

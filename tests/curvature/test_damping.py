@@ -11,7 +11,7 @@ from torch import nn
 from lightning_influence.curvature.damping import average_eigenvalues, resolve_damping
 from lightning_influence.curvature.factors import Factors, LayerStatistics
 from lightning_influence.curvature.training_record import LayerRecord, TrainingRecord, effective_rate
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -13,7 +13,7 @@ from lightning_influence.curvature.factors import (
     fingerprint_differs,
     rotate,
 )
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients
 from lightning_influence.support.errors import FactorMismatchError, NonFiniteError
 
 SIZES = st.tuples(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lightning_influence.curvature import differentiation
 from lightning_influence.curvature.gauss_newton import CurvatureProductPass, DenseCurvaturePass
 from lightning_influence.curvature.hessian import DenseHessianPass, HessianProductPass
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
 
 SOME = ["mlp_softplus_weighted_smoothing", "mlp_bce", "mlp_mse", "tokens_weighted", "shared_conv"]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from lightning_influence.curvature.factor_passes import CovariancePass, DiagonalPass
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients
+from lightning_influence.model.layers.plan import Layout
 
 
 def orthogonal(groups: int, size: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_influence.curvature.operators import GaussNewtonOperator
 from lightning_influence.curvature.stored import StoragePass, bound_kappa
-from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.model.layers.plan import Layout, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
 from lightning_influence.support.errors import NonFiniteError

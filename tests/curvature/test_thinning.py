@@ -19,9 +19,9 @@ from lightning_influence.curvature.thinning import (
     thin_rows,
 )
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.gradients import FactoredGradients
-from lightning_influence.model.layers import Layer, find_rule
-from lightning_influence.model.recorder import Recorder
+from lightning_influence.model.layers.gradients import FactoredGradients
+from lightning_influence.model.layers.layer import Layer, find_rule
+from lightning_influence.model.layers.recorder import Recorder
 
 EXAMPLES = 4
 ALL_SIGNS = [

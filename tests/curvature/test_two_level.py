@@ -21,7 +21,7 @@ from lightning_influence.curvature.two_level import TwoLevel, rescale_inverse, s
 from lightning_influence.methods.gathering import GradientPass
 from lightning_influence.methods.scorers import PreconditionedScorer
 from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluencePass
-from lightning_influence.model.gradients import DenseGradients
+from lightning_influence.model.layers.gradients import DenseGradients
 
 SOME = [
     "mlp_gelu",

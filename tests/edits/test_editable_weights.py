@@ -6,7 +6,7 @@ from influence_models import Net
 
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.edits.editable_weights import EditableWeights, read_decays
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from benchmarks import load_benchmark
 from models import CASES
 from scipy.linalg import subspace_angles
 
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.plan import Layout
 from lightning_influence.results.rendering import render_plain
 
 DOUBLE = torch.float64

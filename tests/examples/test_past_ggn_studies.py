@@ -10,7 +10,7 @@ import torch
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.curvature.two_level import TwoLevel
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.plan import Layout
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 

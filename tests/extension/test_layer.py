@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceModule, InfluenceTrainer, register_layer
-from lightning_influence.model import layers
-from lightning_influence.model.layers import LayerRule
+from lightning_influence.model.layers import layer as layers
+from lightning_influence.model.layers.layer import LayerRule
 
 N, Q = 24, 5
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
-from lightning_influence.model.plan import LayerPlan, Layout, find_layers
+from lightning_influence.model.layers.plan import LayerPlan, Layout, find_layers
 
 # float64 rounding over sums of at most a few thousand terms of size one.
 TIGHT: dict[str, float] = {"rtol": 1e-9, "atol": 1e-11}

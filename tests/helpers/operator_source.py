@@ -7,7 +7,7 @@ from typing import Any
 
 from models import CASES, Case, lightning_module, loader
 
-from lightning_influence.model.plan import LayerPlan, find_layers
+from lightning_influence.model.layers.plan import LayerPlan, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_influence.methods.gathering import GradientPass
-from lightning_influence.model.gradients import FactoredGradients
+from lightning_influence.model.layers.gradients import FactoredGradients
+from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.model.measurements import resolve_measurement
-from lightning_influence.model.plan import find_layers
 from lightning_influence.support.errors import NonFiniteError
 
 REDUCTIONS = ["mean", "sum", "none"]

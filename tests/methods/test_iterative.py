@@ -13,7 +13,7 @@ from models import CASES, lightning_module, loader
 
 from lightning_influence import InfluenceModule, influence
 from lightning_influence.curvature.stored import StoragePass
-from lightning_influence.model.plan import Layout, find_layers
+from lightning_influence.model.layers.plan import Layout, find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.running.reading import prepare_train
 from lightning_influence.support.errors import (

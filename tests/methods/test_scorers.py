@@ -10,8 +10,8 @@ from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.curvature.two_level import Correction
 from lightning_influence.methods import scorers as scoring
 from lightning_influence.methods.scorers import DenseScorer, PreconditionedScorer
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.model.layers.plan import Layout
 
 # Large enough for the low-rank route to pay, with a small layer for which it does not.
 SHAPES = {"wide": (1, 64, 65), "square": (1, 48, 49), "small": (1, 3, 4)}

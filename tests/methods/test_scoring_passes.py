@@ -13,7 +13,7 @@ from lightning_influence.methods.scoring_passes import (
     SelfInfluencePass,
     refuse_non_finite,
 )
-from lightning_influence.model import recorder
+from lightning_influence.model.layers import recorder
 from lightning_influence.support.errors import NonFiniteError
 
 SOME = [

@@ -8,9 +8,9 @@ from torch.nn import functional
 
 from lightning_influence import InfluenceModule
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.gradients import DenseGradients
-from lightning_influence.model.plan import find_layers
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.gradients import DenseGradients
+from lightning_influence.model.layers.plan import find_layers
+from lightning_influence.model.layers.table_gradients import TableGradients
 
 V, D, T, N, Q = 9, 3, 4, 6, 3
 DAMPING = 0.07
@@ -123,7 +123,7 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def limits(monkeypatch):
     for name, limit in (("DENSE_WIDTH", 10), ("MATRIX_WIDTH", 7), ("SIDE_WIDTH", 7)):
-        monkeypatch.setattr(f"lightning_influence.model.layers.{name}", limit)
+        monkeypatch.setattr(f"lightning_influence.model.layers.layer.{name}", limit)
 
 
 def make(name):
@@ -377,7 +377,7 @@ class HalfSeen(LightningModule):
 
 @pytest.mark.parametrize("limit", [7, 100])  # a table, and a matrix that maps
 def test_a_use_that_is_not_seen_counts_whatever_was_read_before(limit, monkeypatch):
-    monkeypatch.setattr("lightning_influence.model.layers.MATRIX_WIDTH", limit)
+    monkeypatch.setattr("lightning_influence.model.layers.layer.MATRIX_WIDTH", limit)
     torch.manual_seed(0)
     model = HalfSeen().double().eval()
     batch = torch.randn(N, D, dtype=DOUBLE), torch.arange(N) % 3

@@ -6,8 +6,8 @@ from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.methods import weighted_squares as aggregated
 from lightning_influence.methods import weighted_squares as squares
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
-from lightning_influence.model.gradients import FactoredGradients
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.gradients import FactoredGradients
+from lightning_influence.model.layers.plan import Layout
 
 SHAPES = {"wide": (1, 64, 65), "small": (1, 3, 4), "grouped": (2, 64, 65)}
 

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_influence import InfluenceModule
-from lightning_influence.model.layers import full_precision, split_rows
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.layer import full_precision, split_rows
+from lightning_influence.model.layers.plan import find_layers
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_influence.model.forward import Forward
+from lightning_influence.model.layers.plan import Layout, find_layers
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.draws import draw_signs
-from lightning_influence.model.plan import Layout, find_layers
 from lightning_influence.support.errors import InfluenceWarning, LossCaptureError, UnsupportedModelError
 
 B, T = 6, 4

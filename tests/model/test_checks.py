@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import check_independent
-from lightning_influence.model.plan import find_layers
-from lightning_influence.model.recorder import Recorder
+from lightning_influence.model.layers.plan import find_layers
+from lightning_influence.model.layers.recorder import Recorder
 from lightning_influence.support.errors import UnsupportedModelError
 
 

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_influence.model.layers import find_rule, supported_types
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.layer import find_rule, supported_types
+from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.support.errors import UnsupportedModelError
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_influence.model.example_losses import HeldStep, LossWatch
+from lightning_influence.model.live.example_losses import HeldStep, LossWatch
 from lightning_influence.model.losses import capture
 from lightning_influence.support.errors import LossCaptureError
 

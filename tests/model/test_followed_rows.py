@@ -5,9 +5,9 @@ import torch
 from drive import mute
 from torch import nn
 
-from lightning_influence.model.plan import find_layers
-from lightning_influence.model.recorder import Recorder
-from lightning_influence.model.unnamed_loss import UnnamedLoss
+from lightning_influence.model.layers.plan import find_layers
+from lightning_influence.model.layers.recorder import Recorder
+from lightning_influence.model.unnamed.unnamed_loss import UnnamedLoss
 from lightning_influence.support.errors import UnsupportedModelError
 
 B, T = 4, 6

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_influence.model.forward import Forward, compute_losses
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,

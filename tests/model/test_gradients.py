@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_influence.model import gradients as factored_module
-from lightning_influence.model.gradients import (
+from lightning_influence.model.layers import gradients as factored_module
+from lightning_influence.model.layers.gradients import (
     DenseGradients,
     FactoredGradients,
     LayerGradients,

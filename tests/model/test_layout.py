@@ -2,8 +2,8 @@ import pytest
 import torch
 from drive import TIGHT
 
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients
-from lightning_influence.model.plan import Layout
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients
+from lightning_influence.model.layers.plan import Layout
 
 SHAPES = {"a": (1, 3, 2), "b": (2, 2, 4), "c": (1, 1, 5)}
 K, B, V = 2, 3, 4

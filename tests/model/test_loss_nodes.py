@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_influence.model.example_losses import HeldStep, LossWatch
+from lightning_influence.model.live.example_losses import HeldStep, LossWatch
 from lightning_influence.support.errors import LossCaptureError
 
 B, C = 6, 4

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from lightning_influence.curvature.gauss_newton import DenseCurvaturePass
 from lightning_influence.curvature.hessian import DenseHessianPass
 from lightning_influence.model.forward import Forward
+from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.model.losses.shared import JointLoss
-from lightning_influence.model.plan import find_layers
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedModelError
 
 B = 6

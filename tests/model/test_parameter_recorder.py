@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from lightning_influence.curvature.factors import LayerStatistics
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.layers import LOOKUP_WIDTH, MATRIX_WIDTH
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.layer import LOOKUP_WIDTH, MATRIX_WIDTH
+from lightning_influence.model.layers.plan import find_layers
 
 B = 5
 
@@ -145,9 +145,9 @@ BODIES = {
 @pytest.fixture(params=["vectors", "matrices", "diagonals"])
 def form(request, monkeypatch):
     if request.param != "vectors":
-        monkeypatch.setattr("lightning_influence.model.layers.DENSE_WIDTH", 10)
+        monkeypatch.setattr("lightning_influence.model.layers.layer.DENSE_WIDTH", 10)
     if request.param == "diagonals":
-        monkeypatch.setattr("lightning_influence.model.layers.MATRIX_WIDTH", 7)
+        monkeypatch.setattr("lightning_influence.model.layers.layer.MATRIX_WIDTH", 7)
 
 
 @pytest.fixture(params=BODIES)
@@ -275,7 +275,7 @@ def curvature_statistics(model, batch, name):
 
 
 def test_a_matrix_that_maps_has_the_factors_of_a_linear_layer(monkeypatch):
-    monkeypatch.setattr("lightning_influence.model.layers.DENSE_WIDTH", 10)
+    monkeypatch.setattr("lightning_influence.model.layers.layer.DENSE_WIDTH", 10)
 
     class Bare(nn.Module):
         def __init__(self, layer):
@@ -301,7 +301,7 @@ def test_a_matrix_that_maps_has_the_factors_of_a_linear_layer(monkeypatch):
 
 
 def test_another_matrix_has_the_moments_of_its_rows_and_columns(monkeypatch):
-    monkeypatch.setattr("lightning_influence.model.layers.DENSE_WIDTH", 10)
+    monkeypatch.setattr("lightning_influence.model.layers.layer.DENSE_WIDTH", 10)
     model = Net(Sequence(), nn.Linear(8, 3)).double()
     batch = (torch.randint(0, 9, (B, 6)), torch.randint(0, 3, (B,)))
     gradients, found = curvature_statistics(model, batch, "body.rnn.weight_ih_l0")

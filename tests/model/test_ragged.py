@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from torch.utils.data import default_collate
 
+from lightning_influence.model.batches.ragged import find_rows
+from lightning_influence.model.batches.rearranging import UnknownPartError, find_layouts, rearranged
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.plan import find_layers
-from lightning_influence.model.ragged import find_rows
-from lightning_influence.model.rearranging import UnknownPartError, find_layouts, rearranged
+from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.support.batches import copy_tensors, find_tensors, guess_count
 from lightning_influence.support.errors import UnsupportedModelError
 

@@ -4,11 +4,11 @@ from drive import TIGHT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from lightning_influence.model import recorder as recorder_module
 from lightning_influence.model.finite import check_finite
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients, compact
-from lightning_influence.model.plan import LayerPlan, find_layers
-from lightning_influence.model.recorder import Recorder
+from lightning_influence.model.layers import recorder as recorder_module
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, compact
+from lightning_influence.model.layers.plan import LayerPlan, find_layers
+from lightning_influence.model.layers.recorder import Recorder
 from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
 
 B = 4

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients, concatenate
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, concatenate
+from lightning_influence.model.layers.table_gradients import TableGradients
 
 B, V, D = 4, 11, 3
 DOUBLE = torch.float64

@@ -11,7 +11,7 @@ from lightning_influence import InfluenceTrainer
 from lightning_influence.curvature.differentiation import add_gauss_newton_products
 from lightning_influence.curvature.hessian import DenseHessianPass
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.support.errors import UnsupportedModelError
 
 N, Q = 18, 4

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from lightning_influence import InfluenceCallback
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 
 pytestmark = pytest.mark.projects
 

@@ -33,7 +33,7 @@ for _name in ("nms", "qnms"):
     _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from lightning_influence import InfluenceCallback, influence  # noqa: E402
-from lightning_influence.model.plan import find_layers  # noqa: E402
+from lightning_influence.model.layers.plan import find_layers  # noqa: E402
 
 torch.set_num_threads(1)
 for _name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric", "lightning"):

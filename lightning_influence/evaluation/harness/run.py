@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, Subset
 
 from lightning_influence.evaluation.harness.retraining import Retraining, check_distinct, check_types
 from lightning_influence.model.forward import Forward
+from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
-from lightning_influence.model.plan import find_layers
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.support.errors import NonFiniteError, UnsupportedDataError, UnsupportedTrainerError
 from lightning_influence.support.random_states import preserve_rng

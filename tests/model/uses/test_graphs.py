@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from use_oracle import numbers, reference_gradients, tokens
 
-from lightning_influence.model.ragged import find_places
+from lightning_influence.model.batches.ragged import find_places
 from lightning_influence.model.uses import Watch, Way, differentiate_losses
 from lightning_influence.model.uses.places import Place
 

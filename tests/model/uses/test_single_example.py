@@ -5,7 +5,7 @@ from drive import mute
 from torch import nn
 
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.plan import find_layers
+from lightning_influence.model.layers.plan import find_layers
 
 
 class Attention(nn.Module):

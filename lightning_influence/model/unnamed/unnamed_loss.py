@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.model.additivity import (
+from lightning_influence.model.batches.rearranging import Layout, UnknownPartError, find_layouts, rearranged
+from lightning_influence.model.layers.layer import Layer, parameters_of
+from lightning_influence.model.layers.recorder import Recorder
+from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits, split_rows
+from lightning_influence.model.losses.combined import WEIGHTED
+from lightning_influence.model.losses.picked import PickedRows
+from lightning_influence.model.losses.shared import JointLoss
+from lightning_influence.model.unnamed.additivity import (
     COUPLED,
     REMEDY,
     check_cross_derivatives,
@@ -23,16 +30,9 @@ from lightning_influence.model.additivity import (
     find_ratio,
     tell_mean,
 )
-from lightning_influence.model.cut import Cut, OtherCallsError, Run, to_scalar
-from lightning_influence.model.last_outputs import CutLoss, OutputTap
-from lightning_influence.model.layers import Layer, parameters_of
-from lightning_influence.model.loss_parameters import LossParameters, PartGradients, find_direct
-from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits, split_rows
-from lightning_influence.model.losses.combined import WEIGHTED
-from lightning_influence.model.losses.picked import PickedRows
-from lightning_influence.model.losses.shared import JointLoss
-from lightning_influence.model.rearranging import Layout, UnknownPartError, find_layouts, rearranged
-from lightning_influence.model.recorder import Recorder
+from lightning_influence.model.unnamed.cut import Cut, OtherCallsError, Run, to_scalar
+from lightning_influence.model.unnamed.last_outputs import CutLoss, OutputTap
+from lightning_influence.model.unnamed.loss_parameters import LossParameters, PartGradients, find_direct
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import RandomStates, preserve_rng
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.model.additivity import REMEDY
+from lightning_influence.model.batches.rearranging import rearranged
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.cut import Run, to_scalar
-from lightning_influence.model.rearranging import rearranged
-from lightning_influence.model.recorder import Recorder, UseRecorder
+from lightning_influence.model.layers.recorder import Recorder, UseRecorder
+from lightning_influence.model.unnamed.additivity import REMEDY
+from lightning_influence.model.unnamed.cut import Run, to_scalar
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
 

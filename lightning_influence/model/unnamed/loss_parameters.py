@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from lightning_influence.model.last_outputs import CutLoss, Share
-from lightning_influence.model.layers import BIAS, WEIGHT
+from lightning_influence.model.layers.layer import BIAS, WEIGHT
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.losses.shared import JointLoss, SharedLoss
+from lightning_influence.model.unnamed.last_outputs import CutLoss, Share
 from lightning_influence.model.uses.gradients import (
     differentiate_batch,
     edges_of,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_influence.model.gradients import FactoredGradients, LayerGradients
-from lightning_influence.model.layers import (
+from lightning_influence.model.batches.ragged import find_places
+from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
+from lightning_influence.model.layers.layer import (
     BIAS,
     WEIGHT,
     Layer,
@@ -19,9 +20,8 @@ from lightning_influence.model.layers import (
     full_precision,
     parameters_of,
 )
-from lightning_influence.model.ragged import find_places
-from lightning_influence.model.recorder import Slopes
-from lightning_influence.model.table_uses import TableUses
+from lightning_influence.model.layers.recorder import Slopes
+from lightning_influence.model.layers.table_uses import TableUses
 from lightning_influence.model.uses.calls import Use
 from lightning_influence.model.uses.certificate import certify, draw_weights, weigh_losses
 from lightning_influence.model.uses.gradients import (

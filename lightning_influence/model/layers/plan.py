@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_influence.model.gradients import LayerGradients
-from lightning_influence.model.layers import Layer, find_rule, rule_of_parameter, supported_types
+from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.layer import Layer, find_rule, rule_of_parameter, supported_types
 from lightning_influence.support.errors import UnsupportedModelError
 
 ModuleLoss = Callable[[Any, Any], Tensor]

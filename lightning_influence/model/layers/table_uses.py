@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
-from lightning_influence.model.layers import Layer
-from lightning_influence.model.recorder import Slopes
-from lightning_influence.model.table_gradients import TableGradients
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.model.layers.layer import Layer
+from lightning_influence.model.layers.recorder import Slopes
+from lightning_influence.model.layers.table_gradients import TableGradients
 from lightning_influence.model.uses.parts import ParameterGradient, Part, Product, Rows
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from lightning_influence.model.last_outputs import Share
 from lightning_influence.model.losses.registry import find_losses, parse
+from lightning_influence.model.unnamed.last_outputs import Share
 from lightning_influence.model.uses.places import Place
 from lightning_influence.support.errors import LossCaptureError
 

@@ -13,8 +13,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_influence.model.gradients import FactoredGradients, LayerGradients
-from lightning_influence.model.layers import Layer, ParameterRule
+from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
+from lightning_influence.model.layers.layer import Layer, ParameterRule
 from lightning_influence.support.errors import UnsupportedModelError
 
 # Unfolded inputs of so many bytes are made at once where they are used once, to be still in the cache then;

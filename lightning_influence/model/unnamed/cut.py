@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.model.additivity import REMEDY
-from lightning_influence.model.last_outputs import CutLoss, Key, OutputTap, Share, are_chained
+from lightning_influence.model.batches.ragged import find_places
 from lightning_influence.model.losses.picked import PickedRows
-from lightning_influence.model.ragged import find_places
-from lightning_influence.model.shares import ShareWatch
+from lightning_influence.model.unnamed.additivity import REMEDY
+from lightning_influence.model.unnamed.last_outputs import CutLoss, Key, OutputTap, Share, are_chained
+from lightning_influence.model.unnamed.shares import ShareWatch
 from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_influence.model.live_capture import StepLosses
-from lightning_influence.model.loss_nodes import LossNode
+from lightning_influence.model.live.live_capture import StepLosses
+from lightning_influence.model.live.loss_nodes import LossNode
 from lightning_influence.model.losses.bce import BinaryCrossEntropyLoss, ProbabilityLoss
 from lightning_influence.model.losses.calls import LossCall, versions_of
 from lightning_influence.model.losses.capture import same_value

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_influence.model.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 
 # Chosen by hand: bytes of looked-up rows of several vectors that are gathered at once.
 _GATHERED_BYTES = 2**24

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lightning_influence.model.ragged import Rows, find_rows, select_rows
+from lightning_influence.model.batches.ragged import Rows, find_rows, select_rows
 from lightning_influence.support.batches import (
     MOST_DEPTH,
     ExampleList,
@@ -48,8 +48,8 @@ def rearranged(batch: Any, order: Sequence[int], count: int, layout: Layout | No
         batch: tensors in any nesting of lists, tuples, mappings and objects. Tensors of ``count`` rows, or
             else of ``count`` columns (time-first ones), hold the examples in these; rows that belong to the
             examples by an index, as those of graphs, go with them (see
-            :mod:`~lightning_influence.model.ragged`); other tensors belong to all. A list of one thing an
-            example is rearranged itself.
+            :mod:`~lightning_influence.model.batches.ragged`); other tensors belong to all. A list of one
+            thing an example is rearranged itself.
         order: positions of the examples; may be fewer than there are.
         count: number of examples ``B``.
         layout: where single tensors hold their examples, if it is not as above.

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from lightning_influence.model.batches.ragged import find_places
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import check_independent, check_loss
+from lightning_influence.model.layers.plan import LayerPlan
+from lightning_influence.model.layers.recorder import Recorder
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.picked import PICKERS
-from lightning_influence.model.plan import LayerPlan
-from lightning_influence.model.ragged import find_places
-from lightning_influence.model.recorder import Recorder
 from lightning_influence.model.uses.calls import Call
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError

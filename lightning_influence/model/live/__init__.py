@@ -1,0 +1,1 @@
+"""The user's own training step, seen while a fit runs it."""
