@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Chosen by hand: values that wait to be read at most, about 16 batches of a pass; and what they may take.
-_MOST, _MOST_BYTES = 64, 2**26
+_MOST, _MOST_BYTES = 96, 2**26
 
 
 class LaterSum:
