@@ -13,7 +13,7 @@ from lightning_influence.curvature.training_record import LayerRecord, TrainingR
 # which is their share of the run's damping as well. The numbers of resolve_damping's docstring are from
 # examples/benchmarks/damping_rules.py and closed_damping.py.
 _HEURISTIC = 0.1
-_CLOSED_FORM = 0.03
+CLOSED_FORM = (0.03, 0.03)
 _UNRESOLVED = 4.0
 
 
@@ -87,8 +87,9 @@ def resolve_damping(
     full, origin = _from_run(list(own), sum(means.values()) / max(len(means), 1), record)
     if solver == "full":
         return full, f"auto: {origin}"
-    found = {name: _CLOSED_FORM * (mean + full[name]) for name, mean in own.items()}
-    return found, f"auto: {_CLOSED_FORM} of each layer's mean eigenvalue and of the full system's: {origin}"
+    of_mean, of_run = CLOSED_FORM
+    found = {name: of_mean * mean + of_run * full[name] for name, mean in own.items()}
+    return found, f"auto: {of_mean} of each layer's mean eigenvalue, and {of_run} of the run's: {origin}"
 
 
 def average_eigenvalues(factors: Factors, name: str) -> float:

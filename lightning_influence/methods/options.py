@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import reprlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -94,7 +95,7 @@ class Options:
         damping = self.damping
         if damping not in ("auto", "heuristic") and not (is_number(damping) and 0 <= damping < math.inf):
             raise ValueError(
-                f"Got damping={damping!r}; accepted are 'auto', 'heuristic' or a finite number of at least 0."
+                f"Got damping={reprlib.repr(damping)}; accepted are 'auto', 'heuristic' or a finite number of at least 0."
             )
         for option in fields(self):
             check: Check | None = option.metadata.get("check")
