@@ -29,6 +29,7 @@ from lightning_influence.model.forward import forget_measurement
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss, find_layers
 from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
+from lightning_influence.model.unnamed.loss_parameters import find_covered
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics, PassFacts
 from lightning_influence.results.self_influence import SelfInfluence
@@ -46,6 +47,10 @@ from lightning_influence.support.digests import digest_tensors
 from lightning_influence.support.notes import Notes
 
 Aggregate = Literal["mean"] | GroupLabels
+
+
+# How many parameters a note names.
+_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -404,6 +409,13 @@ class Engine:
     def _diagnostics(self, method: Method, measurement: str, residuals: Tensor | None) -> Diagnostics:
         """Return the certificate that goes with an answer."""
         context = method.context
+        used = find_covered(context.plan.verified) if method.whole_gauss_newton else []
+        if used:
+            names = ", ".join(map(repr, used[:_NAMED])) + (" and more" if len(used) > _NAMED else "")
+            context.notes.inform(
+                f"The loss uses {names} beside the outputs of modules. Second derivatives that mix them with "
+                "outputs are no part of the Gauss-Newton matrix; method='hessian' has them."
+            )
         passes: list[PassFacts] = [
             {"name": r.name, "seconds": r.seconds, "examples": r.examples, "batches": r.batches}
             for r in self._runner.records

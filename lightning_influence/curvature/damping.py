@@ -89,7 +89,8 @@ def resolve_damping(
         return full, f"auto: {origin}"
     of_mean, of_run = CLOSED_FORM
     found = {name: of_mean * mean + of_run * full[name] for name, mean in own.items()}
-    return found, f"auto: {of_mean} of each layer's mean eigenvalue, and {of_run} of the run's: {origin}"
+    words = f"{of_mean} of each layer's mean eigenvalue and {of_run} of the full system's damping"
+    return found, f"auto: {words}, {origin}"
 
 
 def average_eigenvalues(factors: Factors, name: str) -> float:

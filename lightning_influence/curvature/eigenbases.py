@@ -86,11 +86,15 @@ def find_eigenvectors(covariance: Tensor, rows: float, dtype: torch.dtype = torc
         if thin is not None:
             return thin
     if width >= LARGE and single and dtype == torch.float64:
-        symmetric = _symmetric(covariance, torch.float32)
-        values, vectors = torch.linalg.eigh(symmetric)
-        if _holds(symmetric, values, vectors):
-            return vectors
-    vectors = torch.linalg.eigh(_symmetric(covariance, dtype)).eigenvectors
+        found = _decompose_in_single(_symmetric(covariance, torch.float32))
+        if found is not None:
+            return found
+    try:
+        vectors = torch.linalg.eigh(_symmetric(covariance, dtype)).eigenvectors
+    except RuntimeError:
+        if dtype == torch.float64:
+            raise
+        vectors = torch.linalg.eigh(_symmetric(covariance, torch.float64)).eigenvectors
     return vectors
 
 
@@ -98,6 +102,15 @@ def _symmetric(covariance: Tensor, dtype: torch.dtype) -> Tensor:
     matrix = covariance.to(dtype)
     half: Tensor = (matrix + matrix.mT) / 2
     return half
+
+
+def _decompose_in_single(symmetric: Tensor) -> Tensor | None:
+    """Return eigenvectors of matrices in single precision, None where that does not converge or hold."""
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except RuntimeError:  # wide matrices with many eigenvalues near zero, as of channels that a ReLU shut
+        return None
+    return vectors if _holds(symmetric, values, vectors) else None
 
 
 def _decompose_span(symmetric: Tensor, rows: int, eps: float) -> Tensor | None:

@@ -84,6 +84,11 @@ class Auto(Method):
         super().__init__(context)
         self._replaced = 0  # training examples that got EK-FAC's answer, on this process
 
+    @property
+    def whole_gauss_newton(self) -> bool:
+        """Whether the system is the Gauss-Newton matrix of all layers together."""
+        return True
+
     def prepare(self) -> None:
         """Use or fit the factors; use, grow or build the coarse space."""
         self._use(choose_builder(self._prepare_factors()))

@@ -116,6 +116,11 @@ class Exact(DenseMethod):
     With ``fisher="mixed"``, ``"sampled"`` or ``"empirical"`` the matrix is that estimate instead.
     """
 
+    @property
+    def whole_gauss_newton(self) -> bool:
+        """Whether the system is the Gauss-Newton matrix of all layers together."""
+        return True
+
     def prepare(self) -> None:
         """Sum the matrix in one pass; a model that is too large is refused before it."""
         context, options = self.context, self.options

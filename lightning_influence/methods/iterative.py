@@ -116,6 +116,11 @@ class Iterative(Method):
             "largest_residual_by_step": [],
         }
 
+    @property
+    def whole_gauss_newton(self) -> bool:
+        """Whether the system is the Gauss-Newton matrix of all layers together."""
+        return self.options.curvature == "ggn"
+
     def prepare(self) -> None:
         """Use or fit the factors, set up the system, and derive what the method needs.
 

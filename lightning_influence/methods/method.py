@@ -61,6 +61,11 @@ class Method(ABC):
         if self.options.unused:
             self.context.notes.add(f"The method {self.name!r} does not use {', '.join(self.options.unused)}.")
 
+    @property
+    def whole_gauss_newton(self) -> bool:
+        """Whether the system is the Gauss-Newton matrix of all layers together."""
+        return False
+
     @abstractmethod
     def prepare(self) -> None:
         """Run whatever passes do not depend on the queries."""

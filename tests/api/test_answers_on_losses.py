@@ -99,6 +99,9 @@ def test_dense_methods_have_their_blocks(fitted):
         found = trainer.influence(module, train, queries, method=method, damping=0.1, log=False, **options)
         torch.testing.assert_close(found.scores.double(), expected, rtol=1e-5, atol=1e-7)
         assert found.diagnostics.parameters_covered == 1
+        assert any("The loss uses 'log_variance' beside" in note for note in found.diagnostics.warnings)
+    whole = trainer.influence(module, train, queries, method="hessian", damping=0.1, log=False)
+    assert not any("beside the outputs" in note for note in whole.diagnostics.warnings)
     plain = trainer.influence(module, train, queries, method="identity", log=False).scores.double()
     torch.testing.assert_close(plain, asked @ own.T / N, rtol=1e-5, atol=1e-8)
     itself = trainer.self_influence(module, train, method="identity").scores.double()

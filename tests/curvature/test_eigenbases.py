@@ -84,6 +84,24 @@ def test_a_basis_that_does_not_hold_is_computed_again(low, widths, monkeypatch):
     check_diagonalises(vectors, matrix, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_does_not_converge_in_single_precision_is_decomposed_in_double(low, widths, monkeypatch, dtype):
+    watched = torch.linalg.eigh
+
+    def fail(matrix):
+        found = watched(matrix)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+        return found
+
+    matrix = covariance(200, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", fail)
+        vectors = find_eigenvectors(matrix, 200, dtype)
+    assert [found for _, found in widths] == [torch.float32, torch.float64]
+    check_diagonalises(vectors, matrix, 1e-5)
+
+
 def test_narrow_covariances_are_decomposed_as_before(widths):
     matrix = covariance(6, torch.float32)
     check_diagonalises(find_eigenvectors(matrix, 6), matrix, 1e-5)

@@ -103,6 +103,11 @@ class _Rows:
         return _bound(self.own - self.own.mean(0)) > limit * _bound(self.own)
 
 
+def find_covered(verified: Collection[str]) -> list[str]:
+    """Return the names of the parameters that the loss was found to use itself, of what passes verified."""
+    return [text.removeprefix(_COVERED) for text in sorted(verified) if text.startswith(_COVERED)]
+
+
 class LossParameters:
     """Finds the parameters that a loss uses itself, and remembers how their gradients are had.
 
@@ -116,7 +121,7 @@ class LossParameters:
 
     def __init__(self, verified: set[str]) -> None:
         self._verified = verified
-        self.names = [text.removeprefix(_COVERED) for text in sorted(verified) if text.startswith(_COVERED)]
+        self.names = find_covered(verified)
         self.left_out = {text.removeprefix(_LEFT_OUT) for text in verified if text.startswith(_LEFT_OUT)}
         self._traits: dict[str, BatchLossTraits] = {}
         self._constants: dict[str, tuple[Tensor, Tensor]] = {}
