@@ -77,6 +77,9 @@ def find_eigenvectors(covariance: Tensor, rows: float, dtype: torch.dtype = torc
 
     Returns:
         ``(G, D, D)``, in columns.
+
+    Raises:
+        RuntimeError: if the decomposition does not converge in double precision either.
     """
     width = covariance.shape[-1]
     single = covariance.dtype == torch.float32
