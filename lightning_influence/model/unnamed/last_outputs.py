@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from lightning_influence.model.losses.output_rows import OutputRows
 from lightning_influence.model.uses.calls import Watched
-from lightning_influence.model.uses.places import Place
 
 Key = tuple[str, int, int]
 """Name of a module, number of its call in the forward pass, and place of a tensor in what it returned."""
@@ -44,7 +44,7 @@ class CutLoss:
         outputs: what the modules returned there.
         value: the loss, a scalar.
         values: the losses of the examples ``(B,)``, where the user gives them.
-        places: where the examples stand in the leaves, where they were followed.
+        rows: the examples' rows in the leaves.
         watch: what followed them, and some parameters; None if neither was wanted.
         shares: sums over the examples that the loss is made of, where parameters were followed.
     """
@@ -53,7 +53,7 @@ class CutLoss:
     outputs: list[Tensor]
     value: Tensor
     values: Tensor | None
-    places: list[Place | None]
+    rows: Sequence[OutputRows]
     watch: Watched | None
     shares: Sequence[Share] = ()
 

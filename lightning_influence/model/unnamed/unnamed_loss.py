@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_influence.model.batches.rearranging import Layout, UnknownPartError, find_layouts, rearranged
 from lightning_influence.model.layers.layer import Layer, parameters_of
 from lightning_influence.model.layers.recorder import Recorder
-from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits, split_rows
+from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.model.losses.picked import PickedRows
 from lightning_influence.model.losses.shared import JointLoss
@@ -131,17 +131,17 @@ class UnnamedLoss:
             else:
                 values, value = cut.compute(module, batch)
         if not cut.is_chained:
-            found = cut.describe(tap, value, values, watch, shares)
+            found = cut.describe(tap, num_examples, value, values, watch, shares)
         cut.check_calls(tap)
         outputs = list(tap.outputs.values())
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}
         if not cut.follows and rows & picked.counts:
             raise UnsupportedModelError(_PICKED)
         # Picked rows are as many for each example in one batch, and not in the next.
-        places = cut.places(outputs, watch)
-        if picked.counts or any(place is not None and place.is_uneven() for place in places):
+        own = cut.rows(tap.outputs, num_examples, watch)
+        if picked.counts or any(part.place is not None and part.place.is_uneven() for part in own):
             self._traits.warn(WEIGHTED)
-        found = replace(found, outputs=outputs, places=places, values=values)
+        found = replace(found, outputs=outputs, rows=own, values=values)
         loss = self._describe(found, module, batch, num_examples)
         if not self._has_looked and (values is not None or num_examples == 1):
             self._look_beside(found, loss, recorder.layers)
@@ -159,7 +159,7 @@ class UnnamedLoss:
             traits=self._traits,
             values_of=lambda: compute_alone(self._run, module, batch, num_examples, self._layout),
             values=found.values,
-            places=found.places,
+            rows=found.rows,
         )
 
     def _is_known(self) -> bool:
@@ -348,7 +348,7 @@ class UnnamedLoss:
         with preserve_rng():
             found = cut.run(module, piece, count, is_part=True)
             grads = _slopes(found.value, found.leaves)
-            split = [split_rows(grad, place, count) for grad, place in zip(grads, found.places, strict=True)]
+            split = [own.split(grads, count) for own in found.rows]
             rows = torch.cat([part.flatten(1) for part in split], 1)
         if len(split) == 1 and rows.shape[1] < width:  # others have more rows
             rows = torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
