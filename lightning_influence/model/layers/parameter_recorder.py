@@ -308,6 +308,10 @@ class ParameterRecorder:
         place = self.watch.place_of(tensor)
         return place is not None and place.is_plain()
 
+    def place_of(self, tensor: Tensor) -> Place | None:
+        """Return where the examples stand in a tensor of the forward pass, or None if that is not known."""
+        return self.watch.place_of(tensor)
+
     def certify(self, values: Tensor) -> None:
         """Find the parameters whose gradients do not add up, which take the slow way from now on.
 
@@ -424,11 +428,16 @@ def _no_gradients(parameter: Tensor, count: int) -> Tensor:
 
 
 def _zeros(use: Use) -> list[Tensor | None]:
-    """Return gradients of zero at the outputs of a use, none where these belong to no example, as a loss."""
+    """Return gradients of zero at the outputs of a use, none where these belong to no example, as a loss.
+
+    In a batch of one a number belongs to the example, also one that penalties on weights were added to: what
+    these do with a weight is none of the ways in which it maps.
+    """
     like = next(iter(use.sources.values()))
     shown = zip(use.edges, use.outputs, use.shapes, strict=True)
     return [
-        None if edge is None or place is None else like.new_zeros(1, *shape) for edge, place, shape in shown
+        None if edge is None or place is None or not shape else like.new_zeros(1, *shape)
+        for edge, place, shape in shown
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,12 @@ from lightning_influence.model.batches.ragged import find_places
 from lightning_influence.model.losses.output_rows import OutputRows, join_calls
 from lightning_influence.model.losses.picked import PickedRows
 from lightning_influence.model.unnamed.additivity import REMEDY
+from lightning_influence.model.unnamed.alone import Run, to_scalar
 from lightning_influence.model.unnamed.last_outputs import CutLoss, Key, OutputTap, Share, are_chained
 from lightning_influence.model.unnamed.shares import ShareWatch
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
-
-Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
-"""Maps a module and a batch to the losses of the examples ``(B,)``, or else to the loss of the batch."""
 
 _DIFFERENTIATES = (
     "The loss differentiates the model's outputs by what they depend on, as gradient penalties do, so it is "
@@ -214,19 +212,3 @@ class Cut:
 def _follow(batch: Any, count: int, parameters: Mapping[str, Tensor] | None = None) -> Watch:
     """Return what follows the examples of a batch, and parameters."""
     return Watch(parameters or {}, batch, count, find_places(batch, count))
-
-
-def to_scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:
-    """Return what a run has computed as the loss of the batch, a scalar.
-
-    Raises:
-        LossCaptureError: if it is no single number.
-    """
-    if values is not None:
-        return values.mean()
-    assert batch_loss is not None
-    if batch_loss.numel() != 1:
-        raise LossCaptureError(
-            f"Got a training loss of shape {tuple(batch_loss.shape)}; accepted is a single number. {REMEDY}"
-        )
-    return batch_loss.reshape(())

@@ -11,12 +11,10 @@ from lightning_influence.model.batches.rearranging import rearranged
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers.recorder import Recorder, UseRecorder
 from lightning_influence.model.unnamed.additivity import REMEDY
-from lightning_influence.model.unnamed.cut import Run, to_scalar
+from lightning_influence.model.unnamed.alone import Run, to_scalar
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
 
-#: Says that a batch's loss is the mean of those of its examples alone.
-ONE_BY_ONE = "examples are run one by one"
 SLOWER = (
     "Which rows of the training loss are which examples' is not known, and it is no function of the outputs "
     "of modules. It is the mean of the losses of single examples, which are run one by one: slower, and with "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Callable, Collection, Mapping
@@ -30,14 +29,14 @@ from lightning_influence.model.unnamed.additivity import (
     find_ratio,
     tell_mean,
 )
-from lightning_influence.model.unnamed.cut import Cut, OtherCallsError, Run, to_scalar
+from lightning_influence.model.unnamed.alone import Run, compute_alone, note_layout, read_layout, to_scalar
+from lightning_influence.model.unnamed.cut import Cut, OtherCallsError
 from lightning_influence.model.unnamed.last_outputs import CutLoss, OutputTap
 from lightning_influence.model.unnamed.loss_parameters import LossParameters, PartGradients, find_direct
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import RandomStates, preserve_rng
 
 _MEAN, _SUM, _GIVEN = "loss is a mean", "loss is a sum", "losses of examples are given"
-_LAYOUT = "batch is read as "
 # Relative error of gradients that come from batches of another size; those of parameters add up more of them.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
@@ -313,7 +312,7 @@ class UnnamedLoss:
             is_mean, _ = self._try(find, layout)
             if is_mean is not None:
                 self._layout = layout
-                self._verified.add(_LAYOUT + json.dumps(list(layout.items())))
+                self._verified.add(note_layout(layout))
                 return is_mean
         return None
 
@@ -383,32 +382,3 @@ def _slopes(value: Tensor, leaves: Collection[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(
         value, list(leaves), retain_graph=True, allow_unused=True, materialize_grads=True
     )
-
-
-def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout | None = None) -> Tensor:
-    """Compute the losses of the examples, each run alone; their mean where that cannot be.
-
-    Args:
-        run: computes the loss.
-        module: the user's module.
-        batch: the batch.
-        count: number of examples ``B``.
-        layout: how to read the batch, if not as usual.
-
-    Returns:
-        The losses ``(B,)``, without a graph.
-    """
-    values = []
-    with preserve_rng(), torch.no_grad():
-        for n in range(count):
-            try:
-                values.append(to_scalar(*run(module, rearranged(batch, [n], count, layout))))
-            except Exception:  # whatever the user's code may raise
-                return to_scalar(*run(module, batch)).expand(count)
-    return torch.stack(values)
-
-
-def read_layout(verified: Collection[str]) -> Layout:
-    """Return how an earlier pass found that batches are to be read."""
-    noted = next((text for text in verified if text.startswith(_LAYOUT)), None)
-    return {} if noted is None else dict(json.loads(noted.removeprefix(_LAYOUT)))
