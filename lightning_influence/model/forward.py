@@ -32,6 +32,7 @@ from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.training_step import call_loss, run_step
 from lightning_influence.model.unnamed import one_by_one
+from lightning_influence.model.unnamed.alone import ONE_BY_ONE
 from lightning_influence.model.unnamed.unnamed_loss import UnnamedLoss
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (

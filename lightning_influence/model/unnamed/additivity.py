@@ -10,12 +10,9 @@ from torch import Tensor
 
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.losses.combined import WEIGHTED
+from lightning_influence.model.unnamed.alone import REMEDY
 from lightning_influence.support.errors import UnsupportedModelError
 
-REMEDY = (
-    "Pass `loss=`, a callable `(module, batch) -> (B,)`, or define `influence_loss(batch) -> (B,)` on the "
-    "module, with the loss that each example is to have."
-)
 COUPLED = (
     "The loss of a batch is not made of losses of its examples: what one example adds depends on the others, "
     "as it does for a root of a mean, a Dice or contrastive loss over the batch. " + REMEDY

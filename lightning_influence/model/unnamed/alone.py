@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.batches.rearranging import Layout, rearranged
-from lightning_influence.model.unnamed.additivity import REMEDY
 from lightning_influence.support.errors import LossCaptureError
 from lightning_influence.support.random_states import preserve_rng
 
 Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
 """Maps a module and a batch to the losses of the examples ``(B,)``, or else to the loss of the batch."""
 
+#: What to do about a loss of which examples have no part that is known.
+REMEDY = (
+    "Pass `loss=`, a callable `(module, batch) -> (B,)`, or define `influence_loss(batch) -> (B,)` on the "
+    "module, with the loss that each example is to have."
+)
 #: Says that a batch's loss is the mean of those of its examples alone.
 ONE_BY_ONE = "examples are run one by one"
 _LAYOUT = "batch is read as "

@@ -13,8 +13,7 @@ from torch import Tensor
 from lightning_influence.model.batches.ragged import find_places
 from lightning_influence.model.losses.output_rows import OutputRows, join_calls
 from lightning_influence.model.losses.picked import PickedRows
-from lightning_influence.model.unnamed.additivity import REMEDY
-from lightning_influence.model.unnamed.alone import Run, to_scalar
+from lightning_influence.model.unnamed.alone import REMEDY, Run, to_scalar
 from lightning_influence.model.unnamed.last_outputs import CutLoss, Key, OutputTap, Share, are_chained
 from lightning_influence.model.unnamed.shares import ShareWatch
 from lightning_influence.model.uses.watch import Watch

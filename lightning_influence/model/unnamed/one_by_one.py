@@ -10,8 +10,7 @@ from torch import Tensor
 from lightning_influence.model.batches.rearranging import rearranged
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers.recorder import Recorder, UseRecorder
-from lightning_influence.model.unnamed.additivity import REMEDY
-from lightning_influence.model.unnamed.alone import Run, to_scalar
+from lightning_influence.model.unnamed.alone import REMEDY, Run, to_scalar
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
 

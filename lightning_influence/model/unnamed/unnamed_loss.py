@@ -23,13 +23,19 @@ from lightning_influence.model.losses.picked import PickedRows
 from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.unnamed.additivity import (
     COUPLED,
-    REMEDY,
     check_cross_derivatives,
     draw_halves,
     find_ratio,
     tell_mean,
 )
-from lightning_influence.model.unnamed.alone import Run, compute_alone, note_layout, read_layout, to_scalar
+from lightning_influence.model.unnamed.alone import (
+    REMEDY,
+    Run,
+    compute_alone,
+    note_layout,
+    read_layout,
+    to_scalar,
+)
 from lightning_influence.model.unnamed.cut import Cut, OtherCallsError
 from lightning_influence.model.unnamed.last_outputs import CutLoss, OutputTap
 from lightning_influence.model.unnamed.loss_parameters import LossParameters, PartGradients, find_direct
