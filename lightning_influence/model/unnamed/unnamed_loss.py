@@ -148,7 +148,7 @@ class UnnamedLoss:
             self._traits.warn(WEIGHTED)
         found = replace(found, outputs=outputs, rows=own, values=values)
         loss = self._describe(found, module, batch, num_examples)
-        if not self._has_looked and (values is not None or num_examples == 1):
+        if not self._has_looked and (values is not None or num_examples == 1 or names):
             self._look_beside(found, loss, recorder.layers)
         if names:
             alone = partial(self._run_alone, cut, module, batch, loss)
