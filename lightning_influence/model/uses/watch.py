@@ -416,7 +416,8 @@ def find_examples(
             if place is not None:
                 found.append((value, place))
         elif is_list_of_examples(value, num_examples):
-            found.extend((tensor, whole(example)) for example, tensor in enumerate(value))
+            for example, entry in enumerate(value):
+                found.extend((tensor, whole(example)) for tensor in find_tensors(entry))
         elif depth < _MOST_DEPTH:
             opened = open_part(value)
             pending.extend((item, depth + 1) for item in (opened.parts if opened is not None else ()))
