@@ -24,7 +24,7 @@ from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.unnamed.additivity import (
     COUPLED,
     check_cross_derivatives,
-    draw_halves,
+    draw_parts,
     find_ratio,
     tell_mean,
 )
@@ -196,7 +196,7 @@ class UnnamedLoss:
         if not bool(loss.gradient().any()):
             return
         limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
-        check_cross_derivatives(loss, draw_halves(count)[0], limit)
+        check_cross_derivatives(loss, draw_parts(count)[0], limit)
         find = partial(self._find_mean, cut, module, batch, loss, limit)
         is_mean, runs = self._try(find, {})
         again = self._draw_again(cut, module, batch, loss, limit) if is_mean is None else None
@@ -258,12 +258,12 @@ class UnnamedLoss:
         ratios: list[float] = []
         self._parts = []
         # The example of the least gradient, alone: a loss of the hardest examples gives it none among others.
-        parts = [*draw_halves(count), [int(rows.norm(dim=1).argmin())]]
+        parts = [*draw_parts(count), [int(rows.norm(dim=1).argmin())]]
         for part in parts:
             try:
                 found = self._run_part(cut, module, batch, part, loss, layout)
             except Exception:  # steps may fail on one example
-                if len(ratios) < len(parts) - 1:
+                if len(ratios) < 4:
                     raise
                 found = None
             # What has no weight, such as padding alone, divides by zero.
