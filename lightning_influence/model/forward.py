@@ -18,6 +18,7 @@ from lightning_influence.model.checks import (
     check_independent,
     check_loss,
     check_order,
+    check_part,
 )
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
@@ -250,6 +251,9 @@ class Forward:
                 if not measured and not alone and captured.recorder.follows_modules:
                     self._check_order(captured, module, batch)
                 raise
+            if not alone and not measured and self.plan.slow:
+                losses = partial(compute_losses, module, run=self._call, verified=self.plan.verified)
+                check_part(captured.per_example(), batch, losses)
             if not alone:  # one example alone shows no coupling
                 verified.add(subject)
                 # A measurement of the loss's outputs does not show in which order it takes them.

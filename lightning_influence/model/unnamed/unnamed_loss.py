@@ -193,10 +193,10 @@ class UnnamedLoss:
             self._verified.add(_GIVEN)
             return
         loss = self._describe(found, module, batch, count)
-        if not bool(loss.gradient().any()):
-            return
         limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
         check_cross_derivatives(loss, draw_parts(count)[0], limit)
+        if not bool(loss.gradient().any()):
+            return
         find = partial(self._find_mean, cut, module, batch, loss, limit)
         is_mean, runs = self._try(find, {})
         again = self._draw_again(cut, module, batch, loss, limit) if is_mean is None else None
