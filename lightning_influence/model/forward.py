@@ -282,7 +282,7 @@ class Forward:
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
         if ONE_BY_ONE in self.plan.verified:
-            alone = self._run_one_by_one(module, batch, num_examples)
+            alone, _ = self._run_one_by_one(module, batch, num_examples)
             one_by_one.check_mean(alone, self._call, module, batch)
             return alone
         if self._unnamed is None and OTHER_ROWS in self.plan.verified:
@@ -355,7 +355,7 @@ class Forward:
         self._unnamed = unnamed
         return captured
 
-    def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured:
+    def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> tuple[Captured, Tensor]:
         uses = ParameterRecorder(self.plan.layers, batch, num_examples, self.plan.slow)
         recorder = Recorder(self.plan.layers, uses)
         return one_by_one.run(recorder, uses, self._call, module, batch, num_examples)
@@ -365,8 +365,8 @@ class Forward:
         if num_examples == 1:
             return None
         try:
-            captured = self._run_one_by_one(module, batch, num_examples)
-            is_mean = one_by_one.is_mean_of_examples(captured, self._call, module, batch)
+            captured, losses = self._run_one_by_one(module, batch, num_examples)
+            is_mean = one_by_one.is_mean_of_examples(losses, self._call, module, batch)
         except Exception:  # whatever the user's code may raise on a batch of one
             return None
         if not is_mean:

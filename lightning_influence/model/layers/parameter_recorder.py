@@ -38,6 +38,19 @@ from lightning_influence.model.uses.spreading import make_spread_use
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
 
+_ADDITIONS = {
+    "add",
+    "sub",
+    "__add__",
+    "__radd__",
+    "__iadd__",
+    "__sub__",
+    "__isub__",
+    "__rsub__",
+    "add_",
+    "sub_",
+}
+
 
 class ParameterRecorder:
     """Watches the uses of parameters in a forward pass.
@@ -303,6 +316,25 @@ class ParameterRecorder:
         """Take the tensors of a batch of one for those of an example."""
         self.watch.add_example(batch, number)
 
+    def take_penalties(self) -> list[Tensor]:
+        """Return numbers that weights alone have made and that were added to the numbers of single examples.
+
+        They are no uses of the weights from now on. A parameter that takes part in nothing but numbers, as
+        the logarithm of a variance, is no weight.
+        """
+        uses = self.watch.uses
+        weights = {name for use in uses if _is_of_examples(use) for name in names_of(self.watch, use)}
+        found = [
+            use
+            for use in uses
+            if use.call.name in _ADDITIONS
+            and not _is_of_examples(use)
+            and names_of(self.watch, use) & weights
+        ]
+        for use in found:
+            uses.remove(use)
+        return [source for use in found for source in use.sources.values()]
+
     def is_in_order(self, tensor: Tensor) -> bool:
         """Return whether the rows of a tensor are known to be the examples in their order."""
         place = self.watch.place_of(tensor)
@@ -416,6 +448,11 @@ def _most_uses(module: str, uses: Mapping[str, list[Use]]) -> int:
 def _is_of_examples(use: Use) -> bool:
     """Return whether the output is no number, such as a loss, that all examples share."""
     return any(map(len, use.shapes))
+
+
+def _adds_numbers(use: Use) -> bool:
+    """Return whether a use adds a number to another one, or takes one from it."""
+    return use.call.name.strip("_").lstrip("ir") in ("add", "sub") and not _is_of_examples(use)
 
 
 def _keys(modules: Iterable[str]) -> list[str]:

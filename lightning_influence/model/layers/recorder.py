@@ -60,6 +60,10 @@ class UseRecorder(Protocol):
         """Take the tensors of a batch of one for those of an example."""
         ...
 
+    def take_penalties(self) -> list[Tensor]:
+        """Numbers, made of weights alone, that were added to those of examples; forgotten as uses."""
+        ...
+
     def spread(self, key: str) -> Tensor:
         """Give a parameter a row for each example, ``(B, *shape)``, to which gradients can be sent."""
         ...

@@ -23,7 +23,7 @@ SLOWER = (
 
 def run(
     recorder: Recorder, uses: UseRecorder, compute: Run, module: Any, batch: Any, num_examples: int
-) -> Captured:
+) -> tuple[Captured, Tensor]:
     """Run each example of a batch alone, on one record.
 
     Args:
@@ -35,25 +35,37 @@ def run(
         num_examples: ``B``.
 
     Returns:
-        The batch, with the losses of its examples as values.
+        The batch, with the losses of its examples as values, without gradients of penalties on weights; and
+        the losses with these, ``(B,)``.
 
     Raises:
         UnknownPartError: if the batch cannot be taken apart.
     """
-    values = []
+    values, penalties = [], []
     parts = [rearranged(batch, [number], num_examples) for number in range(num_examples)]
     with recorder:
         for number, part in enumerate(parts):
             uses.add_example(part, number)
             values.append(to_scalar(*compute(module, part)))
-    return Captured(num_examples, None, torch.stack(values), recorder)
+            penalties.append(uses.take_penalties())
+    own = [_without(value, parts) for value, parts in zip(values, penalties, strict=True)]
+    return Captured(num_examples, None, torch.stack(own), recorder), torch.stack(values)
 
 
-def is_mean_of_examples(captured: Captured, run: Run, module: Any, batch: Any) -> bool:
+def _without(value: Tensor, penalties: list[Tensor]) -> Tensor:
+    """Return a loss of the same value without the gradient of penalties, which is that of no example."""
+    slopes = torch.autograd.grad(value, penalties, retain_graph=True, allow_unused=True) if penalties else ()
+    for penalty, slope in zip(penalties, slopes, strict=True):
+        if slope is not None:
+            value = value - (slope * (penalty - penalty.detach())).sum()
+    return value
+
+
+def is_mean_of_examples(losses: Tensor, run: Run, module: Any, batch: Any) -> bool:
     """Return whether the loss of a batch has the value and the gradient of the mean of its examples' losses.
 
     Args:
-        captured: the batch, run one by one.
+        losses: of its examples, ``(B,)``, with their graph.
         run: computes the loss.
         module: the user's module.
         batch: the batch.
@@ -61,11 +73,11 @@ def is_mean_of_examples(captured: Captured, run: Run, module: Any, batch: Any) -
     with preserve_rng():
         whole = to_scalar(*run(module, batch))
     parameters = [p for p in module.parameters() if p.requires_grad]
-    found, expected = (_gradient(loss, parameters) for loss in (captured.per_example().mean(), whole))
-    bent = [_bend(loss, parameters) for loss in (captured.per_example().mean(), whole)]
+    found, expected = (_gradient(loss, parameters) for loss in (losses.mean(), whole))
+    bent = [_bend(loss, parameters) for loss in (losses.mean(), whole)]
     limit = 1e-6 if found.dtype == torch.float64 else 1e-3
     # Where examples have one loss and one gradient, as at weights of zero, the rest tells coupled ones.
-    values = captured.per_example().detach()
+    values = losses.detach()
     is_mean = (whole.detach() - values.mean()).abs() <= limit * values.abs().mean()
     same = bent[0] is None or bent[1] is None or (bent[0] - bent[1]).norm() <= 1e2 * limit * bent[1].norm()
     return bool(same) and bool(is_mean & ((found - expected).norm() <= limit * expected.norm()))
