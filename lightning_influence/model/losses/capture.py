@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from lightning_influence.model.losses.calls import LossCall, is_packed, versions
 from lightning_influence.model.losses.divisors import find_divisor, find_factor
 from lightning_influence.model.losses.graphs import walk
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
-from lightning_influence.model.losses.picked import PICKERS, count_picked
+from lightning_influence.model.losses.picked import PICKERS, WholeRows, count_picked
 from lightning_influence.model.losses.reductions import Alike, count_ways, reduced, summed, tolerance
 from lightning_influence.model.losses.registry import (
     find_losses,
@@ -154,7 +154,7 @@ class LossCapture(TorchFunctionMode):
                 self.calls[number] = replace(call, order=order)
         return any(call.order is not None for call in self.calls)
 
-    def judge(self, whole: Container[int], is_in_order: Callable[[Tensor], bool] | None = None) -> set[int]:
+    def judge(self, whole: WholeRows, is_in_order: Callable[[Tensor], bool] | None = None) -> set[int]:
         """Decide which calls are on rows of which it is not known whose they are.
 
         Args:
@@ -169,7 +169,8 @@ class LossCapture(TorchFunctionMode):
         for number, call in enumerate(self.calls):
             outputs = call.outputs
             other = outputs.dim() > 0 and len(outputs) not in whole
-            is_odd = (call.picked or other) and call.order is None
+            picked = call.picked and not (outputs.dim() and whole.are_of_one(len(outputs)))
+            is_odd = (picked or other) and call.order is None
             in_order = is_odd and is_in_order is not None and is_in_order(outputs)
             acquitted |= {len(outputs)} if other and in_order else set()
             self.calls[number] = replace(call, picked=is_odd and not in_order)
