@@ -68,7 +68,9 @@ class ExampleCounter:
                 their entries are examples, or the rows of these.
         """
         columns = [found for found in self._columns if found is not None]
-        if columns and len(columns) == len(self._columns) and _are_examples(columns):
+        if columns and len(columns) == len(self._columns):
+            if not _are_examples(columns):
+                return [found.rows or 0 for found in columns]
             self._paths = [found.paths for found in columns]
             return [found.entries for found in columns]
         # An index is one in all batches; class labels come in order in some.
