@@ -81,6 +81,17 @@ def test_gradients_and_curvature_of_calls_on_parts(split, loss, penalty):
         torch.testing.assert_close(rows.T @ rows, flat.T @ H @ flat)
 
 
+@pytest.mark.parametrize("split", [one_by_one, halves])
+def test_inputs_of_calls_on_parts_have_the_positions_of_one(split):
+    """Factors are means over the positions, of which no example has more than in one call."""
+    torch.manual_seed(0)
+    module, (x, t) = mute(Step(split, F.mse_loss)).double(), make_batch()
+    captured = Forward(find_layers(module))(module, (x, t), B)
+    inputs = captured.recorder.inputs(B)["first"]
+    torch.testing.assert_close(inputs[0, :, 0, :-1], x)
+    assert inputs.shape == (1, B, 1, 4)
+
+
 def test_calls_are_joined_where_they_have_other_examples():
     a, b = torch.zeros(2, 3), torch.zeros(1, 3)
     [joined] = join_calls([a, b], [Place(0, owners=(0, 2)), whole(1)], ["head", "head"], 3)

@@ -32,7 +32,7 @@ from lightning_influence.model.uses.gradients import (
     pull_gradients,
     pull_uses,
 )
-from lightning_influence.model.uses.parts import ParameterGradient, Part, Product
+from lightning_influence.model.uses.parts import ParameterGradient, Part, Product, lay_over
 from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.spreading import make_spread_use
 from lightning_influence.model.uses.watch import Watch
@@ -410,6 +410,8 @@ class ParameterRecorder:
                 ones = mate.inputs if isinstance(mate, Product) else zeros
                 part = replace(part, inputs=torch.cat([part.inputs, ones.to(part.inputs)], dim=-1))
             parts.append((part, example))
+        if weight is not None and self._share_out(name):
+            parts = lay_over(parts)
         product = None if weight is None else replace(weight, parts=parts).product(tables=False)
         if product is None or not product.is_plain() or (layer.has_bias and shifted):
             raise UnsupportedModelError(
@@ -417,6 +419,17 @@ class ParameterRecorder:
                 f"Leave it out with layers=['!{name}']."
             )
         return product.inputs, product.outputs[0]
+
+    def _share_out(self, name: str) -> bool:
+        """Return whether each example takes part in one use of a module's weight only."""
+        places = [
+            use.outputs[0]
+            for use in self._uses or []
+            if WEIGHT + name in names_of(self.watch, use) and _is_of_examples(use)
+        ]
+        count = self.watch.num_examples
+        owners = [set() if p is None else set(p.owners or range(count)) for p in places]
+        return count > 1 and sum(map(len, owners)) == len(set().union(*owners)) and all(owners)
 
     def _columns(self, name: str, gradients: Mapping[str, ParameterGradient]) -> Tensor:
         """Return the columns ``(G, B, D_in, D_out)`` of a module's gradient matrices."""

@@ -257,6 +257,25 @@ class ParameterGradient:
         return replace(first, inputs=inputs, outputs=torch.cat([part.outputs for part in products], dim=3))
 
 
+def lay_over(parts: Sequence[tuple[Part, int | None]]) -> list[tuple[Part, int | None]]:
+    """Return products of other examples each, zero for the rest, as one with no more positions than one has.
+
+    Args:
+        parts: with the example that each belongs to, or None if with all; others than products are kept.
+    """
+    products = [part for part, example in parts if example is None and isinstance(part, Product)]
+    if len(products) < 2 or len(products) < len(parts):
+        return list(parts)
+    most = max(part.inputs.shape[2] for part in products)
+
+    def add(tensors: list[Tensor]) -> Tensor:
+        filled = [torch.nn.functional.pad(t, (0, 0, 0, most - t.shape[-2])) for t in tensors]
+        return torch.stack(filled).sum(0)
+
+    inputs, outputs = [part.inputs for part in products], [part.outputs for part in products]
+    return [(replace(products[0], inputs=add(inputs), outputs=add(outputs)), None)]
+
+
 def join_examples(products: Sequence[tuple[Product, int]], num_examples: int) -> Product:
     """Return products of one example each as one of all, filled up with positions of zeros.
 
