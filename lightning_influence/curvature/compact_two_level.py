@@ -3,7 +3,8 @@
 The answer is that of :mod:`~.two_level`, ``x = z + Q T^{-1} (Q^T v - (A Q)^T z)``, with ``A Q`` never formed:
 ``(A Q)^T z = (B^T J Q)^T (B^T J z) / N + lambda Q^T z`` takes the rows of ``z``, one pass for all queries.
 These rows tell ``z^T A z`` as well, and so the step ``t`` of the best ``x = t z + Q c`` in the norm of ``A``:
-where directions are few, ``z`` overshoots outside of them, and a step below 1 mends it.
+where directions are few, ``z`` overshoots outside of them, and a step below 1 mends it. And they tell as much
+of the answer of a second closed form, which may be the better ``z``, with directions or without.
 """
 
 from __future__ import annotations
@@ -72,6 +73,16 @@ class CompactCorrection:
         return layout.join({name: self.form(name) for name in layout.shapes})
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """One way to answer: of which closed form, the steps ``t``, ``c``, and the remainders at the probes."""
+
+    form: int
+    steps: Tensor
+    coefficients: Tensor
+    remainders: Tensor
+
+
 class CompactTwoLevel:
     """The two-level operator for one preconditioner and a compact space.
 
@@ -121,9 +132,10 @@ class CompactTwoLevel:
 
         Args:
             queries: query gradients, ``K = 1``.
-            closed: a closed form to compare with.
-            tolerance: queries with a larger residual take a step other than 1, if that makes it smaller.
-                Where it is above 1 still, answers are shortened, so that they are better than none.
+            closed: another closed form, whose answers are compared with and may take the place of ``z``.
+            tolerance: queries with a larger residual get the best of ``z + Q c``, of the best steps ``t z +
+                Q c`` with the ``z`` of either form, and of ``t z`` of the other form alone. Where that is
+                above 1 still, answers are shortened, so that they are better than none.
             low_rank: largest relative error of preconditioned queries that are held in low rank. Residuals
                 are those of answers as they are held.
 
@@ -132,58 +144,78 @@ class CompactTwoLevel:
             that of the closed form's answers in the same system, ``(Q,)``.
         """
         forms = [self.inverse] if _are_equal(self.inverse, closed) else [self.inverse, closed]
-        space, probes, galerkin = self.space, self.space.num_probes, self._galerkin
+        space, probes = self.space, self.space.num_probes
         count = next(iter(queries.values())).num_examples
         right, image = (
             self.small.new_zeros(n, probes + len(self.small)) for n in (count, count * len(forms))
         )
-        solved, joint = {}, {}
-        along, damped = (self.small.new_zeros(count) for _ in range(2))  # z^T v, z^T (lambda) z
+        joint: dict[str, Matrices] = {}
+        along, damped = (self.small.new_zeros(len(forms), count) for _ in range(2))  # z^T v, z^T (lambda) z
         for name, gradients in queries.items():
             answers = [solve_within(form.layers[name], gradients, low_rank, self._dtype) for form in forms]
-            solved[name], joint[name] = answers[0], join_matrices(answers)
+            joint[name] = join_matrices(answers)
             right[:, :probes] += space.probes[name].dot(gradients)[0]
             right[:, probes:][:, space.columns(name)] += space.directions[name].dot(gradients)[0]
-            dots, squares = _relate_pairs(answers[0], gradients)
-            along += dots
-            damped += self.inverse.layers[name].damping * squares
-        squares = self._add_image(image, joint)
-        ours = image[:count]  # [W, Q]^T A z, and right: [W, Q]^T v
+            for form, answer in enumerate(answers):
+                dots, squares = _relate_pairs(answer, gradients)
+                along[form] += dots
+                damped[form] += self.inverse.layers[name].damping * squares
+        curved = self._add_image(image, joint).view(len(forms), count) + damped  # z^T A z
+        images = image.view(len(forms), count, -1)  # [W, Q]^T A z, and right: [W, Q]^T v
 
-        def correct(steps: Tensor) -> tuple[Tensor, Tensor]:
-            left = right - steps[:, None] * ours
-            coefficients = galerkin.solve(left[:, probes:])
-            return coefficients, left[:, :probes] - coefficients @ self._residual_coarse.T
-
-        plain = torch.ones_like(along)
-        coefficients, remainders = correct(plain)
-        residuals = self._relate(remainders, queries)
-        inside = galerkin.solve(ours[:, probes:])
-        curved = squares[:count] + damped - (inside * ours[:, probes:]).sum(dim=1)
-        best = (along - (inside * right[:, probes:]).sum(dim=1)) / curved
-        best = torch.where((curved > 0) & best.isfinite(), best, plain)
-        others, tried = correct(best)
-        better = (residuals > tolerance) & (self._relate(tried, queries) < residuals)
-        coefficients = torch.where(better[:, None], others, coefficients)
-        remainders = torch.where(better[:, None], tried, remainders)
-        residuals = self._relate(remainders, queries)
+        seen = right[:, :probes]
+        plain = torch.ones_like(along[0])
+        tried = [_Tried(0, plain, *self._correct(right - images[0]))]
+        for form in range(len(forms)):
+            tried.append(self._take_best_step(form, images[form], right, along[form], curved[form]))
+        if len(forms) > 1:
+            own = images[1][:, :probes]
+            steps = (own * seen).sum(dim=1) / own.square().sum(dim=1)
+            steps = torch.where(steps.isfinite(), steps, plain)
+            nothing = torch.zeros_like(tried[0].coefficients)
+            tried.append(_Tried(1, steps, nothing, seen - steps[:, None] * own))
+        residuals = torch.stack([self._relate(one.remainders, queries) for one in tried])
+        best = residuals.nan_to_num(nan=math.inf).argmin(dim=0)
+        best = torch.where(residuals[0] > tolerance, best, torch.zeros_like(best))
+        rows = torch.arange(count, device=best.device)
+        residuals = residuals[best, rows]
+        coefficients = torch.stack([one.coefficients for one in tried])[best, rows]
+        remainders = torch.stack([one.remainders for one in tried])[best, rows]
+        steps = torch.stack([one.steps for one in tried])[best, rows]
+        bases = torch.tensor([one.form for one in tried], device=best.device)[best]
         # What is best in the norm of A may be longer than nothing at all is off in the norm of residuals. Its
         # length is then the one that is best in that norm, as the probes see it.
-        seen = right[:, :probes]
-        images = seen - remainders
-        lengths = (images * seen).sum(dim=1) / images.square().sum(dim=1)
-        shorter = self._relate(seen - lengths[:, None] * images, queries)
+        answers_seen = seen - remainders
+        lengths = (answers_seen * seen).sum(dim=1) / answers_seen.square().sum(dim=1)
+        shorter = self._relate(seen - lengths[:, None] * answers_seen, queries)
         long = (residuals > max(1.0, tolerance)) & (lengths > 0) & (shorter < residuals)
         lengths = torch.where(long, lengths, plain)
         correction = CompactCorrection(
             (coefficients * lengths[:, None]).to(self._dtype),
             space,
-            solved,
-            (torch.where(better, best, plain) * lengths).to(self._dtype),
+            {name: vectors.select(bases * count + rows) for name, vectors in joint.items()},
+            (steps * lengths).to(self._dtype),
             int(long.sum()),
         )
-        closed_residuals = self._relate((right - image[-count:])[:, :probes], queries)
+        closed_residuals = self._relate(seen - images[-1][:, :probes], queries)
         return correction, torch.where(long, shorter, residuals), closed_residuals
+
+    def _correct(self, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``c`` for what is left of ``[W, Q]^T v``, and the remainders that the probes then see."""
+        probes = self.space.num_probes
+        coefficients = self._galerkin.solve(left[:, probes:])
+        return coefficients, left[:, :probes] - coefficients @ self._residual_coarse.T
+
+    def _take_best_step(
+        self, form: int, image: Tensor, right: Tensor, along: Tensor, curved: Tensor
+    ) -> _Tried:
+        """Return ``t z + Q c`` with the ``t`` and ``c`` that are best in the norm of ``A``."""
+        probes = self.space.num_probes
+        inside = self._galerkin.solve(image[:, probes:])
+        rest = curved - (inside * image[:, probes:]).sum(dim=1)
+        steps = (along - (inside * right[:, probes:]).sum(dim=1)) / rest
+        steps = torch.where((rest > 0) & steps.isfinite(), steps, torch.ones_like(steps))
+        return _Tried(form, steps, *self._correct(right - steps[:, None] * image))
 
     def _relate(self, remainders: Tensor, queries: Mapping[str, LayerGradients]) -> Tensor:
         return relate_norms(remainders.to(self._dtype), queries)

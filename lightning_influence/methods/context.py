@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
-from lightning_influence.curvature.damping import resolve_damping
+from lightning_influence.curvature.damping import average_eigenvalues, resolve_damping
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.options import Options
@@ -108,8 +108,11 @@ class Context:
 
     def resolve_damping(self, factors: Factors, solver: Literal["closed", "full"]) -> dict[str, float]:
         """Decide the damping of each layer, and remember it for the diagnostics."""
+        means = None
+        if self.owners is not None:
+            means = self.owners.merge({name: average_eigenvalues(factors, name) for name in factors.layers})
         self.damping, self.damping_origin = resolve_damping(
-            self.options.damping, factors, self.state.record, solver=solver
+            self.options.damping, factors, self.state.record, solver=solver, means=means
         )
         own = self.damping
         if self.owners is not None:

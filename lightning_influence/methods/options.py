@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -94,7 +95,8 @@ class Options:
         damping = self.damping
         if damping not in ("auto", "heuristic") and not (is_number(damping) and 0 <= damping < math.inf):
             raise ValueError(
-                f"Got damping={damping!r}; accepted are 'auto', 'heuristic' or a finite number of at least 0."
+                f"Got damping={reprlib.repr(damping)}; accepted are 'auto', 'heuristic' or a finite number "
+                "of at least 0."
             )
         for option in fields(self):
             check: Check | None = option.metadata.get("check")

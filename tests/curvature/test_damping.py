@@ -142,10 +142,25 @@ def test_layer_that_no_step_updated() -> None:
     assert "for ['2'], which no step updated" in origin
 
 
-def test_closed_forms_use_three_percent_whatever_the_record() -> None:
-    record = TrainingRecord(steps=5, layers={"0": LayerRecord(rate=2.0)})
-    values, _ = resolve_damping("auto", factors(), record, solver="closed")
-    assert values == {name: 0.03 * average_eigenvalues(factors(), name) for name in "02"}
+@pytest.mark.parametrize("rate", [2.0, None])
+def test_closed_forms_use_three_percent_of_the_eigenvalues_and_of_the_run(rate) -> None:
+    known = {"0": LayerRecord(rate=rate)} if rate else {}
+    record = TrainingRecord(steps=5, layers=known) if rate else None
+    values, origin = resolve_damping("auto", factors(), record, solver="closed")
+    full = {"0": 4 / rate if rate else LEVEL, "2": LEVEL}
+    for name in "02":
+        assert values[name] == pytest.approx(0.03 * (average_eigenvalues(factors(), name) + full[name]))
+    assert ("5 steps of SGD" if rate else "no training run was recorded") in origin
+
+
+def test_a_part_of_the_layers_has_the_level_of_all() -> None:
+    """Where processes share layers out, each asks for its own and gets what one process would."""
+    means = {name: average_eigenvalues(factors(), name) for name in "02"}
+    part = factors()
+    del part.layers["2"]
+    for solver in ("closed", "full"):
+        whole = resolve_damping("auto", factors(), None, solver=solver)[0]
+        assert resolve_damping("auto", part, None, solver=solver, means=means)[0] == {"0": whole["0"]}
 
 
 def test_mean_eigenvalue_is_the_trace_over_the_size() -> None:

@@ -62,3 +62,22 @@ def test_the_tasks_differ_as_the_study_says(bench):
     noisy, clean = studies["digits_noisy"].task, studies["digits_mlp"].task
     count = len(noisy.train)
     assert (noisy.train.tensors[1] != clean.train.tensors[1][:count]).sum() == 0.2 * count
+
+
+def test_rules_of_closed_forms_are_what_the_methods_use(bench):
+    """A rule's shares reach EK-FAC, and the default is back afterwards."""
+    import closed_damping
+
+    study = bench[2].STUDIES["diabetes_sgd"]()
+    task = replace(study.task, recipe=replace(study.task.recipe, epochs=1))
+    model, record = bench[1].recorded(task)
+    module = InfluenceModule(model, state=InfluenceState(record=record))
+    loaders = task.pass_loader(), task.pass_loader(task.queries)
+    found = {}
+    for rule in ((0.03, 0.0), (0.0, 0.03), (0.03, 0.03)):
+        with closed_damping.closed_shares(rule):
+            found[rule] = module.scores(*loaders, method="ekfac").diagnostics.damping
+    after = module.scores(*loaders, method="ekfac").diagnostics.damping
+    assert after == found[0.03, 0.03]
+    for layer, value in after.items():
+        assert value == pytest.approx(found[0.03, 0.0][layer] + found[0.0, 0.03][layer])
