@@ -252,3 +252,20 @@ def test_the_order_of_queries_is_seen_where_training_batches_hold_one_example():
         pytest.fail(f"refused: {error}")
     values = F.mse_loss(module.net(x), t, reduction="none").mean(1)
     torch.testing.assert_close(captured.per_example(), values)
+
+
+def test_rows_that_only_fill_up_are_no_inputs_of_examples_in_other_calls():
+    """Of convolutions, whose inputs of absent examples are filled up with those of others."""
+    torch.manual_seed(0)
+    module = mute(Step(halves, F.mse_loss)).double()
+    module.first = nn.Sequential(nn.Conv1d(1, 4, 2), nn.AdaptiveAvgPool1d(1), nn.Flatten()).double()
+    module.net = lambda x: module.last(torch.tanh(module.first(x[:, None])))
+    x, t = make_batch()
+    captured = Forward(find_layers(module))(module, (x, t), B)
+    found, conv = captured.loss_gradients()["first.0"].dense()[0, :, 0, :, :-1], module.first[0]
+    for n in range(B):
+        loss = F.mse_loss(module.net(x[n : n + 1]), t[n : n + 1])
+        expected = torch.autograd.grad(loss, conv.weight)[0].flatten(1)
+        torch.testing.assert_close(found[n], expected)
+    patches = torch.stack([x[:, :-1], x[:, 1:]], 2)
+    torch.testing.assert_close(captured.recorder.inputs(B)["first.0"][0, :, :, :-1], patches)

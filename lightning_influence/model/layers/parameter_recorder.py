@@ -410,8 +410,7 @@ class ParameterRecorder:
                 ones = mate.inputs if isinstance(mate, Product) else zeros
                 part = replace(part, inputs=torch.cat([part.inputs, ones.to(part.inputs)], dim=-1))
             parts.append((part, example))
-        if weight is not None and self._share_out(name):
-            parts = lay_over(parts)
+        parts = lay_over(parts, self._share_out(name))
         product = None if weight is None else replace(weight, parts=parts).product(tables=False)
         if product is None or not product.is_plain() or (layer.has_bias and shifted):
             raise UnsupportedModelError(
@@ -420,8 +419,8 @@ class ParameterRecorder:
             )
         return product.inputs, product.outputs[0]
 
-    def _share_out(self, name: str) -> bool:
-        """Return whether each example takes part in one use of a module's weight only."""
+    def _share_out(self, name: str) -> list[set[int]]:
+        """Return the examples of each use of a module's weight; none where some take part in several."""
         places = [
             use.outputs[0]
             for use in self._uses or []
@@ -429,7 +428,8 @@ class ParameterRecorder:
         ]
         count = self.watch.num_examples
         owners = [set() if p is None else set(p.owners or range(count)) for p in places]
-        return count > 1 and sum(map(len, owners)) == len(set().union(*owners)) and all(owners)
+        apart = count > 1 and sum(map(len, owners)) == len(set().union(*owners)) and all(owners)
+        return owners if apart else []
 
     def _columns(self, name: str, gradients: Mapping[str, ParameterGradient]) -> Tensor:
         """Return the columns ``(G, B, D_in, D_out)`` of a module's gradient matrices."""
