@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lightning_influence.edits.data import EditData
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.forward import Forward, compute_losses
+from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.plan import LayerPlan
+from lightning_influence.model.loss_values import compute_losses
 from lightning_influence.support.arguments import list_some
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_influence.edits.data import HELD_BYTES, EditData
 from lightning_influence.edits.editable_weights import EditableWeights
 from lightning_influence.edits.losses import LossPass, Sample
-from lightning_influence.model.forward import Forward, compute_losses
+from lightning_influence.model.forward import Forward
+from lightning_influence.model.loss_values import compute_losses
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Runner
 from lightning_influence.support.errors import NonFiniteError

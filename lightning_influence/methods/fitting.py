@@ -20,7 +20,7 @@ from lightning_influence.methods.resuming import FactorFolder
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.layers.plan import LayerPlan, Layout, find_layers
-from lightning_influence.model.unnamed.one_by_one import ONE_BY_ONE
+from lightning_influence.model.unnamed.alone import ONE_BY_ONE
 
 # Chosen by hand: memory for gradients kept between covariances and eigenvalues, so that one pass gives both.
 CACHE_BYTES = 2**28

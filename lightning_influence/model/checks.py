@@ -300,6 +300,38 @@ _RANDOM = (
     "`influence_loss(batch) -> (B,)` on the module without it, if it is not what you want to explain."
 )
 
+_OTHERS = (
+    "The losses of the first examples of a batch are others where the rest is left out, so they depend on "
+    "it. Accepted are models and losses that treat examples independently in eval mode: move contrastive or "
+    "in-batch terms out of the loss with `influence_loss`, or pass `loss=`."
+)
+
+
+def check_part(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor]) -> None:
+    """Check that a part of a batch has the losses that it has among the others.
+
+    Gradients that are taken loss by loss do not show what other examples do to one. Nothing is concluded
+    where the batch cannot be taken apart, or where its losses change from call to call.
+
+    Args:
+        values: the loss of each example, ``(B,)``.
+        batch: the batch they are of.
+        losses: maps a batch and its number of examples to their losses.
+
+    Raises:
+        UnsupportedModelError: if it has others.
+    """
+    values, count = values.detach(), len(values)
+    part, limit = list(range((count + 1) // 2)), 1e-2 * values.abs().max()
+    with preserve_rng():
+        alone = _try(losses, _try(rearranged, batch, part, count), len(part))
+        if alone is None or not bool(((alone - values[part]).abs() > limit).any()):
+            return
+        again = _try(losses, batch, count)
+    if again is not None and bool(((again - values).abs() <= limit).all()):
+        raise UnsupportedModelError(_OTHERS)
+
+
 _ORDER = (
     "The losses do not come in the order of the batch's examples: when the examples change places, they do "
     "not. Accepted are losses whose rows are the examples, in their order. Before the loss, bring "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,10 +18,12 @@ from lightning_influence.model.checks import (
     check_independent,
     check_loss,
     check_order,
+    check_part,
 )
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.layers.recorder import Recorder
+from lightning_influence.model.loss_values import OTHER_ROWS, ROWS_VARY, compute_losses
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.calls import LossCall
 from lightning_influence.model.losses.capture import LossCapture
@@ -31,9 +33,8 @@ from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.training_step import call_loss, run_step
 from lightning_influence.model.unnamed import one_by_one
-from lightning_influence.model.unnamed.cut import Run
-from lightning_influence.model.unnamed.one_by_one import ONE_BY_ONE
-from lightning_influence.model.unnamed.unnamed_loss import UnnamedLoss, compute_alone, read_layout
+from lightning_influence.model.unnamed.alone import ONE_BY_ONE
+from lightning_influence.model.unnamed.unnamed_loss import UnnamedLoss
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,
@@ -47,10 +48,6 @@ from lightning_influence.support.waiting import read_later
 # Says that a layer is a module whose weights the loss, or a measurement, uses by calling it on the examples
 # in their order: its uses need not be watched.
 _CALLED = "{} is called for the {}"
-#: Says that batches are read by the values of their losses, not by the functions these are made of.
-OTHER_ROWS = "losses are read by their values"
-# Says that layers are called on rows whose examples are not known by their number: their uses are watched.
-_ROWS_VARY = "rows of layers vary"
 # Says that a loss leaves out so many positions of each example, as one with shifted targets does.
 _LEFT_OUT = "{} positions are left out"
 # Says that functions that losses are made of give examples other weights than one.
@@ -134,6 +131,8 @@ class Forward:
         else:
             captured = self._run(module, batch, num_examples)
             if measure is not None:
+                # Training batches of one example have not shown it.
+                captured = self._check_measured(captured, module, batch)
                 values = measure(module, batch, loss=captured.loss, batch_size=num_examples)
                 captured = Captured(num_examples, None, values, captured.recorder)
         silent = captured.recorder.silent
@@ -162,6 +161,26 @@ class Forward:
                 raise refusal
             captured = other
         self._keep_one_reading(captured)
+        return captured
+
+    def _check_measured(self, captured: Captured, module: Any, batch: Any) -> Captured:
+        """Check that losses come in the order of the examples where no batch before has shown it.
+
+        Returns:
+            The batch, read in another way if it is right that way only.
+
+        Raises:
+            UnsupportedModelError: if they do not.
+        """
+        if captured.num_examples == 1:
+            return captured
+        try:
+            self._check_order(captured, module, batch)
+        except UnsupportedModelError as refusal:
+            other = self._read_other_rows(captured, module, batch)
+            if other is None:
+                raise refusal
+            return other
         return captured
 
     def _keep_one_reading(self, captured: Captured) -> None:
@@ -232,6 +251,9 @@ class Forward:
                 if not measured and not alone and captured.recorder.follows_modules:
                     self._check_order(captured, module, batch)
                 raise
+            if not alone and not measured and self.plan.slow:
+                losses = partial(compute_losses, module, run=self._call, verified=self.plan.verified)
+                check_part(captured.per_example(), batch, losses)
             if not alone:  # one example alone shows no coupling
                 verified.add(subject)
                 # A measurement of the loss's outputs does not show in which order it takes them.
@@ -245,7 +267,7 @@ class Forward:
 
     def _make_recorder(self, batch: Any, num_examples: int, subject: str = "loss") -> Recorder:
         plan = self.plan
-        if self._called(subject) <= plan.verified and _ROWS_VARY not in plan.verified:
+        if self._called(subject) <= plan.verified and ROWS_VARY not in plan.verified:
             return Recorder(plan.layers)
         return Recorder(plan.layers, ParameterRecorder(plan.layers, batch, num_examples, plan.slow))
 
@@ -260,7 +282,7 @@ class Forward:
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
         if ONE_BY_ONE in self.plan.verified:
-            alone = self._run_one_by_one(module, batch, num_examples)
+            alone, _ = self._run_one_by_one(module, batch, num_examples)
             one_by_one.check_mean(alone, self._call, module, batch)
             return alone
         if self._unnamed is None and OTHER_ROWS in self.plan.verified:
@@ -301,6 +323,8 @@ class Forward:
         known = [text.split()[0] for text in self.plan.verified if text.endswith(_LEFT_OUT.format(""))]
         whole = WholeRows(batch, num_examples, recorder.positions(num_examples), map(int, known))
         uses = recorder.uses
+        if uses is not None and self._capture.put_in_order(uses.place_of, num_examples):
+            self.plan.verified.add(ROWS_VARY)
         in_order = self._capture.judge(whole, None if uses is None else uses.is_in_order)
         for rows in in_order:
             self.plan.verified |= {_LEFT_OUT.format(number) for number in whole.left_out(rows)}
@@ -308,7 +332,7 @@ class Forward:
 
     def _watch_rows(self, module: Any, batch: Any, num_examples: int) -> Captured:
         """Run a batch again whose layers were called on rows that are nobody's by their number."""
-        self.plan.verified.add(_ROWS_VARY)
+        self.plan.verified.add(ROWS_VARY)
         self.plan.verified.discard("loss")
         return self._run(module, batch, num_examples)
 
@@ -331,7 +355,7 @@ class Forward:
         self._unnamed = unnamed
         return captured
 
-    def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured:
+    def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> tuple[Captured, Tensor]:
         uses = ParameterRecorder(self.plan.layers, batch, num_examples, self.plan.slow)
         recorder = Recorder(self.plan.layers, uses)
         return one_by_one.run(recorder, uses, self._call, module, batch, num_examples)
@@ -341,8 +365,8 @@ class Forward:
         if num_examples == 1:
             return None
         try:
-            captured = self._run_one_by_one(module, batch, num_examples)
-            is_mean = one_by_one.is_mean_of_examples(captured, self._call, module, batch)
+            captured, losses = self._run_one_by_one(module, batch, num_examples)
+            is_mean = one_by_one.is_mean_of_examples(losses, self._call, module, batch)
         except Exception:  # whatever the user's code may raise on a batch of one
             return None
         if not is_mean:
@@ -389,7 +413,9 @@ class Forward:
         left_out = 0 if len(outputs) == count else missing_positions(batch, count, len(outputs))
         subject = f"order {left_out}"
         if subject not in self.plan.verified:
-            losses = partial(compute_losses, module, run=self._call)
+            follows = captured.recorder.uses is not None  # as a batch in another order may need
+            verified = {ROWS_VARY} if follows else self.plan.verified & {ROWS_VARY}
+            losses = partial(compute_losses, module, run=self._call, verified=verified)
             check_order(captured.per_example(), batch, losses, outputs.dtype)
             self.plan.verified.add(subject)
 
@@ -411,45 +437,6 @@ class Forward:
                 "number."
             )
         return (None, result) if result.dim() == 0 else (result, None)
-
-
-def compute_losses(
-    module: Any, batch: Any, num_examples: int, run: Run | None = None, *, verified: Collection[str] = ()
-) -> Tensor:
-    """Forward one batch for the losses of its examples alone, which are not differentiated.
-
-    Args:
-        module: the user's LightningModule, checked on such batches by :class:`Forward` before.
-        batch: a batch, on the module's device.
-        num_examples: ``B``.
-        run: computes the loss; that of the module if None.
-        verified: what passes on such batches have found.
-
-    Returns:
-        Unnormalised losses, ``(B,)``. Where the loss has no name they are those of the examples alone.
-
-    Raises:
-        NonFiniteError: if the batch's loss is NaN or infinite.
-    """
-    run = call_loss if run is None else run
-    layout = read_layout(verified)
-    if OTHER_ROWS in verified or ONE_BY_ONE in verified:
-        return compute_alone(run, module, batch, num_examples, layout)
-    capture = LossCapture()
-
-    def pack(saved: Tensor) -> Tensor:
-        # The graph need not hold activations, but what follows the losses, through which factors are found.
-        return saved if capture.calls else saved.new_empty(0)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), capture:
-        values, batch_loss = run(module, batch)
-    if batch_loss is None:
-        assert values is not None
-        return values.detach()
-    try:
-        return capture.resolve(batch_loss, num_examples).per_example().detach()
-    except LossCaptureError:
-        return compute_alone(run, module, batch, num_examples, layout)
 
 
 def forward_if_weighted(forward: Forward, module: Any, batch: Any, num_examples: int) -> Captured | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_influence.support.batches import MOST_DEPTH, ExampleList, find_tensors, open_part
+from lightning_influence.support.batches import MOST_DEPTH, find_tensors, mark_lists, open_part
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 from lightning_influence.support.random_states import preserve_rng
 
@@ -40,7 +40,7 @@ class OrderedCollate:
             UnsupportedDataError: if the function puts the examples into an order of its own.
         """
         if self._checked or not isinstance(items, list) or len(items) < 2:
-            return _mark(self._collate(items), self._lists)
+            return mark_lists(self._collate(items), self._lists)
         reverse, longer = self._try_out(items[::-1]), self._try_out([*items, items[0]])
         self._warn_of_mixing(items, longer)
         batch = self._collate(items)
@@ -53,7 +53,7 @@ class OrderedCollate:
                 "(to pack sequences, use pack_padded_sequence(enforce_sorted=False))."
             )
         self._lists = list(_find_lists(batch, longer, len(items)))
-        return _mark(batch, self._lists)
+        return mark_lists(batch, self._lists)
 
     def _try_out(self, items: list[Any], seed: int | None = None) -> Any:
         """Collate a copy of items and put the random states back; None if that fails."""
@@ -164,23 +164,6 @@ def _find_lists(batch: Any, longer: Any, count: int, path: tuple[int, ...] = ())
     if opened is not None and others is not None:
         for number, (part, other) in enumerate(zip(opened.parts, others.parts, strict=False)):
             yield from _find_lists(part, other, count, (*path, number))
-
-
-def _mark(batch: Any, paths: Sequence[tuple[int, ...]]) -> Any:
-    """Return a batch whose lists at these places are known to be of its examples."""
-    for path in paths:
-        batch = _mark_one(batch, path)
-    return batch
-
-
-def _mark_one(part: Any, path: tuple[int, ...]) -> Any:
-    if not path:
-        return ExampleList(part) if isinstance(part, list | tuple) else part
-    opened = open_part(part)
-    if opened is None or len(opened.parts) <= path[0]:
-        return part
-    changed = _mark_one(opened.parts[path[0]], path[1:])
-    return opened.close([*opened.parts[: path[0]], changed, *opened.parts[path[0] + 1 :]])
 
 
 def _contents(rows: Tensor) -> tuple[bytes, ...]:

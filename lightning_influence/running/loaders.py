@@ -12,7 +12,8 @@ from torch.utils.data import (
 )
 
 from lightning_influence.running.collating import OrderedCollate
-from lightning_influence.support.batches import find_tensors, guess_count, has_lists
+from lightning_influence.running.counting import ExampleCounter
+from lightning_influence.support.batches import find_tensors, has_lists
 from lightning_influence.support.errors import UnsupportedDataError
 
 
@@ -75,12 +76,6 @@ def _tensors(item: Any) -> list[Tensor] | None:
             return None
         found += tensors
     return found
-
-
-ACCEPTED = (
-    "a DataLoader over a map-style dataset, a list or dict of them, CombinedLoader(..., 'sequential'), "
-    "or a list of ready-made batches"
-)
 
 
 class Shard:
@@ -260,32 +255,14 @@ class ReadyMade(IndexedLoader):
     """Batches without a dataset: examples are numbered in the order of the batches."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
-        sizes = [count_batch(batch, position) for position, batch in enumerate(batches)]
+        counter = ExampleCounter()
+        for batch in batches:
+            counter.add(batch)
+        sizes = counter.finish()
+        batches = [counter.mark(batch, number) for number, batch in enumerate(batches)]
         plan = list(torch.split(torch.arange(sum(sizes)), sizes))
         first = {int(part[0]): batch for part, batch in zip(plan, batches, strict=True)}
         super().__init__(plan, lambda part: [first[int(p[0])] for p in part], ordered=False)
-
-
-def count_batch(batch: Any, position: int) -> int:
-    """Count the examples of a batch without a loader that tells their number.
-
-    Args:
-        batch: the batch.
-        position: its number, for messages.
-
-    Returns:
-        Their number.
-
-    Raises:
-        UnsupportedDataError: if it holds none.
-    """
-    size = guess_count(batch)
-    if not size:
-        raise UnsupportedDataError(
-            f"Batch {position} ({type(batch).__name__}) holds no tensor with examples in its first "
-            f"dimension. Pass {ACCEPTED}."
-        )
-    return size
 
 
 def _check_size(batch: Any, expected: int) -> None:

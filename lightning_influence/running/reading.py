@@ -21,9 +21,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_influence.running.counting import ACCEPTED
 from lightning_influence.running.host.attributes import combined_mode, wrapped_sampler
 from lightning_influence.running.host.packages import is_lightning
-from lightning_influence.running.loaders import ACCEPTED, IndexedLoader, ReadyMade, rebuilt, split_indices
+from lightning_influence.running.loaders import IndexedLoader, ReadyMade, rebuilt, split_indices
 from lightning_influence.running.streams import Stream
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
 from lightning_influence.support.random_states import preserve_generators, preserve_rng

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.running.loaders import IndexedLoader, count_batch
+from lightning_influence.running.counting import ExampleCounter
+from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.support.batches import find_tensors
 from lightning_influence.support.digests import digest_tensors
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
@@ -39,10 +40,12 @@ class Stream(IndexedLoader):
 
     def __init__(self, source: Iterable[Any], name: str) -> None:
         self._source, self._name, self._states = source, name, RandomStates.read()
-        sizes, self._digests = [], []
-        for position, batch in enumerate(self._read()):
-            sizes.append(count_batch(batch, position))
+        self._counter = ExampleCounter()
+        self._digests: list[str] = []
+        for batch in self._read():
+            self._counter.add(batch)
             self._digests.append(_digest(batch))
+        sizes = self._counter.finish()
         plan = list(torch.split(torch.arange(sum(sizes)), sizes)) if sizes else []
         self._numbers = {int(part[0]): number for number, part in enumerate(plan)}
         super().__init__(plan, lambda some: _Selected(self, some), ordered=False)
@@ -69,7 +72,7 @@ class Stream(IndexedLoader):
             if _digest(batch) != self._digests[number]:
                 raise UnsupportedDataError(_OTHER.format(number=number, name=self._name))
             wanted.discard(number)
-            yield batch
+            yield self._counter.mark(batch, number)
         if wanted:
             raise UnsupportedDataError(_OTHER.format(number=min(wanted), name=self._name))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -122,6 +123,34 @@ def is_list_of_examples(part: Any, count: int) -> bool:
     return of_several_lengths or not all(count in shape[:2] for shape in shapes)
 
 
+def mark_lists(batch: Any, paths: Sequence[tuple[int, ...]]) -> Any:
+    """Return a batch whose lists at some places, as numbers of parts, are known to be of examples."""
+    for path in paths:
+        batch = _mark(batch, path)
+    return batch
+
+
+def find_columns(part: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], list[list[Any]]]]:
+    """Find lists side by side with as many entries each, as inputs and targets that are not joined.
+
+    Args:
+        part: of a batch.
+        path: where it is.
+
+    Yields:
+        The place of what holds such lists and nothing else, and the lists.
+    """
+    opened = open_part(part) if len(path) < MOST_DEPTH else None
+    if opened is None:
+        return
+    lists = [item for item in opened.parts if isinstance(item, list) and _has_like_entries(item)]
+    if 1 < len(lists) == len(opened.parts) and len({len(item) for item in lists}) == 1:
+        yield path, lists
+        return
+    for number, item in enumerate(opened.parts):
+        yield from find_columns(item, (*path, number))
+
+
 def has_lists(batch: Any, count: int, depth: int = MOST_DEPTH) -> bool:
     """Return whether a batch holds a list with a tensor for each of ``count`` examples."""
     opened = open_part(batch) if depth else None
@@ -130,11 +159,12 @@ def has_lists(batch: Any, count: int, depth: int = MOST_DEPTH) -> bool:
     )
 
 
-def guess_count(batch: Any) -> int | None:
+def guess_count(batch: Any, *, by_index: bool = True) -> int | None:
     """Guess the number of examples in a batch of which nobody tells it.
 
     Args:
         batch: any nesting.
+        by_index: whether ascending numbers are taken for an index.
 
     Returns:
         The number of sequences in a packed one, or in a list of tensors of different sizes, or of graphs in
@@ -146,13 +176,65 @@ def guess_count(batch: Any) -> int | None:
     for count in _count_parts(batch, MOST_DEPTH):
         if count in lengths or count + 1 in lengths or len(lengths) == count:
             return count
-    for tensor in tensors:
-        # Class labels in order look like an index: something else has to be of as many as it counts.
-        indexed, others = _count_by_index(tensor), {*lengths} - {len(tensor)}
-        if indexed is not None and others & {indexed, indexed + 1}:
-            return indexed
+    found = _find_index(tensors) if by_index else None
+    if found is not None:
+        return found[1]
     # Class weights, masks and positions may stand before what holds the examples.
     return Counter(lengths).most_common(1)[0][0] if lengths else None
+
+
+def find_chance(batch: Any) -> float | None:
+    """Return how likely it is that class labels look like the index that tells the number of examples.
+
+    Args:
+        batch: any nesting.
+
+    Returns:
+        The probability that labels drawn evenly are in order, with each class among them; 0 where pairs of
+        rows or offsets go with the index, None where no index tells the number.
+    """
+    tensors = [tensor for tensor in find_tensors(batch) if tensor.ndim]
+    found = None if guess_count(batch) == guess_count(batch, by_index=False) else _find_index(tensors)
+    if found is None:
+        return None
+    index, count = found
+    others = [tensor for tensor in tensors if tensor is not index]
+    if any(_is_offsets(tensor, index, count) or _are_pairs(tensor, index) for tensor in others):
+        return 0.0
+    return math.comb(len(index) - 1, count - 1) * float(count) ** -len(index)
+
+
+def _find_index(tensors: Sequence[Tensor]) -> tuple[Tensor, int] | None:
+    """Return an index of rows and the number of examples that it counts."""
+    for tensor in tensors:
+        # Class labels in order look like an index: something else has to be of as many as it counts.
+        count, others = _count_by_index(tensor), [other for other in tensors if len(other) != len(tensor)]
+        if count is not None and any(
+            len(other) == count or _is_offsets(other, tensor, count) for other in others
+        ):
+            return tensor, count
+    return None
+
+
+def _is_offsets(tensor: Tensor, index: Tensor, count: int) -> bool:
+    """Return whether a vector says where the rows of each example begin, and the last ones end."""
+    if tensor.ndim != 1 or len(tensor) != count + 1 or not _is_integer(tensor):
+        return False
+    return int(tensor[0]) == 0 and int(tensor[-1]) == len(index) and bool((tensor[1:] >= tensor[:-1]).all())
+
+
+def _are_pairs(tensor: Tensor, index: Tensor) -> bool:
+    """Return whether a matrix holds pairs of rows, as edges, each within one example."""
+    if tensor.ndim != 2 or 2 not in tensor.shape or not tensor.numel() or not _is_integer(tensor):
+        return False
+    if int(tensor.min()) < 0 or int(tensor.max()) >= len(index):
+        return False
+    first, second = index[tensor].unbind(0 if tensor.shape[0] == 2 else 1)
+    return bool((first == second).all())
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _count_parts(part: Any, depth: int) -> Iterator[int]:
@@ -167,22 +249,32 @@ def _count_parts(part: Any, depth: int) -> Iterator[int]:
     same_kind = len(shapes) == len(opened.parts) > 1 and len({shape[1:] for shape in shapes}) == 1
     if isinstance(part, list | tuple) and same_kind and len({shape[:1] for shape in shapes}) > 1:
         yield len(shapes)
-    lists = [item for item in opened.parts if isinstance(item, list) and _is_of_one_kind(item)]
+    lists = [item for item in opened.parts if isinstance(item, list) and _has_like_entries(item)]
     if 1 < len(lists) == len(opened.parts) and len({len(item) for item in lists}) == 1:
         yield len(lists[0])
     for item in opened.parts:
         yield from _count_parts(item, depth - 1)
 
 
-def _is_of_one_kind(parts: list[Any]) -> bool:
-    """Return whether a list holds tensors of one form."""
-    forms = {(part.dtype, part.shape) if isinstance(part, Tensor) else None for part in parts}
-    return len(forms) == 1 and None not in forms
+def _has_like_entries(parts: list[Any]) -> bool:
+    """Return whether the entries of a list are tensors, or hold some, of the same kinds in each."""
+    forms = {tuple((tensor.dtype, tensor.ndim) for tensor in find_tensors(part)) for part in parts}
+    return len(forms) == 1 and () not in forms
+
+
+def _mark(part: Any, path: tuple[int, ...]) -> Any:
+    if not path:
+        return ExampleList(part) if isinstance(part, list | tuple) else part
+    opened = open_part(part)
+    if opened is None or len(opened.parts) <= path[0]:
+        return part
+    changed = _mark(opened.parts[path[0]], path[1:])
+    return opened.close([*opened.parts[: path[0]], changed, *opened.parts[path[0] + 1 :]])
 
 
 def _count_by_index(tensor: Tensor) -> int | None:
     """Return of how many examples an index of rows is: ascending numbers from 0 without a gap."""
-    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.ndim != 1 or not _is_integer(tensor):
         return None
     steps = tensor[1:] - tensor[:-1]
     count = int(tensor[-1]) + 1 if len(tensor) else 0

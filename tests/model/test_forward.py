@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_influence.model.forward import Forward, compute_losses
+from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.plan import find_layers
+from lightning_influence.model.loss_values import compute_losses
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,
@@ -326,9 +327,20 @@ def test_a_later_batch_whose_loss_is_no_mean_of_its_examples_is_refused():
         run(module, (x, mask), 4)
 
 
-@pytest.mark.parametrize("make", [Quadratic, Members])
-def test_examples_are_run_one_by_one_where_nothing_else_tells_whose_rows_are_whose(make):
-    module, (x, y) = mute(make()).double(), batch(5, 3)
+def test_rows_of_an_ensemble_are_followed_to_the_examples():
+    module, (x, y) = mute(Members()).double(), batch(5, 3)
+    x, run = x.double(), Forward(find_layers(module))
+    for rows in ([0, 1, 2, 3, 4], [3, 1], [2]):
+        captured = run(module, (x[rows], y[rows]), len(rows))
+        found = captured.loss_gradients()["weights"].dense()[0] / captured.weights.mean()
+        for place, n in enumerate(rows):
+            loss = module.training_step((x[n : n + 1], y[n : n + 1]), 0)
+            [expected] = torch.autograd.grad(loss, module.weights)
+            torch.testing.assert_close(found[place].reshape(4, 3, 2), expected)
+
+
+def test_examples_are_run_one_by_one_where_nothing_else_tells_whose_rows_are_whose():
+    module, (x, y) = mute(Quadratic()).double(), batch(5, 3)
     x, run = x.double(), Forward(find_layers(module))
     with pytest.warns(InfluenceWarning, match="run one by one"):
         run(module, (x, y), 5)

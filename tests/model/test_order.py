@@ -74,6 +74,12 @@ def shifted(module, x, y, mask):
     return F.cross_entropy(module(x)[:, :-1].flatten(0, 1), y[:, 1:].flatten())
 
 
+def gradients_of(captured):
+    """Gradients of the examples' losses as the scores take them: weights of positions are their mean's."""
+    scale = captured.loss.scale * captured.num_examples / captured.weights.sum()
+    return scale * captured.loss_gradients()["first"].dense()[0, :, 0, :, :-1]
+
+
 @pytest.mark.parametrize("step", [batch_first, shifted])
 def test_losses_in_the_order_of_the_examples_are_accepted(step):
     run(step, sequences(*[T] * B), sequences(2, 5, 3, 4), sequences(3, 4))
@@ -104,12 +110,10 @@ def test_gradients_are_those_of_the_examples_whatever_the_order_of_rows(step, le
     torch.manual_seed(0)
     module, (x, y, mask) = mute(Module(step)).double(), sequences(*lengths)
     batch = x.double(), y, mask
-    found = Forward(find_layers(module))(module, batch, B).loss_gradients()
+    found = gradients_of(Forward(find_layers(module))(module, batch, B))
     for n in range(B):
         own = F.cross_entropy(module(batch[0][n]), y[n], reduction="sum") * B / mask.sum()
-        expected = torch.autograd.grad(own, module.first.weight)[0]
-        dense = found["first"].dense()[0, n, 0, :, :-1]
-        torch.testing.assert_close(dense, expected)
+        torch.testing.assert_close(found[n], torch.autograd.grad(own, module.first.weight)[0])
 
 
 def test_later_batches_are_read_the_same_way():
@@ -119,7 +123,7 @@ def test_later_batches_are_read_the_same_way():
     forward = Forward(find_layers(module))
     for lengths in ((2, 5, 3, 4), (5, 4, 3, 2), (1, 2, 3, 4)):
         x, y, mask = sequences(*lengths)
-        found = forward(module, (x.double(), y, mask), B).loss_gradients()["first"].dense()[0, :, 0, :, :-1]
+        found = gradients_of(forward(module, (x.double(), y, mask), B))
         own = F.cross_entropy(module(x[0].double()), y[0], reduction="sum") * B / mask.sum()
         torch.testing.assert_close(found[0], torch.autograd.grad(own, module.first.weight)[0])
 
@@ -137,13 +141,12 @@ def test_layers_on_rows_that_a_mask_picked_are_exact(first):
     for lengths in batches:
         x, y, mask = sequences(*lengths)
         captured = forward(module, (x.double(), y, mask), 2)
-        dense = captured.loss_gradients()["first"].dense()[0, :, 0, :, :-1]
-        scale = captured.loss.scale * 2 / captured.weights.sum()
+        found = gradients_of(captured)
         for n in range(2):
             kept = mask[n]
             own = F.cross_entropy(module(x[n][kept].double()), y[n][kept], reduction="sum") * 2 / mask.sum()
             expected = torch.autograd.grad(own, module.first.weight)[0]
-            torch.testing.assert_close(dense[n] * scale, expected)
+            torch.testing.assert_close(found[n], expected)
 
 
 def copies(count: int, together: bool):
@@ -163,9 +166,7 @@ def test_copies_of_the_batch_need_not_stand_together(count, batch):
     x, y = torch.randn(batch, 3).double(), torch.randint(2, (batch,))
     run(copies(count, True), (x.float(), y))
     module = mute(Module(copies(count, False))).double()
-    found = (
-        Forward(find_layers(module))(module, (x, y), batch).loss_gradients()["first"].dense()[0, :, 0, :, :-1]
-    )
+    found = gradients_of(Forward(find_layers(module))(module, (x, y), batch))
     for n in range(batch):
         expected = torch.autograd.grad(
             F.cross_entropy(module(x[n : n + 1]), y[n : n + 1]), module.first.weight

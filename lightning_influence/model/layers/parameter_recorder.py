@@ -32,11 +32,24 @@ from lightning_influence.model.uses.gradients import (
     pull_gradients,
     pull_uses,
 )
-from lightning_influence.model.uses.parts import ParameterGradient, Part, Product
+from lightning_influence.model.uses.parts import ParameterGradient, Part, Product, lay_over
 from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.spreading import make_spread_use
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
+
+_ADDITIONS = {
+    "add",
+    "sub",
+    "__add__",
+    "__radd__",
+    "__iadd__",
+    "__sub__",
+    "__isub__",
+    "__rsub__",
+    "add_",
+    "sub_",
+}
 
 
 class ParameterRecorder:
@@ -303,10 +316,33 @@ class ParameterRecorder:
         """Take the tensors of a batch of one for those of an example."""
         self.watch.add_example(batch, number)
 
+    def take_penalties(self) -> list[Tensor]:
+        """Return numbers that weights alone have made and that were added to the numbers of single examples.
+
+        They are no uses of the weights from now on. A parameter that takes part in nothing but numbers, as
+        the logarithm of a variance, is no weight.
+        """
+        uses = self.watch.uses
+        weights = {name for use in uses if _is_of_examples(use) for name in names_of(self.watch, use)}
+        found = [
+            use
+            for use in uses
+            if use.call.name in _ADDITIONS
+            and not _is_of_examples(use)
+            and names_of(self.watch, use) & weights
+        ]
+        for use in found:
+            uses.remove(use)
+        return [source for use in found for source in use.sources.values()]
+
     def is_in_order(self, tensor: Tensor) -> bool:
         """Return whether the rows of a tensor are known to be the examples in their order."""
         place = self.watch.place_of(tensor)
         return place is not None and place.is_plain()
+
+    def place_of(self, tensor: Tensor) -> Place | None:
+        """Return where the examples stand in a tensor of the forward pass, or None if that is not known."""
+        return self.watch.place_of(tensor)
 
     def certify(self, values: Tensor) -> None:
         """Find the parameters whose gradients do not add up, which take the slow way from now on.
@@ -374,6 +410,7 @@ class ParameterRecorder:
                 ones = mate.inputs if isinstance(mate, Product) else zeros
                 part = replace(part, inputs=torch.cat([part.inputs, ones.to(part.inputs)], dim=-1))
             parts.append((part, example))
+        parts = lay_over(parts, self._share_out(name))
         product = None if weight is None else replace(weight, parts=parts).product(tables=False)
         if product is None or not product.is_plain() or (layer.has_bias and shifted):
             raise UnsupportedModelError(
@@ -381,6 +418,18 @@ class ParameterRecorder:
                 f"Leave it out with layers=['!{name}']."
             )
         return product.inputs, product.outputs[0]
+
+    def _share_out(self, name: str) -> list[set[int]]:
+        """Return the examples of each use of a module's weight; none where some take part in several."""
+        places = [
+            use.outputs[0]
+            for use in self._uses or []
+            if WEIGHT + name in names_of(self.watch, use) and _is_of_examples(use)
+        ]
+        count = self.watch.num_examples
+        owners = [set() if p is None else set(p.owners or range(count)) for p in places]
+        apart = count > 1 and sum(map(len, owners)) == len(set().union(*owners)) and all(owners)
+        return owners if apart else []
 
     def _columns(self, name: str, gradients: Mapping[str, ParameterGradient]) -> Tensor:
         """Return the columns ``(G, B, D_in, D_out)`` of a module's gradient matrices."""
@@ -414,6 +463,11 @@ def _is_of_examples(use: Use) -> bool:
     return any(map(len, use.shapes))
 
 
+def _adds_numbers(use: Use) -> bool:
+    """Return whether a use adds a number to another one, or takes one from it."""
+    return use.call.name.strip("_").lstrip("ir") in ("add", "sub") and not _is_of_examples(use)
+
+
 def _keys(modules: Iterable[str]) -> list[str]:
     """Return the names of the modules' weights and biases among the parameters that are watched."""
     return [kind + name for name in modules for kind in (WEIGHT, BIAS)]
@@ -424,11 +478,16 @@ def _no_gradients(parameter: Tensor, count: int) -> Tensor:
 
 
 def _zeros(use: Use) -> list[Tensor | None]:
-    """Return gradients of zero at the outputs of a use, none where these belong to no example, as a loss."""
+    """Return gradients of zero at the outputs of a use, none where these belong to no example, as a loss.
+
+    In a batch of one a number belongs to the example, also one that penalties on weights were added to: what
+    these do with a weight is none of the ways in which it maps.
+    """
     like = next(iter(use.sources.values()))
     shown = zip(use.edges, use.outputs, use.shapes, strict=True)
     return [
-        None if edge is None or place is None else like.new_zeros(1, *shape) for edge, place, shape in shown
+        None if edge is None or place is None or not shape else like.new_zeros(1, *shape)
+        for edge, place, shape in shown
     ]
 
 

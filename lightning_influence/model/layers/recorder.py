@@ -9,12 +9,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
 from lightning_influence.model.layers.layer import Layer, ParameterRule
+from lightning_influence.model.uses.calls import find_edge
+from lightning_influence.model.uses.places import Place
 from lightning_influence.support.errors import UnsupportedModelError
 
 # Unfolded inputs of so many bytes are made at once where they are used once, to be still in the cache then;
@@ -58,12 +60,20 @@ class UseRecorder(Protocol):
         """Take the tensors of a batch of one for those of an example."""
         ...
 
+    def take_penalties(self) -> list[Tensor]:
+        """Numbers, made of weights alone, that were added to those of examples; forgotten as uses."""
+        ...
+
     def spread(self, key: str) -> Tensor:
         """Give a parameter a row for each example, ``(B, *shape)``, to which gradients can be sent."""
         ...
 
     def is_in_order(self, tensor: Tensor) -> bool:
         """Whether the rows of a tensor are known to be the examples in their order."""
+        ...
+
+    def place_of(self, tensor: Tensor) -> Place | None:
+        """Where the examples stand in a tensor of the forward pass, or None if that is not known."""
         ...
 
     def certify(self, values: Tensor) -> None:
@@ -399,7 +409,7 @@ class Recorder:
                     return
                 calls = self._calls[name]
                 calls.inputs.append((args[0] if args else next(iter(kwargs.values()))).detach())
-                calls.edges.append(_find_edge(output))
+                calls.edges.append(find_edge(output))
                 calls.shapes.append(output.shape)
 
         return hook
@@ -430,20 +440,6 @@ class Recorder:
                 part = like.new_zeros(*like.shape[:3], layer.d_out)
             filled.append(part)
         return _along_positions(filled)
-
-
-def _find_edge(output: Tensor) -> GradientEdge:
-    """Return the edge at which the gradient of an output arrives whatever is done in place afterwards.
-
-    Linear layers compute outputs of more than two dimensions as matrices and return views of these. Writing
-    to a view gives the matrix a new place in the graph, in which the view's own node has no part; the node
-    that made the matrix stays.
-    """
-    base = output._base
-    whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
-    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
-        return get_gradient_edge(base)
-    return get_gradient_edge(output)
 
 
 def _along_positions(parts: list[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from typing_extensions import Self
 
 from lightning_influence.model.losses.draws import draw_signs
 from lightning_influence.model.losses.loss import OutputLoss, working
-from lightning_influence.model.uses.places import Place
+from lightning_influence.model.losses.output_rows import OutputRows, keep_apart
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.notes import Notices
 
@@ -97,7 +97,7 @@ class BatchLoss(OutputLoss):
         values_of: computes the loss of each example alone, ``(B,)``.
         traits: what is known of the loss from other batches; completed here.
         values: the loss of each example, with its graph down to the parameters, where the user gives them.
-        places: where the examples stand in each output, where its rows are not the examples in their order.
+        output_rows: the examples' rows in the outputs, of each of which several calls may have made a part.
     """
 
     leaves: tuple[Tensor, ...]
@@ -106,7 +106,7 @@ class BatchLoss(OutputLoss):
     values_of: Callable[[], Tensor]
     traits: BatchLossTraits
     values: Tensor | None = None
-    places: tuple[Place | None, ...] = ()
+    output_rows: tuple[OutputRows, ...] = ()
 
     @classmethod
     def of(
@@ -119,7 +119,7 @@ class BatchLoss(OutputLoss):
         traits: BatchLossTraits,
         values_of: Callable[[], Tensor],
         values: Tensor | None = None,
-        places: Sequence[Place | None] | None = None,
+        rows: Sequence[OutputRows] | None = None,
     ) -> Self:
         """Describe a batch's loss.
 
@@ -131,7 +131,7 @@ class BatchLoss(OutputLoss):
             traits: what is known of the loss.
             values_of: computes the loss of each example alone, ``(B,)``.
             values: the loss of each example, if it has a graph.
-            places: where the examples stand in each output; None for rows that are the examples in order.
+            rows: the examples' rows in the outputs; None for those of one call each, the examples in order.
 
         Returns:
             The loss.
@@ -139,10 +139,11 @@ class BatchLoss(OutputLoss):
         Raises:
             UnsupportedModelError: if the rows of an output are no multiple of the examples.
         """
-        places = tuple([None] * len(outputs) if places is None else places)
-        for output, place in zip(outputs, places, strict=True):
-            if place is not None:
+        rows = keep_apart([None] * len(outputs)) if rows is None else tuple(rows)
+        for own in rows:
+            if own.place is not None:
                 continue
+            output = own.join(outputs)
             if output.dim() == 0 or len(output) % num_examples:
                 raise UnsupportedModelError(
                     f"The loss depends on an output of shape {tuple(output.shape)} in a batch of "
@@ -150,13 +151,7 @@ class BatchLoss(OutputLoss):
                     "(or examples times positions). Pass `loss=` or define `influence_loss(batch) -> (B,)`."
                 )
         with torch.enable_grad():
-            flat = torch.cat(
-                [
-                    split_rows(output, place, num_examples).flatten(1)
-                    for output, place in zip(outputs, places, strict=True)
-                ],
-                1,
-            )
+            flat = torch.cat([own.split(outputs, num_examples).flatten(1) for own in rows], 1)
         reduction: Literal["example_mean", "sum"] = "example_mean" if traits.is_mean else "sum"
         factor = float(num_examples) if traits.is_mean else 1.0
         return cls(
@@ -170,7 +165,7 @@ class BatchLoss(OutputLoss):
             values_of,
             traits,
             values,
-            places,
+            rows,
         )
 
     @property
@@ -342,8 +337,9 @@ class BatchLoss(OutputLoss):
     def _order(self, structure: Structure | None) -> Tensor | None:
         """Return the outputs of an example as ``(T, C)``, by their places; None where that cannot be."""
         count, start, parts = self.num_examples, 0, []
-        for leaf, place in zip(self.leaves, self.places, strict=True):
-            shape = split_rows(leaf.detach(), place, count).shape[1:]
+        detached = [leaf.detach() for leaf in self.leaves]
+        for own in self.output_rows:
+            leaf, shape = own.join(detached), own.split(detached, count).shape[1:]
             numel = math.prod(shape)
             places = torch.arange(start, start + numel, device=leaf.device)
             start += numel
@@ -399,26 +395,8 @@ class BatchLoss(OutputLoss):
         return _put(rows, self._places)
 
     def _flatten(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(
-            [
-                split_rows(part, place, self.num_examples).reshape(self.num_examples, -1)
-                for part, place in zip(parts, self.places, strict=True)
-            ],
-            1,
-        )
-
-
-def split_rows(tensor: Tensor, place: Place | None, num_examples: int) -> Tensor:
-    """Return the rows of each example, ``(B, R, ...)``, filled up with zeros where others have more.
-
-    Args:
-        tensor: with the examples in some of its rows.
-        place: where they stand; None for ``(B, ...)`` or ``(B * R, ...)`` in their order.
-        num_examples: ``B``.
-    """
-    if place is None:
-        return tensor.reshape(num_examples, len(tensor) // num_examples, *tensor.shape[1:])
-    return place.split(tensor, num_examples)
+        count = self.num_examples
+        return torch.cat([own.split(parts, count).reshape(count, -1) for own in self.output_rows], 1)
 
 
 def _put(rows: Tensor, order: Tensor) -> Tensor:

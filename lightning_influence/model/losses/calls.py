@@ -32,6 +32,7 @@ class LossCall:
         output_number: which output of the node it is.
         versions: of its tensor arguments, to notice changes in place after the call.
         picked: whether it has as many rows as a mask has left, which are nobody's by their number.
+        order: numbers of its rows in the order of the examples, ``(R,)``, where they come in another.
         is_packed: whether hooks have packed what its node saved, so that looking at that runs them.
     """
 
@@ -43,6 +44,7 @@ class LossCall:
     output_number: int
     versions: tuple[int, ...]
     picked: bool = False
+    order: Tensor | None = None
     is_packed: bool = False
 
     @property
@@ -91,7 +93,12 @@ class LossCall:
                 "positions of each example together: do not drop rows before the loss, mark them with "
                 "`ignore_index`."
             )
-        return replace(loss, num_examples=batch_size)
+        loss = replace(loss, num_examples=batch_size)
+        return loss if self.order is None else loss.in_order(self.order)
+
+    def sort_rows(self, values: Tensor) -> Tensor:
+        """Return values in the shape of what the function returned, with the examples in their order."""
+        return values if self.order is None or not values.dim() else values[self.order.to(values.device)]
 
     def describe(self) -> str:
         """Return the call for a message: name, shape or value, and whether it can be read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -20,13 +20,14 @@ from lightning_influence.model.losses.calls import LossCall, is_packed, versions
 from lightning_influence.model.losses.divisors import find_divisor, find_factor
 from lightning_influence.model.losses.graphs import walk
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
-from lightning_influence.model.losses.picked import PICKERS, count_picked
+from lightning_influence.model.losses.picked import PICKERS, WholeRows, count_picked
 from lightning_influence.model.losses.reductions import Alike, count_ways, reduced, summed, tolerance
 from lightning_influence.model.losses.registry import (
     find_losses,
     loss_name,
     supported_losses,
 )
+from lightning_influence.model.uses.places import Place
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
 from lightning_influence.support.waiting import expect
 
@@ -133,7 +134,27 @@ class LossCapture(TorchFunctionMode):
         count = count_picked(func, args, result)
         self._picked |= set() if count is None else {count}
 
-    def judge(self, whole: Container[int], is_in_order: Callable[[Tensor], bool] | None = None) -> set[int]:
+    def put_in_order(self, place_of: Callable[[Tensor], Place | None], num_examples: int) -> bool:
+        """Note in which order calls have their rows where it is not that of the examples.
+
+        Outputs that are compared with targets of other examples are left as they are.
+
+        Args:
+            place_of: tells where the examples stand in a tensor.
+            num_examples: ``B``.
+
+        Returns:
+            Whether some have.
+        """
+        for number, call in enumerate(self.calls):
+            place = place_of(call.outputs)
+            order = None if place is None else place.row_order(num_examples)
+            rows = [part for part in call.tensors if part.dim() and len(part) == len(call.outputs)]
+            if order is not None and {place_of(part) for part in rows} <= {place, None}:
+                self.calls[number] = replace(call, order=order)
+        return any(call.order is not None for call in self.calls)
+
+    def judge(self, whole: WholeRows, is_in_order: Callable[[Tensor], bool] | None = None) -> set[int]:
         """Decide which calls are on rows of which it is not known whose they are.
 
         Args:
@@ -148,9 +169,11 @@ class LossCapture(TorchFunctionMode):
         for number, call in enumerate(self.calls):
             outputs = call.outputs
             other = outputs.dim() > 0 and len(outputs) not in whole
-            in_order = (call.picked or other) and is_in_order is not None and is_in_order(outputs)
+            picked = call.picked and not (outputs.dim() and whole.are_of_one(len(outputs)))
+            is_odd = (picked or other) and call.order is None
+            in_order = is_odd and is_in_order is not None and is_in_order(outputs)
             acquitted |= {len(outputs)} if other and in_order else set()
-            self.calls[number] = replace(call, picked=(call.picked or other) and not in_order)
+            self.calls[number] = replace(call, picked=is_odd and not in_order)
         return acquitted
 
     def clear(self) -> None:
@@ -275,7 +298,7 @@ class LossCapture(TorchFunctionMode):
         for call, slope in zip(calls, slopes, strict=True):
             with _explained(call, batch_loss):
                 loss = call.read(batch_size)
-                slope = slope.to(loss.detached.dtype) * divisor
+                slope = call.sort_rows(slope.to(loss.detached.dtype)) * divisor
                 ways = partial(count_ways, loss, slope)
                 own = find_divisor(batch_loss.grad_fn, call.node, nodes, ways, divisor)
                 losses.append(reduced(loss, slope, own))

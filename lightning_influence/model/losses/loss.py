@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
@@ -178,6 +178,22 @@ class OutputLoss(ABC):
     def with_outputs(self, outputs: Tensor) -> Self:
         """Return the same loss at other outputs, of the same shape."""
         return replace(self, outputs=outputs)
+
+    def in_order(self, order: Tensor) -> Self:
+        """Return the same loss with its rows in another order.
+
+        Args:
+            order: numbers of the rows, ``(R,)``; tensors with a row for each of the outputs' go along.
+        """
+        own = {"outputs": self.outputs, "targets": self.targets}
+        for name in (part.name for part in fields(self)):
+            value = getattr(self, name)
+            by_row = isinstance(value, Tensor) and value.dim() == self.outputs.dim()
+            if by_row and len(value) == len(self.outputs):
+                own[name] = value
+        with torch.enable_grad():
+            moved = {name: value[order.to(value.device)] for name, value in own.items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     @cached_property
     def detached(self) -> Tensor:

@@ -96,6 +96,10 @@ class WholeRows:
         known = bool(self.left_out(rows) & self._left_out)
         return self._count == 1 or each == 1 or known or self._is_flat
 
+    def are_of_one(self, rows: int) -> bool:
+        """Return whether so many rows are all positions of the only example."""
+        return self._count == 1 and (rows == 1 or rows in self._positions)
+
     def left_out(self, rows: int) -> set[int]:
         """Return how many positions of each example may be missing in so many rows."""
         each = rows // self._count

@@ -24,6 +24,7 @@ from typing_extensions import Self
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.losses.combined import SumLoss
 from lightning_influence.model.losses.loss import OutputLoss, working
+from lightning_influence.model.losses.output_rows import keep_apart
 from lightning_influence.model.uses.places import whole
 
 # Chosen by hand: up to so many columns each example has them all, as minibatches and samples would have it.
@@ -73,11 +74,19 @@ class SharedLoss(BatchLoss):
             lambda: batch_loss.reshape(1),
             traits,
             None,
-            (whole(0),),
+            keep_apart([whole(0)]),
         )
         reduction = "example_mean" if traits.is_mean else "sum"
         factor = mean.factor * count
-        own = (parameter,), batch_loss, factor, lambda: detached.new_zeros(count), traits, None, (None,)
+        own = (
+            (parameter,),
+            batch_loss,
+            factor,
+            lambda: detached.new_zeros(count),
+            traits,
+            None,
+            keep_apart([None]),
+        )
         return cls(flat, detached, count, reduction, *own, rows=rows, mean=mean)  # type: ignore[arg-type]
 
     def total(self) -> Tensor:

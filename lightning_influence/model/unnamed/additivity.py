@@ -10,26 +10,32 @@ from torch import Tensor
 
 from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.losses.combined import WEIGHTED
+from lightning_influence.model.unnamed.alone import REMEDY
 from lightning_influence.support.errors import UnsupportedModelError
 
-REMEDY = (
-    "Pass `loss=`, a callable `(module, batch) -> (B,)`, or define `influence_loss(batch) -> (B,)` on the "
-    "module, with the loss that each example is to have."
-)
 COUPLED = (
     "The loss of a batch is not made of losses of its examples: what one example adds depends on the others, "
     "as it does for a root of a mean, a Dice or contrastive loss over the batch. " + REMEDY
 )
 
 
-def draw_halves(count: int) -> list[list[int]]:
-    """Return two random halves of the examples, and two others, each in order."""
-    generator = torch.Generator().manual_seed(count)
-    halves = []
-    for _ in range(2):
-        order = torch.randperm(count, generator=generator).tolist()
-        halves += [sorted(order[: count // 2]), sorted(order[count // 2 :])]
-    return halves
+# Chosen by hand: the examples of so small a batch are all run alone as well.
+_FEW = 8
+
+
+def draw_parts(count: int) -> list[list[int]]:
+    """Return parts of a batch: two random halves, the first and the last half, and each example of a few.
+
+    A loss that takes its first rows in another way than its last ones has no such halves; of a few examples
+    it may have both by chance.
+
+    Args:
+        count: number of examples ``B``.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist()
+    half = count // 2
+    halves = [sorted(order[:half]), sorted(order[half:]), list(range(half)), list(range(half, count))]
+    return halves + [[n] for n in range(count if 2 < count <= _FEW else 0)]
 
 
 def check_cross_derivatives(loss: BatchLoss, part: Sequence[int], limit: float) -> None:

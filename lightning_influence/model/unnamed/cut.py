@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_influence.model.batches.ragged import find_places
+from lightning_influence.model.losses.output_rows import OutputRows, join_calls
 from lightning_influence.model.losses.picked import PickedRows
-from lightning_influence.model.unnamed.additivity import REMEDY
+from lightning_influence.model.unnamed.alone import REMEDY, Run, to_scalar
 from lightning_influence.model.unnamed.last_outputs import CutLoss, Key, OutputTap, Share, are_chained
 from lightning_influence.model.unnamed.shares import ShareWatch
-from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
-
-Run = Callable[[Any, Any], tuple[Tensor | None, Tensor | None]]
-"""Maps a module and a batch to the losses of the examples ``(B,)``, or else to the loss of the batch."""
 
 _DIFFERENTIATES = (
     "The loss differentiates the model's outputs by what they depend on, as gradient penalties do, so it is "
@@ -149,7 +146,7 @@ class Cut:
             values, value = self.compute(module, batch)
         if not is_part:
             self.check_calls(tap)
-        return self.describe(tap, value, values, watch, shares)
+        return self.describe(tap, count, value, values, watch, shares)
 
     def check_calls(self, tap: OutputTap) -> None:
         """Refuse a batch that takes another way through the model.
@@ -163,6 +160,7 @@ class Cut:
     def describe(
         self,
         tap: OutputTap,
+        count: int,
         value: Tensor,
         values: Tensor | None,
         watch: Watch | None,
@@ -172,19 +170,27 @@ class Cut:
 
         Args:
             tap: which has cut the run.
+            count: number of examples ``B``.
             value: the loss.
             values: given losses of the examples.
             watch: see :meth:`follow`.
             shares: see :meth:`follow`.
         """
-        outputs = list(tap.outputs.values())
-        places = self.places(outputs, watch)
-        return CutLoss(list(tap.leaves.values()), outputs, value, values, places, watch, shares)
+        outputs, rows = list(tap.outputs.values()), self.rows(tap.outputs, count, watch)
+        return CutLoss(list(tap.leaves.values()), outputs, value, values, rows, watch, shares)
 
-    def places(self, outputs: list[Tensor], watch: Watch | None) -> list[Place | None]:
-        """Return where the examples stand in outputs; None for each whose rows are the examples in order."""
+    def rows(self, outputs: Mapping[Key, Tensor], count: int, watch: Watch | None) -> tuple[OutputRows, ...]:
+        """Return the rows of the examples in outputs, which are these in their order unless followed.
+
+        Args:
+            outputs: by their keys.
+            count: number of examples ``B``.
+            watch: see :meth:`follow`.
+        """
         follows = self.follows and watch is not None
-        return [watch.place_of(output) if follows and watch else None for output in outputs]
+        places = [watch.place_of(part) if follows and watch else None for part in outputs.values()]
+        names = [(name, part) for name, _, part in outputs]
+        return join_calls(list(outputs.values()), places, names, count)
 
     def compute(self, module: Any, batch: Any) -> tuple[Tensor | None, Tensor]:
         """Return given losses of the examples, and that of the batch, from a run that is cut.
@@ -205,19 +211,3 @@ class Cut:
 def _follow(batch: Any, count: int, parameters: Mapping[str, Tensor] | None = None) -> Watch:
     """Return what follows the examples of a batch, and parameters."""
     return Watch(parameters or {}, batch, count, find_places(batch, count))
-
-
-def to_scalar(values: Tensor | None, batch_loss: Tensor | None) -> Tensor:
-    """Return what a run has computed as the loss of the batch, a scalar.
-
-    Raises:
-        LossCaptureError: if it is no single number.
-    """
-    if values is not None:
-        return values.mean()
-    assert batch_loss is not None
-    if batch_loss.numel() != 1:
-        raise LossCaptureError(
-            f"Got a training loss of shape {tuple(batch_loss.shape)}; accepted is a single number. {REMEDY}"
-        )
-    return batch_loss.reshape(())

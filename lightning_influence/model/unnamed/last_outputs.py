@@ -1,9 +1,13 @@
-"""The outputs of the modules that come last before the loss, and the loss as a function of them alone."""
+"""The outputs of the modules that come last before the loss, and the loss as a function of them alone.
+
+These are outputs of the modules that own parameters. Where a module around them uses parameters behind them,
+by a function in place of a call, its own output is the last one.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -15,8 +19,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from lightning_influence.model.losses.output_rows import OutputRows
 from lightning_influence.model.uses.calls import Watched
-from lightning_influence.model.uses.places import Place
 
 Key = tuple[str, int, int]
 """Name of a module, number of its call in the forward pass, and place of a tensor in what it returned."""
@@ -44,7 +48,7 @@ class CutLoss:
         outputs: what the modules returned there.
         value: the loss, a scalar.
         values: the losses of the examples ``(B,)``, where the user gives them.
-        places: where the examples stand in the leaves, where they were followed.
+        rows: the examples' rows in the leaves.
         watch: what followed them, and some parameters; None if neither was wanted.
         shares: sums over the examples that the loss is made of, where parameters were followed.
     """
@@ -53,13 +57,13 @@ class CutLoss:
     outputs: list[Tensor]
     value: Tensor
     values: Tensor | None
-    places: list[Place | None]
+    rows: Sequence[OutputRows]
     watch: Watched | None
     shares: Sequence[Share] = ()
 
 
 class OutputTap:
-    """Hooks on all modules that own parameters, for the duration of a ``with`` block.
+    """Hooks on all modules with parameters, their own or others', for the duration of a ``with`` block.
 
     Args:
         module: the model.
@@ -80,6 +84,7 @@ class OutputTap:
         self.seen: dict[Key, Tensor] = {}
         self._module, self._cut, self._replaces = module, cut, leaves
         self._nodes: dict[tuple[Any, int], Key] = {}
+        self._around: dict[tuple[Any, int], Key] = {}  # of modules that own no parameters themselves
         self.calls: Counter[str] = Counter()
         self._handles: list[RemovableHandle] = []
 
@@ -90,8 +95,10 @@ class OutputTap:
             The tap itself.
         """
         for name, part in self._module.named_modules():
-            if next(part.parameters(recurse=False), None) is not None:
-                self._handles.append(part.register_forward_hook(self._hook(name), prepend=False))
+            if next(part.parameters(), None) is not None:
+                owns = next(part.parameters(recurse=False), None) is not None
+                hook = self._hook(name, self._nodes if owns else self._around)
+                self._handles.append(part.register_forward_hook(hook, prepend=False))
         return self
 
     def __exit__(
@@ -109,24 +116,23 @@ class OutputTap:
             loss: a scalar of the forward pass that was watched.
             without: outputs that do not count.
         """
-        met: set[Key] = set()
-        todo: list[tuple[Any, int]] = [(get_gradient_edge(loss).node, loss.output_nr)]
-        seen = set(todo)
-        while todo:
-            node, number = todo.pop()
-            if (node, number) in self._nodes and self._nodes[node, number] not in without:
-                met.add(self._nodes[node, number])
-                continue
-            for following in node.next_functions:
-                if following[0] is not None and following not in seen:
-                    seen.add(following)
-                    todo.append(following)
-        return [key for key in self._nodes.values() if key in met]
+        own = {edge: key for edge, key in self._nodes.items() if key not in without}
+        parameters = {id(parameter) for parameter in self._module.parameters()}
+        around = {}
+        for edge, key in self._around.items():
+            _, leaves = _walk([edge], own.keys() - {edge})
+            if edge not in own and key not in without and leaves & parameters:
+                around[edge] = key
+        stops = own | around
+        met, _ = _walk([(get_gradient_edge(loss).node, loss.output_nr)], stops)
+        return [key for edge, key in stops.items() if edge in met]
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+    def _hook(self, name: str, nodes: dict[tuple[Any, int], Key]) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             call = self.calls[name]
             self.calls[name] += 1
+            if self._cut is not None and not any(key[0] == name for key in self._cut):
+                return None
             parts, form = pytree.tree_flatten(output)
             changed = False
             for place, part in enumerate(parts):
@@ -137,7 +143,7 @@ class OutputTap:
                     if not part.dim():  # a number is what a module of the loss has made of a batch
                         continue
                     # A module that hands on what another made is not its last user.
-                    self._nodes.setdefault((get_gradient_edge(part).node, part.output_nr), key)
+                    nodes.setdefault((get_gradient_edge(part).node, part.output_nr), key)
                     self.seen[key] = part
                 elif key in self._cut:
                     self.outputs[key] = part
@@ -149,6 +155,34 @@ class OutputTap:
             return pytree.tree_unflatten(parts, form) if changed else None
 
         return hook
+
+
+def _walk(
+    edges: list[tuple[Any, int]], stops: Container[tuple[Any, int]]
+) -> tuple[set[tuple[Any, int]], set[int]]:
+    """Follow a graph from some edges on.
+
+    Args:
+        edges: where to begin.
+        stops: edges that are not passed.
+
+    Returns:
+        The stops that were met, and the identities of the leaves.
+    """
+    todo, seen, met, leaves = list(edges), set(edges), set(), set()
+    while todo:
+        edge = todo.pop()
+        if edge in stops:
+            met.add(edge)
+            continue
+        variable = getattr(edge[0], "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
+        for following in edge[0].next_functions:
+            if following[0] is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return met, leaves
 
 
 def are_chained(tap: OutputTap) -> bool:

@@ -10,13 +10,10 @@ from torch import Tensor
 from lightning_influence.model.batches.rearranging import rearranged
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers.recorder import Recorder, UseRecorder
-from lightning_influence.model.unnamed.additivity import REMEDY
-from lightning_influence.model.unnamed.cut import Run, to_scalar
+from lightning_influence.model.unnamed.alone import REMEDY, Run, to_scalar
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
 
-#: Says that a batch's loss is the mean of those of its examples alone.
-ONE_BY_ONE = "examples are run one by one"
 SLOWER = (
     "Which rows of the training loss are which examples' is not known, and it is no function of the outputs "
     "of modules. It is the mean of the losses of single examples, which are run one by one: slower, and with "
@@ -26,7 +23,7 @@ SLOWER = (
 
 def run(
     recorder: Recorder, uses: UseRecorder, compute: Run, module: Any, batch: Any, num_examples: int
-) -> Captured:
+) -> tuple[Captured, Tensor]:
     """Run each example of a batch alone, on one record.
 
     Args:
@@ -38,25 +35,37 @@ def run(
         num_examples: ``B``.
 
     Returns:
-        The batch, with the losses of its examples as values.
+        The batch, with the losses of its examples as values, without gradients of penalties on weights; and
+        the losses with these, ``(B,)``.
 
     Raises:
         UnknownPartError: if the batch cannot be taken apart.
     """
-    values = []
+    values, penalties = [], []
     parts = [rearranged(batch, [number], num_examples) for number in range(num_examples)]
     with recorder:
         for number, part in enumerate(parts):
             uses.add_example(part, number)
             values.append(to_scalar(*compute(module, part)))
-    return Captured(num_examples, None, torch.stack(values), recorder)
+            penalties.append(uses.take_penalties())
+    own = [_without(value, parts) for value, parts in zip(values, penalties, strict=True)]
+    return Captured(num_examples, None, torch.stack(own), recorder), torch.stack(values)
 
 
-def is_mean_of_examples(captured: Captured, run: Run, module: Any, batch: Any) -> bool:
-    """Return whether the loss of a batch has the gradient of the mean of its examples' losses.
+def _without(value: Tensor, penalties: list[Tensor]) -> Tensor:
+    """Return a loss of the same value without the gradient of penalties, which is that of no example."""
+    slopes = torch.autograd.grad(value, penalties, retain_graph=True, allow_unused=True) if penalties else ()
+    for penalty, slope in zip(penalties, slopes, strict=True):
+        if slope is not None:
+            value = value - (slope * (penalty - penalty.detach())).sum()
+    return value
+
+
+def is_mean_of_examples(losses: Tensor, run: Run, module: Any, batch: Any) -> bool:
+    """Return whether the loss of a batch has the value and the gradient of the mean of its examples' losses.
 
     Args:
-        captured: the batch, run one by one.
+        losses: of its examples, ``(B,)``, with their graph.
         run: computes the loss.
         module: the user's module.
         batch: the batch.
@@ -64,9 +73,14 @@ def is_mean_of_examples(captured: Captured, run: Run, module: Any, batch: Any) -
     with preserve_rng():
         whole = to_scalar(*run(module, batch))
     parameters = [p for p in module.parameters() if p.requires_grad]
-    found, expected = (_gradient(loss, parameters) for loss in (captured.per_example().mean(), whole))
+    found, expected = (_gradient(loss, parameters) for loss in (losses.mean(), whole))
+    bent = [_bend(loss, parameters) for loss in (losses.mean(), whole)]
     limit = 1e-6 if found.dtype == torch.float64 else 1e-3
-    return bool((found - expected).norm() <= limit * expected.norm())
+    # Where examples have one loss and one gradient, as at weights of zero, the rest tells coupled ones.
+    values = losses.detach()
+    is_mean = (whole.detach() - values.mean()).abs() <= limit * values.abs().mean()
+    same = bent[0] is None or bent[1] is None or (bent[0] - bent[1]).norm() <= 1e2 * limit * bent[1].norm()
+    return bool(same) and bool(is_mean & ((found - expected).norm() <= limit * expected.norm()))
 
 
 def check_mean(captured: Captured, run: Run, module: Any, batch: Any) -> None:
@@ -91,8 +105,23 @@ def check_mean(captured: Captured, run: Run, module: Any, batch: Any) -> None:
         )
 
 
-def _gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+def _gradient(loss: Tensor, parameters: list[Tensor], *, create_graph: bool = False) -> Tensor:
     parts = torch.autograd.grad(
-        loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        loss,
+        parameters,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
     )
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([part.to_dense().flatten() for part in parts])
+
+
+def _bend(loss: Tensor, parameters: list[Tensor]) -> Tensor | None:
+    """Return the product of a loss's Hessian with a vector; None where torch has no second derivatives."""
+    try:
+        slope = _gradient(loss, parameters, create_graph=True)
+        probe = torch.randn(slope.shape, generator=torch.Generator().manual_seed(0)).to(slope)
+        return _gradient(slope @ probe, parameters) if slope.requires_grad else torch.zeros_like(slope)
+    except RuntimeError:
+        return None

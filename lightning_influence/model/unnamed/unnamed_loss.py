@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Callable, Collection, Mapping
@@ -18,26 +17,32 @@ from torch import Tensor
 from lightning_influence.model.batches.rearranging import Layout, UnknownPartError, find_layouts, rearranged
 from lightning_influence.model.layers.layer import Layer, parameters_of
 from lightning_influence.model.layers.recorder import Recorder
-from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits, split_rows
+from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.model.losses.picked import PickedRows
 from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.unnamed.additivity import (
     COUPLED,
-    REMEDY,
     check_cross_derivatives,
-    draw_halves,
+    draw_parts,
     find_ratio,
     tell_mean,
 )
-from lightning_influence.model.unnamed.cut import Cut, OtherCallsError, Run, to_scalar
+from lightning_influence.model.unnamed.alone import (
+    REMEDY,
+    Run,
+    compute_alone,
+    note_layout,
+    read_layout,
+    to_scalar,
+)
+from lightning_influence.model.unnamed.cut import Cut, OtherCallsError
 from lightning_influence.model.unnamed.last_outputs import CutLoss, OutputTap
 from lightning_influence.model.unnamed.loss_parameters import LossParameters, PartGradients, find_direct
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import RandomStates, preserve_rng
 
 _MEAN, _SUM, _GIVEN = "loss is a mean", "loss is a sum", "losses of examples are given"
-_LAYOUT = "batch is read as "
 # Relative error of gradients that come from batches of another size; those of parameters add up more of them.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
@@ -131,19 +136,19 @@ class UnnamedLoss:
             else:
                 values, value = cut.compute(module, batch)
         if not cut.is_chained:
-            found = cut.describe(tap, value, values, watch, shares)
+            found = cut.describe(tap, num_examples, value, values, watch, shares)
         cut.check_calls(tap)
         outputs = list(tap.outputs.values())
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}
         if not cut.follows and rows & picked.counts:
             raise UnsupportedModelError(_PICKED)
         # Picked rows are as many for each example in one batch, and not in the next.
-        places = cut.places(outputs, watch)
-        if picked.counts or any(place is not None and place.is_uneven() for place in places):
+        own = cut.rows(tap.outputs, num_examples, watch)
+        if picked.counts or any(part.place is not None and part.place.is_uneven() for part in own):
             self._traits.warn(WEIGHTED)
-        found = replace(found, outputs=outputs, places=places, values=values)
+        found = replace(found, outputs=outputs, rows=own, values=values)
         loss = self._describe(found, module, batch, num_examples)
-        if not self._has_looked and (values is not None or num_examples == 1):
+        if not self._has_looked and (values is not None or num_examples == 1 or names):
             self._look_beside(found, loss, recorder.layers)
         if names:
             alone = partial(self._run_alone, cut, module, batch, loss)
@@ -159,7 +164,7 @@ class UnnamedLoss:
             traits=self._traits,
             values_of=lambda: compute_alone(self._run, module, batch, num_examples, self._layout),
             values=found.values,
-            places=found.places,
+            rows=found.rows,
         )
 
     def _is_known(self) -> bool:
@@ -188,10 +193,10 @@ class UnnamedLoss:
             self._verified.add(_GIVEN)
             return
         loss = self._describe(found, module, batch, count)
+        limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
+        check_cross_derivatives(loss, draw_parts(count)[0], limit)
         if not bool(loss.gradient().any()):
             return
-        limit = _LIMITS.get(loss.outputs.dtype, _HALF_LIMIT)
-        check_cross_derivatives(loss, draw_halves(count)[0], limit)
         find = partial(self._find_mean, cut, module, batch, loss, limit)
         is_mean, runs = self._try(find, {})
         again = self._draw_again(cut, module, batch, loss, limit) if is_mean is None else None
@@ -253,12 +258,12 @@ class UnnamedLoss:
         ratios: list[float] = []
         self._parts = []
         # The example of the least gradient, alone: a loss of the hardest examples gives it none among others.
-        parts = [*draw_halves(count), [int(rows.norm(dim=1).argmin())]]
+        parts = [*draw_parts(count), [int(rows.norm(dim=1).argmin())]]
         for part in parts:
             try:
                 found = self._run_part(cut, module, batch, part, loss, layout)
             except Exception:  # steps may fail on one example
-                if len(ratios) < len(parts) - 1:
+                if len(ratios) < 4:
                     raise
                 found = None
             # What has no weight, such as padding alone, divides by zero.
@@ -313,7 +318,7 @@ class UnnamedLoss:
             is_mean, _ = self._try(find, layout)
             if is_mean is not None:
                 self._layout = layout
-                self._verified.add(_LAYOUT + json.dumps(list(layout.items())))
+                self._verified.add(note_layout(layout))
                 return is_mean
         return None
 
@@ -348,7 +353,7 @@ class UnnamedLoss:
         with preserve_rng():
             found = cut.run(module, piece, count, is_part=True)
             grads = _slopes(found.value, found.leaves)
-            split = [split_rows(grad, place, count) for grad, place in zip(grads, found.places, strict=True)]
+            split = [own.split(grads, count) for own in found.rows]
             rows = torch.cat([part.flatten(1) for part in split], 1)
         if len(split) == 1 and rows.shape[1] < width:  # others have more rows
             rows = torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
@@ -383,32 +388,3 @@ def _slopes(value: Tensor, leaves: Collection[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(
         value, list(leaves), retain_graph=True, allow_unused=True, materialize_grads=True
     )
-
-
-def compute_alone(run: Run, module: Any, batch: Any, count: int, layout: Layout | None = None) -> Tensor:
-    """Compute the losses of the examples, each run alone; their mean where that cannot be.
-
-    Args:
-        run: computes the loss.
-        module: the user's module.
-        batch: the batch.
-        count: number of examples ``B``.
-        layout: how to read the batch, if not as usual.
-
-    Returns:
-        The losses ``(B,)``, without a graph.
-    """
-    values = []
-    with preserve_rng(), torch.no_grad():
-        for n in range(count):
-            try:
-                values.append(to_scalar(*run(module, rearranged(batch, [n], count, layout))))
-            except Exception:  # whatever the user's code may raise
-                return to_scalar(*run(module, batch)).expand(count)
-    return torch.stack(values)
-
-
-def read_layout(verified: Collection[str]) -> Layout:
-    """Return how an earlier pass found that batches are to be read."""
-    noted = next((text for text in verified if text.startswith(_LAYOUT)), None)
-    return {} if noted is None else dict(json.loads(noted.removeprefix(_LAYOUT)))

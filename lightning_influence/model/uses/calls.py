@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_influence.model.uses.places import Place
 
@@ -151,6 +151,20 @@ class Watched(Protocol):
     def source_of(self, tensor: Tensor) -> str | Derivation | None:
         """Return the name of a parameter, how a tensor was made of parameters, or None for any other."""
         ...
+
+
+def find_edge(output: Tensor) -> GradientEdge:
+    """Return the edge at which the gradient of an output arrives whatever is done in place afterwards.
+
+    Linear layers compute outputs of more than two dimensions as matrices and return views of these. Writing
+    to a view gives the matrix a new place in the graph, in which the view's own node has no part; the node
+    that made the matrix stays. A gradient that arrives there has the matrix's shape, with as many entries.
+    """
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
+    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
+        return get_gradient_edge(base)
+    return get_gradient_edge(output)
 
 
 def tensors_of(call: Call) -> dict[Slot, Tensor]:

@@ -129,7 +129,14 @@ def gather_passes(uses: Sequence[Use], rows: Sequence[Sequence[Tensor | None]]) 
     """
     stacked = iter([_stack(column) for column in zip(*rows, strict=True)])
     totals = [[None if edge is None else next(stacked) for edge in use.edges] for use in uses]
-    return [_without_detours(use, total) for use, total in zip(uses, totals, strict=True)]
+    pairs = [(use, _without_detours(use, total)) for use, total in zip(uses, totals, strict=True)]
+    return [
+        [
+            None if grad is None else grad.reshape(len(grad), *shape)
+            for grad, shape in zip(grads, use.shapes, strict=True)
+        ]
+        for use, grads in pairs
+    ]
 
 
 def _without_detours(use: Use, totals: list[Tensor | None]) -> list[Tensor | None]:

@@ -257,6 +257,35 @@ class ParameterGradient:
         return replace(first, inputs=inputs, outputs=torch.cat([part.outputs for part in products], dim=3))
 
 
+def lay_over(
+    parts: Sequence[tuple[Part, int | None]], owners: Sequence[set[int]]
+) -> list[tuple[Part, int | None]]:
+    """Return products of other examples each as one with no more positions than one of them has.
+
+    Args:
+        parts: with the example that each belongs to, or None if with all; others than products are kept.
+        owners: the examples of each part; parts are kept where these are not told.
+    """
+    products = [part for part, example in parts if example is None and isinstance(part, Product)]
+    if len(products) < 2 or not len(products) == len(parts) == len(owners):
+        return list(parts)
+    count = products[0].inputs.shape[1]
+    present = [
+        torch.tensor([n in some for n in range(count)]).to(products[0].inputs.device)[:, None, None]
+        for some in owners
+    ]
+    most = max(part.inputs.shape[2] for part in products)
+
+    def add(tensors: list[Tensor]) -> Tensor:
+        # Rows of other examples only fill up: those of inputs are not zero.
+        own = [t * mask for t, mask in zip(tensors, present, strict=True)]
+        filled = [torch.nn.functional.pad(t, (0, 0, 0, most - t.shape[-2])) for t in own]
+        return torch.stack(filled).sum(0)
+
+    inputs, outputs = [part.inputs for part in products], [part.outputs for part in products]
+    return [(replace(products[0], inputs=add(inputs), outputs=add(outputs)), None)]
+
+
 def join_examples(products: Sequence[tuple[Product, int]], num_examples: int) -> Product:
     """Return products of one example each as one of all, filled up with positions of zeros.
 

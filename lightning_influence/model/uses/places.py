@@ -62,6 +62,20 @@ class Place:
             return torch.tensor(self.owners)
         return torch.arange(num_examples).repeat_interleave(self.inner).repeat(self.outer)
 
+    def row_order(self, num_examples: int) -> Tensor | None:
+        """Return the slices of the first dimension by examples, in the order of these, ``(size,)``.
+
+        Returns:
+            Their numbers; None where they are in this order, or examples have different numbers of them.
+        """
+        if self.dim != 0 or self.is_plain():
+            return None
+        owners = self.owner_vector(num_examples)
+        counts = Counter(owners.tolist())
+        if counts.keys() != set(range(num_examples)) or len(set(counts.values())) > 1:
+            return None
+        return owners.argsort(stable=True)
+
     def split(self, tensor: Tensor, num_examples: int, *, lead: int = 0, fill: bool = False) -> Tensor:
         """Split a tensor by examples.
 
@@ -130,23 +144,45 @@ def reshape_place(place: Place, old: torch.Size, new: torch.Size, num_examples: 
     """
     if place.dim is None:
         return place
-    size, before, after = old[place.dim], prod(old[: place.dim]), prod(old[place.dim + 1 :])
+    before, after = prod(old[: place.dim]), prod(old[place.dim + 1 :])
+    if place.owners is not None:
+        return _reshape_owners(place.owners, before, after, new, num_examples)
     for dim, length in enumerate(new):
         lead, trail = prod(new[:dim]), prod(new[dim + 1 :])
-        if place.owners is not None:
-            if not lead or before % lead or not trail or after % trail:
-                continue
-            outer, inner = before // lead, after // trail
-            if length == outer * size * inner and size > 1:
-                owners = torch.tensor(place.owners).repeat_interleave(inner).repeat(outer)
-                return Place(dim, owners=tuple(owners.tolist()))
-            continue
         outer, inner = before * place.outer, place.inner * after
         if lead and trail and outer % lead == 0 and inner % trail == 0:
             outer, inner = outer // lead, inner // trail
             if length == outer * num_examples * inner:
                 return Place(dim, outer, inner)
     return None
+
+
+def _reshape_owners(
+    owners: tuple[int, ...], before: int, after: int, new: torch.Size, num_examples: int
+) -> Place | None:
+    """Follow slices that stand in no regular order.
+
+    Args:
+        owners: the example of each.
+        before: number of elements that they are repeated for by the dimensions before theirs.
+        after: number of elements of each slice, by the dimensions behind.
+        new: the shape afterwards.
+        num_examples: ``B``.
+
+    Returns:
+        As :func:`reshape_place`.
+    """
+    if not (before and after and owners and prod(new)):
+        return None
+    shape, skipped = list(new), 0
+    while shape and after % shape[-1] == 0:  # dimensions within a slice say nothing
+        after //= shape.pop()
+    while shape and before % shape[0] == 0:
+        before //= shape.pop(0)
+        skipped += 1
+    values = torch.tensor(owners).repeat_interleave(after).repeat(before).reshape(shape)
+    found = find_owners(values, num_examples)
+    return found if found is None or found.dim is None else found.moved(found.dim + skipped)
 
 
 def find_owners(values: Tensor, num_examples: int, wildcard: int = -1) -> Place | None:

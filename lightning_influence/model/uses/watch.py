@@ -19,6 +19,7 @@ from lightning_influence.model.uses.calls import (
     Derivation,
     Slot,
     Use,
+    find_edge,
     fingerprint,
     outputs_of,
     tensors_of,
@@ -230,7 +231,7 @@ class Watch(TorchFunctionMode):
                 self.eps = max(self.eps, _eps(output))
         is_use = any(output.requires_grad and output.numel() for output in outputs)
         if sources and torch.is_grad_enabled() and is_use:
-            edges = [get_gradient_edge(output) if output.requires_grad else None for output in outputs]
+            edges = [find_edge(output) if output.requires_grad else None for output in outputs]
             kept, shapes = _detach(seen.kept, sources), [output.shape for output in outputs]
             found, literals = list(followed.outputs), followed.literals
             self._record(
@@ -415,7 +416,8 @@ def find_examples(
             if place is not None:
                 found.append((value, place))
         elif is_list_of_examples(value, num_examples):
-            found.extend((tensor, whole(example)) for example, tensor in enumerate(value))
+            for example, entry in enumerate(value):
+                found.extend((tensor, whole(example)) for tensor in find_tensors(entry))
         elif depth < _MOST_DEPTH:
             opened = open_part(value)
             pending.extend((item, depth + 1) for item in (opened.parts if opened is not None else ()))

@@ -1,0 +1,66 @@
+"""Values of the losses of a batch's examples, without anything that gradients need."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.model.batches.ragged import find_places
+from lightning_influence.model.losses.capture import LossCapture
+from lightning_influence.model.training_step import call_loss
+from lightning_influence.model.unnamed.alone import ONE_BY_ONE, Run, compute_alone, read_layout
+from lightning_influence.model.uses.watch import Watch
+from lightning_influence.support.errors import LossCaptureError
+
+#: Says that batches are read by the values of their losses, not by the functions these are made of.
+OTHER_ROWS = "losses are read by their values"
+#: Says that rows of layers or losses are not the examples' by their number, so that they are followed.
+ROWS_VARY = "rows of layers vary"
+
+
+def compute_losses(
+    module: Any, batch: Any, num_examples: int, run: Run | None = None, *, verified: Collection[str] = ()
+) -> Tensor:
+    """Forward one batch for the losses of its examples alone, which are not differentiated.
+
+    Args:
+        module: the user's LightningModule, checked on such batches by a pass before.
+        batch: a batch, on the module's device.
+        num_examples: ``B``.
+        run: computes the loss; that of the module if None.
+        verified: what passes on such batches have found.
+
+    Returns:
+        Unnormalised losses, ``(B,)``. Where the loss has no name they are those of the examples alone.
+
+    Raises:
+        NonFiniteError: if the batch's loss is NaN or infinite.
+    """
+    run = call_loss if run is None else run
+    layout = read_layout(verified)
+    if OTHER_ROWS in verified or ONE_BY_ONE in verified:
+        return compute_alone(run, module, batch, num_examples, layout)
+    capture = LossCapture()
+
+    def pack(saved: Tensor) -> Tensor:
+        # The graph need not hold activations, but what follows the losses, through which factors are found.
+        return saved if capture.calls else saved.new_empty(0)
+
+    follow: Any = nullcontext()
+    if ROWS_VARY in verified:
+        follow = Watch({}, batch, num_examples, find_places(batch, num_examples))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), follow, capture:
+        values, batch_loss = run(module, batch)
+    if isinstance(follow, Watch):
+        capture.put_in_order(follow.place_of, num_examples)
+    if batch_loss is None:
+        assert values is not None
+        return values.detach()
+    try:
+        return capture.resolve(batch_loss, num_examples).per_example().detach()
+    except LossCaptureError:
+        return compute_alone(run, module, batch, num_examples, layout)
