@@ -3,7 +3,7 @@
 Run ``python examples/benchmarks/closed_damping.py``, about five minutes on one core. Each line is one rule:
 its linear datamodeling scores on the small tasks of ``studies.py`` with their mean, and its rank correlation
 with converged CG (at the run's damping) on the tasks of ``large_tasks.py`` that two slow cores can take.
-``--studies`` and ``--tasks`` make it shorter.
+``--studies`` and ``--tasks`` make it shorter; ``--tasks digits_mlp digits_cnn`` has the digits' full truth.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
+from contender import judge
 from damping import score_of
-from large_tasks import CONVERGED_QUERIES, LARGE, correlate_with_converged, fresh_module
+from large_tasks import ALL_TASKS, fresh_module
 from rich.console import Console
 from rich.table import Table
 from spectra import recorded
 from studies import STUDIES
+from tasks import Task
+from torch import Tensor
 
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature import damping
@@ -45,47 +48,42 @@ def closed_shares(shares: tuple[float, float]) -> Iterator[None]:
         damping.CLOSED_FORM = before
 
 
-def study_scores(name: str, rules: list[tuple[float, float]]) -> list[float]:
-    """Linear datamodeling scores of EK-FAC under each rule.
+def score_under(module: InfluenceModule, task: Task, rules: list[tuple[float, float]]) -> Iterator[Tensor]:
+    """Yield EK-FAC's scores ``(Q, N)`` under each rule, from the same factors.
 
     Args:
-        name: of ``STUDIES``.
+        module: the trained model with the record of its run.
+        task: its data.
         rules: the shares.
 
-    Returns:
-        One score a rule.
+    Yields:
+        Scores of all queries.
     """
+    for rule in rules:
+        with closed_shares(rule):
+            loaders = task.pass_loader(), task.pass_loader(task.queries)
+            scores = module.scores(*loaders, method="ekfac").scores
+        assert scores is not None
+        yield scores
+
+
+def judge_study(name: str, rules: list[tuple[float, float]]) -> list[float]:
+    """Return the linear datamodeling score under each rule on one of ``STUDIES``."""
     study = STUDIES[name]()
     truth, (model, record) = study.truth(), recorded(study.task, 0)
     module = InfluenceModule(model, state=InfluenceState(record=record))
+    return [score_of(scores, truth) for scores in score_under(module, study.task, rules)]
+
+
+def judge_task(name: str, rules: list[tuple[float, float]]) -> list[float]:
+    """Return the quality under each rule on one of ``ALL_TASKS``, as ``peers.py`` judges it."""
+    task = ALL_TASKS[name]()
     found = []
-    for rule in rules:
-        with closed_shares(rule):
-            queries = study.task.pass_loader(study.task.queries)
-            scores = module.scores(study.task.pass_loader(), queries, method="ekfac").scores
-        assert scores is not None
-        found.append(score_of(scores, truth))
-    return found
-
-
-def task_correlations(name: str, rules: list[tuple[float, float]]) -> list[float]:
-    """Rank correlations of EK-FAC with converged CG under each rule.
-
-    Args:
-        name: of ``LARGE``.
-        rules: the shares.
-
-    Returns:
-        One correlation a rule.
-    """
-    task = LARGE[name]()
-    module, few = fresh_module(task, task.trained()), task.pass_loader(task.queries.head(CONVERGED_QUERIES))
-    found = []
-    for rule in rules:
-        with closed_shares(rule):
-            scores = module.scores(task.pass_loader(), few, method="ekfac").scores
-        assert scores is not None
-        found.append(correlate_with_converged(task, scores))
+    for scores in score_under(fresh_module(task, task.trained()), task, rules):
+        lds, correlation = judge(task, scores)
+        quality = correlation if lds is None else lds[0]
+        assert quality is not None
+        found.append(quality)
     return found
 
 
@@ -103,10 +101,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--studies", nargs="*", choices=list(STUDIES), default=list(STUDIES))
-    parser.add_argument("--tasks", nargs="*", choices=list(LARGE), default=["language_small", "resnet10"])
+    parser.add_argument("--tasks", nargs="*", choices=list(ALL_TASKS), default=["language_small", "resnet10"])
     given = parser.parse_args()
-    columns = {name: study_scores(name, SHARES) for name in given.studies}
-    columns |= {name: task_correlations(name, SHARES) for name in given.tasks}
+    columns = {name: judge_study(name, SHARES) for name in given.studies}
+    columns |= {name: judge_task(name, SHARES) for name in given.tasks}
     Console(width=200).print(render(SHARES, columns, given.studies))
 
 
