@@ -463,11 +463,6 @@ def _is_of_examples(use: Use) -> bool:
     return any(map(len, use.shapes))
 
 
-def _adds_numbers(use: Use) -> bool:
-    """Return whether a use adds a number to another one, or takes one from it."""
-    return use.call.name.strip("_").lstrip("ir") in ("add", "sub") and not _is_of_examples(use)
-
-
 def _keys(modules: Iterable[str]) -> list[str]:
     """Return the names of the modules' weights and biases among the parameters that are watched."""
     return [kind + name for name in modules for kind in (WEIGHT, BIAS)]
