@@ -51,6 +51,8 @@ Aggregate = Literal["mean"] | GroupLabels
 
 # How many parameters a note names.
 _NAMED = 4
+# Chosen by hand: queries that tell how much memory one takes.
+_TRIED = 4
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,9 @@ class Engine:
             for start in every[::rows]:
                 yield gather_means(context, measure, loaders, aggregated, every[start : start + rows])
             return
+        if rows < count and method.compresses:
+            few = self._queries(context, measured, loaders[0].parts(min(rows, _TRIED))[:1])
+            rows = method.measure_group_size(few.gradients)
         if rows >= count:
             yield self._queries(context, measured, loaders)
             return

@@ -51,6 +51,19 @@ class ClosedForm(Method):
             self.context.extra["low_rank"] = dict(scorer.ranks)
         return Solved(scorer if self.owners is None else OwnedScorer(self.owners, scorer, names))
 
+    @property
+    def compresses(self) -> bool:
+        """Whether low-rank forms are allowed."""
+        return self.options.low_rank_tolerance > 0
+
+    def measure_group_size(self, queries: Queries) -> int:
+        """Return how many queries fit into half of the memory budget in the form in which they are scored."""
+        count = next(iter(queries.values())).num_examples if queries else 0
+        scorer = PreconditionedScorer(self.inverse, queries, tolerance=self.options.low_rank_tolerance)
+        held = torch.tensor([scorer.nbytes / max(count, 1)], dtype=torch.float64)
+        most = float(self.context.runner.all_gather_cat(held).max())  # processes may own layers
+        return max(self.group_size(), int(self.options.memory_budget / (2 * max(most, 1.0))))
+
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
         """Apply the inverse to the queries' gradients."""
         return self.inverse.apply(self.context.layout.dense(queries)[0]), None

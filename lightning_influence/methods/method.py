@@ -87,6 +87,19 @@ class Method(ABC):
         width = torch.empty((), dtype=context.dtype).element_size()
         return max(1, self.options.memory_budget // max(1, 2 * context.layout.numel * width))
 
+    @property
+    def compresses(self) -> bool:
+        """Whether solved queries may take less memory than :meth:`group_size` takes them to."""
+        return False
+
+    def measure_group_size(self, queries: Queries) -> int:
+        """Return :meth:`group_size` as a few queries tell it, if the method :attr:`compresses`.
+
+        Args:
+            queries: their gradients; every process calls it.
+        """
+        return self.group_size()
+
     @abstractmethod
     def solutions(self, queries: Gradients) -> tuple[Tensor, Tensor | None]:
         """``(H + lambda I)^{-1} v`` as flat vectors ``(Q, P)``, and the residuals as in :class:`Solved`."""

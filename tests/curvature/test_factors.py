@@ -86,6 +86,19 @@ def test_the_basis_is_decomposed_in_float64_and_kept_in_the_precision_of_the_sum
     assert basis.to(dtype=torch.float64).q_out.dtype == torch.float64
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_wide_covariances_are_told_by_their_upper_triangle(rows):
+    torch.manual_seed(0)
+    sums, seen = LayerStatistics.zeros((2, 515, 700), dtype=torch.float64), []
+    for _ in range(2):
+        inputs, outputs = (torch.randn(2, rows, d, dtype=torch.float64) for d in (700, 515))
+        sums.add_rows(inputs, outputs, rows, rows)
+        seen.append((inputs, outputs))
+    for side, found in enumerate((sums.covariance_in(), sums.covariance_out())):
+        joined = torch.cat([pair[side] for pair in seen], dim=1)
+        torch.testing.assert_close(found, joined.mT @ joined / (2 * rows))
+
+
 def test_empty_sums_average_to_zero():
     sums = LayerStatistics.zeros((2, 3, 4))
     assert not sums.covariance_in().any()

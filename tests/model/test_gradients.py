@@ -59,6 +59,18 @@ def test_contractions_are_their_definitions(sizes, form, num, seed):
     check(r.gradients.weighted_squares(vectors[0]), squares)
 
 
+@pytest.mark.parametrize("form", ["factored", "chunked"])
+@pytest.mark.parametrize(("seeds", "positions"), [(1, 2), (1, 5), (1, 7), (3, 7)])
+def test_squares_are_the_same_by_pairs_of_positions_and_by_matrices(seeds, positions, form, monkeypatch):
+    r = Random((seeds, 2, positions, 3, 4, 5), form, 0)
+    expected = torch.einsum("kbgoi,kbgoi->goi", r.matrices, r.matrices)
+    check(r.gradients.sum_of_squares(), expected)
+    monkeypatch.setattr(factored_module, "_PRODUCT_BYTES", 1)
+    for formed in (0, 100):  # forming matrices seems to cost nothing, or very much
+        monkeypatch.setattr(factored_module, "_FORMED", formed)
+        check(r.gradients.sum_of_squares(), expected)
+
+
 @settings(deadline=None, max_examples=25)
 @given(sizes=SIZES, form=FORMS, sides=st.sampled_from(["in", "out", "both", "none"]), seed=st.integers(0, 99))
 def test_rotation(sizes, form, sides, seed):

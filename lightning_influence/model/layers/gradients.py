@@ -357,15 +357,35 @@ class FactoredGradients(LayerGradients):
 
     def sum_of_squares(self) -> Tensor:
         """Return elementwise squares summed over seeds and examples, ``(G, D_out, D_in)``."""
-        if self.inputs.shape[2] == 1:
+        positions = self.inputs.shape[2]
+        formed = self.num_seeds * (positions + _FORMED)
+        if positions == 1:
             outputs = self.outputs.square().sum(dim=0)[:, :, 0]  # (G, B, D_out)
             return torch.bmm(outputs.transpose(1, 2), self.inputs.square()[:, :, 0])
+        if positions * (positions + 1) // 2 <= formed and not self.whole:
+            return self._sum_pairs()
         total = None
         for part in self._chunks():
-            squares = part.dense().square_().sum(dim=(0, 1))
+            squares = part.dense().square_().flatten(0, 1)
+            squares = squares[0] if len(squares) == 1 else squares.sum(dim=0)
             total = squares if total is None else total.add_(squares)
         assert total is not None
         return total
+
+    def _sum_pairs(self) -> Tensor:
+        """Return :meth:`sum_of_squares` from products of pairs of positions, without forming a gradient."""
+        first, second = torch.triu_indices(*[self.inputs.shape[2]] * 2, device=self.inputs.device)
+        counts = torch.where(first == second, 1, 2).to(self.inputs)[:, None]  # a pair stands for both orders
+        groups, d_out, d_in = self.shape
+        total = self.inputs.new_zeros(groups, d_out, d_in)
+        each = len(first) * groups * (d_in + d_out) * total.element_size()
+        step = _chunk(each, self.num_examples, _PRODUCT_BYTES)
+        for start in range(0, self.num_examples, step):
+            few = self.select(slice(start, start + step))
+            inputs = few.inputs[:, :, first] * few.inputs[:, :, second]  # (G, B, pairs, D_in)
+            outputs = (few.outputs[:, :, :, first] * few.outputs[:, :, :, second]).sum(dim=0) * counts
+            total.baddbmm_(outputs.flatten(1, 2).mT, inputs.flatten(1, 2))
+        return total.clamp_min_(0)  # terms of both signs leave rounding where their sum vanishes
 
     def weighted_squares(self, weights: Tensor) -> Tensor:
         """Return weighted norms ``(K, B)``, for one position without forming a gradient."""
