@@ -17,6 +17,7 @@ from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.aggregating import gather_means
 from lightning_influence.methods.answers import Answer, check_room, tell_rounding
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
+from lightning_influence.methods.forecast import Forecast, TrialPass, measure_speed
 from lightning_influence.methods.gathering import Gathered, GradientPass, gather
 from lightning_influence.methods.groups import GroupLabels, Groups, check_labels, join_all, read_groups
 from lightning_influence.methods.method import Method, find_method, read_options
@@ -44,15 +45,17 @@ from lightning_influence.support.arguments import (
     to_plain_number,
 )
 from lightning_influence.support.digests import digest_tensors
-from lightning_influence.support.notes import Notes
+from lightning_influence.support.notes import Notes, say
 
 Aggregate = Literal["mean"] | GroupLabels
 
 
 # How many parameters a note names.
 _NAMED = 4
-# Chosen by hand: queries that tell how much memory one takes.
+# Chosen by hand: queries that tell how much memory one takes, and batches how long all of them do.
 _TRIED = 4
+# Chosen by hand: batches of the training data from which on a call begins with a trial of a few of them.
+_LONG = 100
 
 
 @dataclass(frozen=True)
@@ -344,11 +347,38 @@ class Engine:
         if shape is not None and self._question.by is not None:
             check_room(method.context, shape)
         method.note_unused()
+        if shape is not None:
+            self._forecast(method, train, shape[0])
         if itself:
             method.prepare_self()
         else:
             method.prepare()
         return method
+
+    def _forecast(self, method: Method, train: IndexedLoader, queries: int) -> None:
+        """Tell what many passes are going to take, if somebody looks on and the method knows.
+
+        Args:
+            method: before its first pass.
+            train: the training examples.
+            queries: how many there are.
+        """
+        runner, context = self._runner, method.context
+        looks = runner.all_reduce_sum(torch.tensor([float(runner.shows_progress)]))
+        if not float(looks) or len(train) < _LONG or runner.expected is not None:
+            return
+        trial = TrialPass(context.plan)
+        runner.run(trial, train.parts(_TRIED * -(-train.num_examples // len(train)))[0])
+        told = Forecast(
+            trial,
+            context.plan.layers,
+            train.num_examples / runner.world_size,
+            measure_speed(torch.empty((), device=context.device, dtype=context.dtype)),
+        )
+        if method.forecast(told, queries):
+            runner.expected = len(runner.records) + len(told.passes)
+            context.extra["forecast"] = {"passes": len(told.passes), "seconds": told.seconds}
+            say(told.describe(train.num_examples))
 
     def _context(self, train: IndexedLoader) -> Context:
         """Return everything a method works with: find the layers, and say what is not covered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -16,11 +17,18 @@ from lightning_influence.curvature.two_level import Correction, TwoLevel
 from lightning_influence.linalg.block_krylov import block_krylov
 from lightning_influence.linalg.stopping import compute_remainder
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
-from lightning_influence.methods.coarse_building import TOLERANCE, CoarseBuilder, count_vector_bytes
-from lightning_influence.methods.compact_building import CompactBuilder, choose_builder
+from lightning_influence.methods.coarse_building import (
+    MOST_ANCHORS,
+    MOST_MIXTURES,
+    TOLERANCE,
+    CoarseBuilder,
+    count_vector_bytes,
+)
+from lightning_influence.methods.compact_building import MOST_COLUMNS, CompactBuilder, choose_builder
 from lightning_influence.methods.compact_scorer import CompactScorer
 from lightning_influence.methods.context import Context
-from lightning_influence.methods.fitting import provide_factors
+from lightning_influence.methods.fitting import count_passes_to_come, provide_factors
+from lightning_influence.methods.forecast import Forecast
 from lightning_influence.methods.gathering import gather_examples
 from lightning_influence.methods.method import Gradients, Method, Queries, Solved, register_method
 from lightning_influence.methods.options import SpaceOptions, require_count, require_number
@@ -42,6 +50,8 @@ _MOST_GROUPS = 4
 _LOW_RANK, _COMPACT_LOW_RANK = 1e-3, 0.03
 _FORMED = 8
 _EXAMPLES = "training examples"
+# Chosen by hand: what a column of the output curvature takes, in gradients: a backward pass, and products.
+_COLUMN = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,27 @@ class Auto(Method):
     @property
     def whole_gauss_newton(self) -> bool:
         """Whether the system is the Gauss-Newton matrix of all layers together."""
+        return True
+
+    def forecast(self, told: Forecast, queries: int) -> bool:
+        """Add the passes that fit factors and build the coarse space, and those of groups of queries."""
+        context, state = self.context, self.context.state
+        told.add_factors(count_passes_to_come(context, told.trial.nbytes))
+        columns = told.trial.columns or 1
+        rows = _COLUMN * (columns if columns <= MOST_COLUMNS else MOST_MIXTURES)
+        rows *= min(1.0, self.options.curvature_examples / context.train.num_examples)
+        compact = state.compact is not None or self.options.memory_budget < count_vector_bytes(context) * (
+            3 * MOST_ANCHORS
+        )
+        if state.coarse is None and state.compact is None:
+            told.add_pass("leverages")
+            told.add_pass("anchors")
+            told.add_pass("curvature rows", rows)
+        each = 8 * told.count_query_numbers() if compact else 2 * count_vector_bytes(context)
+        groups = math.ceil(queries / max(1, self.options.memory_budget // (2 * each)))
+        for _ in range(groups if compact else 0):
+            told.add_pass("curvature rows", rows)
+        told.add_scores(queries, groups)
         return True
 
     def prepare(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
-from lightning_influence.methods.fitting import fit_diagonal, provide_factors
+from lightning_influence.methods.fitting import count_passes_to_come, fit_diagonal, provide_factors
+from lightning_influence.methods.forecast import Forecast
 from lightning_influence.methods.method import (
     Gradients,
     Method,
@@ -51,6 +53,19 @@ class ClosedForm(Method):
             self.context.extra["low_rank"] = dict(scorer.ranks)
         return Solved(scorer if self.owners is None else OwnedScorer(self.owners, scorer, names))
 
+    def forecast(self, told: Forecast, queries: int) -> bool:
+        """Add the passes of :meth:`prepare`, and those that score groups of queries."""
+        self._forecast_factors(told)
+        numbers = min(told.count_query_numbers() if self.compresses else math.inf, self.context.layout.numel)
+        width = torch.empty((), dtype=self.context.dtype).element_size()
+        each = 2 * (width * numbers + (told.trial.nbytes if self.compresses else 0))
+        told.add_scores(queries, math.ceil(queries / max(1, self.options.memory_budget // each)))
+        return True
+
+    def _forecast_factors(self, told: Forecast) -> None:
+        """Add the passes of :meth:`prepare`: those that fit factors."""
+        told.add_factors(count_passes_to_come(self.context, told.trial.nbytes))
+
     @property
     def compresses(self) -> bool:
         """Whether low-rank forms are allowed."""
@@ -85,6 +100,9 @@ class ClosedForm(Method):
 class Identity(ClosedForm):
     """``H = I`` without damping: inner products of gradients (TracIn, Pruthi et al. 2020)."""
 
+    def _forecast_factors(self, told: Forecast) -> None:
+        """There are none."""
+
     def prepare(self) -> None:
         """Nothing to fit."""
         self.begin()
@@ -95,6 +113,10 @@ class Identity(ClosedForm):
 @register_method("diagonal")
 class Diagonal(ClosedForm):
     """The diagonal of the Gauss-Newton matrix (or its estimate from random mixtures)."""
+
+    def _forecast_factors(self, told: Forecast) -> None:
+        """Second moments take one pass."""
+        told.add_pass("second moments")
 
     def prepare(self) -> None:
         """Fit second moments in one pass."""

@@ -42,7 +42,7 @@ PROBES = 16
 # three steps), but a step is two batched backward passes a query over all examples; two steps on the same
 # mixtures (max_steps=2) reach .75.
 MIXTURES = 4096
-_FEWEST_MIXTURES, _MOST_MIXTURES = 4, 64
+_FEWEST_MIXTURES, MOST_MIXTURES = 4, 64
 # Chosen by hand: the most anchors' gradients that are formed at once, 64 MiB.
 _FORMED_BYTES = 2**26
 # Chosen by hand: the share of the memory budget that vectors may take which are made or multiplied at once.
@@ -151,7 +151,7 @@ class SpaceBuilder:
     def _mixtures(self) -> int:
         """Return how many mixtures of columns an example has; all passes of a coarse space need the same."""
         wanted = -(-MIXTURES // max(1, self._curvature.num_examples))
-        return min(_MOST_MIXTURES, max(_FEWEST_MIXTURES, wanted))
+        return min(MOST_MIXTURES, max(_FEWEST_MIXTURES, wanted))
 
 
 class CoarseBuilder(SpaceBuilder):

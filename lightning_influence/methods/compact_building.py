@@ -39,7 +39,7 @@ _SHARE = 2
 # Where this many times as many directions fit as in dense form, they are held compactly.
 _WORTH = 2
 # The most columns of the output curvature that products are made of; see CurvaturePass.
-_MOST_COLUMNS = 64
+MOST_COLUMNS = 64
 # Stages to divide layers into. On a ResNet-18 (300 images, damping .003), where EK-FAC's residuals are
 # 400 to 1,400: with 100 directions of rank 1 they are 13 to 36 in one stage, 5 to 11 in two, 2.3 to 6.5 in
 # four, 1.4 to 3.1 in 16; with 25 directions 82 to 146, 57 to 61, 26 to 48, 12 to 18. So four times as many
@@ -239,10 +239,10 @@ class CompactBuilder(SpaceBuilder):
         context = self.context
         width = torch.empty((), dtype=context.dtype).element_size()
         draws = self._mixtures()
-        columns = columns or self.context.state.columns.get(self.key, 0) or _MOST_COLUMNS
+        columns = columns or self.context.state.columns.get(self.key, 0) or MOST_COLUMNS
         if known is not None:
             columns = known.rows.values.shape[1]
-        elif columns > max(_MOST_COLUMNS, draws):
+        elif columns > max(MOST_COLUMNS, draws):
             columns = draws
         numbers = columns * self._curvature.num_examples
         shapes = context.layout.shapes.values()

@@ -66,6 +66,21 @@ def provide_factors(context: Context) -> Factors:
     return factors
 
 
+def count_passes_to_come(context: Context, nbytes: float) -> int:
+    """Return how many passes :func:`provide_factors` is going to take, without taking any.
+
+    Args:
+        context: of the call.
+        nbytes: memory that an example's gradients take.
+    """
+    state, wanted = context.state, min(context.options.memory_budget, CACHE_BYTES)
+    kinds = get_args(Fisher) if context.options.fisher is None else (context.options.fisher,)
+    keys = {"", *(_key(context, kind) for kind in kinds)}
+    if state.factors is None or not state.factors.layers or state.factors_key not in keys:
+        return 1 if nbytes * context.train.num_examples <= wanted and not context.options.factors_dir else 2
+    return 0 if state.factors.has_squares else 1
+
+
 def _tell_examples(context: Context, factors: Factors) -> None:
     """Tell how many examples each factor stands for, and of factors from a fit whether they are few."""
     counts = [

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.methods.context import Context
+from lightning_influence.methods.forecast import Forecast
 from lightning_influence.methods.options import Options, parse_options
 from lightning_influence.methods.scoring_passes import Quadratic, Scorer, SelfScores
 from lightning_influence.model.layers.gradients import LayerGradients
@@ -64,6 +65,18 @@ class Method(ABC):
     @property
     def whole_gauss_newton(self) -> bool:
         """Whether the system is the Gauss-Newton matrix of all layers together."""
+        return False
+
+    def forecast(self, told: Forecast, queries: int) -> bool:
+        """Add the passes and seconds that scores of so many queries are going to take.
+
+        Args:
+            told: what to add them to.
+            queries: how many.
+
+        Returns:
+            Whether the method can tell.
+        """
         return False
 
     @abstractmethod

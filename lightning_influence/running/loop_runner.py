@@ -36,6 +36,11 @@ class LoopRunner(Runner):
         self.progress = progress
         self._fit_loop = fit_loop
 
+    @property
+    def shows_progress(self) -> bool:
+        """Whether passes show a progress bar."""
+        return self.progress
+
     def _borrow(self, stack: contextlib.ExitStack) -> None:
         if torch.is_inference_mode_enabled():
             raise InfluenceError("Gradients cannot be taken inside torch.inference_mode(). Leave it first.")
@@ -54,7 +59,7 @@ class LoopRunner(Runner):
         expected.examples = sum(loader.num_examples for loader in loaders)
         bar = Progress(transient=True)
         with bar if self.progress else contextlib.nullcontext():  # a disabled bar of rich 13 prints a line
-            task = bar.add_task(stepper.one_pass.description, total=expected.batches)
+            task = bar.add_task(self.label(stepper.one_pass), total=expected.batches)
             for position, loader in enumerate(loaders):
                 for batch, indices in loader.shard():
                     batch = module.on_before_batch_transfer(batch, position)

@@ -67,12 +67,14 @@ class Runner(ABC):
     Attributes:
         module: the user's module.
         records: one :class:`PassRecord` for each finished pass.
+        expected: how many passes there will be, about, of which the bar tells the number; None if unknown.
     """
 
     module: LightningModule
 
     def __init__(self) -> None:
         self.records: list[PassRecord] = []
+        self.expected: int | None = None
         self._stack: contextlib.ExitStack | None = None
         self._meeting: Meeting | None = None
 
@@ -151,6 +153,18 @@ class Runner(ABC):
         record = PassRecord(one_pass.description, seconds, int(total[0]), int(total[1]))
         self.records.append(record)
         return record
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether there is a progress bar on this process."""
+        return False
+
+    def label(self, one_pass: Pass) -> str:
+        """Return the label of a pass: its description, and which of the expected ones it is."""
+        number = len(self.records) + 1
+        if self.expected is None or number > self.expected:
+            return one_pass.description
+        return f"{one_pass.description} ({number}/{self.expected})"
 
     @property
     def rank(self) -> int:

@@ -402,11 +402,16 @@ class TrainerRunner(Runner):
         if self.ckpt_path is not None:
             set_progress(host, held.get("loops", {}).get("fit_loop", {}))
 
+    @property
+    def shows_progress(self) -> bool:
+        """Whether the Trainer has a progress bar on this process."""
+        return self._bar is not None
+
     def _run(self, stepper: Stepper, loaders: list[IndexedLoader], expected: Expected) -> None:
         host: Any = self.trainer
         host.datamodule = None
         if self._bar is not None:
-            self._bar.label = stepper.one_pass.description
+            self._bar.label = self.label(stepper.one_pass)
         with contextlib.ExitStack() as stack:
             stack.callback(self._wrapper.end)
             self._wrapper.begin(stepper, loaders, expected)

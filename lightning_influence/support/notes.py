@@ -49,5 +49,10 @@ class Notes:
         """Say what is no reason to worry, unless it was said before."""
         if message not in self.messages:
             self.messages.append(message)
-            if getattr(rank_zero_only, "rank", 0) == 0:
-                _LOG.info(message)
+            say(message)
+
+
+def say(message: str) -> None:
+    """Let Lightning's logger show a message, on the first process."""
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        _LOG.info(message)

@@ -38,7 +38,7 @@ def widths(monkeypatch):
 
 def check_diagonalises(vectors, matrix, tolerance):
     vectors, matrix = vectors.double(), matrix.double()
-    eye = torch.eye(D, dtype=torch.float64).expand(2, D, D)
+    eye = torch.eye(D, dtype=torch.float64).expand(len(vectors), D, D)
     torch.testing.assert_close(vectors.mT @ vectors, eye, rtol=0, atol=tolerance)
     rotated = vectors.mT @ matrix @ vectors
     torch.testing.assert_close(
@@ -198,3 +198,18 @@ def test_work_is_shared_out_by_cost():
         for n in (0, 1)
     ]
     assert loads == [9, 9]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_columns_that_were_never_seen_are_left_out_of_the_decomposition(low, widths, dtype):
+    matrix = covariance(200, dtype)[:1]
+    unseen = torch.randperm(D, generator=torch.Generator().manual_seed(0))[: D // 4]
+    matrix[:, unseen] = 0
+    matrix[:, :, unseen] = 0
+    check_diagonalises(find_eigenvectors(matrix, 200), matrix, 1e-5)
+    assert {width for width, _ in widths} == {D - D // 4}
+
+
+def test_a_covariance_of_nothing_has_a_basis(low):
+    nothing = torch.zeros(1, D, D)
+    assert torch.equal(find_eigenvectors(nothing, 200)[0].sum(0), torch.ones(D))
