@@ -104,6 +104,11 @@ def build_dynamics(moments: Moments, note: str | None = None) -> TrainingDynamic
     diagnostics = Diagnostics(
         method="training dynamics",
         warnings=warnings,
-        extra={"epochs": moments.epochs, "batches": moments.batches, "batches_missed": moments.missed},
+        extra={
+            "epochs": moments.epochs + moments.skipped,
+            "epochs_skipped": moments.skipped,
+            "batches": moments.batches,
+            "batches_missed": moments.missed,
+        },
     )
     return TrainingDynamics(train_indices=seen, diagnostics=diagnostics, **values)
