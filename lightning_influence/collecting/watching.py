@@ -36,6 +36,11 @@ _PACED = (
     "InfluenceCallback(dynamics=True) watches all."
 )
 
+_ANOTHER_FIT = (
+    "An earlier fit of the same weights, on as many examples, is continued; a new InfluenceCallback would "
+    "have begun anew."
+)
+
 
 class Watching:
     """Adds the steps of one fit to moments; a step that cannot be seen is counted as missed.
@@ -262,21 +267,27 @@ def start_watching(
         What watches; None where examples have no indices.
     """
     tell: Callable[[str, str], None] = _say_nothing if unasked else say
-    size: int | None = None
+    reason: str | None = None
     try:
         size = count_dataset(trainer)
+        if unasked and size > _MOST_UNASKED:
+            reason = f"The dataset has more than {_MOST_UNASKED:,} examples, of which none are kept unasked."
     except InfluenceError as error:
+        reason = str(error)
+    if reason is not None:
         tell(
-            f"Training dynamics are not kept during this fit: {error} Training goes on as it is. "
+            f"Training dynamics are not kept during this fit: {reason} Training goes on as it is. "
             "dynamics=False asks for none.",
             "dynamics",
         )
-    if size is None or (unasked and size > _MOST_UNASKED):
-        kept.dynamics = None
+        kept.dynamics = Moments.start(0)  # for the reason
+        kept.dynamics.note(reason)
         return None
     if kept.dynamics is None or kept.dynamics.size != size:
         kept.dynamics = Moments.start(size)
-    elif kept.continued and processes.rank > 0:  # what was loaded are sums over all processes
+    elif not kept.continued:
+        kept.dynamics.note(_ANOTHER_FIT)
+    elif processes.rank > 0:  # what was loaded are sums over all processes
         kept.dynamics.sums.zero_()
     return Watching(kept.dynamics, device, processes.share, tell, Pace(SHARE if unasked else None))
 

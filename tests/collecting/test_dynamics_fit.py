@@ -242,11 +242,12 @@ def test_a_second_fit_continues_and_another_dataset_begins_anew():
     host.fit(module, data())
     host.fit_loop.max_epochs = 3
     host.fit(module, data())
-    check(host, module)
+    found = check(host, module)
+    assert any("An earlier fit of the same weights" in note for note in found.diagnostics.warnings)
     module.epochs = {}
     other = trainer(callback, max_epochs=1)
     other.fit(module, data(16))
-    check(other, module)
+    assert not check(other, module).diagnostics.warnings
 
 
 class Stream(IterableDataset):
@@ -308,7 +309,9 @@ def test_what_is_not_seen_is_said_once_and_ends_nothing(name):
     assert len(told) == 1
     assert reason in told[0]
     assert "dynamics=False" in told[0]
-    with pytest.raises(UnsupportedTrainerError, match="There are no training dynamics in its Influence"):
+    with pytest.raises(
+        UnsupportedTrainerError, match=f"There are no training dynamics in its Influence.*{reason}"
+    ):
         training_dynamics(host)
     assert torch.overrides._len_torch_function_stack() == 0
 
@@ -383,15 +386,19 @@ def test_unasked_dynamics_of_a_fit_without_time_say_so(monkeypatch):
 def test_unasked_dynamics_of_a_short_fit_are_whole_and_others_are_not_missed(monkeypatch):
     module = Diary()
     check(fit(module, InfluenceCallback(), data=data()), module)
-    monkeypatch.setattr(watching, "_MOST_UNASKED", 22)
-    assert fit(Diary(), InfluenceCallback(), data=data()).callbacks[0].dynamics is None
-    for make, batches, _ in UNSEEN.values():
+    with monkeypatch.context() as patched:
+        patched.setattr(watching, "_MOST_UNASKED", 22)
+        with pytest.raises(UnsupportedTrainerError, match="more than 22 examples, of which none are kept"):
+            training_dynamics(fit(Diary(), InfluenceCallback(), data=data()))
+    for make, batches, reason in UNSEEN.values():
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
             host = trainer(InfluenceCallback(), max_epochs=2)
             host.fit(make(), batches())
         assert not [str(w.message) for w in record if "ynamics" in str(w.message)]
-        with pytest.raises(UnsupportedTrainerError, match="There are no training dynamics in its Influence"):
+        with pytest.raises(
+            UnsupportedTrainerError, match=f"There are no training dynamics in its Influence.*{reason}"
+        ):
             training_dynamics(host)
 
 
