@@ -103,7 +103,7 @@ class InfluenceCallback(Callback):
             a loss function, by the index that the sampler drew; 52 bytes an example. They are not seen where
             the loss is written by hand or compiled, where a step runs several backward passes, and where
             examples have no index (iterable datasets, several loaders); True has one warning say so. "auto"
-            leaves out epochs where they would take more than 2% of the fit's time and a second, and datasets
+            leaves out epochs where they would take more than 2% of the fit's time, and datasets
             of more than a million examples.
 
     Raises:
