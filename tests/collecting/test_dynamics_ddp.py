@@ -48,7 +48,8 @@ def fit(module, epochs=EPOCHS, ckpt_path=None, dynamics=True, **saving):
         max_epochs=epochs, accelerator="cpu", devices=2, strategy="ddp", logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1],
         callbacks=[
-            InfluenceCallback(dynamics=dynamics), *([ModelCheckpoint(sys.argv[1], **saving)] if saving else [])
+            InfluenceCallback(dynamics=dynamics),
+            *([ModelCheckpoint(sys.argv[1], **saving)] if saving else []),
         ],
         enable_checkpointing=bool(saving),
     )
