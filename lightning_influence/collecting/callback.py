@@ -209,6 +209,8 @@ class InfluenceCallback(Callback):
             self._watching = start_watching(
                 self._kept, trainer, pl_module.device, processes, self._say, unasked=unasked
             )
+        if self._watching is None:
+            self._unwatch()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the losses of the epoch before enter the moments."""

@@ -17,6 +17,7 @@ from torch.utils.data import dataloader as torch_dataloader
 from lightning_influence.api.dynamics import training_dynamics
 from lightning_influence.collecting import pace, stopwatch, watching
 from lightning_influence.collecting.callback import InfluenceCallback
+from lightning_influence.running.host.indices import IndexWatch
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedTrainerError
 
 
@@ -104,6 +105,17 @@ class NoLength:
 def test_dynamics_are_those_of_a_diary(name):
     module = Diary()
     check(fit(module, InfluenceCallback(dynamics=True), data=LOADERS[name]()), module)
+
+
+@pytest.mark.parametrize("name", ["stream", "own loss"])
+def test_indices_that_nobody_needs_are_not_noted(monkeypatch, name):
+    noted = []
+    monkeypatch.setattr(IndexWatch, "_note", lambda self, iterator, index: noted.append(index))
+    make, batches, _ = UNSEEN[name]
+    for epochs in (2, 8):
+        noted.clear()
+        trainer(InfluenceCallback(), max_epochs=epochs).fit(make(), batches())
+        assert len(noted) <= 5  # of the first epoch, before that was known
 
 
 def test_torch_is_left_as_it_was():
