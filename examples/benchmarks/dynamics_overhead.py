@@ -1,4 +1,4 @@
-"""What training dynamics cost a fit: the same fit with them and without, in turn, beside all that is kept.
+"""What training dynamics cost a fit: the same fit without, with "auto" and with all, in turn.
 
 ``python examples/benchmarks/dynamics_overhead.py [--rounds 5] [task ...]``. CPU seconds on one thread; best
 of several rounds on either side, because a neighbour on the machine only ever slows a fit. The spread between
@@ -11,7 +11,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from overhead import cpu_seconds
@@ -21,21 +21,24 @@ from lightning_influence import InfluenceCallback
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Fit a task ``rounds`` times with and without dynamics, in turn.
+    """Fit a task ``rounds`` times without dynamics, with ``"auto"`` and with all of them, in turn.
 
     Args:
         name: of the task.
         rounds: fits of each kind.
 
     Returns:
-        Best CPU seconds of both kinds, the overhead, and the larger spread of best to second-best round.
+        Best CPU seconds of each kind, the overheads, the epochs that ``"auto"`` kept in the last round, and
+        the largest spread of best to second-best round.
     """
     task = TASKS[name]()
     fit(replace(task, recipe=replace(task.recipe, epochs=1)), 0, callbacks=[InfluenceCallback()])  # warm-up
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    seconds: dict[bool | Literal["auto"], list[float]] = {False: [], True: [], "auto": []}
     for _ in range(rounds):
         for dynamics, times in seconds.items():
-            times.append(cpu_seconds(task, [InfluenceCallback(dynamics=dynamics)]))
+            callback = InfluenceCallback(dynamics=dynamics)
+            times.append(cpu_seconds(task, [callback]))
+    kept = callback.dynamics
     ordered = {dynamics: sorted(times) for dynamics, times in seconds.items()}
     spreads = [times[1] / times[0] - 1 for times in ordered.values() if len(times) > 1]
     steps = task.recipe.steps(len(task.train))
@@ -44,7 +47,11 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         "steps": steps,
         "without": ordered[False][0],
         "with": ordered[True][0],
+        "auto": ordered["auto"][0],
         "overhead": ordered[True][0] / ordered[False][0] - 1,
+        "overhead_auto": ordered["auto"][0] / ordered[False][0] - 1,
+        "epochs_auto": 0 if kept is None else kept.epochs,
+        "epochs": task.recipe.epochs,
         "microseconds_a_step": 1e6 * (ordered[True][0] - ordered[False][0]) / steps,
         "spread": max(spreads, default=None),
     }
@@ -67,7 +74,9 @@ def main() -> None:
         print(
             f"{result['task']}: {result['steps']} steps, {result['without']:.2f} s without, "
             f"{result['with']:.2f} s with dynamics: {100 * result['overhead']:+.2f} %, "
-            f"{result['microseconds_a_step']:.0f} microseconds a step, spread {spread}"
+            f"{result['microseconds_a_step']:.0f} microseconds a step; {result['auto']:.2f} s with 'auto': "
+            f"{100 * result['overhead_auto']:+.2f} %, {result['epochs_auto']} of {result['epochs']} epochs; "
+            f"spread {spread}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))

@@ -61,7 +61,8 @@ def training_dynamics(
         reasons = "".join(f" {note}" for note in moments.notes) if moments is not None else ""
         raise UnsupportedTrainerError(
             f"There are no training dynamics in {where}.{reasons} Fit with InfluenceCallback(dynamics=True), "
-            "whose warnings give the reason where they cannot be kept."
+            "whose warnings give the reason where they cannot be kept. self_influence() finds wrong labels "
+            "without them."
         )
     result = build_dynamics(moments, describe_collate(find_last_fit(trainer)[0]))
     if log:
@@ -104,6 +105,11 @@ def build_dynamics(moments: Moments, note: str | None = None) -> TrainingDynamic
     diagnostics = Diagnostics(
         method="training dynamics",
         warnings=warnings,
-        extra={"epochs": moments.epochs, "batches": moments.batches, "batches_missed": moments.missed},
+        extra={
+            "epochs": moments.epochs + moments.skipped,
+            "epochs_skipped": moments.skipped,
+            "batches": moments.batches,
+            "batches_missed": moments.missed,
+        },
     )
     return TrainingDynamics(train_indices=seen, diagnostics=diagnostics, **values)

@@ -22,9 +22,9 @@ from lightning_influence.collecting.collector import (
 )
 from lightning_influence.collecting.figures import Figures
 from lightning_influence.collecting.moments import Moments
-from lightning_influence.collecting.state import Kept, Settings
+from lightning_influence.collecting.state import Dynamics, Kept, Settings
 from lightning_influence.collecting.sums import WindowSums
-from lightning_influence.collecting.watching import Watching
+from lightning_influence.collecting.watching import Watching, start_watching
 from lightning_influence.curvature.factors import Factors, fingerprint
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
@@ -52,7 +52,7 @@ from lightning_influence.running.host.fit import (
     set_aside,
     will_step,
 )
-from lightning_influence.running.host.indices import IndexWatch, count_dataset, place_indices
+from lightning_influence.running.host.indices import IndexWatch, place_indices
 from lightning_influence.running.host.packages import make_callback_class
 from lightning_influence.running.host.trainer import attach_methods, keep_last_fit, splits_parameters
 from lightning_influence.support.errors import InfluenceError, LossCaptureError, NonFiniteError
@@ -102,8 +102,9 @@ class InfluenceCallback(Callback):
             :func:`~lightning_influence.training_dynamics`. They are read from the training step's own call of
             a loss function, by the index that the sampler drew; 52 bytes an example. They are not seen where
             the loss is written by hand or compiled, where a step runs several backward passes, and where
-            examples have no index (iterable datasets, several loaders); one warning says so. Off by default:
-            it adds Python's work to every step, some percent where steps take milliseconds.
+            examples have no index (iterable datasets, several loaders); True has one warning say so. "auto"
+            leaves out epochs where they would take more than 2% of the fit's time, and datasets
+            of more than a million examples.
 
     Raises:
         TypeError: if ``layers`` is no list of texts, or ``loss`` cannot be called.
@@ -121,7 +122,7 @@ class InfluenceCallback(Callback):
         strict: bool = False,
         loss: ModuleLoss | None = None,
         *,
-        dynamics: bool = False,
+        dynamics: Dynamics = "auto",
     ) -> None:
         self._settings = Settings(
             layers, fisher, every_n_steps, overhead, log_statistics, seed, strict, loss, dynamics
@@ -204,12 +205,20 @@ class InfluenceCallback(Callback):
             if missing and self._collector is not None:
                 self._stop("Another process cannot collect, whose warning gives the reason.")
         if self._collector is not None and self._indices is not None:
-            self._watching = self._watch(trainer, pl_module, processes)
+            unasked = self._settings.dynamics == "auto"
+            self._watching = start_watching(
+                self._kept, trainer, pl_module.device, processes, self._say, unasked=unasked
+            )
+        if self._watching is None:
+            self._unwatch()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the losses of the epoch before enter the moments."""
-        if self._watching is not None:
-            self._watching.begin_epoch(trainer.current_epoch)
+        if self._watching is not None and self._indices is not None:
+            if self._watching.begin_epoch(trainer.current_epoch):
+                self._indices.open()
+            else:
+                self._indices.close()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the record, and sum over processes."""
@@ -390,25 +399,6 @@ class InfluenceCallback(Callback):
         # Questions may be about all parameters, and the record tells their damping.
         recorded, logs = find_layers(module).layers, bool(trainer.loggers)
         return Collector(run, self._settings, plan, processes, self._say, recorded, logs=logs)
-
-    def _watch(self, trainer: Trainer, module: LightningModule, processes: Processes) -> Watching | None:
-        """Return what keeps this fit's training dynamics, on every process or on none."""
-        kept, device = self._kept, module.device
-        try:
-            size = count_dataset(trainer)
-        except InfluenceError as error:
-            self._say(
-                f"Training dynamics are not kept during this fit: {error} Training goes on as it is. "
-                "dynamics=False asks for none.",
-                "dynamics",
-            )
-            kept.dynamics = None
-            return None
-        if kept.dynamics is None or kept.dynamics.size != size:
-            kept.dynamics = Moments.start(size)
-        elif kept.continued and processes.rank > 0:  # what was loaded are sums over all processes
-            kept.dynamics.sums.zero_()
-        return Watching(kept.dynamics, device, processes.share, self._say)
 
     def _unwatch(self) -> None:
         if self._watching is not None:

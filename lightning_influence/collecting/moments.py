@@ -33,6 +33,7 @@ class Moments:
             without losses, batches without margins, batches seen, and processes that failed.
         epoch: number of the epoch that runs, as the Trainer counts; -1 for none.
         epochs: how many epochs have entered the moments.
+        skipped: how many were left out, because watching them would have taken too long.
         missed: batches without losses so far.
         batches: batches seen so far.
         has_margins: whether every batch had margins.
@@ -44,6 +45,7 @@ class Moments:
     sums: Tensor
     epoch: int = -1
     epochs: int = 0
+    skipped: int = 0
     missed: int = 0
     batches: int = 0
     has_margins: bool = True
@@ -116,10 +118,17 @@ class Moments:
         is_right = right > count / 2
         counts[:, 1] += is_right
         counts[:, 2] += (counts[:, 4] == 1) & ~is_right
-        counts[:, 3] = torch.where((counts[:, 3] < 0) & is_right, self.epochs, counts[:, 3])
+        counts[:, 3] = torch.where((counts[:, 3] < 0) & is_right, self.epochs + self.skipped, counts[:, 3])
         counts[:, 4] = is_right
         self.counts[seen] = counts
         self.epochs += 1
+
+    def skip(self, why: str) -> None:
+        """End an epoch that was not watched, or not to its end: nothing of it enters the moments."""
+        self.sums.zero_()
+        self.epoch = -1
+        self.skipped += 1
+        self.note(why)
 
     def copy(self) -> Moments:
         """Return moments that change independently of these, on the CPU."""
@@ -134,6 +143,7 @@ class Moments:
             "sums": (self.sums if sums is None else sums).detach().cpu().clone(),
             "epoch": self.epoch,
             "epochs": self.epochs,
+            "skipped": self.skipped,
             "missed": self.missed,
             "batches": self.batches,
             "has_margins": self.has_margins,
@@ -147,6 +157,7 @@ class Moments:
         Raises:
             CorruptFileError: if they do not fit together.
         """
+        state = {"skipped": 0, **state}  # before there were any
         _check(state)
         values = {name: state[name] for name in state if name != "version"}
         values |= {name: state[name].clone() for name in ("floats", "counts", "sums")}
@@ -185,7 +196,7 @@ def _check(state: Mapping[str, Any]) -> None:
             raise CorruptFileError(
                 f"The training dynamics' {name!r} are no {dtype} tensor of shape {shape}. Save them again."
             )
-    numbers = ("epochs", "missed", "batches")
+    numbers = ("epochs", "skipped", "missed", "batches")
     epoch, notes, has_margins = state.get("epoch"), state.get("notes"), state.get("has_margins")
     sound = state.get("version") == _VERSION and all(is_count(state.get(name), 0) for name in numbers)
     sound &= is_count(epoch, -1) and isinstance(has_margins, bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 
@@ -33,6 +33,8 @@ from lightning_influence.support.arguments import (
 )
 from lightning_influence.support.errors import CorruptFileError, FactorMismatchError
 
+Dynamics: TypeAlias = bool | Literal["auto"]
+
 _QUERIES = "queries"
 _DEFAULT_KEY = "InfluenceCallback"  # of a callback with the default settings
 
@@ -54,7 +56,7 @@ class Settings:
     seed: int = 0
     strict: bool = False
     loss: ModuleLoss | None = None
-    dynamics: bool = False
+    dynamics: Dynamics = "auto"
 
     def __post_init__(self) -> None:
         check_callable("loss", self.loss)
@@ -72,8 +74,8 @@ class Settings:
                 "as many batches as overhead pays for."
             )
         check_count("seed", self.seed, 0)
-        if not isinstance(self.dynamics, bool):
-            raise ValueError(f"Got dynamics={self.dynamics!r}; accepted are True and False.")
+        if not (isinstance(self.dynamics, bool) or self.dynamics == "auto"):
+            raise ValueError(f"Got dynamics={self.dynamics!r}; accepted are True, False and 'auto'.")
         if not is_number(self.overhead) or not 0 < self.overhead <= 1:
             raise ValueError(f"Got overhead={self.overhead!r}; accepted are shares of a step in (0, 1].")
 
@@ -243,7 +245,7 @@ class Kept:
             return None
         moments = self.dynamics.copy()
         moments.fold()
-        return moments if moments.epochs or moments.missed else None
+        return moments if moments.epochs or moments.missed or moments.notes else None
 
     def state_dict(
         self,

@@ -7,11 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_influence.collecting.collector import Processes
 from lightning_influence.collecting.moments import Moments
+from lightning_influence.collecting.pace import SHARE, Pace
+from lightning_influence.collecting.state import Kept
 from lightning_influence.collecting.sums import AllReduce
 from lightning_influence.model.live.example_losses import ExampleLosses, HeldStep, LossWatch
+from lightning_influence.running.host.indices import count_dataset
 from lightning_influence.support.errors import InfluenceError, LossCaptureError
 from lightning_influence.support.notes import Notices
 
@@ -19,8 +24,21 @@ from lightning_influence.support.notes import Notices
 _STEPS = 16
 # Chosen by hand: a loss that was not seen in this many first batches will not be seen later either.
 _TRIES = 3
+# Chosen by hand: examples of which dynamics are kept unasked. They take 52 MB in every checkpoint.
+_MOST_UNASKED = 1_000_000
 SEVERAL = (
     "One training step ran several backward passes, and which of them is the training loss cannot be told."
+)
+
+
+_PACED = (
+    f"Some epochs were not watched, because that would have taken more than {SHARE:.0%} of the fit's time. "
+    "InfluenceCallback(dynamics=True) watches all."
+)
+
+_ANOTHER_FIT = (
+    "An earlier fit of the same weights, on as many examples, is continued; a new InfluenceCallback would "
+    "have begun anew."
 )
 
 
@@ -35,15 +53,24 @@ class Watching:
         device: where the sums are kept.
         share: sums a tensor over the processes in place; None for one process.
         say: gives warnings.
+        pace: chooses the epochs that are watched; all by default.
 
     Attributes:
         moments: the same.
     """
 
-    def __init__(self, moments: Moments, device: torch.device, share: AllReduce | None, say: Notices) -> None:
+    def __init__(
+        self,
+        moments: Moments,
+        device: torch.device,
+        share: AllReduce | None,
+        say: Callable[[str, str], None],
+        pace: Pace | None = None,
+    ) -> None:
         self.moments = moments
         moments.sums = moments.sums.to(device)
         self._share, self._say = share, say
+        self._pace = pace or Pace()
         self._losses = LossWatch()
         self._gone = False  # whether nothing more is watched, here or on another process
         self._indices: list[int] = []
@@ -53,17 +80,38 @@ class Watching:
         self._reason: str | None = None
         self._seen = self._tried = 0
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Begin an epoch; the one before enters the moments, unless it is the same, after a resumption."""
+    def begin_epoch(self, epoch: int) -> bool:
+        """Begin an epoch; the one before enters the moments, unless it is the same, after a resumption.
+
+        Args:
+            epoch: its number.
+
+        Returns:
+            Whether indices of its batches are needed.
+        """
         if self.moments.epoch not in {-1, epoch}:
             self.end_epoch()
         self.moments.epoch = epoch
+        return not (self._pace.rests or self._gone)
 
     def end_epoch(self) -> None:
         """Let the epoch enter the moments, of all processes together; every process has to call it."""
-        self.flush()
-        self._compare_values()
-        self.moments.fold(self.sum_over_processes())
+        with self._pace:
+            self.flush()
+            self._compare_values()
+        sums = self.sum_over_processes()
+        is_whole = self._pace.end_epoch(self._agree)
+        with self._pace:
+            if is_whole:
+                self.moments.fold(sums)
+            else:
+                self.moments.skip(_PACED)
+
+    def _agree(self, facts: list[bool]) -> list[bool]:
+        """Return which of some facts hold on any process."""
+        if self._share is None:
+            return facts
+        return [bool(value) for value in self._share(torch.tensor(facts, dtype=torch.float32))]
 
     def sum_over_processes(self) -> Tensor | None:
         """Return the epoch's sums over all processes, None for one; every process has to call it."""
@@ -95,8 +143,12 @@ class Watching:
             batch: what the step is given.
         """
         self._pending, self._reason, self._indices = None, None, []
-        if self._gone:
+        if self._gone or self._pace.rests:
             return
+        with self._pace:
+            self._begin_batch(read_indices, batch)
+
+    def _begin_batch(self, read_indices: Callable[[], list[int]], batch: Any) -> None:
         self._tried += 1
         try:
             self._indices = read_indices()
@@ -118,12 +170,13 @@ class Watching:
         """
         if self._gone or not self._losses.is_open:
             return
-        try:
-            self._pending = self._losses.take(loss, len(self._indices), divisor())
-            self._place = place
-        except Exception as error:
-            self._losses.close()
-            self._reason = _first_line(error)
+        with self._pace:
+            try:
+                self._pending = self._losses.take(loss, len(self._indices), divisor())
+                self._place = place
+            except Exception as error:
+                self._losses.close()
+                self._reason = _first_line(error)
 
     def end_batch(self, backwards: int) -> None:
         """Add the step, or count it as missed.
@@ -134,6 +187,16 @@ class Watching:
         if self._gone:  # the others may go on, and the count of what they lack with them
             self.moments.sums[-1, 0] += 1
             return
+        if self._pace.rests:
+            return
+        self._pace.count_met(self._losses.take_met())
+        with self._pace:
+            self._end_batch(backwards)
+        if self._pace.gives_up():  # what was seen of the epoch is left out
+            self._held = []
+            self.moments.sums.zero_()
+
+    def _end_batch(self, backwards: int) -> None:
         self._losses.close()
         if backwards > 1:
             self._pending, self._reason = None, SEVERAL
@@ -184,6 +247,53 @@ class Watching:
                 "In some epochs the training loss held another part than the loss function whose values were "
                 "kept, such as a penalty that grows."
             )
+
+
+def start_watching(
+    kept: Kept, trainer: Trainer, device: torch.device, processes: Processes, say: Notices, *, unasked: bool
+) -> Watching | None:
+    """Begin to keep a fit's training dynamics, on every process or on none.
+
+    Args:
+        kept: has what earlier fits left, and what this one adds to it.
+        trainer: whose fit it is.
+        device: where the sums are kept.
+        processes: of the fit.
+        say: gives warnings.
+        unasked: whether nobody has asked for them: then they take a share of the time at most, and nothing
+            is said where there can be none.
+
+    Returns:
+        What watches; None where examples have no indices.
+    """
+    tell: Callable[[str, str], None] = _say_nothing if unasked else say
+    reason: str | None = None
+    try:
+        size = count_dataset(trainer)
+        if unasked and size > _MOST_UNASKED:
+            reason = f"The dataset has more than {_MOST_UNASKED:,} examples, of which none are kept unasked."
+    except InfluenceError as error:
+        reason = str(error)
+    if reason is not None:
+        tell(
+            f"Training dynamics are not kept during this fit: {reason} Training goes on as it is. "
+            "dynamics=False asks for none.",
+            "dynamics",
+        )
+        kept.dynamics = Moments.start(0)  # for the reason
+        kept.dynamics.note(reason)
+        return None
+    if kept.dynamics is None or kept.dynamics.size != size:
+        kept.dynamics = Moments.start(size)
+    elif not kept.continued:
+        kept.dynamics.note(_ANOTHER_FIT)
+    elif processes.rank > 0:  # what was loaded are sums over all processes
+        kept.dynamics.sums.zero_()
+    return Watching(kept.dynamics, device, processes.share, tell, Pace(SHARE if unasked else None))
+
+
+def _say_nothing(message: str, kind: str) -> None:
+    """Give no warning."""
 
 
 def _first_line(error: Exception) -> str:

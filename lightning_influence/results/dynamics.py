@@ -57,7 +57,8 @@ class TrainingDynamics(PerExample):
 
     Attributes:
         train_indices: ``(N,)`` distinct dataset indices of the examples that were seen.
-        diagnostics: what was seen and what was not; ``extra["epochs"]`` is the number of epochs.
+        diagnostics: what was seen and what was not; ``extra["epochs"]`` is the number of epochs,
+            of which ``extra["epochs_skipped"]`` were left out.
         loss_mean: ``(N,)`` mean loss over the epochs, positions averaged.
         loss_spread: ``(N,)`` its standard deviation over the epochs.
         epochs_seen: ``(N,)`` in how many epochs the example came.
@@ -65,7 +66,7 @@ class TrainingDynamics(PerExample):
         margin_spread: ``(N,)`` its standard deviation.
         epochs_right: ``(N,)`` in how many epochs the margin was positive.
         forgotten: ``(N,)`` number of forgetting events.
-        first_learned: ``(N,)`` the first epoch in which it was right, from 0; -1 if it never was.
+        first_learned: ``(N,)`` the first epoch in which it was seen right, from 0; -1 if it never was.
 
     Raises:
         ValueError: if shapes or dtypes do not fit.
@@ -108,6 +109,11 @@ class TrainingDynamics(PerExample):
     def epochs(self) -> int:
         """How many epochs the fit had."""
         return int(self.diagnostics.extra.get("epochs", self.epochs_seen.max()))
+
+    @property
+    def watched(self) -> int:
+        """How many of them were watched."""
+        return self.epochs - int(self.diagnostics.extra.get("epochs_skipped", 0))
 
     def values(self, by: By) -> Tensor:
         """What :meth:`top` ranks by, the most conspicuous example having the highest value.
@@ -226,7 +232,7 @@ class TrainingDynamics(PerExample):
         ])
         certificate = build_certificate(
             [
-                say(f"The losses are those of {self.epochs} epochs of one training run, as it went."),
+                say(f"The losses are those of {self.watched} epochs of one training run, as it went."),
                 say(
                     "A hard example may be wrongly labelled, or rare and valuable: look before you leave it "
                     "out."

@@ -268,6 +268,11 @@ def find_suspects(dynamics: TrainingDynamics, influence: SelfInfluence) -> Suspe
     facts = influence.diagnostics
     left = len(dynamics.train_indices) + len(influence.train_indices) - 2 * len(indices)
     notes = [*facts.warnings, *dynamics.diagnostics.warnings]
+    if margins is None:
+        notes.append(
+            "The loss has no labels, so that examples are ranked by their mean loss: what is rare or hard "
+            "comes first, whether its target is right or not."
+        )
     if left:
         notes.append(f"{left} examples are in one of dynamics and self-influence only, and are left out.")
     diagnostics = Diagnostics(**{**vars(facts), "warnings": notes})

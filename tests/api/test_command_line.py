@@ -439,33 +439,29 @@ def test_links_and_arguments_of_the_users_own_cli_hold():
     assert Attributions.load(file).scores.shape == (QUERIES, EXAMPLES)
 
 
-def test_python_m_and_the_script_are_the_same_program():
+# What `python -m lightning_influence --help` runs, after a look at what the package alone has imported.
+PROGRAM = """
+import runpy, sys
+import lightning_influence
+print([m for m in sys.modules if "jsonargparse" in m or "command_line" in m])
+sys.argv = ["lightning-influence", "--help"]
+runpy.run_module("lightning_influence", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_python_m_is_the_program_of_the_script_which_the_package_does_not_import():
     settings = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
     module, name = re.search(r'^lightning-influence = "(.+):(.+)"$', settings, re.M).groups()
     assert getattr(importlib.import_module(module), name) is main
     paths = os.pathsep.join(filter(None, [str(Path(lightning_influence.__file__).parents[1]), *sys.path]))
     done = subprocess.run(
-        [sys.executable, "-m", "lightning_influence", "--help"],
+        [sys.executable, "-c", PROGRAM],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=True,
     )
+    imported, _, shown = done.stdout.partition("\n")
+    assert imported.strip() == "[]"
     for name, command in COMMANDS.items():
-        assert f"  {name:14}  {command.summary}" in done.stdout
-
-
-def test_importing_the_package_does_not_import_the_command_line():
-    code = (
-        "import lightning_influence, sys\n"
-        "print([m for m in sys.modules if 'jsonargparse' in m or 'command_line' in m])"
-    )
-    paths = os.pathsep.join(filter(None, [str(Path(lightning_influence.__file__).parents[1]), *sys.path]))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "[]"
+        assert f"  {name:14}  {command.summary}" in shown

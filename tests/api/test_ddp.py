@@ -143,7 +143,7 @@ assert torch.equal(before, module.body[0].weight)
 
 
 def test_two_processes_answer_as_one(tmp_path):
-    check_script(SCRIPT, tmp_path)
+    check_script(SCRIPT, tmp_path, launched=True)
 
 
 PARAMETERS = """

@@ -10,6 +10,7 @@ import torch
 from callback_models import Classifier, fit, loader, same
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.collecting.callback import InfluenceCallback
 from lightning_influence.model.losses.draws import draw_generator
@@ -108,6 +109,29 @@ def test_training_is_the_same_to_the_last_bit(precision, hook) -> None:
     assert callback.num_collected == 10
     assert same(dict(with_callback.state_dict()), dict(plain.state_dict()))
     assert "unwanted" not in host.callback_metrics
+
+
+class Stream(IterableDataset):
+    """Examples in order, without a length or indices."""
+
+    def __init__(self, dataset) -> None:
+        self.dataset = dataset
+
+    def __iter__(self):
+        return iter([self.dataset[index] for index in range(len(self.dataset))])
+
+
+def test_a_stream_is_collected_as_its_dataset_is() -> None:
+    rows = loader(40).dataset
+    callbacks = []
+    for data in (DataLoader(rows, 8), DataLoader(Stream(rows), 8)):
+        callbacks.append(InfluenceCallback(every_n_steps=1, strict=True))
+        fit(Classifier(p=0.0), callbacks[-1], data=data)
+    whole, streamed = callbacks
+    assert whole.num_collected == streamed.num_collected == 20
+    for name, layer in whole.factors.layers.items():
+        assert torch.equal(layer.inputs, streamed.factors.layers[name].inputs)
+        assert torch.equal(layer.outputs, streamed.factors.layers[name].outputs)
 
 
 def test_two_runs_give_the_same_state_to_the_last_bit() -> None:

@@ -43,12 +43,13 @@ train = DataLoader(
 )
 
 
-def fit(module, epochs=EPOCHS, ckpt_path=None, **saving):
+def fit(module, epochs=EPOCHS, ckpt_path=None, dynamics=True, **saving):
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", devices=2, strategy="ddp", logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1],
         callbacks=[
-            InfluenceCallback(dynamics=True), *([ModelCheckpoint(sys.argv[1], **saving)] if saving else [])
+            InfluenceCallback(dynamics=dynamics),
+            *([ModelCheckpoint(sys.argv[1], **saving)] if saving else []),
         ],
         enable_checkpointing=bool(saving),
     )
@@ -95,6 +96,24 @@ before = torch.cat(module.rows[:6])
 again = Net()
 trainer, told = fit(again, ckpt_path=path)
 check(trainer, gather(torch.cat([before, *again.rows])))
+
+# An epoch that one process gives up is left out by both.
+from lightning_influence.collecting import pace
+
+
+def gives_up(self):
+    given_up = paced.global_rank == 1 and paced.current_epoch == 2 and not self.rests
+    self.rests |= given_up
+    return given_up
+
+
+pace.Pace.gives_up, real, pace._GRACE, paced = gives_up, pace.Pace.gives_up, 60.0, Net()
+trainer, told = fit(paced, dynamics="auto")
+assert not told, told
+rows = gather(torch.cat(paced.rows))
+found = check(trainer, rows[rows[:, 0] != 2])
+assert found.epochs == EPOCHS and found.watched == EPOCHS - 1
+pace.Pace.gives_up = real
 
 failing = Net(fails=True)
 trainer, told = fit(failing)

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, Weighte
 from torch.utils.data import dataloader as torch_dataloader
 
 from lightning_influence.api.dynamics import training_dynamics
+from lightning_influence.collecting import pace, stopwatch, watching
 from lightning_influence.collecting.callback import InfluenceCallback
+from lightning_influence.running.host.indices import IndexWatch
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedTrainerError
 
 
@@ -53,18 +55,20 @@ def data(count=23, batch=4, **options):
     return DataLoader(TensorDataset(x, y, torch.arange(count)), batch, **{"shuffle": True, **options})
 
 
-def check(host, module):
-    """Compare every figure with the diary."""
+def check(host, module, left_out=()):
+    """Compare every figure with the diary, of which some epochs are left out."""
     found = training_dynamics(host, log=False)
-    epochs = [module.epochs[number] for number in sorted(module.epochs)]
-    assert found.epochs == len(epochs)
+    assert found.epochs == len(module.epochs)
+    assert found.watched == len(module.epochs) - len(left_out)
+    all_numbers = [number for number in sorted(module.epochs) if number not in left_out]
+    epochs = [module.epochs[number] for number in all_numbers]
     seen = sorted(set().union(*epochs))
     assert found.train_indices.tolist() == seen
     for row, index in enumerate(seen):
         values = np.array([np.mean(epoch[index], 0) for epoch in epochs if index in epoch])
         shares = [np.mean([m > 0 for _, m in epoch[index]]) for epoch in epochs if index in epoch]
         right = [share > 0.5 for share in shares]
-        numbers = [number for number, epoch in enumerate(epochs) if index in epoch]
+        numbers = [number for number, epoch in zip(all_numbers, epochs, strict=True) if index in epoch]
         learned = [number for number, is_right in zip(numbers, right, strict=True) if is_right]
         assert float(found.loss_mean[row]) == pytest.approx(values[:, 0].mean(), rel=1e-4, abs=1e-6)
         assert float(found.loss_spread[row]) == pytest.approx(values[:, 0].std(), rel=1e-2, abs=1e-4)
@@ -101,6 +105,17 @@ class NoLength:
 def test_dynamics_are_those_of_a_diary(name):
     module = Diary()
     check(fit(module, InfluenceCallback(dynamics=True), data=LOADERS[name]()), module)
+
+
+@pytest.mark.parametrize("name", ["stream", "own loss"])
+def test_indices_that_nobody_needs_are_not_noted(monkeypatch, name):
+    noted = []
+    monkeypatch.setattr(IndexWatch, "_note", lambda self, iterator, index: noted.append(index))
+    make, batches, _ = UNSEEN[name]
+    for epochs in (2, 8):
+        noted.clear()
+        trainer(InfluenceCallback(), max_epochs=epochs).fit(make(), batches())
+        assert len(noted) <= 5  # of the first epoch, before that was known
 
 
 def test_torch_is_left_as_it_was():
@@ -239,11 +254,12 @@ def test_a_second_fit_continues_and_another_dataset_begins_anew():
     host.fit(module, data())
     host.fit_loop.max_epochs = 3
     host.fit(module, data())
-    check(host, module)
+    found = check(host, module)
+    assert any("An earlier fit of the same weights" in note for note in found.diagnostics.warnings)
     module.epochs = {}
     other = trainer(callback, max_epochs=1)
     other.fit(module, data(16))
-    check(other, module)
+    assert not check(other, module).diagnostics.warnings
 
 
 class Stream(IterableDataset):
@@ -305,7 +321,9 @@ def test_what_is_not_seen_is_said_once_and_ends_nothing(name):
     assert len(told) == 1
     assert reason in told[0]
     assert "dynamics=False" in told[0]
-    with pytest.raises(UnsupportedTrainerError, match="There are no training dynamics in its Influence"):
+    with pytest.raises(
+        UnsupportedTrainerError, match=f"There are no training dynamics in its Influence.*{reason}"
+    ):
         training_dynamics(host)
     assert torch.overrides._len_torch_function_stack() == 0
 
@@ -325,8 +343,87 @@ def test_batches_that_are_missed_are_counted():
     assert int(found.epochs_seen.max()) <= 4
 
 
+class Timed(Diary):
+    """A step takes a second by a clock that goes on by a little whenever it is read."""
+
+    now, left_out, tick = 0.0, (), 0.016
+
+    def read(self):
+        self.now += self.tick
+        return self.now
+
+    def training_step(self, batch, batch_idx):
+        self.now += 1.0
+        self.look()
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self):
+        self.look()
+
+    def look(self):
+        timer = self.trainer.callbacks[0]._watching._pace
+        self.spent = timer.spent
+        if timer.rests:
+            self.left_out = tuple({*self.left_out, self.current_epoch})
+
+
+TIMED = {"plain": data, "workers that stay": LOADERS["workers that stay"]}
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_unasked_dynamics_leave_out_whole_epochs_to_stay_within_a_share_of_the_time(monkeypatch, name):
+    module = Timed()
+    monkeypatch.setattr(stopwatch, "read_clock", module.read)
+    monkeypatch.setattr(pace, "_GRACE", 0.12)  # gives up the first epoch before its end
+    host = trainer(InfluenceCallback(overhead=1e-9), max_epochs=30)
+    host.fit(module, TIMED[name]())
+    watched = 30 - len(module.left_out)
+    assert 0 in module.left_out
+    assert 5 < watched < 25
+    found = check(host, module, module.left_out)
+    assert found.diagnostics.extra["epochs_skipped"] == len(module.left_out)
+    assert any("more than 2% of the fit's time" in note for note in found.diagnostics.warnings)
+    assert 0.01 * module.now < module.spent < 0.02 * module.now + 0.2
+
+
+def test_unasked_dynamics_of_a_fit_without_time_say_so(monkeypatch):
+    module = Timed()
+    module.tick = 1.0
+    monkeypatch.setattr(stopwatch, "read_clock", module.read)
+    host = fit(module, InfluenceCallback(overhead=1e-9), data=data(), max_epochs=3)
+    with pytest.raises(UnsupportedTrainerError, match=r"2% of the fit's time.*dynamics=True"):
+        training_dynamics(host)
+
+
+def test_unasked_dynamics_of_a_short_fit_are_whole_and_others_are_not_missed(monkeypatch):
+    module = Diary()
+    check(fit(module, InfluenceCallback(), data=data()), module)
+    with monkeypatch.context() as patched:
+        patched.setattr(watching, "_MOST_UNASKED", 22)
+        with pytest.raises(UnsupportedTrainerError, match="more than 22 examples, of which none are kept"):
+            training_dynamics(fit(Diary(), InfluenceCallback(), data=data()))
+    for make, batches, reason in UNSEEN.values():
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            host = trainer(InfluenceCallback(), max_epochs=2)
+            host.fit(make(), batches())
+        assert not [str(w.message) for w in record if "ynamics" in str(w.message)]
+        with pytest.raises(
+            UnsupportedTrainerError, match=f"There are no training dynamics in its Influence.*{reason}"
+        ):
+            training_dynamics(host)
+
+
+def test_functions_that_pass_the_watch_count_as_its_time(monkeypatch):
+    module = Sum()
+    monkeypatch.setattr(pace, "time_call", lambda: 2.0)  # three functions a step at least
+    host = fit(module, InfluenceCallback(), data=data(), max_epochs=3)
+    with pytest.raises(UnsupportedTrainerError, match=r"2% of the fit's time"):
+        training_dynamics(host)
+
+
 def test_dynamics_can_be_switched_off():
-    callback = InfluenceCallback()
+    callback = InfluenceCallback(dynamics=False)
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         host = fit(OwnLoss(), callback, max_epochs=1)

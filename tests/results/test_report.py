@@ -318,6 +318,22 @@ def test_parts_are_chosen_by_type_and_shape():
     assert [set(part) for part in show((PICTURE, "caption"))] == [{"image"}, {"text"}]
 
 
+@pytest.mark.parametrize("shape", [(6, 300), (300, 6), (2, 5), (5, 2), (22, 88)])
+def test_narrow_matrices_of_floats_are_signals_whichever_way_they_lie(shape):
+    values = torch.arange(float(shape[0] * shape[1])).reshape(shape)
+    (part,) = show(values)
+    channels = values if shape[0] < shape[1] else values.T
+    assert part["length"] == channels.shape[1]
+    assert len(part["signal"]) + part.get("more", 0) == len(channels)
+    assert part["signal"][1][0] == float(channels[1, 0])
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (28, 28), (40, 200), (16, 48)])
+def test_wider_matrices_are_pictures(shape):
+    assert "image" in show(torch.rand(shape))[0]
+    assert "image" in show((255 * torch.rand(6, 300)).to(torch.uint8))[0]
+
+
 def test_signals_keep_their_spikes_and_gaps():
     signal = torch.zeros(2, 5000)
     signal[0, 1234], signal[1, 4321] = 7.0, -3.0

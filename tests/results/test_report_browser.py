@@ -199,6 +199,18 @@ def test_ten_queries_of_texts_rows_and_signals(browser, tmp_path):
     assert not complaints(browser)
 
 
+def test_measured_targets_are_no_classes(browser, tmp_path):
+    rows = [(torch.randn(3), index / 7) for index in range(N)]
+    load(browser, attributions(5).report(tmp_path / "measured.html", rows, rows))
+    assert not visible(browser, "select[name=queryClass], select[name=trainClass], .differs")
+    assert visible(browser, "select[name=sign]")
+    (tile, *_) = visible(browser, ".tile .chip")
+    assert float(tile.text) == pytest.approx(float(attributions(5).top(1).indices[0]) / 7, rel=1e-3)
+    load(browser, self_influence().report(tmp_path / "ranked.html", rows))
+    cell = visible(browser, ".ranking .row td")[0]
+    assert cell.size["height"] < 40, "numbers are not broken into characters"
+
+
 def test_a_ranking_is_sorted_and_searched(browser, tmp_path):
     rows = [({"age": i, "city": "Bern"}, "yes" if i % 2 else "no") for i in range(100)]
     load(browser, self_influence().report(tmp_path / "self.html", rows))

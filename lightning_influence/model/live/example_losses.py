@@ -10,6 +10,7 @@ kind are held, as copies, and read many at once: an operation takes longer to be
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -52,6 +53,22 @@ class ExampleLosses(NamedTuple):
 
 # Chosen by hand: numbers of a step that is read with others; of more, reading is no matter of how often.
 _HELD_NUMBERS = 2**14
+
+
+def time_call() -> float:
+    """Return the seconds that a function of torch takes longer while a step is watched."""
+    probe, count = torch.zeros(1), 32
+
+    def take_time() -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            torch.neg(probe)
+        return time.perf_counter() - start
+
+    plain = min(take_time() for _ in range(3))
+    with StepLosses():
+        watched = min(take_time() for _ in range(3))
+    return max(0.0, watched - plain) / count
 
 
 class HeldStep(NamedTuple):
@@ -165,6 +182,11 @@ class LossWatch:
                 self._compare(torch.stack(found), call.value)
             loss = call.read(sum(step.num_examples for step in steps))
             return read_examples(replace(loss, reduction=first.reduction))
+
+    def take_met(self) -> int:
+        """Return how many functions of torch have passed the mode since this was asked last."""
+        met, self._mode.met = self._mode.met, 0
+        return met
 
     def distrust(self) -> None:
         """Walk every graph from the next batch on, because a value did not agree."""

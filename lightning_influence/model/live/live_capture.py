@@ -60,9 +60,11 @@ class StepLosses(LossCapture):
 
     Attributes:
         watch: follows the examples to the losses; None to let them be.
+        met: how many functions of torch have been called while it was entered.
     """
 
     allows_weights = True
+    met: int = 0
     paused: ClassVar[int] = 0
     hooks: bool = False
     watch: Watch | None = None
@@ -114,6 +116,7 @@ class StepLosses(LossCapture):
         Returns:
             What the function returns.
         """
+        self.met += 1
         if func is Tensor.register_hook and not (StepLosses.paused or args[0].is_leaf or is_of_fsdp(args[1])):
             self.hooks = True
         is_loss = func in self._losses

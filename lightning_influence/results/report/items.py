@@ -24,8 +24,9 @@ _LONGEST_CELL = 40
 _MOST_COLUMNS = 32
 _MOST_CHANNELS = 6
 _MOST_POINTS = 240
-# A matrix of floats with so few rows and so many columns is a signal of several channels, not a picture.
 _SMALLEST_IMAGE = 4
+# A matrix of floats that is so narrow, and so much longer, is a signal of several channels, not a picture.
+_WIDEST_SIGNAL, _LONGER = 32, 4
 _TARGETS = ("label", "labels", "target", "targets", "y", "class", "class_label")
 
 Part = dict[str, Any]
@@ -112,8 +113,8 @@ def _show_array(array: NDArray[Any]) -> Iterator[Part]:
         yield {"text": cut(f"array of shape {tuple(array.shape)}, {array.dtype}")}
     elif array.ndim == 1:
         yield _show_vector(array)
-    elif array.ndim == 2 and len(array) < _SMALLEST_IMAGE < array.shape[1]:
-        yield _show_signal(array)
+    elif array.ndim == 2 and _is_signal(array):
+        yield _show_signal(array if len(array) < array.shape[1] else array.T)
     elif _is_image(array):
         content = base64.b64encode(encode_png(to_image(array))).decode()
         yield {"image": f"data:image/png;base64,{content}"}
@@ -128,6 +129,13 @@ def _show_vector(array: NDArray[Any]) -> Part:
     if len(array) > _MOST_COLUMNS:
         return _show_signal(array[None])
     return {"row": [[str(place), write_number(value)] for place, value in enumerate(array.tolist())]}
+
+
+def _is_signal(array: NDArray[Any]) -> bool:
+    """Tell a signal, channels by time or time by channels, from a picture."""
+    short, long = sorted(array.shape)
+    is_long = short <= _WIDEST_SIGNAL and long >= _LONGER * short and array.dtype.kind == "f"
+    return short < _SMALLEST_IMAGE < long or (is_long and long > _SMALLEST_IMAGE)
 
 
 def _is_image(array: NDArray[Any]) -> bool:

@@ -135,6 +135,8 @@ class Material:
     def _describe(self, item: Any, index: int, label: str, name: str) -> dict[str, Any]:
         content, target = split_item(item)
         example: dict[str, Any] = {"name": name, "index": index}
+        if not label and isinstance(target, float) and not target.is_integer():
+            example["measured"] = True
         label = label or ("" if target is None else self._name_class(target))
         if label:
             example["label"] = cut(label)

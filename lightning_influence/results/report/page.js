@@ -4,6 +4,8 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const examples = data.examples;
   const CHUNK = 12;
+  // Numbers of a continuum are no classes to filter by, and nearly all differ.
+  const measured = Object.values(examples).some((example) => example.measured);
 
   // ---- small helpers --------------------------------------------------------------------------------------
 
@@ -61,6 +63,7 @@
   }
 
   function labelsOf(keys) {
+    if (measured) return [];
     const counts = new Map();
     for (const key of keys) {
       const label = examples[key] && examples[key].label;
@@ -273,7 +276,7 @@
     function tile(key, score, row, largest, search) {
       const example = examples[key];
       const query = examples[row.query];
-      const differs = query.label !== undefined && example.label !== undefined && query.label !== example.label;
+      const differs = !measured && query.label !== undefined && example.label !== undefined && query.label !== example.label;
       const words = score < 0 ? section.words.falls : section.words.rises;
       const hit = search && matches(key, search) ? " hit" : "";
       return make("div", {

@@ -137,7 +137,9 @@ def count_examples(trainer: Trainer, batch: Any, batch_idx: int) -> int:
 
 def _count_loaded(loader: Any, batch_idx: int) -> int | None:
     """Return how many examples a loader put into a batch; None where it does not tell."""
-    sampler = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
+    sampler = getattr(loader, "batch_sampler", None)  # not tested for truth: of a stream it has no length
+    if sampler is None:
+        sampler = getattr(loader, "sampler", None)
     if type(sampler) is not BatchSampler or not isinstance(sampler.sampler, Sized):
         return None
     left = len(sampler.sampler) - batch_idx * sampler.batch_size
