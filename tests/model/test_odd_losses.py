@@ -176,3 +176,13 @@ def test_what_a_module_makes_of_weights_alone_holds_no_examples(size):
     assert found.diagnostics.parameters_covered == 1
     own = expected(module, lambda m, x, y: surprise(net(x), y))
     torch.testing.assert_close(found.scores, own)
+
+
+def test_a_loss_of_two_views_that_couples_examples_is_not_asked_for_another_order():
+    def step(m, x, y):
+        views = F.normalize(m(torch.cat([x, x + 0.1 * x.roll(1, 1)])))
+        alike = (views @ views.T).fill_diagonal_(-1e9)
+        return F.cross_entropy(alike, torch.arange(2 * len(x)).roll(len(x)))
+
+    with pytest.raises(UnsupportedModelError, match="what one example adds depends on the others"):
+        scores(step)
