@@ -310,8 +310,7 @@ class Forward:
         except LossCaptureError:
             assert batch_loss is not None
             check_loss(batch_loss.detach(), recorder, self.plan.layers)
-            captured = self._read_unnamed(module, batch, num_examples)
-            captured = captured or self._read_one_by_one(module, batch, num_examples)
+            captured = self._read_values(module, batch, num_examples)
             if captured is None:
                 raise
             return captured
@@ -355,6 +354,28 @@ class Forward:
             return None
         self._unnamed = unnamed
         return captured
+
+    def _read_values(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
+        """Return the batch by the values of its loss, or by those of its examples alone.
+
+        Outputs of unlike sizes, as of images that are run one after the other, are not known again in parts
+        of the batch, and look as if the examples were coupled.
+
+        Returns:
+            The batch; None if the loss depends on the output of no module, and is no mean of its examples'.
+
+        Raises:
+            UnsupportedModelError: if it couples the examples.
+        """
+        try:
+            captured = self._read_unnamed(module, batch, num_examples)
+        except UnsupportedModelError as refusal:
+            captured = None
+            if str(refusal) == COUPLED:
+                captured = self._read_one_by_one(module, batch, num_examples)
+            if captured is None:
+                raise
+        return captured or self._read_one_by_one(module, batch, num_examples)
 
     def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> tuple[Captured, Tensor]:
         uses = ParameterRecorder(self.plan.layers, batch, num_examples, self.plan.slow)
