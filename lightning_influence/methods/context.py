@@ -20,12 +20,11 @@ from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.options import Options
 from lightning_influence.model.content import SeenData
-from lightning_influence.model.forward import ReadOtherwiseError
 from lightning_influence.model.layers.gradients import LayerGradients
 from lightning_influence.model.layers.plan import LayerPlan, Layout
 from lightning_influence.model.mean_loss import same_mean
 from lightning_influence.support.digests import digest_text
-from lightning_influence.support.errors import UnsupportedModelError
+from lightning_influence.support.errors import ReadOtherwiseError, UnsupportedModelError
 from lightning_influence.support.notes import Notes
 from lightning_influence.support.passes import Loader as Loader
 from lightning_influence.support.passes import Passes as Passes

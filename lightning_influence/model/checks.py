@@ -332,7 +332,7 @@ def check_part(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor])
         raise UnsupportedModelError(_OTHERS)
 
 
-_ORDER = (
+OTHER_ORDER = (
     "The losses do not come in the order of the batch's examples: when the examples change places, they do "
     "not. Accepted are losses whose rows are the examples, in their order. Before the loss, bring "
     "time-first outputs (T, B, C) into the form (B, T, C), and undo the sorting or packing of sequences; "
@@ -381,7 +381,7 @@ def check_order(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor]
         if not same(_try(losses, batch, count), list(range(count))):
             warnings.warn(_RANDOM, InfluenceWarning, stacklevel=2)
         elif not any(fits(layout) for layout in find_layouts(batch, count) if layout):
-            raise UnsupportedModelError(_ORDER)
+            raise UnsupportedModelError(OTHER_ORDER)
 
 
 def _orders(values: Tensor, limit: Tensor) -> list[list[int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_influence.model.batches.rearranging import missing_positions
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import (
+    OTHER_ORDER,
     check_direction,
     check_independent,
     check_loss,
@@ -33,6 +34,7 @@ from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.training_step import call_loss, run_step
 from lightning_influence.model.unnamed import one_by_one
+from lightning_influence.model.unnamed.additivity import COUPLED
 from lightning_influence.model.unnamed.alone import ONE_BY_ONE
 from lightning_influence.model.unnamed.unnamed_loss import UnnamedLoss
 from lightning_influence.support.batches import copy_tensors
@@ -40,6 +42,7 @@ from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,
     NonFiniteError,
+    ReadOtherwiseError,
     UnsupportedModelError,
 )
 from lightning_influence.support.random_states import preserve_rng
@@ -48,6 +51,11 @@ from lightning_influence.support.waiting import read_later
 # Says that a layer is a module whose weights the loss, or a measurement, uses by calling it on the examples
 # in their order: its uses need not be watched.
 _CALLED = "{} is called for the {}"
+_OTHER_WEIGHTS = (
+    "The losses of some batches are made of functions that are known by name, and those of others of rows "
+    "that a mask or an index picked, whose weights are not known. Define `influence_loss(batch) -> (B,)` on "
+    "the module, or mask losses without dropping rows (`ignore_index`)."
+)
 # Says that a loss leaves out so many positions of each example, as one with shifted targets does.
 _LEFT_OUT = "{} positions are left out"
 # Says that functions that losses are made of give examples other weights than one.
@@ -57,21 +65,6 @@ _WEIGHED = "examples have weights"
 def forget_measurement(verified: set[str]) -> None:
     """Forget what passes have found of a measurement, as there may be another one."""
     verified -= {text for text in verified if text.endswith("measurement")}
-
-
-class ReadOtherwiseError(UnsupportedModelError):
-    """A batch whose loss has to be read in another way than those of batches before, with other weights.
-
-    The question is to be asked anew, and will be answered in that way from the start.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(
-            "The losses of some batches are made of functions that are known by name, and those of others of "
-            "rows that a mask or an index picked, whose weights are not known. Define "
-            "`influence_loss(batch) -> (B,)` on the module, or mask losses without dropping rows "
-            "(`ignore_index`)."
-        )
 
 
 class Measure(Protocol):
@@ -156,10 +149,9 @@ class Forward:
         try:
             self._check_examples(captured, module, batch, measure=measure)
         except UnsupportedModelError as refusal:
-            other = self._read_other_rows(captured, module, batch) if measure is None else None
-            if other is None:
-                raise refusal
-            captured = other
+            if measure is not None:
+                raise
+            captured = self._read_other_rows(captured, module, batch, refusal)
         self._keep_one_reading(captured)
         return captured
 
@@ -177,10 +169,7 @@ class Forward:
         try:
             self._check_order(captured, module, batch)
         except UnsupportedModelError as refusal:
-            other = self._read_other_rows(captured, module, batch)
-            if other is None:
-                raise refusal
-            return other
+            return self._read_other_rows(captured, module, batch, refusal)
         return captured
 
     def _keep_one_reading(self, captured: Captured) -> None:
@@ -194,40 +183,52 @@ class Forward:
             if OTHER_ROWS not in verified:
                 verified.add(OTHER_ROWS)
                 if _WEIGHED in verified or (self._weights is not None and bool((self._weights != 1).any())):
-                    raise ReadOtherwiseError
+                    raise ReadOtherwiseError(_OTHER_WEIGHTS)
         elif loss is not None and _WEIGHED not in verified:
             self._weights = loss.weights().detach()
             read_later((self._weights != 1).any(), lambda found: verified.add(_WEIGHED) if found else None)
 
-    def _read_other_rows(self, captured: Captured, module: Any, batch: Any) -> Captured | None:
+    def _read_other_rows(
+        self, captured: Captured, module: Any, batch: Any, refusal: UnsupportedModelError
+    ) -> Captured:
         """Return a batch whose loss was refused, by the outputs of modules that it is made of, or one by one.
 
         Their rows are followed to the examples, or are in order where only the loss takes them in another.
 
         Returns:
-            The batch, checked; None if it is refused that way, too, or has been read so before.
+            The batch, checked.
+
+        Raises:
+            UnsupportedModelError: if it is refused that way, too, or has been read so before: the refusal; if
+                that asks for another order, which mends no loss that couples the examples, this reason.
         """
         if captured.values is not None or self._unnamed is not None or captured.num_examples == 1:
-            return None
-        other = self._try(partial(self._read_unnamed, is_strict=True), module, batch, captured.num_examples)
+            raise refusal
+        read = partial(self._read_unnamed, is_strict=True)
+        other, reason = self._try(read, module, batch, captured.num_examples)
         if other is not None:
             self.plan.verified.add(OTHER_ROWS)
             return other
         self._unnamed = None
-        return self._try(self._read_one_by_one, module, batch, captured.num_examples)
+        other, _ = self._try(self._read_one_by_one, module, batch, captured.num_examples)
+        if other is None:
+            raise (
+                refusal if reason is None or (str(refusal), str(reason)) != (OTHER_ORDER, COUPLED) else reason
+            )
+        return other
 
     def _try(
         self, read: Callable[[Any, Any, int], Captured | None], module: Any, batch: Any, num_examples: int
-    ) -> Captured | None:
-        """Return a batch as it is read in some way, checked; None if it cannot be."""
+    ) -> tuple[Captured | None, Exception | None]:
+        """Return a batch as it is read in some way, checked; or None, and why it cannot be."""
         try:
             other = read(module, batch, num_examples)
             if other is not None:
                 self._check_examples(other, module, batch)
-        except (UnsupportedModelError, NonFiniteError):
+        except (UnsupportedModelError, NonFiniteError) as reason:
             self.plan.verified.discard(ONE_BY_ONE)
-            return None
-        return other
+            return None, reason
+        return other, None
 
     def _check_examples(
         self, captured: Captured, module: Any, batch: Any, measure: Measure | None = None
@@ -309,8 +310,7 @@ class Forward:
         except LossCaptureError:
             assert batch_loss is not None
             check_loss(batch_loss.detach(), recorder, self.plan.layers)
-            captured = self._read_unnamed(module, batch, num_examples)
-            captured = captured or self._read_one_by_one(module, batch, num_examples)
+            captured = self._read_values(module, batch, num_examples)
             if captured is None:
                 raise
             return captured
@@ -354,6 +354,28 @@ class Forward:
             return None
         self._unnamed = unnamed
         return captured
+
+    def _read_values(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
+        """Return the batch by the values of its loss, or by those of its examples alone.
+
+        Outputs of unlike sizes, as of images that are run one after the other, are not known again in parts
+        of the batch, and look as if the examples were coupled.
+
+        Returns:
+            The batch; None if the loss depends on the output of no module, and is no mean of its examples'.
+
+        Raises:
+            UnsupportedModelError: if it couples the examples.
+        """
+        try:
+            captured = self._read_unnamed(module, batch, num_examples)
+        except UnsupportedModelError as refusal:
+            captured = None
+            if str(refusal) == COUPLED:
+                captured = self._read_one_by_one(module, batch, num_examples)
+            if captured is None:
+                raise
+        return captured or self._read_one_by_one(module, batch, num_examples)
 
     def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> tuple[Captured, Tensor]:
         uses = ParameterRecorder(self.plan.layers, batch, num_examples, self.plan.slow)

@@ -130,7 +130,9 @@ def mark_lists(batch: Any, paths: Sequence[tuple[int, ...]]) -> Any:
     return batch
 
 
-def find_columns(part: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], list[list[Any]]]]:
+def find_columns(
+    part: Any, path: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[int, ...], list[Sequence[Any]]]]:
     """Find lists side by side with as many entries each, as inputs and targets that are not joined.
 
     Args:
@@ -143,8 +145,8 @@ def find_columns(part: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[
     opened = open_part(part) if len(path) < MOST_DEPTH else None
     if opened is None:
         return
-    lists = [item for item in opened.parts if isinstance(item, list) and _has_like_entries(item)]
-    if 1 < len(lists) == len(opened.parts) and len({len(item) for item in lists}) == 1:
+    lists = _find_lists(opened.parts)
+    if lists:
         yield path, lists
         return
     for number, item in enumerate(opened.parts):
@@ -173,8 +175,12 @@ def guess_count(batch: Any, *, by_index: bool = True) -> int | None:
     """
     tensors = [tensor for tensor in find_tensors(batch) if tensor.ndim]
     lengths = [len(tensor) for tensor in tensors]
-    for count in _count_parts(batch, MOST_DEPTH):
-        if count in lengths or count + 1 in lengths or len(lengths) == count:
+    for count, own in _count_parts(batch, MOST_DEPTH):
+        inside, rows = {id(tensor) for tensor in own}, {tensor.shape[:1] for tensor in own}
+        beside = Counter(len(tensor) for tensor in tensors if id(tensor) not in inside)
+        fits = bool(beside) and beside[count] == max(beside.values())
+        # Images of several sizes have the same number of rows, as inputs and targets have, which are no list.
+        if (fits and (count,) not in rows) or (len(rows) != 1 and (fits or not beside)):
             return count
     found = _find_index(tensors) if by_index else None
     if found is not None:
@@ -237,26 +243,43 @@ def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _count_parts(part: Any, depth: int) -> Iterator[int]:
-    """Yield numbers of sequences in packed ones, in lists of tensors of several sizes or side by side."""
+def _count_parts(part: Any, depth: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield numbers of sequences in packed ones, in lists of tensors of several sizes or side by side.
+
+    Yields:
+        The number, and the tensors in the list.
+    """
     if isinstance(part, PackedSequence):
-        yield int(part.batch_sizes[0])
+        yield int(part.batch_sizes[0]), []
         return
     opened = open_part(part) if depth else None
     if opened is None:
         return
-    shapes = [item.shape for item in opened.parts if isinstance(item, Tensor)]
-    same_kind = len(shapes) == len(opened.parts) > 1 and len({shape[1:] for shape in shapes}) == 1
-    if isinstance(part, list | tuple) and same_kind and len({shape[:1] for shape in shapes}) > 1:
-        yield len(shapes)
-    lists = [item for item in opened.parts if isinstance(item, list) and _has_like_entries(item)]
-    if 1 < len(lists) == len(opened.parts) and len({len(item) for item in lists}) == 1:
-        yield len(lists[0])
+    own = [item for item in opened.parts if isinstance(item, Tensor) and item.ndim]
+    same_kind = len(own) == len(opened.parts) > 1 and len({(item.ndim, item.dtype) for item in own}) == 1
+    if isinstance(part, list | tuple) and same_kind and len({item.shape for item in own}) > 1:
+        yield len(own), own
+    lists = _find_lists(opened.parts)
+    if lists:
+        yield len(lists[0]), find_tensors(lists)
     for item in opened.parts:
         yield from _count_parts(item, depth - 1)
 
 
-def _has_like_entries(parts: list[Any]) -> bool:
+def _find_lists(parts: Sequence[Any]) -> list[Sequence[Any]]:
+    """Return the parts of a batch if they are lists side by side, with as many entries each.
+
+    Tuples count as lists, as ``zip(*examples)`` makes them, where their tensors differ in the first
+    dimension: a tuple of those of a batch has the same in all.
+    """
+    lists = [part for part in parts if type(part) in (list, tuple) and _has_like_entries(part)]
+    if not 1 < len(lists) == len(parts) or len({len(part) for part in lists}) > 1:
+        return []
+    are_plain = all(isinstance(part, list) for part in lists)
+    return lists if are_plain or len({tensor.shape[:1] for tensor in find_tensors(lists)}) > 1 else []
+
+
+def _has_like_entries(parts: Sequence[Any]) -> bool:
     """Return whether the entries of a list are tensors, or hold some, of the same kinds in each."""
     forms = {tuple((tensor.dtype, tensor.ndim) for tensor in find_tensors(part)) for part in parts}
     return len(forms) == 1 and () not in forms

@@ -27,6 +27,13 @@ class UnsupportedModelError(InfluenceError):
     """The model has no layer, or no loss, that the library can work with."""
 
 
+class ReadOtherwiseError(UnsupportedModelError):
+    """A batch that has to be read in another way than those before it.
+
+    The question is to be asked anew, and will be answered in that way from the start.
+    """
+
+
 class UnsupportedDataError(InfluenceError):
     """A loader is empty, has no dataset indices, or is otherwise not attributable."""
 

@@ -118,3 +118,71 @@ def test_batches_in_dataclasses_are_taken_apart():
     batches = [Batch(X[at : at + 4], Y[at : at + 4]) for at in range(0, N, 4)]
     found = InfluenceModule(module).scores(batches, batches, method="identity").scores
     torch.testing.assert_close(found, expected(module, lambda m, x, y: step(m, Batch(x, y))))
+
+
+class Drawn(nn.Linear):
+    """A layer whose weights are drawn around their means, with a buffer of what was drawn."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, dtype=torch.float64)
+        self.spread = nn.Parameter(torch.full((outputs, inputs), 0.1, dtype=torch.float64))
+        self.register_buffer("noise", torch.randn(outputs, inputs, dtype=torch.float64))
+
+    def forward(self, x):
+        return F.linear(x, self.weight + self.noise * self.spread.exp(), self.bias)
+
+
+def surprise(z, y):
+    return -z.log_softmax(1).gather(1, y[:, None]).mean()
+
+
+class Bound(nn.Module):
+    """The loss of a network, which it calls itself, and a divergence of all its weights, of shape (1,)."""
+
+    def __init__(self, net, divergence):
+        super().__init__()
+        self.net, self.divergence = net, divergence
+
+    def forward(self, x, y):
+        total = torch.zeros(1, dtype=torch.float64)
+        total += surprise(self.net(x), y)
+        total += 1e-2 * self.divergence()
+        return total
+
+
+class Divergence(nn.Module):
+    def __init__(self, net, size):
+        super().__init__()
+        self.net, self.size = net, size
+
+    def forward(self):
+        parts = [p.square().mean() + p.exp().mean() for p in self.net.parameters()]
+        return torch.stack(parts).sum().expand(self.size)
+
+
+@pytest.mark.parametrize("size", [1, 4])  # of the latter as many as examples
+def test_what_a_module_makes_of_weights_alone_holds_no_examples(size):
+    def step(m, x, y):
+        return m.bound(x, y).mean()
+
+    net = nn.Sequential(Drawn(4, 5), nn.Tanh(), Drawn(5, C))
+    module = Odd(step)
+    del module.body, module.head
+    module.net, module.bound = net, Bound(net, Divergence(net, size))
+    if size > 1:
+        module.bound.forward = lambda x, y: surprise(net(x), y) + 1e-2 * module.bound.divergence().mean()
+    batches = [(X[at : at + 4], Y[at : at + 4]) for at in range(0, N, 4)]
+    found = InfluenceModule(module).scores(batches, batches, method="identity")
+    assert found.diagnostics.parameters_covered == 1
+    own = expected(module, lambda m, x, y: surprise(net(x), y))
+    torch.testing.assert_close(found.scores, own)
+
+
+def test_a_loss_of_two_views_that_couples_examples_is_not_asked_for_another_order():
+    def step(m, x, y):
+        views = F.normalize(m(torch.cat([x, x + 0.1 * x.roll(1, 1)])))
+        alike = (views @ views.T).fill_diagonal_(-1e9)
+        return F.cross_entropy(alike, torch.arange(2 * len(x)).roll(len(x)))
+
+    with pytest.raises(UnsupportedModelError, match="what one example adds depends on the others"):
+        scores(step)

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_influence.model.batches.rearranging import UnknownPartError, missing_positions, rearranged
-from lightning_influence.model.forward import Forward, ReadOtherwiseError
+from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.plan import find_layers
-from lightning_influence.support.errors import InfluenceWarning, UnsupportedModelError
+from lightning_influence.support.errors import InfluenceWarning, ReadOtherwiseError, UnsupportedModelError
 
 B, T = 4, 8
 

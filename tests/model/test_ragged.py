@@ -9,11 +9,13 @@ import pytest
 import torch
 from drive import mute
 from graph_batches import NODES, GraphNet, join
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
+from lightning_influence import InfluenceModule
 from lightning_influence.model.batches.ragged import find_rows
 from lightning_influence.model.batches.rearranging import UnknownPartError, find_layouts, rearranged
 from lightning_influence.model.forward import Forward
@@ -245,3 +247,42 @@ def test_collated_batches_keep_their_kind():
 def test_labels_in_order_are_no_index(labels):
     batch = (torch.randn(len(labels), 4), torch.tensor(labels))
     assert guess_count(batch) == len(labels)
+
+
+class Clicks(LightningModule):
+    """Bags of three features, each with the indices of all examples in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.bags = nn.ModuleList(nn.EmbeddingBag(5, 2, mode="sum") for _ in range(3))
+        self.top = nn.Linear(6, 1)
+        self.double()
+
+    def training_step(self, batch, batch_idx):
+        indices, offsets, y = batch
+        parts = [bag(*given) for bag, *given in zip(self.bags, indices, offsets, strict=True)]
+        return F.binary_cross_entropy_with_logits(self.top(torch.cat(parts, 1))[:, 0], y)
+
+
+def join_clicks(items):
+    columns = list(zip(*(indices for indices, _ in items), strict=True))
+    offsets = [torch.tensor([0, *map(len, column[:-1])]).cumsum(0) for column in columns]
+    return [torch.cat(column) for column in columns], offsets, torch.stack([y for _, y in items])
+
+
+def test_lists_of_features_are_not_taken_for_those_of_as_many_examples():
+    """The last batch holds as many examples as there are features, and may be read in two ways."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda high, *size: torch.randint(high, size, generator=generator)  # noqa: E731
+    sizes = (1 + draw(4, 7, 3)).tolist()
+    items = [([draw(5, size) for size in row], draw(2, 1)[0].double()) for row in sizes]
+    module = Clicks()
+    loader = DataLoader(items, 4, collate_fn=join_clicks)
+    found = InfluenceModule(module).scores(loader, loader, method="identity").scores
+    parameters = list(module.parameters())
+    rows = [
+        torch.autograd.grad(module.training_step(join_clicks([item]), 0), parameters, materialize_grads=True)
+        for item in items
+    ]
+    own = torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows])
+    torch.testing.assert_close(found, own @ own.T / len(items))

@@ -69,3 +69,34 @@ def test_an_index_is_known_by_edges_or_offsets_or_by_its_length():
     assert sizes((INPUTS, LABELS, torch.tensor([0, 2, 4])))[0] == [2]
     long = torch.arange(4).repeat_interleave(5)
     assert sizes((torch.zeros(20, 3), long, torch.ones(4)))[0] == [4]
+
+
+def test_images_of_several_sizes_are_counted_by_their_labels():
+    images = [torch.zeros(1, n, n + 1) for n in (3, 5, 4)]
+    labels = torch.zeros(3)
+    assert sizes((images, labels), (tuple(images), labels), {"x": images[:2], "y": labels[:2]})[0] == [
+        3,
+        3,
+        2,
+    ]
+    colours = [torch.zeros(3, n, n) for n in (3, 5, 4, 6)]
+    assert sizes((colours, torch.zeros(4)))[0] == [4]
+    assert sizes((torch.zeros(4, 8), torch.zeros(4, 3)), ([*colours[:2]], torch.zeros(3)))[0] == [4, 3]
+
+
+def test_tuples_side_by_side_are_lists_where_their_rows_differ():
+    targets = [{"boxes": torch.zeros(n, 4), "labels": torch.zeros(n)} for n in (2, 1, 5)]
+    images = [torch.zeros(3, 4, 4)] * 3
+    found, [batch] = sizes(tuple(zip(*zip(images, targets, strict=True), strict=True)))
+    assert found == [3]
+    assert all(isinstance(part, ExampleList) for part in batch)
+    views = ((torch.zeros(4, 2), torch.zeros(4, 3)), (torch.zeros(4), torch.zeros(4)))
+    assert sizes(views)[0] == [4]
+
+
+def test_lists_of_features_hold_the_rows_of_all_examples():
+    """Indices of three features, each for all of four examples, with offsets."""
+    indices = [torch.zeros(n).long() for n in (6, 4, 9)]
+    offsets = torch.zeros(3, 4).long()
+    assert sizes((torch.zeros(4, 2), indices, list(offsets), torch.zeros(4)))[0] == [4]
+    assert sizes((torch.zeros(4, 2), offsets, indices, torch.zeros(4)))[0] == [4]

@@ -18,9 +18,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -60,12 +61,11 @@ class Fitted:
         queries: a loader of some queries.
         epochs: of the fit.
         train_singles: a batch of each training example alone (or twice, where the project's metrics fail on
-            batches of one), in the order of the dataset.
+            batches of one), in the order of the dataset; read after the answer.
         query_singles: a batch of each query alone, or twice.
         loss: the loss of such a batch in eval mode.
-        quiet: a context without the noise that the project draws in eval mode too, for comparisons.
-        in_order: whether the examples above come in the order of the loaders; if not, singular values of the
-            scores are compared, which know no order.
+        quiet: a context for comparisons: without the noise that the project draws in eval mode too, or one
+            that keeps what was drawn.
     """
 
     trainer: Any
@@ -73,11 +73,10 @@ class Fitted:
     train: Any
     queries: Any
     epochs: int
-    train_singles: Sequence[Any]
-    query_singles: Sequence[Any]
+    train_singles: Iterable[Any]
+    query_singles: Iterable[Any]
     loss: Callable[[Any, Any], Tensor] | None = None
     quiet: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    in_order: bool = True
 
 
 Fit = Callable[[list[Any]], Fitted]
@@ -87,6 +86,55 @@ Fit = Callable[[list[Any]], Fitted]
 def collate_singles(dataset: Any, collate: Callable[[list[Any]], Any], copies: int = 1) -> list[Any]:
     """Return a batch of each example alone, once or several times."""
     return [collate([dataset[n]] * copies) for n in range(len(dataset))]
+
+
+@dataclass(frozen=True)
+class Later:
+    """What is made each time that it is read.
+
+    Attributes:
+        make: makes it.
+    """
+
+    make: Callable[[], Iterable[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield what is made."""
+        return iter(self.make())
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the training step draws at random, by what it draws for, as it was drawn last.
+
+    Attributes:
+        owner: a class.
+        name: of its method that draws.
+        made: arguments and result of a call, by :meth:`key` of its first argument.
+    """
+
+    owner: type
+    name: str
+    made: dict[bytes, tuple[Any, Any]] = field(default_factory=dict)
+
+    @staticmethod
+    def key(tensor: Tensor) -> bytes:
+        """Return the content of a tensor."""
+        return tensor.detach().numpy().tobytes()
+
+    @contextlib.contextmanager
+    def keep(self) -> Iterator[None]:
+        """Keep what is drawn."""
+        method = getattr(self.owner, self.name)
+
+        def draw(module: Any, *args: Any, **kwargs: Any) -> Any:
+            result = method(module, *args, **kwargs)
+            given = inspect.signature(method).bind(module, *args, **kwargs).arguments
+            self.made[self.key(list(given.values())[1])] = given, result
+            return result
+
+        with mock.patch.object(self.owner, self.name, draw):
+            yield
 
 
 def run(project: str, cases: dict[str, Fit]) -> None:
@@ -152,8 +200,6 @@ def compare(fitted: Fitted, identity: Any) -> dict[str, Any]:
     expected = queries @ train.T / len(train)
     scores = identity.scores.double()
     sizes = [tuple(scores.shape), tuple(expected.shape)]
-    if not fitted.in_order:
-        scores, expected = torch.linalg.svdvals(scores), torch.linalg.svdvals(expected)
     return {
         "covered": identity.diagnostics.parameters_covered,
         "gradient_share": share,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
-from harness import Fitted, run
+from harness import Draws, Fitted, Later, run
 
 # isort: split
 
@@ -36,6 +38,40 @@ MODELS: dict[str, Any] = {
 }
 
 
+class Windows:
+    """The windows that the step has drawn at random from batches, and the losses of one series in these."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self.draws = module, Draws(type(module), "_sample_windows")
+
+    def split(self, loader: Any) -> Iterator[Any]:
+        """Yield each series: the batch that it is in, what was drawn of this, and its number in there."""
+        kept = dict(self.draws.made)
+        for batch in loader:
+            windows, *_ = self._module._create_windows(batch, step="train")
+            for number in range(len(batch["temporal"])):
+                yield batch, kept[self.draws.key(windows)], number
+
+    def compute(self, module: Any, single: Any) -> torch.Tensor:
+        """Return the sum of a series' errors in what was drawn of its batch, as its share in the mean."""
+        batch, (given, result), number = single
+        count = len(batch["temporal"])
+        drawn = given["final_condition"][given["w_idxs"]]
+        own = drawn // (len(given["windows_temporal"]) // count) == number
+
+        def sum_errors(_: Any, y: Any, y_hat: Any, mask: Any, **others: Any) -> torch.Tensor:
+            errors = (y - y_hat).abs() * mask
+            return count * errors[own].sum() / mask.sum()
+
+        with (
+            mock.patch.object(type(module), "_sample_windows", return_value=result),
+            mock.patch.object(type(module.loss), "__call__", sum_errors),
+        ):
+            loss = module.training_step(batch, 0)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+
 def fit(kind: str, callbacks: list[Any]) -> Fitted:
     """Train as in the project's quickstart."""
     rng = np.random.default_rng(0)
@@ -53,10 +89,17 @@ def fit(kind: str, callbacks: list[Any]) -> Fitted:
     module = forecast.models[0]
     data, *_ = TimeSeriesDataset.from_df(table)
     loader = TimeSeriesLoader(data, batch_size=8, shuffle=True)
-    queries = TimeSeriesLoader(torch.utils.data.Subset(data, range(12)), batch_size=8)
+    # Other batches than those of training, by whose content draws are known.
+    queries = TimeSeriesLoader(torch.utils.data.Subset(data, range(12)[::-1]), batch_size=8)
     singles = [loader.collate_fn([data[n]]) for n in range(len(data))]
     trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)  # its own is let go of
-    return Fitted(trainer, module, loader, queries, STEPS * 8 // SERIES, singles, singles[:12])
+    fitted = Fitted(trainer, module, loader, queries, STEPS * 8 // SERIES, singles, singles[11::-1])
+    if "random" in kind:
+        windows, in_order = Windows(module), TimeSeriesLoader(data, batch_size=8)
+        fitted.train_singles = Later(lambda: windows.split(in_order))
+        fitted.query_singles = Later(lambda: windows.split(queries))
+        fitted.loss, fitted.quiet = windows.compute, windows.draws.keep
+    return fitted
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
-from harness import Fitted, run
+from harness import Fitted, Later, run
 
 # isort: split
 
@@ -17,7 +18,7 @@ import anndata
 import numpy as np
 import scvi
 from torch.distributions import Normal
-from torch.utils.data import default_convert
+from torch.utils.data import RandomSampler, default_convert
 
 CELLS, GENES, EPOCHS = 160, 20, 3
 
@@ -52,13 +53,16 @@ def make_model(kind: str) -> Any:
 
 @contextlib.contextmanager
 def without_draws() -> Iterator[None]:
-    """Let the latent variables be their means."""
-    rsample = Normal.rsample
-    Normal.rsample = lambda self, shape=(): self.mean.expand(self._extended_shape(shape))  # type: ignore
-    try:
+    """Let the latent variables be their means, and the semi-supervised loader draw no order."""
+
+    def draw(self: Any, shape: tuple[int, ...] = ()) -> Any:
+        return self.mean.expand(self._extended_shape(shape))
+
+    with (
+        mock.patch.object(Normal, "rsample", draw),
+        mock.patch.object(RandomSampler, "__iter__", lambda self: iter(range(len(self.data_source)))),
+    ):
         yield
-    finally:
-        Normal.rsample = rsample  # type: ignore[method-assign]
 
 
 def split(loader: Any) -> Iterator[Any]:
@@ -80,14 +84,13 @@ def fit(kind: str, callbacks: list[Any]) -> Fitted:
     trainer = model.trainer
     loader = trainer.train_dataloader
     singles = (
-        list(split(loader))
+        Later(lambda: split(loader))
         if kind == "SCANVI"
         else [default_convert(loader.dataset[[n]]) for n in range(len(loader.dataset))]
     )
     return Fitted(
-        trainer, trainer.lightning_module, loader, loader, EPOCHS, singles, singles, quiet=without_draws,
-        in_order=kind != "SCANVI",  # whose loader draws an order each time
-    )  # fmt: skip
+        trainer, trainer.lightning_module, loader, loader, EPOCHS, singles, singles, quiet=without_draws
+    )
 
 
 if __name__ == "__main__":

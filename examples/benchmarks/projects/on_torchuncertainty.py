@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from harness import QUIET, Fitted, collate_singles, run
+from harness import QUIET, Draws, Fitted, Later, collate_singles, run
 
 # isort: split
 
@@ -23,6 +23,7 @@ from torch_uncertainty.losses import DECLoss, DistributionNLLLoss, ELBOLoss, Foc
 from torch_uncertainty.models.classification.lenet import bayesian_lenet, lenet, packed_lenet
 from torch_uncertainty.routines import ClassificationRoutine, RegressionRoutine
 from torch_uncertainty.transforms import RepeatTarget
+from torch_uncertainty.transforms.mixup import Mixup
 
 from lightning_influence.model.training_mode import own_modules_in_training
 
@@ -91,6 +92,17 @@ def _likelihood(module: Any, batch: Any) -> Tensor:
         return functional.cross_entropy(module.model(batch[0]), batch[1])
 
 
+def _mixed(draws: Draws, loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield each example of a loader mixed as it was in the pass."""
+    for images, _ in loader:
+        _, mixed = draws.made[draws.key(images)]
+        yield from zip(*(part.split(1) for part in mixed), strict=True)
+
+
+def _compute_mixed_loss(module: Any, batch: Any) -> Tensor:
+    return functional.cross_entropy(module.model(batch[0]), batch[1])
+
+
 def fit(kind: str, callbacks: list[Any]) -> Fitted:
     """Train as in the project's tutorials."""
     pl.seed_everything(0)
@@ -108,6 +120,11 @@ def fit(kind: str, callbacks: list[Any]) -> Fitted:
     fitted = Fitted(trainer, module, loader, queries, EPOCHS, singles, singles[:12])
     if kind == "Bayesian LeNet":
         fitted.loss, fitted.quiet = _likelihood, same_draws
+    if "mixup" in kind:
+        draws, in_order = Draws(Mixup, "forward"), DataLoader(points, batch_size=16)
+        fitted.train_singles = Later(lambda: _mixed(draws, in_order))
+        fitted.query_singles = Later(lambda: _mixed(draws, queries))
+        fitted.loss, fitted.quiet = _compute_mixed_loss, draws.keep
     return fitted
 
 

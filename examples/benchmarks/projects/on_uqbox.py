@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from harness import QUIET, Fitted, collate_singles, run
@@ -47,6 +49,29 @@ METHODS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _variational(module: Any) -> list[Any]:
+    return [part for part in module.modules() if hasattr(part, "freeze_layer")]
+
+
+@contextlib.contextmanager
+def same_draws(module: Any) -> Iterator[None]:
+    """Let weights be the last draw each time."""
+    for part in _variational(module):
+        part.is_frozen = True  # freeze_layer() would draw anew
+    try:
+        yield
+    finally:
+        for part in _variational(module):
+            part.is_frozen = False
+
+
+def _likelihood(module: Any, batch: Any) -> torch.Tensor:
+    """Return the part of the loss that goes with the data; the other is of the weights alone."""
+    loss = module.num_training_points * module.criterion(module(batch["input"]), batch["target"])
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
 class Points(Dataset[dict[str, torch.Tensor]]):
     """Items of the project's form."""
 
@@ -89,7 +114,10 @@ def fit(kind: str, callbacks: list[Any]) -> Fitted:
     trainer.fit(module, datamodule=data)
     singles = collate_singles(points, default_collate, 2)
     queries = DataLoader(Subset(points, range(12)), batch_size=8)
-    return Fitted(trainer, module, data.train_dataloader(), queries, EPOCHS, singles, singles[:12])
+    fitted = Fitted(trainer, module, data.train_dataloader(), queries, EPOCHS, singles, singles[:12])
+    if kind.startswith("BNN"):
+        fitted.loss, fitted.quiet = _likelihood, functools.partial(same_draws, module)
+    return fitted
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from lightning_influence.model.uses.parts import ParameterGradient, Part, Produc
 from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.spreading import make_spread_use
 from lightning_influence.model.uses.watch import Watch
-from lightning_influence.support.errors import UnsupportedModelError
+from lightning_influence.support.errors import ReadOtherwiseError, UnsupportedModelError
 
 _ADDITIONS = {
     "add",
@@ -259,7 +259,8 @@ class ParameterRecorder:
             does not depend on one.
 
         Raises:
-            UnsupportedModelError: if the gradients of a parameter cannot be had.
+            ReadOtherwiseError: if those of a parameter cannot be had this way; they take the slow one then.
+            UnsupportedModelError: if there is none.
         """
         uses = self._uses or []
         passes = gather_passes(uses, [found])
@@ -272,13 +273,15 @@ class ParameterRecorder:
         if not self._products and not self._tables:
             self._read_products(pulled.gradients)
         gradients = {name: grad for name, grad in pulled.gradients.items() if name not in self._slow}
-        slow = self._slow & self._single.union(_keys(self._whole))
+        known = self._single.union(_keys(self._whole))
+        slow = self._slow & known
         if slow:
             gradients |= differentiate_rows(self.watch, outputs, self._rows(outputs, seed), slow)
         failed = pulled.failed.keys() - slow
         if failed:
             name = sorted(failed)[0]
-            raise UnsupportedModelError(
+            self._slow |= failed & known
+            raise (ReadOtherwiseError if failed <= known else UnsupportedModelError)(
                 f"The gradients of parameter {name!r} cannot be had example by example "
                 f"({pulled.failed[name]}). Leave it out with layers=['!{name}']."
             )

@@ -66,13 +66,17 @@ class Cut:
             values, batch_loss = run(module, batch)
         self.calls: Counter[str] = tap.calls
         loss = to_scalar(values, batch_loss)
-        self.keys: list[Key] = tap.last(loss)
+
+        def holds(tensor: Tensor) -> bool:
+            return watch.place_of(tensor) is not None
+
+        self.keys: list[Key] = tap.last(loss, holds)
         if not self.keys:
             raise LossCaptureError(
                 f"The training loss does not depend on the output of any module with parameters. {REMEDY}"
             )
         losses = self._find_losses(tap, module, batch)
-        self.keys = (tap.last(loss, losses) if losses else []) or self.keys
+        self.keys = (tap.last(loss, holds, losses) if losses else []) or self.keys
         places = [watch.place_of(tap.seen[key]) for key in self.keys]
         # Rows of which not all are followed are taken as they are, and checked as others are.
         plain = all(place and place.is_plain() for place in places)

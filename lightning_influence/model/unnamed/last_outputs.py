@@ -109,11 +109,15 @@ class OutputTap:
             handle.remove()
         self._handles = []
 
-    def last(self, loss: Tensor, without: Collection[Key] = ()) -> list[Key]:
+    def last(
+        self, loss: Tensor, holds_examples: Callable[[Tensor], bool], without: Collection[Key] = ()
+    ) -> list[Key]:
         """Return the outputs that a graph leads to without passing another one, in the order of the model.
 
         Args:
             loss: a scalar of the forward pass that was watched.
+            holds_examples: whether a tensor has a part for each example. What a module makes of parameters
+                alone, as a penalty, has none, and neither has a loss that it computes.
             without: outputs that do not count.
         """
         own = {edge: key for edge, key in self._nodes.items() if key not in without}
@@ -121,7 +125,9 @@ class OutputTap:
         around = {}
         for edge, key in self._around.items():
             _, leaves = _walk([edge], own.keys() - {edge})
-            if edge not in own and key not in without and leaves & parameters:
+            if edge in own or key in without or not leaves & parameters:
+                continue
+            if holds_examples(self.seen[key]):
                 around[edge] = key
         stops = own | around
         met, _ = _walk([(get_gradient_edge(loss).node, loss.output_nr)], stops)
