@@ -6,7 +6,7 @@ Only the names of the covered layers and the damping of each come from the answe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import oracle
@@ -50,6 +50,9 @@ class Reference:
         self.flat = [p for own in self.parameters.values() for p in own]
         self.train = problem.train_indices
         self.query = list(range(self.recipe.examples, self.recipe.examples + self.recipe.queries))
+        for module in self.module.modules():
+            if isinstance(module, nn.EmbeddingBag):  # of which torch has first derivatives only
+                module.forward = partial(_sum_bag, module)
         self.values = self.recipe.via in {"hook", "argument"}
         self.shares, self.units = shares, units
 
@@ -319,6 +322,12 @@ class Reference:
         """Outputs of one example; what the layer returned is kept from operations in place."""
         with layer.register_forward_hook(lambda _, args, out: out.clone()):
             return self.outputs(n)
+
+
+def _sum_bag(bag: nn.EmbeddingBag, words: Tensor) -> Tensor:
+    """Embed each bag of words as a sum, or mean, of rows of the table."""
+    rows = bag.weight[words]
+    return rows.sum(1) if bag.mode == "sum" else rows.mean(1)
 
 
 def _basis(matrix: Tensor) -> Tensor:
