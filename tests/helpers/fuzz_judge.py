@@ -262,13 +262,13 @@ def _same(a: Any, b: Any) -> bool:
 
 def _compare(problem: Problem, answer: Answer) -> None:
     recipe, diagnostics = problem.recipe, answer.diagnostics
-    shares = any(_SHARES in text for text in answer.told)
+    shares, squares = (any(text in told for told in answer.told) for text in (_SHARES, _LINEAR))
     if shares and recipe.loader in {"shuffled", "subset"}:
         raise UndeterminedError
     try:
-        _compare_with(Reference(problem, diagnostics.layers, shares), answer)
+        _compare_with(Reference(problem, diagnostics.layers, shares, squares=squares), answer)
     except WrongError:
-        other = Reference(problem, diagnostics.layers, units=True)
+        other = Reference(problem, diagnostics.layers, units=True, squares=squares)
         is_by_value = recipe.step != "plain" or recipe.loss in {"ce_time_first", *PICKED}
         if shares or not is_by_value or not Reference(problem, diagnostics.layers).weighs_the_same():
             raise

@@ -28,10 +28,17 @@ class Reference:
         layers: names of the covered modules, or of single parameters.
         shares: whether weights of examples are shares of their batch, which is said of losses without a name.
         units: whether all examples, which weigh the same, weigh one, as where losses are read by value.
+        squares: whether squared gradients stand for the curvature of absolute errors, too, as where these are
+            read by value.
     """
 
     def __init__(
-        self, problem: Problem, layers: Mapping[str, int], shares: bool = False, units: bool = False
+        self,
+        problem: Problem,
+        layers: Mapping[str, int],
+        shares: bool = False,
+        units: bool = False,
+        squares: bool = False,
     ) -> None:
         self.problem, self.recipe, self.kind = problem, problem.recipe, problem.kind
         self.module = problem.module
@@ -55,6 +62,7 @@ class Reference:
                 module.forward = partial(_sum_bag, module)
         self.values = self.recipe.via in {"hook", "argument"}
         self.shares, self.units = shares, units
+        self.squares = self.recipe.loss == "pinball" or (squares and self.recipe.loss == "l1")
 
     # ------------------------------------------------------------------ one example
 
@@ -98,11 +106,11 @@ class Reference:
     def bend(self, n: int) -> Tensor:
         """Curvature of one example's loss in its outputs, unnormalised."""
         z = self.outputs(n).detach()
-        if self.kind.bend is not None:
+        if self.kind.bend is not None and not self.squares:
             _, t, _ = self.problem.parts(n)
             return self.recipe.factor * self.kind.bend(self.problem.settings, z, t)
         H = torch.autograd.functional.hessian(lambda flat: self.loss(n, flat)[0], z)
-        if self.recipe.loss == "pinball":  # no curvature of its own
+        if self.squares:  # no curvature of its own
             z = z.requires_grad_()
             g = torch.autograd.grad(self.loss(n, z)[0], z)[0]
             return g[:, None] * g
