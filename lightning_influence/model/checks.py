@@ -332,6 +332,37 @@ def check_part(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor])
         raise UnsupportedModelError(_OTHERS)
 
 
+_CHOSEN = (
+    "Some examples of the first batch have no part in its loss, and have one where others are left out, as "
+    "where the hardest of a batch are chosen: which ones count depends on the others. Define "
+    "`influence_loss(batch) -> (B,)` on the module, or pass `loss=`, with the loss that each example is to "
+    "have."
+)
+
+
+def check_chosen(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor]) -> None:
+    """Check that examples which add nothing to the loss of a batch add nothing among fewer, either.
+
+    Args:
+        values: the loss of each example with its weight, ``(B,)``.
+        batch: the batch they are of.
+        losses: maps a batch and its number of examples to their losses.
+
+    Raises:
+        UnsupportedModelError: if they do, so that others have decided it.
+    """
+    values, count = values.detach(), len(values)
+    idle = (values == 0).nonzero().flatten().tolist()
+    if not idle:
+        return
+    for part in ([idle[0]], [idle[0], int(values.abs().argmax())], idle):
+        with preserve_rng():
+            found = _try(losses, _try(rearranged, batch, part, count), len(part))
+        own = found if found is None or part is idle else found[:1]
+        if own is not None and bool((own.isfinite() & (own != 0)).any()):
+            raise UnsupportedModelError(_CHOSEN)
+
+
 _ORDER = (
     "The losses do not come in the order of the batch's examples: when the examples change places, they do "
     "not. Accepted are losses whose rows are the examples, in their order. Before the loss, bring "

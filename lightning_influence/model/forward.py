@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_influence.model.batches.rearranging import missing_positions
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import (
+    check_chosen,
     check_direction,
     check_independent,
     check_loss,
@@ -50,6 +51,9 @@ from lightning_influence.support.waiting import read_later
 _CALLED = "{} is called for the {}"
 # Says that a loss leaves out so many positions of each example, as one with shifted targets does.
 _LEFT_OUT = "{} positions are left out"
+# Says that rows of losses cannot be followed because values have left torch.
+_LOST = "rows of losses are lost"
+_ORDER = "order "
 # Says that functions that losses are made of give examples other weights than one.
 _WEIGHED = "examples have weights"
 
@@ -153,6 +157,7 @@ class Forward:
         ):
             warnings.warn(note, InfluenceWarning, stacklevel=2)
             self.plan.verified.add(note)
+        way = self._look_at_way(captured, module, measure)
         try:
             self._check_examples(captured, module, batch, measure=measure)
         except UnsupportedModelError as refusal:
@@ -160,8 +165,25 @@ class Forward:
             if other is None:
                 raise refusal
             captured = other
+        self.plan.verified |= way
         self._keep_one_reading(captured)
         return captured
+
+    def _look_at_way(self, captured: Captured, module: Any, measure: Measure | None) -> set[str]:
+        """Have a batch checked anew if the step has called other functions than for those that were.
+
+        Returns:
+            What to note when it was.
+        """
+        verified = self.plan.verified
+        if captured.num_examples == 1 or ONE_BY_ONE in verified or (measure and not measure.needs_loss):
+            return set()
+        found = self._capture.way if self._unnamed is None else self._unnamed.way
+        if found.is_new(verified, module):
+            verified -= {"loss" if measure is None else "measurement"}
+        if found.is_new(verified, module) or _LOST in verified:
+            verified -= {text for text in verified if text.startswith(_ORDER)}
+        return {found.text}
 
     def _check_measured(self, captured: Captured, module: Any, batch: Any) -> Captured:
         """Check that losses come in the order of the examples where no batch before has shown it.
@@ -323,6 +345,8 @@ class Forward:
         known = [text.split()[0] for text in self.plan.verified if text.endswith(_LEFT_OUT.format(""))]
         whole = WholeRows(batch, num_examples, recorder.positions(num_examples), map(int, known))
         uses = recorder.uses
+        if uses is not None and self._capture.is_lost(uses.place_of):
+            self.plan.verified.add(_LOST)
         if uses is not None and self._capture.put_in_order(uses.place_of, num_examples):
             self.plan.verified.add(ROWS_VARY)
         in_order = self._capture.judge(whole, None if uses is None else uses.is_in_order)
@@ -384,14 +408,16 @@ class Forward:
         name = "`influence_loss`" if self._loss is None else "`loss=`"
         if name in self.plan.verified:
             return
-        recorder = self._make_recorder(batch, captured.num_examples)
+        count = captured.num_examples
+        # Of one example, uses would see penalties on weights as its own.
+        recorder = Recorder(self.plan.layers) if count == 1 else self._make_recorder(batch, count)
         try:
             with preserve_rng(), recorder:
                 step = run_step(module, batch)
-            theirs = recorder.backward(step, None, captured.num_examples)
+            theirs = recorder.backward(step, None, count)
         except Exception:  # the step may need a fit, whence the user's own loss
             return
-        ours = captured.recorder.backward(captured.total(), None, captured.num_examples)
+        ours = captured.recorder.backward(captured.total(), None, count)
         # A layer's are as many in both, but for tables that one of the two uses in another way.
         pairs = [pair for layer in ours if layer in theirs for pair in zip(ours[layer], theirs[layer])]  # noqa: B905
         shared = [(own.flatten(), other.flatten()) for own, other in pairs if own.shape == other.shape]
@@ -411,12 +437,13 @@ class Forward:
             return
         outputs = captured.per_example() if loss is None else loss.outputs
         left_out = 0 if len(outputs) == count else missing_positions(batch, count, len(outputs))
-        subject = f"order {left_out}"
+        subject = f"{_ORDER}{left_out}"
         if subject not in self.plan.verified:
             follows = captured.recorder.uses is not None  # as a batch in another order may need
             verified = {ROWS_VARY} if follows else self.plan.verified & {ROWS_VARY}
             losses = partial(compute_losses, module, run=self._call, verified=verified)
             check_order(captured.per_example(), batch, losses, outputs.dtype)
+            check_chosen(captured.per_example(), batch, losses)
             self.plan.verified.add(subject)
 
     def _call(self, module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:

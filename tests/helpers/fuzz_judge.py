@@ -302,6 +302,7 @@ def _slack(reference: Reference, answer: Answer) -> float:
     recipe, damping, told = reference.recipe, answer.diagnostics.damping, answer.told
     is_unsolved = any(text in line for line in told for text in _UNSOLVED)
     uses_hessian = "hessian" in {recipe.method, recipe.options.get("curvature")}
+    uses_hessian |= reference.values  # whose curvature is that of their second derivatives
     is_rounded = recipe.loss == "bce_probabilities" and uses_hessian
     if not is_unsolved and not is_rounded:
         return 0.0
