@@ -301,35 +301,43 @@ _RANDOM = (
 )
 
 _OTHERS = (
-    "The losses of the first examples of a batch are others where the rest is left out, so they depend on "
+    "The losses of half of the examples of a batch are others where the rest is left out, so they depend on "
     "it. Accepted are models and losses that treat examples independently in eval mode: move contrastive or "
     "in-batch terms out of the loss with `influence_loss`, or pass `loss=`."
 )
 
 
-def check_part(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor]) -> None:
+def check_part(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor], dtype: torch.dtype) -> None:
     """Check that a part of a batch has the losses that it has among the others.
 
-    Gradients that are taken loss by loss do not show what other examples do to one. Nothing is concluded
-    where the batch cannot be taken apart, or where its losses change from call to call.
+    Gradients in weights do not show what other examples do to the inputs of one, nor do those that are taken
+    loss by loss. Nothing is concluded where the batch cannot be taken apart, or where its losses change from
+    call to call.
 
     Args:
-        values: the loss of each example, ``(B,)``.
+        values: the loss of each example, divided by its weight, ``(B,)``; NaN without any.
         batch: the batch they are of.
-        losses: maps a batch and its number of examples to their losses.
+        losses: maps a batch and its number of examples to their losses, in the same unit.
+        dtype: precision of the model's outputs.
 
     Raises:
         UnsupportedModelError: if it has others.
     """
     values, count = values.detach(), len(values)
-    part, limit = list(range((count + 1) // 2)), 1e-2 * values.abs().max()
+    half, limit = (count + 1) // 2, _limit(values.nan_to_num(0, 0, 0), dtype)
     with preserve_rng():
-        alone = _try(losses, _try(rearranged, batch, part, count), len(part))
-        if alone is None or not bool(((alone - values[part]).abs() > limit).any()):
-            return
-        again = _try(losses, batch, count)
-    if again is not None and bool(((again - values).abs() <= limit).all()):
-        raise UnsupportedModelError(_OTHERS)
+        for part in (list(range(half)), list(range(half, count))):
+            alone = _try(losses, _try(rearranged, batch, part, count), len(part))
+            if alone is None or not bool(((alone - values[part]).abs() > limit).any()):
+                continue
+            again = _try(losses, batch, count)
+            if again is not None and not bool(((again - values).abs() > limit).any()):
+                raise UnsupportedModelError(_OTHERS)
+
+
+def _limit(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return up to which difference losses of two runs are the same."""
+    return (1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4) * values.abs().max()
 
 
 _CHOSEN = (
@@ -389,7 +397,7 @@ def check_order(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor]
         UnsupportedModelError: if the losses come in another order.
     """
     values, count = values.detach(), len(values)
-    limit = (1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4) * values.abs().max()
+    limit = _limit(values, dtype)
 
     def same(others: Tensor | None, order: list[int]) -> bool:
         return others is not None and bool(((others - values[order]).abs() <= limit).all())

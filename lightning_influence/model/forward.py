@@ -273,9 +273,6 @@ class Forward:
                 if not measured and not alone and captured.recorder.follows_modules:
                     self._check_order(captured, module, batch)
                 raise
-            if not alone and not measured and self.plan.slow:
-                losses = partial(compute_losses, module, run=self._call, verified=self.plan.verified)
-                check_part(captured.per_example(), batch, losses)
             if not alone:  # one example alone shows no coupling
                 verified.add(subject)
                 # A measurement of the loss's outputs does not show in which order it takes them.
@@ -442,8 +439,11 @@ class Forward:
             follows = captured.recorder.uses is not None  # as a batch in another order may need
             verified = {ROWS_VARY} if follows else self.plan.verified & {ROWS_VARY}
             losses = partial(compute_losses, module, run=self._call, verified=verified)
-            check_order(captured.per_example(), batch, losses, outputs.dtype)
-            check_chosen(captured.per_example(), batch, losses)
+            values = captured.per_example()
+            check_order(values, batch, losses, outputs.dtype)
+            check_chosen(values, batch, losses)
+            losses = partial(losses, normalised=True)
+            check_part(values / captured.weights, batch, losses, outputs.dtype)
             self.plan.verified.add(subject)
 
     def _call(self, module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:

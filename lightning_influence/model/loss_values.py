@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,13 @@ ROWS_VARY = "rows of layers vary"
 
 
 def compute_losses(
-    module: Any, batch: Any, num_examples: int, run: Run | None = None, *, verified: Collection[str] = ()
+    module: Any,
+    batch: Any,
+    num_examples: int,
+    run: Run | None = None,
+    *,
+    verified: Collection[str] = (),
+    normalised: bool = False,
 ) -> Tensor:
     """Forward one batch for the losses of its examples alone, which are not differentiated.
 
@@ -34,9 +41,11 @@ def compute_losses(
         num_examples: ``B``.
         run: computes the loss; that of the module if None.
         verified: what passes on such batches have found.
+        normalised: whether to divide the losses by their weights.
 
     Returns:
-        Unnormalised losses, ``(B,)``. Where the loss has no name they are those of the examples alone.
+        Losses, ``(B,)``, unnormalised if not asked for otherwise. Where the loss has no name they are those
+        of the examples alone.
 
     Raises:
         NonFiniteError: if the batch's loss is NaN or infinite.
@@ -45,15 +54,16 @@ def compute_losses(
     layout = read_layout(verified)
     if OTHER_ROWS in verified or ONE_BY_ONE in verified:
         return compute_alone(run, module, batch, num_examples, layout)
+    read = partial(_read_losses, run, module, batch, num_examples, normalised=normalised)
     try:
-        return _read_losses(run, module, batch, num_examples, is_followed=ROWS_VARY in verified)
+        return read(is_followed=ROWS_VARY in verified)
     except _PickedError:
         pass
     except LossCaptureError:
         return compute_alone(run, module, batch, num_examples, layout)
     try:  # rows that a mask picked may be as many of each example, as a pass before has found of them
         with preserve_rng():
-            return _read_losses(run, module, batch, num_examples, is_followed=True)
+            return read(is_followed=True)
     except LossCaptureError:
         return compute_alone(run, module, batch, num_examples, layout)
 
@@ -62,7 +72,9 @@ class _PickedError(LossCaptureError):
     """Losses are computed on picked rows, and nobody followed these to the examples."""
 
 
-def _read_losses(run: Run, module: Any, batch: Any, num_examples: int, *, is_followed: bool) -> Tensor:
+def _read_losses(
+    run: Run, module: Any, batch: Any, num_examples: int, *, is_followed: bool, normalised: bool
+) -> Tensor:
     """Return the losses by the functions that they are made of.
 
     Raises:
@@ -89,7 +101,8 @@ def _read_losses(run: Run, module: Any, batch: Any, num_examples: int, *, is_fol
         assert values is not None
         return values.detach()
     try:
-        return capture.resolve(batch_loss, num_examples).per_example().detach()
+        loss = capture.resolve(batch_loss, num_examples)
+        return (loss.per_example() / (loss.weights() if normalised else 1)).detach()
     except LossCaptureError as error:
         if follow is None and any(call.picked for call in capture.calls):
             raise _PickedError(str(error)) from error

@@ -282,7 +282,8 @@ class Reference:
     def _seeds(self, n: int, z: Tensor, factor: float, wbar: float) -> Tensor:
         """Gradients at the outputs whose squares sum to the curvature there, one a row."""
         if self.recipe.options.get("fisher") == "empirical":
-            return torch.autograd.grad(self.loss(n, z)[0], z, retain_graph=True)[0][None] * (wbar**-0.5)
+            seed = torch.autograd.grad(self.loss(n, z)[0], z, retain_graph=True)[0][None]
+            return factor * wbar**-0.5 * seed
         values, vectors = torch.linalg.eigh(factor * self.bend(n) / wbar)
         return (vectors * values.clamp_min(0).sqrt()).T
 

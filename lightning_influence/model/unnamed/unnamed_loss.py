@@ -283,6 +283,11 @@ class UnnamedLoss:
             ratios.append(ratio * len(part) / count)
             if not math.isnan(ratio):
                 self._parts.append(PartGradients(part, ratio, found[1]))
+        if int(rows.any(dim=1).sum()) == 1:  # its loss alone is both the sum and the mean of those that count
+            twice = 2 * [int(rows.any(dim=1).int().argmax())]
+            own, _ = self._run_part(cut, module, batch, twice, loss, layout)
+            ratio = find_ratio(own, rows[twice], limit)
+            return None if ratio is None else ratio < 0.75
         return tell_mean(ratios, [len(part) / count for part in parts], limit, self._traits)
 
     def _run_alone(self, cut: Cut, module: Any, batch: Any, loss: BatchLoss) -> list[PartGradients]:
