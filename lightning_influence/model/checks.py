@@ -307,32 +307,49 @@ _OTHERS = (
 )
 
 
-def check_part(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor], dtype: torch.dtype) -> None:
-    """Check that a part of a batch has the losses that it has among the others.
+def check_part(
+    readings: Sequence[tuple[Tensor, Callable[[Any, int], Tensor]]],
+    batch: Any,
+    dtype: torch.dtype,
+    *,
+    are_shares: bool = False,
+) -> None:
+    """Check that parts of a batch have the losses that they have among the others.
 
     Gradients in weights do not show what other examples do to the inputs of one, nor do those that are taken
     loss by loss. Nothing is concluded where the batch cannot be taken apart, or where its losses change from
     call to call.
 
     Args:
-        values: the loss of each example, divided by its weight, ``(B,)``; NaN without any.
+        readings: the loss of each example ``(B,)``, in units one of which has to fit, and what maps a batch
+            and its number of examples to their losses in this unit. NaN for an example without any.
         batch: the batch they are of.
-        losses: maps a batch and its number of examples to their losses, in the same unit.
         dtype: precision of the model's outputs.
+        are_shares: whether weights are shares of their batch, so that a part's losses are larger by a factor.
 
     Raises:
-        UnsupportedModelError: if it has others.
+        UnsupportedModelError: if they have others.
     """
-    values, count = values.detach(), len(values)
-    half, limit = (count + 1) // 2, _limit(values.nan_to_num(0, 0, 0), dtype)
+    if all(_part_differs(values.detach(), batch, losses, dtype, are_shares) for values, losses in readings):
+        raise UnsupportedModelError(_OTHERS)
+
+
+def _part_differs(
+    values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor], dtype: torch.dtype, are_shares: bool
+) -> bool:
+    count, limit = len(values), _limit(values.nan_to_num(0, 0, 0), dtype)
+    half = (count + 1) // 2
     with preserve_rng():
         for part in (list(range(half)), list(range(half, count))):
-            alone = _try(losses, _try(rearranged, batch, part, count), len(part))
-            if alone is None or not bool(((alone - values[part]).abs() > limit).any()):
+            alone, own = _try(losses, _try(rearranged, batch, part, count), len(part)), values[part]
+            if alone is not None and are_shares:
+                alone = alone * (alone.nan_to_num() @ own.nan_to_num()) / alone.nan_to_num().square().sum()
+            if alone is None or not bool(((alone - own).abs() > limit).any()):
                 continue
             again = _try(losses, batch, count)
             if again is not None and not bool(((again - values).abs() > limit).any()):
-                raise UnsupportedModelError(_OTHERS)
+                return True
+    return False
 
 
 def _limit(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ from lightning_influence.model.loss_values import OTHER_ROWS, ROWS_VARY, compute
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.calls import LossCall
 from lightning_influence.model.losses.capture import LossCapture
+from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.losses.picked import WholeRows
@@ -442,8 +443,9 @@ class Forward:
             values = captured.per_example()
             check_order(values, batch, losses, outputs.dtype)
             check_chosen(values, batch, losses)
-            losses = partial(losses, normalised=True)
-            check_part(values / captured.weights, batch, losses, outputs.dtype)
+            normalised = values / captured.weights, partial(losses, normalised=True)
+            are_shares = loss is not None and loss.note == WEIGHTED
+            check_part([(values, losses), normalised], batch, outputs.dtype, are_shares=are_shares)
             self.plan.verified.add(subject)
 
     def _call(self, module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
