@@ -16,6 +16,7 @@ from lightning_influence.model.layers.gradients import FactoredGradients, LayerG
 from lightning_influence.model.layers.layer import Layer
 from lightning_influence.model.layers.recorder import Recorder, Slopes
 from lightning_influence.model.losses.batch import BatchLoss
+from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,
@@ -456,3 +457,27 @@ def _try(function: Callable[..., Any], argument: Any, *more: Any) -> Any:
         return function(argument, *more)
     except Exception:  # whatever the user's code may raise
         return None
+
+
+def check_losses(captured: Captured, module: nn.Module, batch: Any, losses: Callable[..., Tensor]) -> None:
+    """Check that the losses of a batch are those of its examples, in their order, whatever the others are.
+
+    Args:
+        captured: the batch.
+        module: the model.
+        batch: what was captured.
+        losses: maps a batch and its number of examples to their losses; divided by their weights where
+            ``normalised=True``.
+
+    Raises:
+        UnsupportedModelError: if they are not.
+    """
+    values, loss = captured.per_example(), captured.loss
+    dtype = values.dtype if loss is None else loss.outputs.dtype
+    check_order(values, batch, losses, dtype)
+    if any(map(is_stand_in, module.parameters())):
+        return  # processes that share parameters out have to run the same batches, whatever these hold
+    check_chosen(values, batch, losses)
+    normalised = values / captured.weights, partial(losses, normalised=True)
+    are_shares = loss is not None and loss.note == WEIGHTED
+    check_part([(values, losses), normalised], batch, dtype, are_shares=are_shares)

@@ -14,12 +14,10 @@ from torch import Tensor
 from lightning_influence.model.batches.rearranging import missing_positions
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import (
-    check_chosen,
     check_direction,
     check_independent,
     check_loss,
-    check_order,
-    check_part,
+    check_losses,
 )
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
@@ -28,7 +26,6 @@ from lightning_influence.model.loss_values import OTHER_ROWS, ROWS_VARY, compute
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.calls import LossCall
 from lightning_influence.model.losses.capture import LossCapture
-from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.losses.picked import WholeRows
@@ -440,12 +437,7 @@ class Forward:
             follows = captured.recorder.uses is not None  # as a batch in another order may need
             verified = {ROWS_VARY} if follows else self.plan.verified & {ROWS_VARY}
             losses = partial(compute_losses, module, run=self._call, verified=verified)
-            values = captured.per_example()
-            check_order(values, batch, losses, outputs.dtype)
-            check_chosen(values, batch, losses)
-            normalised = values / captured.weights, partial(losses, normalised=True)
-            are_shares = loss is not None and loss.note == WEIGHTED
-            check_part([(values, losses), normalised], batch, outputs.dtype, are_shares=are_shares)
+            check_losses(captured, module, batch, losses)
             self.plan.verified.add(subject)
 
     def _call(self, module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
