@@ -12,9 +12,6 @@ COUNTS = "counts: "
 def pytest_addoption(parser):
     """How far the tests that draw their cases go."""
     parser.addoption("--fuzz-cases", type=int, default=320, help="random questions (320)")
-    parser.addoption(
-        "--fuzz-wide", action="store_true", help="draw kinds that the reference cannot always answer, too"
-    )
     parser.addoption("--damaged-files", type=int, default=60, help="damaged files of each kind (60)")
 
 

@@ -26,11 +26,11 @@ from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluenceP
 from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
 from lightning_influence.model.captured import WeightedCount
 from lightning_influence.model.content import SeenData
-from lightning_influence.model.forward import forget_measurement
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss, find_layers
 from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.unnamed.loss_parameters import find_covered
+from lightning_influence.model.verified import forget_measurement
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics, PassFacts
 from lightning_influence.results.self_influence import SelfInfluence

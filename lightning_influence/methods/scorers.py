@@ -121,6 +121,7 @@ class PreconditionedScorer:
     ) -> None:
         self._inverse, self._correction = inverse, correction
         self._queries = queries if consume else dict(queries)
+        self._count = next((query.num_examples for query in queries.values()), 0)
         self._tolerance = tolerance
         self.ranks: dict[str, int] = {}
         self._dense: dict[str, Tensor] = {}
@@ -149,7 +150,9 @@ class PreconditionedScorer:
             total = _add(total, own)
             if anchor is not None:
                 anchors = _add(anchors, anchor)
-        assert total is not None
+        if total is None:  # the examples have no gradients in any layer of the queries
+            some = next(iter(gradients.values()))
+            return some.like.new_zeros(self._count, some.num_examples)
         return total if anchors is None else total + self._mix() @ anchors
 
     def by_layer(self, gradients: Mapping[str, LayerGradients]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from lightning_influence.model.layers.gradients import FactoredGradients, LayerG
 from lightning_influence.model.layers.layer import Layer
 from lightning_influence.model.layers.recorder import Recorder, Slopes
 from lightning_influence.model.losses.batch import BatchLoss
+from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,
@@ -301,35 +302,91 @@ _RANDOM = (
 )
 
 _OTHERS = (
-    "The losses of the first examples of a batch are others where the rest is left out, so they depend on "
+    "The losses of half of the examples of a batch are others where the rest is left out, so they depend on "
     "it. Accepted are models and losses that treat examples independently in eval mode: move contrastive or "
     "in-batch terms out of the loss with `influence_loss`, or pass `loss=`."
 )
 
 
-def check_part(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor]) -> None:
-    """Check that a part of a batch has the losses that it has among the others.
+def check_part(
+    readings: Sequence[tuple[Tensor, Callable[[Any, int], Tensor]]],
+    batch: Any,
+    dtype: torch.dtype,
+    *,
+    are_shares: bool = False,
+) -> None:
+    """Check that parts of a batch have the losses that they have among the others.
 
-    Gradients that are taken loss by loss do not show what other examples do to one. Nothing is concluded
-    where the batch cannot be taken apart, or where its losses change from call to call.
+    Gradients in weights do not show what other examples do to the inputs of one, nor do those that are taken
+    loss by loss. Nothing is concluded where the batch cannot be taken apart, or where its losses change from
+    call to call.
 
     Args:
-        values: the loss of each example, ``(B,)``.
+        readings: the loss of each example ``(B,)``, in units one of which has to fit, and what maps a batch
+            and its number of examples to their losses in this unit. NaN for an example without any.
+        batch: the batch they are of.
+        dtype: precision of the model's outputs.
+        are_shares: whether weights are shares of their batch, so that a part's losses are larger by a factor.
+
+    Raises:
+        UnsupportedModelError: if they have others.
+    """
+    if all(_part_differs(values.detach(), batch, losses, dtype, are_shares) for values, losses in readings):
+        raise UnsupportedModelError(_OTHERS)
+
+
+def _part_differs(
+    values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor], dtype: torch.dtype, are_shares: bool
+) -> bool:
+    count, limit = len(values), _limit(values.nan_to_num(0, 0, 0), dtype)
+    half = (count + 1) // 2
+    with preserve_rng():
+        for part in (list(range(half)), list(range(half, count))):
+            alone, own = _try(losses, _try(rearranged, batch, part, count), len(part)), values[part]
+            if alone is not None and are_shares:
+                alone = alone * (alone.nan_to_num() @ own.nan_to_num()) / alone.nan_to_num().square().sum()
+            if alone is None or not bool(((alone - own).abs() > limit).any()):
+                continue
+            again = _try(losses, batch, count)
+            if again is not None and not bool(((again - values).abs() > limit).any()):
+                return True
+    return False
+
+
+def _limit(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return up to which difference losses of two runs are the same."""
+    return (1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4) * values.abs().max()
+
+
+_CHOSEN = (
+    "Some examples of the first batch have no part in its loss, and have one where others are left out, as "
+    "where the hardest of a batch are chosen: which ones count depends on the others. Define "
+    "`influence_loss(batch) -> (B,)` on the module, or pass `loss=`, with the loss that each example is to "
+    "have."
+)
+
+
+def check_chosen(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor]) -> None:
+    """Check that examples which add nothing to the loss of a batch add nothing among fewer, either.
+
+    Args:
+        values: the loss of each example with its weight, ``(B,)``.
         batch: the batch they are of.
         losses: maps a batch and its number of examples to their losses.
 
     Raises:
-        UnsupportedModelError: if it has others.
+        UnsupportedModelError: if they do, so that others have decided it.
     """
     values, count = values.detach(), len(values)
-    part, limit = list(range((count + 1) // 2)), 1e-2 * values.abs().max()
-    with preserve_rng():
-        alone = _try(losses, _try(rearranged, batch, part, count), len(part))
-        if alone is None or not bool(((alone - values[part]).abs() > limit).any()):
-            return
-        again = _try(losses, batch, count)
-    if again is not None and bool(((again - values).abs() <= limit).all()):
-        raise UnsupportedModelError(_OTHERS)
+    idle = (values == 0).nonzero().flatten().tolist()
+    if not idle:
+        return
+    for part in ([idle[0]], [idle[0], int(values.abs().argmax())], idle):
+        with preserve_rng():
+            found = _try(losses, _try(rearranged, batch, part, count), len(part))
+        own = found if found is None or part is idle else found[:1]
+        if own is not None and bool((own.isfinite() & (own != 0)).any()):
+            raise UnsupportedModelError(_CHOSEN)
 
 
 OTHER_ORDER = (
@@ -358,7 +415,7 @@ def check_order(values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor]
         UnsupportedModelError: if the losses come in another order.
     """
     values, count = values.detach(), len(values)
-    limit = (1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4) * values.abs().max()
+    limit = _limit(values, dtype)
 
     def same(others: Tensor | None, order: list[int]) -> bool:
         return others is not None and bool(((others - values[order]).abs() <= limit).all())
@@ -400,3 +457,27 @@ def _try(function: Callable[..., Any], argument: Any, *more: Any) -> Any:
         return function(argument, *more)
     except Exception:  # whatever the user's code may raise
         return None
+
+
+def check_losses(captured: Captured, module: nn.Module, batch: Any, losses: Callable[..., Tensor]) -> None:
+    """Check that the losses of a batch are those of its examples, in their order, whatever the others are.
+
+    Args:
+        captured: the batch.
+        module: the model.
+        batch: what was captured.
+        losses: maps a batch and its number of examples to their losses; divided by their weights where
+            ``normalised=True``.
+
+    Raises:
+        UnsupportedModelError: if they are not.
+    """
+    values, loss = captured.per_example(), captured.loss
+    dtype = values.dtype if loss is None else loss.outputs.dtype
+    check_order(values, batch, losses, dtype)
+    if any(map(is_stand_in, module.parameters())):
+        return  # processes that share parameters out have to run the same batches, whatever these hold
+    check_chosen(values, batch, losses)
+    normalised = values / captured.weights, partial(losses, normalised=True)
+    are_shares = loss is not None and loss.note == WEIGHTED
+    check_part([(values, losses), normalised], batch, dtype, are_shares=are_shares)

@@ -18,8 +18,7 @@ from lightning_influence.model.checks import (
     check_direction,
     check_independent,
     check_loss,
-    check_order,
-    check_part,
+    check_losses,
 )
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
@@ -37,6 +36,7 @@ from lightning_influence.model.unnamed import one_by_one
 from lightning_influence.model.unnamed.additivity import COUPLED
 from lightning_influence.model.unnamed.alone import ONE_BY_ONE
 from lightning_influence.model.unnamed.unnamed_loss import UnnamedLoss
+from lightning_influence.model.verified import CALLED, LEFT_OUT, LOST, ORDER, OTHER_WEIGHTS, WEIGHED
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,
@@ -47,24 +47,6 @@ from lightning_influence.support.errors import (
 )
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.waiting import read_later
-
-# Says that a layer is a module whose weights the loss, or a measurement, uses by calling it on the examples
-# in their order: its uses need not be watched.
-_CALLED = "{} is called for the {}"
-_OTHER_WEIGHTS = (
-    "The losses of some batches are made of functions that are known by name, and those of others of rows "
-    "that a mask or an index picked, whose weights are not known. Define `influence_loss(batch) -> (B,)` on "
-    "the module, or mask losses without dropping rows (`ignore_index`)."
-)
-# Says that a loss leaves out so many positions of each example, as one with shifted targets does.
-_LEFT_OUT = "{} positions are left out"
-# Says that functions that losses are made of give examples other weights than one.
-_WEIGHED = "examples have weights"
-
-
-def forget_measurement(verified: set[str]) -> None:
-    """Forget what passes have found of a measurement, as there may be another one."""
-    verified -= {text for text in verified if text.endswith("measurement")}
 
 
 class Measure(Protocol):
@@ -146,14 +128,32 @@ class Forward:
         ):
             warnings.warn(note, InfluenceWarning, stacklevel=2)
             self.plan.verified.add(note)
+        way = self._look_at_way(captured, module, measure)
         try:
             self._check_examples(captured, module, batch, measure=measure)
         except UnsupportedModelError as refusal:
             if measure is not None:
                 raise
             captured = self._read_other_rows(captured, module, batch, refusal)
+        self.plan.verified |= way
         self._keep_one_reading(captured)
         return captured
+
+    def _look_at_way(self, captured: Captured, module: Any, measure: Measure | None) -> set[str]:
+        """Have a batch checked anew if the step has called other functions than for those that were.
+
+        Returns:
+            What to note when it was.
+        """
+        verified = self.plan.verified
+        if captured.num_examples == 1 or ONE_BY_ONE in verified or (measure and not measure.needs_loss):
+            return set()
+        found = self._capture.way if self._unnamed is None else self._unnamed.way
+        if found.is_new(verified, module):
+            verified -= {"loss" if measure is None else "measurement"}
+        if found.is_new(verified, module) or LOST in verified:
+            verified -= {text for text in verified if text.startswith(ORDER)}
+        return {found.text}
 
     def _check_measured(self, captured: Captured, module: Any, batch: Any) -> Captured:
         """Check that losses come in the order of the examples where no batch before has shown it.
@@ -182,11 +182,11 @@ class Forward:
         if isinstance(loss, BatchLoss) and loss.values is None:
             if OTHER_ROWS not in verified:
                 verified.add(OTHER_ROWS)
-                if _WEIGHED in verified or (self._weights is not None and bool((self._weights != 1).any())):
-                    raise ReadOtherwiseError(_OTHER_WEIGHTS)
-        elif loss is not None and _WEIGHED not in verified:
+                if WEIGHED in verified or (self._weights is not None and bool((self._weights != 1).any())):
+                    raise ReadOtherwiseError(OTHER_WEIGHTS)
+        elif loss is not None and WEIGHED not in verified:
             self._weights = loss.weights().detach()
-            read_later((self._weights != 1).any(), lambda found: verified.add(_WEIGHED) if found else None)
+            read_later((self._weights != 1).any(), lambda found: verified.add(WEIGHED) if found else None)
 
     def _read_other_rows(
         self, captured: Captured, module: Any, batch: Any, refusal: UnsupportedModelError
@@ -252,9 +252,6 @@ class Forward:
                 if not measured and not alone and captured.recorder.follows_modules:
                     self._check_order(captured, module, batch)
                 raise
-            if not alone and not measured and self.plan.slow:
-                losses = partial(compute_losses, module, run=self._call, verified=self.plan.verified)
-                check_part(captured.per_example(), batch, losses)
             if not alone:  # one example alone shows no coupling
                 verified.add(subject)
                 # A measurement of the loss's outputs does not show in which order it takes them.
@@ -264,7 +261,7 @@ class Forward:
             self._check_order(captured, module, batch)
 
     def _called(self, subject: str) -> set[str]:
-        return {_CALLED.format(name, subject) for name in self.plan.layers}
+        return {CALLED.format(name, subject) for name in self.plan.layers}
 
     def _make_recorder(self, batch: Any, num_examples: int, subject: str = "loss") -> Recorder:
         plan = self.plan
@@ -320,14 +317,16 @@ class Forward:
 
     def _judge_rows(self, batch: Any, num_examples: int, recorder: Recorder) -> bool:
         """Return whether rows that layers saw are known to be the examples', and mark losses of others."""
-        known = [text.split()[0] for text in self.plan.verified if text.endswith(_LEFT_OUT.format(""))]
+        known = [text.split()[0] for text in self.plan.verified if text.endswith(LEFT_OUT.format(""))]
         whole = WholeRows(batch, num_examples, recorder.positions(num_examples), map(int, known))
         uses = recorder.uses
+        if uses is not None and self._capture.is_lost(uses.place_of):
+            self.plan.verified.add(LOST)
         if uses is not None and self._capture.put_in_order(uses.place_of, num_examples):
             self.plan.verified.add(ROWS_VARY)
         in_order = self._capture.judge(whole, None if uses is None else uses.is_in_order)
         for rows in in_order:
-            self.plan.verified |= {_LEFT_OUT.format(number) for number in whole.left_out(rows)}
+            self.plan.verified |= {LEFT_OUT.format(number) for number in whole.left_out(rows)}
         return uses is not None or all(rows in whole for rows in recorder.flat_rows(num_examples))
 
     def _watch_rows(self, module: Any, batch: Any, num_examples: int) -> Captured:
@@ -406,14 +405,16 @@ class Forward:
         name = "`influence_loss`" if self._loss is None else "`loss=`"
         if name in self.plan.verified:
             return
-        recorder = self._make_recorder(batch, captured.num_examples)
+        count = captured.num_examples
+        # Of one example, uses would see penalties on weights as its own.
+        recorder = Recorder(self.plan.layers) if count == 1 else self._make_recorder(batch, count)
         try:
             with preserve_rng(), recorder:
                 step = run_step(module, batch)
-            theirs = recorder.backward(step, None, captured.num_examples)
+            theirs = recorder.backward(step, None, count)
         except Exception:  # the step may need a fit, whence the user's own loss
             return
-        ours = captured.recorder.backward(captured.total(), None, captured.num_examples)
+        ours = captured.recorder.backward(captured.total(), None, count)
         # A layer's are as many in both, but for tables that one of the two uses in another way.
         pairs = [pair for layer in ours if layer in theirs for pair in zip(ours[layer], theirs[layer])]  # noqa: B905
         shared = [(own.flatten(), other.flatten()) for own, other in pairs if own.shape == other.shape]
@@ -433,12 +434,12 @@ class Forward:
             return
         outputs = captured.per_example() if loss is None else loss.outputs
         left_out = 0 if len(outputs) == count else missing_positions(batch, count, len(outputs))
-        subject = f"order {left_out}"
+        subject = f"{ORDER}{left_out}"
         if subject not in self.plan.verified:
             follows = captured.recorder.uses is not None  # as a batch in another order may need
             verified = {ROWS_VARY} if follows else self.plan.verified & {ROWS_VARY}
             losses = partial(compute_losses, module, run=self._call, verified=verified)
-            check_order(captured.per_example(), batch, losses, outputs.dtype)
+            check_losses(captured, module, batch, losses)
             self.plan.verified.add(subject)
 
     def _call(self, module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:

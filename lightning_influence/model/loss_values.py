@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_influence.model.training_step import call_loss
 from lightning_influence.model.unnamed.alone import ONE_BY_ONE, Run, compute_alone, read_layout
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import LossCaptureError
+from lightning_influence.support.random_states import preserve_rng
 
 #: Says that batches are read by the values of their losses, not by the functions these are made of.
 OTHER_ROWS = "losses are read by their values"
@@ -23,7 +25,13 @@ ROWS_VARY = "rows of layers vary"
 
 
 def compute_losses(
-    module: Any, batch: Any, num_examples: int, run: Run | None = None, *, verified: Collection[str] = ()
+    module: Any,
+    batch: Any,
+    num_examples: int,
+    run: Run | None = None,
+    *,
+    verified: Collection[str] = (),
+    normalised: bool = False,
 ) -> Tensor:
     """Forward one batch for the losses of its examples alone, which are not differentiated.
 
@@ -33,9 +41,11 @@ def compute_losses(
         num_examples: ``B``.
         run: computes the loss; that of the module if None.
         verified: what passes on such batches have found.
+        normalised: whether to divide the losses by their weights.
 
     Returns:
-        Unnormalised losses, ``(B,)``. Where the loss has no name they are those of the examples alone.
+        Losses, ``(B,)``, unnormalised if not asked for otherwise. Where the loss has no name they are those
+        of the examples alone.
 
     Raises:
         NonFiniteError: if the batch's loss is NaN or infinite.
@@ -44,23 +54,56 @@ def compute_losses(
     layout = read_layout(verified)
     if OTHER_ROWS in verified or ONE_BY_ONE in verified:
         return compute_alone(run, module, batch, num_examples, layout)
+    read = partial(_read_losses, run, module, batch, num_examples, normalised=normalised)
+    try:
+        return read(is_followed=ROWS_VARY in verified)
+    except _PickedError:
+        pass
+    except LossCaptureError:
+        return compute_alone(run, module, batch, num_examples, layout)
+    try:  # rows that a mask picked may be as many of each example, as a pass before has found of them
+        with preserve_rng():
+            return read(is_followed=True)
+    except LossCaptureError:
+        return compute_alone(run, module, batch, num_examples, layout)
+
+
+class _PickedError(LossCaptureError):
+    """Losses are computed on picked rows, and nobody followed these to the examples."""
+
+
+def _read_losses(
+    run: Run, module: Any, batch: Any, num_examples: int, *, is_followed: bool, normalised: bool
+) -> Tensor:
+    """Return the losses by the functions that they are made of.
+
+    Raises:
+        _PickedError: if rows were picked, and nobody follows them.
+        LossCaptureError: if it is not known which are whose.
+    """
     capture = LossCapture()
 
     def pack(saved: Tensor) -> Tensor:
         # The graph need not hold activations, but what follows the losses, through which factors are found.
         return saved if capture.calls else saved.new_empty(0)
 
-    follow: Any = nullcontext()
-    if ROWS_VARY in verified:
-        follow = Watch({}, batch, num_examples, find_places(batch, num_examples))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), follow, capture:
+    follow: Any = Watch({}, batch, num_examples, find_places(batch, num_examples)) if is_followed else None
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved),
+        nullcontext() if follow is None else follow,
+        capture,
+    ):
         values, batch_loss = run(module, batch)
-    if isinstance(follow, Watch):
+    if follow is not None:
         capture.put_in_order(follow.place_of, num_examples)
+        capture.acquit(follow.place_of)
     if batch_loss is None:
         assert values is not None
         return values.detach()
     try:
-        return capture.resolve(batch_loss, num_examples).per_example().detach()
-    except LossCaptureError:
-        return compute_alone(run, module, batch, num_examples, layout)
+        loss = capture.resolve(batch_loss, num_examples)
+        return (loss.per_example() / (loss.weights() if normalised else 1)).detach()
+    except LossCaptureError as error:
+        if follow is None and any(call.picked for call in capture.calls):
+            raise _PickedError(str(error)) from error
+        raise

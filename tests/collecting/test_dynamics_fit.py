@@ -328,6 +328,53 @@ def test_what_is_not_seen_is_said_once_and_ends_nothing(name):
     assert torch.overrides._len_torch_function_stack() == 0
 
 
+class Arranged(Diary):
+    """Steps that rearrange some batches, after two that were in order: by their labels, or all but those."""
+
+    def __init__(self, how):
+        super().__init__(p=0.0)
+        self.how = how
+
+    def make_loss(self, outputs, y):
+        order = y.argsort(stable=True)
+        if self.how == "gathered":
+            outputs, y = outputs.gather(0, order[:, None].expand_as(outputs)), y.gather(0, order)
+        elif self.how == "stacked":
+            places = order.tolist()
+            outputs, y = torch.stack([outputs[n] for n in places]), torch.stack([y[n] for n in places])
+        elif self.how == "indexed":
+            outputs, y = outputs[order], y[order]
+        elif bool((y.diff() < 0).any()):
+            outputs, y = outputs.flip(0), y.flip(0)
+        return functional.cross_entropy(outputs, y)
+
+
+@pytest.mark.parametrize("how", ["gathered", "stacked", "indexed", "flipped"])
+def test_batches_that_are_rearranged_after_others_that_were_not_are_missed(how):
+    labels = [0, 0, 1, 2, 0, 1, 1, 2, 2, 1, 0, 0, 1, 2, 0, 1, 0, 0, 1, 2]
+    x = data(20).dataset.tensors[0]
+    batches = DataLoader(TensorDataset(x, torch.tensor(labels), torch.arange(20)), 4)
+    module = Arranged(how)
+    with pytest.warns(InfluenceWarning, match="Training dynamics lack 8 of 20 batches"):
+        found = training_dynamics(fit(module, InfluenceCallback(dynamics=True), data=batches), log=False)
+    seen = [n for n in range(20) if n // 4 not in {2, 3}]
+    assert found.train_indices.tolist() == seen
+    for row, index in enumerate(seen):
+        losses = [own[0] for epoch in module.epochs.values() for own in epoch[index]]
+        assert float(found.loss_mean[row]) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_values_that_left_torch_may_be_in_any_order():
+    class Numbers(Classifier):
+        def training_step(self, batch, batch_idx):
+            order = np.argsort(batch[1].numpy(), kind="stable")
+            x, y = (torch.from_numpy(part.numpy()[order]) for part in batch)
+            return functional.cross_entropy(self.net(x), y)
+
+    with pytest.warns(InfluenceWarning, match="rows in another order"):
+        fit(Numbers(), InfluenceCallback(dynamics=True), max_epochs=1)
+
+
 def test_batches_that_are_missed_are_counted():
     class Sometimes(Classifier):
         def training_step(self, batch, batch_idx):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import fuzz_judge
 import pytest
 from fuzz_judge import Tally, simplify
-from fuzz_recipes import is_wide, make_recipe, recipes
+from fuzz_recipes import make_recipe, recipes
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from lightning_influence import InfluenceError
@@ -20,7 +20,6 @@ def test_answers_are_right_or_refused_with_a_reason(shard, pytestconfig, count_c
     """The same cases in every run; a failure is shown by the simplest case of its kind."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     cases, tally = pytestconfig.getoption("--fuzz-cases") // SHARDS, Tally()
-    wide = pytestconfig.getoption("--fuzz-wide")
 
     @seed(shard)
     @settings(
@@ -30,7 +29,7 @@ def test_answers_are_right_or_refused_with_a_reason(shard, pytestconfig, count_c
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(recipes.filter(lambda recipe: wide or not is_wide(recipe)))
+    @given(recipes)
     def ask(recipe):
         tally.add(recipe)
 

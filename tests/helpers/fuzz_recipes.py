@@ -255,14 +255,6 @@ def _can_fit(recipe: Recipe) -> bool:
 
 
 recipes = st.integers(0, 2**40).map(make_recipe)
-# What the reference cannot always answer: torch has no second derivatives of sums over bags of words.
-# `--fuzz-wide` draws it, too.
-_WIDE_NETS = {"bag"}
-
-
-def is_wide(recipe: Recipe) -> bool:
-    """Whether a case is of a kind that is drawn on demand."""
-    return recipe.net in _WIDE_NETS
 
 
 class Module(LightningModule):

@@ -6,7 +6,7 @@ Only the names of the covered layers and the damping of each come from the answe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import oracle
@@ -28,10 +28,17 @@ class Reference:
         layers: names of the covered modules, or of single parameters.
         shares: whether weights of examples are shares of their batch, which is said of losses without a name.
         units: whether all examples, which weigh the same, weigh one, as where losses are read by value.
+        squares: whether squared gradients stand for the curvature of absolute errors, too, as where these are
+            read by value.
     """
 
     def __init__(
-        self, problem: Problem, layers: Mapping[str, int], shares: bool = False, units: bool = False
+        self,
+        problem: Problem,
+        layers: Mapping[str, int],
+        shares: bool = False,
+        units: bool = False,
+        squares: bool = False,
     ) -> None:
         self.problem, self.recipe, self.kind = problem, problem.recipe, problem.kind
         self.module = problem.module
@@ -50,8 +57,12 @@ class Reference:
         self.flat = [p for own in self.parameters.values() for p in own]
         self.train = problem.train_indices
         self.query = list(range(self.recipe.examples, self.recipe.examples + self.recipe.queries))
+        for module in self.module.modules():
+            if isinstance(module, nn.EmbeddingBag):  # of which torch has first derivatives only
+                module.forward = partial(_sum_bag, module)
         self.values = self.recipe.via in {"hook", "argument"}
         self.shares, self.units = shares, units
+        self.squares = self.recipe.loss == "pinball" or (squares and self.recipe.loss == "l1")
 
     # ------------------------------------------------------------------ one example
 
@@ -95,11 +106,11 @@ class Reference:
     def bend(self, n: int) -> Tensor:
         """Curvature of one example's loss in its outputs, unnormalised."""
         z = self.outputs(n).detach()
-        if self.kind.bend is not None:
+        if self.kind.bend is not None and not self.squares:
             _, t, _ = self.problem.parts(n)
             return self.recipe.factor * self.kind.bend(self.problem.settings, z, t)
         H = torch.autograd.functional.hessian(lambda flat: self.loss(n, flat)[0], z)
-        if self.recipe.loss == "pinball":  # no curvature of its own
+        if self.squares:  # no curvature of its own
             z = z.requires_grad_()
             g = torch.autograd.grad(self.loss(n, z)[0], z)[0]
             return g[:, None] * g
@@ -271,7 +282,8 @@ class Reference:
     def _seeds(self, n: int, z: Tensor, factor: float, wbar: float) -> Tensor:
         """Gradients at the outputs whose squares sum to the curvature there, one a row."""
         if self.recipe.options.get("fisher") == "empirical":
-            return torch.autograd.grad(self.loss(n, z)[0], z, retain_graph=True)[0][None] * (wbar**-0.5)
+            seed = torch.autograd.grad(self.loss(n, z)[0], z, retain_graph=True)[0][None]
+            return factor * wbar**-0.5 * seed
         values, vectors = torch.linalg.eigh(factor * self.bend(n) / wbar)
         return (vectors * values.clamp_min(0).sqrt()).T
 
@@ -319,6 +331,12 @@ class Reference:
         """Outputs of one example; what the layer returned is kept from operations in place."""
         with layer.register_forward_hook(lambda _, args, out: out.clone()):
             return self.outputs(n)
+
+
+def _sum_bag(bag: nn.EmbeddingBag, words: Tensor) -> Tensor:
+    """Embed each bag of words as a sum, or mean, of rows of the table."""
+    rows = bag.weight[words]
+    return rows.sum(1) if bag.mode == "sum" else rows.mean(1)
 
 
 def _basis(matrix: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ def halves(x):
     return x.split((len(x) + 1) // 2)
 
 
+def all_but_one(x):
+    """One of the calls is on a single example, beside those on several."""
+    return x[:1], x[1:3], x[3:]
+
+
 def squared_sum(z, t):
     return (z - t).square().sum()
 
@@ -81,7 +86,7 @@ def test_gradients_and_curvature_of_calls_on_parts(split, loss, penalty):
         torch.testing.assert_close(rows.T @ rows, flat.T @ H @ flat)
 
 
-@pytest.mark.parametrize("split", [one_by_one, halves])
+@pytest.mark.parametrize("split", [one_by_one, halves, all_but_one])
 def test_inputs_of_calls_on_parts_have_the_positions_of_one(split):
     """Factors are means over the positions, of which no example has more than in one call."""
     torch.manual_seed(0)
@@ -254,10 +259,11 @@ def test_the_order_of_queries_is_seen_where_training_batches_hold_one_example():
     torch.testing.assert_close(captured.per_example(), values)
 
 
-def test_rows_that_only_fill_up_are_no_inputs_of_examples_in_other_calls():
+@pytest.mark.parametrize("split", [one_by_one, halves, all_but_one])
+def test_rows_that_only_fill_up_are_no_inputs_of_examples_in_other_calls(split):
     """Of convolutions, whose inputs of absent examples are filled up with those of others."""
     torch.manual_seed(0)
-    module = mute(Step(halves, F.mse_loss)).double()
+    module = mute(Step(split, F.mse_loss)).double()
     module.first = nn.Sequential(nn.Conv1d(1, 4, 2), nn.AdaptiveAvgPool1d(1), nn.Flatten()).double()
     module.net = lambda x: module.last(torch.tanh(module.first(x[:, None])))
     x, t = make_batch()

@@ -450,6 +450,34 @@ def test_penalties_are_no_part_of_the_examples_losses():
     assert "own.v" in found
 
 
+@pytest.mark.parametrize("count", [1, 2, B])
+@pytest.mark.parametrize("named", [False, True])
+def test_penalties_on_weights_that_the_step_uses_as_well_are_left_out_or_refused(count, named):
+    """The same weight in its layer, in a function behind it, and in a penalty."""
+
+    class Behind(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.body, self.factor = nn.Linear(4, 4), factor
+
+        def training_step(self, batch, batch_idx):
+            z = F.linear(torch.tanh(self.body(batch[0])), self.body.weight)
+            values = F.mse_loss(z, batch[0]) if named else (z - batch[0]).cosh().log().mean()
+            return values + self.factor * self.body.weight.square().sum()
+
+    def differentiate(factor):
+        torch.manual_seed(0)
+        module = mute(Behind(factor)).double()
+        return Forward(find_layers(module))(module, part(batch(), slice(0, count)), count).loss_gradients()
+
+    plain = differentiate(0.0)["body"].dense()
+    if named:
+        torch.testing.assert_close(differentiate(0.1)["body"].dense(), plain, **CLOSE)
+    else:
+        with pytest.raises(UnsupportedModelError, match=r"'weight of body'.*penalty.*weight_decay"):
+            differentiate(0.1)
+
+
 def test_a_term_that_comes_with_other_batches_is_refused():
     """What is added to each batch alike is that in all of them."""
 

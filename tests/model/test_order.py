@@ -1,5 +1,7 @@
 """Losses whose rows are in another order than the examples: read by the outputs of modules, or refused."""
 
+import warnings
+
 import pytest
 import torch
 from drive import mute
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from lightning_influence.model.batches.rearranging import UnknownPartError, missing_positions, rearranged
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.plan import find_layers
+from lightning_influence.model.loss_values import compute_losses
 from lightning_influence.support.errors import InfluenceWarning, ReadOtherwiseError, UnsupportedModelError
 
 B, T = 4, 8
@@ -114,6 +117,24 @@ def test_gradients_are_those_of_the_examples_whatever_the_order_of_rows(step, le
     for n in range(B):
         own = F.cross_entropy(module(batch[0][n]), y[n], reduction="sum") * B / mask.sum()
         torch.testing.assert_close(found[n], torch.autograd.grad(own, module.first.weight)[0])
+
+
+@pytest.mark.parametrize("rearrange", [lambda part: part, lambda part: part.flip(0)])
+def test_picked_rows_that_are_as_many_of_each_example_repeat(rearrange):
+    """Losses without their gradients are read as those with them are, so that both can be compared."""
+
+    def step(module, x, y, mask):
+        x, y, mask = map(rearrange, (x, y, mask))
+        return F.cross_entropy(module(x)[mask], y[mask])
+
+    x, y, mask = sequences(3, 3, 3, 3)
+    batch = torch.cat([x, x[:, :1]], 1), torch.cat([y, y[:, :1]], 1), F.pad(mask, (0, 1))
+    module = mute(Module(step))
+    plan = find_layers(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InfluenceWarning)  # that the losses differ from call to call
+        values = Forward(plan)(module, batch, B).per_example().detach()
+    torch.testing.assert_close(compute_losses(module, batch, B, verified=plan.verified), values)
 
 
 def test_later_batches_are_read_the_same_way():

@@ -27,6 +27,7 @@ from lightning_influence.model.losses.combined import ScaledLoss, SumLoss
 from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
 from lightning_influence.model.losses.loss import OutputLoss, Reduction, working
 from lightning_influence.model.losses.reductions import tolerance
+from lightning_influence.support.batches import find_tensors
 from lightning_influence.support.errors import LossCaptureError
 
 # Chosen by hand: steps of one fit put rows into another order always or never.
@@ -104,6 +105,11 @@ class LossWatch:
         self.excess: Tensor | None = None
         self._plain: dict[Hashable, Reduction] = {}
         self._followed = 0
+        self._batch: Any = None  # of the step that is being watched
+        # Whether targets are the batch's own tensors, which a step that rearranges examples makes anew; and
+        # whether a step did so after others had not.
+        self._is_own: bool | None = None
+        self._is_wary = False
         # The node that the calls of steps are read off, with what is known of them; while it is known, steps
         # run without the mode.
         self._node: tuple[LossNode, Hashable, Reduction] | None = None
@@ -118,12 +124,13 @@ class LossWatch:
                 must have them in their order; None to trust that they do.
             num_examples: ``B``.
         """
-        self.is_open = True
+        self.is_open, self._batch = True, batch
         if self._node is not None:
             return
         self._mode.hooks, self._is_entered = False, True
         self._mode.__enter__()
-        if self._followed < _FOLLOWED and num_examples > 1 and batch is not None:
+        is_new = self._followed < _FOLLOWED or self._is_wary
+        if is_new and num_examples > 1 and batch is not None:
             self._mode.follow(batch, num_examples)
 
     def close(self) -> None:
@@ -155,11 +162,13 @@ class LossWatch:
                 raise LossCaptureError("The training step registers a hook on a tensor.")
             if not self._mode.are_in_order():
                 raise LossCaptureError(_OTHER_ORDER)
-            self._followed += self._mode.watch is not None
+            # Rows that were picked may be in order by chance: such steps are followed for ever.
+            self._followed += self._mode.watch is not None and not self._mode.watch.picks
             with torch._C.DisableTorchFunction():
                 return self._take_call(batch_loss, num_examples, divisor)
         finally:
             self._mode.clear()
+            self._batch = None
 
     @torch.no_grad()
     def read_held(self, steps: Sequence[HeldStep]) -> ExampleLosses:
@@ -214,11 +223,14 @@ class LossWatch:
         if call is None:
             self.distrust()
             raise LossCaptureError(_OTHER_STEP)
+        self._check_targets(call)
         return self._hold_or_read(key, call, None, num_examples, reduction)
 
     def _take_call(self, batch_loss: Tensor, num_examples: int, divisor: float) -> ExampleLosses | HeldStep:
         """Read a step by the calls that were seen."""
         calls = self._mode.calls
+        for call in calls[:1]:
+            self._check_targets(call)
         key = _key_of(calls[0]) if len(calls) == 1 else None
         if key is None or key not in self._plain:
             loss = self._resolve(key, batch_loss, num_examples, divisor)
@@ -233,6 +245,21 @@ class LossWatch:
         if off_node is not None:
             return self._hold_or_read(key, off_node, None, num_examples, reduction)
         return self._hold_or_read(key, call, batch_loss.detach() * divisor, num_examples, reduction)
+
+    def _check_targets(self, call: LossCall) -> None:
+        """Refuse a step whose targets are made anew where they were the batch's own before.
+
+        Raises:
+            LossCaptureError: if they are; the next steps are followed from their examples on.
+        """
+        own = {part.untyped_storage().data_ptr() for part in find_tensors(self._batch)}
+        is_own = any(part.untyped_storage().data_ptr() in own for part in call.tensors[1:])
+        if self._is_own is None:
+            self._is_own = is_own
+        elif self._is_own and not (is_own or self._is_wary):
+            self._is_wary = True
+            self.distrust()
+            raise LossCaptureError(_OTHER_STEP)
 
     def _hold_or_read(
         self, key: Hashable, call: LossCall, loss: Tensor | None, num_examples: int, reduction: Reduction

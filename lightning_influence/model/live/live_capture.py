@@ -21,6 +21,7 @@ from lightning_influence.model.layers.recorder import Recorder
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.picked import PICKERS
+from lightning_influence.model.losses.way import Way
 from lightning_influence.model.uses.calls import Call
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import UnsupportedModelError
@@ -71,14 +72,22 @@ class StepLosses(LossCapture):
 
     def follow(self, batch: Any, num_examples: int) -> None:
         """Follow the examples of the next step."""
-        self.watch = _LiveWatch({}, batch, num_examples, find_places(batch, num_examples))
+        self.watch, self.way = _LiveWatch({}, batch, num_examples, find_places(batch, num_examples)), Way()
 
     def are_in_order(self) -> bool:
-        """Return whether the rows of all losses are the examples in their order, as far as was followed."""
+        """Return whether the rows of all losses are the examples in their order, as far as was followed.
+
+        Where nobody could follow outputs, their targets tell; where neither was followed because values have
+        left torch, they may be in any order.
+        """
         if self.watch is None:
             return True
-        places = (self.watch.place_of(call.outputs) for call in self.calls)
-        return all(place is None or place.is_plain() for place in places)
+        for call in self.calls:
+            places = [self.watch.place_of(part) for part in (call.outputs, *call.tensors)]
+            place = next((place for place in places if place is not None), None)
+            if not (place.is_plain() if place is not None else not self.way.leaves_torch):
+                return False
+        return True
 
     def clear(self) -> None:
         """Forget the recorded calls, their graph, and where examples were."""
@@ -123,6 +132,7 @@ class StepLosses(LossCapture):
         if StepLosses.paused or not (is_loss or func in PICKERS or self.watch is not None):
             return func(*args, **(kwargs or {}))
         if self.watch is not None and not (is_loss or torch.compiler.is_compiling()):
+            self.way.note(func)
             result = self.watch.__torch_function__(func, types, tuple(args), kwargs)
             if func in PICKERS:
                 self.note_picked(func, args, result)

@@ -27,6 +27,7 @@ from lightning_influence.model.losses.registry import (
     loss_name,
     supported_losses,
 )
+from lightning_influence.model.losses.way import Way
 from lightning_influence.model.uses.places import Place
 from lightning_influence.support.errors import LossCaptureError, NonFiniteError
 from lightning_influence.support.waiting import expect
@@ -73,6 +74,7 @@ class LossCapture(TorchFunctionMode):
 
     Attributes:
         calls: what was recorded.
+        way: which functions were called.
         allows_weights: whether parameters that the loss alone uses may weigh its terms: the gradients of
             outputs are right then, and those of such parameters are not seen.
     """
@@ -85,6 +87,7 @@ class LossCapture(TorchFunctionMode):
         self._losses = find_losses()
         self._picked: set[int] = set()
         self._alike = Alike()
+        self.way = Way()
 
     def __enter__(self) -> Self:
         """Start recording, with an empty list of calls.
@@ -93,6 +96,7 @@ class LossCapture(TorchFunctionMode):
             The capture itself.
         """
         self.clear()
+        self.way = Way()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -111,6 +115,7 @@ class LossCapture(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # the compiler must not trace what follows
             return func(*args, **kwargs)
+        self.way.note(func)
         if func is functional.l1_loss and "weight" not in kwargs:
             kwargs = {**kwargs, **_lost_weight()}
         result = func(*args, **kwargs)
@@ -175,6 +180,26 @@ class LossCapture(TorchFunctionMode):
             acquitted |= {len(outputs)} if other and in_order else set()
             self.calls[number] = replace(call, picked=is_odd and not in_order)
         return acquitted
+
+    def is_lost(self, place_of: Callable[[Tensor], Place | None]) -> bool:
+        """Return whether values have left torch, and nobody can follow rows of losses or their targets.
+
+        Args:
+            place_of: tells where the examples stand in a tensor.
+        """
+        known = any(place_of(part) is not None for call in self.calls for part in call.tensors)
+        return self.way.leaves_torch and not known
+
+    def acquit(self, place_of: Callable[[Tensor], Place | None]) -> None:
+        """Trust calls on picked rows that are known to be the examples', as many of each.
+
+        Args:
+            place_of: tells where the examples stand in a tensor.
+        """
+        for number, call in enumerate(self.calls):
+            place = place_of(call.outputs) if call.picked else None
+            if call.order is not None or (place is not None and place.is_plain()):
+                self.calls[number] = replace(call, picked=False)
 
     def clear(self) -> None:
         """Forget the recorded calls and their graph."""

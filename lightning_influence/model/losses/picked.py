@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_influence.model.losses.way import Way
 from lightning_influence.support.batches import find_tensors
 
 _SELECT = (torch.masked_select, torch.Tensor.masked_select)
@@ -40,11 +41,17 @@ def count_picked(function: Callable[..., Any], args: Sequence[Any], result: Any)
 
 
 class PickedRows(TorchFunctionMode):
-    """Context manager that notes the numbers of rows that masks leave, in :attr:`counts`."""
+    """Context manager that notes the numbers of rows that masks leave.
+
+    Attributes:
+        counts: these numbers.
+        way: which functions were called.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: set[int] = set()
+        self.way = Way()
 
     def __torch_function__(
         self,
@@ -59,6 +66,8 @@ class PickedRows(TorchFunctionMode):
             What the function returns.
         """
         result = func(*args, **(kwargs or {}))
+        if not torch.compiler.is_compiling():
+            self.way.note(func)
         if func in PICKERS and not torch.compiler.is_compiling():
             count = count_picked(func, args, result)
             self.counts |= set() if count is None else {count}

@@ -80,7 +80,9 @@ class Cut:
         places = [watch.place_of(tap.seen[key]) for key in self.keys]
         # Rows of which not all are followed are taken as they are, and checked as others are.
         plain = all(place and place.is_plain() for place in places)
-        self.follows = None not in places and not (plain and not picked.counts)
+        self.follows = None not in places and not (plain and not picked.counts and not watch.picks)
+        #: Whether values have left torch, so that rows may have come back in any order.
+        self.is_lost = None in places and picked.way.leaves_torch
         self.gives_values = values is not None
         self.is_chained = self.gives_values or len(self.keys) > 1
         if self.is_chained and not self.gives_values:

@@ -47,6 +47,12 @@ _INSIDE = (
     "The loss uses {name!r} beside the outputs of modules, which depend on it as well, and its gradients for "
     "single examples cannot be had. Leave it out with layers=['!{layer}']."
 )
+_PENALISED = (
+    "The loss uses {name!r} beside the outputs of modules, which depend on it as well, and adds what is the "
+    "same for all data, as a penalty on it: of that it is not known whether it belongs to the examples' "
+    "losses. Leave penalties to the optimizer (`weight_decay=`), define `influence_loss(batch) -> (B,)` on "
+    "the module, or leave the layer out with layers=['!{layer}']."
+)
 
 
 @dataclass(frozen=True)
@@ -285,6 +291,8 @@ class LossParameters:
         if cut.values is not None:
             return _differentiate_values(cut.values, own)
         if loss.num_examples == 1:  # its gradient is that of the example
+            if cut.watch is not None:
+                self._check_penalties(loss, self._pull(cut, self.names, beside_numbers=True), parameters)
             return {
                 name: grad[None] * loss.factor
                 for name, grad in _fill(find_direct(cut.value, own), own).items()
@@ -297,6 +305,7 @@ class LossParameters:
             found |= self._run_alone(alone(), direct, by_alone)
         for name in self.names:
             self._compare_constant(name, found.get(name), parameters[name])
+        self._check_penalties(loss, found, parameters)
         count = loss.num_examples
         return {name: (rows.own + rows.constant / count) * loss.factor for name, rows in found.items()}
 
@@ -312,18 +321,55 @@ class LossParameters:
             if known is None or constant is None or not torch.equal(known, value):
                 self._constants[name] = value.clone(), rows.constant
                 return
-            if rows.has_constant(constant, 1e-6 if value.dtype == torch.float64 else 1e-2):
+            if rows.has_constant(constant, _limit(value)):
                 return
         raise UnsupportedModelError(_CHANGED.format(name=name, layer=layer_of(name)))
 
-    def _pull(self, cut: CutLoss, names: Sequence[str]) -> dict[str, _Rows]:
-        """Return gradients from operations that use the parameters; what these do not tell is constant."""
+    def _check_penalties(
+        self, loss: BatchLoss, rows: Mapping[str, _Rows], parameters: Mapping[str, Tensor]
+    ) -> None:
+        """Refuse parameters of the network of which the loss says something of its own for all data.
+
+        Of those that the loss alone uses, as the logarithm of a variance, it is part of the examples' losses.
+
+        Raises:
+            UnsupportedModelError: if there is one.
+        """
+        odd = [
+            name
+            for name, found in rows.items()
+            if not found.has_constant(torch.zeros_like(found.constant), _limit(found.constant))
+        ]
+        if not odd or not loss.outputs.requires_grad:
+            return
+        probe = torch.randn(loss.outputs.shape, generator=torch.Generator().manual_seed(0))
+        leaves = [parameters[name] for name in odd]
+        grads = torch.autograd.grad(
+            loss.outputs, leaves, probe.to(loss.outputs), retain_graph=True, allow_unused=True
+        )
+        for name, grad in zip(odd, grads, strict=True):
+            if grad is not None and bool(grad.to_dense().any()):
+                raise UnsupportedModelError(_PENALISED.format(name=name, layer=layer_of(name)))
+
+    def _pull(self, cut: CutLoss, names: Sequence[str], *, beside_numbers: bool = False) -> dict[str, _Rows]:
+        """Return gradients from operations that use the parameters; what these do not tell is constant.
+
+        Args:
+            cut: the loss, which follows the parameters.
+            names: of these.
+            beside_numbers: whether what is added to a single number is constant: in a batch of one it belongs
+                to the example as well.
+        """
         if cut.watch is None or not names:
             return {}
         parameters = {name: cut.watch.parameters[name] for name in names}
         whole = _fill(find_direct(cut.value, parameters), parameters)
         uses = [
-            use for use in cut.watch.uses if None not in use.outputs and names_of(cut.watch, use) & set(names)
+            use
+            for use in cut.watch.uses
+            if None not in use.outputs
+            and names_of(cut.watch, use) & set(names)
+            and (any(map(len, use.shapes)) or not beside_numbers)
         ]
         edges = edges_of(uses)
         grads = torch.autograd.grad(cut.value, edges, retain_graph=True, allow_unused=True) if edges else ()
@@ -397,8 +443,12 @@ def _fill(grads: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict
 
 def _is_inside(whole: Tensor | None, direct: Tensor) -> bool:
     """Return whether a gradient through the outputs and beside them is not that beside them alone."""
-    limit = 1e-6 if direct.dtype == torch.float64 else 1e-2
-    return whole is not None and bool((whole - direct).norm() > limit * direct.norm())
+    return whole is not None and bool((whole - direct).norm() > _limit(direct) * direct.norm())
+
+
+def _limit(values: Tensor) -> float:
+    """Return up to which relative error gradients of parameters are the same."""
+    return 1e-6 if values.dtype == torch.float64 else 1e-2
 
 
 def _bound(rows: Tensor) -> float:

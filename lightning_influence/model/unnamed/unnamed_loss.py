@@ -21,6 +21,7 @@ from lightning_influence.model.losses.batch import BatchLoss, BatchLossTraits
 from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.model.losses.picked import PickedRows
 from lightning_influence.model.losses.shared import JointLoss
+from lightning_influence.model.losses.way import Way
 from lightning_influence.model.unnamed.additivity import (
     COUPLED,
     check_cross_derivatives,
@@ -85,6 +86,8 @@ class UnnamedLoss:
         self._found: Cut | None = None
         self._knows_one = False  # whether a batch of one was looked at
         self._varies = False  # whether batches take ways of their own through the model
+        #: Which functions the last batch has called.
+        self.way = Way()
         self._has_looked = False  # for uses of weights beside outputs, where the values are given
 
     def read(
@@ -120,7 +123,7 @@ class UnnamedLoss:
     def _read(
         self, cut: Cut, module: Any, batch: Any, num_examples: int, recorder: Recorder
     ) -> tuple[BatchLoss | JointLoss, Recorder]:
-        if not self._is_known():
+        if not self._is_known() or cut.is_lost:
             self._check(cut, module, batch, num_examples)
         names, picked, uses = self.own.names, PickedRows(), recorder.uses
         assert uses is not None or not names
@@ -135,9 +138,12 @@ class UnnamedLoss:
                 values, _ = self._run(module, batch)
             else:
                 values, value = cut.compute(module, batch)
+        self.way = picked.way
         if not cut.is_chained:
             found = cut.describe(tap, num_examples, value, values, watch, shares)
         cut.check_calls(tap)
+        if not self._varies and picked.way.is_new(self._verified, module):
+            self._check(cut, module, batch, num_examples)
         outputs = list(tap.outputs.values())
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}
         if not cut.follows and rows & picked.counts:
@@ -277,6 +283,11 @@ class UnnamedLoss:
             ratios.append(ratio * len(part) / count)
             if not math.isnan(ratio):
                 self._parts.append(PartGradients(part, ratio, found[1]))
+        if int(rows.any(dim=1).sum()) == 1:  # its loss alone is both the sum and the mean of those that count
+            twice = 2 * [int(rows.any(dim=1).int().argmax())]
+            own, _ = self._run_part(cut, module, batch, twice, loss, layout)
+            ratio = find_ratio(own, rows[twice], limit)
+            return None if ratio is None else ratio < 0.75
         return tell_mean(ratios, [len(part) / count for part in parts], limit, self._traits)
 
     def _run_alone(self, cut: Cut, module: Any, batch: Any, loss: BatchLoss) -> list[PartGradients]:

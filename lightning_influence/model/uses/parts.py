@@ -266,10 +266,18 @@ def lay_over(
         parts: with the example that each belongs to, or None if with all; others than products are kept.
         owners: the examples of each part; parts are kept where these are not told.
     """
-    products = [part for part, example in parts if example is None and isinstance(part, Product)]
-    if len(products) < 2 or not len(products) == len(parts) == len(owners):
+    shared = [part for part, example in parts if example is None and isinstance(part, Product)]
+    if not shared or not 2 <= len(parts) == len(owners):
         return list(parts)
-    count = products[0].inputs.shape[1]
+    count = shared[0].inputs.shape[1]
+    # A part of the batch may be one example, beside others of several.
+    products = [
+        part if example is None else join_examples([(part, example)], count)
+        for part, example in parts
+        if isinstance(part, Product)
+    ]
+    if len(products) < len(parts):
+        return list(parts)
     present = [
         torch.tensor([n in some for n in range(count)]).to(products[0].inputs.device)[:, None, None]
         for some in owners

@@ -46,6 +46,9 @@ _QUESTIONS = {
 _FOLLOWED: dict[Any, Followed] = {}
 _MOST_FOLLOWED = 20_000
 _ROW_PICKS = {"__getitem__", "index_select", "masked_select", "take"}
+# By the position of their dimension.
+_GATHERS = {"gather": 1, "take_along_dim": 2}
+_JOINS = {"stack", "cat", "concat", "concatenate", "vstack"}
 # How deeply tensors of a batch may be nested.
 _MOST_DEPTH = 6
 #: Composite functions of Python that hide their operations: they are watched inside.
@@ -356,7 +359,19 @@ class Watch(TorchFunctionMode):
 
 
 def _picks_rows(seen: _Seen, followed: Followed) -> bool:
-    """Return whether a call picks rows, and not one entry of each row, as a label's."""
+    """Return whether a call picks rows, and not one entry of each row, as a label's.
+
+    Rows may be picked in Python as well, and joined again.
+    """
+    if seen.call.name in _JOINS:
+        return any(place.owners is not None for place in seen.places.values())
+    if seen.call.name in _GATHERS:
+        place, (_, dim) = seen.places.get((0, 0)), seen.call.get(_GATHERS[seen.call.name], "dim")
+        return (
+            place is not None
+            and place.dim is not None
+            and dim in {place.dim, place.dim - len(seen.before[0, 0])}
+        )
     if seen.call.name not in _ROW_PICKS or not is_data_dependent(seen.call):
         return False
     same = followed.outputs == [seen.places.get((0, 0))]

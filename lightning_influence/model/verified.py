@@ -1,0 +1,26 @@
+"""What passes note about a loss once they have found it out, in :attr:`.LayerPlan.verified`."""
+
+from __future__ import annotations
+
+#: A layer is a module whose weights the loss, or a measurement, uses by calling it on the examples in their
+#: order: its uses need not be watched.
+CALLED = "{} is called for the {}"
+#: A loss leaves out so many positions of each example, as one with shifted targets does.
+LEFT_OUT = "{} positions are left out"
+#: Rows of losses cannot be followed because values have left torch.
+LOST = "rows of losses are lost"
+#: Losses are in the order of the examples; what was left out follows.
+ORDER = "order "
+#: Functions that losses are made of give examples other weights than one.
+WEIGHED = "examples have weights"
+#: Why a question has to be asked anew where batches with such weights are followed by others.
+OTHER_WEIGHTS = (
+    "The losses of some batches are made of functions that are known by name, and those of others of rows "
+    "that a mask or an index picked, whose weights are not known. Define `influence_loss(batch) -> (B,)` on "
+    "the module, or mask losses without dropping rows (`ignore_index`)."
+)
+
+
+def forget_measurement(verified: set[str]) -> None:
+    """Forget what passes have found of a measurement, as there may be another one."""
+    verified -= {text for text in verified if text.endswith("measurement")}

@@ -1,0 +1,194 @@
+"""Steps that do with later batches what they did not do with the first, and losses of chosen examples."""
+
+import numpy as np
+import pytest
+import torch
+from drive import mute
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_influence.model.forward import Forward
+from lightning_influence.model.layers.plan import find_layers
+from lightning_influence.support.errors import UnsupportedModelError
+
+IN_ORDER, OUT_OF_ORDER, OTHERS = [0, 0, 1, 2], [2, 0, 1, 0], [1, 2, 0, 1]
+
+
+class Module(nn.Module):
+    def __init__(self, step):
+        super().__init__()
+        self.first, self.last, self.step = nn.Linear(3, 4), nn.Linear(4, 3), step
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+    def training_step(self, batch, batch_idx):
+        return self.step(self, *batch)
+
+
+def make_batch(labels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(labels), 3, generator=generator).double(), torch.tensor(labels)
+
+
+def read(step, *batches):
+    """Gradients of the examples' losses in the last batch, and the module."""
+    torch.manual_seed(0)
+    module = mute(Module(step)).double()
+    forward = Forward(find_layers(module))
+    for batch in batches:
+        captured = forward(module, batch, len(batch[0]))
+    scale = captured.loss.scale * captured.num_examples / captured.weights.sum()
+    return scale * captured.loss_gradients()["first"].dense()[0, :, 0, :, :-1], module
+
+
+def named(z, y):
+    return F.cross_entropy(z, y)
+
+
+def by_hand(z, y):
+    return (z - F.one_hot(y, 3)).cosh().log().mean()
+
+
+def sorted_by_label(y):
+    return sorted(range(len(y)), key=lambda n: int(y[n]))
+
+
+def stacked(x, y):
+    order = sorted_by_label(y)
+    return torch.stack([x[n] for n in order]), torch.stack([y[n] for n in order])
+
+
+def joined(x, y):
+    order = sorted_by_label(y)
+    return torch.cat([x[n : n + 1] for n in order]), y[order]
+
+
+def gathered(x, y):
+    order = y.argsort(stable=True)
+    return x.gather(0, order[:, None].expand(-1, 3)), y.gather(0, order)
+
+
+def taken_along(x, y):
+    order = y.argsort(stable=True)
+    return x.take_along_dim(order[:, None].expand(-1, 3), dim=-2), y[order]
+
+
+def through_numpy(x, y):
+    order = np.argsort(y.numpy(), kind="stable")
+    return torch.from_numpy(x.numpy()[order]), torch.from_numpy(y.numpy()[order])
+
+
+@pytest.mark.parametrize("arrange", [stacked, joined, gathered, taken_along])
+@pytest.mark.parametrize("loss", [named, by_hand])
+def test_rows_that_were_in_order_by_chance_are_followed_in_later_batches(arrange, loss):
+    def step(module, x, y):
+        x, y = arrange(x, y)
+        return loss(module(x), y)
+
+    x, y = make_batch(OUT_OF_ORDER, 1)
+    found, module = read(step, make_batch(IN_ORDER), (x, y))
+    for n in range(len(x)):
+        value = loss(module(x[n : n + 1]), y[n : n + 1])
+        torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
+
+
+@pytest.mark.parametrize("loss", [named, by_hand])
+def test_rows_that_nobody_can_follow_are_checked_in_every_batch(loss):
+    def step(module, x, y):
+        x, y = through_numpy(x, y)
+        return loss(module(x), y)
+
+    read(step, make_batch(IN_ORDER), make_batch(IN_ORDER, 1))
+    with pytest.raises(UnsupportedModelError, match="influence_loss"):
+        read(step, make_batch(IN_ORDER), make_batch(OUT_OF_ORDER, 1))
+
+
+WAYS = {
+    "flipped": lambda module, x, y: named(module(x.flip(0)), y),
+    "centred": lambda module, x, y: named(module(x - x.mean(0)), y),
+    "mixed": lambda module, x, y: named(module(0.7 * x + 0.3 * x.roll(1, 0)), y),
+    "normalised": lambda module, x, y: by_hand(F.layer_norm(module(x).T, (len(x),)).T, y),
+    "shortened": lambda module, x, y: named(module(x[1:]), y[1:]),
+    "hardest": lambda module, x, y: F.cross_entropy(module(x), y, reduction="none").topk(2).values.mean(),
+}
+
+
+@pytest.mark.parametrize("other", WAYS)
+def test_what_is_done_with_other_batches_only_is_refused(other):
+    """The first batch shows nothing of it."""
+
+    def step(module, x, y):
+        plain = by_hand if other == "normalised" else named
+        return plain(module(x), y) if y.sum() < 4 else WAYS[other](module, x, y)
+
+    read(step, make_batch(IN_ORDER), make_batch(IN_ORDER, 1))
+    with pytest.raises(UnsupportedModelError):
+        read(step, make_batch(IN_ORDER), make_batch(OTHERS, 1))
+
+
+def test_other_ways_that_are_sound_are_accepted():
+    """What is done to examples of one kind, where there are any."""
+
+    def step(module, x, y):
+        outputs = module(x)
+        if bool((y == 2).any()):
+            outputs = torch.where((y == 2)[:, None], outputs.square(), outputs)
+        return named(outputs, y)
+
+    x, y = make_batch(OUT_OF_ORDER, 1)
+    found, module = read(step, make_batch([0, 1, 1, 0]), (x, y))
+    for n in range(len(x)):
+        value = step(module, x[n : n + 1], y[n : n + 1])
+        torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
+
+
+COUPLED = {
+    "inputs less their mean": lambda x: x - x.mean(0),
+    "inputs over their spread": lambda x: x / x.std(0),
+    "inputs over the largest": lambda x: x / x.abs().max(),
+    "inputs with a mean": lambda x: torch.cat([x[:, :2], x.mean().expand(len(x), 1)], 1),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("count", [3, 4])
+def test_inputs_that_depend_on_the_batch_are_refused(name, count):
+    """Gradients in the weights do not show it."""
+
+    def step(module, x, y):
+        return F.cross_entropy(module(COUPLED[name](x)), y, torch.tensor([0.5, 1.0, 2.0]).double())
+
+    with pytest.raises(UnsupportedModelError, match="influence_loss"):
+        read(step, make_batch(OUT_OF_ORDER[:count]))
+
+
+CHOICES = {
+    "largest": lambda losses: losses.topk(2).values.mean(),
+    "sorted": lambda losses: losses.sort().values[:2].sum(),
+    "one": lambda losses: losses.max(),
+    "above the median": lambda losses: losses[losses > losses.median()].mean(),
+    "above the mean": lambda losses: (losses * (losses >= losses.mean())).sum(),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_examples_that_count_by_what_the_others_are_are_refused(choice):
+    def step(module, x, y):
+        return CHOICES[choice](F.cross_entropy(module(x), y, reduction="none"))
+
+    with pytest.raises(UnsupportedModelError, match="influence_loss"):
+        read(step, make_batch(OUT_OF_ORDER))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "by hand", "of all"])
+def test_examples_that_never_count_are_accepted(reduce):
+    def step(module, x, y):
+        mask, y = y > 0, y.masked_fill(y == 0, -100)
+        if reduce == "mean":
+            return named(module(x), y)
+        losses = F.cross_entropy(module(x), y, reduction="none")
+        return (losses * mask).sum() / (mask.sum() if reduce == "by hand" else len(x))
+
+    found, _ = read(step, make_batch(OUT_OF_ORDER))
+    assert [bool(own.any()) for own in found] == [True, False, True, False]
