@@ -13,16 +13,11 @@ from torch import Tensor
 
 from lightning_influence.model.batches.rearranging import missing_positions
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.checks import (
-    OTHER_ORDER,
-    check_direction,
-    check_independent,
-    check_loss,
-    check_losses,
-)
+from lightning_influence.model.checks import check_direction, check_independent, check_loss
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.layers.recorder import Recorder
+from lightning_influence.model.loss_checks import OTHER_ORDER, check_losses
 from lightning_influence.model.loss_values import OTHER_ROWS, ROWS_VARY, compute_losses
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.calls import LossCall
@@ -412,9 +407,9 @@ class Forward:
             with preserve_rng(), recorder:
                 step = run_step(module, batch)
             theirs = recorder.backward(step, None, count)
-        except Exception:  # the step may need a fit, whence the user's own loss
+            ours = captured.recorder.backward(captured.total(), None, count)
+        except Exception:  # the step may need a fit, whence the user's own loss; some gradients need rows
             return
-        ours = captured.recorder.backward(captured.total(), None, count)
         # A layer's are as many in both, but for tables that one of the two uses in another way.
         pairs = [pair for layer in ours if layer in theirs for pair in zip(ours[layer], theirs[layer])]  # noqa: B905
         shared = [(own.flatten(), other.flatten()) for own, other in pairs if own.shape == other.shape]

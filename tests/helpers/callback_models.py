@@ -72,7 +72,7 @@ def fit(
             for part in module.modules():
                 if hasattr(part, "reset_parameters"):
                     part.reset_parameters()
-        host.fit(module, data or loader(), ckpt_path=ckpt_path)
+        host.fit(module, loader() if data is None else data, ckpt_path=ckpt_path)
     return host
 
 

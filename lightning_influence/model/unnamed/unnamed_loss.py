@@ -44,6 +44,9 @@ from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import RandomStates, preserve_rng
 
 _MEAN, _SUM, _GIVEN = "loss is a mean", "loss is a sum", "losses of examples are given"
+# Chosen by hand: what couples examples may do so in some batches only, as a term for the balance of experts
+# of which a first batch takes one. So these are taken apart, too, once in all passes of a question.
+_LOOKS, _AGAIN = (2, 4, 8), "batch {} adds up"
 # Relative error of gradients that come from batches of another size; those of parameters add up more of them.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
@@ -88,6 +91,7 @@ class UnnamedLoss:
         self._varies = False  # whether batches take ways of their own through the model
         #: Which functions the last batch has called.
         self.way = Way()
+        self._batches = 0  # of several examples
         self._has_looked = False  # for uses of weights beside outputs, where the values are given
 
     def read(
@@ -142,7 +146,8 @@ class UnnamedLoss:
         if not cut.is_chained:
             found = cut.describe(tap, num_examples, value, values, watch, shares)
         cut.check_calls(tap)
-        if not self._varies and picked.way.is_new(self._verified, module):
+        is_new = picked.way.is_new(self._verified, module) or self._is_looked_at_again(num_examples)
+        if is_new and not self._varies:
             self._check(cut, module, batch, num_examples)
         outputs = list(tap.outputs.values())
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}
@@ -160,6 +165,15 @@ class UnnamedLoss:
             alone = partial(self._run_alone, cut, module, batch, loss)
             return self.own.join(loss, found, self._parameters, spread, alone), recorder
         return loss, recorder
+
+    def _is_looked_at_again(self, num_examples: int) -> bool:
+        """Return whether this is one of the batches after the first that are checked as it was."""
+        self._batches += num_examples > 1
+        subject = _AGAIN.format(self._batches)
+        if self._batches not in _LOOKS or subject in self._verified:
+            return False
+        self._verified.add(subject)
+        return True
 
     def _describe(self, found: CutLoss, module: Any, batch: Any, num_examples: int) -> BatchLoss:
         return BatchLoss.of(
@@ -283,12 +297,18 @@ class UnnamedLoss:
             ratios.append(ratio * len(part) / count)
             if not math.isnan(ratio):
                 self._parts.append(PartGradients(part, ratio, found[1]))
-        if int(rows.any(dim=1).sum()) == 1:  # its loss alone is both the sum and the mean of those that count
-            twice = 2 * [int(rows.any(dim=1).int().argmax())]
-            own, _ = self._run_part(cut, module, batch, twice, loss, layout)
-            ratio = find_ratio(own, rows[twice], limit)
-            return None if ratio is None else ratio < 0.75
-        return tell_mean(ratios, [len(part) / count for part in parts], limit, self._traits)
+        is_mean = tell_mean(ratios, [len(part) / count for part in parts], limit, self._traits)
+        if is_mean or int(rows.any(dim=1).sum()) > 1:
+            return is_mean
+        # One example counts. Its loss alone may be both the sum and the mean of those that count; where it
+        # stands several times, a mean of them has smaller shares for each.
+        number = int(rows.any(dim=1).int().argmax())
+        for times in (2, 3):
+            own, _ = self._run_part(cut, module, batch, times * [number], loss, layout)
+            ratio = find_ratio(own, rows[times * [number]], limit)
+            if ratio is None or abs(ratio - 1) > 10 * limit:
+                return None if ratio is None else True
+        return False
 
     def _run_alone(self, cut: Cut, module: Any, batch: Any, loss: BatchLoss) -> list[PartGradients]:
         """Return what the loss of each example alone says; nothing if they cannot be run alone."""
