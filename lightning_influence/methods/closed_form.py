@@ -28,6 +28,9 @@ from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
 from lightning_influence.model.layers.plan import Layout
 
+# Chosen by hand: error of inner products of gradients, which users take for exact.
+_PLAIN = 1e-4
+
 
 class ClosedForm(Method):
     """Shared part: an inverse made in :meth:`prepare` answers everything."""
@@ -47,8 +50,8 @@ class ClosedForm(Method):
 
     def solve(self, queries: Queries) -> Solved:
         """Apply the inverse, within the scores where that is cheaper."""
-        tolerance, names = self.options.low_rank_tolerance, set(queries)
-        scorer = PreconditionedScorer(self.inverse, queries, tolerance=tolerance, consume=True)
+        names = set(queries)
+        scorer = PreconditionedScorer(self.inverse, queries, tolerance=self.low_rank_tolerance, consume=True)
         if scorer.ranks:
             self.context.extra["low_rank"] = dict(scorer.ranks)
         return Solved(scorer if self.owners is None else OwnedScorer(self.owners, scorer, names))
@@ -67,14 +70,19 @@ class ClosedForm(Method):
         told.add_factors(count_passes_to_come(self.context, told.trial.nbytes))
 
     @property
+    def low_rank_tolerance(self) -> float:
+        """Error that low-rank forms may make."""
+        return self.options.low_rank_tolerance
+
+    @property
     def compresses(self) -> bool:
         """Whether low-rank forms are allowed."""
-        return self.options.low_rank_tolerance > 0
+        return self.low_rank_tolerance > 0
 
     def measure_group_size(self, queries: Queries) -> int:
         """Return how many queries fit into half of the memory budget in the form in which they are scored."""
         count = next(iter(queries.values())).num_examples if queries else 0
-        scorer = PreconditionedScorer(self.inverse, queries, tolerance=self.options.low_rank_tolerance)
+        scorer = PreconditionedScorer(self.inverse, queries, tolerance=self.low_rank_tolerance)
         held = torch.tensor([scorer.nbytes / max(count, 1)], dtype=torch.float64)
         most = float(self.context.runner.all_gather_cat(held).max())  # processes may own layers
         return max(self.group_size(), int(self.options.memory_budget / (2 * max(most, 1.0))))
@@ -99,6 +107,11 @@ class ClosedForm(Method):
 @register_method("identity")
 class Identity(ClosedForm):
     """``H = I`` without damping: inner products of gradients (TracIn, Pruthi et al. 2020)."""
+
+    @property
+    def low_rank_tolerance(self) -> float:
+        """Error that low-rank forms may make: less, as there are no eigenvalues that are estimates."""
+        return min(self.options.low_rank_tolerance, _PLAIN)
 
     def _forecast_factors(self, told: Forecast) -> None:
         """There are none."""

@@ -137,3 +137,18 @@ def test_more_queries_fit_into_the_budget_once_it_is_known_what_they_take():
     assert found.query_indices.tolist() == exact.query_indices.tolist()
     assert 0 < (found.scores - exact.scores).norm() < 0.03 * exact.scores.norm()
     assert found.diagnostics.extra["low_rank"]["second"] < 32
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.03])
+def test_plain_products_of_gradients_stay_accurate(tolerance):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 1, 6, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator)
+    module, loader = Wide(), DataLoader(TensorDataset(x, y), 4)
+    found = InfluenceModule(module).scores(loader, loader, method="identity", low_rank_tolerance=tolerance)
+    rows = []
+    for index in range(12):
+        loss = module.training_step((x[index : index + 1], y[index : index + 1]), 0)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))]))
+    exact = torch.stack(rows) @ torch.stack(rows).T / 12
+    assert (found.scores - exact).norm() < 2e-4 * exact.norm()
+    assert ("low_rank" in found.diagnostics.extra) == (tolerance > 0)
