@@ -312,6 +312,7 @@ def _slack(reference: Reference, answer: Answer) -> float:
     uses_hessian = "hessian" in {recipe.method, recipe.options.get("curvature")}
     uses_hessian |= reference.values  # whose curvature is that of their second derivatives
     is_rounded = recipe.loss == "bce_probabilities" and uses_hessian
+    is_unsolved |= recipe.method in LOOSE  # products of vectors that are nearly orthogonal are told no better
     if recipe.method == "identity" or not (is_unsolved or is_rounded):
         return 0.0
     vectors = reference.train_gradients if recipe.ask == "self_influence" else reference.query_gradients

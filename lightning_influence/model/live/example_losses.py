@@ -72,6 +72,14 @@ def time_call() -> float:
     return max(0.0, watched - plain) / count
 
 
+def _find_memory(tensor: Tensor) -> int | None:
+    """Return where a tensor's numbers are, the same for its views; None if it has no memory of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse ones, and those that wrap others
+        return None
+
+
 class HeldStep(NamedTuple):
     """A step that is read with others, see :meth:`LossWatch.read_held`.
 
@@ -252,8 +260,8 @@ class LossWatch:
         Raises:
             LossCaptureError: if they are; the next steps are followed from their examples on.
         """
-        own = {part.untyped_storage().data_ptr() for part in find_tensors(self._batch)}
-        is_own = any(part.untyped_storage().data_ptr() in own for part in call.tensors[1:])
+        own = set(map(_find_memory, find_tensors(self._batch))) - {None}
+        is_own = any(_find_memory(part) in own for part in call.tensors[1:])
         if self._is_own is None:
             self._is_own = is_own
         elif self._is_own and not (is_own or self._is_wary):
