@@ -28,8 +28,8 @@ class Reference:
         layers: names of the covered modules, or of single parameters.
         shares: whether weights of examples are shares of their batch, which is said of losses without a name.
         units: whether all examples, which weigh the same, weigh one, as where losses are read by value.
-        squares: whether squared gradients stand for the curvature of absolute errors, too, as where these are
-            read by value.
+        squares: whether squared gradients stand for the curvature, as is said of absolute errors that are read
+            by value, and of examples that are run one by one.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Reference:
                 module.forward = partial(_sum_bag, module)
         self.values = self.recipe.via in {"hook", "argument"}
         self.shares, self.units = shares, units
-        self.squares = self.recipe.loss == "pinball" or (squares and self.recipe.loss == "l1")
+        self.squares = self.recipe.loss == "pinball" or squares
 
     # ------------------------------------------------------------------ one example
 
