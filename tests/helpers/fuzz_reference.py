@@ -28,8 +28,8 @@ class Reference:
         layers: names of the covered modules, or of single parameters.
         shares: whether weights of examples are shares of their batch, which is said of losses without a name.
         units: whether all examples, which weigh the same, weigh one, as where losses are read by value.
-        squares: whether squared gradients stand for the curvature, as is said of absolute errors that are read
-            by value, and of examples that are run one by one.
+        squares: whether squared gradients stand for the curvature, as is said of absolute errors that are
+            read by value, and of examples that are run one by one.
     """
 
     def __init__(
