@@ -56,6 +56,10 @@ _PICKED = (
     "is of. Call the layers on all rows, and mask the losses: `ignore_index`, or `(losses * mask).sum() / "
     "mask.sum()`. " + REMEDY
 )
+_LOST = (
+    "The loss of a batch is made of picked rows of which it cannot be told whose they are, or what one "
+    "example adds depends on the others. " + REMEDY
+)
 _UNKNOWN_PARTS = (
     "The loss of a batch is taken for the mean of its examples' losses, without a check: the batch could not "
     "be taken apart. If it is a sum, or couples examples, define `influence_loss(batch) -> (B,)`."
@@ -64,6 +68,10 @@ _RANDOM = (
     "The training loss draws noise in eval mode too, so that it could be checked by its second derivatives "
     "only: it is taken for the mean of its examples' losses, and scores are those of one draw."
 )
+
+
+class _LostRowsError(Exception):
+    """A part of a batch has outputs of a number of rows that says nothing of its examples."""
 
 
 class UnnamedLoss:
@@ -92,6 +100,7 @@ class UnnamedLoss:
         #: Which functions the last batch has called.
         self.way = Way()
         self._batches = 0  # of several examples
+        self._lacks_rows = False  # whether parts of a batch were run whose rows nobody could follow
         self._has_looked = False  # for uses of weights beside outputs, where the values are given
 
     def read(
@@ -223,7 +232,7 @@ class UnnamedLoss:
         if is_mean is None:
             is_mean = self._read_otherwise(find, batch, count) if again is None else True
         if is_mean is None and runs:
-            raise UnsupportedModelError(COUPLED)
+            raise UnsupportedModelError(_LOST if self._lacks_rows else COUPLED)
         if is_mean is None:
             if self._is_strict:
                 raise UnsupportedModelError(_UNKNOWN_PARTS)
@@ -336,6 +345,9 @@ class UnnamedLoss:
             return find(layout), True
         except UnsupportedModelError:
             raise
+        except _LostRowsError:
+            self._lacks_rows = True
+            return None, True
         except Exception:  # whatever the user's code may raise on a part of a batch
             return None, False
 
@@ -375,6 +387,7 @@ class UnnamedLoss:
 
         Raises:
             UnknownPartError: if the part has outputs of another width.
+            _LostRowsError: if a mask has picked rows of it, and nobody knows of which examples.
         """
         piece, count, width = (
             rearranged(batch, part, loss.num_examples, layout),
@@ -384,6 +397,8 @@ class UnnamedLoss:
         with preserve_rng():
             found = cut.run(module, piece, count, is_part=True)
             grads = _slopes(found.value, found.leaves)
+            if any(own.place is None and len(own.join(grads)) % count for own in found.rows):
+                raise _LostRowsError
             split = [own.split(grads, count) for own in found.rows]
             rows = torch.cat([part.flatten(1) for part in split], 1)
         if len(split) == 1 and rows.shape[1] < width:  # others have more rows
