@@ -192,3 +192,15 @@ def test_examples_that_never_count_are_accepted(reduce):
 
     found, _ = read(step, make_batch(OUT_OF_ORDER))
     assert [bool(own.any()) for own in found] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("labels", [[0, 0], [0, 1]])
+def test_two_examples_whose_outputs_are_mixed_are_refused(labels):
+    """Of two examples, some ways to read a batch show nothing but that it may be reversed."""
+
+    def step(module, x, y):
+        z = module(x)
+        return F.cross_entropy(z + 0.3 * z.roll(1, 0), y)
+
+    with pytest.raises(UnsupportedModelError, match="examples"):
+        read(step, make_batch(labels))
