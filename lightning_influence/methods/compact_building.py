@@ -23,6 +23,7 @@ from lightning_influence.curvature.low_rank_matrices import (
 )
 from lightning_influence.curvature.row_passes import CombinationPass, RowsPass
 from lightning_influence.methods.coarse_building import CoarseBuilder, SpaceBuilder, count_vector_bytes
+from lightning_influence.methods.forecast import ANSWER_RANK
 from lightning_influence.methods.gathering import differentiate
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.plan import LayerPlan
@@ -46,8 +47,6 @@ MOST_COLUMNS = 64
 # stages are worth about twice as many directions. Rank 4 makes 12 to 35, 2.1 to 4.9, 1.4 to 2.8 of it.
 STAGES = (16, 8, 4, 2, 1)
 _STAGED, _RANKED = 0.5, 0.1
-# The rank that answers are taken to have when room is made for them: what they have in wide layers, or less.
-_ANSWER_RANK = 32
 # Chosen by hand: parts of directions that may span the space, whose Galerkin matrix is factorised; and ranks
 # of all directions together, by which the cost of products with them grows.
 _MOST_PARTS, _MOST_RANKS = 2048, 1024
@@ -215,7 +214,7 @@ class CompactBuilder(SpaceBuilder):
         for name, (groups, d_out, d_in) in context.layout.shapes.items():
             layer, pair = factors.layers[name], d_out + d_in
             positions = layer.positions / max(1.0, layer.examples)
-            gradient, answer = (min(d_out * d_in, count * pair) for count in (positions, _ANSWER_RANK))
+            gradient, answer = (min(d_out * d_in, count * pair) for count in (positions, ANSWER_RANK))
             total += groups * int(gradient + 4 * answer)
         return count_vector_bytes(context) * total // context.layout.numel + 1
 

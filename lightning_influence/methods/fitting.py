@@ -74,9 +74,8 @@ def count_passes_to_come(context: Context, nbytes: float) -> int:
         nbytes: memory that an example's gradients take.
     """
     state, wanted = context.state, min(context.options.memory_budget, CACHE_BYTES)
-    kinds = get_args(Fisher) if context.options.fisher is None else (context.options.fisher,)
-    keys = {"", *(_key(context, kind) for kind in kinds)}
-    if state.factors is None or not state.factors.layers or state.factors_key not in keys:
+    is_known = not state.factors_key or state.factors_key in _accepted_keys(context)
+    if state.factors is None or not state.factors.layers or not is_known:
         return 1 if nbytes * context.train.num_examples <= wanted and not context.options.factors_dir else 2
     return 0 if state.factors.has_squares else 1
 
@@ -144,15 +143,19 @@ def _key(context: Context, fisher: Fisher) -> str:
     return compute_digest(context.weights_key, context.train.num_examples, fisher, list(context.plan.layers))
 
 
+def _accepted_keys(context: Context) -> set[str]:
+    """Return the keys of factors that this call can use: of any kind of Fisher, unless one is asked for."""
+    asked = context.options.fisher
+    return {_key(context, kind) for kind in (get_args(Fisher) if asked is None else (asked,))}
+
+
 def _is_stale(context: Context) -> bool:
     """Return whether factors from an earlier pass were fitted for something else, and say so."""
     state = context.state
     factors = state.factors
     assert factors is not None
     if state.factors_key:
-        asked = context.options.fisher
-        kinds = get_args(Fisher) if asked is None else (asked,)
-        stale = state.factors_key not in {_key(context, kind) for kind in kinds}
+        stale = state.factors_key not in _accepted_keys(context)
         if stale:
             context.notes.inform(
                 "The factors of an earlier call were fitted for other weights, buffers, training examples, "

@@ -25,7 +25,7 @@ from lightning_influence.model.layers.plan import LayerPlan
 _WIDTH, _THIN = 1024, 1.5
 # Operations of an eigendecomposition of width D over D^3, as measured on widths of 1,000 to 5,000.
 _DECOMPOSITION = 20
-# Rank that compressed answers are taken to have; see SpaceBuilder, too.
+#: Rank that answers are taken to have when room is made for them: what they have in wide layers, or less.
 ANSWER_RANK = 32
 
 

@@ -71,6 +71,18 @@ def test_what_is_known_is_not_foretold_again(monkeypatch):
     assert torch.equal(first.scores, second.scores)
 
 
+def test_groups_of_queries_are_foretold(monkeypatch):
+    """Memory for two queries at a time, and for no gradients between the two passes of the factors."""
+    monkeypatch.setattr(engine, "_LONG", 10)
+    net = Net()
+    budget = 2 * 2 * 4 * sum(p.numel() for p in net.parameters())
+    options = {"method": "ekfac", "memory_budget": budget, "low_rank_tolerance": 0.0}
+    found = InfluenceModule(net, progress=True).scores(load(40), load(6), **options)
+    names = [one["name"].removeprefix("Influence: ") for one in found.diagnostics.passes]
+    assert names == ["trial", "covariances", "eigenvalues", *["query gradients", "scores"] * 3]
+    assert found.diagnostics.extra["forecast"]["passes"] == len(names) - 1
+
+
 @pytest.mark.parametrize("progress", [True, False])
 def test_short_calls_and_those_that_nobody_watches_have_no_trial(progress, monkeypatch):
     monkeypatch.setattr(engine, "_LONG", 11 if progress else 10)
