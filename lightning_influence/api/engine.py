@@ -369,6 +369,8 @@ class Engine:
             return
         trial = TrialPass(context.plan)
         runner.run(trial, train.parts(_TRIED * -(-train.num_examples // len(train)))[0])
+        # A process may have had no batch of it.
+        trial.seconds = float(runner.all_gather_cat(torch.tensor([trial.seconds], dtype=torch.float64)).min())
         told = Forecast(
             trial,
             context.plan.layers,

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from two_processes import check_script
 
 import lightning_influence
 from lightning_influence import InfluenceModule
@@ -130,3 +131,43 @@ def test_operations_are_counted_by_hand():
 )
 def test_durations_are_told_in_one_or_two_units(seconds, words):
     assert format_seconds(seconds) == words
+
+
+SCRIPT = """
+import math, sys, warnings
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_influence import influence
+from lightning_influence.api import engine
+
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+engine._LONG, engine._TRIED = 4, 1  # the trial is of one example, so that the second process has nothing
+
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+torch.manual_seed(0)
+x = torch.randn(16, 4)
+loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 1)
+trainer = pl.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+    enable_model_summary=False, default_root_dir=sys.argv[1],
+)
+found = influence(trainer, Net(), loader, loader, method="ekfac", log=False)
+told = found.diagnostics.extra["forecast"]
+assert told["passes"] >= 3 and 0 < told["seconds"] < math.inf
+"""
+
+
+def test_a_process_without_a_batch_of_the_trial_is_told_by_the_others(tmp_path):
+    check_script(SCRIPT, tmp_path)
