@@ -86,9 +86,10 @@ class FactoredCurvature:
         for name, block in layout.split(vectors).items():
             layer = self.inverse.layers[name]
             assert layer.basis is not None
-            q_in, q_out = layer.basis.q_in, layer.basis.q_out
-            scaled = rotate_matrices(block, q_in, q_out) * function(layer.eigenvalues)
-            blocks[name] = rotate_matrices(scaled, q_in.mT, q_out.mT)
+            scaled = rotate_matrices(block, layer.basis.inputs, layer.basis.outputs)
+            back = layer.basis.transposed
+            scaled = scaled * function(layer.eigenvalues)
+            blocks[name] = rotate_matrices(scaled, back.inputs, back.outputs)
         return layout.join(blocks)
 
 

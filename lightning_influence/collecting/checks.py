@@ -158,12 +158,15 @@ def _check_factors(part: Any, where: str) -> None:
                 _refuse(f"{where}/{name}/{side}", value, "a floating-point tensor (groups, d, d)")
             shapes[side] = tuple(value.shape)
         (groups, d_in, *_), (_, d_out, *_) = shapes["inputs"], shapes["outputs"]
-        expected = {
-            "outputs": (groups, *shapes["outputs"][1:]),
-            "q_in": (groups, d_in, d_in),
-            "q_out": (groups, d_out, d_out),
-        }
-        for key, shape in {**expected, "squares": (groups, d_out, d_in)}.items():
+        expected = {"outputs": (groups, *shapes["outputs"][1:]), "squares": (groups, d_out, d_in)}
+        for side, width in (("in", d_in), ("out", d_out)):
+            place, seen = f"{name}/seen_{side}", part.get(f"{name}/seen_{side}")
+            is_mask = isinstance(seen, Tensor) and seen.dtype == torch.bool and seen.shape == (width,)
+            if not is_mask and seen is not None:
+                _refuse(f"{where}/{place}", seen, f"a tensor of {width} truth values")
+            count = width if seen is None else int(seen.sum())
+            expected[f"q_{side}"] = (groups, count, count)
+        for key, shape in expected.items():
             value = part.get(f"{name}/{key}")
             if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
                 _refuse(f"{where}/{name}/{key}", value, f"a tensor of shape {shape}")

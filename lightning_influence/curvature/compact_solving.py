@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import rotate
+from lightning_influence.curvature.factors import Eigenbasis, rotate
 from lightning_influence.curvature.inverse import EigenInverse
 from lightning_influence.curvature.low_rank_matrices import (
     DenseMatrices,
@@ -23,6 +23,7 @@ from lightning_influence.curvature.low_rank_matrices import (
     compress_within,
     join_matrices,
 )
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import LayerGradients, rotate_matrices
 from lightning_influence.model.layers.table_gradients import TableGradients
 
@@ -82,7 +83,7 @@ def _weigh(
     if (
         isinstance(gradients, TableGradients)
         and not gradients.maps
-        and (basis is None or basis.q_out is None)
+        and (basis is None or basis.outputs is None)
     ):
         rows = torch.unique(gradients.rows)
         rows = rows if len(rows) else rows.new_zeros(1)
@@ -96,27 +97,23 @@ def _weigh(
 
 def _turn_back(inverse: EigenInverse, found: Matrices, rows: Tensor | None) -> Matrices:
     """Return answers out of the basis, with rows of zeros where there were none."""
-    basis = inverse.basis
-    q_in, q_out = (None, None) if basis is None else (basis.q_in, basis.q_out)
+    back = Eigenbasis() if inverse.basis is None else inverse.basis.transposed
     if isinstance(found, DenseMatrices):
-        matrices = found.matrices if basis is None else _turn_matrices(found.matrices, q_in, q_out)
+        matrices = rotate_matrices(found.matrices, back.inputs, back.outputs)
         return DenseMatrices(matrices if rows is None else _place(matrices, rows, inverse))
     assert isinstance(found, LowRankMatrices)
-    left, right = _turn_columns(found.left, q_out), _turn_columns(found.right, q_in)
+    left, right = _turn_columns(found.left, back.outputs), _turn_columns(found.right, back.inputs)
     return LowRankMatrices(left if rows is None else _place(left, rows, inverse), right)
 
 
-def _turn_matrices(matrices: Tensor, q_in: Tensor | None, q_out: Tensor | None) -> Tensor:
-    return rotate_matrices(matrices, *(None if q is None else q.mT for q in (q_in, q_out)))
-
-
-def _turn_columns(factor: Tensor, q: Tensor | None) -> Tensor:
-    """Return ``Q f`` of factors ``(V, G, D, r)``, those of all matrices in one product a group."""
-    if q is None:
+def _turn_columns(factor: Tensor, basis: Basis | None) -> Tensor:
+    """Return ``Q^T f`` of factors ``(V, G, D, r)``, those of all matrices in one product a group."""
+    if basis is None:
         return factor
     count, groups, width, rank = factor.shape
     columns = factor.permute(1, 2, 0, 3).flatten(2)  # (G, D, V r)
-    return torch.bmm(q, columns).view(groups, width, count, rank).permute(2, 0, 1, 3).contiguous()
+    turned = basis.turn_columns(columns).view(groups, width, count, rank)
+    return turned.permute(2, 0, 1, 3).contiguous()
 
 
 def _place(values: Tensor, rows: Tensor, inverse: EigenInverse) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.factors import Eigenbasis, LayerStatistics
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.support.errors import NonFiniteError
 
 # Chosen by hand: below this width a decomposition takes too little time to look for a cheaper one.
@@ -15,8 +16,7 @@ LARGE = 1024
 # A covariance of so many times fewer rows than its width is decomposed within the span of the rows. A quarter
 # takes about a third of the time of a whole decomposition.
 _THIN = 4
-# Columns that are always zero, as of taps of a kernel that reach beyond small maps or of channels that a ReLU
-# shut, are taken out of a decomposition where they are at least such a part of all.
+# Columns that are always zero are left out of a basis where they are at least such a part of all.
 _UNSEEN = 16
 # Directions of a random sketch beyond the number of rows, and roundings of the trace that may be missing.
 _OVERSAMPLE, _ROUNDINGS = 8, 100
@@ -45,11 +45,13 @@ def compute_eigenbasis(
     Raises:
         NonFiniteError: if a covariance is not finite or cannot be decomposed.
     """
-    bases: list[Tensor | None] = []
-    for side, covariance in (
-        ("input", statistics.covariance_in()),
-        ("output-gradient", statistics.covariance_out()),
+    bases: list[Basis | None] = []
+    for side, sums, average in (
+        ("input", statistics.inputs, statistics.covariance_in),
+        ("output-gradient", statistics.outputs, statistics.covariance_out),
     ):
+        seen = find_seen(sums)
+        covariance = average(seen)
         if not bool(torch.isfinite(covariance.sum())):
             raise NonFiniteError(
                 f"The {side} covariance of layer {name!r} is not finite after {statistics.examples:g} "
@@ -66,15 +68,31 @@ def compute_eigenbasis(
                 f"range to {float(covariance.abs().max()):.3g}: rescale the inputs or leave the layer out "
                 "with `layers=`."
             ) from error
-        bases.append(vectors.to(covariance.dtype))
+        bases.append(Basis.of_seen(vectors.to(covariance.dtype), seen))
     return Eigenbasis(*bases)
+
+
+def find_seen(sums: Tensor) -> Tensor | None:
+    """Return which columns of wide sums ``(G, D, D)`` were ever other than zero, if many were not.
+
+    Args:
+        sums: of products of columns, or the diagonal ``(G, D)``.
+
+    Returns:
+        ``(D,)``; None where all columns are to be taken for seen.
+    """
+    width = sums.shape[-1]
+    if sums.ndim == 2 or width < LARGE or len(sums) > 1:
+        return None
+    seen = sums[0].diagonal() != 0
+    return seen if int(seen.sum()) <= width - width // _UNSEEN else None
 
 
 def find_eigenvectors(covariance: Tensor, rows: float, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return eigenvectors of covariances, by ascending eigenvalue.
 
     Args:
-        covariance: ``(G, D, D)``.
+        covariance: ``(G, D, D)``, symmetric up to rounding.
         rows: about how many rows were summed; a number that is too small costs time and no accuracy.
         dtype: precision of the decomposition.
 
@@ -85,49 +103,23 @@ def find_eigenvectors(covariance: Tensor, rows: float, dtype: torch.dtype = torc
         RuntimeError: if the decomposition does not converge in double precision either.
     """
     width = covariance.shape[-1]
-    if width >= LARGE and len(covariance) == 1:
-        seen = covariance[0].diagonal() > 0
-        count = int(seen.sum())
-        if count <= width - width // _UNSEEN:
-            return _join_unseen(seen, find_eigenvectors(covariance[:, seen][:, :, seen], rows, dtype))
     single = covariance.dtype == torch.float32
     vectors: Tensor
     if width >= LARGE and rows * _THIN <= width:
-        thin = _decompose_span(_symmetric(covariance, dtype), int(rows), torch.finfo(covariance.dtype).eps)
+        thin = _decompose_span(covariance.to(dtype), int(rows), torch.finfo(covariance.dtype).eps)
         if thin is not None:
             return thin
     if width >= LARGE and single and dtype == torch.float64:
-        found = _decompose_in_single(_symmetric(covariance, torch.float32))
+        found = _decompose_in_single(covariance)
         if found is not None:
             return found
     try:
-        vectors = torch.linalg.eigh(_symmetric(covariance, dtype)).eigenvectors
+        vectors = torch.linalg.eigh(covariance.to(dtype)).eigenvectors
     except RuntimeError:
         if dtype == torch.float64:
             raise
-        vectors = torch.linalg.eigh(_symmetric(covariance, torch.float64)).eigenvectors
+        vectors = torch.linalg.eigh(covariance.double()).eigenvectors
     return vectors
-
-
-def _join_unseen(seen: Tensor, vectors: Tensor) -> Tensor:
-    """Return eigenvectors of all columns: unit vectors of those never seen, and those of the others.
-
-    Args:
-        seen: whether a column was ever other than zero, ``(D,)``.
-        vectors: eigenvectors of the columns seen, ``(1, n, n)``.
-    """
-    width, count = len(seen), vectors.shape[-1]
-    whole = vectors.new_zeros(1, width, width)
-    numbers = torch.arange(width - count, device=seen.device)
-    whole[0, (~seen).nonzero().flatten(), numbers] = 1.0
-    whole[0, seen, width - count :] = vectors[0]
-    return whole
-
-
-def _symmetric(covariance: Tensor, dtype: torch.dtype) -> Tensor:
-    matrix = covariance.to(dtype)
-    half: Tensor = (matrix + matrix.mT) / 2
-    return half
 
 
 def _decompose_in_single(symmetric: Tensor) -> Tensor | None:
@@ -209,12 +201,22 @@ def compute_eigenbases(
         return own
     result = {}
     for name, layer in layers.items():
-        bases = []
-        for side, key in ((layer.inputs, "q_in"), (layer.outputs, "q_out")):
-            mine = own[name].tensors().get(key) if name in own else torch.zeros_like(side)
-            bases.append(None if side.ndim == 2 or mine is None else all_reduce_sum(mine.contiguous()))
-        result[name] = Eigenbasis(*bases)
+        mine = own.get(name, Eigenbasis())
+        result[name] = Eigenbasis(
+            *(
+                None if sums.ndim == 2 else _share(sums, basis, all_reduce_sum)
+                for sums, basis in ((layer.inputs, mine.inputs), (layer.outputs, mine.outputs))
+            )
+        )
     return result
+
+
+def _share(sums: Tensor, basis: Basis | None, all_reduce_sum: Callable[[Tensor], Tensor]) -> Basis:
+    """Return the basis of one side of a layer that one process has, on all of them."""
+    seen = find_seen(sums)  # the same on all, as the sums are
+    width = sums.shape[-1] if seen is None else int(seen.sum())
+    vectors = sums.new_zeros(len(sums), width, width) if basis is None else basis.vectors.contiguous()
+    return Basis.of_seen(all_reduce_sum(vectors), seen)
 
 
 def share_out(costs: Mapping[str, float], count: int) -> dict[str, int]:

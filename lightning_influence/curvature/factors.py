@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 from lightning_influence.model.layers.table_gradients import TableGradients
 from lightning_influence.support.errors import FactorMismatchError
@@ -23,37 +24,70 @@ ENOUGH_EXAMPLES = 500
 # Wide sums are added to block by block, in their upper triangle alone. Chosen by hand: eight blocks a side
 # take two thirds of the time of the whole product from 576 columns on, and more of them hardly less.
 _BLOCKED, _BLOCKS = 512, 8
+# Columns of a batch are picked for its covariance if the others, all zero, leave at most such a part of them.
+_FEW = 2
 
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """Orthonormal bases of one layer's inputs and output gradients, eigenvectors in columns.
+    """Orthonormal bases of one layer's inputs and output gradients.
 
     Attributes:
-        q_in: ``(G, D_in, D_in)``; None for the identity, where only a diagonal is held of that side.
-        q_out: ``(G, D_out, D_out)``; None as well.
+        inputs: of the ``D_in`` columns; None for the identity, where only a diagonal is held of that side.
+        outputs: of the ``D_out`` rows; None as well.
     """
 
-    q_in: Tensor | None
-    q_out: Tensor | None
+    inputs: Basis | None = None
+    outputs: Basis | None = None
+
+    @classmethod
+    def of_vectors(cls, q_in: Tensor | None, q_out: Tensor | None) -> Eigenbasis:
+        """Return the basis of eigenvectors in columns, ``(G, D_in, D_in)`` and ``(G, D_out, D_out)``."""
+        return cls(*(None if q is None else Basis(q) for q in (q_in, q_out)))
+
+    @property
+    def q_in(self) -> Tensor | None:
+        """Eigenvectors of the inputs' side in columns, ``(G, D_in, D_in)``; formed if they are not held."""
+        return None if self.inputs is None else self.inputs.whole()
+
+    @property
+    def q_out(self) -> Tensor | None:
+        """Those of the outputs' side, ``(G, D_out, D_out)``."""
+        return None if self.outputs is None else self.outputs.whole()
 
     @property
     def transposed(self) -> Eigenbasis:
         """The way back."""
-        return Eigenbasis(*(None if q is None else q.mT for q in (self.q_in, self.q_out)))
+        return Eigenbasis(*(None if side is None else side.mT for side in (self.inputs, self.outputs)))
 
     @property
     def is_whole(self) -> bool:
         """Whether both sides have a basis."""
-        return self.q_in is not None and self.q_out is not None
+        return self.inputs is not None and self.outputs is not None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the bases that there are, by name."""
-        return {name: q for name, q in (("q_in", self.q_in), ("q_out", self.q_out)) if q is not None}
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return what :meth:`from_tensors` reads, under names that begin with a prefix."""
+        found: dict[str, Tensor] = {}
+        for name, side in (("in", self.inputs), ("out", self.outputs)):
+            if side is not None:
+                found[f"{prefix}q_{name}"] = side.vectors
+                if side.seen is not None:
+                    found[f"{prefix}seen_{name}"] = side.seen
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Any], prefix: str = "") -> Eigenbasis | None:
+        """Return the basis that a mapping holds, None if it holds none."""
+        sides = []
+        for name in ("in", "out"):
+            vectors, seen = (tensors.get(f"{prefix}{key}_{name}") for key in ("q", "seen"))
+            sides.append(None if vectors is None else Basis.of_seen(vectors, seen))
+        return None if sides == [None, None] else cls(*sides)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Eigenbasis:
         """Return the basis on another device or in another precision."""
-        return Eigenbasis(*(None if q is None else q.to(device, dtype) for q in (self.q_in, self.q_out)))
+        sides = (self.inputs, self.outputs)
+        return Eigenbasis(*(None if side is None else side.to(device, dtype) for side in sides))
 
 
 @dataclass
@@ -185,13 +219,21 @@ class LayerStatistics:
             counts = all_reduce_sum(torch.tensor([self.squares_examples], dtype=torch.float64))
             self.squares_examples = float(counts)
 
-    def covariance_in(self) -> Tensor:
-        """Return ``A = E[abar abar^T]``, ``(G, D_in, D_in)``, or its diagonal ``(G, D_in)``."""
-        return _average(self.inputs, self.positions or 1.0)
+    def covariance_in(self, columns: Tensor | None = None) -> Tensor:
+        """Return ``A = E[abar abar^T]``, ``(G, D_in, D_in)``, or its diagonal ``(G, D_in)``.
 
-    def covariance_out(self) -> Tensor:
-        """Return ``S = E[sum_r ds ds^T]``, ``(G, D_out, D_out)``, or its diagonal ``(G, D_out)``."""
-        return _average(self.outputs, max(self.examples, 1.0))
+        Args:
+            columns: a mask ``(D_in,)`` of those that the answer has; None for all.
+        """
+        return _average(self.inputs, self.positions or 1.0, columns)
+
+    def covariance_out(self, columns: Tensor | None = None) -> Tensor:
+        """Return ``S = E[sum_r ds ds^T]``, ``(G, D_out, D_out)``, or its diagonal ``(G, D_out)``.
+
+        Args:
+            columns: a mask ``(D_out,)`` of those that the answer has; None for all.
+        """
+        return _average(self.outputs, max(self.examples, 1.0), columns)
 
     def second_moment(self) -> Tensor | None:
         """Return ``Lambda``, the mean squares in the basis, ``(G, D_out, D_in)``; None if unknown."""
@@ -204,15 +246,26 @@ def _add_moments(total: Tensor, rows: Tensor) -> None:
         total += rows.square().sum(1)
         return
     width = total.shape[-1]
+    # On an accelerator asking would wait for it, and products take little.
+    if width >= _BLOCKED and len(total) == 1 and rows.device.type == "cpu":
+        seen = rows[0].abs().sum(dim=0).nonzero().flatten()
+        if len(seen) <= width // _FEW:
+            part = total.new_zeros(1, len(seen), len(seen))
+            _add_moments(part, rows[:, :, seen])
+            total[0, seen[:, None], seen] += part[0]
+            return
     step = width if width < _BLOCKED else -(-width // _BLOCKS)
     for start in range(0, width, step):  # what is left of the diagonal's blocks is the rest transposed
         block = rows[:, :, start : start + step].transpose(1, 2)
         total[:, start : start + step, start:].baddbmm_(block, rows[:, :, start:])
 
 
-def _average(sums: Tensor, count: float) -> Tensor:
-    """Return sums ``(G, D, D)``, told by their upper triangle, over a count; or those of a diagonal."""
-    if sums.ndim == 2 or sums.shape[-1] < _BLOCKED:
+def _average(sums: Tensor, count: float, columns: Tensor | None) -> Tensor:
+    """Return columns of sums ``(G, D, D)``, told by their upper triangle, over a count; or of a diagonal."""
+    is_whole = sums.ndim == 2 or sums.shape[-1] < _BLOCKED
+    if columns is not None:
+        sums = sums[:, columns] if sums.ndim == 2 else sums[:, columns][:, :, columns]
+    if is_whole:
         return sums / count
     upper = sums.triu()
     return upper.add_(sums.triu(1).mT).div_(count)
@@ -223,11 +276,12 @@ def rotate(gradients: LayerGradients, basis: Eigenbasis) -> LayerGradients:
     if isinstance(gradients, FactoredGradients):
         positions, seeds = gradients.inputs.shape[2], gradients.num_seeds
         _, d_out, d_in = gradients.shape
-        wide_in, wide_out = (0 if q is None else q.shape[-1] for q in (basis.q_in, basis.q_out))
+        sides = basis.inputs, basis.outputs
+        wide_in, wide_out = (0 if side is None else side.vectors.shape[-1] for side in sides)
         factored = positions * (wide_in**2 + seeds * wide_out**2)
-        if positions > 1 and factored > seeds * d_in * d_out * (wide_in + wide_out):
+        if positions > 1 and factored > seeds * (d_out * wide_in**2 + d_in * wide_out**2):
             gradients = DenseGradients(gradients.dense())
-    return gradients.rotate(basis.q_in, basis.q_out)
+    return gradients.rotate(basis.inputs, basis.outputs)
 
 
 _VERSION = 1
@@ -299,9 +353,13 @@ class Factors:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
         """Return a copy on another device or in another precision."""
-        state = self.state_dict()
-        moved = {k: v.to(device, dtype) if isinstance(v, Tensor) else v for k, v in state.items()}
-        return Factors.from_state_dict(moved)
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        return Factors.from_state_dict({key: move(value) for key, value in self.state_dict().items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives under flat keys; loads with ``weights_only=True``."""
@@ -319,7 +377,7 @@ class Factors:
             state[f"{name}/inputs"] = layer.inputs
             state[f"{name}/outputs"] = layer.outputs
             if layer.basis is not None:
-                state |= {f"{name}/{key}": q for key, q in layer.basis.tensors().items()}
+                state |= layer.basis.tensors(f"{name}/")
             if layer.squares is not None:
                 state[f"{name}/squares"] = layer.squares
         return state
@@ -347,13 +405,12 @@ class Factors:
 
 def _layer_from_state(state: Mapping[str, Any], name: str) -> LayerStatistics:
     examples, positions, squares_examples = state[f"{name}/counts"]
-    q_in, q_out = state.get(f"{name}/q_in"), state.get(f"{name}/q_out")
     return LayerStatistics(
         inputs=state[f"{name}/inputs"],
         outputs=state[f"{name}/outputs"],
         examples=examples,
         positions=positions,
-        basis=None if q_in is None and q_out is None else Eigenbasis(q_in, q_out),
+        basis=Eigenbasis.from_tensors(state, f"{name}/"),
         squares=state.get(f"{name}/squares"),
         squares_examples=squares_examples,
     )

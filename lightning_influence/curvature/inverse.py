@@ -67,8 +67,9 @@ class EigenInverse:
         """Return vectors multiplied by factors ``(G, D_out, D_in)`` in the basis."""
         if self.basis is None:
             return vectors * factors
-        rotated = rotate_matrices(vectors, self.basis.q_in, self.basis.q_out) * factors
-        return rotate_matrices(rotated, self.basis.transposed.q_in, self.basis.transposed.q_out)
+        rotated = rotate_matrices(vectors, self.basis.inputs, self.basis.outputs) * factors
+        back = self.basis.transposed
+        return rotate_matrices(rotated, back.inputs, back.outputs)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EigenInverse:
         """Return the inverse on another device or in another precision."""
@@ -102,7 +103,7 @@ class BlockInverse:
         for name, inverse in self.layers.items():
             state[f"{name}/eigenvalues"] = inverse.eigenvalues
             if inverse.basis is not None:
-                state |= {f"{name}/{key}": q for key, q in inverse.basis.tensors().items()}
+                state |= inverse.basis.tensors(f"{name}/")
         return state
 
     @classmethod
@@ -111,8 +112,7 @@ class BlockInverse:
         layout = Layout({name: (int(g), int(o), int(i)) for name, (g, o, i) in state["shapes"].items()})
         layers = {}
         for name in layout.shapes:
-            bases = state.get(f"{name}/q_in"), state.get(f"{name}/q_out")
-            basis = None if all(q is None for q in bases) else Eigenbasis(*bases)
+            basis = Eigenbasis.from_tensors(state, f"{name}/")
             layers[name] = EigenInverse(basis, state[f"{name}/eigenvalues"], state["damping"][name])
         return cls(layout, layers)
 

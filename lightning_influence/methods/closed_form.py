@@ -26,6 +26,7 @@ from lightning_influence.methods.owners import OwnedQuadratic, OwnedScorer, Owne
 from lightning_influence.methods.scorers import PreconditionedScorer
 from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.plan import Layout
 
 # Chosen by hand: error of inner products of gradients, which users take for exact.
@@ -200,14 +201,14 @@ def take_eigenvalues(statistics: LayerStatistics) -> Tensor:
 
 def multiply_eigenvalues(statistics: LayerStatistics) -> Tensor:
     """Return K-FAC's eigenvalues, products of those of the two covariances, in the statistics' own basis."""
-    basis = statistics.basis or Eigenbasis(None, None)  # which is stored without a trace
-    inputs = _energies(statistics.covariance_in(), basis.q_in)
-    outputs = _energies(statistics.covariance_out(), basis.q_out)
+    basis = statistics.basis or Eigenbasis()  # which is stored without a trace
+    inputs = _energies(statistics.covariance_in(), basis.inputs)
+    outputs = _energies(statistics.covariance_out(), basis.outputs)
     return outputs[:, :, None] * inputs[:, None, :]
 
 
-def _energies(covariance: Tensor, vectors: Tensor | None) -> Tensor:
+def _energies(covariance: Tensor, basis: Basis | None) -> Tensor:
     """Return the diagonal ``(G, D)`` of a covariance in a basis; of one that is a diagonal, itself."""
-    if vectors is None:
+    if basis is None:
         return covariance if covariance.ndim == 2 else covariance.diagonal(dim1=1, dim2=2)
-    return torch.einsum("gki,gkl,gli->gi", vectors, covariance, vectors)
+    return basis.energies(covariance)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import rotate
+from lightning_influence.curvature.factors import Eigenbasis, rotate
 from lightning_influence.curvature.inverse import EigenInverse
 from lightning_influence.curvature.low_rank_matrices import LowRankMatrices, join_matrices
 from lightning_influence.linalg.truncation import truncate_within
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import LayerGradients
 
 # Chosen by hand: smaller layers take too little memory and time to gain by it.
@@ -56,8 +57,8 @@ def compress_solved(
         if cut is None:
             return None
         left, right = cut[0] / rows[:, :, None], cut[1] / columns[:, :, None]
-        q_in, q_out = (None, None) if basis is None else (basis.q_in, basis.q_out)
-        parts.append(LowRankMatrices(_turn(left, q_out), _turn(right, q_in)))
+        back = Eigenbasis() if basis is None else basis.transposed
+        parts.append(LowRankMatrices(_turn(left, back.outputs), _turn(right, back.inputs)))
     joined = join_matrices(parts)
     assert isinstance(joined, LowRankMatrices)
     return joined
@@ -70,6 +71,6 @@ def _find_weights(eigenvalues: Tensor, dim: int) -> Tensor:
     return (energies + _FLOOR).sqrt().to(eigenvalues)
 
 
-def _turn(factors: Tensor, basis: Tensor | None) -> Tensor:
-    """Return factors ``(V, G, D, r)`` out of a basis ``(G, D, D)``."""
-    return factors if basis is None else basis @ factors
+def _turn(factors: Tensor, basis: Basis | None) -> Tensor:
+    """Return factors ``(V, G, D, r)`` in a basis."""
+    return factors if basis is None else basis.turn_columns(factors)

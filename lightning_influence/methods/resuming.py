@@ -99,7 +99,7 @@ class FactorFolder:
             save_tensors(file, basis.tensors(), {"kind": _BASIS, "key": self._key, "layer": name})
             return basis
         self.restored = True
-        return Eigenbasis(tensors[0].get("q_in"), tensors[0].get("q_out")).to(layer.inputs.device)
+        return (Eigenbasis.from_tensors(tensors[0]) or Eigenbasis()).to(layer.inputs.device)
 
     def _file(self, name: str, done: int) -> Path:
         return self._path / f"{name}-{self._context.runner.rank}-{done}.factors"

@@ -22,6 +22,7 @@ from lightning_influence.curvature.two_level import Correction
 from lightning_influence.linalg.low_rank import LowRank, factorise_weights
 from lightning_influence.methods.compressing import compress_solved
 from lightning_influence.methods.scoring_passes import LayeredScorer, stack_layers
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 from lightning_influence.model.layers.table_gradients import TableGradients
 
@@ -40,15 +41,12 @@ class Thin:
 
     def __init__(self, inverse: EigenInverse, queries: FactoredGradients, form: LowRank) -> None:
         inputs, outputs = queries.inputs[0, :, 0], queries.outputs[0, 0, :, 0]
-        basis = inverse.basis
-        q_in, q_out = (None, None) if basis is None else (basis.q_in, basis.q_out)
-        inputs, outputs = _turn(inputs, q_in), _turn(outputs, q_out)
+        basis = inverse.basis or Eigenbasis()
+        inputs, outputs = _turn(inputs, basis.inputs), _turn(outputs, basis.outputs)
         left = outputs[:, None] * form.left  # (Q, r, D_out)
         right = inputs[:, None] * form.right
-        left, right = (
-            _turn(left, None if q_out is None else q_out.mT),
-            _turn(right, None if q_in is None else q_in.mT),
-        )
+        back = basis.transposed
+        left, right = _turn(left, back.outputs), _turn(right, back.inputs)
         self.rank, self.count = form.rank, inputs.shape[0]
         self.left, self.right = left.contiguous(), right.contiguous()
 
@@ -280,7 +278,7 @@ class PreconditionedScorer:
         queries, basis = self._queries.get(name), self._inverse.layers[name].basis
         if self._correction is not None or not isinstance(queries, TableGradients) or queries.maps:
             return
-        if basis is None or basis.q_out is None:
+        if basis is None or basis.outputs is None:
             rows = torch.unique(queries.rows)
             self._rows[name] = rows if len(rows) else rows.new_zeros(1)
 
@@ -308,12 +306,12 @@ class PreconditionedScorer:
         inverse, queries = self._inverse.layers[name], self._queries[name]
         assert inverse.basis is not None
         self._bases[name] = inverse.basis
-        return queries.rotate(inverse.basis.q_in, inverse.basis.q_out).dense()[0] * inverse.weights
+        return queries.rotate(inverse.basis.inputs, inverse.basis.outputs).dense()[0] * inverse.weights
 
     def _rotated(self, name: str, layer: LayerGradients) -> LayerGradients:
         """Return training gradients in the basis that the layer's queries are in."""
         basis, layer = self._bases.get(name), self._restricted(name, layer)
-        return layer if basis is None else layer.rotate(basis.q_in, basis.q_out)
+        return layer if basis is None else layer.rotate(basis.inputs, basis.outputs)
 
     def _exact(self, name: str, layer: LayerGradients) -> Tensor:
         """Return one layer's exact scores of the first queries."""
@@ -324,8 +322,8 @@ class PreconditionedScorer:
         if self._correction is not None or basis is None:
             return self._restricted(name, layer).dot(self._solve(name, few))[0].T
         # In the eigenbasis factors are rotated, which takes less than rotating solutions back.
-        queries = self._queries[name].select(few).rotate(basis.q_in, basis.q_out).dense()[0]
-        return layer.rotate(basis.q_in, basis.q_out).dot(queries * inverse.weights)[0].T
+        queries = self._queries[name].select(few).rotate(basis.inputs, basis.outputs).dense()[0]
+        return layer.rotate(basis.inputs, basis.outputs).dot(queries * inverse.weights)[0].T
 
     def _approximate(self, name: str, layer: LayerGradients) -> Tensor:
         """Return one layer's low-rank scores of the first queries."""
@@ -401,9 +399,9 @@ class JointScorer:
         return dict(zip(gradients, torch.cat(parts, dim=1)[:, self._order], strict=True))
 
 
-def _turn(rows: Tensor, basis: Tensor | None) -> Tensor:
-    """Return rows ``(..., D)`` in a basis ``(1, D, D)``; None stands for the identity."""
-    return rows if basis is None else rows @ basis[0]
+def _turn(rows: Tensor, basis: Basis | None) -> Tensor:
+    """Return rows ``(..., D)`` in a basis of one group; None stands for the identity."""
+    return rows if basis is None else basis.turn(rows)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

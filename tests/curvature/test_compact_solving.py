@@ -44,7 +44,7 @@ def test_the_error_is_tolerated_and_the_rank_is_about_the_smallest(tolerance, po
         0, -3, d_in, dtype=DOUBLE
     )
     problem = Problem(SOME[0])
-    basis = type(next(iter(problem.factors.layers.values())).basis)(
+    basis = type(next(iter(problem.factors.layers.values())).basis).of_vectors(
         *(torch.linalg.qr(torch.randn(1, d, d, dtype=DOUBLE)).Q for d in (d_in, d_out))
     )
     inverse = EigenInverse(basis, eigenvalues[None], 1e-3)
@@ -79,7 +79,7 @@ def test_rows_of_tables_are_solved_alone():
     table = TableGradients(rows, torch.randn(1, count, positions, width, dtype=DOUBLE), nothing)
     problem = Problem(SOME[0])
     q_in = torch.linalg.qr(torch.randn(1, width, width, dtype=DOUBLE)).Q
-    basis = type(next(iter(problem.factors.layers.values())).basis)(q_in, None)
+    basis = type(next(iter(problem.factors.layers.values())).basis).of_vectors(q_in, None)
     inverse = EigenInverse(basis, torch.rand(1, vocabulary, width, dtype=DOUBLE), 0.1)
     whole = inverse.apply(table.dense()[0])
     for found in (

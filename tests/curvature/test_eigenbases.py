@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from lightning_influence.curvature import eigenbases
-from lightning_influence.curvature.eigenbases import compute_eigenbases, find_eigenvectors, share_out
+from lightning_influence.curvature.eigenbases import (
+    compute_eigenbases,
+    compute_eigenbasis,
+    find_eigenvectors,
+    share_out,
+)
 from lightning_influence.curvature.factors import LayerStatistics
 from lightning_influence.support.errors import NonFiniteError
 
@@ -200,16 +205,52 @@ def test_work_is_shared_out_by_cost():
     assert loads == [9, 9]
 
 
+def hide_columns(layer, count):
+    """Take the same columns out of a layer's sums each time, more of them with a larger count."""
+    unseen = torch.randperm(D, generator=torch.Generator().manual_seed(0))[:count]
+    layer.inputs[:, unseen] = 0
+    layer.inputs[:, :, unseen] = 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_columns_that_were_never_seen_are_left_out_of_the_decomposition(low, widths, dtype):
-    matrix = covariance(200, dtype)[:1]
-    unseen = torch.randperm(D, generator=torch.Generator().manual_seed(0))[: D // 4]
-    matrix[:, unseen] = 0
-    matrix[:, :, unseen] = 0
-    check_diagonalises(find_eigenvectors(matrix, 200), matrix, 1e-5)
-    assert {width for width, _ in widths} == {D - D // 4}
+    sums = LayerStatistics(covariance(200, dtype)[:1], torch.ones(1, 1, 1, dtype=dtype), 200.0, 200.0)
+    hide_columns(sums, D // 4)
+    basis = compute_eigenbasis("layer", sums)
+    assert {width for width, _ in widths} == {D - D // 4, 1}
+    values = torch.linalg.eigvalsh(sums.inputs.double() / 200)
+    found = basis.inputs.energies(sums.covariance_in())
+    torch.testing.assert_close(found.double().sort().values, values, rtol=0, atol=1e-7)
+    rotated = basis.q_in.mT @ sums.covariance_in() @ basis.q_in
+    torch.testing.assert_close(rotated, torch.diag_embed(found), rtol=0, atol=1e-7)
 
 
 def test_a_covariance_of_nothing_has_a_basis(low):
-    nothing = torch.zeros(1, D, D)
-    assert torch.equal(find_eigenvectors(nothing, 200)[0].sum(0), torch.ones(D))
+    basis = compute_eigenbasis("layer", LayerStatistics.zeros((1, 1, D)))
+    assert torch.equal(basis.q_in, torch.eye(D)[None])
+
+
+def test_few_columns_that_were_never_seen_stay(low):
+    sums = LayerStatistics(covariance(200)[:1], torch.ones(1, 1, 1, dtype=torch.float64), 200.0, 200.0)
+    hide_columns(sums, D // 16 - 1)
+    assert compute_eigenbasis("layer", sums).inputs.seen is None
+    hide_columns(sums, D // 16)
+    assert compute_eigenbasis("layer", sums).inputs.seen.sum() == D - D // 16
+
+
+def test_two_processes_know_the_columns_that_were_never_seen(low):
+    layers = {}
+    for number in range(3):
+        sums = LayerStatistics.zeros((1, 4, D), dtype=torch.float64)
+        sums.inputs += covariance(90)[:1]
+        sums.outputs += covariance(9)[:1, :4, :4]
+        sums.examples = sums.positions = 9.0
+        hide_columns(sums, 10 * number)
+        layers[f"layer{number}"] = sums
+    found, own = on_two(layers)
+    assert own[0]
+    assert own[1]
+    for name, expected in compute_eigenbases(layers).items():
+        for rank in range(2):
+            torch.testing.assert_close(found[rank][name].tensors(), expected.tensors(), rtol=0, atol=0)
+    assert [found[0][name].inputs.vectors.shape[1] for name in layers] == [D, D - 10, D - 20]

@@ -64,14 +64,16 @@ def test_sums_and_averages(sizes, seed):
 def test_rotation_is_the_same_by_factors_and_by_matrices(sizes, seed):
     torch.manual_seed(seed)
     gradients, (_, G, _, O, I) = draw(*sizes), sizes
-    basis = Eigenbasis(torch.randn(G, I, I, dtype=torch.float64), torch.randn(G, O, O, dtype=torch.float64))
+    basis = Eigenbasis.of_vectors(
+        torch.randn(G, I, I, dtype=torch.float64), torch.randn(G, O, O, dtype=torch.float64)
+    )
     expected = torch.einsum("gop,kbgoi,gij->kbgpj", basis.q_out, gradients.dense(), basis.q_in)
     torch.testing.assert_close(rotate(gradients, basis).dense(), expected, **TIGHT)
     torch.testing.assert_close(rotate(DenseGradients(gradients.dense()), basis).dense(), expected, **TIGHT)
 
 
 def test_rotation_takes_the_cheaper_form():
-    basis = Eigenbasis(torch.eye(4)[None], torch.eye(3)[None])
+    basis = Eigenbasis.of_vectors(torch.eye(4)[None], torch.eye(3)[None])
     assert isinstance(rotate(draw(1, 1, 1, 3, 4).to(dtype=torch.float32), basis), FactoredGradients)
     assert isinstance(rotate(draw(1, 1, 50, 3, 4).to(dtype=torch.float32), basis), DenseGradients)
 

@@ -17,7 +17,7 @@ def orthogonal(groups: int, size: int) -> torch.Tensor:
 
 
 def draw(groups: int, d_out: int, d_in: int, damping: float, with_basis: bool = True) -> EigenInverse:
-    basis = Eigenbasis(orthogonal(groups, d_in), orthogonal(groups, d_out)) if with_basis else None
+    basis = Eigenbasis.of_vectors(orthogonal(groups, d_in), orthogonal(groups, d_out)) if with_basis else None
     return EigenInverse(basis, torch.rand(groups, d_out, d_in, dtype=torch.float64), damping)
 
 

@@ -108,7 +108,7 @@ def orthogonal(size):
 def kronecker(shapes):
     layers = {}
     for name, (groups, rows, columns) in shapes.items():
-        basis = Eigenbasis(
+        basis = Eigenbasis.of_vectors(
             torch.stack([orthogonal(columns) for _ in range(groups)]),
             torch.stack([orthogonal(rows) for _ in range(groups)]),
         )

@@ -20,7 +20,9 @@ D_OUT, D_IN, POSITIONS = 130, 140, 3
 
 
 def draw_basis(*widths: int) -> Eigenbasis:
-    return Eigenbasis(*(torch.linalg.qr(torch.randn(1, d, d, dtype=torch.float64)).Q for d in widths))
+    return Eigenbasis.of_vectors(
+        *(torch.linalg.qr(torch.randn(1, d, d, dtype=torch.float64)).Q for d in widths)
+    )
 
 
 def draw_gradients(count: int, energies: list[Tensor], basis: Eigenbasis) -> FactoredGradients:
@@ -28,7 +30,7 @@ def draw_gradients(count: int, energies: list[Tensor], basis: Eigenbasis) -> Fac
     rows, columns = energies
     inputs = torch.randn(1, count, POSITIONS, D_IN, dtype=torch.float64) * columns.sqrt()
     outputs = torch.randn(1, 1, count, POSITIONS, D_OUT, dtype=torch.float64) * rows.sqrt()
-    rotated = FactoredGradients(inputs, outputs).rotate(basis.q_in.mT, basis.q_out.mT)
+    rotated = FactoredGradients(inputs, outputs).rotate(basis.transposed.inputs, basis.transposed.outputs)
     assert isinstance(rotated, FactoredGradients)
     return rotated
 

@@ -26,7 +26,7 @@ class Problem:
         self.energies, layers = {}, {}
         for name, (_, d_out, d_in) in SHAPES.items():
             rows, columns = (torch.logspace(0, -4, d, dtype=torch.float64) for d in (d_out, d_in))
-            basis = Eigenbasis(
+            basis = Eigenbasis.of_vectors(
                 *(torch.linalg.qr(torch.randn(1, d, d, dtype=torch.float64)).Q for d in (d_in, d_out))
             )
             self.energies[name] = rows, columns, basis

@@ -19,7 +19,7 @@ class Problem:
         self.energies, layers = {}, {}
         for name, (groups, d_out, d_in) in SHAPES.items():
             rows, columns = (torch.logspace(0, -4, d, dtype=torch.float64) for d in (d_out, d_in))
-            basis = Eigenbasis(
+            basis = Eigenbasis.of_vectors(
                 *(torch.linalg.qr(torch.randn(groups, d, d, dtype=torch.float64)).Q for d in (d_in, d_out))
             )
             self.energies[name] = rows, columns, basis, groups
@@ -72,7 +72,7 @@ def test_wide_layers_are_rotated_onto_few_vectors_within_the_tolerance(problem, 
 
 def test_the_larger_side_is_cut_with_several_positions(problem):
     tall = EigenInverse(
-        Eigenbasis(
+        Eigenbasis.of_vectors(
             *(
                 q.mT.contiguous().mT
                 for q in (problem.energies["wide"][2].q_in, problem.energies["wide"][2].q_out)
@@ -82,7 +82,9 @@ def test_the_larger_side_is_cut_with_several_positions(problem):
         1e-3,
     )
     flipped = EigenInverse(
-        Eigenbasis(tall.basis.q_out, tall.basis.q_in), tall.eigenvalues.mT.contiguous(), tall.damping
+        Eigenbasis.of_vectors(tall.basis.q_out, tall.basis.q_in),
+        tall.eigenvalues.mT.contiguous(),
+        tall.damping,
     )
     layer = problem.draw(50, 3)["wide"]
     mirrored = FactoredGradients(layer.outputs[0], layer.inputs[None])
@@ -132,7 +134,7 @@ def test_a_dominant_direction_does_not_drown_the_rest_in_single_precision():
     columns, rows = torch.full((128,), 1e-4), torch.full((128,), 1.0)
     columns[0] = 1e6
     inverse = EigenInverse(
-        Eigenbasis(*(torch.linalg.qr(torch.randn(1, 128, 128)).Q for _ in range(2))),
+        Eigenbasis.of_vectors(*(torch.linalg.qr(torch.randn(1, 128, 128)).Q for _ in range(2))),
         rows[:, None] * columns.expand(1, 128, 128),
         1e-4,
     )
@@ -152,7 +154,7 @@ def test_averages_are_right_on_average(p, q):
     torch.manual_seed(2)
     energy = torch.rand(1, 4, 5, dtype=torch.float64)
     energy[0, 3] = 0.0
-    basis = Eigenbasis(*(torch.eye(d, dtype=torch.float64)[None] for d in (5, 4)))
+    basis = Eigenbasis.of_vectors(*(torch.eye(d, dtype=torch.float64)[None] for d in (5, 4)))
     inverse = EigenInverse(basis, energy, 0.1)
     form = aggregated.Aggregation(inverse).at(p, q)
     rows, columns = (energy[0].sum(dim).argsort(descending=True) for dim in (1, 0))

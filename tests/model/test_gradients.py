@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_influence.model.layers import gradients as factored_module
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import (
     DenseGradients,
     FactoredGradients,
@@ -82,9 +83,9 @@ def test_rotation(sizes, form, sides, seed):
         expected = torch.einsum("kbgoi,gij->kbgoj", expected, q_in)
     if use_out:
         expected = torch.einsum("gop,kbgoi->kbgpi", q_out, expected)
-    got = r.gradients.rotate(q_in if use_in else None, q_out if use_out else None)
-    check(got.dense(), expected)
-    check(rotate_matrices(r.matrices, q_in if use_in else None, q_out if use_out else None), expected)
+    sides = Basis(q_in) if use_in else None, Basis(q_out) if use_out else None
+    check(r.gradients.rotate(*sides).dense(), expected)
+    check(rotate_matrices(r.matrices, *sides), expected)
 
 
 @settings(deadline=None, max_examples=25)

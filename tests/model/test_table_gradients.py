@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, concatenate
 from lightning_influence.model.layers.table_gradients import TableGradients
 
@@ -55,11 +56,11 @@ def test_what_is_computed_in_this_form_is_that_of_the_matrices(table):
     torch.testing.assert_close(table.weighted_squares(weights), (dense.square() * weights).sum((2, 3, 4)))
     torch.testing.assert_close(table.squared_norms(), dense.square().sum((2, 3, 4)))
     basis = torch.linalg.qr(torch.randn(1, D, D, dtype=DOUBLE)).Q
-    rotated = table.rotate(basis, None)
+    rotated = table.rotate(Basis(basis), None)
     assert isinstance(rotated, TableGradients)
     torch.testing.assert_close(rotated.dense(), dense @ basis)
     other = torch.linalg.qr(torch.randn(1, V, V, dtype=DOUBLE)).Q
-    torch.testing.assert_close(table.rotate(basis, other).dense(), other.mT @ dense @ basis)
+    torch.testing.assert_close(table.rotate(Basis(basis), Basis(other)).dense(), other.mT @ dense @ basis)
     torch.testing.assert_close(table.scaled(2.0).seeds(slice(0, 1)).dense(), 2 * dense[:1])
     torch.testing.assert_close(table.select(torch.tensor([2, 0])).dense(), dense[:, [2, 0]])
     torch.testing.assert_close(table.to(dtype=torch.float32).dense(), dense.float())

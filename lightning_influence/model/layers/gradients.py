@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_influence.model.layers.bases import Basis
+
 
 class LayerGradients(ABC):
     """Gradients of one layer for ``B`` examples and ``K`` seeds."""
@@ -65,8 +67,8 @@ class LayerGradients(ABC):
         """Sums ``(V, G, D_out, D_in)`` over seeds and examples, with weights ``(K, B, V)``."""
 
     @abstractmethod
-    def rotate(self, q_in: Tensor | None, q_out: Tensor | None) -> LayerGradients:
-        """``Q_out^T g Q_in`` of each gradient, for bases ``(G, D, D)`` with columns as vectors, or None."""
+    def rotate(self, inputs: Basis | None, outputs: Basis | None) -> LayerGradients:
+        """``Q_out^T g Q_in`` of each gradient, for bases of the two sides; None for the identity."""
 
     @abstractmethod
     def sum_of_squares(self) -> Tensor:
@@ -159,9 +161,9 @@ class DenseGradients(LayerGradients):
         summed = weights.flatten(0, 1).T @ self.matrices.flatten(2).flatten(0, 1)
         return summed.view(-1, *self.matrices.shape[2:])
 
-    def rotate(self, q_in: Tensor | None, q_out: Tensor | None) -> DenseGradients:
+    def rotate(self, inputs: Basis | None, outputs: Basis | None) -> DenseGradients:
         """Return ``Q_out^T g Q_in`` of each matrix."""
-        return DenseGradients(rotate_matrices(self.matrices, q_in, q_out))
+        return DenseGradients(rotate_matrices(self.matrices, inputs, outputs))
 
     def sum_of_squares(self) -> Tensor:
         """Return elementwise squares summed over seeds and examples."""
@@ -210,13 +212,11 @@ class DenseGradients(LayerGradients):
         return DenseGradients(self.matrices.to(device, dtype))
 
 
-def rotate_matrices(matrices: Tensor, q_in: Tensor | None, q_out: Tensor | None) -> Tensor:
+def rotate_matrices(matrices: Tensor, inputs: Basis | None, outputs: Basis | None) -> Tensor:
     """Return ``Q_out^T M Q_in`` for matrices ``(..., G, D_out, D_in)``; None stands for the identity."""
-    if q_in is not None:  # a single group's basis as a plain matrix: all rows in one product
-        matrices = matrices @ (q_in[0] if len(q_in) == 1 else q_in)
-    if q_out is not None:
-        matrices = q_out.transpose(-1, -2) @ matrices
-    return matrices
+    if inputs is not None:
+        matrices = inputs.turn(matrices)
+    return matrices if outputs is None else outputs.turn_columns(matrices)
 
 
 def weighted_squares(matrices: Tensor, weights: Tensor) -> Tensor:
@@ -346,14 +346,14 @@ class FactoredGradients(LayerGradients):
             result[start : start + step] = summed.transpose(0, 1)
         return result
 
-    def rotate(self, q_in: Tensor | None, q_out: Tensor | None) -> LayerGradients:
+    def rotate(self, inputs: Basis | None, outputs: Basis | None) -> FactoredGradients:
         """Return the rotated factors."""
-        inputs, outputs = self.inputs, self.outputs
-        if q_in is not None:  # examples and positions as rows of one product a group
-            inputs = torch.bmm(inputs.flatten(1, 2), q_in).view(inputs.shape)
-        if q_out is not None:
-            outputs = torch.matmul(outputs.flatten(2, 3), q_out).view(outputs.shape)
-        return FactoredGradients(inputs, outputs)
+        left, right = self.outputs, self.inputs
+        if outputs is not None:  # examples and positions as rows of one product a group
+            left = outputs.turn(left.flatten(2, 3)).view(left.shape)
+        if inputs is not None:
+            right = inputs.turn(right.flatten(1, 2)).view(right.shape)
+        return FactoredGradients(right, left)
 
     def sum_of_squares(self) -> Tensor:
         """Return elementwise squares summed over seeds and examples, ``(G, D_out, D_in)``."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 
 # Chosen by hand: bytes of looked-up rows of several vectors that are gathered at once.
@@ -86,14 +87,12 @@ class TableGradients(LayerGradients):
             result[vector, 0].index_add_(0, self.rows.flatten(), weighted.flatten(0, 1))
         return result
 
-    def rotate(self, q_in: Tensor | None, q_out: Tensor | None) -> LayerGradients:
+    def rotate(self, inputs: Basis | None, outputs: Basis | None) -> LayerGradients:
         """Return ``Q_out^T g Q_in``; they are formed where there is a basis of the ``V`` rows."""
-        if q_out is not None:
-            return DenseGradients(self.dense()).rotate(q_in, q_out)
-        values = self.values if q_in is None else self.values @ q_in[0]
-        rotated = self.products.rotate(q_in, None)
-        assert isinstance(rotated, FactoredGradients)
-        return TableGradients(self.rows, values, rotated)
+        if outputs is not None:
+            return DenseGradients(self.dense()).rotate(inputs, outputs)
+        values = self.values if inputs is None else inputs.turn(self.values)
+        return TableGradients(self.rows, values, self.products.rotate(inputs, None))
 
     def sum_of_squares(self) -> Tensor:
         """Return elementwise squares summed over seeds and examples, ``(1, V, D)``."""
