@@ -218,3 +218,60 @@ layers.DENSE_WIDTH, layers.MATRIX_WIDTH = 10, 7
 @pytest.mark.parametrize("limits", ["", TABLES], ids=["vectors", "tables"])
 def test_two_processes_cover_parameters_outside_of_layers(tmp_path, limits):
     check_script(limits + PARAMETERS, tmp_path)
+
+
+UNSEEN = """
+import sys, warnings
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_influence import InfluenceCallback, InfluenceModule, InfluenceTrainer
+from lightning_influence.curvature import eigenbases, factors as sums
+
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def training_step(self, batch, batch_idx):
+        weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1], weight=weight)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+torch.manual_seed(0)
+x = torch.randn(13, 7, dtype=torch.float64)
+x[:, 1:4] = 0
+module, data = Net().double(), TensorDataset(x, torch.arange(13) % 3)
+asked = DataLoader(TensorDataset(torch.randn(3, 7, dtype=torch.float64), torch.arange(3)), 2)
+whole = (eigenbases.LARGE, sums._BLOCKED)
+eigenbases.LARGE = sums._BLOCKED = 3
+trainer = InfluenceTrainer(
+    max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, callbacks=[InfluenceCallback(every_n_steps=1)],
+    default_root_dir=sys.argv[1],
+)
+trainer.fit(module, DataLoader(data, 3))
+kept = trainer.influence(module, DataLoader(data, 4), asked, method="ekfac", damping=0.1, log=False)
+everyone = [torch.zeros_like(kept.scores) for _ in range(2)]
+torch.distributed.all_gather(everyone, kept.scores)
+assert torch.equal(everyone[0], everyone[1])
+for folder in ({}, {"factors_dir": sys.argv[1] + "/factors"}, {"factors_dir": sys.argv[1] + "/factors"}):
+    options = {"method": "ekfac", "damping": 0.1, "fisher": "exact", "low_rank_tolerance": 0.0}
+    eigenbases.LARGE = sums._BLOCKED = 3
+    ours = trainer.influence(module, DataLoader(data, 4), asked, factors="refit", log=False, **options, **folder)
+    eigenbases.LARGE, sums._BLOCKED = whole
+    theirs = InfluenceModule(module).scores(DataLoader(data, 13), asked, **options)
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-7, atol=1e-10)
+"""
+
+
+def test_two_processes_leave_the_same_columns_out(tmp_path):
+    check_script(UNSEEN, tmp_path)
