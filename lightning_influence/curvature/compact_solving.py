@@ -8,7 +8,8 @@ positions are rotated on the way in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,11 +25,13 @@ from lightning_influence.curvature.low_rank_matrices import (
     join_matrices,
 )
 from lightning_influence.model.layers.bases import Basis
-from lightning_influence.model.layers.gradients import LayerGradients, rotate_matrices
+from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients, rotate_matrices
 from lightning_influence.model.layers.table_gradients import TableGradients
 
 # Chosen by hand: bytes of answers that are formed in the basis at once.
 _FORMED_BYTES = 2**25
+# Columns are picked where the others, all zero, leave at most such a part of them.
+_FEW = 2
 
 
 def solve_in_rank(
@@ -45,11 +48,8 @@ def solve_in_rank(
     Returns:
         One matrix an example.
     """
-    parts = [
-        _turn_back(inverse, compress(formed, rank), rows)
-        for formed, rows in _weigh(inverse, gradients, dtype)
-    ]
-    return join_matrices(parts)
+    cut = partial(compress, rank=rank)
+    return join_matrices([_answer(inverse, cut, *few) for few in _weigh(inverse, gradients, dtype)])
 
 
 def solve_within(
@@ -68,17 +68,14 @@ def solve_within(
     """
     if tolerance <= 0:
         return DenseMatrices(inverse.apply(gradients.dense()[0].to(dtype)))
-    parts = [
-        _turn_back(inverse, compress_within(formed, tolerance), rows)
-        for formed, rows in _weigh(inverse, gradients, dtype)
-    ]
-    return join_matrices(parts)
+    cut = partial(compress_within, tolerance=tolerance)
+    return join_matrices([_answer(inverse, cut, *few) for few in _weigh(inverse, gradients, dtype)])
 
 
 def _weigh(
     inverse: EigenInverse, gradients: LayerGradients, dtype: torch.dtype
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield answers in the basis, ``(V, G, D_out', D_in)``, a few at a time, and which rows they have."""
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Yield answers in the basis, ``(V, G, D_out', D_in')``, a few at a time, and their rows and columns."""
     basis, weights, rows = inverse.basis, inverse.weights, None
     if (
         isinstance(gradients, TableGradients)
@@ -91,19 +88,56 @@ def _weigh(
     step = max(1, _FORMED_BYTES // weights.nbytes)
     for start in range(0, max(1, gradients.num_examples), step):
         few = gradients.select(slice(start, start + step))
-        rotated = few if basis is None else rotate(few, basis)
-        yield rotated.dense()[0].to(dtype) * weights, rows
+        rotated, columns = pick_columns(few if basis is None else rotate(few, basis))
+        own = weights if columns is None else weights[:, :, columns]
+        yield rotated.dense()[0].to(dtype) * own, rows, columns
 
 
-def _turn_back(inverse: EigenInverse, found: Matrices, rows: Tensor | None) -> Matrices:
-    """Return answers out of the basis, with rows of zeros where there were none."""
+def pick_columns(gradients: LayerGradients) -> tuple[LayerGradients, Tensor | None]:
+    """Return gradients in the columns alone that are not zero in all of them, and which these are.
+
+    Returns:
+        The gradients as they are and None where most columns are not zero, where that is not told by their
+        inputs, and on an accelerator, which would have to be waited for.
+    """
+    if not isinstance(gradients, FactoredGradients) or gradients.like.device.type != "cpu":
+        return gradients, None
+    columns = gradients.inputs.flatten(0, 2).abs().sum(dim=0).nonzero().flatten()
+    if not 0 < len(columns) <= gradients.shape[2] // _FEW:
+        return gradients, None
+    return FactoredGradients(gradients.inputs[..., columns], gradients.outputs), columns
+
+
+def place(values: Tensor, index: Tensor | None, dim: int, width: int) -> Tensor:
+    """Return values with zeros in the places of a dimension that an index does not name; None names all."""
+    if index is None:
+        return values
+    shape = [*values.shape[:dim], width, *values.shape[dim + 1 :]]
+    return values.new_zeros(shape).index_copy_(dim, index, values)
+
+
+def _answer(
+    inverse: EigenInverse,
+    cut: Callable[[Tensor], Matrices],
+    formed: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+) -> Matrices:
+    """Return answers cut and out of the basis, with rows and columns of zeros where there were none."""
+    d_out, d_in = inverse.eigenvalues.shape[1:]
+    found = cut(formed)
+    if columns is not None and isinstance(
+        found, DenseMatrices
+    ):  # which are small beside those of all columns
+        found, columns = cut(place(formed, columns, 3, d_in)), None
     back = Eigenbasis() if inverse.basis is None else inverse.basis.transposed
     if isinstance(found, DenseMatrices):
         matrices = rotate_matrices(found.matrices, back.inputs, back.outputs)
-        return DenseMatrices(matrices if rows is None else _place(matrices, rows, inverse))
+        return DenseMatrices(place(matrices, rows, 2, d_out))
     assert isinstance(found, LowRankMatrices)
-    left, right = _turn_columns(found.left, back.outputs), _turn_columns(found.right, back.inputs)
-    return LowRankMatrices(left if rows is None else _place(left, rows, inverse), right)
+    left = _turn_columns(found.left, back.outputs)
+    right = _turn_columns(place(found.right, columns, 2, d_in), back.inputs)
+    return LowRankMatrices(place(left, rows, 2, d_out), right)
 
 
 def _turn_columns(factor: Tensor, basis: Basis | None) -> Tensor:
@@ -114,10 +148,3 @@ def _turn_columns(factor: Tensor, basis: Basis | None) -> Tensor:
     columns = factor.permute(1, 2, 0, 3).flatten(2)  # (G, D, V r)
     turned = basis.turn_columns(columns).view(groups, width, count, rank)
     return turned.permute(2, 0, 1, 3).contiguous()
-
-
-def _place(values: Tensor, rows: Tensor, inverse: EigenInverse) -> Tensor:
-    """Return ``(V, G, D_out, k)`` with some of the rows given."""
-    whole = values.new_zeros(*values.shape[:2], inverse.eigenvalues.shape[1], values.shape[3])
-    whole[:, :, rows] = values
-    return whole

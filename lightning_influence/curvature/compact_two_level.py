@@ -143,7 +143,7 @@ class CompactTwoLevel:
             The answers; the estimated relative residual ``||v - A x|| / ||v||`` of each query, ``(Q,)``; and
             that of the closed form's answers in the same system, ``(Q,)``.
         """
-        forms = [self.inverse] if _are_equal(self.inverse, closed) else [self.inverse, closed]
+        forms = self._list_forms(closed)
         space, probes = self.space, self.space.num_probes
         count = next(iter(queries.values())).num_examples
         right, image = (
@@ -199,6 +199,28 @@ class CompactTwoLevel:
         )
         closed_residuals = self._relate(seen - images[-1][:, :probes], queries)
         return correction, torch.where(long, shorter, residuals), closed_residuals
+
+    def count_answer_bytes(
+        self, queries: Mapping[str, LayerGradients], closed: BlockInverse, low_rank: float
+    ) -> int:
+        """Return the bytes that :meth:`compare` takes for answers: those of all forms, and the chosen ones.
+
+        Args:
+            queries: query gradients, ``K = 1``.
+            closed: see :meth:`compare`.
+            low_rank: see there.
+        """
+        forms = self._list_forms(closed)
+        held = sum(
+            solve_within(form.layers[name], gradients, low_rank, self._dtype).nbytes
+            for form in forms
+            for name, gradients in queries.items()
+        )
+        return held * (len(forms) + 1) // len(forms)
+
+    def _list_forms(self, closed: BlockInverse) -> list[BlockInverse]:
+        """Return the closed forms whose answers are compared."""
+        return [self.inverse] if _are_equal(self.inverse, closed) else [self.inverse, closed]
 
     def _correct(self, left: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``c`` for what is left of ``[W, Q]^T v``, and the remainders that the probes then see."""

@@ -5,6 +5,7 @@ Shapes are those of :mod:`~lightning_influence.model.layers.gradients`: ``V`` ma
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from lightning_influence.model.layers.gradients import DenseGradients, FactoredG
 
 # Chosen by hand: bytes of matrices, or of products with them, that are formed at once, whatever the memory.
 _FORMED_BYTES = 2**22
+# Columns of factors that gradients go through at once, and bytes of what comes out, which are read again at
+# once: measured, products of 64 positions take 0.4 of the time that those with fewer columns take.
+_COLUMNS, _CACHED_BYTES = 512, 2**21
 # What writing and reading a number costs, in multiplications.
 _FORMED = 8
 
@@ -209,18 +213,20 @@ class LowRankMatrices(Matrices):
         groups, examples, positions, _ = gradients.inputs.shape
         seeds = gradients.outputs.shape[0]
         result = gradients.outputs.new_zeros(seeds, examples, self.count)
-        each = gradients.inputs.element_size() * examples * positions * self.rank * (1 + 2 * seeds)
-        step = max(1, _FORMED_BYTES // max(1, each))
-        for group in range(groups):
-            inputs = gradients.inputs[group].flatten(0, 1)  # (B R, D_in)
-            outputs = gradients.outputs[:, group].flatten(0, 2)  # (K B R, D_out)
-            for start in range(0, self.count, step):
-                rows = slice(start, start + step)
-                right = self.right[rows, group].transpose(0, 1).flatten(1)  # (D_in, V r)
-                left = self.left[rows, group].transpose(0, 1).flatten(1)
-                pushed = (inputs @ right).view(1, examples, positions, -1, self.rank)
-                products = (outputs @ left).view(seeds, examples, positions, -1, self.rank).mul_(pushed)
-                result[:, :, rows] += products.sum(dim=(2, 4))
+        step = max(1, _COLUMNS // self.rank)
+        for group, start in itertools.product(range(groups), range(0, self.count, step)):
+            rows = slice(start, start + step)
+            right = self.right[rows, group].transpose(0, 1).flatten(1)  # (D_in, V r)
+            left = self.left[rows, group].transpose(0, 1).flatten(1)
+            pushed: Tensor = gradients.inputs[group].flatten(0, 1) @ right
+            pushed = pushed.view(examples, positions, -1)
+            few = max(1, _CACHED_BYTES // max(1, seeds * pushed[:1].nbytes))
+            for first in range(0, examples, few):
+                some = slice(first, first + few)
+                outputs = gradients.outputs[:, group, some].flatten(0, 2)  # (K B R, D_out)
+                products = (outputs @ left).view(seeds, -1, *pushed.shape[1:]).mul_(pushed[some])
+                summed = products.sum(dim=2).view(seeds, -1, pushed.shape[2] // self.rank, self.rank)
+                result[:, some, rows] += summed.sum(dim=3)
         return result
 
     def inner(self, other: Matrices) -> Tensor:

@@ -323,6 +323,23 @@ class Auto(Method):
         each = 4 if self._may_iterate() else 2
         return max(1, self._left() // (each * count_vector_bytes(self.context)))
 
+    @property
+    def compresses(self) -> bool:
+        """Whether answers are held in low rank, as those beside a compact space are."""
+        return isinstance(self.operator, CompactTwoLevel) and self._low_rank() > 0
+
+    def measure_group_size(self, queries: Queries) -> int:
+        """Return how many queries fit beside a compact space in the form in which they are held."""
+        operator, gradients = self.operator, list(queries.values())
+        if not isinstance(operator, CompactTwoLevel) or not gradients:
+            return self.group_size()
+        held = operator.count_answer_bytes(queries, self.ekfac, self._low_rank())
+        held += sum(layer.nbytes for layer in gradients)
+        each = torch.tensor([held / max(1, gradients[0].num_examples)], dtype=torch.float64)
+        most = float(self.context.runner.all_gather_cat(each).max())
+        left = self._left() - self.options.memory_budget // _FORMED  # where scores form answers
+        return max(self.group_size(), int(left / max(1.0, most)))
+
     def _left(self) -> int:
         """Return what the coarse space, with its damped product if that is needed, leaves of the budget."""
         space, damped = self.space, 0

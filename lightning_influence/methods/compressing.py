@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.compact_solving import pick_columns, place
 from lightning_influence.curvature.factors import Eigenbasis, rotate
 from lightning_influence.curvature.inverse import EigenInverse
 from lightning_influence.curvature.low_rank_matrices import LowRankMatrices, join_matrices
@@ -51,12 +52,13 @@ def compress_solved(
     step = max(1, _FORMED_BYTES // inverse.eigenvalues.nbytes)
     for start in range(0, queries.num_examples, step):
         few = queries.select(slice(start, start + step))
-        rotated = few if basis is None else rotate(few, basis)
-        scaled = (rotated.dense()[0] * inverse.weights).mul_(rows[:, :, None]).mul_(columns[:, None])
+        rotated, kept = pick_columns(few if basis is None else rotate(few, basis))
+        weights, along = (x if kept is None else x[..., kept] for x in (inverse.weights, columns))
+        scaled = (rotated.dense()[0] * weights).mul_(rows[:, :, None]).mul_(along[:, None])
         cut = truncate_within(scaled, tolerance, most)
         if cut is None:
             return None
-        left, right = cut[0] / rows[:, :, None], cut[1] / columns[:, :, None]
+        left, right = cut[0] / rows[:, :, None], place(cut[1] / along[:, :, None], kept, 2, d_in)
         back = Eigenbasis() if basis is None else basis.transposed
         parts.append(LowRankMatrices(_turn(left, back.outputs), _turn(right, back.inputs)))
     joined = join_matrices(parts)

@@ -5,9 +5,12 @@ import torch
 from drive import closed_form
 from test_two_level import DAMPING, SOME, Problem
 
-from lightning_influence.curvature.compact_solving import solve_in_rank, solve_within
+from lightning_influence.curvature import low_rank_matrices
+from lightning_influence.curvature.compact_solving import pick_columns, solve_in_rank, solve_within
+from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import EigenInverse
 from lightning_influence.curvature.low_rank_matrices import DenseMatrices, LowRankMatrices
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients
 from lightning_influence.model.layers.table_gradients import TableGradients
 
@@ -43,8 +46,7 @@ def test_the_error_is_tolerated_and_the_rank_is_about_the_smallest(tolerance, po
     eigenvalues = torch.logspace(0, -4, d_out, dtype=DOUBLE)[:, None] * torch.logspace(
         0, -3, d_in, dtype=DOUBLE
     )
-    problem = Problem(SOME[0])
-    basis = type(next(iter(problem.factors.layers.values())).basis).of_vectors(
+    basis = Eigenbasis.of_vectors(
         *(torch.linalg.qr(torch.randn(1, d, d, dtype=DOUBLE)).Q for d in (d_in, d_out))
     )
     inverse = EigenInverse(basis, eigenvalues[None], 1e-3)
@@ -77,9 +79,8 @@ def test_rows_of_tables_are_solved_alone():
     )
     rows = torch.randint(vocabulary, (count, positions))
     table = TableGradients(rows, torch.randn(1, count, positions, width, dtype=DOUBLE), nothing)
-    problem = Problem(SOME[0])
     q_in = torch.linalg.qr(torch.randn(1, width, width, dtype=DOUBLE)).Q
-    basis = type(next(iter(problem.factors.layers.values())).basis).of_vectors(q_in, None)
+    basis = Eigenbasis.of_vectors(q_in, None)
     inverse = EigenInverse(basis, torch.rand(1, vocabulary, width, dtype=DOUBLE), 0.1)
     whole = inverse.apply(table.dense()[0])
     for found in (
@@ -90,3 +91,68 @@ def test_rows_of_tables_are_solved_alone():
         torch.testing.assert_close(found.dense(), whole, rtol=1e-5, atol=1e-6)
         assert isinstance(found, LowRankMatrices)
         assert found.rank <= 3
+
+
+@pytest.mark.parametrize("kept", [1, 10, 40])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_columns_of_zeros_are_left_out_and_change_nothing(kept, positions):
+    """Of gradients that show few columns, and of a basis that holds vectors of few."""
+    torch.manual_seed(5)
+    d_out, d_in, count = 24, 40, 7
+    seen = torch.zeros(d_in, dtype=torch.bool)
+    seen[torch.randperm(d_in)[:kept]] = True
+    q_out = torch.linalg.qr(torch.randn(1, d_out, d_out, dtype=DOUBLE)).Q
+    part = Basis.of_seen(torch.linalg.qr(torch.randn(1, kept, kept, dtype=DOUBLE)).Q, seen)
+    eigenvalues = (
+        torch.rand(1, d_out, d_in, dtype=DOUBLE) * torch.logspace(0, -4, d_out, dtype=DOUBLE)[:, None]
+    )
+    inputs = torch.randn(1, count, positions, d_in, dtype=DOUBLE) * seen
+    gradients = FactoredGradients(inputs, torch.randn(1, 1, count, positions, d_out, dtype=DOUBLE))
+    picked, columns = pick_columns(gradients)
+    assert (columns is None) == (kept == d_in)
+    assert columns is None or columns.tolist() == seen.nonzero().flatten().tolist()
+    assert picked.shape[2] == kept
+    inverse = EigenInverse(Eigenbasis(part, Basis(q_out)), eigenvalues, 1e-3)
+    plain = EigenInverse(Eigenbasis.of_vectors(part.whole(), q_out), eigenvalues, 1e-3)
+    whole = plain.apply(gradients.dense()[0])
+    formed = DenseGradients(gradients.dense())  # whose columns are not looked at
+    for rank in (1, 3):
+        found, expected = (
+            solve_in_rank(inverse, gradients, rank, DOUBLE),
+            solve_in_rank(plain, formed, rank, DOUBLE),
+        )
+        assert type(found) is type(expected)
+        best = (cut(whole, rank) - whole).norm()
+        for answer in (found, expected):
+            assert float((answer.dense() - whole).norm()) <= 1.1 * float(best) + 1e-9
+    for tolerance in (0.3, 1e-3, 1e-9):
+        found, expected = (
+            solve_within(way, some, tolerance, DOUBLE)
+            for way, some in ((inverse, gradients), (plain, formed))
+        )
+        assert type(found) is type(expected)
+        relative = (found.dense() - whole).flatten(1).square().sum(1) / whole.flatten(1).square().sum(1)
+        assert float(relative.mean().sqrt()) <= tolerance + 1e-12
+    # One example that shows another column brings it in for the others, which are zero there.
+    other = ~seen
+    if other.any():
+        more = inputs.clone()
+        more[0, 0, 0, other.nonzero()[0]] = 2.0
+        gradients = FactoredGradients(more, gradients.outputs)
+        exact = solve_within(inverse, gradients, 1e-10, DOUBLE).dense()
+        torch.testing.assert_close(exact, plain.apply(gradients.dense()[0]), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize(("columns", "cached"), [(1, 1), (4, 1), (5, 2**10), (2**9, 2**21)])
+def test_products_are_the_same_a_few_columns_and_examples_at_a_time(columns, cached, positions, monkeypatch):
+    torch.manual_seed(6)
+    monkeypatch.setattr(low_rank_matrices, "_COLUMNS", columns)
+    monkeypatch.setattr(low_rank_matrices, "_CACHED_BYTES", cached)
+    gradients = FactoredGradients(
+        torch.randn(2, 5, positions, 9, dtype=DOUBLE), torch.randn(3, 2, 5, positions, 7, dtype=DOUBLE)
+    )
+    matrices = LowRankMatrices(torch.randn(6, 2, 7, 2, dtype=DOUBLE), torch.randn(6, 2, 9, 2, dtype=DOUBLE))
+    expected = torch.einsum("kbgoi,vgoi->kbv", gradients.dense(), matrices.dense())
+    torch.testing.assert_close(matrices._dot_factors(gradients), expected)
+    torch.testing.assert_close(matrices.dot(gradients), expected)

@@ -13,6 +13,7 @@ from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
 from lightning_influence.methods import compressing, scorers
 from lightning_influence.methods.compressing import compress_solved
 from lightning_influence.methods.scorers import PreconditionedScorer
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients
 from lightning_influence.model.layers.plan import Layout
 
@@ -69,6 +70,29 @@ def test_a_few_at_a_time_give_what_all_give(problem, monkeypatch):
     exact = inverse.apply(queries.dense()[0]).flatten(1) @ train.dense()[0].flatten(1).T
     for found in (whole, parts):
         assert (found.dot(train)[0].T - exact).norm() < 0.01 * exact.norm()
+
+
+def test_columns_of_zeros_are_left_out_and_change_nothing():
+    torch.manual_seed(7)
+    seen = torch.arange(D_IN) % 3 == 1
+    inputs = torch.randn(1, 6, POSITIONS, D_IN, dtype=torch.float64) * seen
+    queries = FactoredGradients(inputs, torch.randn(1, 1, 6, POSITIONS, D_OUT, dtype=torch.float64))
+    count = int(seen.sum())
+    part = Basis.of_seen(torch.linalg.qr(torch.randn(1, count, count, dtype=torch.float64)).Q, seen)
+    basis = Eigenbasis(part, draw_basis(D_OUT, D_OUT).inputs)
+    rows, columns = (torch.logspace(0, -4, width, dtype=torch.float64) for width in (D_OUT, D_IN))
+    inverse = EigenInverse(basis, (rows[:, None] * columns)[None], 1e-2)
+    exact = inverse.apply(queries.dense()[0])
+    for given in (queries, DenseGradients(queries.dense())):
+        found = compress_solved(inverse, given, 0.03)
+        assert found is not None
+        assert not found.dense()[..., ~seen].any()
+        # Entries count by what training gradients have there.
+        missed, whole = (
+            DenseGradients(x[None]).rotate(basis.inputs, basis.outputs).weighted_squares(inverse.eigenvalues)
+            for x in (found.dense() - exact, exact)
+        )
+        assert float(missed.sum()) <= 0.03**2 * 1.1 * float(whole.sum())
 
 
 def test_layers_without_curvature_or_basis_are_cut_as_plain_matrices():
