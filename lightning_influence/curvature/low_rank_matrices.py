@@ -177,6 +177,17 @@ class LowRankMatrices(Matrices):
         """Return some of the matrices, ``(V, G, D_out, D_in)``."""
         return self.left[rows] @ self.right[rows].mT
 
+    def mix(self, weights: Tensor) -> Tensor:
+        """Return sums ``(Q, G, D_out, D_in)`` with weights ``(Q, V)``, each by one product."""
+        if self.numel <= sum(tensor[0].numel() for tensor in self.tensors().values()):
+            return super().mix(weights)
+        left = self.left.permute(1, 2, 0, 3)  # (G, D_out, V, r)
+        right = self.right.permute(1, 0, 3, 2).flatten(1, 2)  # (G, V r, D_in)
+        result = self.left.new_empty(len(weights), *left.shape[:2], right.shape[2])
+        for own, found in zip(weights, result, strict=True):
+            torch.bmm((left * own[:, None]).flatten(2), right, out=found)
+        return result
+
     def scaled(self, weights: Tensor) -> LowRankMatrices:
         """Return the matrices times numbers."""
         return LowRankMatrices(self.left * weights.to(self.left)[:, None, None, None], self.right)

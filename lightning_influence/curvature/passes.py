@@ -90,7 +90,8 @@ class AveragingPass:
         return [part.div_(divisor) for part in sums]
 
 
-# Chosen by hand: bytes of output gradients recorded at once where only products with them are wanted.
+# Chosen by hand: bytes of output gradients recorded at once where only products with them are wanted, if no
+# more room is given.
 _SEED_BYTES = 2**26
 
 
@@ -105,6 +106,8 @@ class CurvaturePass(AveragingPass):
             None.
         draws: sampled labels, or mixtures, per example.
         seed: seed of the labels or signs.
+        room: bytes that output gradients may take where only products with them are wanted, if there is more
+            than little.
 
     Attributes:
         columns: ``K`` of the last batch; None if the outputs are unknown.
@@ -119,9 +122,10 @@ class CurvaturePass(AveragingPass):
         max_columns: int = 64,
         draws: int = 16,
         seed: int = 0,
+        room: int = 0,
     ) -> None:
         super().__init__(plan)
-        self._plan = plan
+        self._plan, self._room = plan, room
         self.columns: int | None = None
         self.estimated = False
         self._fisher = fisher
@@ -139,7 +143,8 @@ class CurvaturePass(AveragingPass):
             yield captured.curvature_gradients(fisher)
             return
         seeds = captured.curvature_seeds(fisher, generator, self._draws)
-        size = max(1, _SEED_BYTES // max(1, captured.num_examples * self._output_bytes(captured)))
+        each = captured.num_examples * self._output_bytes(captured)
+        size = max(1, max(_SEED_BYTES, self._room) // max(1, each))
         while few := list(itertools.islice(seeds, size)):
             yield captured.recorder.gradients(captured.loss.outputs, list(few), captured.num_examples)
 

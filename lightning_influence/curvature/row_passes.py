@@ -30,6 +30,7 @@ class RowsPass(CurvaturePass):
             every stage, which follow one another. None for one row a vector.
         draws: see :class:`~.passes.CurvaturePass`.
         seed: see there.
+        room: see there; what vectors make of the inputs is shared by the columns recorded at once.
     """
 
     description = "Influence: curvature rows"
@@ -41,8 +42,9 @@ class RowsPass(CurvaturePass):
         stages: Mapping[str, int] | None = None,
         draws: int = 16,
         seed: int = 0,
+        room: int = 0,
     ) -> None:
-        super().__init__(plan, draws=draws, seed=seed)
+        super().__init__(plan, draws=draws, seed=seed, room=room)
         self._blocks = blocks
         self._stages: list[Mapping[str, int]] = [{}] * (len(blocks) - 1) + [stages or {}]
         self._rows: list[Tensor] = []

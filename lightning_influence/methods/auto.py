@@ -24,7 +24,12 @@ from lightning_influence.methods.coarse_building import (
     CoarseBuilder,
     count_vector_bytes,
 )
-from lightning_influence.methods.compact_building import MOST_COLUMNS, CompactBuilder, choose_builder
+from lightning_influence.methods.compact_building import (
+    MOST_COLUMNS,
+    ROWS_SHARE,
+    CompactBuilder,
+    choose_builder,
+)
 from lightning_influence.methods.compact_scorer import CompactScorer
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.fitting import count_passes_to_come, provide_factors
@@ -337,7 +342,7 @@ class Auto(Method):
         held += sum(layer.nbytes for layer in gradients)
         each = torch.tensor([held / max(1, gradients[0].num_examples)], dtype=torch.float64)
         most = float(self.context.runner.all_gather_cat(each).max())
-        left = self._left() - self.options.memory_budget // _FORMED  # where scores form answers
+        left = self._left() - self.options.memory_budget // ROWS_SHARE  # of which scores take a part
         return max(self.group_size(), int(left / max(1.0, most)))
 
     def _left(self) -> int:

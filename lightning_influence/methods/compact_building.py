@@ -37,6 +37,8 @@ PROBES, _FEWEST_PROBES = 64, 16
 _PROBE_SEED = 20_240_602
 # Chosen by hand: the share of the memory budget that the space may take; queries need the rest.
 _SHARE = 2
+#: The share that output gradients may take while curvature rows are found.
+ROWS_SHARE = 4
 # Where this many times as many directions fit as in dense form, they are held compactly.
 _WORTH = 2
 # The most columns of the output curvature that products are made of; see CurvaturePass.
@@ -294,7 +296,8 @@ class CompactBuilder(SpaceBuilder):
     ) -> RowsPass:
         """Return the pass for ``B^T J V`` after it has visited the curvature examples."""
         plan, draws = self.context.plan, self._mixtures()
-        one_pass = RowsPass(plan, *blocks, stages=stages, draws=draws, seed=self._seed)
+        room = self.context.options.memory_budget // ROWS_SHARE
+        one_pass = RowsPass(plan, *blocks, stages=stages, draws=draws, seed=self._seed, room=room)
         self.context.runner.run(one_pass, self._curvature)
         return one_pass
 

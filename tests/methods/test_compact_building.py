@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.methods.auto import Auto
 from lightning_influence.running.loop_runner import LoopRunner
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -219,3 +220,21 @@ def test_no_answer_is_worse_than_ekfac_or_nothing(seed, width, budget, damping):
     assert float(found.diagnostics.residuals[~same].max() if (~same).any() else 0) <= 1
     told = any("got the answer of method='ekfac'" in note for note in found.diagnostics.warnings)
     assert told == bool(same.any())
+
+
+def test_groups_are_as_large_as_answers_are_small(monkeypatch):
+    """Answers of the few queries that are looked at tell how many fit, beside what else is held."""
+    queries, options = [draw(24, 1)], {"low_rank_tolerance": 0.2, "method": "auto", "max_steps": 0}
+    module = InfluenceModule(Net())
+    options |= {"damping": DAMPING, "memory_budget": int(20 * 8 * NUMEL)}
+    few = module.scores(TRAIN, queries, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Auto, "measure_group_size", lambda method, queries: method.group_size())
+        many = InfluenceModule(Net()).scores(TRAIN, queries, **options)
+
+    def count(found):
+        return sum(one["name"] == "Influence: scores" for one in found.diagnostics.passes)
+
+    assert 1 <= count(few) < count(many)
+    torch.testing.assert_close(few.diagnostics.residuals, many.diagnostics.residuals, rtol=0.2, atol=0.02)
+    assert float((few.scores - many.scores).norm()) < 0.2 * float(many.scores.norm())
