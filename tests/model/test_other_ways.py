@@ -95,6 +95,26 @@ def test_rows_that_were_in_order_by_chance_are_followed_in_later_batches(arrange
         torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
 
 
+@pytest.mark.parametrize("first", [IN_ORDER, OUT_OF_ORDER])
+@pytest.mark.parametrize("loss", [named, by_hand])
+def test_rows_of_some_batches_only_are_followed(loss, first):
+    """Batches in order have shown that layers are called on the examples, which holds for none in another."""
+
+    def step(module, x, y):
+        if y[0] > y[-1]:
+            order = y.argsort(stable=True)
+            x, y = x[order], y[order]
+        return loss(module(x), y)
+
+    second = OUT_OF_ORDER if first == IN_ORDER else IN_ORDER
+    x, y = make_batch(first, 1)
+    for batches in ([make_batch(second)], [make_batch(first), make_batch(second)]):
+        found, module = read(step, *batches, (x, y))
+        for n in range(len(x)):
+            value = loss(module(x[n : n + 1]), y[n : n + 1])
+            torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
+
+
 @pytest.mark.parametrize("loss", [named, by_hand])
 def test_rows_that_nobody_can_follow_are_checked_in_every_batch(loss):
     def step(module, x, y):
