@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,12 +19,12 @@ from lightning_influence.model.layers.recorder import Recorder
 from lightning_influence.model.loss_checks import OTHER_ORDER, check_losses
 from lightning_influence.model.loss_values import OTHER_ROWS, ROWS_VARY, compute_losses
 from lightning_influence.model.losses.batch import BatchLoss
-from lightning_influence.model.losses.calls import LossCall
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.losses.shared import JointLoss
+from lightning_influence.model.losses.way import Way
 from lightning_influence.model.training_step import call_loss, run_step
 from lightning_influence.model.unnamed import one_by_one
 from lightning_influence.model.unnamed.additivity import COUPLED
@@ -42,6 +41,7 @@ from lightning_influence.support.errors import (
 )
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.waiting import read_later
+from lightning_influence.support.whole import holds_stand_ins
 
 
 class Measure(Protocol):
@@ -73,6 +73,7 @@ class Forward:
         self._capture = LossCapture()
         self._unnamed: UnnamedLoss | None = None
         self._weights: Tensor | None = None  # of the examples of the last batch
+        self._picked = 0  # batches whose rows were picked by values
 
     def __call__(
         self, module: Any, batch: Any, num_examples: int, measure: Measure | None = None
@@ -95,11 +96,12 @@ class Forward:
         """
         if measure is not None and not measure.needs_loss:
             recorder = self._make_recorder(batch, num_examples, "measurement")
-            with recorder:
+            with recorder, self._capture:
                 values = measure(module, batch, loss=None, batch_size=num_examples)
+            self._capture.calls = []
             captured = Captured(num_examples, None, values, recorder)
         else:
-            captured = self._run(module, batch, num_examples)
+            captured = self._run_in_its_way(module, batch, num_examples, measure)
             if measure is not None:
                 # Training batches of one example have not shown it.
                 captured = self._check_measured(captured, module, batch)
@@ -134,21 +136,50 @@ class Forward:
         self._keep_one_reading(captured)
         return captured
 
+    def _run_in_its_way(
+        self, module: Any, batch: Any, num_examples: int, measure: Measure | None
+    ) -> Captured:
+        """Run the loss, and once more where what batches have shown of layers is not known of this one's way.
+
+        Returns:
+            The captured batch.
+        """
+        captured = self._run(module, batch, num_examples)
+        verified, called = self.plan.verified, self._called("loss")
+        if called <= verified and captured.recorder.uses is None and self._way.is_new(verified, module):
+            self.plan.verified -= called
+            captured = self._run(module, batch, num_examples)
+        return captured
+
+    @property
+    def _way(self) -> Way:
+        """The functions that the step has called for the last batch."""
+        return self._capture.way if self._unnamed is None else self._unnamed.way
+
     def _look_at_way(self, captured: Captured, module: Any, measure: Measure | None) -> set[str]:
         """Have a batch checked anew if the step has called other functions than for those that were.
 
         Returns:
             What to note when it was.
         """
-        verified = self.plan.verified
-        if captured.num_examples == 1 or ONE_BY_ONE in verified or (measure and not measure.needs_loss):
+        verified, subject = self.plan.verified, "loss" if measure is None else "measurement"
+        reads_loss = measure is None or measure.needs_loss
+        if captured.num_examples == 1 or (reads_loss and ONE_BY_ONE in verified):
             return set()
-        found = self._capture.way if self._unnamed is None else self._unnamed.way
-        if found.is_new(verified, module):
-            verified -= {"loss" if measure is None else "measurement"}
-        if found.is_new(verified, module) or LOST in verified:
-            verified -= {text for text in verified if text.startswith(ORDER)}
-        return {found.text}
+        way = self._way if reads_loss else self._capture.way
+        orders = {text for text in verified if text.startswith(ORDER)} if reads_loss else set()
+        is_new = way.is_new(verified, module)
+        if is_new or LOST in verified:
+            verified -= orders
+        if captured.recorder.picks:
+            verified.add(ROWS_VARY)
+            # Each batch has its rows in another order: further ones are checked, ever more rarely.
+            self._picked += 1
+            is_due = self._picked & (self._picked - 1) == 0 and not holds_stand_ins(module)
+            verified -= {subject, *orders} if is_due else set()
+        if is_new:
+            verified.discard(subject)
+        return {way.text}
 
     def _check_measured(self, captured: Captured, module: Any, batch: Any) -> Captured:
         """Check that losses come in the order of the examples where no batch before has shown it.
@@ -455,35 +486,3 @@ class Forward:
                 "number."
             )
         return (None, result) if result.dim() == 0 else (result, None)
-
-
-def forward_if_weighted(forward: Forward, module: Any, batch: Any, num_examples: int) -> Captured | None:
-    """Forward a batch, if any of its examples has weight in the loss: the mean over none of them is NaN.
-
-    Args:
-        forward: what runs the batch.
-        module: the user's module.
-        batch: the batch.
-        num_examples: ``B``.
-
-    Returns:
-        The captured batch; None if all of its labels are ignored or of classes of weight zero.
-
-    Raises:
-        NonFiniteError: if a loss is NaN or infinite for another reason.
-    """
-    with LossCapture() as capture:
-        try:
-            return forward(module, batch, num_examples)
-        except NonFiniteError:
-            if any(_is_weightless(call, num_examples) for call in capture.calls):
-                return None
-            raise
-
-
-def _is_weightless(call: LossCall, num_examples: int) -> bool:
-    try:
-        loss = call.read(num_examples)
-    except LossCaptureError:
-        return False
-    return not bool(replace(loss, reduction="mean").weights().any())

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.plan import find_layers
+from lightning_influence.model.uses import following
+from lightning_influence.model.uses.places import Place
 from lightning_influence.support.errors import UnsupportedModelError
 
 IN_ORDER, OUT_OF_ORDER, OTHERS = [0, 0, 1, 2], [2, 0, 1, 0], [1, 2, 0, 1]
@@ -93,6 +95,26 @@ def test_rows_that_were_in_order_by_chance_are_followed_in_later_batches(arrange
         torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
 
 
+@pytest.mark.parametrize("first", [IN_ORDER, OUT_OF_ORDER])
+@pytest.mark.parametrize("loss", [named, by_hand])
+def test_rows_of_some_batches_only_are_followed(loss, first):
+    """Batches in order have shown that layers are called on the examples, which holds for none in another."""
+
+    def step(module, x, y):
+        if y[0] > y[-1]:
+            order = y.argsort(stable=True)
+            x, y = x[order], y[order]
+        return loss(module(x), y)
+
+    second = OUT_OF_ORDER if first == IN_ORDER else IN_ORDER
+    x, y = make_batch(first, 1)
+    for batches in ([make_batch(second)], [make_batch(first), make_batch(second)]):
+        found, module = read(step, *batches, (x, y))
+        for n in range(len(x)):
+            value = loss(module(x[n : n + 1]), y[n : n + 1])
+            torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
+
+
 @pytest.mark.parametrize("loss", [named, by_hand])
 def test_rows_that_nobody_can_follow_are_checked_in_every_batch(loss):
     def step(module, x, y):
@@ -102,6 +124,29 @@ def test_rows_that_nobody_can_follow_are_checked_in_every_batch(loss):
     read(step, make_batch(IN_ORDER), make_batch(IN_ORDER, 1))
     with pytest.raises(UnsupportedModelError, match="influence_loss"):
         read(step, make_batch(IN_ORDER), make_batch(OUT_OF_ORDER, 1))
+
+
+def test_rows_that_are_followed_wrongly_in_a_later_batch_are_found(monkeypatch):
+    """Rows that a step picks are checked in more batches than the first."""
+
+    def step(module, x, y):
+        order = y.argsort(stable=True)
+        hidden = torch.zeros(len(x), 4, dtype=x.dtype)
+        hidden[order] = torch.tanh(module.first(x))[order]
+        return named(module.last(hidden), y)
+
+    def follow(op):
+        return following.Followed([Place(0, owners=tuple(reversed(range(op.num_examples))))])
+
+    first, other = make_batch(IN_ORDER), make_batch(OUT_OF_ORDER, 1)
+    read(step, first, other)
+    torch.manual_seed(0)
+    module = mute(Module(step)).double()
+    forward = Forward(find_layers(module))
+    forward(module, first, 4)
+    monkeypatch.setattr(following, "_follow_assignment", follow)
+    with pytest.raises(UnsupportedModelError):
+        forward(module, other, 4)
 
 
 WAYS = {
