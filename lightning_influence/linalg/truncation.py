@@ -8,6 +8,8 @@ from torch import Tensor
 # Columns of the random sketch beyond the rank, and multiplications that sharpen it. Chosen by hand: the usual
 # values (Halko, Martinsson & Tropp 2011).
 _OVERSAMPLE, _POWER_STEPS = 4, 1
+# The sketch has a multiple of so many columns: products with 16 of them take half the time of those with 6.
+_MULTIPLE = 16
 # Chosen by hand: the rank that is tried first, and what it is multiplied by where it is not enough.
 _FIRST_RANK, _RAISE = 8, 4
 
@@ -27,15 +29,15 @@ def truncate(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         where a dimension of the matrices is smaller.
     """
     rank = min(rank, *matrices.shape[-2:])
-    size = min(rank + _OVERSAMPLE, *matrices.shape[-2:])
+    size = min(-(-(rank + _OVERSAMPLE) // _MULTIPLE) * _MULTIPLE, *matrices.shape[-2:])
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
     sketch = torch.randn(matrices.shape[-1], size, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(matrices @ sketch.to(matrices)).Q
     for _ in range(_POWER_STEPS):
         basis = torch.linalg.qr(matrices @ torch.linalg.qr(matrices.mT @ basis).Q).Q
     small = basis.mT @ matrices  # (..., size, D_in)
-    left = basis @ torch.linalg.eigh(small @ small.mT).eigenvectors[..., -rank:]
-    return left, matrices.mT @ left
+    vectors = torch.linalg.eigh(small @ small.mT).eigenvectors[..., -rank:]
+    return basis @ vectors, small.mT @ vectors  # which is matrices^T left
 
 
 def truncate_within(matrices: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor] | None:
