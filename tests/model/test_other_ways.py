@@ -115,6 +115,44 @@ def test_rows_of_some_batches_only_are_followed(loss, first):
             torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
 
 
+class Measure:
+    """Squared outputs; of a batch whose labels do not ascend in another order, put back or not."""
+
+    needs_loss = False
+
+    def __init__(self, puts_back):
+        self.puts_back = puts_back
+
+    def __call__(self, module, batch, *, loss, batch_size):
+        x, y = batch
+        if y[0] <= y[-1]:
+            return module(x).square().sum(1)
+        order = y.argsort(stable=True)
+        values = module(x[order]).square().sum(1)
+        return values[order.argsort()] if self.puts_back else values
+
+
+def test_measured_rows_of_some_batches_only_are_followed():
+    torch.manual_seed(0)
+    module = mute(Module(None)).double()
+    forward, (x, y) = Forward(find_layers(module)), make_batch(OUT_OF_ORDER, 1)
+    forward(module, make_batch(IN_ORDER), 4, Measure(True))
+    captured = forward(module, (x, y), 4, Measure(True))
+    found = captured.loss_gradients()["first"].dense()[0, :, 0, :, :-1]
+    for n in range(len(x)):
+        value = module(x[n : n + 1]).square().sum()
+        torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
+
+
+def test_values_that_are_in_another_order_for_some_batches_only_are_refused():
+    torch.manual_seed(0)
+    module = mute(Module(None)).double()
+    forward = Forward(find_layers(module))
+    forward(module, make_batch(IN_ORDER), 4, Measure(False))
+    with pytest.raises(UnsupportedModelError, match="in the order of the batch"):
+        forward(module, make_batch(OUT_OF_ORDER, 1), 4, Measure(False))
+
+
 @pytest.mark.parametrize("loss", [named, by_hand])
 def test_rows_that_nobody_can_follow_are_checked_in_every_batch(loss):
     def step(module, x, y):
