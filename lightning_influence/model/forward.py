@@ -73,6 +73,7 @@ class Forward:
         self._capture = LossCapture()
         self._unnamed: UnnamedLoss | None = None
         self._weights: Tensor | None = None  # of the examples of the last batch
+        self._way = Way()  # that the last batch has taken
         self._picked = 0  # batches whose rows were picked by values
 
     def __call__(
@@ -95,13 +96,11 @@ class Forward:
             UnsupportedModelError: if the model cannot be differentiated example by example.
         """
         if measure is not None and not measure.needs_loss:
-            recorder = self._make_recorder(batch, num_examples, "measurement")
-            with recorder, self._capture:
-                values = measure(module, batch, loss=None, batch_size=num_examples)
-            self._capture.calls = []
-            captured = Captured(num_examples, None, values, recorder)
+            captured = self._run_in_its_way(
+                partial(self._measure, module, batch, num_examples, measure), module, "measurement"
+            )
         else:
-            captured = self._run_in_its_way(module, batch, num_examples, measure)
+            captured = self._run_in_its_way(partial(self._run, module, batch, num_examples), module, "loss")
             if measure is not None:
                 # Training batches of one example have not shown it.
                 captured = self._check_measured(captured, module, batch)
@@ -136,25 +135,26 @@ class Forward:
         self._keep_one_reading(captured)
         return captured
 
-    def _run_in_its_way(
-        self, module: Any, batch: Any, num_examples: int, measure: Measure | None
-    ) -> Captured:
-        """Run the loss, and once more where what batches have shown of layers is not known of this one's way.
+    def _run_in_its_way(self, run: Callable[[], Captured], module: Any, subject: str) -> Captured:
+        """Run a batch, and once more where what batches have shown of layers is not known of this one's way.
 
         Returns:
             The captured batch.
         """
-        captured = self._run(module, batch, num_examples)
-        verified, called = self.plan.verified, self._called("loss")
+        captured, verified, called = run(), self.plan.verified, self._called(subject)
         if called <= verified and captured.recorder.uses is None and self._way.is_new(verified, module):
             self.plan.verified -= called
-            captured = self._run(module, batch, num_examples)
+            captured = run()
         return captured
 
-    @property
-    def _way(self) -> Way:
-        """The functions that the step has called for the last batch."""
-        return self._capture.way if self._unnamed is None else self._unnamed.way
+    def _measure(self, module: Any, batch: Any, num_examples: int, measure: Measure) -> Captured:
+        """Run a measurement that needs no loss."""
+        recorder = self._make_recorder(batch, num_examples, "measurement")
+        with recorder, self._capture:
+            values = measure(module, batch, loss=None, batch_size=num_examples)
+        self._way = self._capture.way
+        self._capture.calls = []
+        return Captured(num_examples, None, values, recorder)
 
     def _look_at_way(self, captured: Captured, module: Any, measure: Measure | None) -> set[str]:
         """Have a batch checked anew if the step has called other functions than for those that were.
@@ -166,9 +166,8 @@ class Forward:
         reads_loss = measure is None or measure.needs_loss
         if captured.num_examples == 1 or (reads_loss and ONE_BY_ONE in verified):
             return set()
-        way = self._way if reads_loss else self._capture.way
         orders = {text for text in verified if text.startswith(ORDER)} if reads_loss else set()
-        is_new = way.is_new(verified, module)
+        is_new = self._way.is_new(verified, module)
         if is_new or LOST in verified:
             verified -= orders
         if captured.recorder.picks:
@@ -179,7 +178,7 @@ class Forward:
             verified -= {subject, *orders} if is_due else set()
         if is_new:
             verified.discard(subject)
-        return {way.text}
+        return {self._way.text}
 
     def _check_measured(self, captured: Captured, module: Any, batch: Any) -> Captured:
         """Check that losses come in the order of the examples where no batch before has shown it.
@@ -316,6 +315,7 @@ class Forward:
         recorder = self._make_recorder(batch, num_examples)
         with recorder, self._capture:
             values, batch_loss = self._call(module, batch)
+        self._way = self._capture.way
         if not self._judge_rows(batch, num_examples, recorder):
             return self._watch_rows(module, batch, num_examples)
         try:
@@ -364,6 +364,7 @@ class Forward:
     def _run_unnamed(self, unnamed: UnnamedLoss, module: Any, batch: Any, num_examples: int) -> Captured:
         make = partial(self._make_recorder, batch, num_examples)
         loss, recorder = unnamed.read(module, batch, num_examples, make)
+        self._way = unnamed.way
         if not self._judge_rows(batch, num_examples, recorder):
             return self._watch_rows(module, batch, num_examples)
         return Captured(num_examples, loss, None, recorder)
