@@ -156,3 +156,13 @@ def test_products_are_the_same_a_few_columns_and_examples_at_a_time(columns, cac
     expected = torch.einsum("kbgoi,vgoi->kbv", gradients.dense(), matrices.dense())
     torch.testing.assert_close(matrices._dot_factors(gradients), expected)
     torch.testing.assert_close(matrices.dot(gradients), expected)
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(7, 9), (7, 1)])
+def test_mixtures_are_sums_of_the_matrices(d_out, d_in):
+    torch.manual_seed(8)
+    left, right = torch.randn(6, 2, d_out, 2, dtype=DOUBLE), torch.randn(6, 2, d_in, 2, dtype=DOUBLE)
+    matrices, weights = LowRankMatrices(left, right), torch.randn(3, 6, dtype=DOUBLE)
+    expected = torch.einsum("qv,vgor,vgir->qgoi", weights, left, right)
+    torch.testing.assert_close(matrices.mix(weights), expected)
+    assert matrices.mix(weights[:0]).shape == (0, 2, d_out, d_in)

@@ -5,6 +5,7 @@ import torch
 from drive import TIGHT, Setup, closed_form
 from test_two_level import DAMPING, SOME, Problem, definition
 
+from lightning_influence.curvature import passes
 from lightning_influence.curvature.compact_space import CompactSpace
 from lightning_influence.curvature.compact_two_level import CompactTwoLevel, rescale_compact
 from lightning_influence.curvature.inverse import BlockInverse
@@ -306,3 +307,24 @@ class TestGalerkinInverse:
         zero = GalerkinInverse(torch.zeros(3, 3, dtype=torch.float64), torch.float64)
         assert zero.rank == 0
         assert not zero.solve(torch.ones(2, 3)).any()
+
+
+@pytest.mark.parametrize("name", ["tokens_weighted", "mlp_gelu"])
+def test_rows_are_the_same_a_few_columns_at_a_time(name, monkeypatch):
+    p = Problem(name)
+    found = {}
+    vectors = draw_rank_one(p.setup.layout.shapes, 5, 0, torch.empty(0, dtype=torch.float64))
+    monkeypatch.setattr(passes, "_SEED_BYTES", 1)
+    for room in (0, 2**30):
+        counts = set()
+        one_pass = RowsPass(p.setup.plan, vectors, room=room)
+
+        def watch(*args, real=one_pass._runs, counts=counts):
+            for run in real(*args):
+                counts.add(next(iter(run.values())).num_seeds)
+                yield run
+
+        monkeypatch.setattr(one_pass, "_runs", watch)
+        found[room] = p.setup.run(one_pass).rows(torch.empty(0, dtype=torch.float64)).values
+        assert counts == ({1} if room == 0 else {one_pass.columns})
+    torch.testing.assert_close(found[0], found[2**30], rtol=1e-12, atol=1e-14)
