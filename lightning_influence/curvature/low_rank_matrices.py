@@ -282,6 +282,20 @@ def join_matrices(parts: Sequence[Matrices]) -> Matrices:
     return LowRankMatrices(left, right)
 
 
+def turn_columns(factor: Tensor, q: Tensor | None) -> Tensor:
+    """Return ``Q f`` of factors ``(V, G, D, r)``, those of all matrices in one product a group.
+
+    Args:
+        factor: one of the two of each matrix.
+        q: the basis ``(G, D, D)``; None for the identity.
+    """
+    if q is None:
+        return factor
+    count, groups, width, rank = factor.shape
+    columns = factor.permute(1, 2, 0, 3).flatten(2)  # (G, D, V r)
+    return torch.bmm(q, columns).view(groups, width, count, rank).permute(2, 0, 1, 3).contiguous()
+
+
 def make_matrices(tensors: Mapping[str, Tensor]) -> Matrices:
     """Return the matrices that :meth:`Matrices.tensors` told."""
     if "matrices" in tensors:

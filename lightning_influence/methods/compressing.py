@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.factors import rotate
 from lightning_influence.curvature.inverse import EigenInverse
-from lightning_influence.curvature.low_rank_matrices import LowRankMatrices, join_matrices
+from lightning_influence.curvature.low_rank_matrices import LowRankMatrices, join_matrices, turn_columns
 from lightning_influence.linalg.truncation import truncate_within
 from lightning_influence.model.layers.gradients import LayerGradients
 
@@ -57,7 +57,7 @@ def compress_solved(
             return None
         left, right = cut[0] / rows[:, :, None], cut[1] / columns[:, :, None]
         q_in, q_out = (None, None) if basis is None else (basis.q_in, basis.q_out)
-        parts.append(LowRankMatrices(_turn(left, q_out), _turn(right, q_in)))
+        parts.append(LowRankMatrices(turn_columns(left, q_out), turn_columns(right, q_in)))
     joined = join_matrices(parts)
     assert isinstance(joined, LowRankMatrices)
     return joined
@@ -68,8 +68,3 @@ def _find_weights(eigenvalues: Tensor, dim: int) -> Tensor:
     energies = eigenvalues.sum(dim, dtype=torch.float64).clamp_min(0)
     energies = energies / energies.mean().clamp_min(torch.finfo(torch.float64).tiny)
     return (energies + _FLOOR).sqrt().to(eigenvalues)
-
-
-def _turn(factors: Tensor, basis: Tensor | None) -> Tensor:
-    """Return factors ``(V, G, D, r)`` out of a basis ``(G, D, D)``."""
-    return factors if basis is None else basis @ factors

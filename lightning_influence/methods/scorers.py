@@ -187,7 +187,7 @@ class PreconditionedScorer:
             few = self._restricted(name, self._queries[name].select(rows))
             return self._inverse.layers[name].apply(few.dense()[0], self._rows[name])
         if name in self._queries:
-            solved = self._inverse.layers[name].apply(self._queries[name].select(rows).dense()[0])
+            solved = self._inverse.layers[name].solve(self._queries[name].select(rows))
         if self._correction is not None:
             solved = _add(solved, self._correction.select(rows).mix(name))
         assert solved is not None

@@ -132,9 +132,9 @@ class TableGradients(LayerGradients):
         Each pair of rows that an example looked up adds to one entry of the moments of the rows.
 
         Returns:
-            ``sum g^T g``, ``(1, D, D)``; ``sum g g^T``, ``(1, V, V)``; and ``sum |g|^2``, a scalar, over seeds
-            and examples. None where they take less of formed gradients: of a table that maps as well, and of
-            more positions than there are rows.
+            ``sum g^T g``, ``(1, D, D)``; ``sum g g^T``, ``(1, V, V)``; and ``sum |g|^2``, a scalar, over
+            seeds and examples. None where they take less of formed gradients: of a table that maps as well,
+            and of more positions than there are rows.
         """
         width, count = self.shape[1], self.rows.shape[1]
         if self.maps or count > width:
