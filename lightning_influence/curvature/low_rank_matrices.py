@@ -17,7 +17,7 @@ from lightning_influence.linalg.truncation import truncate, truncate_within
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 
 # Chosen by hand: bytes of matrices, or of products with them, that are formed at once, whatever the memory.
-_FORMED_BYTES = 2**22
+_FORMED_BYTES = 2**23
 # What writing and reading a number costs, in multiplications.
 _FORMED = 8
 

@@ -23,7 +23,7 @@ from lightning_influence.linalg.low_rank import LowRank, factorise_weights
 from lightning_influence.methods.compressing import compress_solved
 from lightning_influence.methods.scoring_passes import LayeredScorer, stack_layers
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
-from lightning_influence.model.layers.table_gradients import TableGradients
+from lightning_influence.model.layers.table_gradients import TableGradients, lay_out
 
 # Chosen by hand: entries of an intermediate that should stay in a processor's cache, 1 MiB of float32.
 _CACHED = 2**18
@@ -272,7 +272,8 @@ class PreconditionedScorer:
         self._compressed.pop(name, None)
         self.ranks.pop(name, None)
         self._find_rows(name)
-        self._dense[name] = self._weigh(name) if self._stays_rotated(name) else self._solve(name)
+        solved = self._weigh(name) if self._stays_rotated(name) else self._solve(name)
+        self._dense[name] = lay_out(solved) if isinstance(self._queries.get(name), TableGradients) else solved
         self._queries.pop(name, None)
 
     def _find_rows(self, name: str) -> None:

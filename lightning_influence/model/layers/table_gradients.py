@@ -64,17 +64,18 @@ class TableGradients(LayerGradients):
         """Return the gradient matrices, ``(K, B, 1, V, D)``."""
         result = self.products.dense() if self.maps else self._zeros(self.num_seeds, self.num_examples)
         index = self.rows[None, :, None, :, None].expand(*result.shape[:3], -1, self.shape[2])
-        return result.scatter_add(3, index, self.values[:, :, None])
+        return result.scatter_add_(3, index, self.values[:, :, None])
 
     def dot(self, vectors: Tensor) -> Tensor:
         """Return inner products ``(K, B, V')`` with vectors ``(V', 1, V, D)``."""
-        found = self.values.new_zeros(self.num_seeds, self.num_examples, len(vectors))
-        if self.rows.shape[1]:
-            each = self.rows.numel() * vectors.shape[-1] * vectors.element_size()
-            step = max(1, _GATHERED_BYTES // max(1, each))
-            for start in range(0, len(vectors), step):
-                looked_up = vectors[start : start + step, 0][:, self.rows]  # (V', B, R, D)
-                found[..., start : start + step] = torch.einsum("kbrd,vbrd->kbv", self.values, looked_up)
+        count, positions = len(vectors), self.rows.shape[1]
+        found = self.values.new_zeros(self.num_seeds, self.num_examples, count)
+        each = positions * count * vectors.shape[-1] * vectors.element_size()
+        step = max(1, _GATHERED_BYTES // max(1, each))
+        for start in range(0, self.num_examples if positions else 0, step):
+            few = slice(start, start + step)
+            values = self.values[:, few].transpose(0, 1).flatten(2)  # (B, K, R D)
+            found[:, few] = torch.bmm(values, _look_up(vectors, self.rows[few])).transpose(0, 1)
         return found + self.products.dot(vectors) if self.maps else found
 
     def combine(self, weights: Tensor) -> Tensor:
@@ -280,3 +281,16 @@ class TableGradients(LayerGradients):
 
     def _zeros(self, *lead: int) -> Tensor:
         return self.values.new_zeros(*lead, *self.shape)
+
+
+def lay_out(vectors: Tensor) -> Tensor:
+    """Return vectors ``(V', 1, V, D)`` in the order in memory in which rows are gathered in one run."""
+    return vectors.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+def _look_up(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Return rows ``(B, R)`` of vectors ``(V', 1, V, D)``, as ``(B, R D, V')``."""
+    columns = vectors[:, 0].permute(1, 2, 0)
+    if columns.is_contiguous():
+        return columns.index_select(0, rows.flatten()).view(len(rows), -1, len(vectors))
+    return vectors[:, 0][:, rows].flatten(2).permute(1, 2, 0)
