@@ -82,7 +82,7 @@ class ClosedForm(Method):
     def measure_group_size(self, queries: Queries) -> int:
         """Return how many queries fit into half of the memory budget in the form in which they are scored."""
         count = next(iter(queries.values())).num_examples if queries else 0
-        scorer = PreconditionedScorer(self.inverse, queries, tolerance=self.low_rank_tolerance)
+        scorer = PreconditionedScorer(self.inverse, queries, tolerance=self.low_rank_tolerance, held_bytes=0)
         held = torch.tensor([scorer.nbytes / max(count, 1)], dtype=torch.float64)
         most = float(self.context.runner.all_gather_cat(held).max())  # processes may own layers
         return max(self.group_size(), int(self.options.memory_budget / (2 * max(most, 1.0))))
