@@ -32,6 +32,8 @@ _CACHED = 2**18
 
 # Chosen by hand: solved queries of all layers that are held as they are unless low rank saves time.
 _HELD_BYTES = 2**26
+# Chosen by hand: a lower rank is rarely enough for these, and trying it takes as much as some batches.
+_LEAST_RANK = 4
 # What writing and reading a number costs, in multiplications.
 _FORMED = 12
 
@@ -222,7 +224,7 @@ class PreconditionedScorer:
         if self._correction is not None or queries is None or isinstance(queries, TableGradients):
             return False
         most = _find_most_rank(queries) if self._is_small else None
-        if most == 0:
+        if most is not None and most < _LEAST_RANK:
             return False
         found = compress_solved(self._inverse.layers[name], queries, _COMPRESSED * tolerance, most)
         if isinstance(found, LowRankMatrices):

@@ -152,6 +152,7 @@ def test_layers_where_it_does_not_pay_stay_exact():
 def test_solutions_that_take_little_memory_are_cut_only_where_it_saves_operations(monkeypatch):
     """Rank one for one position is less work than whole matrices, for many positions it is more."""
     monkeypatch.setattr("lightning_influence.methods.compressing._SMALLEST", 1)
+    monkeypatch.setattr(scoring, "_LEAST_RANK", 1)
     torch.manual_seed(0)
     d, count = 20, 24
     inverse = EigenInverse(None, torch.ones(1, d, d, dtype=torch.float64), 1.0)
