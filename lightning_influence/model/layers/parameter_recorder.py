@@ -204,7 +204,7 @@ class ParameterRecorder:
 
         Those of a table are part of its gradients.
         """
-        if name in self._single and not self._products and not self._tables:
+        if name in self._matrices | self._large and not self._products and not self._tables:
             self._read_products(self._pull_zeros())
         if name in self._tables:
             return None
