@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.edits.data import EditData, hold_equal
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.forward import Forward, forward_if_weighted
+from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.plan import LayerPlan, Layout, find_layers
+from lightning_influence.model.weightless import forward_if_weighted
 from lightning_influence.running.runner import Runner
 from lightning_influence.support.arguments import list_some
 from lightning_influence.support.errors import InfluenceError, UnsupportedDataError, UnsupportedModelError

@@ -27,9 +27,10 @@ from lightning_influence.edits.start import Start
 from lightning_influence.linalg.lanczos import estimate_largest_eigenvalue
 from lightning_influence.linalg.normal_equations import find_leading_direction
 from lightning_influence.model.finite import check_finite
-from lightning_influence.model.forward import Forward, forward_if_weighted
+from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
 from lightning_influence.model.layers.plan import LayerPlan, Layout
+from lightning_influence.model.weightless import forward_if_weighted
 from lightning_influence.support.errors import InfluenceError, NonFiniteError
 
 # Share of the trace of each example's output curvature that is kept when relabelling in several steps.

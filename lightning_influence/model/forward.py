@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,12 +19,12 @@ from lightning_influence.model.layers.recorder import Recorder
 from lightning_influence.model.loss_checks import OTHER_ORDER, check_losses
 from lightning_influence.model.loss_values import OTHER_ROWS, ROWS_VARY, compute_losses
 from lightning_influence.model.losses.batch import BatchLoss
-from lightning_influence.model.losses.calls import LossCall
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.losses.shared import JointLoss
+from lightning_influence.model.losses.way import Way
 from lightning_influence.model.training_step import call_loss, run_step
 from lightning_influence.model.unnamed import one_by_one
 from lightning_influence.model.unnamed.additivity import COUPLED
@@ -42,6 +41,7 @@ from lightning_influence.support.errors import (
 )
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.waiting import read_later
+from lightning_influence.support.whole import holds_stand_ins
 
 
 class Measure(Protocol):
@@ -73,6 +73,8 @@ class Forward:
         self._capture = LossCapture()
         self._unnamed: UnnamedLoss | None = None
         self._weights: Tensor | None = None  # of the examples of the last batch
+        self._way = Way()  # that the last batch has taken
+        self._picked = 0  # batches whose rows were picked by values
 
     def __call__(
         self, module: Any, batch: Any, num_examples: int, measure: Measure | None = None
@@ -94,12 +96,11 @@ class Forward:
             UnsupportedModelError: if the model cannot be differentiated example by example.
         """
         if measure is not None and not measure.needs_loss:
-            recorder = self._make_recorder(batch, num_examples, "measurement")
-            with recorder:
-                values = measure(module, batch, loss=None, batch_size=num_examples)
-            captured = Captured(num_examples, None, values, recorder)
+            captured = self._run_in_its_way(
+                partial(self._measure, module, batch, num_examples, measure), module, "measurement"
+            )
         else:
-            captured = self._run(module, batch, num_examples)
+            captured = self._run_in_its_way(partial(self._run, module, batch, num_examples), module, "loss")
             if measure is not None:
                 # Training batches of one example have not shown it.
                 captured = self._check_measured(captured, module, batch)
@@ -134,21 +135,50 @@ class Forward:
         self._keep_one_reading(captured)
         return captured
 
+    def _run_in_its_way(self, run: Callable[[], Captured], module: Any, subject: str) -> Captured:
+        """Run a batch, and once more where what batches have shown of layers is not known of this one's way.
+
+        Returns:
+            The captured batch.
+        """
+        captured, verified, called = run(), self.plan.verified, self._called(subject)
+        if called <= verified and captured.recorder.uses is None and self._way.is_new(verified, module):
+            self.plan.verified -= called
+            captured = run()
+        return captured
+
+    def _measure(self, module: Any, batch: Any, num_examples: int, measure: Measure) -> Captured:
+        """Run a measurement that needs no loss."""
+        recorder = self._make_recorder(batch, num_examples, "measurement")
+        with recorder, self._capture:
+            values = measure(module, batch, loss=None, batch_size=num_examples)
+        self._way = self._capture.way
+        self._capture.calls = []
+        return Captured(num_examples, None, values, recorder)
+
     def _look_at_way(self, captured: Captured, module: Any, measure: Measure | None) -> set[str]:
         """Have a batch checked anew if the step has called other functions than for those that were.
 
         Returns:
             What to note when it was.
         """
-        verified = self.plan.verified
-        if captured.num_examples == 1 or ONE_BY_ONE in verified or (measure and not measure.needs_loss):
+        verified, subject = self.plan.verified, "loss" if measure is None else "measurement"
+        reads_loss = measure is None or measure.needs_loss
+        if captured.num_examples == 1 or (reads_loss and ONE_BY_ONE in verified):
             return set()
-        found = self._capture.way if self._unnamed is None else self._unnamed.way
-        if found.is_new(verified, module):
-            verified -= {"loss" if measure is None else "measurement"}
-        if found.is_new(verified, module) or LOST in verified:
-            verified -= {text for text in verified if text.startswith(ORDER)}
-        return {found.text}
+        orders = {text for text in verified if text.startswith(ORDER)} if reads_loss else set()
+        is_new = self._way.is_new(verified, module)
+        if is_new or LOST in verified:
+            verified -= orders
+        if captured.recorder.picks:
+            verified.add(ROWS_VARY)
+            # Each batch has its rows in another order: further ones are checked, ever more rarely.
+            self._picked += 1
+            is_due = self._picked & (self._picked - 1) == 0 and not holds_stand_ins(module)
+            verified -= {subject, *orders} if is_due else set()
+        if is_new:
+            verified.discard(subject)
+        return {self._way.text}
 
     def _check_measured(self, captured: Captured, module: Any, batch: Any) -> Captured:
         """Check that losses come in the order of the examples where no batch before has shown it.
@@ -285,6 +315,7 @@ class Forward:
         recorder = self._make_recorder(batch, num_examples)
         with recorder, self._capture:
             values, batch_loss = self._call(module, batch)
+        self._way = self._capture.way
         if not self._judge_rows(batch, num_examples, recorder):
             return self._watch_rows(module, batch, num_examples)
         try:
@@ -333,6 +364,7 @@ class Forward:
     def _run_unnamed(self, unnamed: UnnamedLoss, module: Any, batch: Any, num_examples: int) -> Captured:
         make = partial(self._make_recorder, batch, num_examples)
         loss, recorder = unnamed.read(module, batch, num_examples, make)
+        self._way = unnamed.way
         if not self._judge_rows(batch, num_examples, recorder):
             return self._watch_rows(module, batch, num_examples)
         return Captured(num_examples, loss, None, recorder)
@@ -455,35 +487,3 @@ class Forward:
                 "number."
             )
         return (None, result) if result.dim() == 0 else (result, None)
-
-
-def forward_if_weighted(forward: Forward, module: Any, batch: Any, num_examples: int) -> Captured | None:
-    """Forward a batch, if any of its examples has weight in the loss: the mean over none of them is NaN.
-
-    Args:
-        forward: what runs the batch.
-        module: the user's module.
-        batch: the batch.
-        num_examples: ``B``.
-
-    Returns:
-        The captured batch; None if all of its labels are ignored or of classes of weight zero.
-
-    Raises:
-        NonFiniteError: if a loss is NaN or infinite for another reason.
-    """
-    with LossCapture() as capture:
-        try:
-            return forward(module, batch, num_examples)
-        except NonFiniteError:
-            if any(_is_weightless(call, num_examples) for call in capture.calls):
-                return None
-            raise
-
-
-def _is_weightless(call: LossCall, num_examples: int) -> bool:
-    try:
-        loss = call.read(num_examples)
-    except LossCaptureError:
-        return False
-    return not bool(replace(loss, reduction="mean").weights().any())

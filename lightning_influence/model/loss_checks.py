@@ -16,7 +16,7 @@ from lightning_influence.model.losses.combined import WEIGHTED
 from lightning_influence.support.batches import find_tensors
 from lightning_influence.support.errors import InfluenceWarning, UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng
-from lightning_influence.support.whole import is_stand_in
+from lightning_influence.support.whole import holds_stand_ins
 
 _RANDOM = (
     "The losses of one and the same batch differ from call to call: `training_step` draws noise or mixes "
@@ -247,7 +247,7 @@ def check_losses(captured: Captured, module: nn.Module, batch: Any, losses: Call
     """
     values, loss = captured.per_example(), captured.loss
     dtype = values.dtype if loss is None else loss.outputs.dtype
-    is_shared = any(map(is_stand_in, module.parameters()))
+    is_shared = holds_stand_ins(module)
     if not is_shared and _halves_agree(values.detach(), batch, losses, dtype):
         check_chosen(values, batch, losses, {})
         return

@@ -15,6 +15,7 @@ from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.training_step import call_loss
 from lightning_influence.model.unnamed.alone import ONE_BY_ONE, Run, compute_alone, read_layout
 from lightning_influence.model.uses.watch import Watch
+from lightning_influence.model.verified import LOST
 from lightning_influence.support.errors import LossCaptureError
 from lightning_influence.support.random_states import preserve_rng
 
@@ -52,14 +53,14 @@ def compute_losses(
     """
     run = call_loss if run is None else run
     layout = read_layout(verified)
-    if OTHER_ROWS in verified or ONE_BY_ONE in verified:
+    if {OTHER_ROWS, ONE_BY_ONE, LOST} & set(verified):
         return compute_alone(run, module, batch, num_examples, layout)
-    read = partial(_read_losses, run, module, batch, num_examples, normalised=normalised)
+    read = partial(_read_losses, run, module, batch, num_examples, verified=verified, normalised=normalised)
     try:
         return read(is_followed=ROWS_VARY in verified)
     except _PickedError:
         pass
-    except LossCaptureError:
+    except (LossCaptureError, _OtherWayError):
         return compute_alone(run, module, batch, num_examples, layout)
     try:  # rows that a mask picked may be as many of each example, as a pass before has found of them
         with preserve_rng():
@@ -72,12 +73,24 @@ class _PickedError(LossCaptureError):
     """Losses are computed on picked rows, and nobody followed these to the examples."""
 
 
+class _OtherWayError(Exception):
+    """The step has called other functions than for the batches whose order of losses was checked."""
+
+
 def _read_losses(
-    run: Run, module: Any, batch: Any, num_examples: int, *, is_followed: bool, normalised: bool
+    run: Run,
+    module: Any,
+    batch: Any,
+    num_examples: int,
+    *,
+    verified: Collection[str],
+    is_followed: bool,
+    normalised: bool,
 ) -> Tensor:
     """Return the losses by the functions that they are made of.
 
     Raises:
+        _OtherWayError: if nothing is known of the batch's way.
         _PickedError: if rows were picked, and nobody follows them.
         LossCaptureError: if it is not known which are whose.
     """
@@ -100,6 +113,8 @@ def _read_losses(
     if batch_loss is None:
         assert values is not None
         return values.detach()
+    if num_examples > 1 and capture.way.is_new(verified, module):
+        raise _OtherWayError
     try:
         loss = capture.resolve(batch_loss, num_examples)
         return (loss.per_example() / (loss.weights() if normalised else 1)).detach()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _FETCH = "_influence_fetch"
 
@@ -42,6 +42,11 @@ def mark_stand_in(parameter: Tensor, fetch: Callable[[], Tensor]) -> None:
 def is_stand_in(tensor: Tensor) -> bool:
     """Return whether a tensor stands in for a sharded parameter."""
     return hasattr(tensor, _FETCH)
+
+
+def holds_stand_ins(module: nn.Module) -> bool:
+    """Return whether parts of a module's parameters are with other processes."""
+    return any(map(is_stand_in, module.parameters()))
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ def _must_be_answered(recipe: Recipe) -> bool:
         or recipe.loss in {"ce_time_first", *PICKED}
         or recipe.net in {"time_inside", "multihead", "multihead_time", "functional"}
         or recipe.net.startswith("experts")
-        or recipe.step == "surrogate"
+        or recipe.step in {"surrogate", "listed", "stacked"}
         or (
             recipe.step in {"parts", "loop"}
             and (recipe.net.startswith("conv") or recipe.penalty == "weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import random
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
@@ -192,7 +193,7 @@ def make_recipe(number: int) -> Recipe:
     ask = draw.among("scores", "scores", "top_k", "self_influence", "ihvp")
     measured = [None, "loss", "function"] + (["margin", "logit"] if labelled and name not in PICKED else [])
     alone = makes == "vector" and not kind.coupled and name != "l1"
-    steps = ["plain"] * 4 + ["sorted", "flipped", "parts", "loop", "metrics", "surrogate"]
+    steps = ["plain"] * 4 + [*_ORDERS, "parts", "loop", "metrics", "surrogate"]
     steps += ["in place"] if NETS[net][0] != "words" else []
     via = draw.among(*(["step", "step", "hook", "argument", "argument_mean"] if alone else ["step"]))
     # Of an ignored example alone a mean is 0 / 0.
@@ -234,6 +235,14 @@ def make_recipe(number: int) -> Recipe:
     if recipe.step == "surrogate" and not _takes_surrogate(recipe):
         recipe = replace(recipe, step="plain")
     return replace(recipe, fit=draw.among(*FITS)) if draw.between(0, 7) == 7 and _can_fit(recipe) else recipe
+
+
+# Ways in which a step takes the examples in another order than the loader's.
+_ORDERS = ("sorted", "flipped", "sometimes", "listed", "stacked")
+
+
+def _stack(rows: Tensor, order: Tensor) -> Tensor:
+    return torch.stack([rows[n] for n in order])
 
 
 def _takes_surrogate(recipe: Recipe) -> bool:
@@ -279,13 +288,21 @@ class Module(LightningModule):
         if self.recipe.step == "in place":
             x.mul_(2)
             return x.div(2), t, w
-        if self.recipe.step not in {"sorted", "flipped"}:
+        if self.recipe.step not in _ORDERS:
             return x, t, w
-        order = torch.arange(len(x)).flip(0)
-        if self.recipe.step == "sorted":
-            order = x.double().flatten(1).sum(1).argsort()
+        sums = x.double().flatten(1).sum(1)
+        order: Any = torch.arange(len(x)).flip(0) if self.recipe.step == "flipped" else sums.argsort()
+        if self.recipe.step == "sometimes" and bool(sums[0] > sums[-1]):
+            return x, t, w
+        if self.recipe.step == "listed":
+            order = order.tolist()
+        take = _stack if self.recipe.step == "stacked" else operator.getitem
         both = isinstance(t, tuple | list)
-        return x[order], tuple(part[order] for part in t) if both else t[order], w[order]
+        return (
+            take(x, order),
+            tuple(take(part, order) for part in t) if both else take(t, order),
+            take(w, order),
+        )
 
     def _run(self, x: Tensor) -> Any:
         """The network on the batch, on two parts of it, or on each example."""

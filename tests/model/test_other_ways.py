@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.plan import find_layers
+from lightning_influence.model.loss_values import compute_losses
+from lightning_influence.model.uses import following
+from lightning_influence.model.uses.places import Place
 from lightning_influence.support.errors import UnsupportedModelError
 
 IN_ORDER, OUT_OF_ORDER, OTHERS = [0, 0, 1, 2], [2, 0, 1, 0], [1, 2, 0, 1]
@@ -93,6 +96,87 @@ def test_rows_that_were_in_order_by_chance_are_followed_in_later_batches(arrange
         torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
 
 
+@pytest.mark.parametrize("first", [IN_ORDER, OUT_OF_ORDER])
+@pytest.mark.parametrize("loss", [named, by_hand])
+def test_rows_of_some_batches_only_are_followed(loss, first):
+    """Batches in order have shown that layers are called on the examples, which holds for none in another."""
+
+    def step(module, x, y):
+        if y[0] > y[-1]:
+            order = y.argsort(stable=True)
+            x, y = x[order], y[order]
+        return loss(module(x), y)
+
+    second = OUT_OF_ORDER if first == IN_ORDER else IN_ORDER
+    x, y = make_batch(first, 1)
+    for batches in ([make_batch(second)], [make_batch(first), make_batch(second)]):
+        found, module = read(step, *batches, (x, y))
+        for n in range(len(x)):
+            value = loss(module(x[n : n + 1]), y[n : n + 1])
+            torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
+
+
+def flipped(x, y):
+    return x.flip(0), y.flip(0)
+
+
+@pytest.mark.parametrize("arrange", [flipped, stacked, gathered, through_numpy])
+@pytest.mark.parametrize("always", [False, True])
+def test_values_of_losses_are_in_the_order_of_the_examples(arrange, always):
+    """Of batches, too, whose way no pass has checked: the first one was in order."""
+
+    def step(module, x, y):
+        if always or y[0] > y[-1]:
+            x, y = arrange(x, y)
+        return named(module(x), y)
+
+    torch.manual_seed(0)
+    module = mute(Module(step)).double()
+    plan = find_layers(module)
+    Forward(plan)(module, make_batch(IN_ORDER), 4)
+    x, y = make_batch(OUT_OF_ORDER, 1)
+    found = compute_losses(module, (x, y), 4, verified=plan.verified)
+    torch.testing.assert_close(found, F.cross_entropy(module(x), y, reduction="none"))
+
+
+class Measure:
+    """Squared outputs; of a batch whose labels do not ascend in another order, put back or not."""
+
+    needs_loss = False
+
+    def __init__(self, puts_back):
+        self.puts_back = puts_back
+
+    def __call__(self, module, batch, *, loss, batch_size):
+        x, y = batch
+        if y[0] <= y[-1]:
+            return module(x).square().sum(1)
+        order = y.argsort(stable=True)
+        values = module(x[order]).square().sum(1)
+        return values[order.argsort()] if self.puts_back else values
+
+
+def test_measured_rows_of_some_batches_only_are_followed():
+    torch.manual_seed(0)
+    module = mute(Module(None)).double()
+    forward, (x, y) = Forward(find_layers(module)), make_batch(OUT_OF_ORDER, 1)
+    forward(module, make_batch(IN_ORDER), 4, Measure(True))
+    captured = forward(module, (x, y), 4, Measure(True))
+    found = captured.loss_gradients()["first"].dense()[0, :, 0, :, :-1]
+    for n in range(len(x)):
+        value = module(x[n : n + 1]).square().sum()
+        torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
+
+
+def test_values_that_are_in_another_order_for_some_batches_only_are_refused():
+    torch.manual_seed(0)
+    module = mute(Module(None)).double()
+    forward = Forward(find_layers(module))
+    forward(module, make_batch(IN_ORDER), 4, Measure(False))
+    with pytest.raises(UnsupportedModelError, match="in the order of the batch"):
+        forward(module, make_batch(OUT_OF_ORDER, 1), 4, Measure(False))
+
+
 @pytest.mark.parametrize("loss", [named, by_hand])
 def test_rows_that_nobody_can_follow_are_checked_in_every_batch(loss):
     def step(module, x, y):
@@ -102,6 +186,29 @@ def test_rows_that_nobody_can_follow_are_checked_in_every_batch(loss):
     read(step, make_batch(IN_ORDER), make_batch(IN_ORDER, 1))
     with pytest.raises(UnsupportedModelError, match="influence_loss"):
         read(step, make_batch(IN_ORDER), make_batch(OUT_OF_ORDER, 1))
+
+
+def test_rows_that_are_followed_wrongly_in_a_later_batch_are_found(monkeypatch):
+    """Rows that a step picks are checked in more batches than the first."""
+
+    def step(module, x, y):
+        order = y.argsort(stable=True)
+        hidden = torch.zeros(len(x), 4, dtype=x.dtype)
+        hidden[order] = torch.tanh(module.first(x))[order]
+        return named(module.last(hidden), y)
+
+    def follow(op):
+        return following.Followed([Place(0, owners=tuple(reversed(range(op.num_examples))))])
+
+    first, other = make_batch(IN_ORDER), make_batch(OUT_OF_ORDER, 1)
+    read(step, first, other)
+    torch.manual_seed(0)
+    module = mute(Module(step)).double()
+    forward = Forward(find_layers(module))
+    forward(module, first, 4)
+    monkeypatch.setattr(following, "_follow_assignment", follow)
+    with pytest.raises(UnsupportedModelError):
+        forward(module, other, 4)
 
 
 WAYS = {

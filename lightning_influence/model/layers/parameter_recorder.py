@@ -89,6 +89,11 @@ class ParameterRecorder:
         return [name for name in self.layers if name in self._heard or name in self._slow & self._single]
 
     @property
+    def picks(self) -> bool:
+        """Whether the step has picked rows by values, which are others in the next batch."""
+        return self.watch.picks
+
+    @property
     def is_needed(self) -> bool:
         """Whether some layers are not had from calls of modules on the batch, or may not be in the next."""
         return bool(self._single or self._heard or self.watch.picks)

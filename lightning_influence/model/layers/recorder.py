@@ -47,6 +47,11 @@ class UseRecorder(Protocol):
         ...
 
     @property
+    def picks(self) -> bool:
+        """Whether the step has picked rows by values, which are others in the next batch."""
+        ...
+
+    @property
     def is_needed(self) -> bool:
         """Whether some layers are not had from calls of modules on the batch, or may not be in the next."""
         ...
@@ -198,6 +203,11 @@ class Recorder:
         if self.uses is not None:
             heard.update(self.uses.heard)
         return [name for name in self.layers if name not in heard]
+
+    @property
+    def picks(self) -> bool:
+        """Whether the step has picked rows by values, as far as uses were watched."""
+        return self.uses is not None and self.uses.picks
 
     @property
     def follows_modules(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_influence.support.whole import is_stand_in
+from lightning_influence.support.whole import holds_stand_ins
 
 # Says that checks have run on a batch of which the step calls these functions.
 _WAY = "way "
@@ -52,4 +52,4 @@ class Way:
                 these hold.
         """
         known = self.text in verified or not any(text.startswith(_WAY) for text in verified)
-        return not known and not any(map(is_stand_in, module.parameters()))
+        return not known and not holds_stand_ins(module)

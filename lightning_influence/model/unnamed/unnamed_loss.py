@@ -74,6 +74,10 @@ class _LostRowsError(Exception):
     """A part of a batch has outputs of a number of rows that says nothing of its examples."""
 
 
+class _OtherOrderError(Exception):
+    """Rows of a batch have to be followed to the examples, as those of batches before had not to be."""
+
+
 class UnnamedLoss:
     """Reads batch after batch of a loss that is known by its values only.
 
@@ -122,15 +126,16 @@ class UnnamedLoss:
             OtherCallsError: if it comes from other modules each time.
             UnsupportedModelError: if it couples examples.
         """
+        find_cut = partial(Cut, self._run, self._parameters, module, batch, num_examples)
         if self._found is None or self._varies:
-            self._found = Cut(self._run, self._parameters, module, batch, num_examples)
+            self._found = find_cut()
         states = RandomStates.read()
         try:
             return self._read(self._found, module, batch, num_examples, make_recorder())
-        except OtherCallsError:
+        except (OtherCallsError, _OtherOrderError) as other:
             states.write()
-            self._varies = True
-            self._found = Cut(self._run, self._parameters, module, batch, num_examples)
+            self._varies |= isinstance(other, OtherCallsError)
+            self._found = find_cut()
             return self._read(self._found, module, batch, num_examples, make_recorder())
 
     def _read(
@@ -155,9 +160,7 @@ class UnnamedLoss:
         if not cut.is_chained:
             found = cut.describe(tap, num_examples, value, values, watch, shares)
         cut.check_calls(tap)
-        is_new = picked.way.is_new(self._verified, module) or self._is_looked_at_again(num_examples)
-        if is_new and not self._varies:
-            self._check(cut, module, batch, num_examples)
+        self._check_way(cut, module, batch, num_examples)
         outputs = list(tap.outputs.values())
         rows = {len(output) for output in outputs if output.dim()} - {num_examples}
         if not cut.follows and rows & picked.counts:
@@ -174,6 +177,20 @@ class UnnamedLoss:
             alone = partial(self._run_alone, cut, module, batch, loss)
             return self.own.join(loss, found, self._parameters, spread, alone), recorder
         return loss, recorder
+
+    def _check_way(self, cut: Cut, module: Any, batch: Any, count: int) -> None:
+        """Check a batch that was run as the first one was, if it has taken another way or it is its turn.
+
+        Raises:
+            _OtherOrderError: if its rows have to be followed.
+            UnsupportedModelError: if its examples' losses do not add up.
+        """
+        is_new = self.way.is_new(self._verified, module) or self._is_looked_at_again(count)
+        if not is_new or self._varies:
+            return
+        if not cut.follows and Cut(self._run, self._parameters, module, batch, count).follows:
+            raise _OtherOrderError
+        self._check(cut, module, batch, count)
 
     def _is_looked_at_again(self, num_examples: int) -> bool:
         """Return whether this is one of the batches after the first that are checked as it was."""

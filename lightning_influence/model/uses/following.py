@@ -49,6 +49,8 @@ MOVES = PICKS | {
 _BY_VALUE = RECURRENT | SCATTERS | {
     "repeat_interleave", "_pack_padded_sequence", "_pad_packed_sequence", "embedding_bag",
 }  # fmt: skip
+# Operations that write into a part of a tensor: what they are called on, the part, what is written.
+_ASSIGNMENTS = {"__setitem__", "index_put", "index_put_"}
 _FACTORS = (3, 5, 7, 11, 13, 17)
 # Tensors and numbers that are tried as holders of examples before the examples are given up.
 _MOST_TRIALS = 200
@@ -99,6 +101,8 @@ def is_data_dependent(call: Call) -> bool:
     if call.name in PICKS:
         tensors = list(tensors_of(call).values())
         return len(tensors) > 1 or any(isinstance(arg, list) for arg in call.args)
+    if call.name in _ASSIGNMENTS:
+        return any(slot[:2] == (0, 1) or slot[:2] == (1, "indices") for slot in tensors_of(call))
     return call.name in _BY_VALUE and len(tensors_of(call)) > 1
 
 
@@ -120,7 +124,7 @@ def follow(op: Followable) -> Followed:
         found = _follow_sequences(op.call, op.places, op.num_examples)
         if op.call.name in SCATTERS:
             return Followed([_follow_scatter(op)])
-        if op.call.name == "__setitem__":
+        if op.call.name in _ASSIGNMENTS:
             return _follow_assignment(op)
     if found is not None:
         return Followed(*found)
@@ -150,18 +154,18 @@ def _follow_assignment(op: Followable) -> Followed:
 
     What was made of parameters alone and fills that part has a row for each example, too.
     """
-    tensors, slot = tensors_of(op.call), (0, 2)
-    target, value = tensors.get((0, 0)), tensors.get(slot)
-    if target is None:
+    call, tensors = op.call, tensors_of(op.call)
+    part, slot = call.get(1, "indices")[1], call.get(2, "values")[0]
+    target, value = tensors.get(_first_slot(call)), tensors.get(slot)
+    if target is None or call.get(3, "accumulate", False)[1]:
         return Followed([None])
-    owners = spread(op.places.get((0, 0)), target, op.num_examples).clone()
-    part = owners[op.call.args[1]]
-    promoted = None
-    if value is not None and slot not in op.places and slot not in op.fixed and part.shape == value.shape:
-        promoted = find_owners(part, op.num_examples)
+    part = tuple(part) if call.name != "__setitem__" else part
+    owners = spread(op.places.get(_first_slot(call)), target, op.num_examples).clone()
+    before, promoted = owners[part], None
+    if value is not None and slot not in op.places and slot not in op.fixed and before.shape == value.shape:
+        promoted = find_owners(before, op.num_examples)
     if promoted is None or promoted.dim is None:
-        written = -1 if value is None else spread(op.places.get(slot), value, op.num_examples)
-        owners[op.call.args[1]] = written
+        owners[part] = -1 if value is None else spread(op.places.get(slot), value, op.num_examples)
         return Followed([find_owners(owners, op.num_examples)])
     return Followed([find_owners(owners, op.num_examples)], promoted={slot: promoted})
 

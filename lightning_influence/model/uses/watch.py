@@ -254,10 +254,10 @@ class Watch(TorchFunctionMode):
         """Return where the examples are in the outputs of a call, as before if there was one like it."""
         fixed = frozenset(slot for slot, t in seen.sources.items() if id(t) in self._sources)
         doubtful = frozenset(slot for slot in seen.places if self._is_guess(seen.tensors[slot]))
-        key = None if seen.key is None else (self.num_examples, fixed, doubtful, seen.key)
+        shapes = [output.shape for output in seen.outputs]  # which values may decide, as of `nonzero`
+        key = None if seen.key is None else (self.num_examples, fixed, doubtful, *shapes, seen.key)
         followed = None if key is None else _FOLLOWED.get(key)
         if followed is None:
-            shapes = [output.shape for output in seen.outputs]
             followed = follow(
                 Followable(seen.call, seen.places, seen.before, shapes, self.num_examples, fixed, doubtful)
             )

@@ -147,3 +147,42 @@ def test_packed_sequences_of_other_lengths_are_followed_anew():
             packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), batch_first=True)
         owners = torch.tensor([n for time in range(6) for n in range(B) if time < lengths[n]])
         assert watch.place_of(packed.data) == Place(0, owners=tuple(owners.tolist()))
+
+
+def assign(target, rows, values):
+    target[rows] = values
+    return target
+
+
+WRITTEN = {
+    "item": assign,
+    "index_put_": lambda target, rows, values: target.index_put_((rows,), values),
+    "index_put": lambda target, rows, values: target.index_put((rows,), values),
+    "by name": lambda target, rows, values: target.index_put(indices=(rows,), values=values),
+    "index_copy_": lambda target, rows, values: target.index_copy_(0, rows, values),
+}
+
+
+@pytest.mark.parametrize("write", WRITTEN)
+def test_rows_written_to_other_places_are_followed_anew(write):
+    x = numbers(B, 2)
+    for rows in ([0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0]):  # of the same shapes
+        with Watch({}, x, B) as watch:
+            out = WRITTEN[write](torch.zeros(B, 2, dtype=x.dtype), torch.tensor(rows), x)
+        assert watch.place_of(out).owner_vector(B).tolist() == torch.tensor(rows).argsort().tolist()
+
+
+def test_sums_into_places_that_examples_share_are_not_followed():
+    x = numbers(B, 2)
+    with Watch({}, x, B) as watch:
+        out = torch.zeros_like(x).index_put_((torch.tensor([0, 0, 1, 1]),), x, accumulate=True)
+    assert watch.place_of(out) is None
+
+
+def test_as_many_rows_as_values_decide():
+    for found in ([False] * B, [True] * B, [True, False, False, True]):
+        x = torch.tensor(found)
+        with Watch({}, x, B) as watch:
+            rows = torch.where(x)[0]
+        expected = Place(0, owners=()) if not any(found) else None
+        assert watch.place_of(rows) == expected
