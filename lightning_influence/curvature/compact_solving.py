@@ -22,8 +22,10 @@ from lightning_influence.curvature.low_rank_matrices import (
     compress,
     compress_within,
     join_matrices,
+    turn_columns,
+    turn_matrices,
 )
-from lightning_influence.model.layers.gradients import LayerGradients, rotate_matrices
+from lightning_influence.model.layers.gradients import LayerGradients
 from lightning_influence.model.layers.table_gradients import TableGradients
 
 # Chosen by hand: bytes of answers that are formed in the basis at once.
@@ -99,24 +101,11 @@ def _turn_back(inverse: EigenInverse, found: Matrices, rows: Tensor | None) -> M
     basis = inverse.basis
     q_in, q_out = (None, None) if basis is None else (basis.q_in, basis.q_out)
     if isinstance(found, DenseMatrices):
-        matrices = found.matrices if basis is None else _turn_matrices(found.matrices, q_in, q_out)
+        matrices = turn_matrices(found.matrices, q_in, q_out)
         return DenseMatrices(matrices if rows is None else _place(matrices, rows, inverse))
     assert isinstance(found, LowRankMatrices)
-    left, right = _turn_columns(found.left, q_out), _turn_columns(found.right, q_in)
+    left, right = turn_columns(found.left, q_out), turn_columns(found.right, q_in)
     return LowRankMatrices(left if rows is None else _place(left, rows, inverse), right)
-
-
-def _turn_matrices(matrices: Tensor, q_in: Tensor | None, q_out: Tensor | None) -> Tensor:
-    return rotate_matrices(matrices, *(None if q is None else q.mT for q in (q_in, q_out)))
-
-
-def _turn_columns(factor: Tensor, q: Tensor | None) -> Tensor:
-    """Return ``Q f`` of factors ``(V, G, D, r)``, those of all matrices in one product a group."""
-    if q is None:
-        return factor
-    count, groups, width, rank = factor.shape
-    columns = factor.permute(1, 2, 0, 3).flatten(2)  # (G, D, V r)
-    return torch.bmm(q, columns).view(groups, width, count, rank).permute(2, 0, 1, 3).contiguous()
 
 
 def _place(values: Tensor, rows: Tensor, inverse: EigenInverse) -> Tensor:

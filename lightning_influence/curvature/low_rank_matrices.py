@@ -14,10 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_influence.linalg.truncation import truncate, truncate_within
-from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.model.layers.gradients import (
+    DenseGradients,
+    FactoredGradients,
+    LayerGradients,
+    rotate_matrices,
+)
 
 # Chosen by hand: bytes of matrices, or of products with them, that are formed at once, whatever the memory.
-_FORMED_BYTES = 2**22
+_FORMED_BYTES = 2**23
 # What writing and reading a number costs, in multiplications.
 _FORMED = 8
 
@@ -280,6 +285,25 @@ def join_matrices(parts: Sequence[Matrices]) -> Matrices:
         for side in factors
     )
     return LowRankMatrices(left, right)
+
+
+def turn_matrices(matrices: Tensor, q_in: Tensor | None, q_out: Tensor | None) -> Tensor:
+    """Return matrices ``(V, G, D_out, D_in)`` turned out of bases of both sides, ``Q_out M Q_in^T``."""
+    return rotate_matrices(matrices, *(None if q is None else q.mT for q in (q_in, q_out)))
+
+
+def turn_columns(factor: Tensor, q: Tensor | None) -> Tensor:
+    """Return ``Q f`` of factors ``(V, G, D, r)``, those of all matrices in one product a group.
+
+    Args:
+        factor: one of the two of each matrix.
+        q: the basis ``(G, D, D)``; None for the identity.
+    """
+    if q is None:
+        return factor
+    count, groups, width, rank = factor.shape
+    columns = factor.permute(1, 2, 0, 3).flatten(2)  # (G, D, V r)
+    return torch.bmm(q, columns).view(groups, width, count, rank).permute(2, 0, 1, 3).contiguous()
 
 
 def make_matrices(tensors: Mapping[str, Tensor]) -> Matrices:

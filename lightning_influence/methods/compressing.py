@@ -7,7 +7,14 @@ from torch import Tensor
 
 from lightning_influence.curvature.factors import rotate
 from lightning_influence.curvature.inverse import EigenInverse
-from lightning_influence.curvature.low_rank_matrices import LowRankMatrices, join_matrices
+from lightning_influence.curvature.low_rank_matrices import (
+    DenseMatrices,
+    LowRankMatrices,
+    Matrices,
+    join_matrices,
+    turn_columns,
+    turn_matrices,
+)
 from lightning_influence.linalg.truncation import truncate_within
 from lightning_influence.model.layers.gradients import LayerGradients
 
@@ -22,8 +29,8 @@ _FORMED_BYTES = 2**25
 
 
 def compress_solved(
-    inverse: EigenInverse, queries: LayerGradients, tolerance: float
-) -> LowRankMatrices | None:
+    inverse: EigenInverse, queries: LayerGradients, tolerance: float, most: int | None = None
+) -> Matrices | None:
     """Solve queries of one layer a few at a time, and keep of each solution what scores are made of.
 
     In the eigenbasis entry ``(i, j)`` of a training gradient has the mean square ``Lambda_ij``, nearly an
@@ -36,31 +43,34 @@ def compress_solved(
         queries: gradients of ``Q`` queries, ``K = 1``.
         tolerance: relative error of scores, root mean square over the queries, as long as coordinates of
             training gradients are independent.
+        most: largest rank; the one that takes half of the memory if that is less, or None.
 
     Returns:
-        The ``Q`` solutions; None where low rank is not accurate enough at half of the memory, or the layer
-        is small.
+        The ``Q`` solutions. Where such a rank is not accurate enough they are as they are if all were formed
+        at once, and None else; None as well if the layer is small.
     """
     _, d_out, d_in = inverse.eigenvalues.shape
-    most = d_out * d_in // (_SMALLER * (d_out + d_in))
+    half = d_out * d_in // (_SMALLER * (d_out + d_in))
+    most = half if most is None else min(most, half)
     if inverse.eigenvalues.numel() < _SMALLEST or most < 1:
         return None
     rows, columns = (_find_weights(inverse.eigenvalues, dim) for dim in (2, 1))
-    basis, parts = inverse.basis, []
+    basis, parts = inverse.basis, list[Matrices]()
+    q_in, q_out = (None, None) if basis is None else (basis.q_in, basis.q_out)
     step = max(1, _FORMED_BYTES // inverse.eigenvalues.nbytes)
     for start in range(0, queries.num_examples, step):
         few = queries.select(slice(start, start + step))
         rotated = few if basis is None else rotate(few, basis)
         scaled = (rotated.dense()[0] * inverse.weights).mul_(rows[:, :, None]).mul_(columns[:, None])
         cut = truncate_within(scaled, tolerance, most)
-        if cut is None:
+        if cut is None and few.num_examples < queries.num_examples:
             return None
+        if cut is None:
+            weighed = scaled.div_(rows[:, :, None]).div_(columns[:, None])
+            return DenseMatrices(turn_matrices(weighed, q_in, q_out))
         left, right = cut[0] / rows[:, :, None], cut[1] / columns[:, :, None]
-        q_in, q_out = (None, None) if basis is None else (basis.q_in, basis.q_out)
-        parts.append(LowRankMatrices(_turn(left, q_out), _turn(right, q_in)))
-    joined = join_matrices(parts)
-    assert isinstance(joined, LowRankMatrices)
-    return joined
+        parts.append(LowRankMatrices(turn_columns(left, q_out), turn_columns(right, q_in)))
+    return join_matrices(parts)
 
 
 def _find_weights(eigenvalues: Tensor, dim: int) -> Tensor:
@@ -68,8 +78,3 @@ def _find_weights(eigenvalues: Tensor, dim: int) -> Tensor:
     energies = eigenvalues.sum(dim, dtype=torch.float64).clamp_min(0)
     energies = energies / energies.mean().clamp_min(torch.finfo(torch.float64).tiny)
     return (energies + _FLOOR).sqrt().to(eigenvalues)
-
-
-def _turn(factors: Tensor, basis: Tensor | None) -> Tensor:
-    """Return factors ``(V, G, D, r)`` out of a basis ``(G, D, D)``."""
-    return factors if basis is None else basis @ factors
