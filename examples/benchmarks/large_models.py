@@ -1,7 +1,8 @@
-"""Models of the size people train, and made-up data that they can learn: ResNets, GPTs and ViTs."""
+"""Models of the size people train, and made-up data that they can learn: ResNets, GPTs, ViTs, Llamas."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ class Size:
     """Width and depth of a model, of its data, and how much it is asked about.
 
     Attributes:
-        kind: ``"resnet"``, ``"resnet18"``, ``"gpt"`` or ``"vit"``.
+        kind: ``"resnet"``, ``"resnet18"``, ``"gpt"``, ``"vit"`` or ``"llama"``.
         width: of the first stage, or of the stream of a transformer.
         depth: blocks of a stage, or of a transformer.
         examples: training examples.
@@ -49,6 +50,9 @@ SIZES = {
     "resnet18": Size("resnet18", 64, 2, 2000, 50, 32),
     "gpt10m": Size("gpt", 320, 6, 256, 8, 64, 5000, 8),
     "vit5m": Size("vit", 256, 6, 1000, 50, 32, 8),
+    "llama64": Size("llama", 64, 2, 256, 50, 48, 1000),
+    "llama128": Size("llama", 128, 4, 256, 50, 48, 1000),
+    "llama128_2000": Size("llama", 128, 4, 256, 50, 48, 2000),
 }
 
 
@@ -146,11 +150,24 @@ class Vit(nn.Module):
         return logits
 
 
+def make_llama(size: Size) -> nn.Module:
+    """A Llama of transformers as it is, with random weights."""
+    transformers = importlib.import_module("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=size.detail, hidden_size=size.width, intermediate_size=2 * size.width,
+        num_hidden_layers=size.depth, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=size.extent, pad_token_id=0,
+    )  # fmt: skip
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model
+
+
 MODELS: dict[str, Callable[[Size], nn.Module]] = {
     "resnet": make_resnet,
     "resnet18": make_resnet,
     "gpt": Gpt,
     "vit": Vit,
+    "llama": make_llama,
 }
 
 
@@ -165,6 +182,15 @@ class Module(LightningModule):
         """Return the loss."""
         outputs = self.net(batch[0])
         return functional.cross_entropy(outputs.flatten(0, -2), batch[1].flatten())
+
+
+class Published(Module):
+    """A language model that computes its loss itself."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int = 0) -> Tensor:
+        """Return the model's own loss of the next tokens."""
+        loss: Tensor = self.net(input_ids=batch[0], labels=batch[0]).loss
+        return loss
 
 
 def draw_images(size: Size, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -195,10 +221,10 @@ def draw_tokens(size: Size, count: int, generator: torch.Generator) -> tuple[Ten
 def train(size: Size, epochs: int) -> tuple[Module, list[DataLoader[Any]]]:
     """Return a model trained on made-up data, and the loaders of training examples and queries."""
     torch.manual_seed(0)
-    draw = draw_tokens if size.kind == "gpt" else draw_images
+    draw = draw_tokens if size.kind in ("gpt", "llama") else draw_images
     generator = torch.Generator().manual_seed(1)
     tables = [TensorDataset(*draw(size, count, generator)) for count in (size.examples, size.queries)]
-    module = Module(MODELS[size.kind](size))
+    module = (Published if size.kind == "llama" else Module)(MODELS[size.kind](size))
     optimizer = torch.optim.AdamW(module.parameters(), 1e-3)
     for _ in range(epochs):
         for batch in DataLoader(tables[0], size.batch, shuffle=True):

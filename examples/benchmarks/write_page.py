@@ -1,4 +1,4 @@
-"""The tables of ``docs/benchmarks.md``, written from the JSON file of ``peers.py``.
+"""The tables of ``docs/benchmarks.md``, written from the JSON files of ``peers.py`` and ``large_auto.py``.
 
     python examples/benchmarks/write_page.py [--json examples/benchmarks/.cache/results.json]
 
@@ -31,6 +31,12 @@ TASKS = {
     "language_small": "language model of 1.3 M",
     "resnet18": "ResNet-18, 32 x 32",
     "language": "language model of 11 M",
+}
+# Of ``large_auto.py``, whose figures have a table of their own.
+LLAMAS = {
+    "llama64": "64 x 2, 1,000 words",
+    "llama128": "128 x 4, 1,000 words",
+    "llama128_2000": "128 x 4, 2,000 words",
 }
 PEERS = {"kronfluence", "bergson", "bergson-cg", "dattri-llm", "dattri-ekfac", "dattri-cg", "dattri-logra"}
 METHODS = {
@@ -87,6 +93,26 @@ def write_cost(results: list[Result]) -> str:
             cells.append(f"{_digits(epochs)} ({_digits(total(other, group) / epochs)}x)")
         rows.append([*cells, f"{_peak(own)} ({_peak(other)})"])
     return _table(["", *GROUPS, f"peak MiB ({REFERENCE})"], rows)
+
+
+def write_llamas(results: list[Result]) -> str:
+    """Make the table of what ``ekfac`` costs small Llamas.
+
+    Args:
+        results: of ``large_auto.py``.
+
+    Returns:
+        Markdown: a row a model; epochs of the factors, of eigendecompositions and of the scores.
+    """
+    found = {r["task"]: r for r in results if r["contender"] == OWN}
+    rows = []
+    for task, title in LLAMAS.items():
+        if task in found:
+            epochs = {stage["group"]: stage["epochs"] for stage in found[task]["stages"]}
+            both = epochs["factors"] + epochs["scores"]
+            cells = [f"{value:.1f}" for value in (epochs["factors"], epochs["scores"], both)]
+            rows.append([title, *cells, f"{epochs['eigendecompositions']:.1f}"])
+    return _table(["", "factors", "scores", "both", "eigendecompositions"], rows)
 
 
 def write_peers(results: list[Result]) -> str:
@@ -183,7 +209,7 @@ def write_page(page: str, results: list[Result]) -> str:
     Raises:
         ValueError: if the page has no place for a table.
     """
-    tables = {"quality": write_quality, "cost": write_cost, "peers": write_peers}
+    tables = {"quality": write_quality, "cost": write_cost, "peers": write_peers, "llamas": write_llamas}
     for name, write in tables.items():
         table = write(results)
         place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- /table -->)", re.DOTALL)

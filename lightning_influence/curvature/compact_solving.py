@@ -23,8 +23,8 @@ from lightning_influence.curvature.low_rank_matrices import (
     compress,
     compress_within,
     join_matrices,
+    turn_columns,
 )
-from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients, rotate_matrices
 from lightning_influence.model.layers.table_gradients import TableGradients
 
@@ -126,25 +126,13 @@ def _answer(
     """Return answers cut and out of the basis, with rows and columns of zeros where there were none."""
     d_out, d_in = inverse.eigenvalues.shape[1:]
     found = cut(formed)
-    if columns is not None and isinstance(
-        found, DenseMatrices
-    ):  # which are small beside those of all columns
+    if columns is not None and isinstance(found, DenseMatrices):  # small beside those of all columns
         found, columns = cut(place(formed, columns, 3, d_in)), None
     back = Eigenbasis() if inverse.basis is None else inverse.basis.transposed
     if isinstance(found, DenseMatrices):
         matrices = rotate_matrices(found.matrices, back.inputs, back.outputs)
         return DenseMatrices(place(matrices, rows, 2, d_out))
     assert isinstance(found, LowRankMatrices)
-    left = _turn_columns(found.left, back.outputs)
-    right = _turn_columns(place(found.right, columns, 2, d_in), back.inputs)
+    left = turn_columns(found.left, back.outputs)
+    right = turn_columns(place(found.right, columns, 2, d_in), back.inputs)
     return LowRankMatrices(place(left, rows, 2, d_out), right)
-
-
-def _turn_columns(factor: Tensor, basis: Basis | None) -> Tensor:
-    """Return ``Q^T f`` of factors ``(V, G, D, r)``, those of all matrices in one product a group."""
-    if basis is None:
-        return factor
-    count, groups, width, rank = factor.shape
-    columns = factor.permute(1, 2, 0, 3).flatten(2)  # (G, D, V r)
-    turned = basis.turn_columns(columns).view(groups, width, count, rank)
-    return turned.permute(2, 0, 1, 3).contiguous()

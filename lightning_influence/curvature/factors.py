@@ -149,15 +149,18 @@ class LayerStatistics:
 
         Gradients that are no products of the two have their second moments over columns and over rows added
         (Gupta et al. 2018, "Shampoo"), the former in units of their squared norm, which ``positions`` counts.
-        So have those of tables, position by position.
+        So have those of large tables, position by position.
         """
         self.examples += gradients.num_examples
         if isinstance(gradients, TableGradients):
-            inputs, outputs, energy = gradients.second_moments()
-            self.inputs += inputs if self.inputs.ndim == 3 else inputs.diagonal(dim1=1, dim2=2)
-            self.outputs += outputs
-            add_later(self, "positions", energy)
-            return
+            is_large = self.outputs.ndim == 2
+            moments = gradients.second_moments() if is_large else gradients.whole_moments()
+            if moments is not None:
+                inputs, outputs, energy = moments
+                self.inputs += inputs if self.inputs.ndim == 3 else inputs.diagonal(dim1=1, dim2=2)
+                self.outputs += outputs
+                add_later(self, "positions", energy)
+                return
         if isinstance(gradients, FactoredGradients) and not gradients.whole:
             groups, examples, positions, d_in = gradients.inputs.shape
             outputs = gradients.outputs.transpose(0, 1)

@@ -54,6 +54,17 @@ class EigenInverse:
         """
         return self._scale(vectors, self.weights if rows is None else self.weights[:, rows])
 
+    def solve(self, gradients: LayerGradients) -> Tensor:
+        """Return the inverse times gradients of ``B`` examples and one seed, ``(B, G, D_out, D_in)``.
+
+        Into the basis these are turned in whatever form they have, out of it as matrices.
+        """
+        if self.basis is None:
+            return gradients.dense()[0] * self.weights
+        weighed = rotate(gradients, self.basis).dense()[0] * self.weights
+        back = self.basis.transposed
+        return rotate_matrices(weighed, back.inputs, back.outputs)
+
     def multiply(self, vectors: Tensor) -> Tensor:
         """Return ``Q diag(eigenvalues) Q^T``, without the damping, times vectors ``(V, G, D_out, D_in)``."""
         return self._scale(vectors, self.eigenvalues)

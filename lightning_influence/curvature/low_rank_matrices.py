@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_influence.linalg.truncation import truncate, truncate_within
+from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 
 # Chosen by hand: bytes of matrices, or of products with them, that are formed at once, whatever the memory.
-_FORMED_BYTES = 2**22
+_FORMED_BYTES = 2**23
 # Columns of factors that gradients go through at once, and bytes of what comes out, which are read again at
 # once: measured, products of 64 positions take 0.4 of the time that those with fewer columns take.
 _COLUMNS, _CACHED_BYTES = 512, 2**21
@@ -297,6 +298,21 @@ def join_matrices(parts: Sequence[Matrices]) -> Matrices:
         for side in factors
     )
     return LowRankMatrices(left, right)
+
+
+def turn_columns(factor: Tensor, basis: Basis | None) -> Tensor:
+    """Return ``Q^T f`` of factors ``(V, G, D, r)``, those of all matrices in one product a group.
+
+    Args:
+        factor: one of the two of each matrix.
+        basis: ``Q``; None for the identity.
+    """
+    if basis is None:
+        return factor
+    count, groups, width, rank = factor.shape
+    columns = factor.permute(1, 2, 0, 3).flatten(2)  # (G, D, V r)
+    turned = basis.turn_columns(columns).view(groups, width, count, rank)
+    return turned.permute(2, 0, 1, 3).contiguous()
 
 
 def make_matrices(tensors: Mapping[str, Tensor]) -> Matrices:

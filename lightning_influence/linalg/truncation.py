@@ -52,7 +52,7 @@ def truncate_within(matrices: Tensor, tolerance: float, most: int) -> tuple[Tens
         What :func:`truncate` returns; None if the rank ``most`` is not enough.
     """
     most = min(most, *matrices.shape[-2:])
-    energies = matrices.double().square().flatten(1).sum(1)
+    energies = torch.linalg.vector_norm(matrices.flatten(1), dim=1, dtype=torch.float64).square()
     energies = energies.clamp_min(torch.finfo(matrices.dtype).tiny)
     rank = min(_FIRST_RANK, most)
     while rank >= 1:

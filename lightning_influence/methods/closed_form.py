@@ -23,7 +23,7 @@ from lightning_influence.methods.method import (
 )
 from lightning_influence.methods.options import ClosedFormOptions, Options
 from lightning_influence.methods.owners import OwnedQuadratic, OwnedScorer, Owners
-from lightning_influence.methods.scorers import PreconditionedScorer
+from lightning_influence.methods.scorers import HELD_BYTES, PreconditionedScorer
 from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
 from lightning_influence.model.layers.bases import Basis
@@ -52,7 +52,10 @@ class ClosedForm(Method):
     def solve(self, queries: Queries) -> Solved:
         """Apply the inverse, within the scores where that is cheaper."""
         names = set(queries)
-        scorer = PreconditionedScorer(self.inverse, queries, tolerance=self.low_rank_tolerance, consume=True)
+        held = min(HELD_BYTES, self.options.memory_budget // 4)
+        scorer = PreconditionedScorer(
+            self.inverse, queries, tolerance=self.low_rank_tolerance, consume=True, held_bytes=held
+        )
         if scorer.ranks:
             self.context.extra["low_rank"] = dict(scorer.ranks)
         return Solved(scorer if self.owners is None else OwnedScorer(self.owners, scorer, names))
@@ -83,7 +86,7 @@ class ClosedForm(Method):
     def measure_group_size(self, queries: Queries) -> int:
         """Return how many queries fit into half of the memory budget in the form in which they are scored."""
         count = next(iter(queries.values())).num_examples if queries else 0
-        scorer = PreconditionedScorer(self.inverse, queries, tolerance=self.low_rank_tolerance)
+        scorer = PreconditionedScorer(self.inverse, queries, tolerance=self.low_rank_tolerance, held_bytes=0)
         held = torch.tensor([scorer.nbytes / max(count, 1)], dtype=torch.float64)
         most = float(self.context.runner.all_gather_cat(held).max())  # processes may own layers
         return max(self.group_size(), int(self.options.memory_budget / (2 * max(most, 1.0))))

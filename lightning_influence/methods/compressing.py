@@ -8,10 +8,15 @@ from torch import Tensor
 from lightning_influence.curvature.compact_solving import pick_columns, place
 from lightning_influence.curvature.factors import Eigenbasis, rotate
 from lightning_influence.curvature.inverse import EigenInverse
-from lightning_influence.curvature.low_rank_matrices import LowRankMatrices, join_matrices
+from lightning_influence.curvature.low_rank_matrices import (
+    DenseMatrices,
+    LowRankMatrices,
+    Matrices,
+    join_matrices,
+    turn_columns,
+)
 from lightning_influence.linalg.truncation import truncate_within
-from lightning_influence.model.layers.bases import Basis
-from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.gradients import LayerGradients, rotate_matrices
 
 # Chosen by hand: smaller layers take too little memory and time to gain by it.
 _SMALLEST = 2**14
@@ -24,8 +29,8 @@ _FORMED_BYTES = 2**25
 
 
 def compress_solved(
-    inverse: EigenInverse, queries: LayerGradients, tolerance: float
-) -> LowRankMatrices | None:
+    inverse: EigenInverse, queries: LayerGradients, tolerance: float, most: int | None = None
+) -> Matrices | None:
     """Solve queries of one layer a few at a time, and keep of each solution what scores are made of.
 
     In the eigenbasis entry ``(i, j)`` of a training gradient has the mean square ``Lambda_ij``, nearly an
@@ -38,17 +43,20 @@ def compress_solved(
         queries: gradients of ``Q`` queries, ``K = 1``.
         tolerance: relative error of scores, root mean square over the queries, as long as coordinates of
             training gradients are independent.
+        most: largest rank; the one that takes half of the memory if that is less, or None.
 
     Returns:
-        The ``Q`` solutions; None where low rank is not accurate enough at half of the memory, or the layer
-        is small.
+        The ``Q`` solutions. Where such a rank is not accurate enough they are as they are if all were formed
+        at once, and None else; None as well if the layer is small.
     """
     _, d_out, d_in = inverse.eigenvalues.shape
-    most = d_out * d_in // (_SMALLER * (d_out + d_in))
+    half = d_out * d_in // (_SMALLER * (d_out + d_in))
+    most = half if most is None else min(most, half)
     if inverse.eigenvalues.numel() < _SMALLEST or most < 1:
         return None
     rows, columns = (_find_weights(inverse.eigenvalues, dim) for dim in (2, 1))
-    basis, parts = inverse.basis, []
+    basis, parts = inverse.basis, list[Matrices]()
+    back = Eigenbasis() if basis is None else basis.transposed
     step = max(1, _FORMED_BYTES // inverse.eigenvalues.nbytes)
     for start in range(0, queries.num_examples, step):
         few = queries.select(slice(start, start + step))
@@ -56,14 +64,15 @@ def compress_solved(
         weights, along = (x if kept is None else x[..., kept] for x in (inverse.weights, columns))
         scaled = (rotated.dense()[0] * weights).mul_(rows[:, :, None]).mul_(along[:, None])
         cut = truncate_within(scaled, tolerance, most)
-        if cut is None:
+        if cut is None and few.num_examples < queries.num_examples:
             return None
+        if cut is None:
+            weighed = scaled.div_(rows[:, :, None]).div_(along[:, None])
+            whole = place(weighed, kept, 3, d_in)
+            return DenseMatrices(rotate_matrices(whole, back.inputs, back.outputs))
         left, right = cut[0] / rows[:, :, None], place(cut[1] / along[:, :, None], kept, 2, d_in)
-        back = Eigenbasis() if basis is None else basis.transposed
-        parts.append(LowRankMatrices(_turn(left, back.outputs), _turn(right, back.inputs)))
-    joined = join_matrices(parts)
-    assert isinstance(joined, LowRankMatrices)
-    return joined
+        parts.append(LowRankMatrices(turn_columns(left, back.outputs), turn_columns(right, back.inputs)))
+    return join_matrices(parts)
 
 
 def _find_weights(eigenvalues: Tensor, dim: int) -> Tensor:
@@ -71,8 +80,3 @@ def _find_weights(eigenvalues: Tensor, dim: int) -> Tensor:
     energies = eigenvalues.sum(dim, dtype=torch.float64).clamp_min(0)
     energies = energies / energies.mean().clamp_min(torch.finfo(torch.float64).tiny)
     return (energies + _FLOOR).sqrt().to(eigenvalues)
-
-
-def _turn(factors: Tensor, basis: Basis | None) -> Tensor:
-    """Return factors ``(V, G, D, r)`` in a basis."""
-    return factors if basis is None else basis.turn_columns(factors)

@@ -11,23 +11,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import reduce
+from math import prod
 
 import torch
 from torch import Tensor
 
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
-from lightning_influence.curvature.low_rank_matrices import LowRankMatrices
+from lightning_influence.curvature.low_rank_matrices import DenseMatrices, LowRankMatrices
 from lightning_influence.curvature.two_level import Correction
 from lightning_influence.linalg.low_rank import LowRank, factorise_weights
 from lightning_influence.methods.compressing import compress_solved
 from lightning_influence.methods.scoring_passes import LayeredScorer, stack_layers
 from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
-from lightning_influence.model.layers.table_gradients import TableGradients
+from lightning_influence.model.layers.table_gradients import TableGradients, lay_out
 
 # Chosen by hand: entries of an intermediate that should stay in a processor's cache, 1 MiB of float32.
 _CACHED = 2**18
+
+
+#: Chosen by hand: bytes of solved queries of all layers that are held as they are unless low rank saves time.
+HELD_BYTES = 2**26
+# Chosen by hand: a lower rank is rarely enough for these, and trying it takes as much as some batches.
+_LEAST_RANK = 4
+# What writing and reading a number costs, in multiplications.
+_FORMED = 12
 
 
 class Thin:
@@ -106,6 +115,7 @@ class PreconditionedScorer:
         correction: directions to add.
         tolerance: largest relative error of a layer's scores from the low-rank route; 0 forbids it.
         consume: take a layer out of ``queries`` once it is solved, so that not both have to fit in memory.
+        held_bytes: solved queries that take no more are cut to low rank for the sake of time alone.
     """
 
     def __init__(
@@ -116,6 +126,7 @@ class PreconditionedScorer:
         correction: Correction | None = None,
         tolerance: float = 1e-3,
         consume: bool = False,
+        held_bytes: int = HELD_BYTES,
     ) -> None:
         self._inverse, self._correction = inverse, correction
         self._queries = queries if consume else dict(queries)
@@ -128,6 +139,9 @@ class PreconditionedScorer:
         self._bases: dict[str, Eigenbasis] = {}
         self._rows: dict[str, Tensor] = {}  # of tables, the only ones in which solved queries are not zero
         self._checked = tolerance <= 0
+        # Less memory is no gain where whole solutions take little.
+        solved = sum(query.like.element_size() * prod(query.shape) for query in queries.values())
+        self._is_small = solved * self._count <= held_bytes
         for name in list(queries if correction is None else inverse.layers):
             if not self._try_low_rank(name, tolerance):
                 self._go_dense(name)
@@ -185,7 +199,7 @@ class PreconditionedScorer:
             few = self._restricted(name, self._queries[name].select(rows))
             return self._inverse.layers[name].apply(few.dense()[0], self._rows[name])
         if name in self._queries:
-            solved = self._inverse.layers[name].apply(self._queries[name].select(rows).dense()[0])
+            solved = self._inverse.layers[name].solve(self._queries[name].select(rows))
         if self._correction is not None:
             solved = _add(solved, self._correction.select(rows).mix(name))
         assert solved is not None
@@ -207,11 +221,15 @@ class PreconditionedScorer:
         queries = self._queries.get(name)
         if self._correction is not None or queries is None or isinstance(queries, TableGradients):
             return False
-        found = compress_solved(self._inverse.layers[name], queries, _COMPRESSED * tolerance)
-        if found is None:
+        most = _find_most_rank(queries) if self._is_small else None
+        if most is not None and most < _LEAST_RANK:
             return False
-        self._compressed[name], self.ranks[name] = found, found.rank
-        return True
+        found = compress_solved(self._inverse.layers[name], queries, _COMPRESSED * tolerance, most)
+        if isinstance(found, LowRankMatrices):
+            self._compressed[name], self.ranks[name] = found, found.rank
+        elif isinstance(found, DenseMatrices):
+            self._keep_dense(name, found.matrices)
+        return found is not None
 
     def _try_thin(self, name: str, tolerance: float) -> bool:
         """Write the inverse's weights as few outer products, for queries with one position."""
@@ -246,6 +264,8 @@ class PreconditionedScorer:
         few = {name: layer.select(slice(0, _CHECK_EXAMPLES)) for name, layer in gradients.items()}
         for name in [name for name in self._thin if isinstance(few.get(name), DenseGradients)]:
             self._go_dense(name)
+        if not self._thin and not self._compressed:
+            return
         exact = {
             name: self._exact(name, layer)
             for name, layer in few.items()
@@ -265,12 +285,16 @@ class PreconditionedScorer:
                 self._go_dense(worst)
 
     def _go_dense(self, name: str) -> None:
-        """Give up the low-rank route of a layer; its queries are not needed again."""
+        """Give up the low-rank route of a layer."""
+        self._find_rows(name)
+        self._keep_dense(name, self._weigh(name) if self._stays_rotated(name) else self._solve(name))
+
+    def _keep_dense(self, name: str, solved: Tensor) -> None:
+        """Score a layer by its solved queries ``(Q, G, D_out, D_in)``; the queries are not needed again."""
         self._thin.pop(name, None)
         self._compressed.pop(name, None)
         self.ranks.pop(name, None)
-        self._find_rows(name)
-        self._dense[name] = self._weigh(name) if self._stays_rotated(name) else self._solve(name)
+        self._dense[name] = lay_out(solved) if isinstance(self._queries.get(name), TableGradients) else solved
         self._queries.pop(name, None)
 
     def _find_rows(self, name: str) -> None:
@@ -340,6 +364,19 @@ class PreconditionedScorer:
         """Return weights of the anchors in each query's correction, ``(Q, M)``."""
         assert self._correction is not None
         return self._correction.weights
+
+
+def _find_most_rank(queries: LayerGradients) -> int:
+    """Return the largest rank of solutions whose scores take fewer operations than those of whole matrices.
+
+    Training examples are taken to have as many positions as the queries; factors of gradients that were
+    formed already have too many of them.
+    """
+    if not isinstance(queries, FactoredGradients) or queries.whole:
+        return 0
+    (_, d_out, d_in), count, positions = queries.shape, queries.num_examples, queries.inputs.shape[2]
+    whole = d_out * d_in * (positions + count + _FORMED)
+    return whole // max(1, positions * count * (d_out + d_in + _FORMED))
 
 
 def _is_factored(correction: Correction | None, name: str) -> bool:

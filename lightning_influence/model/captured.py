@@ -173,12 +173,8 @@ class Captured:
             Gauss-Newton matrix over the draws. As many mixtures as there are columns make them exact.
         """
         assert self.loss is not None
-        seeds = [seed for source in generators for seed in self.curvature_seeds(fisher, source, draws)]
-        joint = self.recorder.gradients(self.loss.outputs, list(seeds), self.num_examples)
-        return [
-            {name: layer.seeds(slice(start, start + draws)) for name, layer in joint.items()}
-            for start in range(0, len(seeds), draws)
-        ]
+        seeds = [list(self.curvature_seeds(fisher, source, draws)) for source in generators]
+        return self.recorder.gradient_groups(self.loss.outputs, seeds, self.num_examples)
 
     def _mixtures(self, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
         """Return random mixtures of the columns, see :mod:`~lightning_influence.model.losses.draws`."""

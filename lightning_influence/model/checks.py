@@ -103,16 +103,19 @@ def _coupled(
         return None
     for name, grads in recorder.backward(values, _first(values), num_examples).items():
         # What is not finite is refused elsewhere, as such.
-        if any(bool(grad[:, 1:].nan_to_num(0.0, 0.0, 0.0).any()) for grad in grads):
+        others = [grad[:, 1:] for grad in grads]
+        if any(bool(grad.any()) and bool(grad.nan_to_num(0.0, 0.0, 0.0).any()) for grad in others):
             return name
+    sizes = {name: [_row_norms(once) for once in slopes] for name, slopes in outputs.items()}
     for powers in _powers(values):
         found = recorder.backward(values, powers * factors, num_examples)
-        pairs = [(name, *pair) for name in found for pair in zip(found[name], outputs[name], strict=True)]
-        for name, weighed, once in pairs:
-            expected = once * powers.to(weighed.dtype)[:, None, None]
-            wrong, size = _row_norms(weighed - expected), _row_norms(expected)
-            if bool((wrong > _ROW_LIMIT * size.clamp(min=_ROW_FLOOR * float(size.max()))).any()):
-                return name
+        for name, slopes in found.items():
+            for weighed, once, size in zip(slopes, outputs[name], sizes[name], strict=True):
+                own = powers.to(weighed.dtype)
+                wrong = _row_norms(torch.addcmul(weighed, once, own[:, None, None], value=-1))
+                size = size * own
+                if bool((wrong > _ROW_LIMIT * size.clamp(min=_ROW_FLOOR * float(size.max()))).any()):
+                    return name
     return None
 
 

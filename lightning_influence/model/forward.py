@@ -205,13 +205,22 @@ class Forward:
         """
         loss, verified = captured.loss, self.plan.verified
         if isinstance(loss, BatchLoss) and loss.values is None:
-            if OTHER_ROWS not in verified:
-                verified.add(OTHER_ROWS)
-                if WEIGHED in verified or (self._weights is not None and bool((self._weights != 1).any())):
-                    raise ReadOtherwiseError(OTHER_WEIGHTS)
+            self._read_rows_otherwise()
         elif loss is not None and WEIGHED not in verified:
             self._weights = loss.weights().detach()
             read_later((self._weights != 1).any(), lambda found: verified.add(WEIGHED) if found else None)
+
+    def _read_rows_otherwise(self) -> None:
+        """Note that batches are read by the values of their losses from now on.
+
+        Raises:
+            ReadOtherwiseError: as :meth:`_keep_one_reading`.
+        """
+        verified = self.plan.verified
+        if OTHER_ROWS not in verified:
+            verified.add(OTHER_ROWS)
+            if WEIGHED in verified or (self._weights is not None and bool((self._weights != 1).any())):
+                raise ReadOtherwiseError(OTHER_WEIGHTS)
 
     def _read_other_rows(
         self, captured: Captured, module: Any, batch: Any, refusal: UnsupportedModelError
@@ -232,7 +241,7 @@ class Forward:
         read = partial(self._read_unnamed, is_strict=True)
         other, reason = self._try(read, module, batch, captured.num_examples)
         if other is not None:
-            self.plan.verified.add(OTHER_ROWS)
+            self._read_rows_otherwise()
             return other
         self._unnamed = None
         other, _ = self._try(self._read_one_by_one, module, batch, captured.num_examples)

@@ -89,6 +89,10 @@ def _part_differs(
     return False
 
 
+# Fewest examples whose halves have several orders.
+_FEWEST = 6
+
+
 def _limit(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return up to which difference losses of two runs are the same."""
     return (1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4) * values.abs().max()
@@ -206,6 +210,28 @@ def _try(function: Callable[..., Any], argument: Any, *more: Any) -> Any:
         return None
 
 
+def _halves_agree(
+    values: Tensor, batch: Any, losses: Callable[[Any, int], Tensor], dtype: torch.dtype
+) -> bool:
+    """Return whether both halves of a batch, each in another order, have the losses of their examples.
+
+    That shows at once what :func:`check_order` and :func:`check_part` do, in a third of the time. Where they
+    do not, or that would not show anything, these say what there is to say.
+    """
+    count, limit = len(values), _limit(values.nan_to_num(0, 0, 0), dtype)
+    half = (count + 1) // 2
+    orders = [list(range(half))[::-1], [count - 1, *range(half, count - 1)]]
+    moved = [bool(((values[order] - values[sorted(order)]).abs() > limit).any()) for order in orders]
+    if count < _FEWEST or not all(moved):
+        return False
+    with preserve_rng():
+        for order in orders:
+            alone = _try(losses, _try(rearranged, batch, order, count, {}), len(order))
+            if alone is None or not bool(((alone - values[order]).abs() <= limit).all()):
+                return False
+    return True
+
+
 def check_losses(captured: Captured, module: nn.Module, batch: Any, losses: Callable[..., Tensor]) -> None:
     """Check that the losses of a batch are those of its examples, in their order, whatever the others are.
 
@@ -221,8 +247,12 @@ def check_losses(captured: Captured, module: nn.Module, batch: Any, losses: Call
     """
     values, loss = captured.per_example(), captured.loss
     dtype = values.dtype if loss is None else loss.outputs.dtype
+    is_shared = holds_stand_ins(module)
+    if not is_shared and _halves_agree(values.detach(), batch, losses, dtype):
+        check_chosen(values, batch, losses, {})
+        return
     layout = check_order(values, batch, losses, dtype)
-    if layout is None or holds_stand_ins(module):
+    if layout is None or is_shared:
         return  # processes that share parameters out have to run the same batches, whatever these hold
     check_chosen(values, batch, losses, layout)
     normalised = values / captured.weights, partial(losses, normalised=True)

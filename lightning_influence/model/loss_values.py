@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.batches.ragged import find_places
+from lightning_influence.model.batches.rearranging import UnknownPartError, rearranged
 from lightning_influence.model.losses.capture import LossCapture
+from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.training_step import call_loss
 from lightning_influence.model.unnamed.alone import ONE_BY_ONE, Run, compute_alone, read_layout
 from lightning_influence.model.uses.watch import Watch
@@ -53,19 +55,22 @@ def compute_losses(
     """
     run = call_loss if run is None else run
     layout = read_layout(verified)
-    if {OTHER_ROWS, ONE_BY_ONE, LOST} & set(verified):
+    if OTHER_ROWS in verified or ONE_BY_ONE in verified:
         return compute_alone(run, module, batch, num_examples, layout)
-    read = partial(_read_losses, run, module, batch, num_examples, verified=verified, normalised=normalised)
+    read = partial(_read_losses, run, module, verified=verified, normalised=normalised)
     try:
-        return read(is_followed=ROWS_VARY in verified)
-    except _PickedError:
-        pass
-    except (LossCaptureError, _OtherWayError):
-        return compute_alone(run, module, batch, num_examples, layout)
-    try:  # rows that a mask picked may be as many of each example, as a pass before has found of them
-        with preserve_rng():
-            return read(is_followed=True)
+        return read(batch, num_examples, is_followed=ROWS_VARY in verified)
+    except (_PickedError, _OtherWayError) as error:
+        is_picked = isinstance(error, _PickedError)
     except LossCaptureError:
+        return compute_alone(run, module, batch, num_examples, layout)
+    try:
+        with preserve_rng():
+            if is_picked:  # there may be as many rows of each example, as a pass before has found of them
+                return read(batch, num_examples, is_followed=True)
+            examples = [rearranged(batch, [number], num_examples, layout) for number in range(num_examples)]
+            return torch.cat([read(example, 1, is_followed=False) for example in examples])
+    except (LossCaptureError, UnknownPartError):
         return compute_alone(run, module, batch, num_examples, layout)
 
 
@@ -74,7 +79,10 @@ class _PickedError(LossCaptureError):
 
 
 class _OtherWayError(Exception):
-    """The step has called other functions than for the batches whose order of losses was checked."""
+    """Nothing is known of the order of losses.
+
+    The step has called other functions than for the batches that were checked, or values have left torch.
+    """
 
 
 def _read_losses(
@@ -113,8 +121,10 @@ def _read_losses(
     if batch_loss is None:
         assert values is not None
         return values.detach()
-    if num_examples > 1 and capture.way.is_new(verified, module):
+    if num_examples > 1 and (LOST in verified or capture.way.is_new(verified, module)):
         raise _OtherWayError
+    if num_examples == 1:
+        capture.judge(WholeRows(batch, 1, ()))
     try:
         loss = capture.resolve(batch_loss, num_examples)
         return (loss.per_example() / (loss.weights() if normalised else 1)).detach()

@@ -190,7 +190,7 @@ def test_other_weights_are_not_called_the_checkpoint(tmp_path):
 
 SCALAR = f"{np.float64(0.1).__reduce__()[0].__module__}.scalar"  # numpy.core before version 2
 OBJECTS = {
-    f"pathlib.{type(pathlib.Path()).__name__}": pathlib.Path("/data"),
+    f"{type(pathlib.Path()).__module__}.{type(pathlib.Path()).__name__}": pathlib.Path("/data"),  # by version
     SCALAR: np.float64(0.1),
     "argparse.Namespace": argparse.Namespace(lr=0.1),
     "test_checkpoints.Late": Late,

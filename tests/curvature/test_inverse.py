@@ -52,6 +52,9 @@ def test_action_and_quadratic_form(shape, positions, seeds, damping, with_basis,
         torch.randn(seeds, groups, 2, positions, d_out, dtype=torch.float64),
     )
     rows = factored.dense().flatten(2)
+    one = factored.seeds(slice(0, 1))
+    for gradients in (one, DenseGradients(one.dense())):
+        torch.testing.assert_close(inverse.solve(gradients).flatten(1), rows[0] @ matrix, **TIGHT)
     expected = torch.einsum("kbp,pq,kbq->kb", rows, matrix, rows)
     for gradients in (factored, DenseGradients(factored.dense())):
         torch.testing.assert_close(inverse.quadratic(gradients), expected, **TIGHT)

@@ -31,6 +31,16 @@ def test_new_figures_replace_old_ones_and_nothing_else():
     assert outside == [part.split("<!-- /table -->")[-1] for part in PAGE.split("<!-- table:")]
 
 
+def test_small_llamas_have_a_table_of_their_own():
+    table = write_page.write_llamas([make_result("ekfac", "digits_mlp"), make_result("ekfac", "llama128")])
+    (row,) = table.splitlines()[2:]
+    name, factors, scores, both, decompositions = (cell.strip() for cell in row.strip("|").split("|"))
+    assert name == "128 x 4, 1,000 words"
+    assert float(both) == pytest.approx(float(factors) + float(scores), abs=0.11)
+    assert 0 < float(decompositions) < float(factors)
+    assert "Llama" not in write_page.write_peers(MEASURED)
+
+
 def test_failed_runs_are_left_out():
     failed = {"contender": "kronfluence", "task": "digits_mlp", "error": "out of memory"}
     assert "digits MLP" not in write_page.write_cost([make_result("ekfac", "digits_mlp"), failed])

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.factors import Eigenbasis
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
+from lightning_influence.curvature.low_rank_matrices import DenseMatrices
 from lightning_influence.methods import compressing, scorers
 from lightning_influence.methods.compressing import compress_solved
 from lightning_influence.methods.scorers import PreconditionedScorer
@@ -106,11 +107,18 @@ def test_layers_without_curvature_or_basis_are_cut_as_plain_matrices():
     torch.testing.assert_close(found.dense(), queries.dense()[0] / 0.5)
 
 
-def test_what_does_not_get_smaller_is_left_alone(problem):
+def test_what_does_not_get_smaller_is_left_alone(problem, monkeypatch):
     inverse, queries, _ = problem
-    assert compress_solved(inverse, queries, 1e-12) is None
     noise = DenseGradients(torch.randn(1, 3, 1, D_OUT, D_IN, dtype=torch.float64))
     flat = EigenInverse(None, torch.ones_like(inverse.eigenvalues), 1.0)
+    for solver, given, tolerance, most in (
+        (inverse, queries, 1e-12, None), (flat, noise, 0.03, None), (inverse, queries, 0.03, 1),
+    ):  # fmt: skip
+        whole = compress_solved(solver, given, tolerance, most)
+        assert isinstance(whole, DenseMatrices)
+        torch.testing.assert_close(whole.matrices, solver.apply(given.dense()[0]))
+    monkeypatch.setattr(compressing, "_FORMED_BYTES", inverse.eigenvalues.nbytes)
+    assert compress_solved(inverse, queries, 1e-12) is None
     assert compress_solved(flat, noise, 0.03) is None
     few = FactoredGradients(torch.ones(1, 2, 3, 4).double(), torch.ones(1, 1, 2, 3, 5).double())
     assert compress_solved(EigenInverse(None, torch.ones(1, 5, 4).double(), 1.0), few, 0.03) is None

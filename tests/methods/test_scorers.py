@@ -149,6 +149,27 @@ def test_layers_where_it_does_not_pay_stay_exact():
     assert PreconditionedScorer(p.inverse, several).ranks == {}
 
 
+def test_solutions_that_take_little_memory_are_cut_only_where_it_saves_operations(monkeypatch):
+    """Rank one for one position is less work than whole matrices, for many positions it is more."""
+    monkeypatch.setattr("lightning_influence.methods.compressing._SMALLEST", 1)
+    monkeypatch.setattr(scoring, "_LEAST_RANK", 1)
+    torch.manual_seed(0)
+    d, count = 20, 24
+    inverse = EigenInverse(None, torch.ones(1, d, d, dtype=torch.float64), 1.0)
+    blocks, found = BlockInverse(Layout({"layer": (1, d, d)}), {"layer": inverse}), {}
+    for positions in (2, 20):
+        line = torch.randn(1, count, 1, d, dtype=torch.float64).expand(-1, -1, positions, -1)
+        slopes = torch.randn(1, 1, count, positions, d, dtype=torch.float64)
+        queries = {"layer": FactoredGradients(line, slopes)}  # of rank one, whatever the positions
+        train = FactoredGradients(*(torch.randn_like(part[..., :9, :, :]) for part in (line, slopes)))
+        for held in (0, 2**26):
+            scorer = PreconditionedScorer(blocks, queries, tolerance=1e-3, held_bytes=held)
+            found[positions, held] = scorer.ranks.get("layer")
+            expected = queries["layer"].dense()[0].flatten(1) @ train.dense()[0].flatten(1).T / 2
+            torch.testing.assert_close(scorer({"layer": train}), expected)
+    assert found == {(2, 0): 1, (2, 2**26): 1, (20, 0): 1, (20, 2**26): None}
+
+
 @pytest.mark.parametrize("remedy", ["rank", "dense"])
 def test_a_poor_low_rank_form_is_found_on_the_first_batch(monkeypatch, remedy):
     p, calls = Problem(torch.float64), []

@@ -298,6 +298,31 @@ def test_kronecker_factors_have_a_diagonal_side(name, method):
     torch.testing.assert_close(found.scores, expected, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("method", ["ekfac", "kfac"])
+@pytest.mark.parametrize("name", ["embedding", "padded", "frequent", "bag", "tied"])
+def test_a_small_table_has_bases_of_both_sides(name, method, monkeypatch):
+    """Its factors are the second moments of its gradient matrices over rows and over columns."""
+    monkeypatch.setattr("lightning_influence.model.layers.layer.MATRIX_WIDTH", 100)
+    model, (train, _), _ = make(name)
+    (gradients,) = Forward(find_layers(model))(model, train, N).loss_gradients().values()
+    assert isinstance(gradients, TableGradients)
+
+    def invert(columns):
+        matrices = columns.reshape(-1, V, D)
+        narrow, wide = matrices.mT @ matrices, matrices @ matrices.mT
+        narrow, wide = narrow.sum(0) / matrices.square().sum(), wide.sum(0) / N
+        q_in, q_out = (torch.linalg.eigh(moment).eigenvectors for moment in (narrow, wide))
+        if method == "ekfac":
+            eigenvalues = (q_out.T @ matrices @ q_in).square().sum(0) / N
+        else:
+            eigenvalues = torch.outer(*((q.T @ m @ q).diagonal() for q, m in ((q_out, wide), (q_in, narrow))))
+        basis = torch.kron(q_out.contiguous(), q_in.contiguous())
+        return basis @ torch.diag(1 / (eigenvalues.flatten() + DAMPING)) @ basis.T
+
+    found = ask(name, method, fisher="exact", low_rank_tolerance=0.0)
+    torch.testing.assert_close(found.scores, reference(name, invert), rtol=1e-8, atol=1e-11)
+
+
 def _standing(columns, name):
     shape = shape_of(name)
     matrices = columns.reshape(N, -1, *shape)

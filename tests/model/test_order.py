@@ -15,6 +15,7 @@ from lightning_influence.model.loss_values import compute_losses
 from lightning_influence.support.errors import InfluenceWarning, ReadOtherwiseError, UnsupportedModelError
 
 B, T = 4, 8
+EIGHT = 8  # enough that halves of a batch show the order
 
 
 class Module(nn.Module):
@@ -88,6 +89,20 @@ def test_losses_in_the_order_of_the_examples_are_accepted(step):
     run(step, sequences(*[T] * B), sequences(2, 5, 3, 4), sequences(3, 4))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "sizes"), [((2, 5, 3, 4, 6, 2, 7, 1), [8, 4, 4]), ((2, 5), [2, 2, 1, 1, 1])]
+)
+def test_halves_in_another_order_show_what_whole_batches_do(lengths, sizes):
+    seen = []
+
+    def step(module, x, y, mask):
+        seen.append(len(x))
+        return batch_first(module, x, y, mask)
+
+    run(step, sequences(*lengths))
+    assert seen == sizes
+
+
 def swapped(module, x, y, mask):
     """Only batches of this very size run, so that no part of one shows what the rows are."""
     return F.cross_entropy(module(x)[[0, 1, 3, 2]].flatten(0, 1), y.flatten())
@@ -106,16 +121,20 @@ def test_rows_in_another_order_of_which_no_parts_run_are_refused():
         (sorted_inside, (2, 5, 3, 4)),
         (flipped, (2, 5, 3, 4)),
         (put_back, (2, 5, 3, 4)),
+        (time_first, (EIGHT,) * EIGHT),
+        (sorted_inside, (2, 5, 3, 4, 6, 2, 7, 1)),
+        (flipped, (2, 5, 3, 4, 6, 2, 7, 1)),
+        (put_back, (2, 5, 3, 4, 6, 2, 7, 1)),
     ],
 )
 def test_gradients_are_those_of_the_examples_whatever_the_order_of_rows(step, lengths):
     """Against the gradient of each example's own positions of the loss of the batch."""
     torch.manual_seed(0)
-    module, (x, y, mask) = mute(Module(step)).double(), sequences(*lengths)
+    module, (x, y, mask), count = mute(Module(step)).double(), sequences(*lengths), len(lengths)
     batch = x.double(), y, mask
-    found = gradients_of(Forward(find_layers(module))(module, batch, B))
-    for n in range(B):
-        own = F.cross_entropy(module(batch[0][n]), y[n], reduction="sum") * B / mask.sum()
+    found = gradients_of(Forward(find_layers(module))(module, batch, count))
+    for n in range(count):
+        own = F.cross_entropy(module(batch[0][n]), y[n], reduction="sum") * count / mask.sum()
         torch.testing.assert_close(found[n], torch.autograd.grad(own, module.first.weight)[0])
 
 

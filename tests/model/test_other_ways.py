@@ -1,5 +1,7 @@
 """Steps that do with later batches what they did not do with the first, and losses of chosen examples."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,10 @@ from torch.nn import functional as F
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.plan import find_layers
 from lightning_influence.model.loss_values import compute_losses
+from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.uses import following
 from lightning_influence.model.uses.places import Place
-from lightning_influence.support.errors import UnsupportedModelError
+from lightning_influence.support.errors import ReadOtherwiseError, UnsupportedModelError
 
 IN_ORDER, OUT_OF_ORDER, OTHERS = [0, 0, 1, 2], [2, 0, 1, 0], [1, 2, 0, 1]
 
@@ -120,15 +123,21 @@ def flipped(x, y):
     return x.flip(0), y.flip(0)
 
 
-@pytest.mark.parametrize("arrange", [flipped, stacked, gathered, through_numpy])
+WEIGHTS = [0.5, 2.0, 3.0]
+CASES = [(arrange, weights) for arrange in (flipped, stacked, gathered) for weights in (None, WEIGHTS)]
+
+
+# Rows that numpy has ordered are read by the losses of the examples alone, which have no weights.
+@pytest.mark.parametrize(("arrange", "weights"), [*CASES, (through_numpy, None)])
 @pytest.mark.parametrize("always", [False, True])
-def test_values_of_losses_are_in_the_order_of_the_examples(arrange, always):
+def test_values_of_losses_are_in_the_order_of_the_examples(arrange, always, weights):
     """Of batches, too, whose way no pass has checked: the first one was in order."""
+    weights = None if weights is None else torch.tensor(weights).double()
 
     def step(module, x, y):
         if always or y[0] > y[-1]:
             x, y = arrange(x, y)
-        return named(module(x), y)
+        return F.cross_entropy(module(x), y, weight=weights)
 
     torch.manual_seed(0)
     module = mute(Module(step)).double()
@@ -136,7 +145,25 @@ def test_values_of_losses_are_in_the_order_of_the_examples(arrange, always):
     Forward(plan)(module, make_batch(IN_ORDER), 4)
     x, y = make_batch(OUT_OF_ORDER, 1)
     found = compute_losses(module, (x, y), 4, verified=plan.verified)
-    torch.testing.assert_close(found, F.cross_entropy(module(x), y, reduction="none"))
+    torch.testing.assert_close(found, F.cross_entropy(module(x), y, weight=weights, reduction="none"))
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_examples_with_weights_are_all_read_in_one_way(weights, monkeypatch):
+    """A batch whose losses turn out to be no rows of functions with a name begins the question anew."""
+    weights = None if weights is None else torch.tensor(weights).double()
+
+    def refuse(self, captured, module, batch, measure=None):
+        if not isinstance(captured.loss, BatchLoss):
+            raise UnsupportedModelError("rows of others")
+
+    module = mute(Module(lambda module, x, y: F.cross_entropy(module(x), y, weight=weights))).double()
+    forward = Forward(find_layers(module))
+    assert not isinstance(forward(module, make_batch(IN_ORDER), 4).loss, BatchLoss)
+    monkeypatch.setattr(Forward, "_check_examples", refuse)
+    with contextlib.nullcontext() if weights is None else pytest.raises(ReadOtherwiseError):
+        forward(module, make_batch(OTHERS, 1), 4)
+    assert isinstance(forward(module, make_batch(OTHERS, 1), 4).loss, BatchLoss)
 
 
 class Measure:

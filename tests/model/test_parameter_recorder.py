@@ -9,7 +9,9 @@ from torch.nn import functional
 from lightning_influence.curvature.factors import LayerStatistics
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.layer import LOOKUP_WIDTH, MATRIX_WIDTH
+from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import find_layers
+from lightning_influence.model.layers.recorder import Recorder
 
 B = 5
 
@@ -263,6 +265,23 @@ def test_an_embedding_is_a_table_from_fewer_rows_on_than_another_matrix():
     for name in ("few.weight", "broad.weight", "bare"):
         assert layers[f"body.{name}"].diagonal_sides == (False, False)
     assert layers["body.broad.weight"].shape == (1, 9, LOOKUP_WIDTH + 1)
+
+
+def test_inputs_are_read_once_and_only_of_what_may_have_some(monkeypatch):
+    """A model whose own parameters are vectors has nothing to read, one with an embedding once a forward."""
+    pulls, pull = [], ParameterRecorder._pull_zeros
+    monkeypatch.setattr(ParameterRecorder, "_pull_zeros", lambda *own: pulls.append(own) or pull(*own))
+    norms = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    words = nn.Sequential(nn.Embedding(300, 8), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3))
+    for net, x, most in ((norms, torch.randn(B, 8), 0), (words, torch.randint(0, 300, (B, 2)), 1)):
+        layers = find_layers(net).layers
+        with Recorder(layers, ParameterRecorder(layers, (x,), B, set())) as recorder:
+            outputs = net(x)
+        for _ in range(2):
+            gradients = recorder.gradients(outputs, [torch.ones_like(outputs)], B)
+        recorder.inputs(B)
+        assert gradients.keys() == layers.keys()
+        assert len(pulls) <= most
 
 
 def curvature_statistics(model, batch, name):

@@ -169,6 +169,12 @@ def test_several_seeds_share_a_forward_pass():
     for k, seed in enumerate(seeds):
         for name, alone in recorder.gradients(out, [seed], B).items():
             assert torch.equal(together[name].dense()[k], alone.dense()[0])
+    parts = recorder.gradient_groups(out, [seeds[:1], seeds[1:]], B)
+    for name, layer in together.items():
+        first, others = (part[name] for part in parts)
+        assert (first.num_seeds, others.num_seeds) == (1, 2)
+        assert first.inputs is others.inputs
+        assert torch.equal(torch.cat([first.dense(), others.dense()]), layer.dense())
     recorder.clear()
     assert recorder.inputs(B) == {}
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from lightning_influence.curvature.factors import LayerStatistics
 from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, concatenate
-from lightning_influence.model.layers.table_gradients import TableGradients
+from lightning_influence.model.layers.table_gradients import TableGradients, lay_out
 
 B, V, D = 4, 11, 3
 DOUBLE = torch.float64
@@ -49,6 +50,8 @@ def test_what_is_computed_in_this_form_is_that_of_the_matrices(table):
     vectors = torch.randn(5, 1, V, D, dtype=DOUBLE)
     products = torch.einsum("kbgoi,vgoi->kbv", dense, vectors)
     torch.testing.assert_close(table.dot(vectors), products)
+    torch.testing.assert_close(table.dot(lay_out(vectors)), products)
+    torch.testing.assert_close(lay_out(vectors), vectors)
     summed = torch.einsum("kbv,kbgoi->vgoi", products, dense)
     torch.testing.assert_close(table.combine(products), summed)
     torch.testing.assert_close(table.sum_of_squares(), dense.square().sum((0, 1)))
@@ -64,6 +67,39 @@ def test_what_is_computed_in_this_form_is_that_of_the_matrices(table):
     torch.testing.assert_close(table.scaled(2.0).seeds(slice(0, 1)).dense(), 2 * dense[:1])
     torch.testing.assert_close(table.select(torch.tensor([2, 0])).dense(), dense[:, [2, 0]])
     torch.testing.assert_close(table.to(dtype=torch.float32).dense(), dense.float())
+
+
+@pytest.mark.parametrize(("seeds", "looked_up", "mapped"), [(1, 6, 0), (1, 7, 4), (1, 0, 5)])
+def test_products_with_rows_of_a_basis_take_the_place_of_matrices(seeds, looked_up, mapped):
+    table = make(seeds, looked_up, mapped)
+    q_in, q_out = (torch.linalg.qr(torch.randn(1, d, d, dtype=DOUBLE)).Q for d in (D, V))
+    for inner in (q_in, None):
+        rotated = table.rotate(None if inner is None else Basis(inner), Basis(q_out))
+        assert isinstance(rotated, FactoredGradients)
+        assert rotated.inputs.shape[2] == looked_up + mapped
+        dense = matrices(table) if inner is None else matrices(table) @ inner
+        torch.testing.assert_close(rotated.dense(), q_out.mT @ dense)
+
+
+@pytest.mark.parametrize(("seeds", "looked_up"), [(1, 6), (3, 8), (2, 11)])
+def test_whole_moments_are_those_of_the_matrices(seeds, looked_up):
+    table = make(seeds, looked_up, 0)
+    dense = matrices(table)[:, :, 0]
+    narrow, wide, total = table.whole_moments()
+    torch.testing.assert_close(narrow[0], torch.einsum("kbvi,kbvj->ij", dense, dense))
+    torch.testing.assert_close(wide[0], torch.einsum("kbvi,kbwi->vw", dense, dense))
+    torch.testing.assert_close(total, dense.square().sum())
+
+
+def test_whole_moments_of_what_takes_less_formed_are_left_to_the_matrices():
+    assert make(1, 6, 1).whole_moments() is None
+    assert make(1, V + 1, 0).whole_moments() is None
+    for table in (make(2, 6, 1), make(2, V + 1, 0), make(2, 5, 0)):
+        sums = [LayerStatistics.zeros((1, V, D), dtype=DOUBLE) for _ in range(2)]
+        sums[0].add_covariances(table)
+        sums[1].add_covariances(DenseGradients(table.dense()))
+        for side in ("inputs", "outputs", "examples", "positions"):
+            torch.testing.assert_close(getattr(sums[0], side), getattr(sums[1], side))
 
 
 def test_second_moments_are_those_of_the_positions(table):

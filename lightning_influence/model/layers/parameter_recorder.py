@@ -72,12 +72,12 @@ class ParameterRecorder:
         parameters = parameters_of(layers)
         self.watch = Watch(parameters, batch, num_examples, find_places(batch, num_examples))
         self._large = {name for name in self._single if layers[name].is_table}
-        # What large tables look up and map, once it is known.
-        self._tables: dict[str, TableUses] = {}
         # Matrices may be products of the inputs and output gradients of what they map.
         self._matrices = {name for name in self._single if layers[name].d_in > 1} - self._large
         # Inputs of matrices that are; None for those that are not.
         self._products: dict[str, Tensor | None] = {}
+        # What large tables look up and map, and matrices of which rows are looked up, once it is known.
+        self._tables: dict[str, TableUses] = {}
         self._uses: list[Use] | None = None
         self._heard: set[str] = set()
         self._paired: set[str] = set()  # modules whose weights map in other ways than by calling them
@@ -193,11 +193,12 @@ class ParameterRecorder:
 
     def is_whole(self, name: str) -> bool:
         """Return whether a layer is a matrix whose gradients are no products, so that it has no inputs."""
-        return name in self._whole or (name in self._matrices and self._product_inputs(name) is None)
+        is_matrix = name in self._matrices and name not in self._tables
+        return name in self._whole or (is_matrix and self._products[name] is None)
 
     def assemble(self, name: str, slopes: Slopes) -> LayerGradients:
         """Return gradients of a layer from output gradients of ``K`` seeds."""
-        if name in self._large:
+        if name in self._tables:
             return self._tables[name].assemble(slopes)
         inputs = self.inputs(name)
         assert inputs is not None
@@ -206,28 +207,24 @@ class ParameterRecorder:
     def inputs(self, name: str) -> Tensor | None:
         """Return the inputs ``(G, B, R, D_in)`` of a layer: ones or the identity where it has none.
 
-        Those of a large table are part of its gradients.
+        Those of a table are part of its gradients.
         """
-        if name in self._large:
+        if name in self._matrices | self._large and not self._products and not self._tables:
+            self._read_products(self._pull_zeros())
+        if name in self._tables:
             return None
         layer, count = self.layers[name], self.watch.num_examples
         if name in self._whole:
             eye = torch.eye(layer.d_in).to(full_precision(layer.rule.weight(layer.module)))
             return eye.expand(layer.groups, count, layer.d_in, layer.d_in)
         if name in self._single:
-            inputs = self._product_inputs(name) if name in self._matrices else None
+            inputs = self._products.get(name)
             return (
                 layer.inputs(full_precision(layer.rule.weight(layer.module)), count)
                 if inputs is None
                 else inputs
             )
         return self._pair(name, self._pull_zeros({*_keys([name])}))[0]
-
-    def _product_inputs(self, name: str) -> Tensor | None:
-        """Return the inputs of a matrix that maps some in all its uses; None if it is used otherwise."""
-        if name not in self._products:
-            self._read_products(self._pull_zeros())
-        return self._products[name]
 
     def _read_products(self, gradients: Mapping[str, ParameterGradient]) -> None:
         """Find out what matrices map and tables look up, from gradients that all uses have a part in."""
@@ -238,6 +235,9 @@ class ParameterRecorder:
             known = name in gradients and name not in self._slow
             product = self._product_of(name, gradients[name]) if known else None
             self._products[name] = None if product is None else product.inputs
+            uses = TableUses.read(self.layers[name], gradients[name]) if known and product is None else None
+            if uses is not None and uses.looks_up:
+                self._tables[name] = uses
 
     def _product_of(self, name: str, gradient: ParameterGradient) -> Product | None:
         product = gradient.product(tables=False)
@@ -295,7 +295,7 @@ class ParameterRecorder:
         }
         slopes: dict[str, Slopes] = {}
         for name in self.heard:
-            if name in self._large:
+            if name in self._tables:
                 gradient = gradients.get(name)
                 slopes[name] = self._tables[name].slopes(gradient, self.watch.num_examples)
             elif name in found_by:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -327,16 +327,47 @@ class Recorder:
         Returns:
             Gradients by layer, ``K = len(seeds)``.
         """
+        return self.gradient_groups(outputs, [seeds], num_examples, keep_graph=keep_graph)[0]
+
+    def gradient_groups(
+        self,
+        outputs: Tensor,
+        groups: Sequence[Sequence[Tensor | None]],
+        num_examples: int,
+        *,
+        keep_graph: bool = True,
+    ) -> list[dict[str, LayerGradients]]:
+        """Per-example gradients for several groups of seeds, which have the layers' inputs in common.
+
+        Args:
+            outputs: a tensor of the recorded forward pass.
+            groups: seeds of one backward pass each, see :meth:`backward`.
+            num_examples: ``B``.
+            keep_graph: see :meth:`gradients`.
+
+        Returns:
+            For each group gradients by layer, ``K`` being its size.
+        """
+        seeds = [seed for group in groups for seed in group]
         last = len(seeds) - 1
         passes = [
             self.backward(outputs, seed, num_examples, keep_graph=keep_graph or number < last)
             for number, seed in enumerate(seeds)
         ]
-        run, result = slice(0, num_examples), {}
+        run, result = slice(0, num_examples), [dict[str, LayerGradients]() for _ in groups]
         for name in list(passes[0]):
-            columns = zip(*(grads.pop(name) for grads in passes), strict=True)
-            slopes = tuple(c[0][None] if len(c) == 1 else torch.stack(c) for c in columns)
-            result[name] = self._assemble(name, slopes, run, num_examples, release=not keep_graph)
+            columns, slopes = [grads.pop(name) for grads in passes], []
+            for group in groups:
+                few, columns = zip(*columns[: len(group)], strict=True), columns[len(group) :]
+                slopes.append(tuple(c[0][None] if len(c) == 1 else torch.stack(c) for c in few))
+            first = self._assemble(name, slopes[0], run, num_examples, release=not keep_graph)
+            for gradients, own in zip(result, slopes, strict=True):
+                if own is slopes[0]:
+                    gradients[name] = first
+                elif isinstance(first, FactoredGradients):
+                    gradients[name] = replace(first, outputs=own[0])
+                else:
+                    gradients[name] = self.assemble(name, own, num_examples)
         return result
 
     def gradient_parts(

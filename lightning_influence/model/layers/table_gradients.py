@@ -1,4 +1,4 @@
-"""Per-example gradients of large tables, whose rows are looked up and that map to as many outputs.
+"""Per-example gradients of tables, whose rows are looked up and that map to as many outputs.
 
 A table of ``V`` rows of ``D`` numbers has gradients of two kinds, which a head that shares its weight with an
 embedding has at once: rows of an example that were looked up, and products of what the table maps with
@@ -65,17 +65,18 @@ class TableGradients(LayerGradients):
         """Return the gradient matrices, ``(K, B, 1, V, D)``."""
         result = self.products.dense() if self.maps else self._zeros(self.num_seeds, self.num_examples)
         index = self.rows[None, :, None, :, None].expand(*result.shape[:3], -1, self.shape[2])
-        return result.scatter_add(3, index, self.values[:, :, None])
+        return result.scatter_add_(3, index, self.values[:, :, None])
 
     def dot(self, vectors: Tensor) -> Tensor:
         """Return inner products ``(K, B, V')`` with vectors ``(V', 1, V, D)``."""
-        found = self.values.new_zeros(self.num_seeds, self.num_examples, len(vectors))
-        if self.rows.shape[1]:
-            each = self.rows.numel() * vectors.shape[-1] * vectors.element_size()
-            step = max(1, _GATHERED_BYTES // max(1, each))
-            for start in range(0, len(vectors), step):
-                looked_up = vectors[start : start + step, 0][:, self.rows]  # (V', B, R, D)
-                found[..., start : start + step] = torch.einsum("kbrd,vbrd->kbv", self.values, looked_up)
+        count, positions = len(vectors), self.rows.shape[1]
+        found = self.values.new_zeros(self.num_seeds, self.num_examples, count)
+        each = positions * count * vectors.shape[-1] * vectors.element_size()
+        step = max(1, _GATHERED_BYTES // max(1, each))
+        for start in range(0, self.num_examples if positions else 0, step):
+            few = slice(start, start + step)
+            values = self.values[:, few].transpose(0, 1).flatten(2)  # (B, K, R D)
+            found[:, few] = torch.bmm(values, _look_up(vectors, self.rows[few])).transpose(0, 1)
         return found + self.products.dot(vectors) if self.maps else found
 
     def combine(self, weights: Tensor) -> Tensor:
@@ -88,11 +89,25 @@ class TableGradients(LayerGradients):
         return result
 
     def rotate(self, inputs: Basis | None, outputs: Basis | None) -> LayerGradients:
-        """Return ``Q_out^T g Q_in``; they are formed where there is a basis of the ``V`` rows."""
-        if outputs is not None:
+        """Return ``Q_out^T g Q_in``.
+
+        In a basis of the ``V`` rows what is looked up is no row any more, but a product with a row of the
+        basis, which a seed's values would need for themselves alone: those of several seeds are formed, as
+        are more positions than there are rows.
+        """
+        positions = self.rows.shape[1] + self.products.inputs.shape[2]
+        if outputs is not None and (self.num_seeds > 1 or positions > self.shape[1]):
             return DenseGradients(self.dense()).rotate(inputs, outputs)
         values = self.values if inputs is None else inputs.turn(self.values)
-        return TableGradients(self.rows, values, self.products.rotate(inputs, None))
+        rotated = self.products.rotate(inputs, outputs)
+        if outputs is None:
+            return TableGradients(self.rows, values, rotated)
+        looked_up = outputs.whole()[:, self.rows][None]
+        if not self.maps:
+            return FactoredGradients(values, looked_up)
+        return FactoredGradients(
+            torch.cat([values, rotated.inputs], dim=2), torch.cat([looked_up, rotated.outputs], dim=3)
+        )
 
     def sum_of_squares(self) -> Tensor:
         """Return elementwise squares summed over seeds and examples, ``(1, V, D)``."""
@@ -111,6 +126,26 @@ class TableGradients(LayerGradients):
         """Return ``||g||^2``, ``(K, B)``."""
         found = self._distinct.row_squares().sum(dim=(2, 3))
         return found + self.products.squared_norms() if self.maps else found
+
+    def whole_moments(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return what Kronecker factors are made of where both sides are held as matrices.
+
+        Each pair of rows that an example looked up adds to one entry of the moments of the rows.
+
+        Returns:
+            ``sum g^T g``, ``(1, D, D)``; ``sum g g^T``, ``(1, V, V)``; and ``sum |g|^2``, a scalar, over
+            seeds and examples. None where they take less of formed gradients: of a table that maps as well,
+            and of more positions than there are rows.
+        """
+        width, count = self.shape[1], self.rows.shape[1]
+        if self.maps or count > width:
+            return None
+        rows, values = self._distinct.rows, self._distinct.values
+        pairs = torch.matmul(values, values.mT).sum(0)  # (B, R, R)
+        places = rows[:, :, None] * width + rows[:, None]
+        wide = pairs.new_zeros(width * width).index_add_(0, places.flatten(), pairs.flatten())
+        flat = values.flatten(0, 2)
+        return (flat.T @ flat)[None], wide.view(1, width, width), flat.square().sum()
 
     def second_moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what Kronecker factors of the table are made of, as if each position were an example.
@@ -246,3 +281,16 @@ class TableGradients(LayerGradients):
 
     def _zeros(self, *lead: int) -> Tensor:
         return self.values.new_zeros(*lead, *self.shape)
+
+
+def lay_out(vectors: Tensor) -> Tensor:
+    """Return vectors ``(V', 1, V, D)`` in the order in memory in which rows are gathered in one run."""
+    return vectors.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+def _look_up(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Return rows ``(B, R)`` of vectors ``(V', 1, V, D)``, as ``(B, R D, V')``."""
+    columns = vectors[:, 0].permute(1, 2, 0)
+    if columns.is_contiguous():
+        return columns.index_select(0, rows.flatten()).view(len(rows), -1, len(vectors))
+    return vectors[:, 0][:, rows].flatten(2).permute(1, 2, 0)

@@ -1,4 +1,4 @@
-"""How the uses of a large table make up its gradients, once for all seeds of a forward pass."""
+"""How the uses of a table make up its gradients, once for all seeds of a forward pass."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ class TableUses:
             torch.cat([none, *(part.indices for part in looked_up)], dim=1),
             torch.cat([like.new_zeros(1, count, 0, columns), *(part.inputs for part in mapped)], dim=2),
         )
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether rows are looked up, and the table maps at most beside it."""
+        return self.rows is not None and self.rows.shape[1] > 0
 
     def slopes(self, gradient: ParameterGradient | None, count: int) -> Slopes:
         """Return the gradients of one seed at what was looked up and what was mapped to.

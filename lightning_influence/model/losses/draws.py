@@ -135,16 +135,17 @@ def draw_signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor
         count = generator.count_each(like.shape)
         if count is not None:  # 64 signs of a number
             numbers = hash_numbers(generator.next_keys(like.device), -(-count // 64))
-            octets = numbers.contiguous().view(torch.uint8)  # a bit takes a byte, not eight
-            bits = (octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=like.device)) & 1
-            signs = bits.flatten(1)[:, :count].to(like.dtype).mul_(2).sub_(1)
-            return signs.reshape(like.shape)
+            octets = numbers.contiguous().view(torch.uint8).int()
+            return _look_up_signs(octets, like).flatten(1)[:, :count].reshape(like.shape)
     device = generator.device if generator is not None else like.device
-    # Eight signs of a number, looked up: one drawn by itself costs as much as eight.
     numbers = torch.randint(0, 256, (-(-like.numel() // 8),), generator=generator, device=device)
+    return _look_up_signs(numbers.to(like.device), like).flatten()[: like.numel()].reshape(like.shape)
+
+
+def _look_up_signs(octets: Tensor, like: Tensor) -> Tensor:
+    """Return the eight signs of each number below 256, ``(..., 8)``: one by itself costs as much as eight."""
     bits = (torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device)) & 1
-    signs = (2 * bits - 1).to(like.dtype)[numbers.to(like.device)]
-    return signs.flatten()[: like.numel()].reshape(like.shape)
+    return torch.nn.functional.embedding(octets, (2 * bits - 1).to(like.dtype))
 
 
 def balanced_signs(energies: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
