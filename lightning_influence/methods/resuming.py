@@ -92,7 +92,8 @@ class FactorFolder:
             layer: its sums over all examples.
             dtype: precision of the decomposition.
         """
-        file = self._path / f"basis-{digest_text(name)}.factors"
+        # Another name than in versions whose bases had all columns, which other processes may not expect.
+        file = self._path / f"bases-{digest_text(name)}.factors"
         tensors = self._read(file, _BASIS)
         if tensors is None:
             basis = compute_eigenbasis(name, layer, dtype)

@@ -106,7 +106,7 @@ def test_a_killed_fit_with_batches_of_another_size_begins_its_passes_anew(tmp_pa
 
 def test_a_finished_layer_is_not_decomposed_again(tmp_path, undisturbed, monkeypatch):
     kill(die_at_the_second_basis, tmp_path)
-    assert len(list(tmp_path.glob("basis-*"))) == 1
+    assert len(list(tmp_path.glob("bases-*"))) == 1
     computed = []
 
     def count(name, layer, dtype=torch.float64):
@@ -140,7 +140,7 @@ def test_other_weights_are_fitted_anew_and_damage_is_named(tmp_path):
     expected = InfluenceModule(model).scores(data(), data(6, 2), **OPTIONS).scores
     found = InfluenceModule(model).scores(data(), data(6, 2), factors_dir=tmp_path, **OPTIONS).scores
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    file = next(tmp_path.glob("basis-*"))
+    file = next(tmp_path.glob("bases-*"))
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CorruptFileError, match=file.name):
         InfluenceModule(model).scores(data(), data(6, 2), factors_dir=tmp_path, **OPTIONS)
