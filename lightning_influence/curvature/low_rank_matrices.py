@@ -19,7 +19,7 @@ from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 
 # Chosen by hand: bytes of matrices, or of products with them, that are formed at once, whatever the memory.
-_FORMED_BYTES = 2**23
+_FORMED_BYTES = 2**22
 # Columns of factors that gradients go through at once, and bytes of what comes out, which are read again at
 # once: measured, products of 64 positions take 0.4 of the time that those with fewer columns take.
 _COLUMNS, _CACHED_BYTES = 512, 2**21
