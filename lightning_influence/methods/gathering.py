@@ -201,7 +201,7 @@ def gather(context: Context, one_pass: GradientPass, loaders: Sequence[Loader]) 
 
 
 def gather_examples(
-    context: Context, loader: Loader, chosen: Tensor, description: str
+    context: Context, loader: Loader, chosen: Tensor, description: str, *, in_batches: bool = False
 ) -> dict[str, LayerGradients]:
     """Collect the loss gradients of some of a loader's examples, on every process.
 
@@ -210,12 +210,15 @@ def gather_examples(
         loader: whose examples they are.
         chosen: their dataset indices, ``(M,)``.
         description: label of the progress bar.
+        in_batches: whether the loader's batches that hold them are read as they are, because weights may be
+            shares of a batch; otherwise the examples may be put together anew.
 
     Returns:
         By layer the gradients of the ``M`` examples in the order in which they were chosen, ``K = 1``.
     """
     one_pass = GradientPass(context.plan, description=description, only=chosen)
-    found = gather(context, one_pass, [loader.holding(chosen)])
+    holding = loader.with_any(chosen) if in_batches else loader.holding(chosen)
+    found = gather(context, one_pass, [holding])
     by_index = found.indices.argsort()
     rows = by_index[torch.searchsorted(found.indices[by_index], chosen)].to(context.device)
     return {name: found.gradients.pop(name).select(rows) for name in list(found.gradients)}

@@ -38,6 +38,10 @@ class Loader(Protocol):
         """These examples, and others where single examples cannot be asked for."""
         ...
 
+    def with_any(self, indices: Tensor) -> Loader:
+        """The batches that hold any of these examples, as they are."""
+        ...
+
 
 @dataclass(frozen=True)
 class Parcel:

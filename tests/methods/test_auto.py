@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import InfluenceModule
+from lightning_influence import InfluenceModule, InfluenceWarning
 
 CONVERGED = {"tolerance": 1e-9, "max_steps": 60}
 DAMPING = 0.02
@@ -23,6 +24,15 @@ class Net(LightningModule):
 
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class Weighted(Net):
+    """A weighted mean of losses that no function computes."""
+
+    def training_step(self, batch, batch_idx):
+        losses = (self.net(batch[0]) - F.one_hot(batch[1], 3)).cosh().log().mean(1)
+        weights = batch[0].square().sum(1)
+        return (losses * weights).sum() / weights.sum()
 
 
 GROWING = {"damping": DAMPING, "max_steps": 0, "tolerance": 0.0, "low_rank_tolerance": 0.0}
@@ -53,6 +63,16 @@ class TestSelfInfluence:
         torch.testing.assert_close(found.scores, exact.scores, rtol=1e-6, atol=0)
         assert found.diagnostics.residuals.shape == (count,)
         assert float(found.diagnostics.residuals.max()) < 1e-8
+
+    def test_weights_that_are_shares_are_those_of_the_same_batches(self):
+        """Also where the last batch is a single example, which others would be joined to."""
+        loader = DataLoader(TensorDataset(*draw(5, 2)), batch_size=4)
+        with pytest.warns(InfluenceWarning, match="Weights count as shares of their batch"):
+            found = InfluenceModule(Weighted()).self_influence(
+                loader, method="auto", damping=2.0, **CONVERGED
+            )
+        exact = InfluenceModule(Weighted()).self_influence(loader, method="exact", damping=2.0)
+        torch.testing.assert_close(found.scores, exact.scores, rtol=1e-6, atol=0)
 
     def test_by_default_every_example_is_solved_or_told_not_to_be(self):
         data = [draw(5, 2)]
