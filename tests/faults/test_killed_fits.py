@@ -85,7 +85,7 @@ def test_a_killed_fit_goes_on_from_the_part_it_was_in(tmp_path, undisturbed):
         kill(ask, folder, last)
         finished.append(sorted(path.name.split("-")[0] for path in folder.iterdir()))
     assert finished[0] == ["covariances"]  # those of the parts before are gone
-    assert finished[-1] == ["basis"] * 4 + ["covariances", "squares"]
+    assert finished[-1] == ["bases"] * 4 + ["covariances", "squares"]
     steps, found = ask(folder)
     assert steps < in_all - 2 * N / BATCH + 4
     torch.testing.assert_close(found.scores, undisturbed, rtol=1e-9, atol=1e-12)
