@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Eigenbasis, rotate
+from lightning_influence.curvature.factors import rotate
 from lightning_influence.curvature.inverse import EigenInverse
 from lightning_influence.curvature.low_rank_matrices import (
     DenseMatrices,
@@ -128,7 +128,7 @@ def _answer(
     found = cut(formed)
     if columns is not None and isinstance(found, DenseMatrices):  # small beside those of all columns
         found, columns = cut(place(formed, columns, 3, d_in)), None
-    back = Eigenbasis() if inverse.basis is None else inverse.basis.transposed
+    back = inverse.back
     if isinstance(found, DenseMatrices):
         matrices = rotate_matrices(found.matrices, back.inputs, back.outputs)
         return DenseMatrices(place(matrices, rows, 2, d_out))

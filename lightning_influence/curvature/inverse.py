@@ -44,6 +44,11 @@ class EigenInverse:
         rounding = 0.0 if self.damping > eps**2 * width * largest else eps * width * largest
         return torch.where(total > rounding, self.scale / total, torch.zeros_like(total))
 
+    @property
+    def back(self) -> Eigenbasis:
+        """The way out of the basis; the identity where there is none."""
+        return Eigenbasis() if self.basis is None else self.basis.transposed
+
     def apply(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the inverse times vectors ``(V, G, D_out, D_in)``.
 
@@ -59,11 +64,8 @@ class EigenInverse:
 
         Into the basis these are turned in whatever form they have, out of it as matrices.
         """
-        if self.basis is None:
-            return gradients.dense()[0] * self.weights
-        weighed = rotate(gradients, self.basis).dense()[0] * self.weights
-        back = self.basis.transposed
-        return rotate_matrices(weighed, back.inputs, back.outputs)
+        rotated = gradients if self.basis is None else rotate(gradients, self.basis)
+        return self._leave(rotated.dense()[0] * self.weights)
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """Return ``Q diag(eigenvalues) Q^T``, without the damping, times vectors ``(V, G, D_out, D_in)``."""
@@ -78,9 +80,11 @@ class EigenInverse:
         """Return vectors multiplied by factors ``(G, D_out, D_in)`` in the basis."""
         if self.basis is None:
             return vectors * factors
-        rotated = rotate_matrices(vectors, self.basis.inputs, self.basis.outputs) * factors
-        back = self.basis.transposed
-        return rotate_matrices(rotated, back.inputs, back.outputs)
+        return self._leave(rotate_matrices(vectors, self.basis.inputs, self.basis.outputs) * factors)
+
+    def _leave(self, vectors: Tensor) -> Tensor:
+        """Return vectors ``(V, G, D_out, D_in)`` out of the basis."""
+        return rotate_matrices(vectors, self.back.inputs, self.back.outputs)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EigenInverse:
         """Return the inverse on another device or in another precision."""

@@ -239,14 +239,8 @@ class Auto(Method):
         if not len(chosen):  # those that are iterated on keep no answer of EK-FAC's
             self._note_worse(replaced, _EXAMPLES)
         for group in torch.split(chosen, self._group_size()) if len(chosen) else ():
-            chosen_examples = scores.indices[group]
-            gradients = gather_examples(
-                self.context,
-                self.context.train,
-                chosen_examples,
-                "Influence: unsolved examples",
-                in_batches=True,
-            )
+            own, name = scores.indices[group], "Influence: unsolved examples"
+            gradients = gather_examples(self.context, self.context.train, own, name, in_batches=True)
             solutions, found = self._iterate(gradients, _EXAMPLES)
             better = (found < residuals[group].to(found)).cpu()
             products = (solutions * self.context.layout.dense(gradients)[0]).sum(dim=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.compact_solving import pick_columns, place
-from lightning_influence.curvature.factors import Eigenbasis, rotate
+from lightning_influence.curvature.factors import rotate
 from lightning_influence.curvature.inverse import EigenInverse
 from lightning_influence.curvature.low_rank_matrices import (
     DenseMatrices,
@@ -55,8 +55,7 @@ def compress_solved(
     if inverse.eigenvalues.numel() < _SMALLEST or most < 1:
         return None
     rows, columns = (_find_weights(inverse.eigenvalues, dim) for dim in (2, 1))
-    basis, parts = inverse.basis, list[Matrices]()
-    back = Eigenbasis() if basis is None else basis.transposed
+    basis, back, parts = inverse.basis, inverse.back, list[Matrices]()
     step = max(1, _FORMED_BYTES // inverse.eigenvalues.nbytes)
     for start in range(0, queries.num_examples, step):
         few = queries.select(slice(start, start + step))

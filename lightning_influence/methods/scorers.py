@@ -54,7 +54,7 @@ class Thin:
         inputs, outputs = _turn(inputs, basis.inputs), _turn(outputs, basis.outputs)
         left = outputs[:, None] * form.left  # (Q, r, D_out)
         right = inputs[:, None] * form.right
-        back = basis.transposed
+        back = inverse.back
         left, right = _turn(left, back.outputs), _turn(right, back.inputs)
         self.rank, self.count = form.rank, inputs.shape[0]
         self.left, self.right = left.contiguous(), right.contiguous()

@@ -18,6 +18,9 @@ from lightning_influence.support.errors import InfluenceWarning, UnsupportedMode
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.whole import holds_stand_ins
 
+# Fewest examples whose halves have several orders.
+_FEWEST = 6
+
 _RANDOM = (
     "The losses of one and the same batch differ from call to call: `training_step` draws noise or mixes "
     "examples in eval mode too, or keeps a state. The scores are those of one draw. Define "
@@ -87,10 +90,6 @@ def _part_differs(
             if again is not None and not bool(((again - values).abs() > limit).any()):
                 return True
     return False
-
-
-# Fewest examples whose halves have several orders.
-_FEWEST = 6
 
 
 def _limit(values: Tensor, dtype: torch.dtype) -> Tensor:

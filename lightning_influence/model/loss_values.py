@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.batches.ragged import find_places
-from lightning_influence.model.batches.rearranging import UnknownPartError, rearranged
+from lightning_influence.model.batches.rearranging import rearranged
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.training_step import call_loss
 from lightning_influence.model.unnamed.alone import ONE_BY_ONE, Run, compute_alone, read_layout
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.model.verified import LOST
-from lightning_influence.support.errors import LossCaptureError
+from lightning_influence.support.errors import LossCaptureError, NonFiniteError
 from lightning_influence.support.random_states import preserve_rng
 
 #: Says that batches are read by the values of their losses, not by the functions these are made of.
@@ -70,7 +70,11 @@ def compute_losses(
                 return read(batch, num_examples, is_followed=True)
             examples = [rearranged(batch, [number], num_examples, layout) for number in range(num_examples)]
             return torch.cat([read(example, 1, is_followed=False) for example in examples])
-    except (LossCaptureError, UnknownPartError):
+    except NonFiniteError:
+        raise
+    except Exception as error:  # whatever the user's code may raise on an example alone
+        if is_picked and not isinstance(error, LossCaptureError):
+            raise
         return compute_alone(run, module, batch, num_examples, layout)
 
 

@@ -148,6 +148,24 @@ def test_values_of_losses_are_in_the_order_of_the_examples(arrange, always, weig
     torch.testing.assert_close(found, F.cross_entropy(module(x), y, weight=weights, reduction="none"))
 
 
+def test_a_step_that_fails_on_an_example_alone_gives_the_mean():
+    """Where a batch of another way cannot be taken apart."""
+
+    def step(module, x, y):
+        if y[0] > y[-1]:
+            x, y = flipped(x, y)
+        assert len(x) > 1
+        return named(module(x), y)
+
+    torch.manual_seed(0)
+    module = mute(Module(step)).double()
+    plan = find_layers(module)
+    Forward(plan)(module, make_batch(IN_ORDER), 4)
+    x, y = make_batch(OUT_OF_ORDER, 1)
+    found = compute_losses(module, (x, y), 4, verified=plan.verified)
+    torch.testing.assert_close(found, named(module(x), y).expand(4))
+
+
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 def test_examples_with_weights_are_all_read_in_one_way(weights, monkeypatch):
     """A batch whose losses turn out to be no rows of functions with a name begins the question anew."""
