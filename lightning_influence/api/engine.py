@@ -351,6 +351,8 @@ class Engine:
             self._forecast(method, train, shape[0])
         if itself:
             method.prepare_self()
+        elif shape is not None:
+            method.prepare_to_solve()
         else:
             method.prepare()
         return method

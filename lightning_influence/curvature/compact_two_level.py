@@ -10,7 +10,7 @@ of the answer of a second closed form, which may be the better ``z``, with direc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,10 +74,49 @@ class CompactCorrection:
 
 
 @dataclass(frozen=True)
-class _Tried:
-    """One way to answer: of which closed form, the steps ``t``, ``c``, and the remainders at the probes."""
+class ClosedAnswers:
+    """Answers of closed forms, which take no coarse space and may be found before there is one.
 
-    form: int
+    Attributes:
+        vectors: ``z`` by layer, of all queries for the first form, then for the second if there is one.
+        along: ``z^T v``, ``(forms, Q)`` in float64.
+        damped: ``z^T lambda z`` with the damping of the first form, ``(forms, Q)`` in float64.
+    """
+
+    vectors: Mapping[str, Matrices]
+    along: Tensor
+    damped: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(part.nbytes for part in self.vectors.values())
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A closed form's answers in the system that is to be solved.
+
+    Attributes:
+        first: place of its first answer among those of all forms.
+        factor: of the answers as they are held.
+        image: ``[W, Q]^T A z``, ``(Q, s + m S)``.
+        along: ``z^T v``, ``(Q,)``.
+        curved: ``z^T A z``, ``(Q,)``.
+    """
+
+    first: int
+    factor: float
+    image: Tensor
+    along: Tensor
+    curved: Tensor
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """One way to answer: of which form, the steps ``t``, ``c``, and the remainders at the probes."""
+
+    form: _Form
     steps: Tensor
     coefficients: Tensor
     remainders: Tensor
@@ -87,11 +126,12 @@ class CompactTwoLevel:
     """The two-level operator for one preconditioner and a compact space.
 
     Args:
-        inverse: ``P``, with the damping of ``A``.
+        inverse: ``P`` but for its step, with the damping of ``A``.
         space: the coarse space.
         find_rows: runs a pass.
         combine: runs a pass.
         all_reduce_sum: sums a tensor over the processes.
+        step: factor of ``P^{-1}``, from :func:`compute_best_step`.
     """
 
     def __init__(
@@ -101,8 +141,9 @@ class CompactTwoLevel:
         find_rows: FindRows,
         combine: Combine,
         all_reduce_sum: Callable[[Tensor], Tensor],
+        step: float = 1.0,
     ) -> None:
-        self.inverse, self.space = inverse, space
+        self.inverse, self.space, self.step = inverse, space, step
         self._find_rows, self._combine, self._all_reduce_sum = find_rows, combine, all_reduce_sum
         probes, rows = space.num_probes, space.rows.values
         self._dtype = rows.dtype
@@ -124,65 +165,52 @@ class CompactTwoLevel:
     def compare(
         self,
         queries: Mapping[str, LayerGradients],
-        closed: BlockInverse,
+        answers: ClosedAnswers,
+        rows: CurvatureRows | None = None,
         tolerance: float = math.inf,
-        low_rank: float = 0.0,
     ) -> tuple[CompactCorrection, Tensor, Tensor]:
-        """Find the corrected answers, in one pass over the curvature examples.
+        """Find the corrected answers.
 
         Args:
             queries: query gradients, ``K = 1``.
-            closed: another closed form, whose answers are compared with and may take the place of ``z``.
+            answers: those of closed forms: ``P``, and another one that answers are compared with and whose
+                ``z`` may take the place of that of ``P``; it is ``P`` with a step of 1 if there is one form.
+                Residuals are those of answers as they are held.
+            rows: ``B^T J z`` of this process's curvature examples; None to find them in a pass.
             tolerance: queries with a larger residual get the best of ``z + Q c``, of the best steps ``t z +
                 Q c`` with the ``z`` of either form, and of ``t z`` of the other form alone. Where that is
                 above 1 still, answers are shortened, so that they are better than none.
-            low_rank: largest relative error of preconditioned queries that are held in low rank. Residuals
-                are those of answers as they are held.
 
         Returns:
             The answers; the estimated relative residual ``||v - A x|| / ||v||`` of each query, ``(Q,)``; and
-            that of the closed form's answers in the same system, ``(Q,)``.
+            that of the other closed form's answers in the same system, ``(Q,)``.
         """
-        forms = self._list_forms(closed)
         space, probes = self.space, self.space.num_probes
-        count = next(iter(queries.values())).num_examples
-        right, image = (
-            self.small.new_zeros(n, probes + len(self.small)) for n in (count, count * len(forms))
-        )
-        joint: dict[str, Matrices] = {}
-        along, damped = (self.small.new_zeros(len(forms), count) for _ in range(2))  # z^T v, z^T (lambda) z
+        right = self.small.new_zeros(answers.along.shape[1], probes + len(self.small))  # [W, Q]^T v
         for name, gradients in queries.items():
-            answers = [solve_within(form.layers[name], gradients, low_rank, self._dtype) for form in forms]
-            joint[name] = join_matrices(answers)
             right[:, :probes] += space.probes[name].dot(gradients)[0]
             right[:, probes:][:, space.columns(name)] += space.directions[name].dot(gradients)[0]
-            for form, answer in enumerate(answers):
-                dots, squares = _relate_pairs(answer, gradients)
-                along[form] += dots
-                damped[form] += self.inverse.layers[name].damping * squares
-        curved = self._add_image(image, joint).view(len(forms), count) + damped  # z^T A z
-        images = image.view(len(forms), count, -1)  # [W, Q]^T A z, and right: [W, Q]^T v
+        forms = self._place(answers, self._find_rows(answers.vectors) if rows is None else rows)
 
         seen = right[:, :probes]
-        plain = torch.ones_like(along[0])
-        tried = [_Tried(0, plain, *self._correct(right - images[0]))]
-        for form in range(len(forms)):
-            tried.append(self._take_best_step(form, images[form], right, along[form], curved[form]))
+        plain = torch.ones_like(forms[0].along)
+        tried = [_Tried(forms[0], plain, *self._correct(right - forms[0].image))]
+        tried += [self._take_best_step(form, right) for form in forms]
         if len(forms) > 1:
-            own = images[1][:, :probes]
+            own = forms[1].image[:, :probes]
             steps = (own * seen).sum(dim=1) / own.square().sum(dim=1)
             steps = torch.where(steps.isfinite(), steps, plain)
             nothing = torch.zeros_like(tried[0].coefficients)
-            tried.append(_Tried(1, steps, nothing, seen - steps[:, None] * own))
+            tried.append(_Tried(forms[1], steps, nothing, seen - steps[:, None] * own))
         residuals = torch.stack([self._relate(one.remainders, queries) for one in tried])
         best = residuals.nan_to_num(nan=math.inf).argmin(dim=0)
         best = torch.where(residuals[0] > tolerance, best, torch.zeros_like(best))
-        rows = torch.arange(count, device=best.device)
-        residuals = residuals[best, rows]
-        coefficients = torch.stack([one.coefficients for one in tried])[best, rows]
-        remainders = torch.stack([one.remainders for one in tried])[best, rows]
-        steps = torch.stack([one.steps for one in tried])[best, rows]
-        bases = torch.tensor([one.form for one in tried], device=best.device)[best]
+        each = torch.arange(len(best), device=best.device)
+        residuals = residuals[best, each]
+        coefficients = torch.stack([one.coefficients for one in tried])[best, each]
+        remainders = torch.stack([one.remainders for one in tried])[best, each]
+        steps = torch.stack([one.steps * one.form.factor for one in tried])[best, each]
+        bases = torch.tensor([one.form.first for one in tried], device=best.device)[best]
         # What is best in the norm of A may be longer than nothing at all is off in the norm of residuals. Its
         # length is then the one that is best in that norm, as the probes see it.
         answers_seen = seen - remainders
@@ -193,34 +221,30 @@ class CompactTwoLevel:
         correction = CompactCorrection(
             (coefficients * lengths[:, None]).to(self._dtype),
             space,
-            {name: vectors.select(bases * count + rows) for name, vectors in joint.items()},
+            {name: vectors.select(bases + each) for name, vectors in answers.vectors.items()},
             (steps * lengths).to(self._dtype),
             int(long.sum()),
         )
-        closed_residuals = self._relate(seen - images[-1][:, :probes], queries)
+        closed_residuals = self._relate(seen - forms[-1].image[:, :probes], queries)
         return correction, torch.where(long, shorter, residuals), closed_residuals
 
-    def count_answer_bytes(
-        self, queries: Mapping[str, LayerGradients], closed: BlockInverse, low_rank: float
-    ) -> int:
-        """Return the bytes that :meth:`compare` takes for answers: those of all forms, and the chosen ones.
-
-        Args:
-            queries: query gradients, ``K = 1``.
-            closed: see :meth:`compare`.
-            low_rank: see there.
-        """
-        forms = self._list_forms(closed)
-        held = sum(
-            solve_within(form.layers[name], gradients, low_rank, self._dtype).nbytes
-            for form in forms
-            for name, gradients in queries.items()
-        )
-        return held * (len(forms) + 1) // len(forms)
-
-    def _list_forms(self, closed: BlockInverse) -> list[BlockInverse]:
-        """Return the closed forms whose answers are compared."""
-        return [self.inverse] if _are_equal(self.inverse, closed) else [self.inverse, closed]
+    def _place(self, answers: ClosedAnswers, rows: CurvatureRows) -> list[_Form]:
+        """Return what the curvature, with its damping, makes of the closed forms' answers."""
+        found, count = answers.along.shape
+        image = self.small.new_zeros(found * count, self.space.num_probes + len(self.small))
+        curved = self._add_image(image, answers.vectors, rows).view(found, count) + answers.damped
+        images = image.view(found, count, -1)
+        kinds = [(0, self.step), (found - 1, 1.0)]
+        return [
+            _Form(
+                one * count,
+                factor,
+                factor * images[one],
+                factor * answers.along[one],
+                factor**2 * curved[one],
+            )
+            for one, factor in dict.fromkeys(kinds)
+        ]
 
     def _correct(self, left: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``c`` for what is left of ``[W, Q]^T v``, and the remainders that the probes then see."""
@@ -228,14 +252,12 @@ class CompactTwoLevel:
         coefficients = self._galerkin.solve(left[:, probes:])
         return coefficients, left[:, :probes] - coefficients @ self._residual_coarse.T
 
-    def _take_best_step(
-        self, form: int, image: Tensor, right: Tensor, along: Tensor, curved: Tensor
-    ) -> _Tried:
+    def _take_best_step(self, form: _Form, right: Tensor) -> _Tried:
         """Return ``t z + Q c`` with the ``t`` and ``c`` that are best in the norm of ``A``."""
-        probes = self.space.num_probes
+        probes, image = self.space.num_probes, form.image
         inside = self._galerkin.solve(image[:, probes:])
-        rest = curved - (inside * image[:, probes:]).sum(dim=1)
-        steps = (along - (inside * right[:, probes:]).sum(dim=1)) / rest
+        rest = form.curved - (inside * image[:, probes:]).sum(dim=1)
+        steps = (form.along - (inside * right[:, probes:]).sum(dim=1)) / rest
         steps = torch.where((rest > 0) & steps.isfinite(), steps, torch.ones_like(steps))
         return _Tried(form, steps, *self._correct(right - steps[:, None] * image))
 
@@ -267,9 +289,9 @@ class CompactTwoLevel:
         damping = self.space.layout.expand(self.inverse.damping, result)
         return result.add_(self.combine(weights) * damping)
 
-    def _add_image(self, image: Tensor, solved: Mapping[str, Matrices]) -> Tensor:
+    def _add_image(self, image: Tensor, solved: Mapping[str, Matrices], found: CurvatureRows) -> Tensor:
         """Add ``[W, Q]^T A z`` of vectors by layer to ``(V, s + m S)`` and return ``z^T G z``; in float64."""
-        found, space = self._find_rows(solved), self.space
+        space = self.space
         columns = found.values.shape[1]  # of this process's examples: others may have more
         for some in torch.split(torch.arange(len(found.indices)), _EXAMPLES):
             rows = space.rows.find(found.indices[some])[:, :columns]
@@ -283,6 +305,39 @@ class CompactTwoLevel:
         return self._all_reduce_sum(squares)
 
 
+def solve_closed(
+    forms: Sequence[BlockInverse], queries: Mapping[str, LayerGradients], low_rank: float, dtype: torch.dtype
+) -> ClosedAnswers:
+    """Answer queries by closed forms.
+
+    Args:
+        forms: one, or two; see :func:`list_forms`.
+        queries: query gradients, ``K = 1``.
+        low_rank: largest relative error of answers that are held in low rank; 0 for whole matrices.
+        dtype: precision of the answers.
+
+    Returns:
+        The answers, with their products with the queries.
+    """
+    first = next(iter(queries.values()))
+    like = torch.zeros(len(forms), first.num_examples, dtype=torch.float64, device=first.like.device)
+    along, damped = like, like.clone()
+    vectors: dict[str, Matrices] = {}
+    for name, gradients in queries.items():
+        answers = [solve_within(form.layers[name], gradients, low_rank, dtype) for form in forms]
+        vectors[name] = join_matrices(answers)
+        for form, answer in enumerate(answers):
+            dots, squares = _relate_pairs(answer, gradients)
+            along[form] += dots
+            damped[form] += forms[0].layers[name].damping * squares
+    return ClosedAnswers(vectors, along, damped)
+
+
+def list_forms(inverse: BlockInverse, closed: BlockInverse) -> list[BlockInverse]:
+    """Return the closed forms whose answers differ: one where the damping is the same."""
+    return [inverse] if inverse.damping == closed.damping else [inverse, closed]
+
+
 def _relate_pairs(solved: Matrices, gradients: LayerGradients) -> tuple[Tensor, Tensor]:
     """Return ``z^T v`` of each vector with its own gradient, and ``z^T z``, ``(V,)`` in float64."""
     dots, squares = [], []
@@ -293,8 +348,8 @@ def _relate_pairs(solved: Matrices, gradients: LayerGradients) -> tuple[Tensor, 
     return torch.cat(dots), torch.cat(squares)
 
 
-def rescale_compact(inverse: BlockInverse, space: CompactSpace) -> BlockInverse:
-    """Multiply the preconditioner by the step that is best for a compact space's directions.
+def compute_best_step(inverse: BlockInverse, space: CompactSpace) -> float:
+    """Return the factor of the preconditioner that is best for a compact space's directions.
 
     See :func:`~.two_level.rescale_inverse`: the directions are preconditioned anchors themselves.
 
@@ -303,7 +358,7 @@ def rescale_compact(inverse: BlockInverse, space: CompactSpace) -> BlockInverse:
         space: the coarse space.
 
     Returns:
-        ``alpha P^{-1}``; unchanged if the directions are all zero.
+        The factor; 1 if the directions are all zero.
     """
     rows = space.rows.values[:, :, space.num_probes :]
     rows = rows.reshape(*rows.shape[:2], -1, space.num_stages).sum(3)  # those of whole directions
@@ -314,11 +369,4 @@ def rescale_compact(inverse: BlockInverse, space: CompactSpace) -> BlockInverse:
             damped = inverse.layers[name].damping * float(formed.double().square().sum())
             above += float((formed * space.inverse.layers[name].multiply(formed)).double().sum()) + damped
             below += damped
-    return inverse.scaled(above / below) if above > 0 and below > 0 else inverse
-
-
-def _are_equal(one: BlockInverse, other: BlockInverse) -> bool:
-    """Return whether two closed forms of the same eigenvalues have the same damping and scale."""
-    return one.damping == other.damping and all(
-        layer.scale == other.layers[name].scale for name, layer in one.layers.items()
-    )
+    return above / below if above > 0 and below > 0 else 1.0

@@ -63,26 +63,39 @@ class RowsPass(CurvaturePass):
         self._rows.append(torch.cat(parts).transpose(0, 1))  # (B, K, V)
         self._indices.append(indices.cpu())
 
-    def rows(self, like: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> CurvatureRows:
+    def rows(
+        self,
+        like: Tensor,
+        gather: Callable[[Tensor], Tensor] | None = None,
+        *,
+        blocks: slice = slice(None),
+        keep: bool = False,
+    ) -> CurvatureRows:
         """Return the rows of this process's examples, or of those of all; hands over what was kept.
 
         Args:
             like: a tensor of the device and precision: a process without examples knows none.
             gather: concatenates a tensor's rows over the processes; None for this process alone.
+            blocks: of which blocks of vectors.
+            keep: whether the rows of all blocks are kept, to be asked for again.
         """
-        count = sum(
+        counts = [
             next(iter(block.values())).count * (1 + max(stages.values(), default=0))
             for block, stages in zip(self._blocks, self._stages, strict=True)
-        )
+        ]
+        first, last, _ = blocks.indices(len(counts))
+        before, count = sum(counts[:first]), sum(counts[first:last])
         columns = max((part.shape[1] for part in self._rows), default=0)
         if gather is not None:
             columns = int(gather(torch.tensor([columns])).max())
         indices = torch.cat([torch.zeros(0, dtype=torch.int64), *self._indices])
         places, start = indices.argsort().argsort().to(like.device), 0
         values = like.new_zeros(len(indices), columns, count)
-        while self._rows:  # let go of one by one: not all of them twice in memory
-            part = self._rows.pop(0)
-            values[places[start : start + len(part)], : part.shape[1]] = part
+        parts = self._rows.copy() if keep else self._rows
+        while parts:  # let go of one by one: not all of them twice in memory
+            part = parts.pop(0)
+            found = part[:, :, before : before + count].to(values)
+            values[places[start : start + len(part)], : part.shape[1]] = found
             start += len(part)
         indices = indices.sort().values
         if gather is not None:

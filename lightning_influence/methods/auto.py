@@ -12,7 +12,12 @@ from torch import Tensor
 
 from lightning_influence.curvature.coarse_space import CoarseSpace
 from lightning_influence.curvature.compact_space import CompactSpace
-from lightning_influence.curvature.compact_two_level import CompactCorrection, CompactTwoLevel
+from lightning_influence.curvature.compact_two_level import (
+    CompactCorrection,
+    CompactTwoLevel,
+    list_forms,
+    solve_closed,
+)
 from lightning_influence.curvature.two_level import Correction, TwoLevel
 from lightning_influence.linalg.block_krylov import block_krylov
 from lightning_influence.linalg.stopping import compute_remainder
@@ -28,6 +33,7 @@ from lightning_influence.methods.compact_building import (
     MOST_COLUMNS,
     ROWS_SHARE,
     CompactBuilder,
+    Draft,
     choose_builder,
 )
 from lightning_influence.methods.compact_scorer import CompactScorer
@@ -98,6 +104,10 @@ class Auto(Method):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._replaced = 0  # training examples that got EK-FAC's answer, on this process
+        self._draft: Draft | None = None  # of a compact space that the first queries complete
+        self.builder: CoarseBuilder | CompactBuilder
+        self.operator: TwoLevel | CompactTwoLevel
+        self.space: CoarseSpace | CompactSpace
 
     @property
     def whole_gauss_newton(self) -> bool:
@@ -114,13 +124,15 @@ class Auto(Method):
         compact = state.compact is not None or self.options.memory_budget < count_vector_bytes(context) * (
             3 * MOST_ANCHORS
         )
-        if state.coarse is None and state.compact is None:
+        known = state.coarse is not None or state.compact is not None
+        if not known:
             told.add_pass("leverages")
             told.add_pass("anchors")
             told.add_pass("curvature rows", rows)
         each = 8 * told.count_query_numbers() if compact else 2 * count_vector_bytes(context)
         groups = math.ceil(queries / max(1, self.options.memory_budget // (2 * each)))
-        for _ in range(groups if compact else 0):
+        # The first group's are found in the pass that completes a new space.
+        for _ in range(groups - (not known) if compact else 0):
             told.add_pass("curvature rows", rows)
         told.add_scores(queries, groups)
         return True
@@ -128,6 +140,14 @@ class Auto(Method):
     def prepare(self) -> None:
         """Use or fit the factors; use, grow or build the coarse space."""
         self._use(choose_builder(self._prepare_factors()))
+
+    def prepare_to_solve(self) -> None:
+        """Do the same, but complete a new compact space in the pass that the first queries take."""
+        builder = choose_builder(self._prepare_factors())
+        if isinstance(builder, CompactBuilder) and builder.known is None:
+            self.builder, self.inverse, self._draft = builder, builder.inverse, builder.draft()
+        else:
+            self._use(builder)
 
     def prepare_self(self) -> None:
         """Use or fit the factors; use, grow or build the dense coarse space.
@@ -151,10 +171,12 @@ class Auto(Method):
     def _use(self, builder: CoarseBuilder | CompactBuilder) -> None:
         """Find a coarse space and set up the operator that corrects with it."""
         self.builder = builder
-        self.space: CoarseSpace | CompactSpace
-        self.operator: TwoLevel | CompactTwoLevel
-        self.space, self.inverse, self.operator = builder.set_up()
-        context = self.context
+        self._correct_with(builder.set_up())
+
+    def _correct_with(self, operator: TwoLevel | CompactTwoLevel) -> None:
+        """Take what corrects with a coarse space, and say what it is made of."""
+        self.operator, self.space, context = operator, operator.space, self.context
+        self.inverse = operator.inverse
         if self.space.mixtures:
             context.notes.add(
                 f"The Gauss-Newton matrix was estimated from {self.space.mixtures} random mixtures of the "
@@ -250,10 +272,19 @@ class Auto(Method):
 
     def _compare(self, queries: Gradients) -> tuple[Correction | CompactCorrection, Tensor, Tensor]:
         """Return corrections, their residuals, and those of EK-FAC's own answers in the same system."""
-        operator = self.operator
-        if isinstance(operator, TwoLevel):
+        builder = self.builder
+        if not isinstance(builder, CompactBuilder):
+            operator = self.operator
+            assert isinstance(operator, TwoLevel)
             return *operator.correction(queries), operator.estimate_residuals(self.ekfac, queries)
-        found = operator.compare(queries, self.ekfac, self.options.tolerance, self._low_rank())
+        forms = list_forms(self.inverse, self.ekfac)
+        answers, rows = solve_closed(forms, queries, self._low_rank(), self.context.dtype), None
+        if self._draft is not None:
+            operator, rows = builder.finish(self._draft, answers.vectors)
+            self._correct_with(operator)
+            self._draft = None
+        assert isinstance(self.operator, CompactTwoLevel)
+        found = self.operator.compare(queries, answers, rows, self.options.tolerance)
         if found[0].shortened:
             self.context.notes.add(
                 f"{found[0].shortened} queries are far from solved by {self.space.size} directions: their "
@@ -313,7 +344,7 @@ class Auto(Method):
     def _low_rank(self) -> float:
         """Return the error that low-rank forms of preconditioned queries may make."""
         given = self.options.low_rank_tolerance
-        default = _COMPACT_LOW_RANK if isinstance(self.space, CompactSpace) else _LOW_RANK
+        default = _COMPACT_LOW_RANK if isinstance(self.builder, CompactBuilder) else _LOW_RANK
         return default if given is None else given
 
     def group_size(self) -> int:
@@ -330,14 +361,16 @@ class Auto(Method):
     @property
     def compresses(self) -> bool:
         """Whether answers are held in low rank, as those beside a compact space are."""
-        return isinstance(self.operator, CompactTwoLevel) and self._low_rank() > 0
+        return isinstance(self.builder, CompactBuilder) and self._low_rank() > 0
 
     def measure_group_size(self, queries: Queries) -> int:
         """Return how many queries fit beside a compact space in the form in which they are held."""
-        operator, gradients = self.operator, list(queries.values())
-        if not isinstance(operator, CompactTwoLevel) or not gradients:
+        gradients = list(queries.values())
+        if not isinstance(self.builder, CompactBuilder) or not gradients:
             return self.group_size()
-        held = operator.count_answer_bytes(queries, self.ekfac, self._low_rank())
+        forms = list_forms(self.inverse, self.ekfac)
+        answers = solve_closed(forms, queries, self._low_rank(), self.context.dtype)
+        held = answers.nbytes * (len(forms) + 1) // len(forms)  # of all forms, and the chosen ones
         held += sum(layer.nbytes for layer in gradients)
         each = torch.tensor([held / max(1, gradients[0].num_examples)], dtype=torch.float64)
         most = float(self.context.runner.all_gather_cat(each).max())
@@ -346,6 +379,8 @@ class Auto(Method):
 
     def _left(self) -> int:
         """Return what the coarse space, with its damped product if that is needed, leaves of the budget."""
+        if self._draft is not None:
+            return self.options.memory_budget - self._draft.nbytes
         space, damped = self.space, 0
         if isinstance(space, CoarseSpace) and self._may_iterate():
             damped = space.directions.nbytes

@@ -177,11 +177,10 @@ class CoarseBuilder(SpaceBuilder):
         self._tell(space)
         return space
 
-    def set_up(self) -> tuple[CoarseSpace, BlockInverse, TwoLevel]:
-        """Return the coarse space, the preconditioner that goes with it, and the operator of both."""
+    def set_up(self) -> TwoLevel:
+        """Find the coarse space, and return what corrects with it."""
         space = self.find()
-        inverse = self.rescale(space)
-        return space, inverse, self.correct(inverse, space)
+        return self.correct(self.rescale(space), space)
 
     @property
     def known(self) -> CoarseSpace | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.compact_solving import solve_in_rank
 from lightning_influence.curvature.compact_space import CompactSpace, CurvatureRows
-from lightning_influence.curvature.compact_two_level import CompactTwoLevel, rescale_compact
+from lightning_influence.curvature.compact_two_level import CompactTwoLevel, compute_best_step
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.low_rank_matrices import (
     Matrices,
@@ -63,17 +63,42 @@ class Plan:
         stages: how many stages have directions of their own.
         count: of directions.
         probes: how many.
+        row_bytes: what the curvature rows of one direction take in one stage.
     """
 
     rank: int
     stages: int
     count: int
     probes: int
+    row_bytes: int
 
     @property
     def worth(self) -> float:
         """How much such a space is worth, in numbers that mean something beside one another only."""
         return float(self.count * self.stages**_STAGED * self.rank**_RANKED)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A compact space without its curvature rows.
+
+    Attributes:
+        plan: what it was made by.
+        directions: by layer.
+        probes: by layer.
+        row_bytes: what its rows are going to take.
+    """
+
+    plan: Plan
+    directions: Mapping[str, Matrices]
+    probes: Mapping[str, Matrices]
+    row_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the space is going to hold, in bytes."""
+        vectors = [*self.directions.values(), *self.probes.values()]
+        return self.row_bytes + sum(part.nbytes for part in vectors)
 
 
 def divide_layers(names: Sequence[str], count: int) -> dict[str, int]:
@@ -148,44 +173,72 @@ class CompactBuilder(SpaceBuilder):
         state = self.context.state
         return state.compact if state.compact_key == self.key else None
 
-    def find(self) -> CompactSpace:
-        """Return the space, on the context's device; a kept one grows if there is room for more anchors."""
+    def set_up(self) -> CompactTwoLevel:
+        """Find the space, and return what corrects with it; a kept one grows if there is room for more."""
         context, state, known = self.context, self.context.state, self.known
+        context.reused |= known is not None
         if known is None or self.count_affordable(known) > max(known.limit, known.size):
             grown = self._build(None if known is None else known.to(context.device))
             context.made |= known is None or grown.size > known.size
             state.compact, state.compact_key = grown, self.key
-        context.reused |= known is not None
         assert state.compact is not None
-        space = state.compact.to(context.device)
-        context.extra["coarse_rank"], context.extra["coarse_stages"] = space.rank, space.num_stages
+        return self._correct(state.compact.to(context.device))
+
+    def draft(self, space: CompactSpace | None = None) -> Draft:
+        """Choose as many anchors as fit, or those that are not in a space yet, and find their directions.
+
+        Args:
+            space: what there is already, made of the first anchors in the same order.
+
+        Returns:
+            What :meth:`finish` completes, if there is no space yet.
+        """
+        context, inverse = self.context, self.inverse if space is None else space.inverse
+        sample = self._sample(self._wanted())
+        found, plan = self._weigh(sample, inverse), self._choose(space)
+        size, most = 0 if space is None else space.size, min(plan.count, sample.num_examples)
+        chosen = self._draw(found, max(size, most))[size:most]
+        anchors = AnchorPass(context.plan, inverse, plan.rank, chosen, context.dtype)
+        context.runner.run(anchors, sample.holding(chosen))
+        directions = anchors.collect(context.runner)
+        like = torch.empty(0, device=context.device, dtype=context.dtype)
+        probes = draw_rank_one(context.layout.shapes, plan.probes, _PROBE_SEED, like)
+        rows = plan.row_bytes * (plan.probes + plan.stages * (most - size))
+        return Draft(plan, directions, probes, rows)
+
+    def finish(self, draft: Draft, vectors: Mapping[str, Matrices]) -> tuple[CompactTwoLevel, CurvatureRows]:
+        """Complete a space, and keep it, in a pass that finds the rows of further vectors as well.
+
+        Args:
+            draft: from :meth:`draft`.
+            vectors: by layer, such as closed-form answers.
+
+        Returns:
+            What corrects with the space, and the vectors' rows ``B^T J V`` of this process's examples.
+        """
+        context, state = self.context, self.context.state
+        space, rows = self._complete(draft, vectors)
+        context.made = True
+        state.compact, state.compact_key = space, self.key
+        return self._correct(space), rows
+
+    def _correct(self, space: CompactSpace) -> CompactTwoLevel:
+        """Return what corrects with a space; the preconditioner is rescaled as for the dense one."""
+        context, draws, like = self.context, self._mixtures(), space.rows.values
+        runner, extra = context.runner, context.extra
+        extra["coarse_rank"], extra["coarse_stages"] = space.rank, space.num_stages
         self._tell(space)
-        return space
-
-    def set_up(self) -> tuple[CompactSpace, BlockInverse, CompactTwoLevel]:
-        """Find the space, and what corrects with it; see :meth:`.CoarseBuilder.set_up`."""
-        space = self.find()
-        inverse = self.rescale(space)
-        return space, inverse, self.correct(inverse, space)
-
-    def rescale(self, space: CompactSpace) -> BlockInverse:
-        """Return EK-FAC, rescaled where outputs are many, as for the dense space."""
-        return rescale_compact(self.inverse, space) if space.mixtures else self.inverse
-
-    def correct(self, inverse: BlockInverse, space: CompactSpace) -> CompactTwoLevel:
-        """Return the two-level operator of a preconditioner."""
-        runner, draws = self.context.runner, self._mixtures()
-        like = space.rows.values
 
         def find_rows(vectors: Mapping[str, Matrices]) -> CurvatureRows:
             return self._run_rows([vectors]).rows(like)
 
         def combine(rows: CurvatureRows) -> Tensor:
-            one_pass = CombinationPass(self.context.plan, rows, draws=draws, seed=self._seed)
+            one_pass = CombinationPass(context.plan, rows, draws=draws, seed=self._seed)
             runner.run(one_pass, self._curvature)
             return one_pass.result(runner.all_reduce_sum)
 
-        return CompactTwoLevel(inverse, space, find_rows, combine, runner.all_reduce_sum)
+        step = compute_best_step(self.inverse, space) if space.mixtures else 1.0
+        return CompactTwoLevel(self.inverse, space, find_rows, combine, runner.all_reduce_sum, step)
 
     def look(self) -> None:
         """Find the leverages, in the pass that shows how many columns the output curvature has, once."""
@@ -254,42 +307,49 @@ class CompactBuilder(SpaceBuilder):
         if known is not None:
             probes = known.num_probes
         most = max(1, min(self._wanted(), _MOST_PARTS // stages, _MOST_RANKS // rank))
-        return Plan(rank, stages, max(1, min(most, (room - probes * probe) // each)), probes)
+        count = max(1, min(most, (room - probes * probe) // each))
+        return Plan(rank, stages, count, probes, width * numbers)
 
-    def _build(self, space: CompactSpace | None) -> CompactSpace:
-        """Return the space with as many anchors as fit.
-
-        Args:
-            space: what there is already, made of the first anchors in the same order.
-        """
-        context, inverse = self.context, self.inverse if space is None else space.inverse
-        sample = self._sample(self._wanted())
-        found = self._weigh(sample, inverse)
-        plan = self._choose(space)
-        rank, limit = plan.rank, plan.count
-        size = 0 if space is None else space.size
-        most = min(limit, sample.num_examples)
-        if size >= most:
-            assert space is not None
-            return replace(space, limit=limit)
-        chosen = self._draw(found, most)[size:most]
-        anchors = AnchorPass(context.plan, inverse, rank, chosen, context.dtype)
-        context.runner.run(anchors, sample.holding(chosen))
-        directions = anchors.collect(context.runner)
+    def _complete(
+        self, draft: Draft, vectors: Mapping[str, Matrices] | None = None
+    ) -> tuple[CompactSpace, CurvatureRows]:
+        """Find the rows of a draft's directions, and of further vectors, and make a space of the former."""
+        context, plan = self.context, draft.plan
         like = torch.empty(0, device=context.device, dtype=context.dtype)
         gather = context.runner.all_gather_cat if context.runner.world_size > 1 else None
-        if space is not None:
-            grown = space.grown(directions, self._run_rows([directions], space.stages).rows(like, gather))
-            return replace(grown, limit=limit)
-        probes = draw_rank_one(context.layout.shapes, plan.probes, _PROBE_SEED, like)
         stages = divide_layers(list(context.layout.shapes), plan.stages)
-        one_pass = self._run_rows([probes, directions], stages)
+        extra = [] if vectors is None else [vectors]
+        one_pass = self._run_rows([*extra, draft.probes, draft.directions], stages)
         one_pass.count.reduce(context.runner.all_reduce_sum)
         mixtures = self._mixtures() if one_pass.estimated and one_pass.columns is not None else 0
-        rows, normaliser = one_pass.rows(like, gather), one_pass.count.normaliser
-        return CompactSpace(
-            context.layout, directions, probes, rows, normaliser, inverse, mixtures, rank, limit, stages
+        own = one_pass.rows(like, blocks=slice(len(extra)), keep=True)
+        rows = one_pass.rows(like, gather, blocks=slice(len(extra), None))
+        space = CompactSpace(
+            context.layout,
+            draft.directions,
+            draft.probes,
+            rows,
+            one_pass.count.normaliser,
+            self.inverse,
+            mixtures,
+            plan.rank,
+            plan.count,
+            stages,
         )
+        return space, own
+
+    def _build(self, space: CompactSpace | None) -> CompactSpace:
+        """Return the space with as many anchors as fit: a new one, or the given one grown."""
+        if space is None:
+            return self._complete(self.draft())[0]
+        limit = self._choose(space).count
+        if space.size >= min(limit, self._sample(self._wanted()).num_examples):
+            return replace(space, limit=limit)
+        context, directions = self.context, self.draft(space).directions
+        like = torch.empty(0, device=context.device, dtype=context.dtype)
+        gather = context.runner.all_gather_cat if context.runner.world_size > 1 else None
+        grown = space.grown(directions, self._run_rows([directions], space.stages).rows(like, gather))
+        return replace(grown, limit=limit)
 
     def _run_rows(
         self, blocks: Sequence[Mapping[str, Matrices]], stages: Mapping[str, int] | None = None

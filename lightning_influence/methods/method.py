@@ -83,6 +83,10 @@ class Method(ABC):
     def prepare(self) -> None:
         """Run whatever passes do not depend on the queries."""
 
+    def prepare_to_solve(self) -> None:
+        """Run the passes that :meth:`solve` needs: those of :meth:`prepare`, unless queries can share one."""
+        self.prepare()
+
     def prepare_self(self) -> None:
         """Run the passes that :meth:`quadratic` needs: those of :meth:`prepare`, unless these are more."""
         self.prepare()

@@ -7,7 +7,12 @@ from test_two_level import DAMPING, SOME, Problem, definition
 
 from lightning_influence.curvature import passes
 from lightning_influence.curvature.compact_space import CompactSpace
-from lightning_influence.curvature.compact_two_level import CompactTwoLevel, rescale_compact
+from lightning_influence.curvature.compact_two_level import (
+    CompactTwoLevel,
+    compute_best_step,
+    list_forms,
+    solve_closed,
+)
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.low_rank_matrices import compress, draw_rank_one
 from lightning_influence.curvature.row_passes import CombinationPass, RowsPass
@@ -40,7 +45,7 @@ def build(p: Problem, rank: int, probes: int = 32, stages: int = 1) -> CompactSp
     return CompactSpace(setup.layout, directions, W, both, normaliser, p.inverse, 0, rank, 0, divided)
 
 
-def operate(p: Problem, inverse: BlockInverse, space: CompactSpace) -> CompactTwoLevel:
+def operate(p: Problem, inverse: BlockInverse, space: CompactSpace, step: float = 1.0) -> CompactTwoLevel:
     plan = p.setup.plan
     return CompactTwoLevel(
         inverse,
@@ -48,7 +53,13 @@ def operate(p: Problem, inverse: BlockInverse, space: CompactSpace) -> CompactTw
         lambda vectors: p.setup.run(RowsPass(plan, vectors)).rows(space.rows.values),
         lambda rows: p.setup.run(CombinationPass(plan, rows)).result(),
         lambda tensor: tensor,
+        step,
     )
+
+
+def compare(p: Problem, operator: CompactTwoLevel, closed: BlockInverse, low_rank: float = 0.0, **options):
+    forms = list_forms(operator.inverse, closed)
+    return operator.compare(p.queries, solve_closed(forms, p.queries, low_rank, torch.float64), **options)
 
 
 def densify(p: Problem, vectors) -> torch.Tensor:
@@ -104,7 +115,7 @@ def test_the_answer_is_the_galerkin_correction_with_what_is_stored(name, damping
     space = build(p, rank, stages=stages)
     inverse = closed_form(p.factors, p.setup.layout, damping)
     V, Q = p.setup.layout.dense(p.queries)[0], split(p, space)
-    correction, residuals, own = operate(p, inverse, space).compare(p.queries, p.inverse)
+    correction, residuals, own = compare(p, operate(p, inverse, space), p.inverse)
     solved = expect(p, inverse, damping, Q, V)
     torch.testing.assert_close(correction.solutions(), solved, rtol=1e-6, atol=1e-7)
     for room in (0, 2**30):
@@ -122,21 +133,20 @@ def test_the_answer_is_the_galerkin_correction_with_what_is_stored(name, damping
 def test_with_full_rank_it_is_the_answer_of_the_dense_space(name):
     p = Problem(name)
     V = p.setup.layout.dense(p.queries)[0]
-    correction, _, own = operate(p, p.inverse, build(p, 50)).compare(p.queries, p.inverse)
+    correction, _, own = compare(p, operate(p, p.inverse, build(p, 50)), p.inverse)
     expected = TwoLevel(p.inverse, p.space).solve(V)
     torch.testing.assert_close(correction.solutions(), expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(expected, definition(p, p.inverse, DAMPING, V), rtol=1e-8, atol=1e-8)
-    scaled = rescale_compact(p.inverse, build(p, 50)).layers
-    dense = rescale_inverse(p.inverse, p.space).layers
-    for layer, one in scaled.items():
-        assert one.scale == pytest.approx(dense[layer].scale, rel=1e-6)
+    step = compute_best_step(p.inverse, build(p, 50))
+    for one in rescale_inverse(p.inverse, p.space).layers.values():
+        assert one.scale == pytest.approx(step, rel=1e-6)
     assert own.shape == (3,)
 
 
 def test_residuals_are_estimated_without_bias():
     p = Problem("mlp_gelu")
     V = p.setup.layout.dense(p.queries)[0]
-    correction, residuals, own = operate(p, p.inverse, build(p, 2, 4000)).compare(p.queries, p.inverse)
+    correction, residuals, own = compare(p, operate(p, p.inverse, build(p, 2, 4000)), p.inverse)
     for x, told in ((correction.solutions(), residuals), (p.inverse.apply(V), own)):
         true = (V - x @ p.matrix(DAMPING)).norm(dim=1) / V.norm(dim=1)
         assert true.min() > 1e-3
@@ -150,7 +160,7 @@ def test_answers_that_are_cut_are_corrected_as_they_are_held(name, low_rank):
     p = Problem(name, anchors=4)
     space = build(p, 1, stages=2)
     V, Q, W = p.setup.layout.dense(p.queries)[0], split(p, space), densify(p, space.probes)
-    correction, residuals, own = operate(p, p.inverse, space).compare(p.queries, p.inverse, low_rank=low_rank)
+    correction, residuals, own = compare(p, operate(p, p.inverse, space), p.inverse, low_rank)
     z = densify(p, correction.solved)
     off = (z - p.inverse.apply(V)).norm(dim=1) / p.inverse.apply(V).norm(dim=1)
     assert float(off.square().mean().sqrt()) <= 2 * low_rank
@@ -163,17 +173,20 @@ def test_answers_that_are_cut_are_corrected_as_they_are_held(name, low_rank):
         torch.testing.assert_close(told, seen, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("other", ["itself", "shorter", "other"])
 @pytest.mark.parametrize("name", SOME)
 def test_unsolved_queries_get_the_best_of_what_the_closed_forms_and_their_steps_make(name, other):
     p = Problem(name, anchors=2)
     space, V, A = build(p, 1, 600), p.setup.layout.dense(p.queries)[0], p.matrix(DAMPING)
-    inverse = p.inverse.scaled(7.0)  # far too long
-    closed = closed_form(p.factors, p.setup.layout, 30 * DAMPING) if other else inverse
-    operator, bases = operate(p, inverse, space), [inverse.apply(V), closed.apply(V)][: 1 + other]
-    plain, before, own = operator.compare(p.queries, closed)
-    assert plain.steps.eq(1).all()
-    found, after, same = operator.compare(p.queries, closed, tolerance=0.0)
+    # Far too long in every case.
+    inverse, step = (p.inverse.scaled(7.0), 1.0) if other == "itself" else (p.inverse, 7.0)
+    damped = closed_form(p.factors, p.setup.layout, 30 * DAMPING)
+    closed = {"itself": inverse, "shorter": inverse, "other": damped}[other]
+    operator, bases = operate(p, inverse, space, step), [step * inverse.apply(V), closed.apply(V)]
+    bases = bases[:1] if other == "itself" else bases
+    plain, before, own = compare(p, operator, closed)
+    assert plain.steps.eq(step).all()
+    found, after, same = compare(p, operator, closed, tolerance=0.0)
     assert (after <= before).all()
     torch.testing.assert_close(own, same)
     Q, W, shortened = densify(p, space.directions), densify(p, space.probes), 0
@@ -184,7 +197,7 @@ def test_unsolved_queries_get_the_best_of_what_the_closed_forms_and_their_steps_
         for z in bases:
             basis = torch.cat([z[q : q + 1], Q])
             tried.append(torch.linalg.lstsq(basis @ A @ basis.T, basis @ v, driver="gelsd").solution @ basis)
-        if other:
+        if len(bases) > 1:
             image = W @ A @ bases[1][q]
             tried.append(bases[1][q] * (image @ seen) / (image @ image))
         sizes = [float((seen - W @ A @ x).square().sum()) for x in tried]
@@ -198,24 +211,24 @@ def test_unsolved_queries_get_the_best_of_what_the_closed_forms_and_their_steps_
     assert set(chosen) - {0}
     assert found.shortened == shortened
     assert plain.shortened == 0
-    if name == "conv2d_replicate_depthwise" and not other:
+    if name == "conv2d_replicate_depthwise" and other == "itself":
         assert shortened
     some = found.select(slice(1, 3))
     assert torch.equal(some.steps, found.steps[1:3])
-    patient = operator.compare(p.queries, closed, tolerance=float(before.max()))[0]
-    assert patient.steps.eq(1).all()
+    patient = compare(p, operator, closed, tolerance=float(before.max()))[0]
+    assert patient.steps.eq(step).all()
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_dependent_and_zero_directions_change_nothing(name):
     p = Problem(name)
-    few = operate(p, p.inverse, build(p, 50)).compare(p.queries, p.inverse)[0]
+    few = compare(p, operate(p, p.inverse, build(p, 50)), p.inverse)[0]
     flat = p.setup.layout.dense(p.anchors)[0]
     more = torch.cat([flat, 3 * flat[:2], 0 * flat[:1], flat[1:2] - flat[2:3]])
     p.anchors = {k: DenseGradients(v[None]) for k, v in p.setup.layout.split(more).items()}
     operator = operate(p, p.inverse, build(p, 50))
     assert operator.rank <= operator.space.size - 4
-    again = operator.compare(p.queries, p.inverse)[0]
+    again = compare(p, operator, p.inverse)[0]
     torch.testing.assert_close(again.solutions(), few.solutions(), rtol=1e-6, atol=1e-7)
 
 
@@ -245,8 +258,7 @@ def test_it_is_told_and_stored_and_grows():
     assert repr(space) == "CompactSpace(8 directions of 89 in rank 1, 12 curvature examples)"
     again = CompactSpace.from_state_dict(space.state_dict())
     first, second = (
-        operate(p, p.inverse, one).compare(p.queries, p.inverse)[0].solutions()
-        for one in (space, again.to("cpu"))
+        compare(p, operate(p, p.inverse, one), p.inverse)[0].solutions() for one in (space, again.to("cpu"))
     )
     assert torch.equal(first, second)
     numbers = sum(t.nbytes for part in space.directions.values() for t in part.tensors().values())

@@ -176,7 +176,11 @@ def test_self_influence_builds_no_space_that_it_does_not_use():
 
 @pytest.mark.parametrize(
     ("interrupted", "kept"),
-    [("Influence: curvature rows", False), ("Influence: query gradients", True), ("Influence: scores", True)],
+    [
+        ("Influence: curvature rows", False),
+        ("Influence: query gradients", False),
+        ("Influence: scores", True),
+    ],
 )
 def test_what_was_finished_is_kept_when_a_call_is_interrupted(monkeypatch, interrupted, kept):
     expected = ask(InfluenceModule(Net()), 20)
@@ -198,6 +202,17 @@ def test_what_was_finished_is_kept_when_a_call_is_interrupted(monkeypatch, inter
     assert not any("factor" in name or "covariances" in name for name in names)
     assert ("Influence: anchors" in names) == (not kept)
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-9, atol=1e-12)
+
+
+def test_the_first_queries_complete_the_space_in_one_pass():
+    prepared = InfluenceModule(Net())
+    prepared.prepare(TRAIN, method="auto", memory_budget=20 * 8 * NUMEL, **PLAIN)
+    found, after = ask(InfluenceModule(Net()), 20), ask(prepared, 20)
+    for told in (found, after):  # as many passes for rows as groups of queries, and none for the space alone
+        names = [one["name"] for one in told.diagnostics.passes]
+        assert names.count("Influence: curvature rows") == names.count("Influence: scores")
+    torch.testing.assert_close(found.scores, after.scores, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.diagnostics.residuals, after.diagnostics.residuals)
 
 
 def test_where_dense_directions_fit_nothing_changes():
