@@ -161,7 +161,7 @@ class LayerStatistics:
                 self.outputs += outputs
                 add_later(self, "positions", energy)
                 return
-        if isinstance(gradients, FactoredGradients) and not gradients.whole:
+        if isinstance(gradients, FactoredGradients):
             groups, examples, positions, d_in = gradients.inputs.shape
             outputs = gradients.outputs.transpose(0, 1)
             self.add_rows(

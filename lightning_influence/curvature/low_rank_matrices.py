@@ -208,9 +208,9 @@ class LowRankMatrices(Matrices):
         factors = positions * self.rank * count * (d_in + seeds * (d_out + _FORMED))
         pushed = count * d_out * (positions * (d_in + seeds) + self.rank * d_in / gradients.num_examples)
         whole = d_out * d_in * (seeds * (positions + count + _FORMED) + count * self.rank / few)
-        if factors <= min(pushed, whole) and not gradients.whole:
+        if factors <= min(pushed, whole):
             return self._dot_factors(gradients)
-        if pushed <= whole and not gradients.whole:
+        if pushed <= whole:
             return self._dot_formed(gradients)
         parts = [
             self._dot_formed(DenseGradients(gradients.select(slice(start, start + few)).dense()))

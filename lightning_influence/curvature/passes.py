@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,13 +136,27 @@ class CurvaturePass(AveragingPass):
         fisher, generator = self._next(captured, indices)
         return captured.curvature_gradients(fisher, generator, self._draws)
 
-    def _runs(self, captured: Captured, indices: Tensor) -> Iterator[dict[str, LayerGradients]]:
-        """Yield the same gradients a few seeds at a time, so that their number needs no memory."""
+    def _runs(
+        self, captured: Captured, indices: Tensor, weights: Tensor | None = None
+    ) -> Iterator[dict[str, LayerGradients]]:
+        """Yield the same gradients a few seeds at a time, so that their number needs no memory.
+
+        Args:
+            captured: a batch of a known loss, or of any if there are no weights.
+            indices: dataset indices of its examples, ``(B,)``.
+            weights: ``(K, B, V)``, to yield the ``V`` weighted sums of an example's gradients in place of
+                these: one backward pass for each sum.
+
+        Returns:
+            Gradients by layer.
+        """
         fisher, generator = self._next(captured, indices)
         if captured.loss is None:
             yield captured.curvature_gradients(fisher)
             return
         seeds = captured.curvature_seeds(fisher, generator, self._draws)
+        if weights is not None:
+            seeds = _mix(seeds, weights)
         each = captured.num_examples * self._output_bytes(captured)
         size = max(1, max(_SEED_BYTES, self._room) // max(1, each))
         while few := list(itertools.islice(seeds, size)):
@@ -174,3 +188,15 @@ class CurvaturePass(AveragingPass):
         if self._fisher is not None:
             return self._fisher
         return "exact" if self.columns <= max(self._max_columns, self._draws) else "mixed"
+
+
+def _mix(seeds: Iterable[Tensor], weights: Tensor) -> Iterator[Tensor]:
+    """Return the sums of seeds, whose first dimension is of examples, with weights ``(K, B, V)``."""
+    examples, count = weights.shape[1:]
+    sums: Tensor | float = 0.0
+    shape = torch.Size()
+    for seed, shares in zip(seeds, weights, strict=True):
+        shape, flat = seed.shape, seed.reshape(examples, -1)
+        sums = sums + shares.to(flat).T[:, :, None] * flat
+    assert isinstance(sums, Tensor)
+    return iter(sums.reshape(count, *shape))

@@ -140,6 +140,15 @@ class CombinationPass(CurvaturePass):
         """Add one batch."""
         captured, start = self._capture(module, batch, len(indices)), 0
         weights = self._rows.find(indices).transpose(0, 1)  # (K, B, V)
+        if captured.loss is not None and weights.shape[2] < weights.shape[0]:
+            everyone = weights.new_ones(1, len(indices), 1)
+            for run in self._runs(captured, indices, weights):
+                seeds = next(iter(run.values())).num_seeds
+                for seed in range(seeds):
+                    one = {name: layer.seeds(slice(seed, seed + 1)) for name, layer in run.items()}
+                    self.layout.add_combination(self._sum[start + seed :][:1], one, everyone)
+                start += seeds
+            return
         for run in self._runs(captured, indices):
             seeds = next(iter(run.values())).num_seeds
             self.layout.add_combination(self._sum, run, weights[start : start + seeds])

@@ -277,5 +277,5 @@ def _with_seeds(gradients: LayerGradients, count: int) -> LayerGradients:
         assert isinstance(products, FactoredGradients)
         return TableGradients(gradients.rows, add(gradients.values), products)
     if isinstance(gradients, FactoredGradients):
-        return FactoredGradients(gradients.inputs, add(gradients.outputs), gradients.whole)
+        return FactoredGradients(gradients.inputs, add(gradients.outputs))
     return DenseGradients(add(gradients.dense()))

@@ -24,13 +24,13 @@ from lightning_influence.linalg.stopping import compute_remainder
 from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
 from lightning_influence.methods.coarse_building import (
     MOST_ANCHORS,
+    MOST_COLUMNS,
     MOST_MIXTURES,
     TOLERANCE,
     CoarseBuilder,
     count_vector_bytes,
 )
 from lightning_influence.methods.compact_building import (
-    MOST_COLUMNS,
     ROWS_SHARE,
     CompactBuilder,
     Draft,

@@ -23,6 +23,7 @@ from lightning_influence.methods.context import Context, compute_digest
 from lightning_influence.methods.gathering import gather_examples
 from lightning_influence.methods.scoring_passes import SelfInfluencePass, SelfScores
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
+from lightning_influence.model.captured import Fisher
 from lightning_influence.model.layers.gradients import LayerGradients
 from lightning_influence.support.passes import Loader
 
@@ -43,6 +44,8 @@ PROBES = 16
 # mixtures (max_steps=2) reach .75.
 MIXTURES = 4096
 _FEWEST_MIXTURES, MOST_MIXTURES = 4, 64
+#: The most columns of the output curvature that products are made of; see :class:`.CurvaturePass`.
+MOST_COLUMNS = 64
 # Chosen by hand: the most anchors' gradients that are formed at once, 64 MiB.
 _FORMED_BYTES = 2**26
 # Chosen by hand: the share of the memory budget that vectors may take which are made or multiplied at once.
@@ -85,7 +88,9 @@ class SpaceBuilder:
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """Return ``G V`` over the curvature examples for ``V (V, P)``."""
-        one_pass = self._run_products([vectors])
+        # Few vectors take less by second derivatives. Mixtures of columns make another matrix.
+        columns = self.context.state.columns.get(self.key, MOST_COLUMNS + 1)
+        one_pass = self._run_products([vectors], "exact" if columns <= MOST_COLUMNS else None)
         return one_pass.result(self.context.runner.all_reduce_sum)
 
     def _wanted(self) -> int:
@@ -136,11 +141,12 @@ class SpaceBuilder:
         rest[drawn] = False
         return found.indices[torch.cat([order[drawn], order[rest]])]
 
-    def _run_products(self, blocks: list[Tensor]) -> CurvatureProductPass:
+    def _run_products(self, blocks: list[Tensor], fisher: Fisher | None = None) -> CurvatureProductPass:
         """Return the pass for ``G V`` after it has visited the curvature examples."""
         one_pass = CurvatureProductPass(
             self.context.plan,
             blocks,
+            fisher=fisher,
             draws=self._mixtures(),
             seed=self._seed,
             most_bytes=self.context.options.memory_budget // _MULTIPLIED,

@@ -22,7 +22,12 @@ from lightning_influence.curvature.low_rank_matrices import (
     make_matrices,
 )
 from lightning_influence.curvature.row_passes import CombinationPass, RowsPass
-from lightning_influence.methods.coarse_building import CoarseBuilder, SpaceBuilder, count_vector_bytes
+from lightning_influence.methods.coarse_building import (
+    MOST_COLUMNS,
+    CoarseBuilder,
+    SpaceBuilder,
+    count_vector_bytes,
+)
 from lightning_influence.methods.forecast import ANSWER_RANK
 from lightning_influence.methods.gathering import differentiate
 from lightning_influence.model.forward import Forward
@@ -41,8 +46,6 @@ _SHARE = 2
 ROWS_SHARE = 4
 # Where this many times as many directions fit as in dense form, they are held compactly.
 _WORTH = 2
-# The most columns of the output curvature that products are made of; see CurvaturePass.
-MOST_COLUMNS = 64
 # Stages to divide layers into. On a ResNet-18 (300 images, damping .003), where EK-FAC's residuals are
 # 400 to 1,400: with 100 directions of rank 1 they are 13 to 36 in one stage, 5 to 11 in two, 2.3 to 6.5 in
 # four, 1.4 to 3.1 in 16; with 25 directions 82 to 146, 57 to 61, 26 to 48, 12 to 18. So four times as many

@@ -63,7 +63,7 @@ class TrialPass:
         self.nbytes = max(self.nbytes, nbytes)
         for name, layer in gradients.items():
             self.positions[name] = 1
-            if isinstance(layer, FactoredGradients) and not layer.whole:
+            if isinstance(layer, FactoredGradients):
                 self.positions[name] = layer.inputs.shape[2]
 
 

@@ -172,7 +172,7 @@ def _pack(gradients: LayerGradients) -> tuple[str, list[Tensor]]:
         products = gradients.products
         return "table", [gradients.rows, gradients.values, products.inputs, products.outputs]
     if isinstance(gradients, FactoredGradients):
-        return "whole" if gradients.whole else "factored", [gradients.inputs, gradients.outputs]
+        return "factored", [gradients.inputs, gradients.outputs]
     return "dense", [gradients.dense()]
 
 
@@ -181,4 +181,4 @@ def _unpack(kind: str, tensors: list[Tensor]) -> LayerGradients:
         return TableGradients(tensors[0], tensors[1], FactoredGradients(tensors[2], tensors[3]))
     if kind == "dense":
         return DenseGradients(tensors[0])
-    return FactoredGradients(tensors[0], tensors[1], whole=kind == "whole")
+    return FactoredGradients(tensors[0], tensors[1])

@@ -372,7 +372,7 @@ def _find_most_rank(queries: LayerGradients) -> int:
     Training examples are taken to have as many positions as the queries; factors of gradients that were
     formed already have too many of them.
     """
-    if not isinstance(queries, FactoredGradients) or queries.whole:
+    if not isinstance(queries, FactoredGradients):
         return 0
     (_, d_out, d_in), count, positions = queries.shape, queries.num_examples, queries.inputs.shape[2]
     whole = d_out * d_in * (positions + count + _FORMED)

@@ -105,7 +105,9 @@ class Later:
 
 @dataclass(frozen=True)
 class Draws:
-    """What the training step draws at random, by what it draws for, as it was drawn last.
+    """What the training step draws at random, by what it draws for, as it was drawn first.
+
+    A batch is read at its first step; where it is checked, its step runs again and draws anew.
 
     Attributes:
         owner: a class.
@@ -130,7 +132,7 @@ class Draws:
         def draw(module: Any, *args: Any, **kwargs: Any) -> Any:
             result = method(module, *args, **kwargs)
             given = inspect.signature(method).bind(module, *args, **kwargs).arguments
-            self.made[self.key(list(given.values())[1])] = given, result
+            self.made.setdefault(self.key(list(given.values())[1]), (given, result))
             return result
 
         with mock.patch.object(self.owner, self.name, draw):

@@ -244,13 +244,10 @@ class FactoredGradients(LayerGradients):
     Attributes:
         inputs: ``(G, B, R, D_in)``.
         outputs: ``(K, G, B, R, D_out)``.
-        whole: whether the inputs are the identity, ``R = D_in``: the outputs are the columns of gradients
-            that are no such products.
     """
 
     inputs: Tensor
     outputs: Tensor
-    whole: bool = False
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -274,8 +271,6 @@ class FactoredGradients(LayerGradients):
 
     def dense(self) -> Tensor:
         """Return the gradient matrices, ``(K, B, G, D_out, D_in)``."""
-        if self.whole:
-            return self.outputs.transpose(-1, -2).transpose(1, 2)
         product = torch.matmul(self.outputs.transpose(-1, -2), self.inputs)  # (K, G, B, D_out, D_in)
         return product.transpose(1, 2)
 
@@ -362,7 +357,7 @@ class FactoredGradients(LayerGradients):
         if positions == 1:
             outputs = self.outputs.square().sum(dim=0)[:, :, 0]  # (G, B, D_out)
             return torch.bmm(outputs.transpose(1, 2), self.inputs.square()[:, :, 0])
-        if positions * (positions + 1) // 2 <= formed and not self.whole:
+        if positions * (positions + 1) // 2 <= formed:
             return self._sum_pairs()
         total = None
         for part in self._chunks():
@@ -397,8 +392,6 @@ class FactoredGradients(LayerGradients):
     def squared_norms(self) -> Tensor:
         """Return ``||g||^2``, ``(K, B)``: from products of positions, or of formed matrices if it is less."""
         positions, (_, d_out, d_in) = self.inputs.shape[2], self.shape
-        if self.whole:
-            return self.outputs.square().sum(dim=(1, 3, 4))
         if positions == 1:
             norms = self.outputs.square().sum(-1) * self.inputs.square().sum(-1)
             return norms.sum(dim=(1, 3))
@@ -415,10 +408,8 @@ class FactoredGradients(LayerGradients):
         """Return products of zeros with as many positions."""
         groups, _, positions, d_in = self.inputs.shape
         inputs = self.inputs.new_zeros(groups, num_examples, positions, d_in)
-        if self.whole:
-            inputs = self.inputs[:, :1].expand_as(inputs) if self.num_examples else inputs
         outputs = self.outputs.new_zeros(self.num_seeds, groups, num_examples, *self.outputs.shape[3:])
-        return FactoredGradients(inputs, outputs, self.whole)
+        return FactoredGradients(inputs, outputs)
 
     def join(self, others: Sequence[LayerGradients]) -> FactoredGradients | None:
         """Return these and further examples where all have as many positions; None elsewhere."""
@@ -427,7 +418,7 @@ class FactoredGradients(LayerGradients):
             return None
         inputs = torch.cat([part.inputs for part in parts], dim=1)
         outputs = torch.cat([part.outputs for part in parts], dim=2)
-        return FactoredGradients(inputs, outputs, all(part.whole for part in parts))
+        return FactoredGradients(inputs, outputs)
 
     def seeds(self, index: slice) -> FactoredGradients:
         """Return the gradients of some of the seeds."""
@@ -435,7 +426,7 @@ class FactoredGradients(LayerGradients):
 
     def select(self, index: Tensor | slice) -> FactoredGradients:
         """Return the gradients of some of the examples."""
-        return FactoredGradients(self.inputs[:, index], self.outputs[:, :, index], self.whole)
+        return FactoredGradients(self.inputs[:, index], self.outputs[:, :, index])
 
     def scaled(self, factor: float) -> FactoredGradients:
         """Return the gradients times a number."""
@@ -449,13 +440,11 @@ class FactoredGradients(LayerGradients):
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> FactoredGradients:
         """Return the gradients on another device or in another precision."""
-        return FactoredGradients(self.inputs.to(device, dtype), self.outputs.to(device, dtype), self.whole)
+        return FactoredGradients(self.inputs.to(device, dtype), self.outputs.to(device, dtype))
 
     def _rows(self) -> Tensor:
         """Return the gradients as flat vectors ``(B, K, P_l)``: one product an example for all its seeds."""
         seeds, groups, examples, positions, d_out = self.outputs.shape
-        if self.whole:
-            return self.dense().transpose(0, 1).flatten(2)
         left = self.outputs.permute(2, 1, 0, 4, 3).reshape(examples * groups, seeds * d_out, positions)
         right = self.inputs.transpose(0, 1).reshape(examples * groups, positions, -1)
         product = torch.bmm(left, right).view(examples, groups, seeds, -1)
@@ -491,7 +480,7 @@ def compact(gradients: LayerGradients, *, smaller: bool = False) -> LayerGradien
     """
     if not isinstance(gradients, FactoredGradients) or gradients.inputs.shape[2] == 1:
         return gradients
-    if smaller and not gradients.whole:
+    if smaller:
         groups, d_out, d_in = gradients.shape
         whole = gradients.num_seeds * gradients.num_examples * groups * d_out * d_in
         if sum(tensor.numel() for tensor in gradients.tensors) < whole:

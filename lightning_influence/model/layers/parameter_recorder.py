@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.model.batches.ragged import find_places
-from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 from lightning_influence.model.layers.layer import (
     BIAS,
     WEIGHT,
@@ -200,9 +200,11 @@ class ParameterRecorder:
         """Return gradients of a layer from output gradients of ``K`` seeds."""
         if name in self._tables:
             return self._tables[name].assemble(slopes)
+        if self.is_whole(name):  # the output gradients are columns
+            return DenseGradients(slopes[0].mT.transpose(1, 2))
         inputs = self.inputs(name)
         assert inputs is not None
-        return FactoredGradients(inputs, slopes[0], self.is_whole(name))
+        return FactoredGradients(inputs, slopes[0])
 
     def inputs(self, name: str) -> Tensor | None:
         """Return the inputs ``(G, B, R, D_in)`` of a layer: ones or the identity where it has none.
