@@ -352,7 +352,7 @@ class Engine:
         if itself:
             method.prepare_self()
         elif shape is not None:
-            method.prepare_to_solve()
+            method.prepare_to_solve(shape[0])
         else:
             method.prepare()
         return method

@@ -63,7 +63,7 @@ def influence(
     tolerance: float | None = None,
     max_steps: int | None = None,
     low_rank_tolerance: float | None = None,
-    curvature_examples: int = 4096,
+    curvature_examples: int | None = None,
     seed: int = 0,
     log: bool = True,
     name: str = "influence",
@@ -123,7 +123,8 @@ def influence(
         max_steps: most steps of an iterative method; None for the method's own.
         low_rank_tolerance: largest relative error of scores from the low-rank route; 0 for the exact one,
             None for the method's own.
-        curvature_examples: at most this many training examples enter the coarse space's curvature.
+        curvature_examples: at most this many training examples enter the coarse space's curvature; None for
+            4,096, and for 256 a query where few are asked about a large model.
         seed: of random draws, anchors and curvature examples.
         log: whether to log the answer to the Trainer's loggers, and to files in its log directory.
         name: prefix of what is logged, and name of the folder of files.
@@ -189,7 +190,7 @@ def self_influence(
     factors: Factors | Literal["refit"] | None = None,
     fisher: Fisher | None = None,
     memory_budget: int = 2**30,
-    curvature_examples: int = 4096,
+    curvature_examples: int | None = None,
     seed: int = 0,
     log: bool = True,
     name: str = "self_influence",

@@ -100,6 +100,7 @@ def block_krylov(
     *,
     max_steps: int = 8,
     tolerance: float = 1e-6,
+    shorten: bool = False,
 ) -> Solution:
     """Solve ``A X = V`` in the subspace that all right-hand sides span together.
 
@@ -113,9 +114,11 @@ def block_krylov(
         space: the right-hand sides and what their subspace begins with; it is enlarged.
         max_steps: largest number of steps.
         tolerance: relative residual at which a right-hand side counts as solved.
+        shorten: whether solutions with residuals above 1, those of nothing at all, are multiplied by the
+            number that makes them smallest. What is best in the norm of ``A`` may be too long for that.
 
     Returns:
-        The solutions with their residuals.
+        The solutions with their residuals, and with ``shorten`` how many were shortened.
     """
     progress = Progress(space.vectors, tolerance)
     directions, remainder, steps = space.vectors, space.compute_remainder(), 0
@@ -130,5 +133,13 @@ def block_krylov(
         steps += 1
         directions = remainder = space.compute_remainder()
         open_ = progress.observe(remainder)
-    facts = {"subspace": space.size}
-    return Solution(space.compute_solutions(), progress.residuals, steps, steps, progress.history, facts)
+    facts, solutions, residuals = {"subspace": space.size}, space.compute_solutions(), progress.residuals
+    if shorten:
+        long = residuals > 1
+        image = (space.vectors - remainder)[long]
+        lengths = (image * space.vectors[long]).sum(dim=1) / image.square().sum(dim=1)
+        solutions[long] *= lengths[:, None]
+        rest = (space.vectors[long] - lengths[:, None] * image).norm(dim=1)
+        residuals[long] = (rest / space.vectors[long].norm(dim=1)).to(residuals.dtype)
+        facts["shortened"] = int(long.sum())
+    return Solution(solutions, residuals, steps, steps, progress.history, facts)

@@ -57,6 +57,9 @@ _MAX_STEPS = 3
 # computes them anew in float64.
 _ROUNDED = 1e-2
 _MOST_GROUPS = 4
+# Chosen by hand: a step takes about four gradients of each curvature example; half a pass over the training
+# data is little beside a space for few queries.
+_EACH_STEP = 8
 # Chosen by hand: see AutoOptions; and the share of the memory budget that answers may take which are formed.
 _LOW_RANK, _COMPACT_LOW_RANK = 1e-3, 0.03
 _FORMED = 8
@@ -120,7 +123,7 @@ class Auto(Method):
         told.add_factors(count_passes_to_come(context, told.trial.nbytes))
         columns = told.trial.columns or 1
         rows = _COLUMN * (columns if columns <= MOST_COLUMNS else MOST_MIXTURES)
-        rows *= min(1.0, self.options.curvature_examples / context.train.num_examples)
+        rows *= min(1.0, self.options.most_curvature_examples / context.train.num_examples)
         compact = state.compact is not None or self.options.memory_budget < count_vector_bytes(context) * (
             3 * MOST_ANCHORS
         )
@@ -141,9 +144,10 @@ class Auto(Method):
         """Use or fit the factors; use, grow or build the coarse space."""
         self._use(choose_builder(self._prepare_factors()))
 
-    def prepare_to_solve(self) -> None:
+    def prepare_to_solve(self, queries: int) -> None:
         """Do the same, but complete a new compact space in the pass that the first queries take."""
-        builder = choose_builder(self._prepare_factors())
+        few = queries if self.options.curvature_examples is None else None
+        builder = choose_builder(self._prepare_factors(), few)
         if isinstance(builder, CompactBuilder) and builder.known is None:
             self.builder, self.inverse, self._draft = builder, builder.inverse, builder.draft()
         else:
@@ -166,7 +170,7 @@ class Auto(Method):
         self.ekfac = invert_blocks(context.layout, factors, closed, take_eigenvalues)
         damping = context.resolve_damping(factors, "full")
         inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
-        return CoarseBuilder(context, inverse, self.options.curvature_examples, self.options.tolerance)
+        return CoarseBuilder(context, inverse, self.options.most_curvature_examples, self.options.tolerance)
 
     def _use(self, builder: CoarseBuilder | CompactBuilder) -> None:
         """Find a coarse space and set up the operator that corrects with it."""
@@ -188,17 +192,13 @@ class Auto(Method):
     def solve(self, queries: Queries) -> Solved:
         """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
         correction, residuals, own = self._compare(queries)
-        chosen = self._choose(residuals, "queries")
-        solutions = None
-        if len(chosen):
-            solutions, residuals[chosen] = self._iterate(_select(queries, chosen), "queries")
+        chosen, solutions = self._improve(queries, residuals)
         worse = self._find_worse(residuals, own, "queries")
         residuals = torch.where(worse, own, residuals)
         parts: list[tuple[Tensor, LayeredScorer]] = []
-        if solutions is not None:
-            kept = ~worse[chosen]
-            if bool(kept.any()):
-                parts.append((chosen[kept], DenseScorer(self.context.layout.split(solutions[kept]))))
+        kept = ~worse[chosen]
+        if bool(kept.any()):
+            parts.append((chosen[kept], DenseScorer(self.context.layout.split(solutions[kept]))))
         rest = ~worse
         rest[chosen] = False
         everyone = len(residuals)
@@ -220,13 +220,30 @@ class Auto(Method):
             solutions = correction.solutions()
         else:
             solutions = correction.add_to(self.inverse.apply(vectors))
-        chosen = self._choose(residuals, "queries")
-        if len(chosen):
-            solutions[chosen], residuals[chosen] = self._iterate(_select(queries, chosen), "queries")
+        chosen, found = self._improve(queries, residuals)
+        solutions[chosen] = found
         worse = self._find_worse(residuals, own, "queries")
         if bool(worse.any()):
             solutions[worse] = self.ekfac.apply(vectors[worse])
         return solutions, torch.where(worse, own, residuals)
+
+    def _improve(self, queries: Gradients, residuals: Tensor) -> tuple[Tensor, Tensor]:
+        """Iterate on queries whose residual is above the tolerance.
+
+        Args:
+            queries: query gradients, ``K = 1``.
+            residuals: of their corrected answers, ``(Q,)``; lowered in place.
+
+        Returns:
+            Positions of those that have a better answer now, ``(V,)``, and these answers ``(V, P)``.
+        """
+        chosen = self._choose(residuals, "queries")
+        if not len(chosen):
+            return chosen, self.context.layout.dense(_select(queries, chosen))[0]
+        solutions, found = self._iterate(_select(queries, chosen), "queries")
+        better = found < residuals[chosen]
+        residuals[chosen[better]] = found[better]
+        return chosen[better], solutions[better]
 
     def quadratic(self) -> Quadratic:
         """Return EK-FAC's weighted squares plus the correction's products, with the residuals."""
@@ -317,12 +334,17 @@ class Auto(Method):
         groups = -(-len(chosen) // self._group_size())
         if self._steps() >= 1 and groups <= _MOST_GROUPS:
             return chosen
+        advice = "Raise `memory_budget` or `max_steps`, or ask fewer queries at a time."
+        if self.builder.is_small:
+            advice = (
+                "The coarse space was made small because queries are few: `curvature_examples=4096` asks for "
+                "as large a one as many queries get, and `max_steps=3` for iterating."
+            )
         self.context.notes.add(
             f"{len(chosen)} of {len(residuals)} {subject} have a residual above the tolerance "
             f"{tolerance:g} (median {float(residuals.median()):.2f}). Iterating on them was left out: it "
             f"would take {groups} groups of at most {_MOST_GROUPS} under the memory budget, with "
-            f"max_steps={self._steps()}. Raise `memory_budget` or `max_steps`, or ask fewer queries at a "
-            "time."
+            f"max_steps={self._steps()}. {advice}"
         )
         return chosen[:0]
 
@@ -387,8 +409,12 @@ class Auto(Method):
         return self.options.memory_budget - space.nbytes - damped
 
     def _steps(self) -> int:
-        """Return the most steps of block Krylov."""
-        return _MAX_STEPS if self.options.max_steps is None else self.options.max_steps
+        """Return the most steps of block Krylov: beside a small space as many as cost little beside it."""
+        if self.options.max_steps is not None:
+            return self.options.max_steps
+        if not self.builder.is_small:
+            return _MAX_STEPS
+        return min(_MAX_STEPS, self.context.train.num_examples // (_EACH_STEP * self.space.examples))
 
     def _may_iterate(self) -> bool:
         """Return whether queries are iterated on: with mixtures only if asked to; a note says so."""
@@ -417,6 +443,7 @@ class Auto(Method):
                 self.operator.begin(vectors),
                 max_steps=self._steps(),
                 tolerance=self.options.tolerance,
+                shorten=True,
             )
             if self.options.tolerance < _ROUNDED and vectors.dtype != torch.float64:
                 remainder = compute_remainder(product, vectors, result.solutions)

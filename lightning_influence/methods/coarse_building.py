@@ -44,6 +44,8 @@ PROBES = 16
 # mixtures (max_steps=2) reach .75.
 MIXTURES = 4096
 _FEWEST_MIXTURES, MOST_MIXTURES = 4, 64
+# Chosen by hand: in all, where a space has few directions because queries are few.
+_FEWEST_IN_ALL = 2048
 #: The most columns of the output curvature that products are made of; see :class:`.CurvaturePass`.
 MOST_COLUMNS = 64
 # Chosen by hand: the most anchors' gradients that are formed at once, 64 MiB.
@@ -63,15 +65,27 @@ class SpaceBuilder:
         inverse: the preconditioner ``P``.
         curvature_examples: at most so many training examples enter the products.
         tolerance: relative residual at which a gradient counts as solved.
+        most_anchors: whatever the memory; None for :data:`MOST_ANCHORS`.
     """
 
     def __init__(
-        self, context: Context, inverse: BlockInverse, curvature_examples: int, tolerance: float = TOLERANCE
+        self,
+        context: Context,
+        inverse: BlockInverse,
+        curvature_examples: int,
+        tolerance: float = TOLERANCE,
+        most_anchors: int | None = None,
     ) -> None:
         self.context, self.inverse, self.tolerance = context, inverse, tolerance
+        self.most_anchors = most_anchors or MOST_ANCHORS
         self._seed, self.most_examples = context.options.seed, curvature_examples
         self._found: tuple[int, SelfScores] | None = None  # leverages, of a sample of that size
         self._curvature = context.train.sample(curvature_examples, self._seed + 1)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the space is made for few queries alone."""
+        return self.most_anchors < MOST_ANCHORS
 
     @property
     def key(self) -> str:
@@ -95,7 +109,7 @@ class SpaceBuilder:
 
     def _wanted(self) -> int:
         """Return how many anchors there may be whatever the memory."""
-        return max(1, min(MOST_ANCHORS, self.context.train.num_examples, self.context.layout.numel // 2))
+        return max(1, min(self.most_anchors, self.context.train.num_examples, self.context.layout.numel // 2))
 
     def share(self, other: SpaceBuilder) -> None:
         """Hand over what the pass for leverages has found, to a builder with the same preconditioner."""
@@ -156,7 +170,8 @@ class SpaceBuilder:
 
     def _mixtures(self) -> int:
         """Return how many mixtures of columns an example has; all passes of a coarse space need the same."""
-        wanted = -(-MIXTURES // max(1, self._curvature.num_examples))
+        total = MIXTURES * self.most_anchors // MOST_ANCHORS
+        wanted = -(-max(_FEWEST_IN_ALL, total) // max(1, self._curvature.num_examples))
         return min(MOST_MIXTURES, max(_FEWEST_MIXTURES, wanted))
 
 

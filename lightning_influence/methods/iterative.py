@@ -301,7 +301,7 @@ class Krylov(Iterative):
         if name == "ekfac":
             precondition = system.inverse.apply
         elif name == "two_level":
-            builder = CoarseBuilder(self.context, system.inverse, self.options.curvature_examples)
+            builder = CoarseBuilder(self.context, system.inverse, self.options.most_curvature_examples)
             precondition = builder.correct(system.inverse, builder.find()).precondition
         self.context.extra["preconditioner"] = name
         limits = {"max_steps": self.options.max_steps, "tolerance": self.options.tolerance}

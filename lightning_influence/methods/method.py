@@ -83,8 +83,12 @@ class Method(ABC):
     def prepare(self) -> None:
         """Run whatever passes do not depend on the queries."""
 
-    def prepare_to_solve(self) -> None:
-        """Run the passes that :meth:`solve` needs: those of :meth:`prepare`, unless queries can share one."""
+    def prepare_to_solve(self, queries: int) -> None:
+        """Run the passes that :meth:`solve` needs: those of :meth:`prepare`, unless queries can share one.
+
+        Args:
+            queries: how many there are.
+        """
         self.prepare()
 
     def prepare_self(self) -> None:

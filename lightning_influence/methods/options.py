@@ -122,15 +122,25 @@ class ClosedFormOptions(Options):
     self_influence_tolerance: float = field(default=1e-2, metadata=require_number(below=1.0))
 
 
+# Chosen by hand: the curvature's products cost as much as gradients of so many examples, times its columns.
+_CURVATURE_EXAMPLES = 4096
+
+
 @dataclass(frozen=True)
 class SpaceOptions(Options):
     """Options of every method that builds a coarse space.
 
     Attributes:
-        curvature_examples: at most so many training examples enter the coarse space's curvature.
+        curvature_examples: at most so many training examples enter the coarse space's curvature. None for
+            4,096, and in ``"auto"`` for 256 a query where few are asked about a large model.
     """
 
-    curvature_examples: int = field(default=4096, metadata=require_count(1))
+    curvature_examples: int | None = field(default=None, metadata=require_count(1))
+
+    @property
+    def most_curvature_examples(self) -> int:
+        """At most so many, for many queries."""
+        return self.curvature_examples or _CURVATURE_EXAMPLES
 
 
 def list_names(kind: type[Options]) -> list[str]:

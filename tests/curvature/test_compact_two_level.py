@@ -100,7 +100,9 @@ def test_products_are_those_of_what_is_stored(name, rank, stages):
         weights = torch.randn(3, len(Q), dtype=torch.float64)
         torch.testing.assert_close(operator.combine(weights), weights @ Q, **TIGHT)
         expected = weights @ Q @ p.matrix(damping)
-        torch.testing.assert_close(operator.multiply(weights), expected, rtol=1e-9, atol=1e-10)
+        for few in (slice(0, 3), slice(1, 2)):  # by columns, and by a backward pass for what is asked
+            found = operator.multiply(weights[few])
+            torch.testing.assert_close(found, expected[few], rtol=1e-9, atol=1e-10)
         vectors = torch.randn(2, p.setup.layout.numel, dtype=torch.float64)
         torch.testing.assert_close(operator.project(vectors), vectors @ Q.T, **TIGHT)
 

@@ -56,6 +56,22 @@ def test_more_steps_come_closer_and_end_at_the_exact_solution():
     torch.testing.assert_close(result.solutions, exact, rtol=1e-7, atol=1e-7)
 
 
+def test_solutions_that_are_worse_than_nothing_are_shortened():
+    torch.manual_seed(3)
+    problem = Problem()
+    problem.vectors[0] = problem.A @ torch.ones(P, dtype=torch.float64)  # solved well beside the others
+    problem.M = torch.diag(torch.logspace(0, 3, P, dtype=torch.float64))  # misleads
+    plain = problem.solve(max_steps=1, tolerance=0.0)
+    found = problem.solve(max_steps=1, tolerance=0.0, shorten=True)
+    long = plain.residuals > 1
+    assert 0 < int(long.sum()) == found.facts["shortened"] < V
+    torch.testing.assert_close(found.solutions[~long], plain.solutions[~long])
+    torch.testing.assert_close(found.residuals, problem.residuals(found.solutions), rtol=1e-6, atol=1e-10)
+    assert (found.residuals <= 1).all()
+    for lengths in (0.99, 1.01):  # no other length is better
+        assert (problem.residuals(found.solutions * lengths) >= found.residuals)[long].all()
+
+
 def test_it_stops_at_the_tolerance_and_counts_products():
     problem = Problem()
     problem.M = torch.linalg.inv(problem.A + 1e-3 * torch.eye(P).double())

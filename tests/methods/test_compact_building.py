@@ -93,7 +93,7 @@ def test_directions_are_preconditioned_gradients_cut_to_the_rank():
 def test_answers_are_better_than_those_of_as_few_dense_directions_as_fit(monkeypatch):
     exact = InfluenceModule(Net()).scores(TRAIN, QUERIES, method="exact", damping=DAMPING).scores
     compact = ask(InfluenceModule(Net()), 20)
-    monkeypatch.setattr("lightning_influence.methods.auto.choose_builder", lambda builder: builder)
+    monkeypatch.setattr("lightning_influence.methods.auto.choose_builder", lambda builder, *_: builder)
     dense = ask(InfluenceModule(Net()), 20)
     assert "coarse_rank" not in dense.diagnostics.extra
     errors = [float((a.scores - exact).norm() / exact.norm()) for a in (compact, dense)]
@@ -160,7 +160,7 @@ def test_self_influence_takes_the_dense_space(monkeypatch):
     ask(module, 60)
     assert (module.state.coarse, module.state.compact.size) == (None, 30)
     found = module.self_influence(TRAIN, **options)
-    monkeypatch.setattr("lightning_influence.methods.auto.choose_builder", lambda builder: builder)
+    monkeypatch.setattr("lightning_influence.methods.auto.choose_builder", lambda builder, *_: builder)
     expected = InfluenceModule(Net()).self_influence(TRAIN, **options)
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-9, atol=0)
 
@@ -213,6 +213,41 @@ def test_the_first_queries_complete_the_space_in_one_pass():
         assert names.count("Influence: curvature rows") == names.count("Influence: scores")
     torch.testing.assert_close(found.scores, after.scores, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.diagnostics.residuals, after.diagnostics.residuals)
+
+
+def test_few_queries_of_long_passes_get_a_small_space(monkeypatch):
+    building = "lightning_influence.methods.compact_building"
+    monkeypatch.setattr(f"{building}._ANCHORS_EACH", 2)
+    monkeypatch.setattr(f"{building}._FEWEST_EXAMPLES", 2)
+    module, options = InfluenceModule(Net()), {**PLAIN, "damping": 1e-4, "max_steps": None}
+
+    def ask_few(**others):
+        return module.scores(
+            TRAIN,
+            QUERIES,
+            method="auto",
+            memory_budget=20 * 8 * NUMEL,
+            aggregate="mean",
+            **{**options, **others},
+        ).diagnostics
+
+    whole = ask_few()
+    assert module.state.compact.size > 2
+    assert whole.extra["curvature_examples"] == 30
+    monkeypatch.setattr(f"{building}._LONG", {"cpu": 0.0})
+    again = ask_few()  # a space for many is there
+    assert again.extra["curvature_examples"] == 30
+    module.state = InfluenceState()
+    few = ask_few()
+    assert few.extra["coarse_space"] == 2
+    assert few.extra["curvature_examples"] == 15  # batches that are there already are taken whole
+    assert float(few.residuals.max()) <= 1
+    assert any("`curvature_examples=4096`" in note for note in few.warnings)
+    assert ask_few(curvature_examples=4096).extra["curvature_examples"] == 30
+    # Prepared without a question, the space serves all questions.
+    module.state = InfluenceState()
+    module.prepare(TRAIN, method="auto", memory_budget=20 * 8 * NUMEL, **options)
+    assert ask_few().extra["curvature_examples"] == 30
 
 
 def test_where_dense_directions_fit_nothing_changes():
