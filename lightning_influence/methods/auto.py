@@ -35,6 +35,8 @@ from lightning_influence.methods.compact_building import (
     CompactBuilder,
     Draft,
     choose_builder,
+    count_examples_for_few,
+    is_few,
 )
 from lightning_influence.methods.compact_scorer import CompactScorer
 from lightning_influence.methods.context import Context
@@ -122,15 +124,20 @@ class Auto(Method):
         context, state = self.context, self.context.state
         told.add_factors(count_passes_to_come(context, told.trial.nbytes))
         columns = told.trial.columns or 1
-        rows = _COLUMN * (columns if columns <= MOST_COLUMNS else MOST_MIXTURES)
-        rows *= min(1.0, self.options.most_curvature_examples / context.train.num_examples)
         compact = state.compact is not None or self.options.memory_budget < count_vector_bytes(context) * (
             3 * MOST_ANCHORS
         )
+        examples, total = self.options.most_curvature_examples, context.train.num_examples
+        sample = 1.0  # the share of the training data that leverages and anchors are looked for in
+        is_default = self.options.curvature_examples is None
+        if compact and is_default and is_few(queries) and told.is_long(context.device.type):
+            examples = count_examples_for_few(queries, total)
+            sample = min(1.0, examples / total)
+        rows = _COLUMN * (columns if columns <= MOST_COLUMNS else MOST_MIXTURES) * min(1.0, examples / total)
         known = state.coarse is not None or state.compact is not None
         if not known:
-            told.add_pass("leverages")
-            told.add_pass("anchors")
+            told.add_pass("leverages", sample)
+            told.add_pass("anchors", sample)
             told.add_pass("curvature rows", rows)
         each = 8 * told.count_query_numbers() if compact else 2 * count_vector_bytes(context)
         groups = math.ceil(queries / max(1, self.options.memory_budget // (2 * each)))

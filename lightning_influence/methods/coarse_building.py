@@ -98,6 +98,8 @@ class SpaceBuilder:
             self._seed,
             context.layout.shapes,
             context.dtype,
+            # Rows of other mixtures are of another matrix. Large spaces of as many examples have the same.
+            *([self._mixtures()] if self.is_small else []),
         )
 
     def multiply(self, vectors: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from lightning_influence.methods.coarse_building import (
     SpaceBuilder,
     count_vector_bytes,
 )
-from lightning_influence.methods.forecast import ANSWER_RANK
+from lightning_influence.methods.forecast import ANSWER_RANK, is_long
 from lightning_influence.methods.gathering import differentiate
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.layer import ParameterRule
@@ -65,10 +65,6 @@ _MOST_PARTS, _MOST_RANKS = 2048, 1024
 # examples, the mean of 8 queries, damping .003) scores have a rank correlation of .23 with converged ones by
 # EK-FAC; of .53 with 64 directions, from 96 examples or in 8 plain epochs; of .70 with 256 from all in 44.
 _ANCHORS_EACH, _EXAMPLES_SHARE, _FEWEST_EXAMPLES = 64, 8, 64
-# Chosen by hand: multiply-adds of a forward pass over the training data from which on a space is worth making
-# smaller for few queries. A core of a CPU takes some ten seconds for a plain epoch of so many.
-_LONG = {"cpu": 2e10}
-_LONG_ON_DEVICE = 2e12
 
 
 @dataclass(frozen=True)
@@ -274,7 +270,7 @@ class CompactBuilder(SpaceBuilder):
             if not isinstance(layer.rule, ParameterRule):
                 seen = factors.layers[name]
                 total += math.prod(layer.shape) * seen.positions / max(1.0, seen.examples)
-        return total * context.train.num_examples >= _LONG.get(context.device.type, _LONG_ON_DEVICE)
+        return is_long(total * context.train.num_examples, context.device.type)
 
     def count_affordable(self, known: CompactSpace | None = None) -> int:
         """Return how many directions fit, by what is known of the outputs."""
@@ -389,6 +385,16 @@ class CompactBuilder(SpaceBuilder):
         return one_pass
 
 
+def is_few(queries: int) -> bool:
+    """Return whether a small space serves so many queries, where passes are long."""
+    return queries * _ANCHORS_EACH < MOST_ANCHORS
+
+
+def count_examples_for_few(queries: int, num_examples: int) -> int:
+    """Return the curvature examples of a small space, of so many training examples."""
+    return queries * max(_FEWEST_EXAMPLES, num_examples // _EXAMPLES_SHARE)
+
+
 def choose_builder(builder: CoarseBuilder, queries: int | None = None) -> CoarseBuilder | CompactBuilder:
     """Return the builder of the compact space where the dense one would lack memory, else the given one.
 
@@ -402,9 +408,8 @@ def choose_builder(builder: CoarseBuilder, queries: int | None = None) -> Coarse
         return compact
     if builder.holds_all() or not compact.may_help(builder.limit):
         return builder
-    if queries is not None and queries * _ANCHORS_EACH < MOST_ANCHORS and compact.takes_long():
-        each = max(_FEWEST_EXAMPLES, context.train.num_examples // _EXAMPLES_SHARE)
-        examples = min(builder.most_examples, queries * each)
+    if queries is not None and is_few(queries) and compact.takes_long():
+        examples = min(builder.most_examples, count_examples_for_few(queries, context.train.num_examples))
         return CompactBuilder(context, inverse, examples, tolerance, queries * _ANCHORS_EACH)
     compact.look()
     fits, known = compact.count_affordable(), builder.known

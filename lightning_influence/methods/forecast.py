@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_influence.model.finite import check_finite
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
-from lightning_influence.model.layers.layer import Layer
+from lightning_influence.model.layers.layer import Layer, ParameterRule
 from lightning_influence.model.layers.plan import LayerPlan
 
 # Width of the matrices whose product is timed, and how much slower those of passes are, which are not square.
@@ -27,6 +27,9 @@ _WIDTH, _THIN = 1024, 1.5
 _DECOMPOSITION = 20
 #: Rank that answers are taken to have when room is made for them: what they have in wide layers, or less.
 ANSWER_RANK = 32
+# Chosen by hand: multiply-adds of a forward pass over the training data from which on it is long. A core of a
+# CPU takes some ten seconds for a plain epoch of so many.
+_LONG, _LONG_ON_DEVICE = 2e10, 2e12
 
 
 class TrialPass:
@@ -114,6 +117,12 @@ class Forecast:
     seconds: float = 0.0
     decomposing: float = 0.0
 
+    def is_long(self, device: str) -> bool:
+        """Return whether passes over the training data are long on a device of this type."""
+        called = {k: v for k, v in self.layers.items() if not isinstance(v.rule, ParameterRule)}
+        each = sum(math.prod(v.shape) * self.trial.positions.get(k, 1) for k, v in called.items())
+        return is_long(each * self.examples, device)
+
     def add_pass(self, name: str, gradients: float = 1.0, operations: float = 0.0) -> None:
         """Add a pass over the training data.
 
@@ -175,6 +184,11 @@ class Forecast:
             f"Influence: about {len(self.passes)} passes, roughly {took} in all{part}: a guess from a trial "
             f"of a few of the {examples:,} training examples."
         )
+
+
+def is_long(operations: float, device: str) -> bool:
+    """Return whether so many multiply-adds of a forward pass take long on a device of this type."""
+    return operations >= (_LONG if device == "cpu" else _LONG_ON_DEVICE)
 
 
 def format_seconds(seconds: float) -> str:

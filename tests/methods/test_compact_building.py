@@ -234,7 +234,7 @@ def test_few_queries_of_long_passes_get_a_small_space(monkeypatch):
     whole = ask_few()
     assert module.state.compact.size > 2
     assert whole.extra["curvature_examples"] == 30
-    monkeypatch.setattr(f"{building}._LONG", {"cpu": 0.0})
+    monkeypatch.setattr("lightning_influence.methods.forecast._LONG", 0.0)
     again = ask_few()  # a space for many is there
     assert again.extra["curvature_examples"] == 30
     module.state = InfluenceState()
