@@ -66,6 +66,7 @@ class Fitted:
         loss: the loss of such a batch in eval mode.
         quiet: a context for comparisons: without the noise that the project draws in eval mode too, or one
             that keeps what was drawn.
+        draws: what is drawn in each pass anew; scores are compared with those of the call that they are of.
     """
 
     trainer: Any
@@ -77,7 +78,11 @@ class Fitted:
     query_singles: Iterable[Any]
     loss: Callable[[Any, Any], Tensor] | None = None
     quiet: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    draws: Draws | None = None
 
+
+# Calls of what a step draws that are tried, for training examples and for queries: scores equal those of one.
+_TURNS = 3
 
 Fit = Callable[[list[Any]], Fitted]
 """Maps further callbacks to the fit with them."""
@@ -103,26 +108,33 @@ class Later:
         return iter(self.make())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Draws:
-    """What the training step draws at random, by what it draws for, as it was drawn first.
+    """What the training step draws at random, by what it draws for.
 
-    A batch is read at its first step; where it is checked, its step runs again and draws anew.
+    A batch's step runs again where it is checked, and draws anew.
 
     Attributes:
         owner: a class.
         name: of its method that draws.
-        made: arguments and result of a call, by :meth:`key` of its first argument.
+        made: arguments and results of calls, by :meth:`key` of their first argument.
+        turn: which of several calls :meth:`find` returns.
     """
 
     owner: type
     name: str
-    made: dict[bytes, tuple[Any, Any]] = field(default_factory=dict)
+    made: dict[bytes, list[tuple[Any, Any]]] = field(default_factory=dict)
+    turn: int = 0
 
     @staticmethod
     def key(tensor: Tensor) -> bytes:
         """Return the content of a tensor."""
         return tensor.detach().numpy().tobytes()
+
+    def find(self, tensor: Tensor) -> tuple[Any, Any]:
+        """Return arguments and result of a call for a tensor."""
+        calls = self.made[self.key(tensor)]
+        return calls[min(self.turn, len(calls) - 1)]
 
     @contextlib.contextmanager
     def keep(self) -> Iterator[None]:
@@ -132,7 +144,7 @@ class Draws:
         def draw(module: Any, *args: Any, **kwargs: Any) -> Any:
             result = method(module, *args, **kwargs)
             given = inspect.signature(method).bind(module, *args, **kwargs).arguments
-            self.made.setdefault(self.key(list(given.values())[1]), (given, result))
+            self.made.setdefault(self.key(list(given.values())[1]), []).append((given, result))
             return result
 
         with mock.patch.object(self.owner, self.name, draw):
@@ -196,16 +208,20 @@ def compare(fitted: Fitted, identity: Any) -> dict[str, Any]:
         for p in (layer.rule.weight(layer.module), layer.rule.bias(layer.module))
         if p is not None and p.requires_grad
     }
-    with Evaluating(fitted), fitted.quiet():
-        train, _ = differentiate(fitted, fitted.train_singles, kept)
-        queries, share = differentiate(fitted, fitted.query_singles, kept)
-    expected = queries @ train.T / len(train)
-    scores = identity.scores.double()
-    sizes = [tuple(scores.shape), tuple(expected.shape)]
+    found = []
+    for turn in range(1 if fitted.draws is None else _TURNS):
+        if fitted.draws is not None:
+            fitted.draws.turn = turn
+        with Evaluating(fitted), fitted.quiet():
+            train, _ = differentiate(fitted, fitted.train_singles, kept)
+            found.append((train, *differentiate(fitted, fitted.query_singles, kept)))
+    scores, share = identity.scores.double(), found[0][2]
+    answers = [queries @ train.T / len(train) for train, *_ in found for _, queries, _ in found]
+    sizes = [tuple(scores.shape), tuple(answers[0].shape)]
     return {
         "covered": identity.diagnostics.parameters_covered,
         "gradient_share": share,
-        "error": float((scores - expected).norm() / expected.norm()),
+        "error": min(float((scores - expected).norm() / expected.norm()) for expected in answers),
         "sizes": sizes,
     }
 

@@ -46,11 +46,10 @@ class Windows:
 
     def split(self, loader: Any) -> Iterator[Any]:
         """Yield each series: the batch that it is in, what was drawn of this, and its number in there."""
-        kept = dict(self.draws.made)
         for batch in loader:
             windows, *_ = self._module._create_windows(batch, step="train")
             for number in range(len(batch["temporal"])):
-                yield batch, kept[self.draws.key(windows)], number
+                yield batch, self.draws.find(windows), number
 
     def compute(self, module: Any, single: Any) -> torch.Tensor:
         """Return the sum of a series' errors in what was drawn of its batch, as its share in the mean."""
@@ -98,7 +97,7 @@ def fit(kind: str, callbacks: list[Any]) -> Fitted:
         windows, in_order = Windows(module), TimeSeriesLoader(data, batch_size=8)
         fitted.train_singles = Later(lambda: windows.split(in_order))
         fitted.query_singles = Later(lambda: windows.split(queries))
-        fitted.loss, fitted.quiet = windows.compute, windows.draws.keep
+        fitted.loss, fitted.quiet, fitted.draws = windows.compute, windows.draws.keep, windows.draws
     return fitted
 
 

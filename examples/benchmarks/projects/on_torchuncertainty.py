@@ -95,7 +95,7 @@ def _likelihood(module: Any, batch: Any) -> Tensor:
 def _mixed(draws: Draws, loader: DataLoader[Any]) -> Iterator[Any]:
     """Yield each example of a loader mixed as it was in the pass."""
     for images, _ in loader:
-        _, mixed = draws.made[draws.key(images)]
+        _, mixed = draws.find(images)
         yield from zip(*(part.split(1) for part in mixed), strict=True)
 
 
@@ -124,7 +124,7 @@ def fit(kind: str, callbacks: list[Any]) -> Fitted:
         draws, in_order = Draws(Mixup, "forward"), DataLoader(points, batch_size=16)
         fitted.train_singles = Later(lambda: _mixed(draws, in_order))
         fitted.query_singles = Later(lambda: _mixed(draws, queries))
-        fitted.loss, fitted.quiet = _compute_mixed_loss, draws.keep
+        fitted.loss, fitted.quiet, fitted.draws = _compute_mixed_loss, draws.keep, draws
     return fitted
 
 
