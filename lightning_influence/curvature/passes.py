@@ -191,11 +191,14 @@ class CurvaturePass(AveragingPass):
 
 
 def _mix(seeds: Iterable[Tensor], weights: Tensor) -> Iterator[Tensor]:
-    """Return the sums of seeds, whose first dimension is of examples, with weights ``(K, B, V)``."""
+    """Return the sums of seeds, whose first dimension is of examples, with weights ``(K, B, V)``.
+
+    Weights are as many as the longest examples have columns. A batch of shorter ones has fewer seeds.
+    """
     examples, count = weights.shape[1:]
     sums: Tensor | float = 0.0
     shape = torch.Size()
-    for seed, shares in zip(seeds, weights, strict=True):
+    for seed, shares in zip(seeds, weights, strict=False):
         shape, flat = seed.shape, seed.reshape(examples, -1)
         sums = sums + shares.to(flat).T[:, :, None] * flat
     assert isinstance(sums, Tensor)

@@ -6,7 +6,7 @@ from drive import TIGHT, Setup, closed_form
 from test_two_level import DAMPING, SOME, Problem, definition
 
 from lightning_influence.curvature import passes
-from lightning_influence.curvature.compact_space import CompactSpace
+from lightning_influence.curvature.compact_space import CompactSpace, CurvatureRows
 from lightning_influence.curvature.compact_two_level import (
     CompactTwoLevel,
     compute_best_step,
@@ -105,6 +105,16 @@ def test_products_are_those_of_what_is_stored(name, rank, stages):
             torch.testing.assert_close(found, expected[few], rtol=1e-9, atol=1e-10)
         vectors = torch.randn(2, p.setup.layout.numel, dtype=torch.float64)
         torch.testing.assert_close(operator.project(vectors), vectors @ Q.T, **TIGHT)
+
+
+def test_batches_of_fewer_columns_than_others_are_combined():
+    """One vector takes one backward pass; four take one a column: rows of shorter examples end in zeros."""
+    p = Problem("mlp_gelu")
+    rows = p.setup.run(RowsPass(p.setup.plan, build(p, 1).directions)).rows(torch.empty(0).double())
+    padded = torch.cat([rows.values, torch.zeros_like(rows.values)], dim=1)
+    few, many = (CurvatureRows(rows.indices, padded[..., :count]) for count in (1, padded.shape[1]))
+    one, all_ = (p.setup.run(CombinationPass(p.setup.plan, W)).result() for W in (few, many))
+    torch.testing.assert_close(one, all_[:1], **TIGHT)
 
 
 @pytest.mark.parametrize(("rank", "stages"), [(1, 1), (3, 1), (1, 2)])
