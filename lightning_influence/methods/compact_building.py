@@ -264,13 +264,20 @@ class CompactBuilder(SpaceBuilder):
 
     def takes_long(self) -> bool:
         """Return whether passes over the training data are long, by the operations of called layers."""
-        context, factors, total = self.context, self.context.state.factors, 0.0
+        context = self.context
+        each = sum(
+            math.prod(layer.shape) * self._count_positions(name)
+            for name, layer in context.plan.layers.items()
+            if not isinstance(layer.rule, ParameterRule)
+        )
+        return is_long(each * context.train.num_examples, context.device.type)
+
+    def _count_positions(self, name: str) -> float:
+        """Return the positions of an example in a layer, as its factors have seen them."""
+        factors = self.context.state.factors
         assert factors is not None
-        for name, layer in context.plan.layers.items():
-            if not isinstance(layer.rule, ParameterRule):
-                seen = factors.layers[name]
-                total += math.prod(layer.shape) * seen.positions / max(1.0, seen.examples)
-        return is_long(total * context.train.num_examples, context.device.type)
+        layer = factors.layers[name]
+        return layer.positions / max(1.0, layer.examples)
 
     def count_affordable(self, known: CompactSpace | None = None) -> int:
         """Return how many directions fit, by what is known of the outputs."""
@@ -285,13 +292,12 @@ class CompactBuilder(SpaceBuilder):
         Args:
             low_rank: whether answers may be cut.
         """
-        context, factors = self.context, self.context.state.factors
-        if not low_rank or factors is None:
+        context = self.context
+        if not low_rank or context.state.factors is None:
             return 8 * count_vector_bytes(context)
         total = 0
         for name, (groups, d_out, d_in) in context.layout.shapes.items():
-            layer, pair = factors.layers[name], d_out + d_in
-            positions = layer.positions / max(1.0, layer.examples)
+            positions, pair = self._count_positions(name), d_out + d_in
             gradient, answer = (min(d_out * d_in, count * pair) for count in (positions, ANSWER_RANK))
             total += groups * int(gradient + 4 * answer)
         return count_vector_bytes(context) * total // context.layout.numel + 1

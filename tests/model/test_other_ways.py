@@ -127,6 +127,16 @@ WEIGHTS = [0.5, 2.0, 3.0]
 CASES = [(arrange, weights) for arrange in (flipped, stacked, gathered) for weights in (None, WEIGHTS)]
 
 
+def find_losses_after_one_in_order(step):
+    """Outputs, targets and found losses of a batch out of order, after one in order was checked."""
+    torch.manual_seed(0)
+    module = mute(Module(step)).double()
+    plan = find_layers(module)
+    Forward(plan)(module, make_batch(IN_ORDER), 4)
+    x, y = make_batch(OUT_OF_ORDER, 1)
+    return module(x), y, compute_losses(module, (x, y), 4, verified=plan.verified)
+
+
 # Rows that numpy has ordered are read by the losses of the examples alone, which have no weights.
 @pytest.mark.parametrize(("arrange", "weights"), [*CASES, (through_numpy, None)])
 @pytest.mark.parametrize("always", [False, True])
@@ -139,13 +149,8 @@ def test_values_of_losses_are_in_the_order_of_the_examples(arrange, always, weig
             x, y = arrange(x, y)
         return F.cross_entropy(module(x), y, weight=weights)
 
-    torch.manual_seed(0)
-    module = mute(Module(step)).double()
-    plan = find_layers(module)
-    Forward(plan)(module, make_batch(IN_ORDER), 4)
-    x, y = make_batch(OUT_OF_ORDER, 1)
-    found = compute_losses(module, (x, y), 4, verified=plan.verified)
-    torch.testing.assert_close(found, F.cross_entropy(module(x), y, weight=weights, reduction="none"))
+    outputs, y, found = find_losses_after_one_in_order(step)
+    torch.testing.assert_close(found, F.cross_entropy(outputs, y, weight=weights, reduction="none"))
 
 
 def test_a_step_that_fails_on_an_example_alone_gives_the_mean():
@@ -157,13 +162,8 @@ def test_a_step_that_fails_on_an_example_alone_gives_the_mean():
         assert len(x) > 1
         return named(module(x), y)
 
-    torch.manual_seed(0)
-    module = mute(Module(step)).double()
-    plan = find_layers(module)
-    Forward(plan)(module, make_batch(IN_ORDER), 4)
-    x, y = make_batch(OUT_OF_ORDER, 1)
-    found = compute_losses(module, (x, y), 4, verified=plan.verified)
-    torch.testing.assert_close(found, named(module(x), y).expand(4))
+    outputs, y, found = find_losses_after_one_in_order(step)
+    torch.testing.assert_close(found, named(outputs, y).expand(4))
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
