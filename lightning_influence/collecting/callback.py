@@ -91,7 +91,8 @@ class InfluenceCallback(Callback):
             ``"empirical"`` for the training labels.
         every_n_steps: collect every n-th batch; by default as many as ``overhead`` pays for, by the clock, so
             that equal runs may differ in which.
-        overhead: share of the training steps' time that collecting may cost, eigendecompositions included.
+        overhead: share of the training steps' time that the callback may cost, eigendecompositions included;
+            dynamics that are asked for (True) come on top.
         log_statistics: log figures of the curvature and the gradients under ``influence/``.
         seed: seed of the draws; the global random state is never used.
         strict: raise an error where collecting would otherwise stop with a warning.
@@ -103,7 +104,7 @@ class InfluenceCallback(Callback):
             a loss function, by the index that the sampler drew; 52 bytes an example. They are not seen where
             the loss is written by hand or compiled, where a step runs several backward passes, and where
             examples have no index (iterable datasets, several loaders); True has one warning say so. "auto"
-            leaves out epochs where they would take more than 2% of the fit's time, and datasets
+            leaves out epochs where they would take more than a fifth of the overhead, and datasets
             of more than a million examples.
 
     Raises:
@@ -205,9 +206,9 @@ class InfluenceCallback(Callback):
             if missing and self._collector is not None:
                 self._stop("Another process cannot collect, whose warning gives the reason.")
         if self._collector is not None and self._indices is not None:
-            unasked = self._settings.dynamics == "auto"
+            share = self._settings.dynamics_share
             self._watching = start_watching(
-                self._kept, trainer, pl_module.device, processes, self._say, unasked=unasked
+                self._kept, trainer, pl_module.device, processes, self._say, share
             )
         if self._watching is None:
             self._unwatch()

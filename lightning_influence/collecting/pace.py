@@ -12,8 +12,6 @@ from collections.abc import Callable
 from lightning_influence.collecting import stopwatch
 from lightning_influence.model.live.example_losses import time_call
 
-#: The most of a fit's time that is spent unasked.
-SHARE = 0.02
 # Chosen by hand: seconds that no fit minds. Short ones are seen whole with them.
 _GRACE = 0.2
 

@@ -35,6 +35,8 @@ from lightning_influence.support.errors import CorruptFileError, FactorMismatchE
 
 Dynamics: TypeAlias = bool | Literal["auto"]
 
+# The part of the overhead that dynamics get unasked; factors have the rest. Chosen by hand.
+_DYNAMICS_PART = 0.2
 _QUERIES = "queries"
 _DEFAULT_KEY = "InfluenceCallback"  # of a callback with the default settings
 
@@ -79,6 +81,16 @@ class Settings:
         if not is_number(self.overhead) or not 0 < self.overhead <= 1:
             raise ValueError(f"Got overhead={self.overhead!r}; accepted are shares of a step in (0, 1].")
 
+    @property
+    def dynamics_share(self) -> float | None:
+        """Share of the fit's time that dynamics may take; None for whatever they take, where asked for."""
+        return _DYNAMICS_PART * self.overhead if self.dynamics == "auto" else None
+
+    @property
+    def collecting_share(self) -> float:
+        """Share of the training steps' time that factors may take: all but that of unasked dynamics."""
+        return self.overhead - (self.dynamics_share or 0.0)
+
 
 @dataclass
 class Run:
@@ -103,7 +115,7 @@ class Run:
     @classmethod
     def start(cls, settings: Settings) -> Run:
         """Return a run of which nothing is known yet."""
-        schedule = Schedule(overhead=settings.overhead, every_n_steps=settings.every_n_steps)
+        schedule = Schedule(overhead=settings.collecting_share, every_n_steps=settings.every_n_steps)
         return cls(schedule, WindowSums(Factors(fisher=settings.fisher, origin="fit")))
 
     def state_dict(self, sums: WindowSums | None = None) -> dict[str, Any]:
@@ -129,7 +141,7 @@ class Run:
             FactorMismatchError: if the sums were written by an incompatible version.
         """
         schedule = Schedule.from_state_dict(state["schedule"])
-        schedule.overhead, schedule.every_n_steps = settings.overhead, settings.every_n_steps
+        schedule.overhead, schedule.every_n_steps = settings.collecting_share, settings.every_n_steps
         return cls(
             schedule,
             WindowSums.from_state_dict(state["generations"]),

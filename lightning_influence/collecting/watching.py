@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence.collecting.collector import Processes
 from lightning_influence.collecting.moments import Moments
-from lightning_influence.collecting.pace import SHARE, Pace
+from lightning_influence.collecting.pace import Pace
 from lightning_influence.collecting.state import Kept
 from lightning_influence.collecting.sums import AllReduce
 from lightning_influence.model.live.example_losses import ExampleLosses, HeldStep, LossWatch
@@ -32,8 +32,8 @@ SEVERAL = (
 
 
 _PACED = (
-    f"Some epochs were not watched, because that would have taken more than {SHARE:.0%} of the fit's time. "
-    "InfluenceCallback(dynamics=True) watches all."
+    "Some epochs were not watched, because they would have taken more than a fifth of the callback's "
+    "overhead. InfluenceCallback(dynamics=True) watches all."
 )
 
 _ANOTHER_FIT = (
@@ -250,7 +250,12 @@ class Watching:
 
 
 def start_watching(
-    kept: Kept, trainer: Trainer, device: torch.device, processes: Processes, say: Notices, *, unasked: bool
+    kept: Kept,
+    trainer: Trainer,
+    device: torch.device,
+    processes: Processes,
+    say: Notices,
+    share: float | None,
 ) -> Watching | None:
     """Begin to keep a fit's training dynamics, on every process or on none.
 
@@ -260,12 +265,13 @@ def start_watching(
         device: where the sums are kept.
         processes: of the fit.
         say: gives warnings.
-        unasked: whether nobody has asked for them: then they take a share of the time at most, and nothing
-            is said where there can be none.
+        share: of the fit's time that they take at most where nobody has asked for them; then nothing is said
+            where there can be none. None where somebody has.
 
     Returns:
         What watches; None where examples have no indices.
     """
+    unasked = share is not None
     tell: Callable[[str, str], None] = _say_nothing if unasked else say
     reason: str | None = None
     try:
@@ -289,7 +295,7 @@ def start_watching(
         kept.dynamics.note(_ANOTHER_FIT)
     elif processes.rank > 0:  # what was loaded are sums over all processes
         kept.dynamics.sums.zero_()
-    return Watching(kept.dynamics, device, processes.share, tell, Pace(SHARE if unasked else None))
+    return Watching(kept.dynamics, device, processes.share, tell, Pace(share))
 
 
 def _say_nothing(message: str, kind: str) -> None:

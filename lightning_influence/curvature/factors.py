@@ -252,6 +252,8 @@ def _add_moments(total: Tensor, rows: Tensor) -> None:
     # On an accelerator asking would wait for it, and products take little.
     if width >= _BLOCKED and len(total) == 1 and rows.device.type == "cpu":
         seen = rows[0].abs().sum(dim=0).nonzero().flatten()
+        if not len(seen):  # a layer behind dead units, or of examples that are fitted to the last bit
+            return
         if len(seen) <= width // _FEW:
             part = total.new_zeros(1, len(seen), len(seen))
             _add_moments(part, rows[:, :, seen])

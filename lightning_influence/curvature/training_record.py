@@ -126,7 +126,8 @@ class LayerRecord:
     metric: float = 1.0
 
 
-_Parts = list[tuple[LayerRecord, list[tuple[float, Mapping[str, Any]]]]]
+# Layers whose parameters lie in the same groups in the same shares, with these: mostly all layers at once.
+_Parts = list[tuple[list[LayerRecord], list[tuple[float, Mapping[str, Any]]]]]
 
 
 @dataclass
@@ -185,20 +186,21 @@ class TrainingRecord:
         self.steps += 1
         if rule is None:  # whatever its groups hold
             return
-        for record, parts in self._groups_of(optimizer, layers):
+        for records, parts in self._groups_of(optimizer, layers):
             rate = decay = 0.0
             for share, group in parts:
                 rate += share * rule.read_rate(group)
                 decay += share * rule.read_weight_decay(group)
-            record.rate, record.weight_decay = record.rate + rate, float(decay)
+            for record in records:
+                record.rate, record.weight_decay = record.rate + rate, float(decay)
 
     def _groups_of(self, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> _Parts:
-        """Return each layer's record with its parameter groups and their shares; looked up once."""
+        """Return the layers' records with their parameter groups and the shares of these; looked up once."""
         key = id(optimizer), len(optimizer.param_groups), len(self.layers)
         if key in self._cache:
             return self._cache[key]
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        found: _Parts = []
+        found: dict[tuple[tuple[float, int], ...], tuple[list[LayerRecord], Any]] = {}
         for name, layer in layers.items():
             own = [p for p in _parameters(layer) if id(p) in groups]
             total = sum(p.numel() for p in own)
@@ -208,9 +210,10 @@ class TrainingRecord:
                     shares[id(groups[id(p)])] = shares.get(id(groups[id(p)]), 0.0) + p.numel() / total
                 parts: list[tuple[float, Mapping[str, Any]]]
                 parts = [(shares[id(g)], g) for g in optimizer.param_groups if id(g) in shares]
-                found.append((self.layers.setdefault(name, LayerRecord()), parts))
-        self._cache[(*key[:2], len(self.layers))] = found
-        return found
+                alike = tuple((share, id(group)) for share, group in parts)
+                records, _ = found.setdefault(alike, ([], parts))
+                records.append(self.layers.setdefault(name, LayerRecord()))
+        return self._cache.setdefault((*key[:2], len(self.layers)), list(found.values()))
 
     def read_metric(self, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> None:
         """Read the metric of the optimizer's steps as it is now, Adam's second moments for one."""
