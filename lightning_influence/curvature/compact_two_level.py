@@ -20,7 +20,7 @@ from lightning_influence.curvature.compact_solving import solve_within
 from lightning_influence.curvature.compact_space import CompactSpace, CurvatureRows, compute_gram
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.low_rank_matrices import Matrices, join_matrices
-from lightning_influence.curvature.two_level import relate_norms
+from lightning_influence.curvature.two_level import relate_norms, square_norms
 from lightning_influence.linalg.enlarged_subspace import EnlargedSubspace
 from lightning_influence.linalg.galerkin import GalerkinInverse
 from lightning_influence.model.layers.gradients import LayerGradients
@@ -122,6 +122,45 @@ class _Tried:
     remainders: Tensor
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """Which of several ways to answer each query is best, ``(Q,)``, and the length it is best in."""
+
+    best: Tensor
+    lengths: Tensor
+
+    def leave(self, remainders: Tensor, seen: Tensor) -> Tensor:
+        """Return what is left at probes, ``(Q, s)``, of what is left by every way ``(ways, Q, s)``."""
+        left = remainders[self.best, torch.arange(len(seen), device=seen.device)]
+        return seen - self.lengths[:, None] * (seen - left)
+
+
+def _choose(remainders: Tensor, seen: Tensor, scale: Tensor, tolerance: float) -> _Choice:
+    """Choose by what probes see.
+
+    Args:
+        remainders: what every way leaves, ``(ways, Q, s)``; the first one is taken where it is good enough.
+        seen: what there is, ``(Q, s)``.
+        scale: squared norms of the queries, ``(Q,)``.
+        tolerance: as in :meth:`CompactTwoLevel.compare`.
+
+    Returns:
+        For each query the best way, in a length other than 1 only where it would be worse than nothing.
+    """
+    residuals = (remainders.square().mean(dim=2) / scale).sqrt()
+    best = residuals.nan_to_num(nan=math.inf).argmin(dim=0)
+    best = torch.where(residuals[0] > tolerance, best, torch.zeros_like(best))
+    plain = _Choice(best, torch.ones_like(scale))
+    # What is best in the norm of A may be longer than nothing at all is off in the norm of residuals. Its
+    # length is then the one that is best in that norm.
+    answers = seen - plain.leave(remainders, seen)
+    lengths = (answers * seen).sum(dim=1) / answers.square().sum(dim=1)
+    left = (seen - lengths[:, None] * answers).square().mean(dim=1)
+    own = residuals.gather(0, best[None])[0]
+    long = (own > max(1.0, tolerance)) & (lengths > 0) & (left < own.square() * scale)
+    return _Choice(best, torch.where(long, lengths, plain.lengths))
+
+
 class CompactTwoLevel:
     """The two-level operator for one preconditioner and a compact space.
 
@@ -202,31 +241,29 @@ class CompactTwoLevel:
             steps = torch.where(steps.isfinite(), steps, plain)
             nothing = torch.zeros_like(tried[0].coefficients)
             tried.append(_Tried(forms[1], steps, nothing, seen - steps[:, None] * own))
-        residuals = torch.stack([self._relate(one.remainders, queries) for one in tried])
-        best = residuals.nan_to_num(nan=math.inf).argmin(dim=0)
-        best = torch.where(residuals[0] > tolerance, best, torch.zeros_like(best))
-        each = torch.arange(len(best), device=best.device)
-        residuals = residuals[best, each]
+        remainders = torch.stack([one.remainders for one in tried])
+        scale = square_norms(queries).double().clamp_min(torch.finfo(torch.float64).tiny)
+        chosen = _choose(remainders, seen, scale, tolerance)
+        best, each = chosen.best, torch.arange(len(plain), device=plain.device)
         coefficients = torch.stack([one.coefficients for one in tried])[best, each]
-        remainders = torch.stack([one.remainders for one in tried])[best, each]
         steps = torch.stack([one.steps * one.form.factor for one in tried])[best, each]
         bases = torch.tensor([one.form.first for one in tried], device=best.device)[best]
-        # What is best in the norm of A may be longer than nothing at all is off in the norm of residuals. Its
-        # length is then the one that is best in that norm, as the probes see it.
-        answers_seen = seen - remainders
-        lengths = (answers_seen * seen).sum(dim=1) / answers_seen.square().sum(dim=1)
-        shorter = self._relate(seen - lengths[:, None] * answers_seen, queries)
-        long = (residuals > max(1.0, tolerance)) & (lengths > 0) & (shorter < residuals)
-        lengths = torch.where(long, lengths, plain)
         correction = CompactCorrection(
-            (coefficients * lengths[:, None]).to(self._dtype),
+            (coefficients * chosen.lengths[:, None]).to(self._dtype),
             space,
             {name: vectors.select(bases + each) for name, vectors in answers.vectors.items()},
-            (steps * lengths).to(self._dtype),
-            int(long.sum()),
+            (steps * chosen.lengths).to(self._dtype),
+            int((chosen.lengths != 1).sum()),
         )
+        # What is best by some probes looks better to them than it is: the others tell how good it is.
+        halves = [slice(0, None, 2), slice(1, None, 2)]
+        told = torch.zeros_like(scale)
+        for half, rest in (halves, halves[::-1]):
+            choice = _choose(remainders[..., half], seen[:, half], scale, tolerance)
+            told += choice.leave(remainders[..., rest], seen[:, rest]).square().sum(dim=1)
+        residuals = (told / probes / scale).sqrt().to(self._dtype)
         closed_residuals = self._relate(seen - forms[-1].image[:, :probes], queries)
-        return correction, torch.where(long, shorter, residuals), closed_residuals
+        return correction, residuals, closed_residuals
 
     def _place(self, answers: ClosedAnswers, rows: CurvatureRows) -> list[_Form]:
         """Return what the curvature, with its damping, makes of the closed forms' answers."""

@@ -47,6 +47,7 @@ from lightning_influence.methods.method import Gradients, Method, Queries, Solve
 from lightning_influence.methods.options import SpaceOptions, require_count, require_number
 from lightning_influence.methods.scorers import DenseScorer, JointScorer, PreconditionedScorer
 from lightning_influence.methods.scoring_passes import LayeredScorer, Quadratic, SelfScores
+from lightning_influence.methods.verifying import verify_answers
 from lightning_influence.model.layers.gradients import LayerGradients
 
 # Measured (examples/benchmarks/krylov.py) after 0, 1, 2 steps on all queries: digits MLP, median
@@ -128,11 +129,11 @@ class Auto(Method):
             3 * MOST_ANCHORS
         )
         examples, total = self.options.most_curvature_examples, context.train.num_examples
-        sample = 1.0  # the share of the training data that leverages and anchors are looked for in
-        is_default = self.options.curvature_examples is None
-        if compact and is_default and is_few(queries) and told.is_long(context.device.type):
+        few = compact and self.options.curvature_examples is None and is_few(queries)
+        few = few and told.is_long(context.device.type)
+        if few:
             examples = count_examples_for_few(queries, total)
-            sample = min(1.0, examples / total)
+        sample = min(1.0, examples / total) if few else 1.0  # of the data, for leverages and anchors
         rows = _COLUMN * (columns if columns <= MOST_COLUMNS else MOST_MIXTURES) * min(1.0, examples / total)
         known = state.coarse is not None or state.compact is not None
         if not known:
@@ -140,10 +141,13 @@ class Auto(Method):
             told.add_pass("anchors", sample)
             told.add_pass("curvature rows", rows)
         each = 8 * told.count_query_numbers() if compact else 2 * count_vector_bytes(context)
+        each = 3 * count_vector_bytes(context) if few else each  # formed
         groups = math.ceil(queries / max(1, self.options.memory_budget // (2 * each)))
         # The first group's are found in the pass that completes a new space.
         for _ in range(groups - (not known) if compact else 0):
             told.add_pass("curvature rows", rows)
+        for _ in range(groups if few else 0):  # that verifies them, of half as many examples
+            told.add_pass("curvature rows", rows / 2)
         told.add_scores(queries, groups)
         return True
 
@@ -198,6 +202,10 @@ class Auto(Method):
 
     def solve(self, queries: Queries) -> Solved:
         """Return corrected answers; iterate on queries whose own residual is above the tolerance."""
+        if self.builder.is_small:
+            solutions, told = self.solutions(queries)
+            queries.clear()
+            return Solved(DenseScorer(self.context.layout.split(solutions)), told)
         correction, residuals, own = self._compare(queries)
         chosen, solutions = self._improve(queries, residuals)
         worse = self._find_worse(residuals, own, "queries")
@@ -232,7 +240,19 @@ class Auto(Method):
         worse = self._find_worse(residuals, own, "queries")
         if bool(worse.any()):
             solutions[worse] = self.ekfac.apply(vectors[worse])
-        return solutions, torch.where(worse, own, residuals)
+        residuals = torch.where(worse, own, residuals)
+        builder, left = self.builder, (~worse).nonzero().flatten()
+        if isinstance(builder, CompactBuilder) and builder.is_small and len(left):
+            known = self.space.rows.indices if isinstance(self.space, CompactSpace) else left[:0]
+            rights, plain = vectors[left], self.ekfac.apply(vectors[left])
+            curved, others = builder.measure_curved(torch.cat([solutions[left], plain]), known)
+            verified = verify_answers(rights, solutions[left], plain, curved, others)
+            solutions[left] = verified.choose(solutions[left], plain)
+            residuals[left] = verified.bound(residuals[left], own[left])
+            self.context.extra["verified_on"] = others
+            if told := verified.describe(others):
+                self.context.notes.add(told)
+        return solutions, residuals
 
     def _improve(self, queries: Gradients, residuals: Tensor) -> tuple[Tensor, Tensor]:
         """Iterate on queries whose residual is above the tolerance.
@@ -382,15 +402,16 @@ class Auto(Method):
         A query is held as its gradient and its answer; where it may be iterated on, half is left. Beside a
         compact space, see :meth:`.CompactBuilder.count_query_bytes`.
         """
-        if isinstance(self.builder, CompactBuilder):
+        if isinstance(self.builder, CompactBuilder) and not self.builder.is_small:
             return max(1, self._left() // self.builder.count_query_bytes(self._low_rank() > 0))
-        each = 4 if self._may_iterate() else 2
+        each = 6 if self.builder.is_small else 4 if self._may_iterate() else 2
         return max(1, self._left() // (each * count_vector_bytes(self.context)))
 
     @property
     def compresses(self) -> bool:
         """Whether answers are held in low rank, as those beside a compact space are."""
-        return isinstance(self.builder, CompactBuilder) and self._low_rank() > 0
+        compact = isinstance(self.builder, CompactBuilder) and not self.builder.is_small
+        return compact and self._low_rank() > 0
 
     def measure_group_size(self, queries: Queries) -> int:
         """Return how many queries fit beside a compact space in the form in which they are held."""

@@ -15,6 +15,7 @@ from lightning_influence.curvature.compact_space import CompactSpace, CurvatureR
 from lightning_influence.curvature.compact_two_level import CompactTwoLevel, compute_best_step
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.low_rank_matrices import (
+    DenseMatrices,
     Matrices,
     compress,
     count_numbers,
@@ -39,8 +40,8 @@ from lightning_influence.model.layers.plan import LayerPlan
 # Ranks to cut directions to, best first: the first with which all of them fit. Measured on the digits MLP and
 # CNN: with rank 4 the correlation with retraining is that of whole directions, with rank 1 nearly so.
 RANKS = (4, 2, 1)
-# Chosen by hand: residuals are priced to a relative error of at most sqrt(8 / 64) / 2, about a sixth; of
-# twice that where a quarter of the space's memory has no room for more.
+# Chosen by hand: residuals are priced to a relative error of about sqrt(1 / 128), a tenth; of twice that at
+# most where a quarter of the space's memory has no room for more.
 PROBES, _FEWEST_PROBES = 64, 16
 _PROBE_SEED = 20_240_602
 # Chosen by hand: the share of the memory budget that the space may take; queries need the rest.
@@ -65,6 +66,8 @@ _MOST_PARTS, _MOST_RANKS = 2048, 1024
 # examples, the mean of 8 queries, damping .003) scores have a rank correlation of .23 with converged ones by
 # EK-FAC; of .53 with 64 directions, from 96 examples or in 8 plain epochs; of .70 with 256 from all in 44.
 _ANCHORS_EACH, _EXAMPLES_SHARE, _FEWEST_EXAMPLES = 64, 8, 64
+# Chosen by hand: its answers are verified on half as many other examples as it is made of.
+_OTHERS_SHARE = 2
 
 
 @dataclass(frozen=True)
@@ -379,6 +382,33 @@ class CompactBuilder(SpaceBuilder):
         gather = context.runner.all_gather_cat if context.runner.world_size > 1 else None
         grown = space.grown(directions, self._run_rows([directions], space.stages).rows(like, gather))
         return replace(grown, limit=limit)
+
+    def measure_curved(self, vectors: Tensor, known: Tensor) -> tuple[Tensor, int]:
+        """Return ``v^T A v`` over other examples than a space is made of, in a pass of their own.
+
+        Args:
+            vectors: flat, ``(V, P)``.
+            known: dataset indices of the space's examples, of all processes.
+
+        Returns:
+            ``(V,)`` in float64, and of how many examples.
+        """
+        context, total = self.context, self.context.train.num_examples
+        wanted = max(_FEWEST_EXAMPLES, self.most_examples // _OTHERS_SHARE)
+        sample = context.train.sample(-(-wanted * total // max(1, total - len(known))), self._seed + 4)
+        blocks = {name: DenseMatrices(part) for name, part in context.layout.split(vectors).items()}
+        one_pass = RowsPass(context.plan, blocks, draws=self._mixtures(), seed=self._seed)
+        context.runner.run(one_pass, sample)
+        one_pass.count.reduce(context.runner.all_reduce_sum)
+        rows = one_pass.rows(vectors)
+        others = ~torch.isin(rows.indices, known)
+        squares = rows.values[others.to(vectors.device)].double().square().sum(dim=(0, 1))
+        counted = context.runner.all_reduce_sum(torch.tensor([float(others.sum())]))
+        examples = int(counted)
+        normaliser = one_pass.count.normaliser * examples / max(1, one_pass.count.examples)
+        curved = context.runner.all_reduce_sum(squares) / max(normaliser, torch.finfo(torch.float64).tiny)
+        damping = context.layout.expand(self.inverse.damping, vectors).double()
+        return curved + (vectors.double().square() * damping).sum(dim=1), examples
 
     def _run_rows(
         self, blocks: Sequence[Mapping[str, Matrices]], stages: Mapping[str, int] | None = None

@@ -1,0 +1,119 @@
+"""Answers of a coarse space that is made of few examples hold on others, or are not given."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_influence import InfluenceModule
+from lightning_influence.methods.verifying import verify_answers
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+EXAMPLES = 240
+
+
+class Net(LightningModule):
+    """Trained on what can be learned, so that few examples leave much of its curvature out."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 3))
+        self.double()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def draw(seed: int):
+    """A trained module, training batches, and one batch of queries."""
+    module, generator = Net(seed), torch.Generator().manual_seed(seed)
+    x = torch.randn(EXAMPLES + 20, 10, generator=generator, dtype=torch.float64)
+    rule = torch.randn(10, 3, generator=generator, dtype=torch.float64)
+    y = (x @ rule + torch.randn(len(x), 3, generator=generator, dtype=torch.float64)).argmax(1)
+    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        module.training_step((x[:EXAMPLES], y[:EXAMPLES]), 0).backward()
+        optimizer.step()
+    module.zero_grad()
+    train = list(zip(x[:EXAMPLES].split(40), y[:EXAMPLES].split(40), strict=True))
+    return module, train, (x[EXAMPLES:], y[EXAMPLES:])
+
+
+def differentiate(module, train, query):
+    """Training gradients (N, P), the Gauss-Newton matrix, and the gradient of the mean query."""
+    named = {n: p.detach() for n, p in module.named_parameters()}
+
+    def outputs(parameters, x):
+        return torch.func.functional_call(module, {n: p for n, p in parameters.items()}, (x,))
+
+    module.forward = module.net.forward
+    x, y = (torch.cat(parts) for parts in zip(*train, strict=True))
+
+    def loss(parameters, one, label):
+        return F.cross_entropy(outputs(parameters, one[None])[0][None], label[None])
+
+    def flatten(tree):
+        return torch.cat([tree[n].flatten(-named[n].ndim) for n in named], dim=-1)
+
+    gradients = flatten(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(named, x, y))
+    each = torch.func.vmap(torch.func.jacrev(lambda p, one: outputs(p, one[None])[0]), in_dims=(None, 0))
+    J = flatten(each(named, x))
+    shares = outputs(named, x).softmax(1)
+    H = torch.diag_embed(shares) - shares[:, :, None] * shares[:, None, :]
+    mean = torch.func.grad(lambda p: F.cross_entropy(outputs(p, query[0]), query[1]))(named)
+    return gradients.detach(), torch.einsum("nkp,nkl,nlq->pq", J, H, J).detach() / len(x), flatten(mean)
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_small_spaces_do_no_harm(seed, damping, monkeypatch):
+    monkeypatch.setattr("lightning_influence.methods.forecast._LONG", 0.0)
+    monkeypatch.setattr("lightning_influence.methods.compact_building._FEWEST_EXAMPLES", 40)
+    module, train, query = draw(seed)
+    gradients, G, v = differentiate(module, train, query)
+    size = len(v)
+
+    def ask(method, **options):
+        return InfluenceModule(module).scores(
+            train, [query], method=method, damping=damping, aggregate="mean", **options
+        )
+
+    found, plain = ask("auto", memory_budget=400 * 8 * size), ask("ekfac")
+    assert found.diagnostics.extra["coarse_space"] <= 64
+    assert found.diagnostics.extra["curvature_examples"] < EXAMPLES
+    assert found.diagnostics.extra["verified_on"] >= 16
+    exact = torch.linalg.solve(G + damping * torch.eye(size, dtype=G.dtype), v) @ gradients.T / EXAMPLES
+
+    def miss(scores):  # of the best length: where answers are far from solved, their order is what counts
+        length = (scores @ exact) / scores.square().sum()
+        return float((length * scores - exact).norm() / exact.norm())
+
+    assert miss(found.scores[0]) < 1.02 * miss(plain.scores[0])
+
+
+def test_what_other_examples_say_of_answers():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    A, v = root @ root.T, torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    best = torch.linalg.solve(A, v.T).T
+    others = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    answers = torch.stack([best[0], 4 * best[1], -best[2]])  # right, too long, and uphill
+    curved = torch.einsum("qp,pr,qr->q", torch.cat([answers, others]), A, torch.cat([answers, others]))
+    found = verify_answers(v, answers, others, curved, 20)
+    assert found.worse[:2].tolist() == [False, False]
+    torch.testing.assert_close(found.lengths[:2], torch.tensor([1.0, 0.25], dtype=torch.float64))
+    chosen = found.choose(answers, others)
+    torch.testing.assert_close(chosen[:2], best[:2])
+    uphill = float(others[2] @ v[2]) > 0
+    assert bool(found.worse[2]) == uphill
+    assert torch.equal(chosen[2], others[2] if uphill else torch.zeros(6, dtype=torch.float64))
+    residuals = (v - answers @ A).norm(dim=1) / v.norm(dim=1)
+    true = (v - chosen @ A).norm(dim=1) / v.norm(dim=1)
+    assert (found.bound(residuals, (v - others @ A).norm(dim=1) / v.norm(dim=1)) >= true - 1e-9).all()
+    assert "shortened" in found.describe(20)
+    few = verify_answers(v, answers, others, curved, 3)
+    assert torch.equal(few.choose(answers, others), answers)
+    assert few.describe(3) == ""
