@@ -56,6 +56,15 @@ class Scale(nn.Module):
         return x * self.scale
 
 
+class Frequencies(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH // 2 + 1, dtype=torch.cfloat))
+
+    def forward(self, x):
+        return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=WIDTH)
+
+
 def channels(part, x):
     return part(x.transpose(1, 2)).mean(2)
 
@@ -104,6 +113,7 @@ PARTS = {
         tokens,
     ),
     "parameters used bare": (Scale, tokens),
+    "complex parameters": (Frequencies, tokens),
     "frozen parameters": (lambda: freeze(nn.Linear(WIDTH, WIDTH)), tokens),
 }
 
@@ -134,7 +144,7 @@ def test_scores_cover_what_the_table_says(name, monkeypatch):
         register_layer(OwnLayer)(type(layers._RULES[nn.Linear]))
     said = next(row[1] for row in coverage_rows() if row[0].startswith(name))
     model, batch = make(name)
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() * (1 + p.is_complex()) for p in model.parameters())
     head = sum(p.numel() for p in model.head.parameters())
     module = InfluenceModule(model)
     with warnings.catch_warnings():

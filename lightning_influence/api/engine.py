@@ -399,8 +399,7 @@ class Engine:
                 "Influence is of the gradients before these hooks: leave these layers out with layers= where "
                 "that is not what is asked."
             )
-        first = next(iter(plan.layers.values()))
-        dtype = first.rule.weight(first.module).dtype
+        dtype = next(iter(plan.layers.values())).dtype
         weights = fingerprint(module)
         return Context(
             self._runner,

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers.layer import Layer
 from lightning_influence.model.layers.plan import LayerPlan, Layout
+from lightning_influence.support.coordinates import square_norm
 from lightning_influence.support.errors import UnsupportedModelError
 
 # Chosen by hand: memory for what flows back at once; a batched pass holds a copy of everything a vector.
@@ -217,9 +218,9 @@ def _adds_up(products: Sequence[Tensor | None], mixed: Sequence[Tensor | None], 
     for many, one in zip(products, mixed, strict=True):
         if many is None or one is None:
             continue
-        gap += float((torch.tensordot(mixture.to(many), many, 1) - one).double().square().sum())
-        size += float(many.double().square().sum())
-    limit = _AGREEMENT.get(next((p.dtype for p in products if p is not None), torch.float64), 0.1)
+        gap += square_norm(torch.tensordot(mixture.to(many), many, 1) - one)
+        size += square_norm(many)
+    limit = _AGREEMENT.get(next((p.dtype.to_real() for p in products if p is not None), torch.float64), 0.1)
     return bool(gap**0.5 <= limit * size**0.5)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 from lightning_influence.model.layers.table_gradients import TableGradients
+from lightning_influence.support.coordinates import to_coordinates
 from lightning_influence.support.errors import FactorMismatchError
 from lightning_influence.support.storage import check_version
 from lightning_influence.support.waiting import SummedLater, add_later
@@ -434,7 +435,7 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
     """
     result: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        values = read_whole(parameter).detach()
+        values = to_coordinates(read_whole(parameter).detach())
         total = squares = values.new_zeros((), dtype=torch.float64)
         parts = torch.split(values.flatten(), _AT_ONCE)
         places = torch.arange(len(parts[0]), dtype=torch.float64, device=values.device)

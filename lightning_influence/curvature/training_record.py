@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_influence.model.layers.layer import Layer
+from lightning_influence.support.coordinates import to_coordinates
 from lightning_influence.support.whole import read_whole
 
 Family = Literal["sgd", "adam", "adamw", "other"]
@@ -100,7 +101,7 @@ class AdamRule(OptimizerRule):
         if moment is None or step < 1:
             return None
         correction = 1.0 - float(group["betas"][1]) ** step
-        roots: Tensor = (moment / correction).sqrt() + float(group["eps"])
+        roots: Tensor = (to_coordinates(moment) / correction).sqrt() + float(group["eps"])
         return roots
 
 
@@ -230,7 +231,7 @@ class TrainingRecord:
                     continue
                 metric = rule.read_metric(optimizer.state.get(p, {}), groups[id(p)])
                 if metric is not None:
-                    total, count = total + float(read_whole(metric).double().sum()), count + p.numel()
+                    total, count = total + float(read_whole(metric).double().sum()), count + metric.numel()
             if count:
                 self.layers[name].metric = total / count
 

@@ -60,7 +60,7 @@ def compute_edit(start: Start) -> ParameterEdit:
         notes = _conclude(start, before, after)
         report = _make_report(start, path, change, (before, after), predicted, notes)
         moved = {name: p.detach().clone() for name, p in weights.parameters.items()}
-        masks = {k: v > 0 for k, v in weights.by_parameter(path.selection.flat().float()).items()}
+        masks = {k: v != 0 for k, v in weights.by_parameter(path.selection.flat().float()).items()}
         return ParameterEdit(start.runner.module, changes_between(originals, moved, masks), report)
     finally:
         start.weights.restore()

@@ -19,6 +19,7 @@ from typing_extensions import Self
 from lightning_influence.edits.edit_report import EditReport
 from lightning_influence.results.rendering import build_facts_table, render_plain
 from lightning_influence.support.arguments import are_distinct, is_count
+from lightning_influence.support.coordinates import from_coordinates, to_coordinates
 from lightning_influence.support.errors import EditMismatchError, InfluenceWarning, NonFiniteError, add_note
 from lightning_influence.support.fields import read_tensor
 from lightning_influence.support.storage import PathLike, load_object, save_tensors
@@ -168,7 +169,7 @@ class ParameterEdit(JupyterMixin):
         tensors: dict[str, Tensor] = {}
         for name, change in self.changes.items():
             for key in ("index", "before", "after"):
-                tensors[f"{name}/{key}"] = getattr(change, key)
+                tensors[f"{name}/{key}"] = to_coordinates(getattr(change, key))
         shapes = {name: list(change.shape) for name, change in self.changes.items()}
         save_tensors(path, tensors, {"kind": self.KIND, "shapes": shapes, "report": self.report.to_state()})
         return Path(path).expanduser()
@@ -296,6 +297,8 @@ def _read_change(tensors: Mapping[str, Tensor], name: str, shape: Any) -> Change
     if not isinstance(shape, list) or not all(is_count(size, 0) for size in shape):
         raise ValueError(f"the shape of {name!r} is {shape!r:.40}; accepted is a list of integers.")
     index, before, after = (read_tensor(tensors, f"{name}/{key}") for key in ("index", "before", "after"))
+    if before.ndim == 2 and before.shape == after.shape == (len(index), 2):  # of complex numbers
+        before, after = from_coordinates(before), from_coordinates(after)
     try:
         return Change(index, before, after, tuple(shape))
     except ValueError as error:

@@ -18,9 +18,11 @@ import torch
 from lightning_influence.curvature.damping import average_eigenvalues, resolve_damping
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
+from lightning_influence.methods.gradient_share import measure_gradient_share
 from lightning_influence.methods.options import Options
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.layer import parameters_of
 from lightning_influence.model.layers.plan import LayerPlan, Layout
 from lightning_influence.model.mean_loss import same_mean
 from lightning_influence.support.digests import digest_text
@@ -136,7 +138,7 @@ class Context:
         self.leave_out(names, _SILENT)
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
-        """Take layers out of the plan, and say so.
+        """Take layers out of the plan, and say so, with their shares of parameters and of the gradient.
 
         Args:
             names: the layers.
@@ -153,9 +155,15 @@ class Context:
         share = sum(count for count, _ in left_out.values()) / sum(_all_counts(plan))
         if not layers:
             raise UnsupportedModelError(f"No layer is left to cover: {list(names)} {why}.")
+        parameters = parameters_of({name: self.plan.layers[name] for name in names}).values()
+        squares = measure_gradient_share(self.runner, self.train, parameters, self.plan.loss)
+        known = "" if squares is None else f" and {squares:.1%} of the squared gradient of a training batch"
         self.notes.add(
-            f"Layers {list(names)} ({share:.1%} of the trainable parameters) {why}; they are left out."
+            f"Layers {list(names)} ({share:.1%} of the trainable parameters{known}) {why}; they are left out."
         )
+        if squares is not None:
+            known_before = self.extra.get("squared_gradient_left_out", 0.0)
+            self.extra["squared_gradient_left_out"] = known_before + squares
         self.plan = plan
 
 
@@ -243,5 +251,4 @@ def check_same_data(context: Context, losses: SeenData) -> None:
 
 def _precision(context: Context) -> torch.dtype:
     """Return the precision of the model; gradients of one in half precision are in single precision."""
-    layer = next(iter(context.plan.layers.values()))
-    return layer.rule.weight(layer.module).dtype
+    return next(iter(context.plan.layers.values())).dtype

@@ -191,7 +191,7 @@ def _partly_seen(
         weight, *bias = found[name]  # of sparse embeddings too
         whole = layer.from_parameters(weight, bias[0] if bias else None)
         seen, size = _add_up(gradients[name]), _add_up(gradients[name].absolute()).norm()
-        limit = _LIMITS.get(weight.dtype, 5e-2) * size
+        limit = _LIMITS.get(whole.dtype, 5e-2) * size
         hooked = any(p._backward_hooks for p in parameters[name])  # of the user's, which change gradients
         if not hooked and bool((seen - whole.to(seen)).norm() > limit):
             return name

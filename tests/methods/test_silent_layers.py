@@ -62,7 +62,8 @@ def test_answers_are_those_of_the_model_without_them(method):
     [note] = [n for n in found.diagnostics.warnings if "took no part" in n]
     assert "scale" in note
     total = sum(p.numel() for p in idle.parameters())
-    assert f"({32 / total:.1%} of the trainable parameters)" in note  # 12 of spare, 20 of scale
+    share = f"{32 / total:.1%} of the trainable parameters"  # 12 of spare, 20 of scale
+    assert f"({share} and 0.0% of the squared gradient of a training batch)" in note
     assert found.diagnostics.parameters_covered == pytest.approx(31 / total)
     said = [str(w.message) for w in caught]
     assert sorted(said) == sorted(found.diagnostics.warnings)  # each once
@@ -110,6 +111,36 @@ def test_queries_that_use_other_layers_than_training(method):
         found = module.scores(data(), data(), method=method, measurement=other, damping=0.1)
     assert found.scores.isfinite().all()
     assert found.scores.abs().max() > 0
+
+
+def test_the_share_of_the_squared_gradient_is_told():
+    """Of a parameter whose gradients for single examples cannot be had: the step refuses a batch of one."""
+
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__(idle=False)
+            self.scale = nn.Parameter(torch.tensor(0.7))
+
+        def training_step(self, batch, batch_idx):
+            assert len(batch[0]) > 1, "a batch of one"
+            errors = (self(batch[0]) - functional.one_hot(batch[1], 3)).square().sum(1)
+            # By an operation that does not tell what each example adds to the mean.
+            mean = torch.dot(errors, torch.full_like(errors, 1 / len(errors)))
+            return self.scale.exp() * mean - self.scale
+
+    module = Scaled().double()
+    grads = torch.autograd.grad(module.training_step(data()[0], 0), list(module.parameters()))
+    squares = {
+        name: float(g.square().sum()) for (name, _), g in zip(module.named_parameters(), grads, strict=True)
+    }
+    expected = squares["scale"] / sum(squares.values())
+    assert 0.01 < expected < 0.99
+    with pytest.warns(InfluenceWarning, match="'scale'"):
+        found = InfluenceModule(module).scores(data(), data(), method="identity")
+    assert "scale" not in found.diagnostics.layers
+    assert found.diagnostics.extra["squared_gradient_left_out"] == pytest.approx(expected)
+    text = f"and {expected:.1%} of the squared gradient of a training batch)"
+    assert any("'scale'" in note and text in note for note in found.diagnostics.warnings)
 
 
 def test_nothing_is_left():

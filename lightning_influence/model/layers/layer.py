@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_influence.support.coordinates import count_coordinates, from_coordinates, to_coordinates
+
 
 class LayerRule(ABC):
     """How one class of modules fits the weight-sharing format; see :func:`register_layer`.
@@ -108,6 +110,11 @@ class Layer:
         return self.groups, self.d_out, self.d_in
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights; of the coordinates of complex ones."""
+        return self.rule.weight(self.module).dtype.to_real()
+
+    @property
     def diagonal_sides(self) -> tuple[bool, bool]:
         """Whether only the diagonal is held of the covariance of outputs, and of that of inputs."""
         limit = MATRIX_WIDTH if isinstance(self.rule, ParameterRule) else SIDE_WIDTH
@@ -154,7 +161,7 @@ class Layer:
             Matrices ``(..., G, D_out, D_in)``.
         """
         lead = weight.shape[: weight.ndim - self.rule.weight(self.module).ndim]
-        weight = weight.mT if self.rule.transposed else weight
+        weight = to_coordinates(weight.mT if self.rule.transposed else weight)
         matrix = weight.reshape(*lead, self.groups, self.d_out, self.d_in - self.has_bias)
         if not self.has_bias:
             return matrix
@@ -168,12 +175,15 @@ class Layer:
             The weight-shaped part, and the bias-shaped one or None.
         """
         lead = matrix.shape[:-3]
-        shape = self.rule.weight(self.module).shape
+        whole = self.rule.weight(self.module)
+        shape = whole.shape
         rows, bias = (
             (matrix[..., :-1], matrix[..., -1].reshape(*lead, -1)) if self.has_bias else (matrix, None)
         )
         if self.rule.transposed:
             return rows.reshape(*lead, *reversed(shape)).mT, bias
+        if whole.is_complex():
+            return from_coordinates(rows.reshape(*lead, *shape, 2)), bias
         return rows.reshape(*lead, *shape), bias
 
 
@@ -198,6 +208,7 @@ class ParameterRule(LayerRule):
     A small one is a vector: one input, which is 1, and its gradient as output gradient. A matrix has inputs
     and output gradients of the operations that it maps in, or the columns of its gradient. A large matrix is
     a table, whose ``V`` rows are its larger dimension. Each entry of another large one is a group of its own.
+    A complex one is the real one of its coordinates, ``(*shape, 2)``.
 
     Attributes:
         attribute: the parameter's name in its module.
@@ -208,7 +219,7 @@ class ParameterRule(LayerRule):
     def shape(self, module: nn.Module) -> tuple[int, int, int]:
         """Return ``(1, numel, 1)``, ``(1, rows, columns)`` for a matrix or table, ``(numel, 1, 1)`` else."""
         weight = self.weight(module)
-        numel, rows = weight.numel(), weight.shape[0] if weight.ndim else 1
+        numel, rows = count_coordinates(weight), weight.shape[0] if weight.ndim else 1
         if numel <= DENSE_WIDTH:
             return (1, numel, 1)
         if self.is_table(module):
@@ -222,6 +233,7 @@ class ParameterRule(LayerRule):
     def inputs(self, module: nn.Module, x: Tensor, num_examples: int) -> Tensor:
         """Return ones ``(G, B, 1, 1)``, or the identity ``(1, B, D_in, D_in)`` for a matrix."""
         groups, _, d_in = self.shape(module)
+        x = to_coordinates(x)
         if d_in > 1:
             return torch.eye(d_in, dtype=x.dtype, device=x.device).expand(groups, num_examples, d_in, d_in)
         return x.new_ones(groups, num_examples, 1, 1)
@@ -229,6 +241,7 @@ class ParameterRule(LayerRule):
     def output_gradients(self, module: nn.Module, grad: Tensor, num_examples: int) -> Tensor:
         """Return per-example gradients ``(B, *shape)`` as ``(G, B, 1, D_out)`` or columns of a matrix."""
         groups, d_out, d_in = self.shape(module)
+        grad = to_coordinates(grad)
         if d_in > 1:
             return grad.reshape(1, num_examples, d_out, d_in).transpose(2, 3)
         return grad.reshape(num_examples, groups, 1, d_out).transpose(0, 1)
@@ -257,7 +270,12 @@ def is_table(parameter: Tensor, looked_up: bool = False) -> bool:
         parameter: any.
         looked_up: whether it is an embedding's, whose rows are looked up.
     """
-    if parameter.ndim != 2 or min(parameter.shape) < 2 or parameter.numel() <= DENSE_WIDTH:
+    if (
+        parameter.ndim != 2
+        or parameter.is_complex()
+        or min(parameter.shape) < 2
+        or parameter.numel() <= DENSE_WIDTH
+    ):
         return False
     rows, columns = parameter.shape
     return max(rows, columns) > MATRIX_WIDTH or (looked_up and rows > LOOKUP_WIDTH and rows >= columns)
@@ -296,7 +314,7 @@ def parameters_of(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
 def full_precision(x: Tensor) -> Tensor:
     """Return ``x`` detached, in float32 if it was of lower precision."""
     x = x.detach()
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x if x.is_complex() or x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def split_rows(x: Tensor, num_examples: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from lightning_influence.model.layers.gradients import LayerGradients
 from lightning_influence.model.layers.layer import Layer, find_rule, rule_of_parameter, supported_types
+from lightning_influence.support.coordinates import count_coordinates, is_trainable_kind
 from lightning_influence.support.errors import UnsupportedModelError
 
 ModuleLoss = Callable[[Any, Any], Tensor]
@@ -172,7 +173,7 @@ def find_layers(
     if parameters:
         layers = _with_parameters(model, layers, include)
         # Whatever owns a parameter, it would be covered.
-        reasons = {id(p): "not selected" for p in model.parameters() if p.is_floating_point()}
+        reasons = {id(p): "not selected" for p in model.parameters() if is_trainable_kind(p)}
     _check_patterns(include, layers, model)
     return LayerPlan(layers, _uncovered(model, layers, reasons))
 
@@ -191,7 +192,7 @@ def _with_parameters(
         elif (
             p.requires_grad
             and p.numel()
-            and p.is_floating_point()
+            and is_trainable_kind(p)
             and id(p) not in covered
             and _is_selected((name, owner), include)
         ):
@@ -235,6 +236,8 @@ def _refusal(name: str, module: nn.Module, uses: Counter[int], include: Sequence
         return "its weight is computed, not a parameter"
     if not weight.requires_grad:
         return "its weight is frozen"
+    if any(p.is_complex() for p in own):
+        return "its weight is complex"
     if any(uses[id(p)] > 1 for p in own):
         return "shared with another module"
     return None
@@ -246,7 +249,7 @@ def _uncovered(
     """Return trainable parameters that no layer covers, with the reason."""
     covered = _parameters_of(layers)
     return {
-        name: (p.numel(), reasons.get(id(p), "not supported"))
+        name: (count_coordinates(p), reasons.get(id(p), "not supported"))
         for name, p in model.named_parameters()
         if p.requires_grad and id(p) not in covered
     }

@@ -21,6 +21,7 @@ from typing_extensions import Self
 
 from lightning_influence.model.losses.output_rows import OutputRows
 from lightning_influence.model.uses.calls import Watched
+from lightning_influence.support.coordinates import to_coordinates
 
 Key = tuple[str, int, int]
 """Name of a module, number of its call in the forward pass, and place of a tensor in what it returned."""
@@ -45,7 +46,7 @@ class CutLoss:
 
     Attributes:
         leaves: in place of the outputs, of the same values.
-        outputs: what the modules returned there.
+        outputs: what the modules returned there; the coordinates of complex numbers.
         value: the loss, a scalar.
         values: the losses of the examples ``(B,)``, where the user gives them.
         rows: the examples' rows in the leaves.
@@ -152,9 +153,10 @@ class OutputTap:
                     nodes.setdefault((get_gradient_edge(part).node, part.output_nr), key)
                     self.seen[key] = part
                 elif key in self._cut:
-                    self.outputs[key] = part
+                    self.outputs[key] = to_coordinates(part)
                     if self._replaces:
-                        parts[place] = self.leaves[key] = part.detach().requires_grad_()
+                        leaf = self.leaves[key] = to_coordinates(part.detach()).requires_grad_()
+                        parts[place] = torch.view_as_complex(leaf) if part.is_complex() else leaf
                     else:
                         parts[place] = part.clone()
                     changed = True

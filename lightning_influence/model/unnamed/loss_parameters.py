@@ -47,6 +47,11 @@ _INSIDE = (
     "The loss uses {name!r} beside the outputs of modules, which depend on it as well, and its gradients for "
     "single examples cannot be had. Leave it out with layers=['!{layer}']."
 )
+_COMPLEX = (
+    "The loss uses complex parameter {name!r} beside the outputs of modules. Accepted are real ones: hold "
+    "it as torch.view_as_real(...) and read it with torch.view_as_complex, or leave it out with "
+    "layers=['!{layer}']."
+)
 _PENALISED = (
     "The loss uses {name!r} beside the outputs of modules, which depend on it as well, and adds what is the "
     "same for all data, as a penalty on it: of that it is not known whether it belongs to the examples' "
@@ -266,8 +271,12 @@ class LossParameters:
             alone: runs the examples alone.
 
         Raises:
-            UnsupportedModelError: if the gradients of the examples do not make up the batch's.
+            UnsupportedModelError: if the gradients of the examples do not make up the batch's, or a parameter
+                is complex.
         """
+        for name in self.names:
+            if parameters[name].is_complex():
+                raise UnsupportedModelError(_COMPLEX.format(name=name, layer=layer_of(name)))
         rows = self._differentiate(loss, cut, parameters, alone)
         terms = []
         for name in self.names:

@@ -13,6 +13,7 @@ from lightning_influence.model.uses.certificate import Verdict, certify, draw_we
 from lightning_influence.model.uses.gradients import differentiate_rows, pull_gradients
 from lightning_influence.model.uses.parts import ParameterGradient
 from lightning_influence.model.uses.watch import Watch
+from lightning_influence.support.coordinates import count_coordinates, square_norm
 
 
 class Way(Enum):
@@ -31,7 +32,7 @@ class ParameterReport:
 
     Attributes:
         way: how its gradients are had.
-        numel: its number of entries.
+        numel: its number of entries, complex ones counted twice.
         squared_gradient: of the reference gradient.
         reason: why it is not had in the first way; empty if it is.
     """
@@ -128,7 +129,9 @@ def differentiate_losses(watch: Watch, losses: Tensor, *, seed: int = 0) -> Cert
         if name not in gradients and reference[name] is None and ways[name] is Way.USES:
             ways[name] = Way.UNUSED
     reports = {
-        name: ParameterReport(ways[name], p.numel(), _square(reference[name]), reasons.get(name, ""))
+        name: ParameterReport(
+            ways[name], count_coordinates(p), _square(reference[name]), reasons.get(name, "")
+        )
         for name, p in watch.parameters.items()
     }
     return Certified(gradients, UseReport(reports))
@@ -153,4 +156,4 @@ def _failing(verdicts: Mapping[str, Verdict]) -> list[str]:
 
 
 def _square(grad: Tensor | None) -> float:
-    return 0.0 if grad is None else float(grad.double().square().sum())
+    return 0.0 if grad is None else square_norm(grad)

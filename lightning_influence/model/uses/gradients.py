@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_influence.model.uses.calls import Derivation, Slot, Use, Watched
+from lightning_influence.model.uses.calls import Derivation, Slot, Use, Watched, tensors_of
 from lightning_influence.model.uses.operations.general import pull_in_loop, pull_mapped
 from lightning_influence.model.uses.operations.registry import ExampleCall, find_operation
 from lightning_influence.model.uses.parts import Dense, ParameterGradient, Part, Product
+from lightning_influence.support.coordinates import is_trainable_kind
 from lightning_influence.support.whole import made_whole
 
 
@@ -197,6 +198,8 @@ def _pull(
     ]  # fmt: skip
     operation = find_operation(use.call.func)
     served = operation is not None and (closed_forms or not operation.has_alternative)
+    # Closed forms are those of real numbers.
+    served = served and not any(tensor.is_complex() for tensor in tensors_of(use.call).values())
     if operation is not None and served and not use.literals:
         parts = _pull_closed(ExampleCall(use, operation, split, count))
         if parts is not None:
@@ -332,9 +335,7 @@ def differentiate_batch(
 def _like(parts: Sequence[tuple[Part, int | None]]) -> Tensor:
     """Return an empty tensor of the precision and device of some parts."""
     part = parts[0][0]
-    values = next(
-        value for value in vars(part).values() if isinstance(value, Tensor) and value.is_floating_point()
-    )
+    values = next(v for v in vars(part).values() if isinstance(v, Tensor) and is_trainable_kind(v))
     return values.new_empty(0)
 
 

@@ -215,7 +215,7 @@ class ParameterGradient:
 
     def bound(self, weights: Tensor) -> Tensor:
         """Return an upper bound on the norm of what :meth:`combine` adds up, without cancellation."""
-        total = self.like.new_zeros(())
+        total = self.like.new_zeros((), dtype=self.like.dtype.to_real())
         for part, example in self.parts:
             total += part.bound(weights if example is None else weights[:, example : example + 1])
         return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ def pull_mapped(use: Use, gradients: list[Tensor | None], num_examples: int) -> 
 
     def one(own: list[Tensor], seeds: list[Tensor]) -> tuple[Tensor, ...]:
         call = use.call.replace(dict(zip(split, own, strict=True)))
-        pull = vjp(_function(call, use, live), *sources)[1]
-        return vmap(lambda seed: pull(tuple(seed)))(seeds)  # type: ignore[no-any-return]
+        outputs, pull = vjp(_function(call, use, live), *sources)[:2]
+        return vmap(lambda seed: pull(_as_outputs(seed, outputs)))(seeds)  # type: ignore[no-any-return]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*performance drop.*")  # still the fastest way there is
@@ -74,11 +74,19 @@ def _backwards(
     """Return the leaves' gradients for each of the seeds."""
     return [
         torch.autograd.grad(
-            outputs, leaves, [gradient[seed, example] for gradient in gradients],
+            outputs, leaves, _as_outputs([gradient[seed, example] for gradient in gradients], outputs),
             retain_graph=True, allow_unused=True, materialize_grads=True,
         )
         for seed in range(len(gradients[0]))
     ]  # fmt: skip
+
+
+def _as_outputs(seeds: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return seeds as complex numbers where the outputs are: zeros may be given as real ones."""
+    return tuple(
+        seed.to(output.dtype) if output.is_complex() else seed
+        for seed, output in zip(seeds, outputs, strict=True)
+    )
 
 
 def _prepare(
