@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.methods.context import Context
-from lightning_influence.methods.scoring_passes import Scorer, split_examples
+from lightning_influence.methods.score_parts import Told
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.gradients import LayerGradients
@@ -56,13 +56,13 @@ class PositionParts:
         """See whose rows are in the order of the positions."""
         self._regular = self._layers & captured.recorder.count_calls().keys()
 
-    def score(self, scorer: Scorer, gradients: Mapping[str, LayerGradients]) -> Tensor:
+    def score(self, scorer: Any, gradients: Mapping[str, LayerGradients]) -> Tensor:
         """Return scores ``(T' + 1, Q, B)``, where ``T'`` is the length of the batch's examples.
 
         Raises:
             UnsupportedModelError: if layers differ in their number of positions.
         """
-        total = scorer(gradients)
+        total: Tensor = scorer(gradients)
         counts = {name: count_positions(gradients[name]) for name in gradients if name in self._regular}
         counts = {name: count for name, count in counts.items() if count}
         if not counts:
@@ -76,17 +76,18 @@ class PositionParts:
                 f"{other!r} has {counts[other]}, which in another had as many. Leave layers of other "
                 f"sequences out with layers=, or omit by=."
             )
-        placed = {name: gradients[name] for name in counts}
-        found = torch.cat([
-            scorer({name: split_positions(layer) for name, layer in few.items()})
-            for few in split_examples(placed, max(1, _AT_ONCE // length))
-        ], dim=1)  # fmt: skip
+        step = max(1, _AT_ONCE // length)
+        runs = [slice(start, start + step) for start in range(0, total.shape[1], step)]
+        found = torch.cat(
+            [scorer({name: split_positions(gradients[name].select(run)) for name in counts}) for run in runs],
+            dim=1,
+        )
         parts = found.view(len(found), -1, length).permute(2, 0, 1)
         # Of the scores of whole gradients, so that parts add up to what is answered without them.
         rest = total - parts.sum(0) if len(counts) < len(gradients) else torch.zeros_like(total)
         return torch.cat([rest[None], parts])
 
-    def finish(self, scores: Tensor, context: Context) -> dict[str, Any]:
+    def finish(self, scores: Tensor, context: Told) -> dict[str, Any]:
         """Return the sums and the parts, and note what has no position; the first part becomes the last."""
         rest = scores[0].clone()
         for position in range(len(scores) - 1):  # in place: no second tensor of this size

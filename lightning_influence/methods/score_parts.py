@@ -9,10 +9,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_influence.methods.context import Context
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.support.errors import UnsupportedModelError
+from lightning_influence.support.notes import Notes
+
+
+class Told(Protocol):
+    """What a finished answer says of itself, as the context of a call has it."""
+
+    plan: LayerPlan
+    notes: Notes
+    extra: dict[str, Any]
 
 
 class ScoreParts(Protocol):
@@ -35,7 +44,7 @@ class ScoreParts(Protocol):
         """Scores ``(P', Q, B)`` of the first ``P'`` parts; further ones are zero."""
         ...
 
-    def finish(self, scores: Tensor, context: Context) -> dict[str, Any]:
+    def finish(self, scores: Tensor, context: Told) -> dict[str, Any]:
         """Return what attributions hold of the finished parts ``(P, Q, N)``: the scores and the parts."""
         ...
 
@@ -82,7 +91,7 @@ class LayerParts:
             sums[part] = sums[part] + scores if part in sums else scores
         return stack_layers(sums, self._names)
 
-    def finish(self, scores: Tensor, context: Context) -> dict[str, Any]:
+    def finish(self, scores: Tensor, context: Told) -> dict[str, Any]:
         """Return the sums, the parts and their names: layers that took no part have left the plan since."""
         left = {self._parts[name] for name in context.plan.layers}
         kept = [name in left for name in self._names]
