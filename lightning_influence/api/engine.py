@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.aggregating import gather_means
-from lightning_influence.methods.answers import Answer, check_room, tell_rounding
+from lightning_influence.methods.answers import Answer, By, find_parts, tell_rounding
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
 from lightning_influence.methods.forecast import Forecast, TrialPass, measure_speed
 from lightning_influence.methods.gathering import Gathered, GradientPass, gather
 from lightning_influence.methods.groups import GroupLabels, Groups, check_labels, join_all, read_groups
 from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
+from lightning_influence.methods.score_parts import ScoreParts
 from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
 from lightning_influence.model.captured import WeightedCount
@@ -71,7 +72,7 @@ class Question:
         loss: a callable ``(module, batch)`` in place of the training loss; None for the module's own.
         aggregate: ``"mean"`` asks about the mean of all queries, labels about the mean of each group.
         train_groups: labels of the training examples, whose scores are summed by group; None for single ones.
-        by: ``"layer"`` to tell the layers' parts of the scores apart as well.
+        by: what to tell parts of the scores apart by as well; None for the scores alone.
 
     Raises:
         ValueError: if a setting is out of range, saying what was got and what is accepted.
@@ -87,7 +88,7 @@ class Question:
     loss: ModuleLoss | None = None
     aggregate: Aggregate | None = None
     train_groups: GroupLabels | None = None
-    by: Literal["layer"] | None = None
+    by: By | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, find_method(self.method).options_type):
@@ -106,9 +107,9 @@ class Question:
         if self.train_groups is not None:
             check_labels("train_groups", self.train_groups)
         if self.by is not None:
-            check_choice("by", self.by, ("layer",))
+            check_choice("by", self.by, get_args(By))
         if top_k is not None and (self.by is not None or self.train_groups is not None):
-            name = "train_groups" if self.by is None else "by='layer'"
+            name = "train_groups" if self.by is None else f"by={self.by!r}"
             raise ValueError(
                 f"Got top_k={top_k} with {name}, which needs all scores; omit top_k, and rank the answer "
                 "with top() and bottom()."
@@ -136,6 +137,7 @@ class Engine:
         self._runner, self._state, self._question = runner, state, question
         self._checkpoint = checkpoint
         self._notes = Notes()
+        self._parts: ScoreParts | None = None  # that scores are asked in
 
     def attribute(self, train: Any, queries: Any) -> Attributions:
         """Scores of every training example for every query.
@@ -160,8 +162,7 @@ class Engine:
         columns = self._read_train_groups(train)
         count = sum(loader.num_examples for loader in query_loaders) if groups is None else len(groups.names)
         method = self._prepare(train, (count, train.num_examples if columns is None else len(columns.names)))
-        by_layer = self._question.by is not None
-        answer = Answer(method.context, count, self._question.top_k, by_layer=by_layer, groups=columns)
+        answer = Answer(method.context, count, self._question.top_k, parts=self._parts, groups=columns)
         for group in self._groups(method, query_loaders, measured, groups):
             self._attribute_group(method, group, measured, answer)
             del group  # before the next one is read
@@ -227,7 +228,7 @@ class Engine:
         asked = replace(asked, gradients={})  # methods let go of what the scores do not need
         sink = answer.begin(len(asked.indices))
         scoring = ScorePass(
-            context.plan, solved.scorer, sink, most_examples=answer.count_examples(), layers=answer.layers
+            context.plan, solved.scorer, sink, most_examples=answer.count_examples(), parts=answer.parts
         )
         context.run_on_train(scoring)
         check_same_data(context, scoring.losses)
@@ -345,7 +346,7 @@ class Engine:
         """
         method = find_method(self._question.method)(self._context(train))
         if shape is not None and self._question.by is not None:
-            check_room(method.context, shape)
+            self._parts = find_parts(method.context, self._question.by, shape)
         method.note_unused()
         if shape is not None:
             self._forecast(method, train, shape[0])

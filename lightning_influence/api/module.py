@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -21,6 +21,7 @@ from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
 from lightning_influence.edits.rules import Selection, SelectionRule
 from lightning_influence.edits.start import Start, set_out
+from lightning_influence.methods.answers import By
 from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
@@ -342,7 +343,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         top_k: int | None = None,
         aggregate: Aggregate | None = None,
         train_groups: GroupLabels | None = None,
-        by: Literal["layer"] | None = None,
+        by: By | None = None,
         layers: Sequence[str] | None = None,
         loss: ModuleLoss | None = None,
         **options: Any,
@@ -358,7 +359,8 @@ class InfluenceModule(EditsParameters, LightningModule):
             aggregate: ``"mean"`` or labels: a row for the mean of all queries, or of each group of them, as
                 in :func:`lightning_influence.influence`.
             train_groups: labels of the training examples, whose scores are summed by group.
-            by: ``"layer"`` to keep each layer's part of the scores as well.
+            by: ``"layer"``, ``"block"`` or ``"position"`` to keep parts of the scores as well, as in
+                :func:`lightning_influence.influence`.
             layers: names or patterns of the layers to cover.
             loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method, such as ``damping``.

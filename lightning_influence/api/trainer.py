@@ -18,6 +18,7 @@ from lightning_influence.edits.editor import compute_edit
 from lightning_influence.edits.parameter_edit import ParameterEdit
 from lightning_influence.edits.request import EditOptions, EditRequest, Examples, check_targets
 from lightning_influence.edits.start import set_out
+from lightning_influence.methods.answers import By
 from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.options import Damping
@@ -54,7 +55,7 @@ def influence(
     top_k: int | None = None,
     aggregate: Aggregate | None = None,
     train_groups: GroupLabels | None = None,
-    by: Literal["layer"] | None = None,
+    by: By | None = None,
     ckpt_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
@@ -104,8 +105,9 @@ def influence(
         train_groups: labels of the training examples, by dataset index like those of the queries: scores are
             summed by label as they are computed, and columns are groups (a source, a class, a file). None for
             a column an example.
-        by: ``"layer"`` to keep each layer's part of the scores as well, in ``layer_scores``; refused where
-            they do not fit into ``memory_budget``.
+        by: parts of the scores to keep as well: ``"layer"`` for each layer's and ``"block"`` for those of
+            blocks of layers, as ``net.blocks.3`` (``layer_scores``), ``"position"`` for what each position of
+            a sequence adds (``position_scores``); refused where they do not fit into ``memory_budget``.
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
             A list of them, such as runs that differ in the seed alone, gives the average of their answers,
             which predicts retraining better than one (the module keeps its own weights then).

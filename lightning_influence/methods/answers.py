@@ -6,7 +6,7 @@ are summed over processes and scaled in place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,16 @@ from torch import Tensor
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.gathering import Gathered
 from lightning_influence.methods.groups import Groups
+from lightning_influence.methods.position_parts import find_positions
 from lightning_influence.methods.rounding import Rounding
+from lightning_influence.methods.score_parts import LayerParts, ScoreParts, name_blocks
 from lightning_influence.methods.scoring_passes import Columns, GroupSums, Sink
 from lightning_influence.model.rounding import find_half_precision
 from lightning_influence.results.top_k import Extremes, StreamingExtremes
+from lightning_influence.support.waiting import settle
+
+#: What scores can be told apart by.
+By = Literal["layer", "block", "position"]
 
 # Chosen by hand: bytes of scores that processes sum at once; where they communicate on a device of their own,
 # so much is copied there and back.
@@ -34,7 +40,7 @@ class Answer:
         context: knows the training examples, the processes and the memory budget.
         num_queries: ``Q``.
         k: how many to keep at either end of each ranking; None for all scores.
-        by_layer: whether every layer's part of the scores is kept.
+        parts: of the scores that are kept as well; None for the scores alone.
         groups: of the training examples, whose scores are summed; None for a column an example.
     """
 
@@ -44,11 +50,11 @@ class Answer:
         num_queries: int,
         k: int | None,
         *,
-        by_layer: bool = False,
+        parts: ScoreParts | None = None,
         groups: Groups | None = None,
     ) -> None:
         self._context, self._count, self._k, self._groups = context, num_queries, k, groups
-        self.layers = [*context.plan.layers] if by_layer else None
+        self.parts = parts
         self._columns = context.train.indices.sort().values if groups is None else groups.positions
         self._tensors: dict[str, Tensor] = {}
         self._residuals: list[Tensor] = []
@@ -58,24 +64,45 @@ class Answer:
             # Memory of zeros is not taken before it is written to. Processes write to their own columns.
             # Sums over groups are of many scores, and few enough to be kept in double precision.
             dtype = context.dtype if groups is None else torch.float64
-            parts = () if self.layers is None else (len(self.layers),)
-            self._tensors["scores"] = torch.zeros(*parts, num_queries, len(self._columns), dtype=dtype)
+            lead = () if parts is None else (parts.count,)
+            self._tensors["scores"] = torch.zeros(*lead, num_queries, len(self._columns), dtype=dtype)
 
     def begin(self, count: int) -> Sink:
         """Return the sink of the next ``count`` queries' scores."""
         self._rows = slice(self._rows.stop, self._rows.stop + count)
         if self._k is not None:
             self._sink = StreamingExtremes(count, self._k)
-        elif self._groups is not None:
-            self._sink = GroupSums(self._scores(), self._groups.find)
+        elif self.parts is not None:
+            self._sink = _Parts(self)
         else:
-            self._sink = Columns(self._scores(), self._columns)
+            self._sink = self.make_sink()
         return self._sink
+
+    def make_sink(self, parts: int | None = None) -> Sink:
+        """Return what writes all scores of the queries that were begun.
+
+        Args:
+            parts: how many of the scores' parts there are; there is room for them afterwards.
+        """
+        if parts is not None:
+            self._grow(parts)
+        scores = self._scores()[:parts] if parts is not None else self._scores()
+        return (
+            Columns(scores, self._columns) if self._groups is None else GroupSums(scores, self._groups.find)
+        )
+
+    def _grow(self, parts: int) -> None:
+        """Make room for further parts, as where an example is longer than those seen before."""
+        scores = self._tensors["scores"]
+        if len(scores) < parts:
+            settle()  # what is still to be written to the smaller tensor
+            more = scores.new_zeros(parts - len(scores), *scores.shape[1:])
+            self._tensors["scores"] = torch.cat([scores, more])
 
     def count_examples(self) -> int:
         """Return how many training examples to score at once for the queries that were begun."""
         width = torch.empty((), dtype=self._context.dtype).element_size()
-        rows = max(1, self._rows.stop - self._rows.start) * len(self.layers or [""])
+        rows = max(1, self._rows.stop - self._rows.start) * (1 if self.parts is None else self.parts.count)
         return max(1, self._context.options.memory_budget // (_SHARE * rows * width))
 
     def end(self, asked: Gathered, scale: float, residuals: Tensor | None) -> None:
@@ -96,8 +123,11 @@ class Answer:
                 self._place(f"{name}_scores", end.scores.cpu())
                 self._place(f"{name}_indices", end.indices.cpu())
         else:
+            if self.parts is not None:  # as many on all processes
+                sizes = self._context.runner.all_gather_cat(torch.tensor([len(self._tensors["scores"])]))
+                self._grow(int(sizes.max()))
             scores = self._scores().mul_(scale)
-            for part in scores if self.layers is not None else [scores]:
+            for part in scores if self.parts is not None else [scores]:
                 self._sum_in_place(part)
         self._sink = None
 
@@ -111,18 +141,14 @@ class Answer:
         if self._groups is not None:
             fields |= {"train_names": self._groups.names, "train_counts": self._groups.counts}
             fields["scores"] = fields["scores"].to(self._context.dtype)
-        if self.layers is not None:
-            # Layers that took no part in the training loss have left the plan since.
-            kept = [name in self._context.plan.layers for name in self.layers]
-            parts = fields["scores"] if all(kept) else fields["scores"][torch.tensor(kept)]
-            names = [name for name, is_kept in zip(self.layers, kept, strict=True) if is_kept]
-            fields |= {"scores": parts.sum(dim=0), "layer_scores": parts, "layer_names": names}
+        if self.parts is not None:
+            fields |= self.parts.finish(fields["scores"], self._context)
         if not several:
             del fields["query_dataloaders"]
         return fields, torch.cat(self._residuals) if self._residuals else None
 
     def _scores(self) -> Tensor:
-        """Return the scores of the queries that were begun, ``(Q, N)`` or by layer ``(L, Q, N)``."""
+        """Return the scores of the queries that were begun, ``(Q, N)`` or in parts ``(P, Q, N)``."""
         return self._tensors["scores"][..., self._rows, :]
 
     def _place(self, name: str, values: Tensor) -> None:
@@ -151,26 +177,52 @@ class Answer:
         return found._replace(top=ends[0], bottom=ends[1]).gather(runner.all_gather_cat, sink.k)
 
 
-def check_room(context: Context, shape: tuple[int, int]) -> None:
-    """Refuse scores by layer that do not fit into the memory budget, before any pass.
+class _Parts:
+    """A sink of scores in parts, of which a batch may have fewer than another."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def update(self, scores: Tensor, indices: Tensor) -> None:
+        """Take ``scores (P', Q, B)`` of the first ``P'`` parts."""
+        self._answer.make_sink(len(scores)).update(scores, indices)
+
+
+def find_parts(context: Context, by: By, shape: tuple[int, int]) -> ScoreParts:
+    """Find the parts that scores are asked in, and refuse those that do not fit into the memory budget.
+
+    Positions take a batch; nothing else has run before.
 
     Args:
         context: knows the layers and the budget.
+        by: what they are parts by.
         shape: numbers of rows and of columns.
+
+    Returns:
+        The parts.
 
     Raises:
         ValueError: saying what to do.
     """
+    names = list(context.plan.layers)
+    parts: ScoreParts
+    if by == "position":
+        parts = find_positions(context)
+    elif by == "block":
+        parts = LayerParts(name_blocks(names), "block")
+    else:
+        parts = LayerParts({name: name for name in names})
     width = torch.empty((), dtype=context.dtype).element_size()
-    layers, (rows, columns), budget = len(context.plan.layers), shape, context.options.memory_budget
-    needed = (layers + 1) * rows * columns * width
+    (rows, columns), budget = shape, context.options.memory_budget
+    needed = (parts.count + 1) * rows * columns * width
     if needed > budget:
         raise ValueError(
-            f"Got by='layer' for {layers} layers x {rows} queries x {columns} training examples, which take "
+            f"Got {parts.describe()} x {rows} queries x {columns} training examples, which take "
             f"{needed / 2**20:.3g} MiB of memory_budget={budget / 2**20:.3g} MiB. Ask about fewer queries "
             "at a time or about means of them (aggregate=), sum over train_groups=, choose layers=, or raise "
             "memory_budget=."
         )
+    return parts
 
 
 def tell_rounding(context: Context, rounding: Rounding, residuals: Tensor | None) -> Tensor | None:

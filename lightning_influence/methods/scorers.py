@@ -22,7 +22,8 @@ from lightning_influence.curvature.low_rank_matrices import DenseMatrices, LowRa
 from lightning_influence.curvature.two_level import Correction
 from lightning_influence.linalg.low_rank import LowRank, factorise_weights
 from lightning_influence.methods.compressing import compress_solved
-from lightning_influence.methods.scoring_passes import LayeredScorer, stack_layers
+from lightning_influence.methods.score_parts import stack_layers
+from lightning_influence.methods.scoring_passes import LayeredScorer
 from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 from lightning_influence.model.layers.table_gradients import TableGradients, lay_out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_influence.methods.rounding import Rounding
+from lightning_influence.methods.score_parts import ScoreParts
 from lightning_influence.model.content import SeenData
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.gradients import LayerGradients
 from lightning_influence.model.layers.plan import LayerPlan
-from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
+from lightning_influence.support.errors import NonFiniteError
 from lightning_influence.support.waiting import read_later
 
 
@@ -88,7 +89,7 @@ class ScorePass:
         scorer: the solved queries.
         sink: where scores go.
         most_examples: how many examples of a batch are scored at once.
-        layers: names of the layers whose parts of the scores are told apart, ``(L, Q, B)``; None for sums.
+        parts: of the scores that are told apart, ``(P, Q, B)``; None for sums.
     """
 
     description = "Influence: scores"
@@ -100,11 +101,10 @@ class ScorePass:
         sink: Sink,
         *,
         most_examples: int | None = None,
-        layers: Sequence[str] | None = None,
+        parts: ScoreParts | None = None,
     ) -> None:
         self.forward, self.losses = Forward(plan), SeenData()
-        self._scorer, self._sink, self._most = scorer, sink, most_examples
-        self._layers = layers
+        self._scorer, self._sink, self._most, self._parts = scorer, sink, most_examples, parts
         self.rounding = Rounding(plan)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
@@ -112,6 +112,8 @@ class ScorePass:
         self.losses.read(batch, indices)
         captured = self.forward(module, batch, len(indices))
         self.losses.add(captured)
+        if self._parts is not None:
+            self._parts.look(captured)
         start = 0
         for gradients in captured.loss_gradient_parts():
             for few in split_examples(gradients, self._most):
@@ -127,26 +129,10 @@ class ScorePass:
         help_with(self._scorer)
 
     def _score(self, gradients: Mapping[str, LayerGradients]) -> Tensor:
-        """Return scores ``(Q, B)``, or by layer ``(L, Q, B)``.
-
-        Raises:
-            UnsupportedModelError: if the scorer cannot tell layers apart.
-        """
-        if self._layers is None:
+        """Return scores ``(Q, B)``, or their parts ``(P, Q, B)``."""
+        if self._parts is None:
             return self._scorer(gradients)
-        by_layer = getattr(self._scorer, "by_layer", None)
-        if by_layer is None:
-            raise UnsupportedModelError(
-                f"{type(self._scorer).__name__} does not tell layers apart, which by='layer' needs. Omit "
-                "by=, or give the method's scorer by_layer(gradients), which returns scores (Q, B) by layer."
-            )
-        return stack_layers(by_layer(gradients), self._layers)
-
-
-def stack_layers(scores: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return scores ``(Q, B)`` of layers as one tensor ``(L, Q, B)``, zero for layers without."""
-    zero = torch.zeros_like(next(iter(scores.values())))
-    return torch.stack([scores.get(name, zero) for name in names])
+        return self._parts.score(self._scorer, gradients)
 
 
 def split_examples(

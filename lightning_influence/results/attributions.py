@@ -55,8 +55,12 @@ class Attributions(Result):
             them; empty where columns are single examples. ``train_indices`` then number the groups.
         train_counts: ``(N,)`` how many training examples each group has.
         scores: ``(Q, N)`` all scores, or None when only both ends were kept.
-        layer_scores: ``(L, Q, N)`` what each layer adds to the scores, or None if that was not asked.
-        layer_names: names of these layers.
+        layer_scores: ``(L, Q, N)`` what each layer, or block of layers, adds to the scores, or None if that
+            was not asked.
+        layer_names: names of these layers or blocks.
+        position_scores: ``(T + 1, Q, N)`` what each position of a training example's sequence adds to the
+            scores, zero where the example is shorter, and in the last row what layers add whose gradients
+            are of no position; None if that was not asked.
         top_scores: ``(Q, k)`` the highest scores, descending.
         top_indices: ``(Q, k)`` their training dataset indices.
         bottom_scores: ``(Q, k)`` the lowest scores, ascending.
@@ -91,6 +95,7 @@ class Attributions(Result):
     train_counts: Tensor | None = None
     layer_scores: Tensor | None = None
     layer_names: Sequence[str] = ()
+    position_scores: Tensor | None = None
     scores: Tensor | None = None
     top_scores: Tensor | None = None
     top_indices: Tensor | None = None
@@ -119,6 +124,8 @@ class Attributions(Result):
         check_shape("query_counts", self.query_counts, (Q,))
         check_shape("train_counts", self.train_counts, (N,))
         check_shape("layer_scores", self.layer_scores, (len(self.layer_names), Q, N))
+        positions = 0 if self.position_scores is None else len(self.position_scores)
+        check_shape("position_scores", self.position_scores, (positions, Q, N))
         check_shape("diagnostics.residuals", self.diagnostics.residuals, (Q,))
         if self.scores is not None:
             check_shape("scores", self.scores, (Q, N))
@@ -249,7 +256,7 @@ class Attributions(Result):
             known = list_some(self.query_indices)
             raise ValueError(f"query {index}{where} was not asked for; query_indices are {known}")
         per_query: dict[str, Any] = {
-            name: t[:, rows] if name == "layer_scores" else t[rows]
+            name: t[:, rows] if name in ("layer_scores", "position_scores") else t[rows]
             for name, t in self._tensors().items()
             if not name.startswith("train_")
         }
@@ -261,7 +268,7 @@ class Attributions(Result):
         return dataclasses.replace(self, diagnostics=diagnostics, query_names=names, **per_query)
 
     def for_layer(self, name: str) -> Self:
-        """One layer's part of the scores, as attributions of its own; the parts of all layers add up.
+        """One layer's or block's part of the scores, as attributions of its own; all parts add up.
 
         Args:
             name: one of :attr:`layer_names`.
@@ -273,7 +280,7 @@ class Attributions(Result):
             ValueError: if there is no such part.
         """
         if self.layer_scores is None or name not in self.layer_names:
-            known = ", ".join(self.layer_names) or "none: ask with by='layer'"
+            known = ", ".join(self.layer_names) or "none: ask with by='layer' or by='block'"
             raise ValueError(f"there are no scores of layer {name!r}; layer_names are {known}")
         part = self.layer_scores[self.layer_names.index(name)]
         return dataclasses.replace(self, scores=part, layer_scores=None, layer_names=())

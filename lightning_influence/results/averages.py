@@ -38,8 +38,10 @@ def average_attributions(parts: Iterable[Attributions]) -> Attributions:
         _check_alike(first, part, number)
     mean, agreement = _average([part.scores for part in parts if part.scores is not None])
     diagnostics = _average_diagnostics([part.diagnostics for part in parts], agreement)
-    layers = [part.layer_scores for part in parts if part.layer_scores is not None]
-    changes: dict[str, Any] = {"layer_scores": torch.stack(layers).mean(dim=0)} if layers else {}
+    changes: dict[str, Any] = {}
+    for name in ("layer_scores", "position_scores"):
+        found = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+        changes |= {name: torch.stack(found).mean(dim=0)} if found else {}
     return dataclasses.replace(first, scores=mean, diagnostics=diagnostics, **changes)
 
 

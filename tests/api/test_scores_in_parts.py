@@ -10,6 +10,7 @@ from two_processes import check_script
 
 from lightning_influence import Attributions, InfluenceModule, average_attributions
 from lightning_influence.methods.method import Solved
+from lightning_influence.methods.score_parts import name_blocks
 from lightning_influence.methods.scorers import JointScorer
 from lightning_influence.methods.scoring_passes import GroupSums
 from lightning_influence.support.errors import UnsupportedModelError
@@ -71,6 +72,57 @@ def test_a_layers_part_is_the_product_of_its_parameters(name, method):
         assert own
         expected = sum(solutions[p].flatten(1) @ gradients[p].flatten(1).T for p in own) / count
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+
+
+NAMES = {
+    "net.blocks.3.attn.qkv": "net.blocks.3",
+    "net.blocks.3.ls1.gamma": "net.blocks.3",
+    "net.cls_token": "net.cls_token",
+    "net.patch_embed.proj": "net.patch_embed",
+    "model.layers.11.mlp.experts.4.up": "model.layers.11",
+    "lm_head": "lm_head",
+}
+
+
+def test_blocks_are_named_up_to_their_first_number():
+    assert name_blocks(NAMES) == NAMES
+    plain = ["net.encoder.inner.query", "net.encoder.out", "net.head"]
+    assert name_blocks(plain) == dict(zip(plain, ["net.encoder", "net.encoder", "net.head"], strict=True))
+    assert name_blocks(["0.weight", "fc"]) == {"0.weight": "0", "fc": "fc"}
+    assert name_blocks(["net.head"]) == {"net.head": "net.head"}
+
+
+class Blocks(Net):
+    """Two numbered blocks of two layers each, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        pairs = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)) for _ in range(2)]
+        self.blocks = torch.nn.ModuleList(pairs)
+        self.body, self.head = torch.nn.Identity(), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("method", ["identity", "ekfac", "exact", "cg"])
+def test_a_blocks_part_is_the_sum_of_its_layers(method):
+    torch.manual_seed(0)
+    module = InfluenceModule(Blocks().double())
+    x = dataset()[:][0].double()
+    batches = [(x[:12], torch.arange(12) % 3), (x[12:], torch.arange(10) % 3)]
+    asked = {**METHODS[method], "method": method, "damping": 0.5}
+    layers = module.scores(batches, batches[1:], by="layer", **asked)
+    blocks = module.scores(batches, batches[1:], by="block", **asked)
+    assert blocks.layer_names == ("blocks.0", "blocks.1", "head")
+    for name in blocks.layer_names:
+        own = [layers.for_layer(layer).scores for layer in layers.layer_names if layer.startswith(name)]
+        torch.testing.assert_close(blocks.for_layer(name).scores, sum(own), **CLOSE)
+    torch.testing.assert_close(blocks.scores, layers.scores, **CLOSE)
+    with pytest.raises(ValueError, match="by='block' for 3 blocks x 10 queries"):
+        module.scores(batches, batches[1:], by="block", memory_budget=100)
 
 
 def test_everything_can_be_asked_together():
@@ -165,8 +217,9 @@ def test_layers_that_do_not_fit_are_refused_before_a_pass():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "token"}, "by='token'; accepted are 'layer'"),
+        ({"by": "token"}, "by='token'; accepted are 'layer', 'block', 'position'"),
         ({"by": "layer", "top_k": 2}, "top_k=2 with by='layer'"),
+        ({"by": "position", "top_k": 2}, "top_k=2 with by='position'"),
         ({"train_groups": [0] * 22, "top_k": 2}, "top_k=2 with train_groups"),
         ({"train_groups": [0] * 21}, "train_groups has 21 labels for a dataset of 22"),
     ],

@@ -22,7 +22,7 @@ from lightning_influence.model.layers.layer import (
 )
 from lightning_influence.model.layers.recorder import Slopes
 from lightning_influence.model.layers.table_uses import TableUses
-from lightning_influence.model.uses.calls import Use
+from lightning_influence.model.uses.calls import ADDITIONS, Use
 from lightning_influence.model.uses.certificate import certify, draw_weights, weigh_losses
 from lightning_influence.model.uses.gradients import (
     differentiate_rows,
@@ -37,19 +37,6 @@ from lightning_influence.model.uses.places import Place
 from lightning_influence.model.uses.spreading import make_spread_use
 from lightning_influence.model.uses.watch import Watch
 from lightning_influence.support.errors import ReadOtherwiseError, UnsupportedModelError
-
-_ADDITIONS = {
-    "add",
-    "sub",
-    "__add__",
-    "__radd__",
-    "__iadd__",
-    "__sub__",
-    "__isub__",
-    "__rsub__",
-    "add_",
-    "sub_",
-}
 
 
 class ParameterRecorder:
@@ -326,6 +313,17 @@ class ParameterRecorder:
         """Take the tensors of a batch of one for those of an example."""
         self.watch.add_example(batch, number)
 
+    def count_calls(self) -> dict[str, int]:
+        """Return how often each layer that is had from uses is used, without those of picked rows."""
+        uses = [(names_of(self.watch, use), use) for use in self._uses or [] if _is_of_examples(use)]
+        counts = {}
+        for name in self.heard:
+            own = [use for names, use in uses if names & {name, WEIGHT + name}]
+            places = [place for use in own for place in use.outputs if place is not None]
+            if not (self.picks and any(place.owners is not None for place in places)):
+                counts[name] = len(own)
+        return counts
+
     def take_penalties(self) -> list[Tensor]:
         """Return numbers that weights alone have made and that were added to the numbers of single examples.
 
@@ -337,9 +335,7 @@ class ParameterRecorder:
         found = [
             use
             for use in uses
-            if use.call.name in _ADDITIONS
-            and not _is_of_examples(use)
-            and names_of(self.watch, use) & weights
+            if use.call.name in ADDITIONS and not _is_of_examples(use) and names_of(self.watch, use) & weights
         ]
         for use in found:
             uses.remove(use)

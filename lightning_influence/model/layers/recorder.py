@@ -65,6 +65,10 @@ class UseRecorder(Protocol):
         """Take the tensors of a batch of one for those of an example."""
         ...
 
+    def count_calls(self) -> dict[str, int]:
+        """How often each layer that it has is used, but for those whose rows were picked by values."""
+        ...
+
     def take_penalties(self) -> list[Tensor]:
         """Numbers, made of weights alone, that were added to those of examples; forgotten as uses."""
         ...
@@ -203,6 +207,11 @@ class Recorder:
         if self.uses is not None:
             heard.update(self.uses.heard)
         return [name for name in self.layers if name not in heard]
+
+    def count_calls(self) -> dict[str, int]:
+        """Return how often each layer was called, without layers whose rows were picked by values."""
+        called = {name: len(calls.edges) for name, calls in self._calls.items() if calls.edges}
+        return called if self.uses is None else called | self.uses.count_calls()
 
     @property
     def picks(self) -> bool:

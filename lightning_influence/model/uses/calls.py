@@ -25,6 +25,19 @@ _AUGMENTED = {
     "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__iand__",
     "__ior__", "__ixor__", "__setitem__",
 }  # fmt: skip
+#: Functions that add one tensor to another, or take it away.
+ADDITIONS = {
+    "add",
+    "sub",
+    "__add__",
+    "__radd__",
+    "__iadd__",
+    "__sub__",
+    "__isub__",
+    "__rsub__",
+    "add_",
+    "sub_",
+}
 
 
 @dataclass(frozen=True)
