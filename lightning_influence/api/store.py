@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from lightning_influence.api.engine import Aggregate, Engine, Question
 from lightning_influence.curvature.factors import fingerprint_differs
@@ -125,6 +124,7 @@ class KeepsGradients:
 
         Raises:
             FactorMismatchError: if the store is of another model, or of other weights.
+            TypeError: if it is no store.
         """
         if not isinstance(store, GradientStore):
             raise TypeError(
@@ -243,12 +243,14 @@ def _check_same_model(store: GradientStore, context: Context) -> None:
     if differing:
         shown = ", ".join(differing[:4]) + (" and more" if len(differing) > 4 else "")
         raise FactorMismatchError(
-            f"The gradient store {str(store.path)!r} was built for other weights than the model has now (they "
-            f"differ in {shown}). Load the checkpoint it was built at, or build a store for these weights."
+            f"The gradient store {str(store.path)!r} was built for other weights than the model has now "
+            f"(they differ in {shown}). Load the checkpoint it was built at, or build a store for "
+            "these weights."
         )
     if facts.weights_key != context.weights_key:
         context.notes.add(
-            "The gradient store was built with other buffers, or in another precision, than the model has now."
+            "The gradient store was built with other buffers, or in another precision, than the model has "
+            "now; scores are off as far as these change gradients. Build a store for the model as it is."
         )
     missing = [name for name in context.plan.layers if name not in layout.shapes]
     context.leave_out(missing, "are not in the gradient store")

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from lightning_influence.methods.kept_coordinates import KeptCoordinates
 from lightning_influence.methods.scoring_passes import Sink, refuse_non_finite
@@ -152,7 +150,7 @@ class GradientStore:
     @classmethod
     def save(
         cls, path: Path, kept: KeptCoordinates, tensors: Mapping[str, Tensor], facts: StoreFacts
-    ) -> Self:
+    ) -> GradientStore:
         """Complete a folder that has the rows, in place of what it held.
 
         Args:
@@ -173,7 +171,7 @@ class GradientStore:
         return cls.load(path)
 
     @classmethod
-    def load(cls, path: PathLike, *, verify: bool = False) -> Self:
+    def load(cls, path: PathLike, *, verify: bool = False) -> GradientStore:
         """Open a store; its rows stay on disk.
 
         Args:
@@ -190,7 +188,7 @@ class GradientStore:
         """
         folder = Path(path).expanduser()
 
-        def build(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Self:
+        def build(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> GradientStore:
             facts = StoreFacts(**json.loads(metadata["facts"]))
             kept = KeptCoordinates.from_state_dict({**tensors, **metadata})
             indices = read_tensor(tensors, "indices", ndim=1)

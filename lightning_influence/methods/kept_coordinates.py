@@ -81,6 +81,9 @@ class KeptCoordinates:
         Args:
             sample: the coordinates of some examples, ``(n, C)``.
             count: how many directions to keep at most; there are no more than examples.
+
+        Returns:
+            The same with directions.
         """
         return replace(self, directions=_find_directions(sample, count))
 
@@ -110,6 +113,9 @@ def choose_coordinates(inverse: BlockInverse, count: int) -> KeptCoordinates:
     Args:
         inverse: the closed form.
         count: how many, over all layers; there may be fewer.
+
+    Returns:
+        All of these coordinates, without directions.
     """
     shares = {name: (x.eigenvalues * x.weights).flatten() for name, x in inverse.layers.items()}
     joined = torch.cat(list(shares.values()))
@@ -144,11 +150,12 @@ def _split(gradients: LayerGradients) -> Iterator[LayerGradients]:
 
 
 def _find_directions(sample: Tensor, count: int) -> Tensor:
-    """Return leading right singular vectors of rows ``(n, C)``, in columns: at most ``count``, at most ``n``."""
+    """Return leading right singular vectors of rows ``(n, C)`` in columns: ``count``, or ``n`` if less."""
     rows, columns = sample.shape
     if columns <= rows:
         vectors = find_eigenvectors((sample.mT @ sample)[None], rows)[0]
-        return vectors[:, -count:].flip(1).contiguous()
+        return vectors[:, -count:].flip(1).to(sample)
     left = find_eigenvectors((sample @ sample.mT)[None], columns)[0][:, -count:].flip(1)
     # The products with vectors of small eigenvalues are short, and not orthogonal up to rounding.
-    return torch.linalg.qr(sample.mT @ left).Q
+    directions: Tensor = torch.linalg.qr(sample.mT.to(left) @ left).Q
+    return directions.to(sample)

@@ -100,7 +100,7 @@ class StorePass:
     def _compare(
         self, gradients: Mapping[str, LayerGradients], numbers: Tensor, rows: Tensor, count: int
     ) -> int:
-        """Compare the scores of at most ``count`` examples for the very first ones, and return of how many."""
+        """Compare the scores of at most ``count`` examples for the very first ones; return of how many."""
         start = 0
         if self._scorer is None:
             size = self._kept.inverse.layout.numel * numbers.element_size()

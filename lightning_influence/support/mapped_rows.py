@@ -104,8 +104,8 @@ def open_rows(folder: Path, name: str, shape: tuple[int, int], dtype: torch.dtyp
     if found != expected:
         got = "is missing" if found is None else f"has {found} bytes"
         raise CorruptFileError(
-            f"{str(path)!r} {got}, expected are {expected} bytes; build the store again, or copy all files of "
-            "its folder."
+            f"{str(path)!r} {got}, expected are {expected} bytes; build the store again, or copy all files "
+            "of its folder."
         )
     return torch.from_file(str(path), shared=False, size=shape[0] * shape[1], dtype=dtype).view(shape)
 
