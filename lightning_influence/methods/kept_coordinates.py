@@ -5,9 +5,9 @@ over the roots of their eigenvalues. Of random gradients with mean squares ``Lam
 variance ``sum (Lambda / (Lambda + lambda))^2``, so the coordinates with the largest share
 ``Lambda / (Lambda + lambda)``, over all layers alike, are the ones to keep. Coordinates of an example depend
 on each other, which a Kronecker eigenbasis does not see: the leading principal directions of several times as
-many coordinates, of training examples, take less error with as many numbers. Random projections take more
-than either, unless there are as many numbers as coordinates that matter
-(``examples/benchmarks/store.py``).
+many coordinates, of training examples, had less error with as many numbers than these coordinates alone, than
+random projections of all coordinates and than those of the same candidates
+(``examples/benchmarks/store.py`` measures the first two).
 """
 
 from __future__ import annotations
