@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_influence.api.engine import Aggregate, Engine, Question
+from lightning_influence.api.store import KeepsGradients
 from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors, fingerprint, fingerprint_differs
 from lightning_influence.curvature.spectrum import Spectrum
@@ -184,7 +185,7 @@ class EditsParameters:
             return answer(set_out(runner, request, data, self.state.record))
 
 
-class InfluenceModule(EditsParameters, LightningModule):
+class InfluenceModule(EditsParameters, KeepsGradients, LightningModule):
     """A trained module that answers for its training data and can be edited, without a Trainer.
 
     Factors and coarse space are kept between calls, so that only the first call pays for them. The wrapped
@@ -469,11 +470,17 @@ class InfluenceModule(EditsParameters, LightningModule):
     def _runner(self) -> LoopRunner:
         return LoopRunner(self.model, progress=self._progress, fit_loop=self._fit_loop)
 
-    def _engine(self, runner: LoopRunner, question: Question, state: InfluenceState | None = None) -> Engine:
+    def _engine(
+        self,
+        runner: LoopRunner,
+        question: Question,
+        state: InfluenceState | None = None,
+        kind: type[Engine] = Engine,
+    ) -> Engine:
         """Return the engine; answers name the checkpoint while the weights are those that it held."""
         changed = self._checkpoint is None or fingerprint_differs(self._loaded, self.model)
         checkpoint = None if changed else self._checkpoint
-        return Engine(runner, self.state if state is None else state, question, checkpoint=checkpoint)
+        return kind(runner, self.state if state is None else state, question, checkpoint=checkpoint)
 
 
 def _check_state(factors: object, state: object) -> None:
