@@ -52,6 +52,11 @@ class UseRecorder(Protocol):
         ...
 
     @property
+    def coincidences(self) -> set[str]:
+        """Where several dimensions have the batch's size: it is a guess which one is the examples'."""
+        ...
+
+    @property
     def is_needed(self) -> bool:
         """Whether some layers are not had from calls of modules on the batch, or may not be in the next."""
         ...
