@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.model.batches.forms import note_form, read_form
 from lightning_influence.model.batches.rearranging import missing_positions, rearranged
-from lightning_influence.model.captured import Captured
+from lightning_influence.model.captured import Captured, Measure
 from lightning_influence.model.checks import check_independent, check_loss, compare_with_step
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
@@ -24,7 +24,6 @@ from lightning_influence.model.losses.hook import check_per_example, per_example
 from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.losses.way import Way
-from lightning_influence.model.measurements import Measure
 from lightning_influence.model.other_layouts import read_otherwise
 from lightning_influence.model.training_step import call_loss
 from lightning_influence.model.unnamed import one_by_one
@@ -119,8 +118,7 @@ class Forward:
         ):
             warnings.warn(note, InfluenceWarning, stacklevel=2)
             self.plan.verified.add(note)
-        way = self._look_at_way(captured, module, measure)
-        slow = set(self.plan.slow)
+        is_looked_at, slow = self._look_at_way(captured, module, measure), set(self.plan.slow)
         try:
             self._check_examples(captured, module, batch, measure=measure)
             if self.plan.slow - slow and measure is None:
@@ -130,7 +128,7 @@ class Forward:
                 raise
             other = self._read_other_layouts(module, batch, num_examples, slow)
             captured = other or self._read_other_rows(captured, module, batch, refusal)
-        self.plan.verified |= way
+        self.plan.verified |= self._describe_way(captured, measure) if is_looked_at else set()
         self._keep_one_reading(captured)
         return captured
 
@@ -155,18 +153,18 @@ class Forward:
         self._capture.calls = []
         return Captured(num_examples, None, values, recorder)
 
-    def _look_at_way(self, captured: Captured, module: Any, measure: Measure | None) -> set[str]:
+    def _look_at_way(self, captured: Captured, module: Any, measure: Measure | None) -> bool:
         """Have a batch checked anew if the step has called other functions than for those that were.
 
         So is one of which other dimensions have its size: which of them are the examples' is a guess.
 
         Returns:
-            What to note when it was.
+            Whether its way is to be noted.
         """
         verified, subject = self.plan.verified, "loss" if measure is None else "measurement"
         reads_loss = measure is None or measure.needs_loss
         if captured.num_examples == 1 or (reads_loss and ONE_BY_ONE in verified):
-            return set()
+            return False
         orders = {text for text in verified if text.startswith(ORDER)} if reads_loss else set()
         is_new = self._way.is_new(verified, module)
         if is_new or LOST in verified:
@@ -177,11 +175,14 @@ class Forward:
             self._picked += 1
             is_due = self._picked & (self._picked - 1) == 0 and not holds_stand_ins(module)
             verified -= {subject, *orders} if is_due else set()
-        uses = captured.recorder.uses
-        found = {COINCIDES.format(text, subject) for text in uses.coincidences} if uses is not None else set()
-        if is_new or (found - verified and not holds_stand_ins(module)):
+        if not (self._describe_way(captured, measure) <= verified or holds_stand_ins(module)):
             verified.discard(subject)
-        return {self._way.text, *found}
+        return True
+
+    def _describe_way(self, captured: Captured, measure: Measure | None) -> set[str]:
+        """Return what to note of a batch that was checked."""
+        subject = "loss" if measure is None else "measurement"
+        return {self._way.text, *(COINCIDES.format(text, subject) for text in captured.recorder.coincidences)}
 
     def _check_measured(self, captured: Captured, module: Any, batch: Any) -> Captured:
         """Check that losses come in the order of the examples where no batch before has shown it.
@@ -259,8 +260,7 @@ class Forward:
     ) -> Captured | None:
         """Return a batch whose examples stand elsewhere than was taken for granted; None if they do not."""
         read = partial(self._try, self._run, module, batch, num_examples)
-        forgotten = {"loss", *self._called("loss")}
-        return read_otherwise(self.plan, module, batch, num_examples, (slow, forgotten), lambda: read()[0])
+        return read_otherwise(self.plan, module, batch, num_examples, slow, lambda: read()[0])
 
     def _try(
         self, read: Callable[[Any, Any, int], Captured | None], module: Any, batch: Any, num_examples: int

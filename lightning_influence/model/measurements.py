@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -21,19 +21,6 @@ from lightning_influence.support.errors import LossCaptureError
 
 MeasurementName = Literal["loss", "margin", "logit", "hook"]
 Measurement = MeasurementName | Callable[[Any, Any], Tensor]
-
-
-class Measure(Protocol):
-    """A measurement on queries, such as a ``ResolvedMeasurement``."""
-
-    @property
-    def needs_loss(self) -> bool:
-        """Whether the training loss has to run first."""
-        ...
-
-    def __call__(self, module: Any, batch: Any, *, loss: OutputLoss | None, batch_size: int) -> Tensor:
-        """Values ``(B,)``, differentiable."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lightning_influence.model.batches.forms import assume_layout, read_form
 from lightning_influence.model.batches.rearranging import Layout, find_layouts
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers.plan import LayerPlan
+from lightning_influence.model.verified import FOR_LOSS
 from lightning_influence.support.batches import find_tensors
 from lightning_influence.support.whole import holds_stand_ins
 
@@ -24,7 +25,7 @@ def read_otherwise(
     module: nn.Module,
     batch: Any,
     num_examples: int,
-    known: tuple[set[str], set[str]],
+    slow: set[str],
     read: Callable[[], Captured | None],
 ) -> Captured | None:
     """Read a batch whose gradients are wrong as if its examples stood elsewhere.
@@ -36,17 +37,16 @@ def read_otherwise(
         module: where parts of its weights are elsewhere, all processes do the same, and nothing is tried.
         batch: the batch.
         num_examples: ``B``.
-        known: names of parameters that took a backward pass for each example before this batch, and notes
-            that do not hold if it is read otherwise.
+        slow: names of parameters that took a backward pass for each example before this batch.
         read: runs and checks the batch; None if it is not right.
 
     Returns:
         The batch, checked; None if it is right in no such way, or its sizes leave no other.
     """
-    slow, forgotten = known
     if holds_stand_ins(module):
         return None
     verified, now_slow = set(plan.verified), set(plan.slow)
+    forgotten = {text for text in verified if text == "loss" or text.endswith(FOR_LOSS)}
     for layout in itertools.islice(_find_others(verified, batch, num_examples), _MOST_TRIALS):
         _put(plan.verified, verified - forgotten)
         _put(plan.slow, slow)

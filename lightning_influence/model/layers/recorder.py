@@ -215,6 +215,11 @@ class Recorder:
         return self.uses is not None and self.uses.picks
 
     @property
+    def coincidences(self) -> set[str]:
+        """Where several dimensions have the batch's size, as far as uses were watched."""
+        return set() if self.uses is None else self.uses.coincidences
+
+    @property
     def follows_modules(self) -> bool:
         """Whether some modules are had from the uses of their weights, not from their calls."""
         heard = self.uses.heard if self.uses is not None else []

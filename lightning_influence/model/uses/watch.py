@@ -112,11 +112,7 @@ class Watch(TorchFunctionMode):
         self.uses: list[Use] = []
         self.picks = False
         self.eps = max((torch.finfo(p.dtype).eps for p in self.parameters.values()), default=0.0)
-        self.coincidences = {
-            repr((number, tensor.ndim, dims))
-            for number, tensor in enumerate(find_tensors(batch))
-            if num_examples > 1 and (dims := _dims_of(tensor.shape, num_examples))
-        }
+        self.coincidences: set[str] = set()
         self._precisions: set[torch.dtype] = set()
         self._sources = {id(p): p for p in self.parameters.values()}
         self._names = {id(p): name for name, p in self.parameters.items()}
@@ -126,6 +122,11 @@ class Watch(TorchFunctionMode):
         for tensor, place in find_examples(batch, num_examples, places or {}):
             self._mark(tensor, place)
             self._guesses[id(tensor)] = weakref.ref(tensor)
+        for number, tensor in enumerate(find_tensors(batch)) if num_examples > 1 else ():
+            dims, held = _dims_of(tensor.shape, num_examples), self.place_of(tensor)
+            if dims:
+                own = None if held is None else held.dim
+                self.coincidences.add(f"tensor {number} of {tensor.ndim} {dims} read as {own}")
 
     def add_example(self, batch: Any, number: int) -> None:
         """Take all tensors of a batch of one, in any nesting, for those of one of the examples."""
