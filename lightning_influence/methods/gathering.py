@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.methods.context import Context
+from lightning_influence.model.captured import Measure
 from lightning_influence.model.finite import check_finite
-from lightning_influence.model.forward import Forward, Measure
+from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.gradients import (
     DenseGradients,
     FactoredGradients,

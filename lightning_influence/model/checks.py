@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,14 @@ from lightning_influence.model.layers.gradients import FactoredGradients, LayerG
 from lightning_influence.model.layers.layer import Layer
 from lightning_influence.model.layers.recorder import Recorder, Slopes
 from lightning_influence.model.losses.batch import BatchLoss
+from lightning_influence.model.training_step import run_step
 from lightning_influence.support.errors import (
     InfluenceWarning,
     LossCaptureError,
     NonFiniteError,
     UnsupportedModelError,
 )
+from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.waiting import expect
 from lightning_influence.support.whole import is_stand_in, read_own_part, read_whole
 
@@ -293,3 +295,36 @@ def check_direction(ours: Tensor, theirs: Tensor, name: str) -> None:
             InfluenceWarning,
             stacklevel=2,
         )
+
+
+def compare_with_step(captured: Captured, recorder: Recorder, module: Any, batch: Any, name: str) -> bool:
+    """Compare the gradient of the user's own loss with that of ``training_step``, where that can be run.
+
+    Args:
+        captured: the batch with the user's own loss.
+        recorder: to record the step with.
+        module: the user's module.
+        batch: what was captured.
+        name: of the user's own loss, for messages.
+
+    Returns:
+        Whether there was something to compare.
+
+    Raises:
+        LossCaptureError: if it points the other way.
+    """
+    count = captured.num_examples
+    try:
+        with preserve_rng(), recorder:
+            step = run_step(module, batch)
+        theirs = recorder.backward(step, None, count)
+        ours = captured.recorder.backward(captured.total(), None, count)
+    except Exception:  # the step may need a fit, whence the user's own loss; some gradients need rows
+        return False
+    # A layer's are as many in both, but for tables that one of the two uses in another way.
+    pairs = [pair for layer in ours if layer in theirs for pair in zip(ours[layer], theirs[layer])]  # noqa: B905
+    shared = [(own.flatten(), other.flatten()) for own, other in pairs if own.shape == other.shape]
+    if shared:
+        own, other = (torch.cat(parts) for parts in zip(*shared, strict=True))
+        check_direction(own, other, name)
+    return bool(shared)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_influence.model.batches.rearranging import missing_positions
-from lightning_influence.model.captured import Captured
-from lightning_influence.model.checks import check_direction, check_independent, check_loss
+from lightning_influence.model.batches.forms import note_form, read_form
+from lightning_influence.model.batches.rearranging import missing_positions, rearranged
+from lightning_influence.model.captured import Captured, Measure
+from lightning_influence.model.checks import check_independent, check_loss, compare_with_step
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.layers.recorder import Recorder
@@ -21,16 +21,24 @@ from lightning_influence.model.loss_values import OTHER_ROWS, ROWS_VARY, compute
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
-from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.losses.way import Way
-from lightning_influence.model.training_step import call_loss, run_step
+from lightning_influence.model.other_layouts import read_otherwise
+from lightning_influence.model.training_step import call_loss
 from lightning_influence.model.unnamed import one_by_one
 from lightning_influence.model.unnamed.additivity import COUPLED
 from lightning_influence.model.unnamed.alone import ONE_BY_ONE
 from lightning_influence.model.unnamed.unnamed_loss import UnnamedLoss
-from lightning_influence.model.verified import CALLED, LEFT_OUT, LOST, ORDER, OTHER_WEIGHTS, WEIGHED
+from lightning_influence.model.verified import (
+    CALLED,
+    COINCIDES,
+    LEFT_OUT,
+    LOST,
+    ORDER,
+    OTHER_WEIGHTS,
+    WEIGHED,
+)
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     InfluenceWarning,
@@ -39,22 +47,8 @@ from lightning_influence.support.errors import (
     ReadOtherwiseError,
     UnsupportedModelError,
 )
-from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.waiting import read_later
 from lightning_influence.support.whole import holds_stand_ins
-
-
-class Measure(Protocol):
-    """A measurement on queries, such as a ``ResolvedMeasurement``."""
-
-    @property
-    def needs_loss(self) -> bool:
-        """Whether the training loss has to run first."""
-        ...
-
-    def __call__(self, module: Any, batch: Any, *, loss: OutputLoss | None, batch_size: int) -> Tensor:
-        """Values ``(B,)``, differentiable."""
-        ...
 
 
 class Forward:
@@ -124,14 +118,17 @@ class Forward:
         ):
             warnings.warn(note, InfluenceWarning, stacklevel=2)
             self.plan.verified.add(note)
-        way = self._look_at_way(captured, module, measure)
+        is_looked_at, slow = self._look_at_way(captured, module, measure), set(self.plan.slow)
         try:
             self._check_examples(captured, module, batch, measure=measure)
+            if self.plan.slow - slow and measure is None:
+                captured = self._read_other_layouts(module, batch, num_examples, slow) or captured
         except UnsupportedModelError as refusal:
             if measure is not None:
                 raise
-            captured = self._read_other_rows(captured, module, batch, refusal)
-        self.plan.verified |= way
+            other = self._read_other_layouts(module, batch, num_examples, slow)
+            captured = other or self._read_other_rows(captured, module, batch, refusal)
+        self.plan.verified |= self._describe_way(captured, measure) if is_looked_at else set()
         self._keep_one_reading(captured)
         return captured
 
@@ -156,16 +153,18 @@ class Forward:
         self._capture.calls = []
         return Captured(num_examples, None, values, recorder)
 
-    def _look_at_way(self, captured: Captured, module: Any, measure: Measure | None) -> set[str]:
+    def _look_at_way(self, captured: Captured, module: Any, measure: Measure | None) -> bool:
         """Have a batch checked anew if the step has called other functions than for those that were.
 
+        So is one of which other dimensions have its size: which of them are the examples' is a guess.
+
         Returns:
-            What to note when it was.
+            Whether its way is to be noted.
         """
         verified, subject = self.plan.verified, "loss" if measure is None else "measurement"
         reads_loss = measure is None or measure.needs_loss
         if captured.num_examples == 1 or (reads_loss and ONE_BY_ONE in verified):
-            return set()
+            return False
         orders = {text for text in verified if text.startswith(ORDER)} if reads_loss else set()
         is_new = self._way.is_new(verified, module)
         if is_new or LOST in verified:
@@ -176,9 +175,14 @@ class Forward:
             self._picked += 1
             is_due = self._picked & (self._picked - 1) == 0 and not holds_stand_ins(module)
             verified -= {subject, *orders} if is_due else set()
-        if is_new:
+        if not (self._describe_way(captured, measure) <= verified or holds_stand_ins(module)):
             verified.discard(subject)
-        return {self._way.text}
+        return True
+
+    def _describe_way(self, captured: Captured, measure: Measure | None) -> set[str]:
+        """Return what to note of a batch that was checked."""
+        subject = "loss" if measure is None else "measurement"
+        return {self._way.text, *(COINCIDES.format(text, subject) for text in captured.recorder.coincidences)}
 
     def _check_measured(self, captured: Captured, module: Any, batch: Any) -> Captured:
         """Check that losses come in the order of the examples where no batch before has shown it.
@@ -251,6 +255,13 @@ class Forward:
             )
         return other
 
+    def _read_other_layouts(
+        self, module: Any, batch: Any, num_examples: int, slow: set[str]
+    ) -> Captured | None:
+        """Return a batch whose examples stand elsewhere than was taken for granted; None if they do not."""
+        read = partial(self._try, self._run, module, batch, num_examples)
+        return read_otherwise(self.plan, module, batch, num_examples, slow, lambda: read()[0])
+
     def _try(
         self, read: Callable[[Any, Any, int], Captured | None], module: Any, batch: Any, num_examples: int
     ) -> tuple[Captured | None, Exception | None]:
@@ -301,7 +312,12 @@ class Forward:
         plan = self.plan
         if self._called(subject) <= plan.verified and ROWS_VARY not in plan.verified:
             return Recorder(plan.layers)
-        return Recorder(plan.layers, ParameterRecorder(plan.layers, batch, num_examples, plan.slow))
+        return Recorder(plan.layers, self._watch_uses(batch, num_examples))
+
+    def _watch_uses(self, batch: Any, num_examples: int) -> ParameterRecorder:
+        plan = self.plan
+        note_form(plan.verified, batch, num_examples)
+        return ParameterRecorder(plan.layers, batch, num_examples, plan.slow, plan.verified)
 
     def _run(self, module: Any, batch: Any, num_examples: int) -> Captured:
         """Run the loss: by the functions that it is made of, or where these are not known by its values.
@@ -413,9 +429,10 @@ class Forward:
         return captured or self._read_one_by_one(module, batch, num_examples)
 
     def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> tuple[Captured, Tensor]:
-        uses = ParameterRecorder(self.plan.layers, batch, num_examples, self.plan.slow)
-        recorder = Recorder(self.plan.layers, uses)
-        return one_by_one.run(recorder, uses, self._call, module, batch, num_examples)
+        uses = self._watch_uses(batch, num_examples)
+        layout = read_form(self.plan.verified, batch, num_examples)
+        parts = [rearranged(batch, [number], num_examples, layout) for number in range(num_examples)]
+        return one_by_one.run(Recorder(self.plan.layers, uses), uses, self._call, module, parts)
 
     def _read_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
         """Return a batch by the losses of its examples alone; None if its loss is not their mean."""
@@ -433,33 +450,18 @@ class Forward:
         return captured
 
     def _compare_with_step(self, captured: Captured, module: Any, batch: Any) -> None:
-        """Compare the gradient of the user's own loss with that of ``training_step``, where that can be run.
+        """Compare the gradient of the user's own loss with that of ``training_step``, on a first batch.
 
         Raises:
             LossCaptureError: if it points the other way.
         """
-        name = "`influence_loss`" if self._loss is None else "`loss=`"
+        name, count = "`influence_loss`" if self._loss is None else "`loss=`", captured.num_examples
         if name in self.plan.verified:
             return
-        count = captured.num_examples
         # Of one example, uses would see penalties on weights as its own.
         recorder = Recorder(self.plan.layers) if count == 1 else self._make_recorder(batch, count)
-        try:
-            with preserve_rng(), recorder:
-                step = run_step(module, batch)
-            theirs = recorder.backward(step, None, count)
-            ours = captured.recorder.backward(captured.total(), None, count)
-        except Exception:  # the step may need a fit, whence the user's own loss; some gradients need rows
-            return
-        # A layer's are as many in both, but for tables that one of the two uses in another way.
-        pairs = [pair for layer in ours if layer in theirs for pair in zip(ours[layer], theirs[layer])]  # noqa: B905
-        shared = [(own.flatten(), other.flatten()) for own, other in pairs if own.shape == other.shape]
-        if not shared:
-            return
-        check_direction(
-            torch.cat([own for own, _ in shared]), torch.cat([other for _, other in shared]), name
-        )
-        self.plan.verified.add(name)
+        if compare_with_step(captured, recorder, module, batch, name):
+            self.plan.verified.add(name)
 
     def _check_order(self, captured: Captured, module: Any, batch: Any) -> None:
         """Check that the losses come in the order of the examples, for each way in which their rows do."""

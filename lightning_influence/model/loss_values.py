@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.model.batches.ragged import find_places
+from lightning_influence.model.batches.forms import place_examples, read_form
 from lightning_influence.model.batches.rearranging import rearranged
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.picked import WholeRows
@@ -54,7 +54,7 @@ def compute_losses(
         NonFiniteError: if the batch's loss is NaN or infinite.
     """
     run = call_loss if run is None else run
-    layout = read_layout(verified)
+    layout = {**read_form(verified, batch, num_examples), **read_layout(verified)}
     if OTHER_ROWS in verified or ONE_BY_ONE in verified:
         return compute_alone(run, module, batch, num_examples, layout)
     read = partial(_read_losses, run, module, verified=verified, normalised=normalised)
@@ -112,7 +112,9 @@ def _read_losses(
         # The graph need not hold activations, but what follows the losses, through which factors are found.
         return saved if capture.calls else saved.new_empty(0)
 
-    follow: Any = Watch({}, batch, num_examples, find_places(batch, num_examples)) if is_followed else None
+    follow: Any = None
+    if is_followed:
+        follow = Watch({}, batch, num_examples, place_examples(verified, batch, num_examples))
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved),
         nullcontext() if follow is None else follow,

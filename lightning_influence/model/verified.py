@@ -11,6 +11,10 @@ LEFT_OUT = "{} positions are left out"
 LOST = "rows of losses are lost"
 #: Losses are in the order of the examples; what was left out follows.
 ORDER = "order "
+#: How the notes of a loss end that depend on where its batches hold the examples.
+FOR_LOSS = "for the loss"
+#: Gradients were checked where dimensions of these sizes coincide with the batch's.
+COINCIDES = "{} has the batch's size for the {}"
 #: Functions that losses are made of give examples other weights than one.
 WEIGHED = "examples have weights"
 #: Why a question has to be asked anew where batches with such weights are followed by others.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 from torch.utils.data import default_collate
 
 from lightning_influence.support.batches import MOST_DEPTH, find_tensors, mark_lists, open_part
@@ -126,15 +127,21 @@ def _has_own_order(batch: Any, reverse: Any, longer: Any, count: int) -> bool:
 def _parts(batch: Any, count: int, longer: Any, depth: int = MOST_DEPTH) -> Iterator[Tensor]:
     """The tensors of a batch with one row for each example; columns of a time-first one become its rows.
 
+    Of several dimensions of that size, the one that is longer in a batch of one example more is meant.
+
     A list that has one entry more in a batch of one example more is of the examples: its rows are numbers
     that stand for the entries.
     """
     if isinstance(batch, Tensor) and batch.layout == torch.strided:
-        for dim in (0, 1):
-            if batch.ndim > dim and batch.shape[dim] == count:
-                yield batch.transpose(0, dim)
-                return
+        dims = [dim for dim in (0, 1) if batch.shape[dim : dim + 1] == (count,)]
+        grown = [dim for dim in dims if isinstance(longer, Tensor) and longer.shape[dim] == count + 1]
+        for dim in (grown or dims)[:1]:
+            yield batch.transpose(0, dim)
         return
+    if isinstance(
+        batch, PackedSequence
+    ):  # in which rows an example stands depends on the other ones' lengths
+        batch, longer = (_unpack(part) for part in (batch, longer))
     if _lists_examples(batch, longer, count):
         yield torch.tensor([hash(tuple(map(_contents, find_tensors(entry)))) for entry in batch])
         return
@@ -144,6 +151,11 @@ def _parts(batch: Any, count: int, longer: Any, depth: int = MOST_DEPTH) -> Iter
     same = others is not None and len(others.parts) == len(opened.parts)
     for part, other in zip(opened.parts, others.parts if others and same else [None] * len(opened.parts)):  # noqa: B905
         yield from _parts(part, count, other, depth - 1)
+
+
+def _unpack(part: Any) -> list[Tensor] | None:
+    """Return the sequences of a packed sequence, in the order of the batch; None for anything else."""
+    return unpack_sequence(part) if isinstance(part, PackedSequence) else None
 
 
 def _lists_examples(batch: Any, longer: Any, count: int) -> bool:

@@ -89,17 +89,13 @@ def sequence_first_in_one_layer(module, x, y):
     [
         (coupled_mean, (B, 3), "first"),
         (swapped_last_two, (B, 3), "first"),
-        (sequence_first, (B, B, 3), "first"),
     ],
 )
 def test_examples_that_are_not_rows_of_their_own_are_refused(step, shape, layer):
     data = torch.randn(*shape), torch.randint(2, (B,))
     with pytest.raises(
         UnsupportedModelError,
-        match=(
-            rf"depends on layer '{layer}' at other examples.*influence_loss"
-            rf"|Layer '{layer}' was called with a tensor of shape \(3, 4, 3\)"
-        ),
+        match=rf"depends on layer '{layer}' at other examples.*influence_loss",
     ):
         forward(step, data)
 
@@ -109,6 +105,7 @@ def test_examples_that_are_not_rows_of_their_own_are_refused(step, shape, layer)
     [
         (sequence_first, (2 * B, B, 3), 1),
         (sequence_first, (3, B, 3), 1),
+        (sequence_first, (B, B, 3), 1),
         (sequence_first_in_one_layer, (B, 2 * B, 3), 0),
         (sequence_first_in_one_layer, (B, B, 3), 0),
     ],

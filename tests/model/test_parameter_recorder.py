@@ -276,7 +276,7 @@ def test_inputs_are_read_once_and_only_of_what_may_have_some(monkeypatch):
     words = nn.Sequential(nn.Embedding(300, 8), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3))
     for net, x, most in ((norms, torch.randn(B, 8), 0), (words, torch.randint(0, 300, (B, 2)), 1)):
         layers = find_layers(net).layers
-        with Recorder(layers, ParameterRecorder(layers, (x,), B, set())) as recorder:
+        with Recorder(layers, ParameterRecorder(layers, (x,), B, set(), set())) as recorder:
             outputs = net(x)
         for _ in range(2):
             gradients = recorder.gradients(outputs, [torch.ones_like(outputs)], B)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.utils.rnn import pack_sequence, pad_sequence
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_influence.running.collating import OrderedCollate
@@ -111,6 +111,38 @@ def test_a_collate_function_that_mixes_examples_is_named(collate):
     items = [(torch.randn(4), i % 3) for i in range(6)]
     with pytest.warns(InfluenceWarning, match=f"collate_fn={collate.__name__} mixes examples"):
         OrderedCollate(collate)(items)
+
+
+def pack(items):
+    return pack_sequence([x for x, _ in items], enforce_sorted=False), torch.stack([y for _, y in items])
+
+
+def pack_by_length(items):
+    return pack(sorted(items, key=lambda item: -len(item[0])))
+
+
+def pack_mixed(items):
+    other = torch.randperm(len(items))
+    return pack([(x + items[n][0].mean(), y) for (x, y), n in zip(items, other, strict=True)])
+
+
+def square(items):
+    """As many time steps, in front, as there are examples."""
+    return torch.stack([x[0].repeat(6).view(6) + torch.arange(6) for x, _ in items], 1)
+
+
+@pytest.mark.parametrize("collate", [pack, square])
+def test_what_holds_examples_elsewhere_than_in_rows_is_not_taken_for_mixing(collate):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OrderedCollate(collate)(list(SEQUENCES))
+
+
+def test_packed_sequences_are_looked_into():
+    with pytest.raises(UnsupportedDataError, match="order of its own"):
+        OrderedCollate(pack_by_length)(list(SEQUENCES))
+    with pytest.warns(InfluenceWarning, match="mixes examples"):
+        OrderedCollate(pack_mixed)(list(SEQUENCES))
 
 
 def test_noise_of_an_examples_own_is_not_taken_for_mixing():

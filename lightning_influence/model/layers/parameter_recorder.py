@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_influence.model.batches.ragged import find_places
+from lightning_influence.model.batches.forms import place_examples
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 from lightning_influence.model.layers.layer import (
     BIAS,
@@ -51,13 +51,16 @@ class ParameterRecorder:
         num_examples: ``B``.
         slow: names of parameters whose gradients take a backward pass for each example; :meth:`certify` adds
             to it.
+        verified: what passes have found in order, which says where batches hold their examples.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], batch: Any, num_examples: int, slow: set[str]) -> None:
+    def __init__(
+        self, layers: Mapping[str, Layer], batch: Any, num_examples: int, slow: set[str], verified: set[str]
+    ) -> None:
         self.layers, self._slow = dict(layers), slow
         self._single = {name for name, layer in layers.items() if isinstance(layer.rule, ParameterRule)}
         parameters = parameters_of(layers)
-        self.watch = Watch(parameters, batch, num_examples, find_places(batch, num_examples))
+        self.watch = Watch(parameters, batch, num_examples, place_examples(verified, batch, num_examples))
         self._large = {name for name in self._single if layers[name].is_table}
         # Matrices may be products of the inputs and output gradients of what they map.
         self._matrices = {name for name in self._single if layers[name].d_in > 1} - self._large
@@ -79,6 +82,11 @@ class ParameterRecorder:
     def picks(self) -> bool:
         """Whether the step has picked rows by values, which are others in the next batch."""
         return self.watch.picks
+
+    @property
+    def coincidences(self) -> set[str]:
+        """Where several dimensions have the batch's size: it is a guess which one is the examples'."""
+        return self.watch.coincidences
 
     @property
     def is_needed(self) -> bool:

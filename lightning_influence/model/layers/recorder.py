@@ -52,6 +52,11 @@ class UseRecorder(Protocol):
         ...
 
     @property
+    def coincidences(self) -> set[str]:
+        """Where several dimensions have the batch's size: it is a guess which one is the examples'."""
+        ...
+
+    @property
     def is_needed(self) -> bool:
         """Whether some layers are not had from calls of modules on the batch, or may not be in the next."""
         ...
@@ -217,6 +222,11 @@ class Recorder:
     def picks(self) -> bool:
         """Whether the step has picked rows by values, as far as uses were watched."""
         return self.uses is not None and self.uses.picks
+
+    @property
+    def coincidences(self) -> set[str]:
+        """Where several dimensions have the batch's size, as far as uses were watched."""
+        return set() if self.uses is None else self.uses.coincidences
 
     @property
     def follows_modules(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.model.batches.ragged import find_places
+from lightning_influence.model.batches.forms import place_examples
 from lightning_influence.model.losses.output_rows import OutputRows, join_calls
 from lightning_influence.model.losses.picked import PickedRows
 from lightning_influence.model.unnamed.alone import REMEDY, Run, to_scalar
@@ -43,6 +43,7 @@ class Cut:
         module: the module.
         batch: a batch.
         count: its number of examples.
+        verified: what passes have found in order, which says where batches hold their examples.
 
     Attributes:
         keys: of the outputs.
@@ -58,10 +59,16 @@ class Cut:
     """
 
     def __init__(
-        self, run: Run, parameters: Mapping[str, Tensor], module: Any, batch: Any, count: int
+        self,
+        run: Run,
+        parameters: Mapping[str, Tensor],
+        module: Any,
+        batch: Any,
+        count: int,
+        verified: Collection[str],
     ) -> None:
-        self._run, self._parameters = run, parameters
-        watch, picked = _follow(batch, count), PickedRows()
+        self._run, self._parameters, self._verified = run, parameters, verified
+        watch, picked = self._watch(batch, count), PickedRows()
         with preserve_rng(), picked, watch, OutputTap(module) as tap:
             values, batch_loss = run(module, batch)
         self.calls: Counter[str] = tap.calls
@@ -122,7 +129,7 @@ class Cut:
         if not (self.follows or names):
             yield None, []
             return
-        with _follow(batch, count, {name: self._parameters[name] for name in names}) as watch:
+        with self._watch(batch, count, names) as watch:
             if not names:
                 yield watch, []
                 return
@@ -213,7 +220,7 @@ class Cut:
             raise UnsupportedModelError(_DIFFERENTIATES) from error
         return values, to_scalar(values, batch_loss)
 
-
-def _follow(batch: Any, count: int, parameters: Mapping[str, Tensor] | None = None) -> Watch:
-    """Return what follows the examples of a batch, and parameters."""
-    return Watch(parameters or {}, batch, count, find_places(batch, count))
+    def _watch(self, batch: Any, count: int, names: Collection[str] = ()) -> Watch:
+        """Return what follows the examples of a batch, and parameters."""
+        places = place_examples(self._verified, batch, count)
+        return Watch({name: self._parameters[name] for name in names}, batch, count, places)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.model.batches.rearranging import rearranged
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers.recorder import Recorder, UseRecorder
 from lightning_influence.model.unnamed.alone import REMEDY, Run, to_scalar
@@ -22,7 +22,7 @@ SLOWER = (
 
 
 def run(
-    recorder: Recorder, uses: UseRecorder, compute: Run, module: Any, batch: Any, num_examples: int
+    recorder: Recorder, uses: UseRecorder, compute: Run, module: Any, parts: Sequence[Any]
 ) -> tuple[Captured, Tensor]:
     """Run each example of a batch alone, on one record.
 
@@ -31,25 +31,20 @@ def run(
         uses: what it has them from.
         compute: computes the loss.
         module: the user's module.
-        batch: the batch.
-        num_examples: ``B``.
+        parts: the examples of the batch, each a batch of one.
 
     Returns:
         The batch, with the losses of its examples as values, without gradients of penalties on weights; and
         the losses with these, ``(B,)``.
-
-    Raises:
-        UnknownPartError: if the batch cannot be taken apart.
     """
     values, penalties = [], []
-    parts = [rearranged(batch, [number], num_examples) for number in range(num_examples)]
     with recorder:
         for number, part in enumerate(parts):
             uses.add_example(part, number)
             values.append(to_scalar(*compute(module, part)))
             penalties.append(uses.take_penalties())
-    own = [_without(value, parts) for value, parts in zip(values, penalties, strict=True)]
-    return Captured(num_examples, None, torch.stack(own), recorder), torch.stack(values)
+    own = [_without(value, added) for value, added in zip(values, penalties, strict=True)]
+    return Captured(len(parts), None, torch.stack(own), recorder), torch.stack(values)
 
 
 def _without(value: Tensor, penalties: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_influence.model.batches.forms import read_form
 from lightning_influence.model.batches.rearranging import Layout, UnknownPartError, find_layouts, rearranged
 from lightning_influence.model.layers.layer import Layer, parameters_of
 from lightning_influence.model.layers.recorder import Recorder
@@ -126,7 +127,7 @@ class UnnamedLoss:
             OtherCallsError: if it comes from other modules each time.
             UnsupportedModelError: if it couples examples.
         """
-        find_cut = partial(Cut, self._run, self._parameters, module, batch, num_examples)
+        find_cut = partial(self._find_cut, module, batch, num_examples)
         if self._found is None or self._varies:
             self._found = find_cut()
         states = RandomStates.read()
@@ -137,6 +138,13 @@ class UnnamedLoss:
             self._varies |= isinstance(other, OtherCallsError)
             self._found = find_cut()
             return self._read(self._found, module, batch, num_examples, make_recorder())
+
+    def _find_cut(self, module: Any, batch: Any, count: int) -> Cut:
+        return Cut(self._run, self._parameters, module, batch, count, self._verified)
+
+    def _layout_of(self, batch: Any, count: int) -> Layout:
+        """Return how a batch is taken apart, if not as usual."""
+        return {**read_form(self._verified, batch, count), **self._layout}
 
     def _read(
         self, cut: Cut, module: Any, batch: Any, num_examples: int, recorder: Recorder
@@ -188,7 +196,7 @@ class UnnamedLoss:
         is_new = self.way.is_new(self._verified, module) or self._is_looked_at_again(count)
         if not is_new or self._varies:
             return
-        if not cut.follows and Cut(self._run, self._parameters, module, batch, count).follows:
+        if not cut.follows and self._find_cut(module, batch, count).follows:
             raise _OtherOrderError
         self._check(cut, module, batch, count)
 
@@ -208,7 +216,9 @@ class UnnamedLoss:
             found.value,
             num_examples,
             traits=self._traits,
-            values_of=lambda: compute_alone(self._run, module, batch, num_examples, self._layout),
+            values_of=lambda: compute_alone(
+                self._run, module, batch, num_examples, self._layout_of(batch, num_examples)
+            ),
             values=found.values,
             rows=found.rows,
         )
@@ -244,7 +254,7 @@ class UnnamedLoss:
         if not bool(loss.gradient().any()):
             return
         find = partial(self._find_mean, cut, module, batch, loss, limit)
-        is_mean, runs = self._try(find, {})
+        is_mean, runs = self._try(find, read_form(self._verified, batch, count))
         again = self._draw_again(cut, module, batch, loss, limit) if is_mean is None else None
         if is_mean is None:
             is_mean = self._read_otherwise(find, batch, count) if again is None else True
@@ -339,9 +349,10 @@ class UnnamedLoss:
     def _run_alone(self, cut: Cut, module: Any, batch: Any, loss: BatchLoss) -> list[PartGradients]:
         """Return what the loss of each example alone says; nothing if they cannot be run alone."""
         rows, found = loss.gradient() / loss.factor, []
+        layout = self._layout_of(batch, loss.num_examples)
         for number in range(loss.num_examples):
             try:
-                own, direct = self._run_part(cut, module, batch, [number], loss, self._layout)
+                own, direct = self._run_part(cut, module, batch, [number], loss, layout)
             except Exception:  # whatever the user's code may raise on one example
                 return []
             ratio = find_ratio(own, rows[[number]], 1.0)

@@ -84,6 +84,9 @@ class Watch(TorchFunctionMode):
     Attributes:
         uses: what was recorded.
         picks: whether rows were picked by values, so that those of another batch may be others.
+        coincidences: tensors of the batch, and calls, in which several dimensions have the batch's size, each
+            with these dimensions: of a tensor of the batch one is enough. Where the examples stand is a guess
+            then, which holds for other batches with the same.
         eps: relative rounding error of the lowest precision that took part: a norm may run in float32 in a
             model of float64.
 
@@ -92,7 +95,8 @@ class Watch(TorchFunctionMode):
         batch: tensors in any nesting of lists, tuples, mappings and objects; those with a dimension of ``B``
             hold the examples in it, the first one if it is of that size.
         num_examples: ``B``.
-        places: where the examples stand in tensors of the batch of other forms, by tensor.
+        places: where the examples stand in tensors of the batch of other forms, by tensor; None for one that
+            holds none.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class Watch(TorchFunctionMode):
         parameters: Mapping[str, Tensor],
         batch: Any,
         num_examples: int,
-        places: Mapping[Tensor, Place] | None = None,
+        places: Mapping[Tensor, Place | None] | None = None,
     ) -> None:
         super().__init__()
         self.num_examples = num_examples
@@ -108,6 +112,7 @@ class Watch(TorchFunctionMode):
         self.uses: list[Use] = []
         self.picks = False
         self.eps = max((torch.finfo(p.dtype).eps for p in self.parameters.values()), default=0.0)
+        self.coincidences: set[str] = set()
         self._precisions: set[torch.dtype] = set()
         self._sources = {id(p): p for p in self.parameters.values()}
         self._names = {id(p): name for name, p in self.parameters.items()}
@@ -117,6 +122,11 @@ class Watch(TorchFunctionMode):
         for tensor, place in find_examples(batch, num_examples, places or {}):
             self._mark(tensor, place)
             self._guesses[id(tensor)] = weakref.ref(tensor)
+        for number, tensor in enumerate(find_tensors(batch)) if num_examples > 1 else ():
+            dims, held = _dims_of(tensor.shape, num_examples), self.place_of(tensor)
+            if dims:
+                own = None if held is None else held.dim
+                self.coincidences.add(f"tensor {number} of {tensor.ndim} {dims} read as {own}")
 
     def add_example(self, batch: Any, number: int) -> None:
         """Take all tensors of a batch of one, in any nesting, for those of one of the examples."""
@@ -224,6 +234,7 @@ class Watch(TorchFunctionMode):
     def _note_batch(self, seen: _Seen) -> None:
         """Note an operation that examples take part in, and its use of parameters if there are any."""
         call, outputs, sources = seen.call, seen.outputs, seen.sources
+        self._note_coincidence(seen)
         followed = Followed([None] * len(outputs)) if seen.unknown else self._follow(seen)
         self.picks |= _picks_rows(seen, followed)
         for output, place in zip(outputs, followed.outputs, strict=True):
@@ -249,6 +260,13 @@ class Watch(TorchFunctionMode):
                     inplace=seen.changed is not None,
                 )
             )
+
+    def _note_coincidence(self, seen: _Seen) -> None:
+        """Note a call if one of its tensors has several dimensions of the batch's size."""
+        count = self.num_examples
+        shapes = [*seen.before.values(), *(output.shape for output in seen.outputs)]
+        if count > 1 and any(shape.count(count) > 1 for shape in shapes):
+            self.coincidences.add(f"{seen.call.name} {sorted({_dims_of(shape, count) for shape in shapes})}")
 
     def _follow(self, seen: _Seen) -> Followed:
         """Return where the examples are in the outputs of a call, as before if there was one like it."""
@@ -409,14 +427,14 @@ def _detach(call: Call, sources: Mapping[Slot, Tensor]) -> Call:
 
 
 def find_examples(
-    batch: Any, num_examples: int, places: Mapping[Tensor, Place]
+    batch: Any, num_examples: int, places: Mapping[Tensor, Place | None]
 ) -> list[tuple[Tensor, Place]]:
     """Find the tensors of a batch that hold examples.
 
     Args:
         batch: any nesting of lists, tuples, mappings, dataclasses and other objects.
         num_examples: ``B``.
-        places: of tensors whose places are known.
+        places: of tensors whose places are known; None for those of all examples.
 
     Returns:
         Tensors with their places. A list of ``B`` tensors holds one example each.
@@ -427,7 +445,7 @@ def find_examples(
     while pending:
         value, depth = pending.pop()
         if isinstance(value, Tensor):
-            place = known.get(id(value)) or _guess(value, num_examples)
+            place = known[id(value)] if id(value) in known else _guess(value, num_examples)
             if place is not None:
                 found.append((value, place))
         elif is_list_of_examples(value, num_examples):
@@ -442,8 +460,13 @@ def find_examples(
 def _guess(tensor: Tensor, num_examples: int) -> Place | None:
     if num_examples == 1:
         return whole(0)
-    dims = [dim for dim, size in enumerate(tensor.shape) if size == num_examples]
+    dims = _dims_of(tensor.shape, num_examples)
     return Place(dims[0]) if dims else None
+
+
+def _dims_of(shape: torch.Size, num_examples: int) -> tuple[int, ...]:
+    """Return the dimensions that have the batch's size."""
+    return tuple(dim for dim, size in enumerate(shape) if size == num_examples)
 
 
 def _without_dispatch(func: Callable[..., Any]) -> Callable[..., Any]:
