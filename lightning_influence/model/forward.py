@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_influence.model.batches.rearranging import missing_positions
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.checks import check_direction, check_independent, check_loss
+from lightning_influence.model.checks import check_independent, check_loss
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.layers.recorder import Recorder
@@ -21,40 +19,36 @@ from lightning_influence.model.loss_values import OTHER_ROWS, ROWS_VARY, compute
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCapture
 from lightning_influence.model.losses.hook import check_per_example, per_example_capture
-from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.losses.way import Way
-from lightning_influence.model.training_step import call_loss, run_step
+from lightning_influence.model.measure import Measure
+from lightning_influence.model.own_loss import compare_with_step
+from lightning_influence.model.training_step import call_loss
 from lightning_influence.model.unnamed import one_by_one
 from lightning_influence.model.unnamed.additivity import COUPLED
 from lightning_influence.model.unnamed.alone import ONE_BY_ONE
 from lightning_influence.model.unnamed.unnamed_loss import UnnamedLoss
-from lightning_influence.model.verified import CALLED, LEFT_OUT, LOST, ORDER, OTHER_WEIGHTS, WEIGHED
+from lightning_influence.model.verified import (
+    CALLED,
+    LEFT_OUT,
+    LOST,
+    ORDER,
+    OTHER_WEIGHTS,
+    WEIGHED,
+    note_told,
+)
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
-    InfluenceWarning,
     LossCaptureError,
     NonFiniteError,
     ReadOtherwiseError,
     UnsupportedModelError,
 )
-from lightning_influence.support.random_states import preserve_rng
+from lightning_influence.support.notes import listening, warn
+from lightning_influence.support.random_states import preserve_rng, remember_draws
 from lightning_influence.support.waiting import read_later
 from lightning_influence.support.whole import holds_stand_ins
-
-
-class Measure(Protocol):
-    """A measurement on queries, such as a ``ResolvedMeasurement``."""
-
-    @property
-    def needs_loss(self) -> bool:
-        """Whether the training loss has to run first."""
-        ...
-
-    def __call__(self, module: Any, batch: Any, *, loss: OutputLoss | None, batch_size: int) -> Tensor:
-        """Values ``(B,)``, differentiable."""
-        ...
 
 
 class Forward:
@@ -75,6 +69,7 @@ class Forward:
         self._weights: Tensor | None = None  # of the examples of the last batch
         self._way = Way()  # that the last batch has taken
         self._picked = 0  # batches whose rows were picked by values
+        self._rewind: Callable[[], None] = remember_draws()  # to what the batch began to draw with
 
     def __call__(
         self, module: Any, batch: Any, num_examples: int, measure: Measure | None = None
@@ -95,6 +90,11 @@ class Forward:
             NonFiniteError: if a loss is NaN or infinite.
             UnsupportedModelError: if the model cannot be differentiated example by example.
         """
+        with listening(partial(note_told, self.plan.verified)):
+            return self._read_batch(module, batch, num_examples, measure)
+
+    def _read_batch(self, module: Any, batch: Any, num_examples: int, measure: Measure | None) -> Captured:
+        self._rewind = remember_draws()
         if measure is not None and not measure.needs_loss:
             captured = self._run_in_its_way(
                 partial(self._measure, module, batch, num_examples, measure), module, "measurement"
@@ -122,7 +122,7 @@ class Forward:
             and note not in self.plan.verified
             and not isinstance(captured.loss, BatchLoss | JointLoss)
         ):
-            warnings.warn(note, InfluenceWarning, stacklevel=2)
+            warn(note)
             self.plan.verified.add(note)
         way = self._look_at_way(captured, module, measure)
         try:
@@ -149,6 +149,7 @@ class Forward:
 
     def _measure(self, module: Any, batch: Any, num_examples: int, measure: Measure) -> Captured:
         """Run a measurement that needs no loss."""
+        self._rewind()
         recorder = self._make_recorder(batch, num_examples, "measurement")
         with recorder, self._capture:
             values = measure(module, batch, loss=None, batch_size=num_examples)
@@ -313,6 +314,7 @@ class Forward:
             LossCaptureError: if the loss is found neither way.
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
+        self._rewind()
         if ONE_BY_ONE in self.plan.verified:
             alone, _ = self._run_one_by_one(module, batch, num_examples)
             one_by_one.check_mean(alone, self._call, module, batch)
@@ -372,6 +374,7 @@ class Forward:
 
     def _run_unnamed(self, unnamed: UnnamedLoss, module: Any, batch: Any, num_examples: int) -> Captured:
         make = partial(self._make_recorder, batch, num_examples)
+        self._rewind()
         loss, recorder = unnamed.read(module, batch, num_examples, make)
         self._way = unnamed.way
         if not self._judge_rows(batch, num_examples, recorder):
@@ -415,6 +418,7 @@ class Forward:
     def _run_one_by_one(self, module: Any, batch: Any, num_examples: int) -> tuple[Captured, Tensor]:
         uses = ParameterRecorder(self.plan.layers, batch, num_examples, self.plan.slow)
         recorder = Recorder(self.plan.layers, uses)
+        self._rewind()
         return one_by_one.run(recorder, uses, self._call, module, batch, num_examples)
 
     def _read_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
@@ -429,11 +433,11 @@ class Forward:
         if not is_mean:
             return None
         self.plan.verified.add(ONE_BY_ONE)
-        warnings.warn(one_by_one.SLOWER, InfluenceWarning, stacklevel=2)
+        warn(one_by_one.SLOWER)
         return captured
 
     def _compare_with_step(self, captured: Captured, module: Any, batch: Any) -> None:
-        """Compare the gradient of the user's own loss with that of ``training_step``, where that can be run.
+        """Compare the user's own loss with that of the step, on the first batch for which that can be run.
 
         Raises:
             LossCaptureError: if it points the other way.
@@ -444,22 +448,10 @@ class Forward:
         count = captured.num_examples
         # Of one example, uses would see penalties on weights as its own.
         recorder = Recorder(self.plan.layers) if count == 1 else self._make_recorder(batch, count)
-        try:
-            with preserve_rng(), recorder:
-                step = run_step(module, batch)
-            theirs = recorder.backward(step, None, count)
-            ours = captured.recorder.backward(captured.total(), None, count)
-        except Exception:  # the step may need a fit, whence the user's own loss; some gradients need rows
-            return
-        # A layer's are as many in both, but for tables that one of the two uses in another way.
-        pairs = [pair for layer in ours if layer in theirs for pair in zip(ours[layer], theirs[layer])]  # noqa: B905
-        shared = [(own.flatten(), other.flatten()) for own, other in pairs if own.shape == other.shape]
-        if not shared:
-            return
-        check_direction(
-            torch.cat([own for own, _ in shared]), torch.cat([other for _, other in shared]), name
-        )
-        self.plan.verified.add(name)
+        with preserve_rng():
+            self._rewind()
+            if compare_with_step(captured, recorder, module, batch, name):
+                self.plan.verified.add(name)
 
     def _check_order(self, captured: Captured, module: Any, batch: Any) -> None:
         """Check that the losses come in the order of the examples, for each way in which their rows do."""
