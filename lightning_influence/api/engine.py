@@ -31,7 +31,7 @@ from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss, find_la
 from lightning_influence.model.mean_loss import LossPass
 from lightning_influence.model.measurements import Measurement, ResolvedMeasurement, resolve_measurement
 from lightning_influence.model.unnamed.loss_parameters import find_covered
-from lightning_influence.model.verified import forget_measurement
+from lightning_influence.model.verified import forget_measurement, read_told
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.diagnostics import Diagnostics, PassFacts
 from lightning_influence.results.self_influence import SelfInfluence
@@ -46,7 +46,7 @@ from lightning_influence.support.arguments import (
     to_plain_number,
 )
 from lightning_influence.support.digests import digest_tensors
-from lightning_influence.support.notes import Notes, say
+from lightning_influence.support.notes import say
 
 Aggregate = Literal["mean"] | GroupLabels
 
@@ -136,7 +136,7 @@ class Engine:
         self._start = time.perf_counter()
         self._runner, self._state, self._question = runner, state, question
         self._checkpoint = checkpoint
-        self._notes = Notes()
+        self._notes = runner.notes
         self._parts: ScoreParts | None = None  # that scores are asked in
 
     def attribute(self, train: Any, queries: Any) -> Attributions:
@@ -430,6 +430,7 @@ class Engine:
         verified, slow = (kept.setdefault(model, set()) for kept in (self._state.verified, self._state.slow))
         plan = replace(plan, verified=verified, slow=slow)
         forget_measurement(plan.verified)
+        self._notes.recall(read_told(plan.verified))
         return plan
 
     def _queries(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -26,7 +25,7 @@ from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.host.packages import is_lightning
 from lightning_influence.running.host.trainer import find_last_fit
 from lightning_influence.running.trainer_runner import TrainerRunner
-from lightning_influence.support.errors import InfluenceWarning
+from lightning_influence.support.notes import warn
 
 
 class Session:
@@ -125,11 +124,10 @@ class Session:
         last = self._last_datamodule
         hooks = [hook for hook in TRANSFER_HOOKS if last is not None and defines(last, hook)]
         if hooks:
-            warnings.warn(
+            warn(
                 f"The loaders that were passed go through {', '.join(hooks)} of {type(last).__name__}, the "
                 "datamodule of the last fit. Pass datamodule= to say that this is meant; ask about loaders "
                 "that need no hooks with a Trainer that was not fitted with it.",
-                InfluenceWarning,
                 stacklevel=3,
             )
 

@@ -113,7 +113,7 @@ def set_out(runner: Runner, request: EditRequest, data: EditData, record: Traini
     Raises:
         InfluenceError: a subclass that says what cannot be edited, and what to do.
     """
-    began, options, notes = time.perf_counter(), request.options, Notes()
+    began, options, notes = time.perf_counter(), request.options, runner.notes
     plan = find_editable_layers(runner, data, request.layers, notes)
     forgets, searches = data.targets is None, options.step == "search"
     # A search for forgetting goes many times as far as the theory says: so would the shrinkage of the record.

@@ -15,10 +15,10 @@ from torch import Tensor
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.gathering import Gathered, differentiate
 from lightning_influence.methods.groups import Groups
-from lightning_influence.model.captured import Measure
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.gradients import DenseGradients, LayerGradients
 from lightning_influence.model.layers.plan import LayerPlan
+from lightning_influence.model.measure import Measure
 from lightning_influence.support.passes import Loader
 
 

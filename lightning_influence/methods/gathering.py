@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_influence.methods.context import Context
-from lightning_influence.model.captured import Measure
 from lightning_influence.model.finite import check_finite
 from lightning_influence.model.forward import Forward
 from lightning_influence.model.layers.gradients import (
@@ -23,6 +22,7 @@ from lightning_influence.model.layers.gradients import (
 from lightning_influence.model.layers.layer import Layer
 from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.model.layers.table_gradients import TableGradients
+from lightning_influence.model.measure import Measure
 from lightning_influence.support.errors import NonFiniteError
 from lightning_influence.support.passes import Loader, Passes
 from lightning_influence.support.waiting import read_later

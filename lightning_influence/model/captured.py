@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,19 +21,6 @@ Fisher = Literal["mixed", "sampled", "exact", "empirical"]
 #: Those that are drawn at random.
 RANDOM: tuple[Fisher, ...] = ("mixed", "sampled")
 MAX_COLUMNS = 1024
-
-
-class Measure(Protocol):
-    """A measurement on queries, such as a ``ResolvedMeasurement``."""
-
-    @property
-    def needs_loss(self) -> bool:
-        """Whether the training loss has to run first."""
-        ...
-
-    def __call__(self, module: Any, batch: Any, *, loss: OutputLoss | None, batch_size: int) -> Tensor:
-        """Values ``(B,)``, differentiable."""
-        ...
 
 
 @dataclass

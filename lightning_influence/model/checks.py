@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +14,13 @@ from lightning_influence.model.layers.gradients import FactoredGradients, LayerG
 from lightning_influence.model.layers.layer import Layer
 from lightning_influence.model.layers.recorder import Recorder, Slopes
 from lightning_influence.model.losses.batch import BatchLoss
-from lightning_influence.model.training_step import run_step
 from lightning_influence.support.errors import (
-    InfluenceWarning,
-    LossCaptureError,
     NonFiniteError,
     UnsupportedModelError,
 )
-from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.waiting import expect
 from lightning_influence.support.whole import is_stand_in, read_own_part, read_whole
 
-# Chosen by hand: gradients of one loss in half precision have a cosine of .9999 and more.
-_ALIKE = 0.999
 # Relative error of a sum of gradients: TF32 and autocast are not exact.
 _LIMITS = {torch.float64: 1e-8, torch.float32: 1e-2}
 
@@ -265,66 +258,3 @@ def _own_parts(module: nn.Module) -> Iterator[Tensor]:
     """Yield a module's own parameters, of sharded ones what this process holds."""
     for parameter in module.parameters(recurse=False):
         yield read_whole(parameter) if is_stand_in(parameter) else read_own_part(parameter.detach())
-
-
-def check_direction(ours: Tensor, theirs: Tensor, name: str) -> None:
-    """Compare the gradient of a user's own loss with that of the training step, up to a positive factor.
-
-    Args:
-        ours: the gradient in the outputs of layers.
-        theirs: that of the step.
-        name: of the user's own loss, for messages.
-
-    Raises:
-        LossCaptureError: if it points the other way.
-    """
-    ours, theirs = ours.double(), theirs.double()
-    size = float(ours.norm() * theirs.norm())
-    if not 0 < size < float("inf"):
-        return
-    cosine = float(ours @ theirs) / size
-    if cosine < 0:
-        raise LossCaptureError(
-            f"{name} goes against the training loss of the first batch (gradients of cosine {cosine:.3g}). "
-            "Accepted is the loss that training makes smaller: return it without the minus."
-        )
-    if cosine < _ALIKE:
-        warnings.warn(
-            f"{name} is not the loss of `training_step`, nor a multiple of it: on the first batch their "
-            f"gradients have the cosine {cosine:.3g}. Scores explain what it returns.",
-            InfluenceWarning,
-            stacklevel=2,
-        )
-
-
-def compare_with_step(captured: Captured, recorder: Recorder, module: Any, batch: Any, name: str) -> bool:
-    """Compare the gradient of the user's own loss with that of ``training_step``, where that can be run.
-
-    Args:
-        captured: the batch with the user's own loss.
-        recorder: to record the step with.
-        module: the user's module.
-        batch: what was captured.
-        name: of the user's own loss, for messages.
-
-    Returns:
-        Whether there was something to compare.
-
-    Raises:
-        LossCaptureError: if it points the other way.
-    """
-    count = captured.num_examples
-    try:
-        with preserve_rng(), recorder:
-            step = run_step(module, batch)
-        theirs = recorder.backward(step, None, count)
-        ours = captured.recorder.backward(captured.total(), None, count)
-    except Exception:  # the step may need a fit, whence the user's own loss; some gradients need rows
-        return False
-    # A layer's are as many in both, but for tables that one of the two uses in another way.
-    pairs = [pair for layer in ours if layer in theirs for pair in zip(ours[layer], theirs[layer])]  # noqa: B905
-    shared = [(own.flatten(), other.flatten()) for own, other in pairs if own.shape == other.shape]
-    if shared:
-        own, other = (torch.cat(parts) for parts in zip(*shared, strict=True))
-        check_direction(own, other, name)
-    return bool(shared)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from lightning_influence.model.batches.forms import note_form, read_form
 from lightning_influence.model.batches.rearranging import missing_positions, rearranged
-from lightning_influence.model.captured import Captured, Measure
-from lightning_influence.model.checks import check_independent, check_loss, compare_with_step
+from lightning_influence.model.captured import Captured
+from lightning_influence.model.checks import check_independent, check_loss
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.layers.recorder import Recorder
@@ -24,7 +23,9 @@ from lightning_influence.model.losses.hook import check_per_example, per_example
 from lightning_influence.model.losses.picked import WholeRows
 from lightning_influence.model.losses.shared import JointLoss
 from lightning_influence.model.losses.way import Way
+from lightning_influence.model.measure import Measure
 from lightning_influence.model.other_layouts import read_otherwise
+from lightning_influence.model.own_loss import compare_with_step
 from lightning_influence.model.training_step import call_loss
 from lightning_influence.model.unnamed import one_by_one
 from lightning_influence.model.unnamed.additivity import COUPLED
@@ -38,15 +39,17 @@ from lightning_influence.model.verified import (
     ORDER,
     OTHER_WEIGHTS,
     WEIGHED,
+    note_told,
 )
 from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
-    InfluenceWarning,
     LossCaptureError,
     NonFiniteError,
     ReadOtherwiseError,
     UnsupportedModelError,
 )
+from lightning_influence.support.notes import listening, warn
+from lightning_influence.support.random_states import preserve_rng, remember_draws
 from lightning_influence.support.waiting import read_later
 from lightning_influence.support.whole import holds_stand_ins
 
@@ -69,6 +72,7 @@ class Forward:
         self._weights: Tensor | None = None  # of the examples of the last batch
         self._way = Way()  # that the last batch has taken
         self._picked = 0  # batches whose rows were picked by values
+        self._rewind: Callable[[], None] = remember_draws()  # to what the batch began to draw with
 
     def __call__(
         self, module: Any, batch: Any, num_examples: int, measure: Measure | None = None
@@ -89,6 +93,11 @@ class Forward:
             NonFiniteError: if a loss is NaN or infinite.
             UnsupportedModelError: if the model cannot be differentiated example by example.
         """
+        with listening(partial(note_told, self.plan.verified)):
+            return self._read_batch(module, batch, num_examples, measure)
+
+    def _read_batch(self, module: Any, batch: Any, num_examples: int, measure: Measure | None) -> Captured:
+        self._rewind = remember_draws()
         if measure is not None and not measure.needs_loss:
             captured = self._run_in_its_way(
                 partial(self._measure, module, batch, num_examples, measure), module, "measurement"
@@ -116,7 +125,7 @@ class Forward:
             and note not in self.plan.verified
             and not isinstance(captured.loss, BatchLoss | JointLoss)
         ):
-            warnings.warn(note, InfluenceWarning, stacklevel=2)
+            warn(note)
             self.plan.verified.add(note)
         is_looked_at, slow = self._look_at_way(captured, module, measure), set(self.plan.slow)
         try:
@@ -146,6 +155,7 @@ class Forward:
 
     def _measure(self, module: Any, batch: Any, num_examples: int, measure: Measure) -> Captured:
         """Run a measurement that needs no loss."""
+        self._rewind()
         recorder = self._make_recorder(batch, num_examples, "measurement")
         with recorder, self._capture:
             values = measure(module, batch, loss=None, batch_size=num_examples)
@@ -329,6 +339,7 @@ class Forward:
             LossCaptureError: if the loss is found neither way.
             NonFiniteError: if the loss is NaN or infinite; says where that began.
         """
+        self._rewind()
         if ONE_BY_ONE in self.plan.verified:
             alone, _ = self._run_one_by_one(module, batch, num_examples)
             one_by_one.check_mean(alone, self._call, module, batch)
@@ -388,6 +399,7 @@ class Forward:
 
     def _run_unnamed(self, unnamed: UnnamedLoss, module: Any, batch: Any, num_examples: int) -> Captured:
         make = partial(self._make_recorder, batch, num_examples)
+        self._rewind()
         loss, recorder = unnamed.read(module, batch, num_examples, make)
         self._way = unnamed.way
         if not self._judge_rows(batch, num_examples, recorder):
@@ -432,6 +444,7 @@ class Forward:
         uses = self._watch_uses(batch, num_examples)
         layout = read_form(self.plan.verified, batch, num_examples)
         parts = [rearranged(batch, [number], num_examples, layout) for number in range(num_examples)]
+        self._rewind()
         return one_by_one.run(Recorder(self.plan.layers, uses), uses, self._call, module, parts)
 
     def _read_one_by_one(self, module: Any, batch: Any, num_examples: int) -> Captured | None:
@@ -446,7 +459,7 @@ class Forward:
         if not is_mean:
             return None
         self.plan.verified.add(ONE_BY_ONE)
-        warnings.warn(one_by_one.SLOWER, InfluenceWarning, stacklevel=2)
+        warn(one_by_one.SLOWER)
         return captured
 
     def _compare_with_step(self, captured: Captured, module: Any, batch: Any) -> None:
@@ -460,8 +473,10 @@ class Forward:
             return
         # Of one example, uses would see penalties on weights as its own.
         recorder = Recorder(self.plan.layers) if count == 1 else self._make_recorder(batch, count)
-        if compare_with_step(captured, recorder, module, batch, name):
-            self.plan.verified.add(name)
+        with preserve_rng():
+            self._rewind()
+            if compare_with_step(captured, recorder, module, batch, name):
+                self.plan.verified.add(name)
 
     def _check_order(self, captured: Captured, module: Any, batch: Any) -> None:
         """Check that the losses come in the order of the examples, for each way in which their rows do."""

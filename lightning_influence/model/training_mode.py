@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 from torch import nn
 
-from lightning_influence.support.errors import InfluenceWarning
+from lightning_influence.support.notes import warn
 
 T = TypeVar("T")
 
@@ -50,7 +49,7 @@ def run_in_mode(module: Any, run: Callable[[], T]) -> T:
         except Exception:  # whatever the user's code may raise: the first reason is the one to give
             raise error from None
         _TRAINING.add(module)
-        warnings.warn(_IN_TRAINING_MODE.format(error=_first_line(error)), InfluenceWarning, stacklevel=2)
+        warn(_IN_TRAINING_MODE.format(error=_first_line(error)))
         return result
 
 

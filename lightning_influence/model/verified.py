@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 #: A layer is a module whose weights the loss, or a measurement, uses by calling it on the examples in their
 #: order: its uses need not be watched.
 CALLED = "{} is called for the {}"
@@ -23,6 +25,21 @@ OTHER_WEIGHTS = (
     "that a mask or an index picked, whose weights are not known. Define `influence_loss(batch) -> (B,)` on "
     "the module, or mask losses without dropping rows (`ignore_index`)."
 )
+
+
+# What follows was told while batches were run, and is told once a model.
+_TOLD = "told: "
+
+
+def note_told(verified: set[str], message: str, kind: str) -> bool:
+    """Note what is told of a model, for the certificates of later questions; listens to warnings."""
+    verified.add(_TOLD + message)
+    return True
+
+
+def read_told(verified: Collection[str]) -> list[str]:
+    """Return what was told of a model before, in an order that is the same everywhere."""
+    return sorted(text.removeprefix(_TOLD) for text in verified if text.startswith(_TOLD))
 
 
 def forget_measurement(verified: set[str]) -> None:

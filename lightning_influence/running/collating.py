@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 from torch.utils.data import default_collate
 
+from lightning_influence.running.generators import preserve_generators
 from lightning_influence.support.batches import MOST_DEPTH, find_tensors, mark_lists, open_part
-from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
+from lightning_influence.support.errors import UnsupportedDataError
+from lightning_influence.support.notes import warn
 from lightning_influence.support.random_states import preserve_rng
 
 
@@ -59,7 +60,7 @@ class OrderedCollate:
     def _try_out(self, items: list[Any], seed: int | None = None) -> Any:
         """Collate a copy of items and put the random states back; None if that fails."""
         try:
-            with preserve_rng():
+            with preserve_rng(), preserve_generators(self._collate):
                 if seed is not None:
                     torch.manual_seed(seed)
                     random.seed(seed)
@@ -80,12 +81,10 @@ class OrderedCollate:
             if not _depend_on_others((same, again, other), longer, half, len(items)):
                 continue
             name = getattr(self._collate, "__name__", type(self._collate).__name__)
-            warnings.warn(
+            warn(
                 f"collate_fn={name} mixes examples, as mixup does, or scales them by their batch: a row is "
                 "of several examples, and its score is given to one. For scores of single examples pass a "
-                "loader with a collate_fn that keeps them apart.",
-                InfluenceWarning,
-                stacklevel=2,
+                "loader with a collate_fn that keeps them apart."
             )
             return
 

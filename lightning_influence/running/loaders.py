@@ -100,10 +100,25 @@ class Shard:
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield every batch with the dataset indices of its examples."""
+        return self.read(lambda indices: None)
+
+    def read(self, begin: Callable[[Tensor], None]) -> Iterator[tuple[Any, Tensor]]:
+        """Yield every batch with the dataset indices of its examples.
+
+        Args:
+            begin: called with these before a batch is read; with the first also before workers are started.
+        """
         if self._indices:
-            for batch, indices in zip(self._batches, self._indices, strict=True):
+            begin(self._indices[0])
+            batches = iter(self._batches)  # which draws a seed for workers
+            for indices, batch in zip(self._begin_each(begin), batches, strict=True):
                 _check_size(batch, len(indices))
                 yield batch, indices
+
+    def _begin_each(self, begin: Callable[[Tensor], None]) -> Iterator[Tensor]:
+        for indices in self._indices:
+            begin(indices)
+            yield indices
 
 
 def split_indices(indices: Tensor, size: int, least: int | None = None) -> list[Tensor]:
@@ -132,6 +147,7 @@ class IndexedLoader:
         ordered: whether the indices ascend and every process would find the same ones.
         size: length of the dataset, of which the loader may draw a part; None for ready-made batches, and of
             a part of another loader.
+        source: the user's loader, whose dataset and collate function make the batches; None for others.
     """
 
     def __init__(
@@ -141,10 +157,11 @@ class IndexedLoader:
         *,
         ordered: bool,
         size: int | None = None,
+        source: DataLoader[Any] | None = None,
     ) -> None:
         self._plan = list(plan)
         self._build = build
-        self.ordered, self.size = ordered, size
+        self.ordered, self.size, self.source = ordered, size, source
         self._shards: dict[tuple[int, int], Shard] = {}
 
     @property
@@ -172,16 +189,14 @@ class IndexedLoader:
         generator = torch.Generator().manual_seed(seed)
         if self.ordered:
             chosen = torch.randperm(self.num_examples, generator=generator)[:count].sort().values
-            return IndexedLoader(
-                split_indices(self.indices[chosen], len(self._plan[0])), self._build, ordered=True
-            )
+            return self._derive(split_indices(self.indices[chosen], len(self._plan[0])))
         drawn, examples = [], 0
         for position in torch.randperm(len(self._plan), generator=generator).tolist():
             if examples >= count:
                 break
             drawn.append(position)
             examples += len(self._plan[position])
-        return IndexedLoader([self._plan[n] for n in sorted(drawn)], self._build, ordered=False)
+        return self._derive([self._plan[n] for n in sorted(drawn)])
 
     def only(self, indices: Tensor) -> IndexedLoader:
         """Return a loader of exactly these examples, which are among its own, ascending.
@@ -191,7 +206,7 @@ class IndexedLoader:
         """
         if not self.ordered:
             raise ValueError("Only a loader in the library's own order can be cut to single examples.")
-        return IndexedLoader(split_indices(indices, len(self._plan[0])), self._build, ordered=True)
+        return self._derive(split_indices(indices, len(self._plan[0])))
 
     def parts(self, count: int) -> list[IndexedLoader]:
         """Return loaders of at most ``count`` examples each, or two, in the order of visiting.
@@ -207,7 +222,7 @@ class IndexedLoader:
                 plans[-1].append(piece)
             else:
                 plans.append(split_indices(piece, len(self._plan[0])) if self.ordered else [piece])
-        return [IndexedLoader(plan, self._build, ordered=self.ordered) for plan in plans]
+        return [self._derive(plan) for plan in plans]
 
     def holding(self, indices: Tensor) -> IndexedLoader:
         """Return a loader of these examples, or of the batches that hold them if it is not ordered.
@@ -225,11 +240,17 @@ class IndexedLoader:
     def with_any(self, indices: Tensor) -> IndexedLoader:
         """Return a loader of the batches that hold any of these examples."""
         plan = [part for part in self._plan if bool(torch.isin(part, indices).any())]
-        return IndexedLoader(plan, self._build, ordered=self.ordered)
+        return self._derive(plan)
 
     def held(self, limit: int) -> IndexedLoader:
         """Return the same loader, but one that keeps its batches once read, up to a limit in bytes."""
-        return IndexedLoader(self._plan, lambda plan: Held(self._build(plan), limit), ordered=self.ordered)
+        return self._derive(self._plan, lambda plan: Held(self._build(plan), limit))
+
+    def _derive(
+        self, plan: Sequence[Tensor], build: Callable[[Sequence[Tensor]], Iterable[Any]] | None = None
+    ) -> IndexedLoader:
+        """Return a loader of other batches of the same source."""
+        return IndexedLoader(plan, build or self._build, ordered=self.ordered, source=self.source)
 
     def shard(self, rank: int = 0, world_size: int = 1) -> Shard:
         """Return every ``world_size``-th example (or batch, for ready-made ones), starting at ``rank``."""

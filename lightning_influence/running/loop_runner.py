@@ -61,7 +61,7 @@ class LoopRunner(Runner):
         with bar if self.progress else contextlib.nullcontext():  # a disabled bar of rich 13 prints a line
             task = bar.add_task(self.label(stepper.one_pass), total=expected.batches)
             for position, loader in enumerate(loaders):
-                for batch, indices in loader.shard():
+                for batch, indices in stepper.draws.read(loader):
                     batch = module.on_before_batch_transfer(batch, position)
                     batch = module.transfer_batch_to_device(batch, device, position)
                     batch = module.on_after_batch_transfer(batch, position)

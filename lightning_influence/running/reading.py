@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
@@ -22,12 +21,14 @@ from torch.utils.data import (
 )
 
 from lightning_influence.running.counting import ACCEPTED
+from lightning_influence.running.generators import preserve_generators
 from lightning_influence.running.host.attributes import combined_mode, wrapped_sampler
 from lightning_influence.running.host.packages import is_lightning
 from lightning_influence.running.loaders import IndexedLoader, ReadyMade, rebuilt, split_indices
 from lightning_influence.running.streams import Stream
-from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
-from lightning_influence.support.random_states import preserve_generators, preserve_rng
+from lightning_influence.support.errors import UnsupportedDataError
+from lightning_influence.support.notes import warn
+from lightning_influence.support.random_states import preserve_rng
 
 
 def sampler_indices(sampler: Any, dataset: Any) -> tuple[Tensor, bool]:
@@ -53,11 +54,9 @@ def _weighted(weights: Tensor) -> Tensor:
     weights = torch.as_tensor(weights)
     positive = weights > 0
     if len(set(weights[positive].tolist())) > 1:
-        warnings.warn(
+        warn(
             "WeightedRandomSampler draws some examples more often than others; influence takes every example "
-            "that it can draw once. Multiply the scores by the weights for the weighted objective.",
-            InfluenceWarning,
-            stacklevel=2,
+            "that it can draw once. Multiply the scores by the weights for the weighted objective."
         )
     return positive.nonzero().flatten()
 
@@ -78,7 +77,7 @@ def own_batches(sampler: Any, dataset: Any) -> list[Tensor]:
 def _drawn(sampler: Any, dataset: Any) -> list[Any]:
     # One iteration over a sampler that is not torch's own, leaving every random generator as it was.
     limit = 10 * max(_length(sampler), _length(dataset)) + 10
-    with preserve_rng(), preserve_generators(sampler, getattr(sampler, "sampler", None)):
+    with preserve_rng(), preserve_generators(sampler):
         drawn = list(itertools.islice(iter(sampler), limit + 1))
     if len(drawn) > limit:
         raise UnsupportedDataError(
@@ -108,11 +107,9 @@ def _length(sized: object) -> int:
 
 def _warn_of_missing(indices: Sized, sampler: object, dataset: object) -> None:
     if 0 < len(indices) < _length(dataset):
-        warnings.warn(
+        warn(
             f"{type(sampler).__name__} gave {len(indices)} of the dataset's {_length(dataset)} examples in "
-            "one iteration; only those are visited. Pass a loader without it to visit all.",
-            InfluenceWarning,
-            stacklevel=2,
+            "one iteration; only those are visited. Pass a loader without it to visit all."
         )
 
 
@@ -209,7 +206,7 @@ def read_loader(loader: DataLoader[Any]) -> IndexedLoader:
             f"The loader over {type(loader.dataset).__name__} has no examples. Pass one that has some."
         )
     total = len(loader.dataset) if isinstance(loader.dataset, Sized) else None
-    return IndexedLoader(plan, lambda part: rebuilt(loader, part), ordered=ordered, size=total)
+    return IndexedLoader(plan, lambda part: rebuilt(loader, part), ordered=ordered, size=total, source=loader)
 
 
 def _find_stream(loader: DataLoader[Any]) -> str | None:
@@ -229,7 +226,7 @@ def _draws_batches(sampler: Any) -> bool:
         return True
     if type(sampler) in (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler):
         return False
-    with preserve_rng(), preserve_generators(sampler, getattr(sampler, "sampler", None)):
+    with preserve_rng(), preserve_generators(sampler):
         first = next(iter(sampler), None)
     return isinstance(first, list | tuple)
 

@@ -18,6 +18,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_influence.running.draws import Draws, FirstBatches
+from lightning_influence.running.generators import preserve_generators
 from lightning_influence.running.host.module import TrainingStage, preserved_states
 from lightning_influence.running.host.processes import Meeting, raise_together, sum_over_processes
 from lightning_influence.running.host.states import ModuleStates
@@ -25,6 +27,7 @@ from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.reading import prepare
 from lightning_influence.support.eager import eagerly
 from lightning_influence.support.errors import InfluenceError
+from lightning_influence.support.notes import Notes, listening
 from lightning_influence.support.passes import Exchange
 from lightning_influence.support.random_states import preserve_rng
 from lightning_influence.support.turns import turn
@@ -67,6 +70,7 @@ class Runner(ABC):
     Attributes:
         module: the user's module.
         records: one :class:`PassRecord` for each finished pass.
+        notes: what was left out or assumed, and every warning that is given while the module is borrowed.
         expected: how many passes there will be, about, of which the bar tells the number; None if unknown.
     """
 
@@ -77,6 +81,7 @@ class Runner(ABC):
         self.expected: int | None = None
         self._stack: contextlib.ExitStack | None = None
         self._meeting: Meeting | None = None
+        self._firsts, self.notes = FirstBatches(), Notes()
 
     def __enter__(self) -> Self:
         """Return the runner with the module (and Trainer) borrowed; on failure everything is as before.
@@ -92,6 +97,8 @@ class Runner(ABC):
                 raise InfluenceError(
                     "This runner is in use; leave its `with` block before entering it again."
                 )
+            self.notes = Notes()
+            stack.enter_context(listening(self.notes.hear))
             self._borrow(stack)
             self._stack = stack.pop_all()
         return self
@@ -110,8 +117,9 @@ class Runner(ABC):
     def run(self, one_pass: Pass, dataloaders: Any) -> PassRecord:
         """Run a pass over loaders.
 
-        Random states, buffers and metrics are the same after the pass as before it. Every pass of a runner
-        therefore sees the same random augmentations, if there are any.
+        Random states, generators that the loaders hold, buffers and metrics are the same after the pass as
+        before it. What a batch draws, in its dataset and in its step, depends on these states and on its
+        examples alone: every pass sees the same of it. Where it does not, that is warned of.
 
         Args:
             one_pass: what to do with each batch.
@@ -133,8 +141,14 @@ class Runner(ABC):
         start = time.perf_counter()
         failure: Exception | None = None
         try:
-            with preserved_states(self.module) as states, preserve_rng(), eagerly(), reading_later():
-                done = Stepper(one_pass, self.module, states)
+            with (
+                preserved_states(self.module) as states,
+                preserve_rng(),
+                preserve_generators(*(loader.source for loader in loaders)),
+                eagerly(),
+                reading_later(),
+            ):
+                done = Stepper(one_pass, self.module, states, Draws(self._firsts))
                 if self._meeting is not None:
                     self._meeting.helper = getattr(one_pass, "help", None)
                 self._run(done, loaders, expected)
@@ -264,14 +278,16 @@ class Stepper:
         one_pass: the pass.
         module: the user's module, borrowed.
         states: of the module, at the beginning of the pass.
+        draws: gives every batch its own.
 
     Attributes:
+        draws: the same.
         batches: how many were handed over.
         examples: how many they held.
     """
 
-    def __init__(self, one_pass: Pass, module: LightningModule, states: ModuleStates) -> None:
-        self.one_pass = one_pass
+    def __init__(self, one_pass: Pass, module: LightningModule, states: ModuleStates, draws: Draws) -> None:
+        self.one_pass, self.draws = one_pass, draws
         self.batches = self.examples = 0
         self._module, self._states, self._stage = module, states, TrainingStage(module)
         self._changes: bool | None = None
@@ -284,6 +300,7 @@ class Stepper:
             indices: dataset indices ``(B,)``.
             position: of its loader among those of the pass.
         """
+        self.draws.begin_step(indices)
         off = torch.autocast(self._module.device.type, enabled=False)
         with torch.enable_grad(), off, self._stage:
             self.one_pass.step(self._module, batch, indices, position)

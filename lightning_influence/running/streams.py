@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_influence.running.counting import ExampleCounter
+from lightning_influence.running.generators import preserve_generators
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.support.batches import find_tensors
 from lightning_influence.support.digests import digest_tensors
-from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
-from lightning_influence.support.random_states import RandomStates, preserve_generators
+from lightning_influence.support.errors import UnsupportedDataError
+from lightning_influence.support.notes import warn
+from lightning_influence.support.random_states import RandomStates
 
 _OTHER = (
     "Batch {number} of {name} is another one than when it was first read, or does not come. Accepted are "
@@ -49,11 +50,9 @@ class Stream(IndexedLoader):
         plan = list(torch.split(torch.arange(sum(sizes)), sizes)) if sizes else []
         self._numbers = {int(part[0]): number for number, part in enumerate(plan)}
         super().__init__(plan, lambda some: _Selected(self, some), ordered=False)
-        warnings.warn(
+        warn(
             f"The examples of {name} have no index of their own: they are numbered in the order in which "
-            "they come, which has to be the same each time.",
-            InfluenceWarning,
-            stacklevel=2,
+            "they come, which has to be the same each time."
         )
 
     def select(self, plan: Sequence[Tensor]) -> Iterator[Any]:
@@ -79,7 +78,7 @@ class Stream(IndexedLoader):
     def _read(self) -> Iterator[Any]:
         """Yield all batches, drawn with the random states of the first reading, which nobody else moves."""
         inside, outside = self._states, RandomStates.read()
-        with preserve_generators(self._source, getattr(self._source, "sampler", None)):
+        with preserve_generators(self._source):
             inside.write()
             try:
                 for batch in itertools.islice(self._source, self._find_length()):

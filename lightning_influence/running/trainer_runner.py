@@ -36,7 +36,8 @@ from lightning_influence.running.host.trainer import (
 )
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.runner import Expected, Runner, Stepper
-from lightning_influence.support.errors import InfluenceWarning, UnsupportedDataError
+from lightning_influence.support.errors import UnsupportedDataError
+from lightning_influence.support.notes import warn
 from lightning_influence.support.random_states import preserve_rng
 
 
@@ -97,13 +98,13 @@ class _PassModule:
 
     def predict_dataloader(self) -> Any:
         assert self._work is not None
-        _, loaders, expected = self._work
+        stepper, loaders, expected = self._work
         strategy, trainer = self.trainer.strategy, self.trainer
         shards = []
         for loader in loaders:
             if trainer.world_size > 1:
                 loader.agree(strategy.broadcast)
-            shard = loader.shard(trainer.global_rank, trainer.world_size)
+            shard = stepper.draws.read(loader, trainer.global_rank, trainer.world_size)
             expected.batches += len(shard)
             expected.examples += shard.num_examples
             shards.append(shard)
@@ -360,11 +361,9 @@ class TrainerRunner(Runner):
         if isinstance(limit, int) or limit != 1.0:
             quick = getattr(self.trainer, "fast_dev_run", False)
             origin = "fast_dev_run" if quick else "limit_predict_batches"
-            warnings.warn(
+            warn(
                 f"The Trainer's {origin} limits prediction to {limit} of the batches; influence visits whole "
-                "loaders all the same. Pass a loader over a torch.utils.data.Subset to use fewer examples.",
-                InfluenceWarning,
-                stacklevel=2,
+                "loaders all the same. Pass a loader over a torch.utils.data.Subset to use fewer examples."
             )
 
     def _warn_of_partial_training(self) -> None:
@@ -373,12 +372,10 @@ class TrainerRunner(Runner):
         name, value = ("overfit_batches", overfit) if overfit else ("limit_train_batches", limit)
         quick = getattr(host, "fast_dev_run", False)  # said already
         if not quick and (isinstance(value, int) or value != 1.0):
-            warnings.warn(
+            warn(
                 f"The Trainer's {name}={value} lets a fit see part of the training loader; influence takes "
                 "every example of it for a training example. If the model was not trained on all, pass a "
-                "loader over a torch.utils.data.Subset of those that it was trained on.",
-                InfluenceWarning,
-                stacklevel=2,
+                "loader over a torch.utils.data.Subset of those that it was trained on."
             )
 
     def _predict_nothing(self, data: _SetUpOnly | None) -> None:

@@ -13,13 +13,13 @@ from lightning_influence.support.errors import InfluenceWarning, UnsupportedData
 
 
 class Numbers(IterableDataset):
-    """Rows with their number, in an order drawn anew in each iteration if asked for."""
+    """Rows with their number, in an order drawn anew in each iteration if a generator is given."""
 
-    def __init__(self, count, shuffle=False):
-        self.count, self.shuffle, self.own = count, shuffle, np.random.default_rng(0)
+    def __init__(self, count, draw=None):
+        self.count, self.draw = count, draw
 
     def __iter__(self):
-        order = self.own.permutation(self.count) if self.shuffle else range(self.count)
+        order = range(self.count) if self.draw is None else self.draw().permutation(self.count)
         return ((torch.tensor([float(n)]) + torch.rand(1) * 0.1, int(n)) for n in order)
 
 
@@ -69,8 +69,24 @@ def test_parts_of_a_stream_come_in_its_order():
     assert sorted(n for shard in (left, right) for (_, y), _ in shard for n in y.tolist()) == list(range(9))
 
 
+OUT_OF_REACH = np.random.default_rng(0)
+
+
+def draw_out_of_reach():
+    return OUT_OF_REACH
+
+
+def test_a_stream_may_draw_its_order_from_a_generator_that_it_holds():
+    own = np.random.default_rng(0)
+    before = own.bit_generator.state
+    loader = read(DataLoader(Numbers(6, draw=lambda: own), batch_size=2))
+    orders = [[y.tolist() for (_, y), _ in loader.shard()] for _ in range(2)]
+    assert orders[0] == orders[1] != [[0, 1], [2, 3], [4, 5]]
+    assert own.bit_generator.state == before
+
+
 def test_another_order_is_refused():
-    loader = read(DataLoader(Numbers(6, shuffle=True), batch_size=2))
+    loader = read(DataLoader(Numbers(6, draw=draw_out_of_reach), batch_size=2))
     with pytest.raises(
         UnsupportedDataError, match=r"Batch 0 of Numbers is another one .* turn shuffling off"
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from lightning_influence.model.losses.combined import WEIGHTED, ScaledLoss, SumLoss
 from lightning_influence.model.losses.divisors import Divisor
 from lightning_influence.model.losses.loss import OutputLoss, Reduction
-from lightning_influence.support.errors import InfluenceWarning, LossCaptureError, UnsupportedModelError
+from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
+from lightning_influence.support.notes import warn
 
 _MEANS: tuple[Reduction, ...] = ("mean", "position_mean", "example_mean")
 
@@ -158,7 +158,7 @@ class Alike:
             self._class_weights = weights.detach().clone()
         elif not torch.equal(self._class_weights, weights):
             self._warned = True
-            warnings.warn(_CLASS_WEIGHTS, InfluenceWarning, stacklevel=2)
+            warn(_CLASS_WEIGHTS)
 
     def _check_factor(self, number: int, count: int, factor: float) -> None:
         known, first = self._first.setdefault(number, (count, factor))
@@ -171,7 +171,7 @@ class Alike:
             )
         if not self._told and not math.isclose(ratio, 1, rel_tol=1e-3):
             self._told = True
-            warnings.warn(_FACTORS.format(first=first, other=factor), InfluenceWarning, stacklevel=2)
+            warn(_FACTORS.format(first=first, other=factor))
 
 
 def summed(losses: Sequence[OutputLoss]) -> OutputLoss:

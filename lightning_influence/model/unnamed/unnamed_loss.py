@@ -42,7 +42,7 @@ from lightning_influence.model.unnamed.cut import Cut, OtherCallsError
 from lightning_influence.model.unnamed.last_outputs import CutLoss, OutputTap
 from lightning_influence.model.unnamed.loss_parameters import LossParameters, PartGradients, find_direct
 from lightning_influence.support.errors import UnsupportedModelError
-from lightning_influence.support.random_states import RandomStates, preserve_rng
+from lightning_influence.support.random_states import preserve_rng, remember_draws
 
 _MEAN, _SUM, _GIVEN = "loss is a mean", "loss is a sum", "losses of examples are given"
 # Chosen by hand: what couples examples may do so in some batches only, as a term for the balance of experts
@@ -130,11 +130,11 @@ class UnnamedLoss:
         find_cut = partial(self._find_cut, module, batch, num_examples)
         if self._found is None or self._varies:
             self._found = find_cut()
-        states = RandomStates.read()
+        rewind = remember_draws()
         try:
             return self._read(self._found, module, batch, num_examples, make_recorder())
         except (OtherCallsError, _OtherOrderError) as other:
-            states.write()
+            rewind()
             self._varies |= isinstance(other, OtherCallsError)
             self._found = find_cut()
             return self._read(self._found, module, batch, num_examples, make_recorder())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from lightning_influence.running.host.attributes import defines, preserved
 from lightning_influence.running.host.packages import is_lightning, load_beside
 from lightning_influence.running.host.states import ModuleStates
-from lightning_influence.support.errors import InfluenceWarning
+from lightning_influence.support.notes import warn
 
 
 @contextlib.contextmanager
@@ -65,11 +64,10 @@ def _unscale_tables(module: nn.Module, stack: contextlib.ExitStack) -> None:
         stack.enter_context(preserved(table, "scale_grad_by_freq"))
         table.scale_grad_by_freq = False
     if tables:
-        warnings.warn(
+        warn(
             f"scale_grad_by_freq=True of {list(tables)} divides a row's gradient by how often it comes in "
             "a batch, so that it depends on the other examples. Influence is of the gradients without that: "
             "leave these layers out with layers= where that is not what is asked.",
-            InfluenceWarning,
             stacklevel=3,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +12,7 @@ from lightning_influence.model.uses.calls import tensors_of
 from lightning_influence.model.uses.operations.registry import ExampleCall, register_operation
 from lightning_influence.model.uses.parts import Part, Rows
 from lightning_influence.model.uses.places import Place
-from lightning_influence.support.errors import InfluenceWarning
+from lightning_influence.support.notes import warn
 
 
 @register_operation(
@@ -43,11 +42,9 @@ def _is_scaled(call: ExampleCall) -> bool:
     """Return whether a row's gradient is divided by how often it is looked up, and tell of it."""
     if not call.get("scale_grad_by_freq", False):
         return False
-    warnings.warn(
+    warn(
         "A table is looked up with scale_grad_by_freq=True, which divides a row's gradient by how often it "
-        "comes in a batch: influence is of the gradients of each example alone.",
-        InfluenceWarning,
-        stacklevel=2,
+        "comes in a batch: influence is of the gradients of each example alone."
     )
     return True
 
