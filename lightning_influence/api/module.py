@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_influence.api.engine import Aggregate, Engine, Question
+from lightning_influence.api.engine import Engine, Question
 from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors, fingerprint, fingerprint_differs
 from lightning_influence.curvature.spectrum import Spectrum
@@ -23,6 +23,7 @@ from lightning_influence.edits.rules import Selection, SelectionRule
 from lightning_influence.edits.start import Start, set_out
 from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
+from lightning_influence.methods.queries import Aggregate
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
 from lightning_influence.model.layers.plan import ModuleLoss
 from lightning_influence.model.measurements import Measurement

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_influence.api.checks import check_name
 from lightning_influence.api.dynamics import training_dynamics
-from lightning_influence.api.engine import Aggregate, Question
+from lightning_influence.api.engine import Question
 from lightning_influence.api.session import Session, average_over_checkpoints, read_paths
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.edits.data import SetTargets
@@ -21,6 +21,7 @@ from lightning_influence.edits.start import set_out
 from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.options import Damping
+from lightning_influence.methods.queries import Aggregate
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.layers.plan import ModuleLoss
 from lightning_influence.model.measurements import Measurement
@@ -91,7 +92,8 @@ def influence(
             eigenvalue), or a number.
         measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or
             ``"hook"`` for the module's ``influence_measurement``, which is also the default if it is defined;
-            else the loss.
+            else the loss. A function that returns one number, ``()``, measures the batch as a set: each batch
+            of the queries is then one query.
         loss: a callable ``(module, batch)`` that returns the losses of the examples ``(B,)``, or the loss of
             the batch, where the training step's own couples the examples or cannot be found; it is compared
             with the step's gradient. None for the loss of ``training_step``, or of ``influence_loss``.

@@ -91,7 +91,6 @@ def gather_means(
     Returns:
         One gradient a group; their positions stand in place of dataset indices.
     """
-    runner = context.runner
     visited, numbers = [], []
     for number, (loader, (indices, own)) in enumerate(zip(loaders, groups.members, strict=True)):
         wanted = (own >= rows.start) & (own < rows.stop)
@@ -101,17 +100,31 @@ def gather_means(
     one_pass = MeanGradientPass(
         context.plan, measure, groups, rows=rows, loaders=numbers, dtype=context.dtype
     )
-    runner.run(one_pass, visited)
-    means = one_pass.means
-    heard = runner.all_reduce_sum(torch.tensor([float(name in means) for name in context.plan.layers]))
+    context.runner.run(one_pass, visited)
+    return join_rows(context, one_pass.means, rows)
+
+
+def join_rows(context: Context, own: dict[str, Tensor], rows: range) -> Gathered:
+    """Sum over the processes what each has of some rows of gradients.
+
+    Args:
+        context: knows the processes, and which layers this one owns.
+        own: by layer ``(rows, G, D_out, D_in)``; let go of on the way.
+        rows: positions of the rows.
+
+    Returns:
+        One gradient a row; their positions stand in place of dataset indices.
+    """
+    runner = context.runner
+    heard = runner.all_reduce_sum(torch.tensor([float(name in own) for name in context.plan.layers]))
     gradients: dict[str, LayerGradients] = {}
     for (name, layer), count in zip(context.plan.layers.items(), heard.tolist(), strict=True):
         if not count:
             continue
-        mean = means.pop(name, None)
-        if mean is None:
-            mean = torch.zeros(len(rows), *layer.shape, device=context.device, dtype=context.dtype)
-        total = runner.all_reduce_sum(mean)
+        part = own.pop(name, None)
+        if part is None:
+            part = torch.zeros(len(rows), *layer.shape, device=context.device, dtype=context.dtype)
+        total = runner.all_reduce_sum(part)
         if name in context.own_layers:
             gradients[name] = DenseGradients(total[None])
     positions = torch.tensor([*rows])

@@ -392,7 +392,7 @@ class Attributions(Result):
     def __rich__(self) -> RenderableType:
         kept = "all scores" if self.scores is not None else f"the {self.stored} strongest at either end"
         queries, examples = str(len(self.query_indices)), str(len(self.train_indices))
-        if self.query_counts is not None:
+        if self.query_counts is not None and int(self.query_counts.max()) > 1:
             queries = f"{int(self.query_counts.sum())} in {queries} groups, a row for the mean of each"
         if self.train_counts is not None:
             examples = f"{int(self.train_counts.sum())} in {examples} groups, a column for the sum of each"
