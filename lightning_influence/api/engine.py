@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from lightning_influence.methods.groups import GroupLabels, Groups, check_labels
 from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
 from lightning_influence.methods.queries import Aggregate, Queries, read_queries
+from lightning_influence.methods.scores_file import check_file, check_new, map_scores
 from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
 from lightning_influence.model.captured import WeightedCount
@@ -46,6 +48,7 @@ from lightning_influence.support.arguments import (
 )
 from lightning_influence.support.digests import digest_tensors
 from lightning_influence.support.notes import Notes, say
+from lightning_influence.support.storage import PathLike
 
 # How many parameters a note names.
 _NAMED = 4
@@ -69,6 +72,7 @@ class Question:
         aggregate: ``"mean"`` asks about the mean of all queries, labels about the mean of each group.
         train_groups: labels of the training examples, whose scores are summed by group; None for single ones.
         by: ``"layer"`` to tell the layers' parts of the scores apart as well.
+        scores_file: a new file that the scores live in; None for memory.
 
     Raises:
         ValueError: if a setting is out of range, saying what was got and what is accepted.
@@ -85,6 +89,7 @@ class Question:
     aggregate: Aggregate | None = None
     train_groups: GroupLabels | None = None
     by: Literal["layer"] | None = None
+    scores_file: PathLike | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, find_method(self.method).options_type):
@@ -110,6 +115,8 @@ class Question:
                 f"Got top_k={top_k} with {name}, which needs all scores; omit top_k, and rank the answer "
                 "with top() and bottom()."
             )
+        if self.scores_file is not None:
+            check_file(self.scores_file, top_k=top_k, by=self.by, train_groups=self.train_groups)
         if (
             self.measurement is not None and self.measurement != "hook"
         ):  # whether there is a hook is known with the module only
@@ -144,6 +151,7 @@ class Engine:
         Returns:
             The attributions.
         """
+        check_new(self._runner, self._question.scores_file)
         train_loader = prepare_train(train)
         asked = self._read_queries(queries)
         return answer_or_retry(self._state, lambda: self._attribute_all(train_loader, asked))
@@ -152,15 +160,23 @@ class Engine:
         columns, count = self._read_train_groups(train), queries.count
         method = self._prepare(train, (count, train.num_examples if columns is None else len(columns.names)))
         queries.describe(method.context)
-        by_layer = self._question.by is not None
-        answer = Answer(method.context, count, self._question.top_k, by_layer=by_layer, groups=columns)
-        for group in queries.in_groups(method):
-            self._attribute_group(method, group, queries.measured, answer)
-            del group  # before the next one is read
-        found, residuals = answer.take(several=queries.are_of_several_loaders)
-        if queries.groups is not None:
-            found |= {"query_names": queries.groups.names, "query_counts": queries.groups.counts}
-        return Attributions(diagnostics=self._diagnostics(method, queries.measured.name, residuals), **found)
+        path, shape = self._question.scores_file, (count, train.num_examples)
+        context, asked = method.context, self._question
+        with map_scores(self._runner, path, shape, context.dtype) as matrix:
+            by_layer = asked.by is not None
+            answer = Answer(context, count, asked.top_k, by_layer=by_layer, groups=columns, matrix=matrix)
+            rows = method.group_size() if method.in_groups else count
+            measure_rows = method.measure_group_size if method.compresses else None
+            for group in queries.in_groups(context, rows, measure_rows):
+                self._attribute_group(method, group, queries.measured, answer)
+                del group  # before the next one is read
+            found, residuals = answer.take(several=queries.are_of_several_loaders)
+            if queries.groups is not None:
+                found |= {"query_names": queries.groups.names, "query_counts": queries.groups.counts}
+            if path is not None:
+                context.extra["scores_file"] = os.path.realpath(os.path.expanduser(path))
+            facts = self._diagnostics(method, queries.measured.name, residuals)
+            return Attributions(diagnostics=facts, **found)
 
     def _read_queries(self, given: Any) -> Queries:
         """Return the queries, read; with a measurement of the user's, after a look at a first batch."""

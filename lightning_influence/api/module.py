@@ -34,6 +34,7 @@ from lightning_influence.running.host.checkpoints import load_weights, read_chec
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.support.arguments import parse_options
+from lightning_influence.support.storage import PathLike
 
 Answer = TypeVar("Answer")
 
@@ -344,6 +345,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         aggregate: Aggregate | None = None,
         train_groups: GroupLabels | None = None,
         by: Literal["layer"] | None = None,
+        scores_file: PathLike | None = None,
         layers: Sequence[str] | None = None,
         loss: ModuleLoss | None = None,
         **options: Any,
@@ -360,6 +362,7 @@ class InfluenceModule(EditsParameters, LightningModule):
                 in :func:`lightning_influence.influence`.
             train_groups: labels of the training examples, whose scores are summed by group.
             by: ``"layer"`` to keep each layer's part of the scores as well.
+            scores_file: a new file for the scores, as in :func:`lightning_influence.influence`.
             layers: names or patterns of the layers to cover.
             loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method, such as ``damping``.
@@ -370,6 +373,7 @@ class InfluenceModule(EditsParameters, LightningModule):
         """
         settings = read_options(method, options)
         groups: dict[str, Any] = {"aggregate": aggregate, "train_groups": train_groups, "by": by}
+        groups["scores_file"] = scores_file
         question = Question(method, measurement, top_k, layers, settings, loss, **groups)
         with self._runner() as runner:
             return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)

@@ -37,6 +37,7 @@ from lightning_influence.running.host.trainer import (
 )
 from lightning_influence.support.arguments import parse_options
 from lightning_influence.support.errors import UnsupportedTrainerError
+from lightning_influence.support.storage import PathLike
 from lightning_influence.support.turns import take_turns
 
 
@@ -56,6 +57,7 @@ def influence(
     aggregate: Aggregate | None = None,
     train_groups: GroupLabels | None = None,
     by: Literal["layer"] | None = None,
+    scores_file: PathLike | None = None,
     ckpt_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
@@ -108,6 +110,9 @@ def influence(
             a column an example.
         by: ``"layer"`` to keep each layer's part of the scores as well, in ``layer_scores``; refused where
             they do not fit into ``memory_budget``.
+        scores_file: a new file that the scores live in while they are computed and afterwards, so that
+            queries times examples may exceed memory: NumPy's ``.npy``, memory-mapped. ``scores`` is then the
+            mapped tensor. None for memory.
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
             A list of them, such as runs that differ in the seed alone, gives the average of their answers,
             which predicts retraining better than one (the module keeps its own weights then).
@@ -154,6 +159,7 @@ def influence(
     }
     settings = read_options(method, further)
     groups: dict[str, Any] = {"aggregate": aggregate, "train_groups": train_groups, "by": by}
+    groups["scores_file"] = scores_file
     question = Question(method, measurement, top_k, layers, settings, loss, **groups)
     to_labels(labels)
     check_name(name)
@@ -168,7 +174,7 @@ def influence(
         return attributions
 
     if isinstance(paths, list):
-        _check_several(top_k, factors)
+        _check_several(top_k, factors, scores_file)
         attributions = average_over_checkpoints(trainer, model, paths, answer)
     else:
         attributions = answer(paths)
@@ -304,7 +310,9 @@ def suspects(
     return found
 
 
-def _check_several(top_k: int | None, factors: Factors | Literal["refit"] | None) -> None:
+def _check_several(
+    top_k: int | None, factors: Factors | Literal["refit"] | None, scores_file: PathLike | None
+) -> None:
     """Refuse what has no meaning over several checkpoints.
 
     Raises:
@@ -313,6 +321,10 @@ def _check_several(top_k: int | None, factors: Factors | Literal["refit"] | None
     if top_k is not None:
         raise ValueError(
             f"Got top_k={top_k} with several checkpoints, whose average needs all scores; omit top_k."
+        )
+    if scores_file is not None:
+        raise ValueError(
+            "Got scores_file with several checkpoints, whose average is in memory; omit it, or ask at each."
         )
     if isinstance(factors, Factors):
         raise ValueError(

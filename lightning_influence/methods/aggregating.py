@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.methods.context import Context
-from lightning_influence.methods.gathering import Gathered, differentiate
+from lightning_influence.methods.gathering import Gathered, differentiate, join_rows
 from lightning_influence.methods.groups import Groups
 from lightning_influence.model.forward import Forward, Measure
-from lightning_influence.model.layers.gradients import DenseGradients, LayerGradients
 from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.support.passes import Loader
 
@@ -102,30 +101,3 @@ def gather_means(
     )
     context.runner.run(one_pass, visited)
     return join_rows(context, one_pass.means, rows)
-
-
-def join_rows(context: Context, own: dict[str, Tensor], rows: range) -> Gathered:
-    """Sum over the processes what each has of some rows of gradients.
-
-    Args:
-        context: knows the processes, and which layers this one owns.
-        own: by layer ``(rows, G, D_out, D_in)``; let go of on the way.
-        rows: positions of the rows.
-
-    Returns:
-        One gradient a row; their positions stand in place of dataset indices.
-    """
-    runner = context.runner
-    heard = runner.all_reduce_sum(torch.tensor([float(name in own) for name in context.plan.layers]))
-    gradients: dict[str, LayerGradients] = {}
-    for (name, layer), count in zip(context.plan.layers.items(), heard.tolist(), strict=True):
-        if not count:
-            continue
-        part = own.pop(name, None)
-        if part is None:
-            part = torch.zeros(len(rows), *layer.shape, device=context.device, dtype=context.dtype)
-        total = runner.all_reduce_sum(part)
-        if name in context.own_layers:
-            gradients[name] = DenseGradients(total[None])
-    positions = torch.tensor([*rows])
-    return Gathered(gradients, positions, torch.zeros_like(positions))

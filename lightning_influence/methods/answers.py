@@ -36,6 +36,7 @@ class Answer:
         k: how many to keep at either end of each ranking; None for all scores.
         by_layer: whether every layer's part of the scores is kept.
         groups: of the training examples, whose scores are summed; None for a column an example.
+        matrix: zeros ``(Q, N)`` that all scores go to, in memory or not; made here if None.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Answer:
         *,
         by_layer: bool = False,
         groups: Groups | None = None,
+        matrix: Tensor | None = None,
     ) -> None:
         self._context, self._count, self._k, self._groups = context, num_queries, k, groups
         self.layers = [*context.plan.layers] if by_layer else None
@@ -54,7 +56,9 @@ class Answer:
         self._residuals: list[Tensor] = []
         self._rows = slice(0, 0)
         self._sink: Sink | None = None
-        if k is None:
+        if matrix is not None:
+            self._tensors["scores"] = matrix
+        elif k is None:
             # Memory of zeros is not taken before it is written to. Processes write to their own columns.
             # Sums over groups are of many scores, and few enough to be kept in double precision.
             dtype = context.dtype if groups is None else torch.float64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,8 +13,8 @@ from lightning_influence.methods.aggregating import gather_means
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.gathering import Gathered, GradientPass, gather
 from lightning_influence.methods.groups import GroupLabels, Groups, join_all, read_groups
-from lightning_influence.methods.method import Method
 from lightning_influence.methods.sets import gather_sets, gives_one_number
+from lightning_influence.model.layers.gradients import LayerGradients
 from lightning_influence.model.measurements import ResolvedMeasurement
 from lightning_influence.support.errors import UnsupportedDataError
 from lightning_influence.support.passes import Loader
@@ -71,18 +71,25 @@ class Queries:
             return self._gather_examples(context, self.loaders)
         return self._gather_groups(context, range(self.count))
 
-    def in_groups(self, method: Method) -> Iterator[Gathered]:
-        """Yield gradients, of as many queries at a time as the method takes under the memory budget."""
-        context, count = method.context, self.count
-        rows = method.group_size() if method.in_groups else count
+    def in_groups(
+        self, context: Context, rows: int, measure_rows: Callable[[dict[str, LayerGradients]], int] | None
+    ) -> Iterator[Gathered]:
+        """Yield gradients, of as many queries at a time as the method takes under the memory budget.
+
+        Args:
+            context: runs the passes.
+            rows: how many queries the method takes at once.
+            measure_rows: how many it takes, as gradients of a few tell it; None if ``rows`` is right.
+        """
+        count = self.count
         if self.groups is not None:
             every = range(count)
             for start in every[::rows]:
                 yield self._gather_groups(context, every[start : start + rows])
             return
-        if rows < count and method.compresses:
+        if rows < count and measure_rows is not None:
             few = self._gather_examples(context, self.loaders[0].parts(min(rows, _TRIED))[:1])
-            rows = method.measure_group_size(dict(few.gradients))
+            rows = measure_rows(few.gradients)
         if rows >= count:
             yield self._gather_examples(context, self.loaders)
             return

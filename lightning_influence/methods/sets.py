@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.methods.aggregating import join_rows
 from lightning_influence.methods.context import Context
-from lightning_influence.methods.gathering import Gathered
+from lightning_influence.methods.gathering import Gathered, join_rows
 from lightning_influence.methods.groups import Groups
 from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.model.measurements import ResolvedMeasurement

@@ -34,6 +34,9 @@ from lightning_influence.support.storage import PathLike
 if TYPE_CHECKING:
     import pandas as pd
 
+# Chosen by hand: scores of a group that are copied at once.
+_COPIED = 2**22
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Attributions(Result):
@@ -302,7 +305,8 @@ class Attributions(Result):
             what = f"unknown examples: {list_some(unknown)}" if len(unknown) else "an example twice"
             raise ValueError(f"the group holds {what}; it takes distinct members of train_indices")
         members = torch.isin(self.train_indices, wanted)
-        return self.scores[:, members].sum(1)
+        rows = max(1, _COPIED // max(1, len(wanted)))
+        return torch.cat([part[:, members].sum(1) for part in torch.split(self.scores, rows)])
 
     def to_pandas(self) -> pd.DataFrame:
         """The scores as a pandas DataFrame in long form, one row per query and training example.
