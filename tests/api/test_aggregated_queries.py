@@ -178,12 +178,21 @@ def test_top_k_of_groups_is_the_top_of_their_scores():
         ([torch.arange(2)] * 4, TypeError, r"gives tensor\(\[0, 1\]\) to dataset index 0"),
         (torch.zeros(4, 2), TypeError, r"gives \[0.0, 0.0\] to dataset index 0"),
         ([0.5, 1.5, 0.5, 1.5], TypeError, "gives 0.5 to dataset index 0"),
+        ([1, "1", 2, 2], ValueError, "aggregate has both 1 and '1'"),
     ],
 )
 def test_labels_that_cannot_be_are_refused_before_a_pass(labels, error, message):
     host = Net()
     with pytest.raises(error, match=message):
         InfluenceModule(host).scores(train(), queries(4), aggregate=labels)
+
+
+def test_integers_come_first_and_true_is_not_one():
+    found = InfluenceModule(Net()).scores(train(), queries(4), method="identity", aggregate=["a", 10, 9, "0"])
+    assert found.query_names == ("9", "10", "0", "a")
+    found = InfluenceModule(Net()).scores(train(), queries(4), method="identity", aggregate=[True, 1, 1, 0])
+    counts = dict(zip(found.query_names, found.query_counts.tolist(), strict=True))
+    assert counts == {"0": 1, "1": 2, "True": 1}
 
 
 def test_labels_of_one_loader_are_refused_for_two():
