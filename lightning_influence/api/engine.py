@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,15 +15,16 @@ from torch import Tensor
 from lightning_influence.curvature.factors import fingerprint
 from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
-from lightning_influence.methods.aggregating import gather_means
 from lightning_influence.methods.answers import Answer, By, find_parts, tell_rounding
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
 from lightning_influence.methods.forecast import Forecast, TrialPass, measure_speed
-from lightning_influence.methods.gathering import Gathered, GradientPass, gather
-from lightning_influence.methods.groups import GroupLabels, Groups, check_labels, join_all, read_groups
+from lightning_influence.methods.gathering import Gathered
+from lightning_influence.methods.groups import GroupLabels, Groups, check_labels, read_groups
 from lightning_influence.methods.method import Method, find_method, read_options
 from lightning_influence.methods.options import Options, list_names
+from lightning_influence.methods.queries import Aggregate, Queries, read_queries
 from lightning_influence.methods.score_parts import ScoreParts
+from lightning_influence.methods.scores_file import check_file, check_new, map_scores
 from lightning_influence.methods.scoring_passes import ScorePass, SelfInfluencePass
 from lightning_influence.methods.spectrum import SpectrumSettings, run_spectrum
 from lightning_influence.model.captured import WeightedCount
@@ -47,9 +49,7 @@ from lightning_influence.support.arguments import (
 )
 from lightning_influence.support.digests import digest_tensors
 from lightning_influence.support.notes import say
-
-Aggregate = Literal["mean"] | GroupLabels
-
+from lightning_influence.support.storage import PathLike
 
 # How many parameters a note names.
 _NAMED = 4
@@ -73,6 +73,7 @@ class Question:
         aggregate: ``"mean"`` asks about the mean of all queries, labels about the mean of each group.
         train_groups: labels of the training examples, whose scores are summed by group; None for single ones.
         by: what to tell parts of the scores apart by as well; None for the scores alone.
+        scores_file: a new file that the scores live in; None for memory.
 
     Raises:
         ValueError: if a setting is out of range, saying what was got and what is accepted.
@@ -89,6 +90,7 @@ class Question:
     aggregate: Aggregate | None = None
     train_groups: GroupLabels | None = None
     by: By | None = None
+    scores_file: PathLike | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, find_method(self.method).options_type):
@@ -114,6 +116,8 @@ class Question:
                 f"Got top_k={top_k} with {name}, which needs all scores; omit top_k, and rank the answer "
                 "with top() and bottom()."
             )
+        if self.scores_file is not None:
+            check_file(self.scores_file, top_k=top_k, by=self.by, train_groups=self.train_groups)
         if (
             self.measurement is not None and self.measurement != "hook"
         ):  # whether there is a hook is known with the module only
@@ -149,38 +153,36 @@ class Engine:
         Returns:
             The attributions.
         """
-        measured = resolve_measurement(self._question.measurement, self._runner.module)
-        train_loader, query_loaders = prepare_train(train), prepare(queries)
-        return answer_or_retry(
-            self._state, lambda: self._attribute_all(train_loader, query_loaders, measured)
-        )
+        check_new(self._runner, self._question.scores_file)
+        train_loader = prepare_train(train)
+        asked = self._read_queries(queries)
+        return answer_or_retry(self._state, lambda: self._attribute_all(train_loader, asked))
 
-    def _attribute_all(
-        self, train: IndexedLoader, query_loaders: list[IndexedLoader], measured: ResolvedMeasurement
-    ) -> Attributions:
-        groups = self._read_aggregate(query_loaders)
-        columns = self._read_train_groups(train)
-        count = sum(loader.num_examples for loader in query_loaders) if groups is None else len(groups.names)
+    def _attribute_all(self, train: IndexedLoader, queries: Queries) -> Attributions:
+        columns, count = self._read_train_groups(train), queries.count
         method = self._prepare(train, (count, train.num_examples if columns is None else len(columns.names)))
-        answer = Answer(method.context, count, self._question.top_k, parts=self._parts, groups=columns)
-        for group in self._groups(method, query_loaders, measured, groups):
-            self._attribute_group(method, group, measured, answer)
-            del group  # before the next one is read
-        found, residuals = answer.take(several=len(query_loaders) > 1 and groups is None)
-        if groups is not None:
-            found |= {"query_names": groups.names, "query_counts": groups.counts}
-        return Attributions(diagnostics=self._diagnostics(method, measured.name, residuals), **found)
+        queries.describe(method.context)
+        path, shape = self._question.scores_file, (count, train.num_examples)
+        context, asked = method.context, self._question
+        with map_scores(self._runner, path, shape, context.dtype) as matrix:
+            answer = Answer(context, count, asked.top_k, parts=self._parts, groups=columns, matrix=matrix)
+            rows = method.group_size() if method.in_groups else count
+            measure_rows = method.measure_group_size if method.compresses else None
+            for group in queries.in_groups(context, rows, measure_rows):
+                self._attribute_group(method, group, queries.measured, answer)
+                del group  # before the next one is read
+            found, residuals = answer.take(several=queries.are_of_several_loaders)
+            if queries.groups is not None:
+                found |= {"query_names": queries.groups.names, "query_counts": queries.groups.counts}
+            if path is not None:
+                context.extra["scores_file"] = os.path.realpath(os.path.expanduser(path))
+            facts = self._diagnostics(method, queries.measured.name, residuals)
+            return Attributions(diagnostics=facts, **found)
 
-    def _read_aggregate(self, loaders: list[IndexedLoader]) -> Groups | None:
-        """Return the groups of queries that are asked about as one each, None for single queries."""
-        labels = self._question.aggregate
-        if labels is None:
-            return None
-        for loader in loaders:
-            self._runner.agree(loader)
-        if isinstance(labels, str):
-            return join_all(loaders, labels)
-        return read_groups("aggregate", labels, loaders)
+    def _read_queries(self, given: Any) -> Queries:
+        """Return the queries, read; with a measurement of the user's, after a look at a first batch."""
+        measured = resolve_measurement(self._question.measurement, self._runner.module)
+        return read_queries(self._runner, measured, prepare(given), self._question.aggregate)
 
     def _read_train_groups(self, train: IndexedLoader) -> Groups | None:
         """Return the groups of training examples whose scores are summed, None for single examples."""
@@ -189,35 +191,6 @@ class Engine:
             return None
         self._runner.agree(train)
         return read_groups("train_groups", labels, [train])
-
-    def _groups(
-        self,
-        method: Method,
-        loaders: list[IndexedLoader],
-        measured: ResolvedMeasurement,
-        aggregated: Groups | None,
-    ) -> Iterator[Gathered]:
-        """Yield the queries, as many at a time as the method takes under the memory budget."""
-        context, count = method.context, sum(loader.num_examples for loader in loaders)
-        rows = method.group_size() if method.in_groups else count
-        if aggregated is not None:
-            measure = _differentiated(measured)
-            every = range(len(aggregated.names))
-            for start in every[::rows]:
-                yield gather_means(context, measure, loaders, aggregated, every[start : start + rows])
-            return
-        if rows < count and method.compresses:
-            few = self._queries(context, measured, loaders[0].parts(min(rows, _TRIED))[:1])
-            rows = method.measure_group_size(few.gradients)
-        if rows >= count:
-            yield self._queries(context, measured, loaders)
-            return
-        for number, loader in enumerate(loaders):
-            for part in loader.parts(rows):
-                found = self._queries(context, measured, [part])
-                found = replace(found, dataloaders=torch.full_like(found.dataloaders, number))
-                groups = [slice(start, start + rows) for start in range(0, len(found.indices), rows)]
-                yield from [found] if len(groups) == 1 else map(found.select, groups)
 
     def _attribute_group(
         self, method: Method, asked: Gathered, measured: ResolvedMeasurement, answer: Answer
@@ -233,7 +206,7 @@ class Engine:
         context.run_on_train(scoring)
         check_same_data(context, scoring.losses)
         residuals = tell_rounding(context, scoring.rounding, solved.residuals)
-        answer.end(asked, self._scale(scoring.losses, _is_loss(measured)), residuals)
+        answer.end(asked, self._scale(scoring.losses, measured.is_loss), residuals)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """Influence of every training example on its own loss, in one pass.
@@ -272,20 +245,16 @@ class Engine:
             certificate, with the number of queries by group in ``extra["query_counts"]`` if they were
             aggregated.
         """
-        measured = resolve_measurement(self._question.measurement, self._runner.module)
-        loaders = prepare(queries)
-        groups = self._read_aggregate(loaders)
+        asked = self._read_queries(queries)
+        measured = asked.measured
         method = self._prepare_alone(train)
-        if groups is None:
-            asked = self._queries(method.context, measured, loaders)
-        else:
-            every = range(len(groups.names))
-            asked = gather_means(method.context, _differentiated(measured), loaders, groups, every)
-            counts = dict(zip(groups.names, groups.counts.tolist(), strict=True))
-            method.context.extra["query_counts"] = counts
+        asked.describe(method.context)
+        if asked.groups is not None:
+            counts = asked.groups.counts.tolist()
+            method.context.extra["query_counts"] = dict(zip(asked.groups.names, counts, strict=True))
         plan = method.context.plan
-        solutions, residuals = method.solutions(asked.gradients)
-        if _is_loss(measured):
+        solutions, residuals = method.solutions(asked.gather(method.context).gradients)
+        if measured.is_loss:
             solutions = solutions / method.mean_weight
         names = {id(p): name for name, p in self._runner.module.named_parameters()}
         result = {}
@@ -433,13 +402,6 @@ class Engine:
         self._notes.recall(read_told(plan.verified))
         return plan
 
-    def _queries(
-        self, context: Context, measured: ResolvedMeasurement, loaders: list[IndexedLoader]
-    ) -> Gathered:
-        """Return gradients of all queries, on every process."""
-        one_pass = GradientPass(context.plan, _differentiated(measured))
-        return gather(context, one_pass, loaders)
-
     def _scale(self, seen: WeightedCount, of_loss: bool) -> float:
         """Return ``1 / N`` over the losses' mean weight, which a loss measurement is divided by as well."""
         count = WeightedCount(seen.examples, seen.weight)
@@ -474,13 +436,3 @@ class Engine:
             warnings=list(context.notes.messages),
             extra=dict(context.extra),
         )
-
-
-def _differentiated(measured: ResolvedMeasurement) -> ResolvedMeasurement | None:
-    """Return what passes differentiate: None for the training loss."""
-    return None if _is_loss(measured) else measured
-
-
-def _is_loss(measured: ResolvedMeasurement) -> bool:
-    """Return whether it is the training loss itself, not a function of the user's that is called so."""
-    return measured.name == "loss" and measured.function is None

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_influence.api.engine import Aggregate, Engine, Question
+from lightning_influence.api.engine import Engine, Question
 from lightning_influence.api.store import KeepsGradients
 from lightning_influence.collecting.state import read_saved_state
 from lightning_influence.curvature.factors import Factors, fingerprint, fingerprint_differs
@@ -25,6 +25,7 @@ from lightning_influence.edits.start import Start, set_out
 from lightning_influence.methods.answers import By
 from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
+from lightning_influence.methods.queries import Aggregate
 from lightning_influence.methods.spectrum import CurvatureName, SpectrumSettings
 from lightning_influence.model.layers.plan import ModuleLoss
 from lightning_influence.model.measurements import Measurement
@@ -35,6 +36,7 @@ from lightning_influence.running.host.checkpoints import load_weights, read_chec
 from lightning_influence.running.host.module import unwrap_compiled
 from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.support.arguments import parse_options
+from lightning_influence.support.storage import PathLike
 
 Answer = TypeVar("Answer")
 
@@ -345,6 +347,7 @@ class InfluenceModule(EditsParameters, KeepsGradients, LightningModule):
         aggregate: Aggregate | None = None,
         train_groups: GroupLabels | None = None,
         by: By | None = None,
+        scores_file: PathLike | None = None,
         layers: Sequence[str] | None = None,
         loss: ModuleLoss | None = None,
         **options: Any,
@@ -360,8 +363,8 @@ class InfluenceModule(EditsParameters, KeepsGradients, LightningModule):
             aggregate: ``"mean"`` or labels: a row for the mean of all queries, or of each group of them, as
                 in :func:`lightning_influence.influence`.
             train_groups: labels of the training examples, whose scores are summed by group.
-            by: ``"layer"``, ``"block"`` or ``"position"`` to keep parts of the scores as well, as in
-                :func:`lightning_influence.influence`.
+            by: parts of the scores to keep as well, as in :func:`lightning_influence.influence`.
+            scores_file: a new file for the scores, as in :func:`lightning_influence.influence`.
             layers: names or patterns of the layers to cover.
             loss: a callable in place of the training loss, as in :func:`lightning_influence.influence`.
             **options: options of the method, such as ``damping``.
@@ -372,6 +375,7 @@ class InfluenceModule(EditsParameters, KeepsGradients, LightningModule):
         """
         settings = read_options(method, options)
         groups: dict[str, Any] = {"aggregate": aggregate, "train_groups": train_groups, "by": by}
+        groups["scores_file"] = scores_file
         question = Question(method, measurement, top_k, layers, settings, loss, **groups)
         with self._runner() as runner:
             return self._engine(runner, question).attribute(train_dataloaders, query_dataloaders)

@@ -62,6 +62,7 @@ class Session:
         self._reader = _CheckpointReader()
         self._factors = factors
         self._state = InfluenceState()
+        self._begun: list[object] = []
         restore: list[Callback] = [self._reader] if self._own is None else [self._own, self._reader]
         # Asked now: loading a checkpoint lets go of the loader for the time being.
         self._fitted, last_datamodule = find_last_fit(trainer)
@@ -88,6 +89,7 @@ class Session:
             self._state = InfluenceState(record=self._state.record)
         elif isinstance(self._factors, Factors):
             self._state = replace(self._state, factors=self._factors, factors_key="")
+        self._begun = self._find_results()
         return self
 
     def __exit__(
@@ -96,8 +98,16 @@ class Session:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        """Give everything back."""
+        """Give everything back; of a call that failed or was interrupted, what it has finished is kept."""
+        if error is not None and self.runner.world_size == 1 and self._state.factors is not None:
+            pairs = zip(self._begun, self._find_results(), strict=True)
+            if any(before is not now for before, now in pairs):
+                self.keep()
         self.runner.__exit__(kind, error, trace)
+
+    def _find_results(self) -> list[object]:
+        """Return what passes compute for later calls; each is there when it is complete only."""
+        return [self._state.factors, self._state.coarse, self._state.compact]
 
     def _find_state(self) -> InfluenceState:
         """Find the state of this Trainer's callback, or of any callback in the checkpoint."""

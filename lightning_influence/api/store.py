@@ -9,24 +9,24 @@ from typing import Any, cast
 
 import torch
 
-from lightning_influence.api.engine import Aggregate, Engine, Question
+from lightning_influence.api.engine import Engine, Question
 from lightning_influence.curvature.factors import fingerprint_differs
 from lightning_influence.methods.answers import Answer, tell_rounding
 from lightning_influence.methods.closed_form import ClosedForm
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data
-from lightning_influence.methods.gathering import Gathered
 from lightning_influence.methods.gradient_store import GradientStore, StoreFacts
 from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.kept_coordinates import KeptCoordinates, choose_coordinates
 from lightning_influence.methods.method import find_method, read_options
+from lightning_influence.methods.queries import Aggregate
 from lightning_influence.methods.store_passes import CandidatePass, StorePass, compare_scores
 from lightning_influence.model.captured import WeightedCount
 from lightning_influence.model.layers.plan import ModuleLoss
-from lightning_influence.model.measurements import Measurement, resolve_measurement
+from lightning_influence.model.measurements import Measurement
 from lightning_influence.results.attributions import Attributions
 from lightning_influence.running.loaders import IndexedLoader
 from lightning_influence.running.loop_runner import LoopRunner
-from lightning_influence.running.reading import prepare, prepare_train
+from lightning_influence.running.reading import prepare_train
 from lightning_influence.support.arguments import check_choice, check_count
 from lightning_influence.support.errors import FactorMismatchError
 from lightning_influence.support.mapped_rows import PRECISIONS, write_rows
@@ -202,32 +202,27 @@ class StoreEngine(Engine):
 
     def ask(self, store: GradientStore, queries: Any) -> Attributions:
         """Answer from a store, see :meth:`KeepsGradients.ask_store`."""
-        measured = resolve_measurement(self._question.measurement, self._runner.module)
-        loaders = prepare(queries)
+        asked = self._read_queries(queries)
         examples = cast(IndexedLoader, store)  # an answer asks for their indices alone
-        groups, columns = self._read_aggregate(loaders), self._read_train_groups(examples)
-        count = sum(loader.num_examples for loader in loaders) if groups is None else len(groups.names)
+        columns, count, measured = self._read_train_groups(examples), asked.count, asked.measured
         context = self._context(examples)
         _check_same_model(store, context)
         method = find_method(store.facts.method)(context)
         kept = store.kept.to(context.device, context.dtype)
         answer = Answer(context, count, self._question.top_k, groups=columns)
         seen = WeightedCount(store.num_examples, store.facts.weight)
-        scale, shares = self._scale(seen, measured.name == "loss" and measured.function is None), []
-        for asked in self._groups(method, loaders, measured, groups):
-            numbers, squares = (found.detach() for found in kept.take(asked.gradients))
+        scale, shares = self._scale(seen, measured.is_loss), []
+        asked.describe(context)
+        for group in asked.in_groups(context, method.group_size() if method.in_groups else count, None):
+            numbers, squares = (found.detach() for found in kept.take(group.gradients))
             store.score(numbers, answer.begin(len(numbers)), answer.count_examples())
-            answer.end(_without_gradients(asked), scale, None)
+            answer.end(replace(group, gradients={}), scale, None)
             shares.append((numbers.square().sum(dim=1) / squares).nan_to_num(1.0).cpu())
-        found, residuals = answer.take(several=len(loaders) > 1 and groups is None)
-        if groups is not None:
-            found |= {"query_names": groups.names, "query_counts": groups.counts}
+        found, residuals = answer.take(several=asked.are_of_several_loaders)
+        if asked.groups is not None:
+            found |= {"query_names": asked.groups.names, "query_counts": asked.groups.counts}
         context.extra.update(store=store.told, energy_kept=torch.cat(shares))
         return Attributions(diagnostics=self._diagnostics(method, measured.name, residuals), **found)
-
-
-def _without_gradients(asked: Gathered) -> Gathered:
-    return replace(asked, gradients={})
 
 
 def _check_same_model(store: GradientStore, context: Context) -> None:

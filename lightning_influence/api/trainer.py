@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_influence.api.checks import check_name
 from lightning_influence.api.dynamics import training_dynamics
-from lightning_influence.api.engine import Aggregate, Question
+from lightning_influence.api.engine import Question
 from lightning_influence.api.session import Session, average_over_checkpoints, read_paths
 from lightning_influence.curvature.factors import Factors
 from lightning_influence.edits.data import SetTargets
@@ -22,6 +22,7 @@ from lightning_influence.methods.answers import By
 from lightning_influence.methods.groups import GroupLabels
 from lightning_influence.methods.method import read_options
 from lightning_influence.methods.options import Damping
+from lightning_influence.methods.queries import Aggregate
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.layers.plan import ModuleLoss
 from lightning_influence.model.measurements import Measurement
@@ -37,6 +38,7 @@ from lightning_influence.running.host.trainer import (
 )
 from lightning_influence.support.arguments import parse_options
 from lightning_influence.support.errors import UnsupportedTrainerError
+from lightning_influence.support.storage import PathLike
 from lightning_influence.support.turns import take_turns
 
 
@@ -56,6 +58,7 @@ def influence(
     aggregate: Aggregate | None = None,
     train_groups: GroupLabels | None = None,
     by: By | None = None,
+    scores_file: PathLike | None = None,
     ckpt_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     layers: Sequence[str] | None = None,
     factors: Factors | Literal["refit"] | None = None,
@@ -92,7 +95,8 @@ def influence(
             eigenvalue), or a number.
         measurement: ``"loss"``, ``"margin"``, ``"logit"``, a callable ``(module, batch) -> (B,)``, or
             ``"hook"`` for the module's ``influence_measurement``, which is also the default if it is defined;
-            else the loss.
+            else the loss. A function that returns one number, ``()``, measures the batch as a set: each batch
+            of the queries is then one query.
         loss: a callable ``(module, batch)`` that returns the losses of the examples ``(B,)``, or the loss of
             the batch, where the training step's own couples the examples or cannot be found; it is compared
             with the step's gradient. None for the loss of ``training_step``, or of ``influence_loss``.
@@ -108,6 +112,8 @@ def influence(
         by: parts of the scores to keep as well: ``"layer"`` for each layer's and ``"block"`` for those of
             blocks of layers, as ``net.blocks.3`` (``layer_scores``), ``"position"`` for what each position of
             a sequence adds (``position_scores``); refused where they do not fit into ``memory_budget``.
+        scores_file: a new file that the scores live in, so that queries times examples may exceed memory:
+            NumPy's ``.npy``, memory-mapped. ``scores`` is then the mapped tensor. None for memory.
         ckpt_path: ``"best"``, ``"last"`` or a path: weights, and factors if the file has them, to load first.
             A list of them, such as runs that differ in the seed alone, gives the average of their answers,
             which predicts retraining better than one (the module keeps its own weights then).
@@ -154,6 +160,7 @@ def influence(
     }
     settings = read_options(method, further)
     groups: dict[str, Any] = {"aggregate": aggregate, "train_groups": train_groups, "by": by}
+    groups["scores_file"] = scores_file
     question = Question(method, measurement, top_k, layers, settings, loss, **groups)
     to_labels(labels)
     check_name(name)
@@ -168,7 +175,7 @@ def influence(
         return attributions
 
     if isinstance(paths, list):
-        _check_several(top_k, factors)
+        _check_several(top_k, factors, scores_file)
         attributions = average_over_checkpoints(trainer, model, paths, answer)
     else:
         attributions = answer(paths)
@@ -304,7 +311,9 @@ def suspects(
     return found
 
 
-def _check_several(top_k: int | None, factors: Factors | Literal["refit"] | None) -> None:
+def _check_several(
+    top_k: int | None, factors: Factors | Literal["refit"] | None, scores_file: PathLike | None
+) -> None:
     """Refuse what has no meaning over several checkpoints.
 
     Raises:
@@ -313,6 +322,10 @@ def _check_several(top_k: int | None, factors: Factors | Literal["refit"] | None
     if top_k is not None:
         raise ValueError(
             f"Got top_k={top_k} with several checkpoints, whose average needs all scores; omit top_k."
+        )
+    if scores_file is not None:
+        raise ValueError(
+            "Got scores_file with several checkpoints, whose average is in memory; omit it, or ask at each."
         )
     if isinstance(factors, Factors):
         raise ValueError(

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.methods.context import Context
-from lightning_influence.methods.gathering import Gathered, differentiate
+from lightning_influence.methods.gathering import Gathered, differentiate, join_rows
 from lightning_influence.methods.groups import Groups
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.layers.gradients import DenseGradients, LayerGradients
 from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.model.measure import Measure
 from lightning_influence.support.passes import Loader
@@ -92,7 +91,6 @@ def gather_means(
     Returns:
         One gradient a group; their positions stand in place of dataset indices.
     """
-    runner = context.runner
     visited, numbers = [], []
     for number, (loader, (indices, own)) in enumerate(zip(loaders, groups.members, strict=True)):
         wanted = (own >= rows.start) & (own < rows.stop)
@@ -102,18 +100,5 @@ def gather_means(
     one_pass = MeanGradientPass(
         context.plan, measure, groups, rows=rows, loaders=numbers, dtype=context.dtype
     )
-    runner.run(one_pass, visited)
-    means = one_pass.means
-    heard = runner.all_reduce_sum(torch.tensor([float(name in means) for name in context.plan.layers]))
-    gradients: dict[str, LayerGradients] = {}
-    for (name, layer), count in zip(context.plan.layers.items(), heard.tolist(), strict=True):
-        if not count:
-            continue
-        mean = means.pop(name, None)
-        if mean is None:
-            mean = torch.zeros(len(rows), *layer.shape, device=context.device, dtype=context.dtype)
-        total = runner.all_reduce_sum(mean)
-        if name in context.own_layers:
-            gradients[name] = DenseGradients(total[None])
-    positions = torch.tensor([*rows])
-    return Gathered(gradients, positions, torch.zeros_like(positions))
+    context.runner.run(one_pass, visited)
+    return join_rows(context, one_pass.means, rows)

@@ -42,6 +42,7 @@ class Answer:
         k: how many to keep at either end of each ranking; None for all scores.
         parts: of the scores that are kept as well; None for the scores alone.
         groups: of the training examples, whose scores are summed; None for a column an example.
+        matrix: zeros ``(Q, N)`` that all scores go to, in memory or not; made here if None.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Answer:
         *,
         parts: ScoreParts | None = None,
         groups: Groups | None = None,
+        matrix: Tensor | None = None,
     ) -> None:
         self._context, self._count, self._k, self._groups = context, num_queries, k, groups
         self.parts = parts
@@ -60,7 +62,9 @@ class Answer:
         self._residuals: list[Tensor] = []
         self._rows = slice(0, 0)
         self._sink: Sink | None = None
-        if k is None:
+        if matrix is not None:
+            self._tensors["scores"] = matrix
+        elif k is None:
             # Memory of zeros is not taken before it is written to. Processes write to their own columns.
             # Sums over groups are of many scores, and few enough to be kept in double precision.
             dtype = context.dtype if groups is None else torch.float64

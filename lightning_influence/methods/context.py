@@ -20,11 +20,10 @@ from lightning_influence.curvature.factors import Factors
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.gradient_share import measure_gradient_share
 from lightning_influence.methods.options import Options
-from lightning_influence.model.content import SeenData
+from lightning_influence.model.content import SeenData, same_mean
 from lightning_influence.model.layers.gradients import LayerGradients
 from lightning_influence.model.layers.layer import parameters_of
 from lightning_influence.model.layers.plan import LayerPlan, Layout
-from lightning_influence.model.mean_loss import same_mean
 from lightning_influence.support.digests import digest_text
 from lightning_influence.support.errors import ReadOtherwiseError, UnsupportedModelError
 from lightning_influence.support.notes import Notes

@@ -225,6 +225,33 @@ def gather_examples(
     return {name: found.gradients.pop(name).select(rows) for name in list(found.gradients)}
 
 
+def join_rows(context: Context, own: dict[str, Tensor], rows: range) -> Gathered:
+    """Sum over the processes what each has of some rows of gradients.
+
+    Args:
+        context: knows the processes, and which layers this one owns.
+        own: by layer ``(rows, G, D_out, D_in)``; let go of on the way.
+        rows: positions of the rows.
+
+    Returns:
+        One gradient a row; their positions stand in place of dataset indices.
+    """
+    runner = context.runner
+    heard = runner.all_reduce_sum(torch.tensor([float(name in own) for name in context.plan.layers]))
+    gradients: dict[str, LayerGradients] = {}
+    for (name, layer), count in zip(context.plan.layers.items(), heard.tolist(), strict=True):
+        if not count:
+            continue
+        part = own.pop(name, None)
+        if part is None:
+            part = torch.zeros(len(rows), *layer.shape, device=context.device, dtype=context.dtype)
+        total = runner.all_reduce_sum(part)
+        if name in context.own_layers:
+            gradients[name] = DenseGradients(total[None])
+    positions = torch.tensor([*rows])
+    return Gathered(gradients, positions, torch.zeros_like(positions))
+
+
 _ABSENT, _DENSE, _FACTORED, _TABLE = range(4)
 
 

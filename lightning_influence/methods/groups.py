@@ -96,7 +96,8 @@ def read_groups(name: str, labels: GroupLabels, loaders: Sequence[Source]) -> Gr
         The groups.
 
     Raises:
-        ValueError: if an example has no label, or there are labels of other examples.
+        ValueError: if an example has no label, there are labels of other examples, or an integer and a text
+            name a group alike.
         TypeError: if a label is no text and no integer.
     """
     if len(loaders) == 1:
@@ -107,13 +108,25 @@ def read_groups(name: str, labels: GroupLabels, loaders: Sequence[Source]) -> Gr
             "the labels of each loader's dataset."
         )
     found = [_read(name, own, loader) for own, loader in zip(labels, loaders, strict=True)]
-    values = {str(label): label for own, _ in found for label in own}
-    order = sorted(values, key=lambda text: (isinstance(values[text], str), values[text]))
-    position = {text: number for number, text in enumerate(order)}
+    order = sorted({_sort_key(label) for own, _ in found for label in own})
+    names = [text for _, _, text in order]
+    texts = {text for is_text, _, text in order if is_text}
+    twice = next((text for is_text, _, text in order if not is_text and text in texts), None)
+    if twice is not None:
+        raise ValueError(
+            f"{name} has both {twice} and {twice!r}, a number and a text that name a group alike; accepted "
+            "are labels that differ as texts: map one of them to another label."
+        )
+    position = {key: number for number, key in enumerate(order)}
     members = tuple(
-        (indices, torch.tensor([position[str(label)] for label in own])) for own, indices in found
+        (indices, torch.tensor([position[_sort_key(label)] for label in own])) for own, indices in found
     )
-    return Groups(tuple(order), members)
+    return Groups(tuple(names), members)
+
+
+def _sort_key(label: str | int) -> tuple[bool, str | int, str]:
+    """Return what labels are told apart and put in order by: numbers first, and ``True`` is not 1."""
+    return isinstance(label, str), label, str(label)
 
 
 def join_all(loaders: Sequence[Source], name: str) -> Groups:

@@ -33,6 +33,11 @@ _SHARED_AT_ONCE = 2**24
 # pass. Chosen by hand.
 _ROW_LIMIT, _ROW_FLOOR = 1e-2, 1e-3
 
+NO_GRAPH = (
+    "No covered layer took part in the forward pass with a gradient graph. Accepted are layers and parameters "
+    "used outside torch.no_grad(), torch.vmap and outside gradient checkpointing. Layers: {}."
+)
+
 
 def check_independent(captured: Captured) -> None:
     """Check a batch: finite losses, examples that do not depend on each other, and whole gradients.

@@ -24,6 +24,10 @@ _PLAIN = (str, bytes, int, float, bool, type(None))
 # Settings of a loss that are tensors; others hold values of the examples, which the batch tells.
 _SETTINGS = {"class_weights", "pos_weight"}
 
+# Means that differ by less are taken for equal: batches of another size round differently.
+_RELATIVE, _ABSOLUTE = 1e-3, 1e-7
+_RELATIVE_HALF = 1e-2
+
 
 class SeenData(LossSum):
     """The sum of the losses, and of digests of the examples."""
@@ -131,3 +135,9 @@ def _describe(loss: OutputLoss) -> tuple[Any, ...]:
 def _wrap(number: int) -> int:
     """Return an integer modulo ``2**64``, with a sign."""
     return (number + 2**63) % 2**64 - 2**63
+
+
+def same_mean(one: float, other: float, dtype: torch.dtype) -> bool:
+    """Return whether two mean losses agree, up to the rounding of a model in this precision."""
+    relative = _RELATIVE_HALF if dtype in (torch.float16, torch.bfloat16) else _RELATIVE
+    return abs(one - other) <= relative * max(abs(one), abs(other)) + _ABSOLUTE

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_influence.model.batches.forms import note_form, read_form
 from lightning_influence.model.batches.rearranging import missing_positions, rearranged
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.checks import check_independent, check_loss
+from lightning_influence.model.checks import NO_GRAPH, check_independent, check_loss
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.layers.recorder import Recorder
@@ -26,7 +26,7 @@ from lightning_influence.model.losses.way import Way
 from lightning_influence.model.measure import Measure
 from lightning_influence.model.other_layouts import read_otherwise
 from lightning_influence.model.own_loss import compare_with_step
-from lightning_influence.model.training_step import call_loss
+from lightning_influence.model.training_step import call_loss, call_own_loss
 from lightning_influence.model.unnamed import one_by_one
 from lightning_influence.model.unnamed.additivity import COUPLED
 from lightning_influence.model.unnamed.alone import ONE_BY_ONE
@@ -41,7 +41,6 @@ from lightning_influence.model.verified import (
     WEIGHED,
     note_told,
 )
-from lightning_influence.support.batches import copy_tensors
 from lightning_influence.support.errors import (
     LossCaptureError,
     NonFiniteError,
@@ -112,11 +111,7 @@ class Forward:
         silent = captured.recorder.silent
         self.silent &= {*silent, *(() if self._unnamed is None else self._unnamed.own.silent)}
         if len(silent) == len(self.plan.layers) and not self.plan.is_part:
-            raise UnsupportedModelError(
-                "No covered layer took part in the forward pass with a gradient graph. Accepted are layers "
-                "and parameters used outside torch.no_grad(), torch.vmap and outside gradient checkpointing. "
-                f"Layers: {sorted(self.plan.layers)[:8]}."
-            )
+            raise UnsupportedModelError(NO_GRAPH.format(sorted(self.plan.layers)[:8]))
         if measure is None and (self._loss is not None or callable(getattr(module, "influence_loss", None))):
             self._compare_with_step(captured, module, batch)
         note = None if captured.loss is None else captured.loss.note
@@ -500,16 +495,5 @@ class Forward:
 
         Returns:
             ``(per-example values, None)``, or ``(None, batch loss)``.
-
-        Raises:
-            TypeError: if the loss of the call is no tensor.
         """
-        if self._loss is None:
-            return call_loss(module, batch)
-        result = self._loss(module, copy_tensors(batch))
-        if not isinstance(result, Tensor):
-            raise TypeError(
-                f"loss= returned {type(result).__name__}; accepted is a tensor, of shape (B,) or a single "
-                "number."
-            )
-        return (None, result) if result.dim() == 0 else (result, None)
+        return call_loss(module, batch) if self._loss is None else call_own_loss(self._loss, module, batch)

@@ -1,10 +1,11 @@
-"""What is measured on a query: one number per example, whose gradient the scores explain.
+"""What is measured on a query: one number per example (or set), whose gradient the scores explain.
 
 ``loss`` is the training loss of the example, ``margin`` the log-odds of its true label, ``logit`` the output
 of its true label, ``hook`` the module's own ``influence_measurement(batch) -> (B,)``; a callable gets
-``(module, batch)`` and returns ``(B,)``. A positive score for ``loss`` means that removing the training
-example raises the query's loss; for ``margin`` and ``logit``, where more is better, a helpful training
-example has a negative score.
+``(module, batch)`` and returns ``(B,)``. The last two may return one number, shape ``()``, in place of one
+an example: a measurement of the batch as a set, such as a gap. A positive score for ``loss`` means
+that removing the training example raises the query's loss; for ``margin`` and ``logit``, where more is
+better, a helpful training example has a negative score.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lightning_influence.model.losses.hook import check_per_example
+from lightning_influence.model.losses.hook import check_per_example, check_values
 from lightning_influence.model.losses.loss import OutputLoss
 from lightning_influence.support.errors import LossCaptureError
 
@@ -76,6 +77,29 @@ class ResolvedMeasurement:
             )
         return check_per_example(values, batch_size, self.hint or f"measurement {self.name!r}")
 
+    @property
+    def is_loss(self) -> bool:
+        """Whether it is the training loss itself, not a function of the user's that is called so."""
+        return self.name == "loss" and self.function is None
+
+    def of_set(self, module: Any, batch: Any) -> Tensor:
+        """Measure a batch as one set, with a function that returns one number for it.
+
+        Args:
+            module: the user's module.
+            batch: the set, on the module's device.
+
+        Returns:
+            Shape ``()``, differentiable in the parameters.
+
+        Raises:
+            TypeError: if the function returns no floating-point tensor.
+            ValueError: if it returns another shape, or has no graph.
+        """
+        assert self.function is not None
+        accepted = "of shape (), one number for the batch, as it returned for the first one"
+        return check_values(self.function(module, batch), (), self.hint, accepted)
+
     def _of_loss(self, loss: OutputLoss, wbar: float) -> Tensor:
         if self.name == "margin":
             return loss.margin()
@@ -112,14 +136,15 @@ def resolve_measurement(measurement: Measurement | None, module: Any) -> Resolve
         return ResolvedMeasurement(name, False, measurement, f"The measurement {name!r}")
     raise TypeError(
         f"Got a measurement of type {type(measurement).__name__}; accepted are {_names()} or a callable "
-        "`(module, batch) -> (B,)`."
+        "`(module, batch)` that returns (B,) or one number."
     )
 
 
 def _named(name: str, module: Any, has_hook: bool) -> ResolvedMeasurement:
     if name not in get_args(MeasurementName):
         raise ValueError(
-            f"Got measurement={name!r}; accepted are {_names()} or a callable `(module, batch) -> (B,)`."
+            f"Got measurement={name!r}; accepted are {_names()} or a callable `(module, batch)` that returns "
+            "(B,) or one number."
         )
     if name != "hook":
         return ResolvedMeasurement(name, True)

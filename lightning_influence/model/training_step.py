@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,25 @@ def call_loss(module: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
     if callable(hook):
         return hook(copy_tensors(batch)), None
     return None, run_step(module, batch)
+
+
+def call_own_loss(
+    loss: Callable[[Any, Any], Any], module: Any, batch: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """Run the loss that a call was given.
+
+    Returns:
+        ``(per-example values, None)``, or ``(None, batch loss)``.
+
+    Raises:
+        TypeError: if it returns no tensor.
+    """
+    result = loss(module, copy_tensors(batch))
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"loss= returned {type(result).__name__}; accepted is a tensor, of shape (B,) or a single number."
+        )
+    return (None, result) if result.dim() == 0 else (result, None)
 
 
 def run_step(module: Any, batch: Any) -> Tensor:

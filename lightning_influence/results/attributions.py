@@ -34,6 +34,9 @@ from lightning_influence.support.storage import PathLike
 if TYPE_CHECKING:
     import pandas as pd
 
+# Chosen by hand: scores of a group that are copied at once.
+_COPIED = 2**22
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Attributions(Result):
@@ -309,7 +312,8 @@ class Attributions(Result):
             what = f"unknown examples: {list_some(unknown)}" if len(unknown) else "an example twice"
             raise ValueError(f"the group holds {what}; it takes distinct members of train_indices")
         members = torch.isin(self.train_indices, wanted)
-        return self.scores[:, members].sum(1)
+        rows = max(1, _COPIED // max(1, len(wanted)))
+        return torch.cat([part[:, members].sum(1) for part in torch.split(self.scores, rows)])
 
     def to_pandas(self) -> pd.DataFrame:
         """The scores as a pandas DataFrame in long form, one row per query and training example.
@@ -399,7 +403,7 @@ class Attributions(Result):
     def __rich__(self) -> RenderableType:
         kept = "all scores" if self.scores is not None else f"the {self.stored} strongest at either end"
         queries, examples = str(len(self.query_indices)), str(len(self.train_indices))
-        if self.query_counts is not None:
+        if self.query_counts is not None and int(self.query_counts.max()) > 1:
             queries = f"{int(self.query_counts.sum())} in {queries} groups, a row for the mean of each"
         if self.train_counts is not None:
             examples = f"{int(self.train_counts.sum())} in {examples} groups, a column for the sum of each"

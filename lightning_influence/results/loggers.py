@@ -92,8 +92,9 @@ def log_attributions(
         attributions: what to log.
         step: the Trainer's global step.
         name: prefix of all keys.
-        directory: where to write the attributions (safetensors), the ends of the rankings (CSV) and the
-            figures (PNG); existing files of the same names are replaced. None writes nothing.
+        directory: where to write the attributions (safetensors, unless the scores have a file), the ends of
+            the rankings (CSV) and the figures (PNG); existing files of the same names are replaced. None
+            writes nothing.
         figures: matplotlib figures by name.
         labels: texts to show beside the indices.
 
@@ -263,10 +264,9 @@ def _write_files(
     figures: Mapping[str, Figure],
 ) -> list[Path]:
     stem = attributions.KIND.replace("-", "_")
-    writers: dict[str, Callable[[Path], Any]] = {
-        f"{stem}.safetensors": attributions.save,
-        f"{stem}.csv": partial(_write_csv, rankings=rankings),
-    }
+    writers: dict[str, Callable[[Path], Any]] = {f"{stem}.csv": partial(_write_csv, rankings=rankings)}
+    if "scores_file" not in attributions.diagnostics.extra:  # a copy may not fit onto the disk
+        writers = {f"{stem}.safetensors": attributions.save, **writers}
     for key, figure in figures.items():
         writers[f"{key.replace('/', '_')}.png"] = partial(_write_png, figure=figure)
     return [

@@ -15,6 +15,7 @@ from lightning_influence.results.attributions import Attributions
 from lightning_influence.results.dynamics import TrainingDynamics
 from lightning_influence.results.images import to_image
 from lightning_influence.results.ranking import Labels, Ranking
+from lightning_influence.results.rendering import describe_group
 from lightning_influence.results.self_influence import SelfInfluence
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def _new_figure(width: float, height: float) -> Figure:
 def _draw_query(axes: Any, attributions: Attributions, row: int, images: Any, labels: Labels) -> None:
     index, loader = int(attributions.query_indices[row]), None
     if attributions.query_counts is not None:  # a group has no image of its own
-        text = f"{attributions.query_names[row]}\nmean of {int(attributions.query_counts[row])}"
+        text = describe_group(attributions.query_names[row], int(attributions.query_counts[row]))
         axes.text(0.5, 0.5, text.replace("$", r"\$"), ha="center", va="center", fontsize=7)
         axes.set_axis_off()
         return

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_influence.results.rendering import markdown_table, render_plain
+from lightning_influence.results.rendering import describe_group, markdown_table, render_plain
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Ranking(JupyterMixin):
     def _query_text(self, row: int) -> str:
         cells = self._query_cells(row)
         if "queries" in cells:
-            return f"{cells['query']}\nmean of {cells['queries']}"
+            return describe_group(str(cells["query"]), int(cells["queries"]))
         place = f"{cells['dataloader']}: " if "dataloader" in cells else ""
         return f"{place}{cells['query']}" + (f"\n{cells['query_label']}" if cells["query_label"] else "")
 

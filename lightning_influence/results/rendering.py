@@ -25,6 +25,21 @@ def score_caption(measurement: str) -> str:
     return f"{unit}; positive: the {measurement} rises without the example."
 
 
+def describe_group(name: str, count: int, *, mark: str = "\n", what: str = "") -> str:
+    """What a row is that is one query or the mean of several.
+
+    Args:
+        name: of the group.
+        count: how many queries it has.
+        mark: between the name and the count.
+        what: after the count.
+
+    Returns:
+        The name, and of how many queries it is the mean if they are more than one.
+    """
+    return name if count == 1 else f"{name}{mark}mean of {count:,}{what}"
+
+
 def build_facts_table(facts: Iterable[tuple[str, str]], title: str) -> Table:
     """A table of names and values.
 

@@ -148,6 +148,7 @@ class IndexedLoader:
         size: length of the dataset, of which the loader may draw a part; None for ready-made batches, and of
             a part of another loader.
         source: the user's loader, whose dataset and collate function make the batches; None for others.
+        repeats: whether the user's batches hold examples that came before, of which these are without.
     """
 
     def __init__(
@@ -158,10 +159,11 @@ class IndexedLoader:
         ordered: bool,
         size: int | None = None,
         source: DataLoader[Any] | None = None,
+        repeats: bool = False,
     ) -> None:
         self._plan = list(plan)
         self._build = build
-        self.ordered, self.size, self.source = ordered, size, source
+        self.ordered, self.size, self.source, self.repeats = ordered, size, source, repeats
         self._shards: dict[tuple[int, int], Shard] = {}
 
     @property
@@ -177,6 +179,15 @@ class IndexedLoader:
     def __len__(self) -> int:
         """Return the number of batches on one process."""
         return len(self._plan)
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """Dataset indices of each batch, ``(B,)``, in the order of visiting."""
+        return list(self._plan)
+
+    def in_batches(self) -> IndexedLoader:
+        """Return the same loader, but one whose parts and shares are of whole batches, as ready-made ones."""
+        return IndexedLoader(self._plan, self._build, ordered=False, size=self.size, repeats=self.repeats)
 
     def sample(self, count: int, seed: int = 0) -> IndexedLoader:
         """Return about ``count`` examples drawn at random, the same for the same seed.

@@ -61,17 +61,18 @@ def _weighted(weights: Tensor) -> Tensor:
     return positive.nonzero().flatten()
 
 
-def own_batches(sampler: Any, dataset: Any) -> list[Tensor]:
-    """Return the batches of the user's batch sampler, without what it repeats."""
+def own_batches(sampler: Any, dataset: Any) -> tuple[list[Tensor], bool]:
+    """Return the batches of the user's batch sampler without what it repeats, and whether it repeats any."""
     seen: set[int] = set()
-    batches = []
+    batches, count = [], 0
     for batch in _drawn(sampler, dataset):
         fresh = [i for i in dict.fromkeys(_index(item, dataset) for item in batch) if i not in seen]
         seen.update(fresh)
+        count += len(batch)
         if fresh:
             batches.append(torch.tensor(fresh))
     _warn_of_missing(seen, sampler, dataset)
-    return batches
+    return batches, count > len(seen)
 
 
 def _drawn(sampler: Any, dataset: Any) -> list[Any]:
@@ -192,7 +193,7 @@ def read_loader(loader: DataLoader[Any]) -> IndexedLoader:
         if not len(read):
             raise UnsupportedDataError(f"{name} has no examples. Pass a loader that has some.")
         return read
-    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    batches, repeats = (loader.sampler if loader.batch_sampler is None else loader.batch_sampler), False
     if type(batches) is BatchSampler:
         indices, ordered = sampler_indices(batches.sampler, loader.dataset)
         size = batches.batch_size
@@ -200,13 +201,20 @@ def read_loader(loader: DataLoader[Any]) -> IndexedLoader:
         if batches.drop_last and plan:  # the user's fit saw no smaller batch
             plan = split_indices(indices, size)
     else:
-        plan, ordered = own_batches(batches, loader.dataset), False
+        (plan, repeats), ordered = own_batches(batches, loader.dataset), False
     if not plan:
         raise UnsupportedDataError(
             f"The loader over {type(loader.dataset).__name__} has no examples. Pass one that has some."
         )
     total = len(loader.dataset) if isinstance(loader.dataset, Sized) else None
-    return IndexedLoader(plan, lambda part: rebuilt(loader, part), ordered=ordered, size=total, source=loader)
+    return IndexedLoader(
+        plan,
+        lambda part: rebuilt(loader, part),
+        ordered=ordered,
+        size=total,
+        source=loader,
+        repeats=repeats,
+    )
 
 
 def _find_stream(loader: DataLoader[Any]) -> str | None:

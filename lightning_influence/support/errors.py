@@ -66,6 +66,10 @@ class CorruptFileError(InfluenceError):
     """A saved file is truncated, altered or of another format."""
 
 
+class ExistingFileError(InfluenceError, FileExistsError):
+    """A file that was to be written anew exists, and is not overwritten."""
+
+
 class UnsafeCheckpointError(InfluenceError):
     """A checkpoint holds objects that are not unpickled, because that can run code from the file."""
 

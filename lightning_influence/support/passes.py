@@ -26,6 +26,25 @@ class Loader(Protocol):
         """Number of batches on one process."""
         ...
 
+    @property
+    def size(self) -> int | None:
+        """Length of the dataset, None if it is not known."""
+        ...
+
+    @property
+    def batches(self) -> Sequence[Tensor]:
+        """Dataset indices of each batch, ``(B,)``, in the order of visiting."""
+        ...
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the user's batches hold examples that came before, of which these are without."""
+        ...
+
+    def in_batches(self) -> Loader:
+        """The same loader, but one whose parts and shares are of whole batches."""
+        ...
+
     def parts(self, count: int) -> Sequence[Loader]:
         """Loaders of at most ``count`` examples each, or a few more, in the order of visiting."""
         ...

@@ -56,7 +56,7 @@ def write_atomically(path: PathLike) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
-        with _make_folder(target) as folder:
+        with make_folder(target) as folder:
             temporary = folder / "content"
             temporary.touch()
             mode = temporary.stat().st_mode
@@ -75,7 +75,7 @@ def write_atomically(path: PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def _make_folder(target: Path) -> Iterator[Path]:
+def make_folder(target: Path) -> Iterator[Path]:
     """Make a locked folder beside a file, and remove it in the end."""
     folder = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     while True:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_influence import InfluenceModule
 from lightning_influence.curvature.state import InfluenceState
-from lightning_influence.model.mean_loss import same_mean
+from lightning_influence.model.content import same_mean
 from lightning_influence.support.errors import InfluenceWarning
 
 

@@ -41,6 +41,15 @@ for method in ("identity", "kfac", "ekfac", "exact", "cg", "auto"):
     assert ours.diagnostics.parameters_covered == 1.0
     assert ours.diagnostics.layers == theirs.diagnostics.layers
 options = {"method": "ekfac", **exact}
+
+
+def gap(module, batch):
+    return (module(batch[0]).square().mean(1).diff().abs()).sum()
+
+
+sets = load(data, 7), {"measurement": gap, **options}
+ours = trainer.influence(module, load(data, 4), sets[0], log=False, **sets[1])
+close(ours.scores, alone.scores(load(data, 13), sets[0], **sets[1]).scores)
 for further in ({"aggregate": "mean"}, {"aggregate": [0, 1, 0]}, {"by": "layer"}, {"measurement": "margin"}):
     ours = trainer.influence(module, load(data, 4), load(asked, 2), log=False, **options, **further)
     theirs = alone.scores(load(data, 13), load(asked, 3), **options, **further)

@@ -35,20 +35,9 @@ def check_per_example(values: object, batch_size: int, source: str) -> Tensor:
         ValueError: if the shape is not ``(B,)``, or it does not depend on the parameters.
         NonFiniteError: if a value is NaN or infinite.
     """
-    accepted = f"Accepted is a floating-point tensor of shape ({batch_size},), one value for each example."
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{source} returned {type(values).__name__}. {accepted}")
-    if not values.is_floating_point():
-        raise TypeError(f"{source} returned a tensor of {values.dtype}. {accepted}")
-    if values.shape != (batch_size,):
-        raise ValueError(
-            f"{source} returned shape {tuple(values.shape)}. {accepted} Do not average over the batch; sum "
-            "or average over all other dimensions."
-        )
-    if not values.requires_grad:
-        raise ValueError(
-            f"{source} returned values without a graph. Do not detach them or run under torch.no_grad()."
-        )
+    values = check_values(
+        values, (batch_size,), source, f"of shape ({batch_size},), one value for each example"
+    )
     bad = (~torch.isfinite(values.detach())).nonzero().flatten()
     if bad.numel():
         first = int(bad[0])
@@ -56,6 +45,39 @@ def check_per_example(values: object, batch_size: int, source: str) -> Tensor:
             f"{source} returned {bad.numel()} NaN or infinite values out of {batch_size}, the first in row "
             f"{first} ({values[first].item()}). Accepted are finite values: look at that example and the "
             "model's outputs for it."
+        )
+    return values
+
+
+def check_values(values: object, shape: tuple[int, ...], source: str, accepted: str) -> Tensor:
+    """Check that a user's function returned differentiable numbers of a shape.
+
+    Args:
+        values: what it returned.
+        shape: the shape.
+        source: name of the function, for the messages.
+        accepted: the shape in words.
+
+    Returns:
+        The values.
+
+    Raises:
+        TypeError: if it is no floating-point tensor.
+        ValueError: if the shape is another, or it does not depend on the parameters.
+    """
+    accepted = f"Accepted is a floating-point tensor {accepted}."
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{source} returned {type(values).__name__}. {accepted}")
+    if not values.is_floating_point():
+        raise TypeError(f"{source} returned a tensor of {values.dtype}. {accepted}")
+    if values.shape != shape:
+        more = (
+            " Do not average over the batch; sum or average over all other dimensions." if len(shape) else ""
+        )
+        raise ValueError(f"{source} returned shape {tuple(values.shape)}. {accepted}{more}")
+    if not values.requires_grad:
+        raise ValueError(
+            f"{source} returned values without a graph. Do not detach them or run under torch.no_grad()."
         )
     return values
 

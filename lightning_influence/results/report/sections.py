@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_influence.results.ranking import Ranking
+from lightning_influence.results.rendering import describe_group
 from lightning_influence.results.report.material import Material
 
 Section = dict[str, Any]
@@ -34,9 +35,8 @@ def build_queries(
     for row, index in enumerate(top.query_indices.tolist()):
         if top.query_counts is not None:
             count = int(top.query_counts[row])
-            key = material.group(
-                f"query-{index}", index, f"{top.query_names[row]}: mean of {count:,} queries"
-            )
+            name = describe_group(top.query_names[row], count, mark=": ", what=" queries")
+            key = material.group(f"query-{index}", index, name)
         else:
             key = material.query(index, None if loaders is None else loaders[row])
         entry: dict[str, Any] = {"query": key}
