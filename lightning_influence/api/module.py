@@ -360,8 +360,7 @@ class InfluenceModule(EditsParameters, KeepsGradients, LightningModule):
             method: name of the method.
             measurement: what is measured on queries.
             top_k: keep only the strongest at either end; all scores if None.
-            aggregate: ``"mean"`` or labels: a row for the mean of all queries, or of each group of them, as
-                in :func:`lightning_influence.influence`.
+            aggregate: ``"mean"`` or labels, as in :func:`lightning_influence.influence`.
             train_groups: labels of the training examples, whose scores are summed by group.
             by: parts of the scores to keep as well, as in :func:`lightning_influence.influence`.
             scores_file: a new file for the scores, as in :func:`lightning_influence.influence`.

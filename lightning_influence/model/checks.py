@@ -34,8 +34,8 @@ _SHARED_AT_ONCE = 2**24
 _ROW_LIMIT, _ROW_FLOOR = 1e-2, 1e-3
 
 NO_GRAPH = (
-    "No covered layer took part in the forward pass with a gradient graph. Accepted are layers and parameters "
-    "used outside torch.no_grad(), torch.vmap and outside gradient checkpointing. Layers: {}."
+    "No covered layer took part in the forward pass with a gradient graph. Accepted are layers and "
+    "parameters used outside torch.no_grad(), torch.vmap and outside gradient checkpointing. Layers: {}."
 )
 
 
