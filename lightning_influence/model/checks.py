@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
 from lightning_influence.model.layers.layer import Layer
-from lightning_influence.model.layers.recorder import Recorder, Slopes
+from lightning_influence.model.layers.recorder import Recorder
+from lightning_influence.model.layers.use_recorder import Slopes
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.support.errors import (
     NonFiniteError,

@@ -20,8 +20,8 @@ from lightning_influence.model.layers.layer import (
     full_precision,
     parameters_of,
 )
-from lightning_influence.model.layers.recorder import Slopes
 from lightning_influence.model.layers.table_uses import TableUses
+from lightning_influence.model.layers.use_recorder import Slopes
 from lightning_influence.model.uses.calls import ADDITIONS, Use
 from lightning_influence.model.uses.certificate import certify, draw_weights, weigh_losses
 from lightning_influence.model.uses.gradients import (
@@ -129,7 +129,7 @@ class ParameterRecorder:
         for use in self.watch.uses:
             for name in names_of(self.watch, use):
                 # What penalties on a module's weights use them for says nothing of where its examples are.
-                if name in self._single or _is_of_examples(use):
+                if name in self._single or use.is_of_examples:
                     uses.setdefault(name, []).append(use)
         modules = self.layers.keys() - self._single
         mine = {name for name in modules if not self._is_called(name, uses, calls.get(name, 0))}
@@ -150,7 +150,9 @@ class ParameterRecorder:
         # A loss that is divided by a parameter, or that one is added to, is a number: what these do to single
         # examples cannot be told from the outputs.
         self._heard = {
-            wanted[name] for name in uses.keys() & wanted.keys() if any(map(_is_of_examples, uses[name]))
+            wanted[name]
+            for name in uses.keys() & wanted.keys()
+            if any(use.is_of_examples for use in uses[name])
         }
         return mine & self._heard
 
@@ -246,7 +248,7 @@ class ParameterRecorder:
     def _pull_zeros(self, names: set[str] | None = None) -> dict[str, ParameterGradient]:
         """Pull gradients of zero back, which shows the inputs; those of some names, or of all."""
         uses = [use for use in self._uses or [] if names is None or names_of(self.watch, use) & names]
-        return pull_uses(self.watch, uses, [_zeros(use) for use in uses], 1).gradients
+        return pull_uses(self.watch, uses, [use.make_zeros() for use in uses], 1).gradients
 
     def pull(self, outputs: Tensor, seed: Tensor | None, found: Sequence[Tensor | None]) -> dict[str, Slopes]:
         """Pull the gradients of one backward pass back, example by example.
@@ -270,7 +272,7 @@ class ParameterRecorder:
         aligned = self._matrices.union(self._large, _keys(self._paired))
         for use, grads in zip(uses, passes, strict=True):
             if all(grad is None for grad in grads) and aligned & names_of(self.watch, use):
-                grads[:] = _zeros(use)
+                grads[:] = use.make_zeros()
         pulled = pull_uses(self.watch, uses, passes, 1)
         if not self._products and not self._tables:
             self._read_products(pulled.gradients)
@@ -323,7 +325,7 @@ class ParameterRecorder:
 
     def count_calls(self) -> dict[str, int]:
         """Return how often each layer that is had from uses is used, without those of picked rows."""
-        uses = [(names_of(self.watch, use), use) for use in self._uses or [] if _is_of_examples(use)]
+        uses = [(names_of(self.watch, use), use) for use in self._uses or [] if use.is_of_examples]
         counts = {}
         for name in self.heard:
             own = [use for names, use in uses if names & {name, WEIGHT + name}]
@@ -339,11 +341,11 @@ class ParameterRecorder:
         the logarithm of a variance, is no weight.
         """
         uses = self.watch.uses
-        weights = {name for use in uses if _is_of_examples(use) for name in names_of(self.watch, use)}
+        weights = {name for use in uses if use.is_of_examples for name in names_of(self.watch, use)}
         found = [
             use
             for use in uses
-            if use.call.name in ADDITIONS and not _is_of_examples(use) and names_of(self.watch, use) & weights
+            if use.call.name in ADDITIONS and not use.is_of_examples and names_of(self.watch, use) & weights
         ]
         for use in found:
             uses.remove(use)
@@ -438,7 +440,7 @@ class ParameterRecorder:
         places = [
             use.outputs[0]
             for use in self._uses or []
-            if WEIGHT + name in names_of(self.watch, use) and _is_of_examples(use)
+            if WEIGHT + name in names_of(self.watch, use) and use.is_of_examples
         ]
         count = self.watch.num_examples
         owners = [set() if p is None else set(p.owners or range(count)) for p in places]
@@ -469,12 +471,7 @@ class ParameterRecorder:
 
 def _most_uses(module: str, uses: Mapping[str, list[Use]]) -> int:
     """Return how often a module's weight, or its bias, is used, but for penalties on a batch."""
-    return max(sum(map(_is_of_examples, uses.get(kind + module, []))) for kind in (WEIGHT, BIAS))
-
-
-def _is_of_examples(use: Use) -> bool:
-    """Return whether the output is no number, such as a loss, that all examples share."""
-    return any(map(len, use.shapes))
+    return max(sum(use.is_of_examples for use in uses.get(kind + module, [])) for kind in (WEIGHT, BIAS))
 
 
 def _keys(modules: Iterable[str]) -> list[str]:
@@ -484,20 +481,6 @@ def _keys(modules: Iterable[str]) -> list[str]:
 
 def _no_gradients(parameter: Tensor, count: int) -> Tensor:
     return full_precision(parameter).new_zeros(count, *parameter.shape)
-
-
-def _zeros(use: Use) -> list[Tensor | None]:
-    """Return gradients of zero at the outputs of a use, none where these belong to no example, as a loss.
-
-    In a batch of one a number belongs to the example, also one that penalties on weights were added to: what
-    these do with a weight is none of the ways in which it maps.
-    """
-    like = next(iter(use.sources.values()))
-    shown = zip(use.edges, use.outputs, use.shapes, strict=True)
-    return [
-        None if edge is None or place is None or not shape else like.new_zeros(1, *shape)
-        for edge, place, shape in shown
-    ]
 
 
 def _are_of_one_use(weight: Part, bias: Part) -> bool:

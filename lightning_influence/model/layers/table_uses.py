@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 from lightning_influence.model.layers.layer import Layer
-from lightning_influence.model.layers.recorder import Slopes
 from lightning_influence.model.layers.table_gradients import TableGradients
+from lightning_influence.model.layers.use_recorder import Slopes
 from lightning_influence.model.uses.parts import ParameterGradient, Part, Product, Rows
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.layers.recorder import Recorder, UseRecorder
+from lightning_influence.model.layers.recorder import Recorder
+from lightning_influence.model.layers.use_recorder import UseRecorder
 from lightning_influence.model.unnamed.alone import REMEDY, Run, to_scalar
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.random_states import preserve_rng

@@ -118,6 +118,24 @@ class Use:
     versions: dict[Slot, int] = field(default_factory=dict)
     inplace: bool = False
 
+    @property
+    def is_of_examples(self) -> bool:
+        """Whether the output is no number, such as a loss, that all examples share."""
+        return any(map(len, self.shapes))
+
+    def make_zeros(self) -> list[Tensor | None]:
+        """Return gradients of zero at the outputs, none where these belong to no example, as a loss.
+
+        In a batch of one a number belongs to the example, also one that penalties on weights were added to:
+        what these do with a weight is none of the ways in which it maps.
+        """
+        like = next(iter(self.sources.values()))
+        shown = zip(self.edges, self.outputs, self.shapes, strict=True)
+        return [
+            None if edge is None or place is None or not shape else like.new_zeros(1, *shape)
+            for edge, place, shape in shown
+        ]
+
     def changed_since(self) -> list[Slot]:
         """Return the slots of tensors that were changed in place after the operation."""
         tensors = tensors_of(self.call)
