@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,18 +11,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_influence.collecting.checks import FitFisher
-from lightning_influence.collecting.collector import (
-    TRAINS_ON,
-    CollectingError,
-    Collector,
-    Processes,
-    describe_error,
-)
+from lightning_influence.collecting.collector import TRAINS_ON, Collector
+from lightning_influence.collecting.covered import find_collected
 from lightning_influence.collecting.figures import Figures
+from lightning_influence.collecting.fit_dynamics import FitDynamics
 from lightning_influence.collecting.moments import Moments
+from lightning_influence.collecting.own_loss import OwnLoss
+from lightning_influence.collecting.processes import CollectingError, Processes, describe_error
 from lightning_influence.collecting.state import Dynamics, Kept, Settings
 from lightning_influence.collecting.sums import WindowSums
-from lightning_influence.collecting.watching import Watching, start_watching
 from lightning_influence.curvature.factors import Factors, fingerprint
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.curvature.training_record import TrainingRecord
@@ -33,7 +28,6 @@ from lightning_influence.model.layers.plan import ModuleLoss, find_layers
 from lightning_influence.model.live.live_capture import (
     check_not_compiled,
     describe_coupling,
-    describe_other_loss,
     pause_other_captures,
 )
 from lightning_influence.model.training_step import run_step
@@ -52,11 +46,11 @@ from lightning_influence.running.host.fit import (
     set_aside,
     will_step,
 )
-from lightning_influence.running.host.indices import IndexWatch, place_indices
 from lightning_influence.running.host.packages import make_callback_class
 from lightning_influence.running.host.trainer import attach_methods, keep_last_fit, splits_parameters
 from lightning_influence.support.errors import InfluenceError, LossCaptureError, NonFiniteError
 from lightning_influence.support.notes import Notices
+from lightning_influence.support.random_states import RandomStates
 from lightning_influence.support.waiting import reading_later
 
 if not TYPE_CHECKING:  # a class that is made is no class to type checkers
@@ -131,12 +125,11 @@ class InfluenceCallback(Callback):
         self._kept = Kept(self._settings)
         self._collector: Collector | None = None  # of this fit, or the last; None if it collects nothing
         self._figures = Figures(log_statistics)
-        self._indices: IndexWatch | None = None  # while a fit runs
-        self._watching: Watching | None = None
         self._say = Notices()
+        self._dynamics = FitDynamics(self._settings, self._kept, self._say)
         # Of the batch that runs.
         self._batch_size, self._backwards, self._from_backward = 0, 0, False
-        self._hooked: Tensor | None = None
+        self._own_loss: OwnLoss | None = None  # of a fit whose module or settings have a loss
 
     @property
     def factors(self) -> Factors:
@@ -170,9 +163,7 @@ class InfluenceCallback(Callback):
     @property
     def dynamics(self) -> Moments | None:
         """Moments of each training example's loss, up to the last step; None if there are none."""
-        if self._watching is not None:
-            self._watching.flush()
-        return self._kept.read_dynamics()
+        return self._dynamics.read()
 
     @property
     def state_key(self) -> str:
@@ -186,14 +177,13 @@ class InfluenceCallback(Callback):
         """Give a plain Trainer the methods ``influence`` and ``self_influence``."""
         with self._guarded():
             attach_methods(trainer)
-        if self._settings.dynamics and stage == "fit":  # before the first indices are drawn
-            self._unwatch()
-            self._indices = IndexWatch()
-            self._indices.open()
+        if stage == "fit":
+            self._dynamics.open()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch no longer, whatever the run has come to."""
-        self._unwatch()
+        self._leave_batch()
+        self._dynamics.close()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and continue what was collected before if it belongs to these weights."""
@@ -205,21 +195,19 @@ class InfluenceCallback(Callback):
             missing = float(processes.share(torch.tensor([float(self._collector is None)])))
             if missing and self._collector is not None:
                 self._stop("Another process cannot collect, whose warning gives the reason.")
-        if self._collector is not None and self._indices is not None:
-            share = self._settings.dynamics_share
-            self._watching = start_watching(
-                self._kept, trainer, pl_module.device, processes, self._say, share
-            )
-        if self._watching is None:
-            self._unwatch()
+        is_collected = self._collector is not None
+        if is_collected:
+            self._dynamics.start(trainer, pl_module.device, processes)
+        else:
+            self._dynamics.close()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the losses of the epoch before enter the moments."""
-        if self._watching is not None and self._indices is not None:
-            if self._watching.begin_epoch(trainer.current_epoch):
-                self._indices.open()
-            else:
-                self._indices.close()
+        self._dynamics.begin_epoch(trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clean up after a batch with which the module skipped the rest of the epoch."""
+        self._leave_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the record, and sum over processes."""
@@ -227,15 +215,13 @@ class InfluenceCallback(Callback):
         with self._guarded():
             keep_last_fit(trainer)
             final = self._sum_over_processes()
-        if self._watching is not None:
-            self._watching.end_epoch()
-            self._watching.tell()
-        self._unwatch()
+        self._dynamics.end_fit()
         self._finish(trainer, pl_module, final)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove all hooks; what a failed process has is not kept."""
-        self._unwatch()
+        self._leave_batch()
+        self._dynamics.close()
         if self._collector is not None and self._collector.failure is not None:
             self._stop(self._collector.failure)
         # Sharded weights and moments are read by all processes together, and one may have failed alone.
@@ -245,11 +231,11 @@ class InfluenceCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide whether this batch is collected, and put hooks in place."""
+        self._leave_batch()
         self._figures.clear()
-        self._backwards, self._hooked = 0, None
+        self._backwards = 0
         self._begin_collecting(trainer, pl_module, batch, batch_idx)
-        if self._watching is not None and self._indices is not None:
-            self._watching.begin_batch(functools.partial(self._indices.read, trainer), batch)
+        self._dynamics.begin_batch(trainer, batch)
 
     def _begin_collecting(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -261,9 +247,9 @@ class InfluenceCallback(Callback):
             collects = collector.begin_batch()
             if not collector.is_due:
                 return
-            own_loss = self._settings.loss is not None or callable(getattr(pl_module, "influence_loss", None))
+            own_loss, splits = self._own_loss, splits_parameters(trainer)
             # In the graph of a step with shards each backward pass of one process needs one of all others.
-            if not (own_loss or splits_parameters(trainer)):
+            if own_loss is None and not splits:
                 if collects:
                     self._batch_size = count_examples(trainer, batch, batch_idx)
                     with collector.watch.working():
@@ -272,20 +258,20 @@ class InfluenceCallback(Callback):
             with collector.watch.working(), lent_parameters(trainer, pl_module):
                 if not collects:
                     return
-                size = count_examples(trainer, batch, batch_idx)
+                self._batch_size = count_examples(trainer, batch, batch_idx)
                 with set_aside(trainer, pl_module, batch) as own, reading_later():
-                    context, live = enter_precision(trainer), collector.live
-                    self._add(trainer, pl_module, live.run_apart(pl_module, own, size, context, run_step))
+                    context, draws = enter_precision(trainer), RandomStates.read()
+                    captured = collector.live.run_apart(pl_module, own, self._batch_size, context, run_step)
+                    if own_loss is not None:
+                        own_loss.note(captured, drawn=draws.have_moved())
+                    self._add(trainer, pl_module, captured)
+                if own_loss is not None and not splits:
+                    own_loss.open(pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Collect from the graph that the user's step has just built."""
         self._backwards += 1
-        if self._watching is not None:
-            self._watching.take(
-                loss,
-                functools.partial(read_loss_divisor, trainer, pl_module),
-                functools.partial(place_indices, device=loss.device),
-            )
+        self._dynamics.take(trainer, pl_module, loss)
         collector = self._collector
         if collector is None:
             return
@@ -300,9 +286,11 @@ class InfluenceCallback(Callback):
                         self._add(trainer, pl_module, captured)
             elif self._from_backward and self._backwards > 1:
                 refuse_step(SEVERAL_BACKWARDS)
-            elif self._hooked is not None and self._backwards == 1:
-                divisor = read_loss_divisor(trainer, pl_module)
-                self._say(describe_other_loss(self._hooked, loss.detach() * divisor), "other loss")
+            elif self._own_loss is not None and self._backwards == 1:
+                self._own_loss.compare_values(loss * read_loss_divisor(trainer, pl_module))
+                if self._own_loss.is_open:
+                    with collector.watch.working(), set_aside(trainer, pl_module), pause_other_captures():
+                        self._own_loss.compare_gradients(loss, self._batch_size)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -321,13 +309,15 @@ class InfluenceCallback(Callback):
     ) -> None:
         """Log, and clean up after a step without a backward pass."""
         self._from_backward = False
-        if self._watching is not None:
-            self._watching.end_batch(self._backwards)
+        self._dynamics.end_batch(self._backwards)
         with self._guarded():
             if self._collector is not None and self._collector.live.is_open:
                 self._collector.close()
                 if not (pl_module.automatic_optimization or self._kept.run.schedule.costs):
                     refuse_step(LOSS_NOT_SEEN)
+        with self._guarded():
+            if self._collector is not None and self._own_loss is not None:
+                self._own_loss.judge(self._backwards)
         with self._guarded():
             if self._collector is not None:
                 self._collector.end_batch()
@@ -336,10 +326,9 @@ class InfluenceCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives, which load with ``weights_only=True``."""
         state: dict[str, Any] = {}
-        if self._watching is not None:
-            self._watching.flush()
+        dynamics = self._dynamics.state_dict()
         with self._guarded():
-            state = self._kept.state_dict()
+            state = self._kept.state_dict(dynamics=dynamics)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -365,12 +354,12 @@ class InfluenceCallback(Callback):
         saved = checkpoint.get("callbacks", {})
         if saved.pop(self.state_key, None) is None:
             return
+        dynamics = self._dynamics.state_dict(together=True)
         with self._guarded():
             self._read_metric(trainer)
         with self._guarded():
             sums = self._kept.final or self._sum_over_processes()
             weights = self._kept.fingerprint or fingerprint(pl_module)
-            dynamics = None if self._watching is None else self._watching.sum_over_processes()
             saved[self.state_key] = self._kept.state_dict(sums, weights, dynamics)
 
     def _start(self, trainer: Trainer, module: LightningModule, processes: Processes) -> Collector:
@@ -383,10 +372,7 @@ class InfluenceCallback(Callback):
         self._kept.begin_fit()
         check_collectable(trainer)
         check_not_compiled(module)
-        # Parameters that are blocks by themselves are fitted in a pass after the fit: they count as covered.
-        whole = find_layers(module, self._settings.layers)
-        plan = find_layers(module, self._settings.layers, parameters=False)
-        plan = replace(plan, uncovered=whole.uncovered, loss=self._settings.loss)
+        plan = find_collected(module, self._settings)
         self._say(plan.describe_uncovered())
         self._say(describe_coupling(module))
         why = self._kept.continue_or_reset(module, plan)
@@ -397,21 +383,25 @@ class InfluenceCallback(Callback):
             run.sums = run.sums.emptied()
         self._kept.continued, self._kept.restored = self._kept.restored, False
         run.sums = run.sums.to(module.device)
+        named = "`loss=`" if self._settings.loss is not None else "`influence_loss`"
+        has_own = self._settings.loss is not None or callable(getattr(module, "influence_loss", None))
+        self._own_loss = OwnLoss(plan, named, self._say) if has_own else None
         # Questions may be about all parameters, and the record tells their damping.
         recorded, logs = find_layers(module).layers, bool(trainer.loggers)
         return Collector(run, self._settings, plan, processes, self._say, recorded, logs=logs)
 
-    def _unwatch(self) -> None:
-        if self._watching is not None:
-            self._watching.close()
-        if self._indices is not None:
-            self._indices.close()
-        self._watching = self._indices = None
+    def _leave_batch(self) -> None:
+        """Let go of a batch that was begun and has not ended, as where the module has skipped it."""
+        self._dynamics.leave_batch()
+        if self._own_loss is not None:
+            self._own_loss.close()
+        with self._guarded():
+            if self._collector is not None:
+                self._collector.close()
 
     def _add(self, trainer: Trainer, module: LightningModule, captured: Captured) -> None:
         collector = self._collector
         assert collector is not None
-        self._hooked = None if captured.values is None else captured.values.detach()
         measure = self._figures.is_due(
             trainer.loggers, collector.run.schedule.steps, read_log_interval(trainer)
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -15,6 +13,7 @@ from lightning_influence.collecting.figures import (
     measure_spectrum,
     sum_squared_norms,
 )
+from lightning_influence.collecting.processes import CollectingError, Processes, describe_error
 from lightning_influence.collecting.schedule import Costs
 from lightning_influence.collecting.state import Run, Settings
 from lightning_influence.collecting.stopwatch import Stopwatch
@@ -28,7 +27,7 @@ from lightning_influence.model.layers.layer import Layer
 from lightning_influence.model.layers.plan import LayerPlan
 from lightning_influence.model.live.live_capture import LiveCapture, check_first
 from lightning_influence.model.losses.draws import COVARIANCES, SQUARES, draw_generator
-from lightning_influence.support.errors import InfluenceError, LossCaptureError, NonFiniteError
+from lightning_influence.support.errors import NonFiniteError
 from lightning_influence.support.notes import Notices
 from lightning_influence.support.waiting import settle
 
@@ -43,9 +42,6 @@ _CHECK_COSTS = 3
 # Measured costs are of so many batches at least: those of one are off by what the machine does beside. Chosen
 # by hand.
 _FEWEST_MEASURED = 2
-# Errors of torch may run to pages. Chosen by hand: what a terminal shows in four lines.
-_LONGEST_REASON = 400
-
 TRAINS_ON = (
     "Training goes on as without the callback, and factors will be fitted in a pass of their own when "
     "influence is asked for."
@@ -53,37 +49,6 @@ TRAINS_ON = (
 
 
 Made = TypeVar("Made")
-
-
-class CollectingError(InfluenceError):
-    """Collecting ends on every process at the same step; the message says why."""
-
-
-def describe_error(error: Exception) -> str:
-    """Return an error's message as a sentence: of another library's, its kind and how it begins."""
-    if isinstance(error, LossCaptureError):
-        return error.reason  # a pass will find the loss in other ways than by its functions
-    if isinstance(error, InfluenceError):
-        return str(error)
-    first = str(error).strip().partition("\n")[0]
-    text = f"{type(error).__name__}: {first}"
-    text = textwrap.shorten(text, _LONGEST_REASON, placeholder=" ...").rstrip(":")
-    return text if text.endswith(".") else f"{text}."
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a fit.
-
-    Attributes:
-        rank: number of this process.
-        world_size: how many there are.
-        share: sums a tensor over them in place; None for one process.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    share: AllReduce | None = None
 
 
 class Collector:

@@ -54,9 +54,11 @@ class Moments:
     @classmethod
     def start(cls, size: int) -> Moments:
         """Return moments of ``size`` examples of which nothing is known."""
-        counts = torch.zeros(size, _COUNTS, dtype=torch.int32)
+        # Whatever torch's defaults are while the fit runs.
+        counts = torch.zeros(size, _COUNTS, dtype=torch.int32, device="cpu")
         counts[:, 3:] = -1
-        return cls(torch.zeros(size, _FLOATS), counts, torch.zeros(size + 1, _SUMS))
+        floats = torch.zeros(size, _FLOATS, dtype=torch.float32, device="cpu")
+        return cls(floats, counts, torch.zeros(size + 1, _SUMS, dtype=torch.float32, device="cpu"))
 
     @property
     def size(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_influence.collecting import stopwatch
-from lightning_influence.model.live.example_losses import time_call
+from lightning_influence.model.live.live_capture import time_call
 
 # Chosen by hand: seconds that no fit minds. Short ones are seen whole with them.
 _GRACE = 0.2

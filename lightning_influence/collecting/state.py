@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_influence.collecting.checks import (
     ENTRIES,
@@ -263,14 +263,14 @@ class Kept:
         self,
         sums: WindowSums | None = None,
         weights: dict[str, list[float]] | None = None,
-        dynamics: Tensor | None = None,
+        dynamics: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Tensors and primitives, which load with ``weights_only=True``.
 
         Args:
             sums: what to save in place of this process's own sums.
             weights: the fingerprint to save in place of that of the last fit.
-            dynamics: what to save in place of this process's own sums of losses.
+            dynamics: of the moments, as :meth:`Moments.state_dict` returns it; None to save none.
 
         Returns:
             The state, with a checksum of each of its parts.
@@ -278,13 +278,13 @@ class Kept:
         extra = dict(self.extra_state)
         if self._queries is not None:
             extra[_QUERIES] = self._queries.stored_results(self.factors)
-        state = {
+        state: dict[str, Any] = {
             "collector": self.run.state_dict(sums or self.final),
             "fingerprint": self.fingerprint if weights is None else weights,
             "extra_state": extra,
         }
-        if self.dynamics is not None:
-            state["dynamics"] = self.dynamics.state_dict(dynamics)
+        if dynamics is not None:
+            state["dynamics"] = dynamics
         return {**state, "checksums": sum_up(state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

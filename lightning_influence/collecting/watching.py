@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_influence.collecting.collector import Processes
 from lightning_influence.collecting.moments import Moments
 from lightning_influence.collecting.pace import Pace
+from lightning_influence.collecting.processes import CollectingError, Processes, describe_error
 from lightning_influence.collecting.state import Kept
 from lightning_influence.collecting.sums import AllReduce
 from lightning_influence.model.live.example_losses import ExampleLosses, HeldStep, LossWatch
@@ -30,7 +30,6 @@ SEVERAL = (
     "One training step ran several backward passes, and which of them is the training loss cannot be told."
 )
 
-
 _PACED = (
     "Some epochs were not watched, because they would have taken more than a fifth of the callback's "
     "overhead. InfluenceCallback(dynamics=True) watches all."
@@ -40,6 +39,8 @@ _ANOTHER_FIT = (
     "An earlier fit of the same weights, on as many examples, is continued; a new InfluenceCallback would "
     "have begun anew."
 )
+
+Made = TypeVar("Made")
 
 
 class Watching:
@@ -57,6 +58,7 @@ class Watching:
 
     Attributes:
         moments: the same.
+        failure: why this process watches no longer and no moments are to be kept; None if all is well.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Watching:
         pace: Pace | None = None,
     ) -> None:
         self.moments = moments
+        self.failure: str | None = None
         moments.sums = moments.sums.to(device)
         self._share, self._say = share, say
         self._pace = pace or Pace()
@@ -80,6 +83,17 @@ class Watching:
         self._reason: str | None = None
         self._seen = self._tried = 0
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes watch along."""
+        return self._share is not None
+
+    def fail(self, reason: str) -> None:
+        """Watch nothing more; the first reason is kept for the other processes."""
+        self.failure = self.failure or reason
+        self._gone, self._held = True, []
+        self.leave_batch()
+
     def begin_epoch(self, epoch: int) -> bool:
         """Begin an epoch; the one before enters the moments, unless it is the same, after a resumption.
 
@@ -88,17 +102,26 @@ class Watching:
 
         Returns:
             Whether indices of its batches are needed.
+
+        Raises:
+            CollectingError: if watching has failed on any process.
         """
-        if self.moments.epoch not in {-1, epoch}:
-            self.end_epoch()
-        self.moments.epoch = epoch
+        try:
+            if self.moments.epoch not in {-1, epoch}:
+                self.end_epoch()
+        finally:  # also where it has failed: processes meet at the ends of the same epochs
+            self.moments.epoch = epoch
         return not (self._pace.rests or self._gone)
 
     def end_epoch(self) -> None:
-        """Let the epoch enter the moments, of all processes together; every process has to call it."""
+        """Let the epoch enter the moments, of all processes together; every process has to call it.
+
+        Raises:
+            CollectingError: if watching has failed on any process.
+        """
         with self._pace:
-            self.flush()
-            self._compare_values()
+            self._prepare(self.flush)
+            self._prepare(self._compare_values)
         sums = self.sum_over_processes()
         is_whole = self._pace.end_epoch(self._agree)
         with self._pace:
@@ -114,11 +137,34 @@ class Watching:
         return [bool(value) for value in self._share(torch.tensor(facts, dtype=torch.float32))]
 
     def sum_over_processes(self) -> Tensor | None:
-        """Return the epoch's sums over all processes, None for one; every process has to call it."""
-        self.flush()
+        """Return the epoch's sums over all processes, None for one; every process has to call it.
+
+        Raises:
+            CollectingError: if watching has failed on any process.
+        """
+        self._prepare(self.flush)
         if self._share is None:
             return None
-        return self._share(self.moments.sums.clone())
+        own = self._prepare(self.moments.sums.clone)
+        if own is None or self.failure is not None:
+            own = self.moments.sums  # which nobody needs any more
+            own[-1, 3] = 1
+        sums = self._share(own)
+        if bool(sums[-1, 3]):
+            raise CollectingError(
+                self.failure or "They failed on another process, whose warning gives the reason."
+            )
+        return sums
+
+    def _prepare(self, make: Callable[[], Made]) -> Made | None:
+        """Return what is made; after a failure None, of which other processes hear when they next meet."""
+        try:
+            return make()
+        except Exception as error:
+            if self._share is None:
+                raise
+            self.fail(describe_error(error))
+            return None
 
     def flush(self) -> None:
         """Let the steps that were held enter the sums; the moments are behind by those until then."""
@@ -142,7 +188,8 @@ class Watching:
             read_indices: returns the dataset indices of its examples.
             batch: what the step is given.
         """
-        self._pending, self._reason, self._indices = None, None, []
+        self.leave_batch()
+        self._reason, self._indices = None, []
         if self._gone or self._pace.rests:
             return
         with self._pace:
@@ -206,7 +253,7 @@ class Watching:
             self._seen += 1
         elif backwards or self._reason is not None:  # a step without a loss leaves nothing out
             self.moments.miss(self._reason or "The training loss was not seen.")
-        if self._tried == _TRIES and not self._seen and self._reason is not None:
+        if self._tried >= _TRIES and not self._seen and self._reason is not None:
             self._say(
                 f"Training dynamics are not kept during this fit: {self._reason} Training goes on as it is. "
                 "dynamics=False asks for none.",
@@ -223,11 +270,15 @@ class Watching:
         assert self._place is not None
         self.moments.add(self._place(self._indices), found.losses, found.margins)
 
-    def close(self) -> None:
-        """Watch no longer."""
-        self.flush()
+    def leave_batch(self) -> None:
+        """Let go of a step that was begun and will not end, as where the rest of an epoch is skipped."""
         self._losses.close()
         self._pending = None
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self.leave_batch()
+        self.flush()
 
     def tell(self) -> None:
         """Say at the end of a fit what was missed."""

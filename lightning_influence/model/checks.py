@@ -264,3 +264,11 @@ def _own_parts(module: nn.Module) -> Iterator[Tensor]:
     """Yield a module's own parameters, of sharded ones what this process holds."""
     for parameter in module.parameters(recurse=False):
         yield read_whole(parameter) if is_stand_in(parameter) else read_own_part(parameter.detach())
+
+
+def add_up_gradients(
+    recorder: Recorder, slopes: Mapping[str, Slopes], num_examples: int
+) -> dict[str, Slopes]:
+    """Return a batch's gradient in each layer's weights, ``(G, D_out, D_in)``, of those in its outputs."""
+    parts = {name: tuple(slope[None] for slope in own) for name, own in slopes.items()}
+    return {name: (_add_up(recorder.assemble(name, own, num_examples)),) for name, own in parts.items()}

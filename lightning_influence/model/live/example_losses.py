@@ -10,7 +10,6 @@ kind are held, as copies, and read many at once: an operation takes longer to be
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -54,22 +53,6 @@ class ExampleLosses(NamedTuple):
 
 # Chosen by hand: numbers of a step that is read with others; of more, reading is no matter of how often.
 _HELD_NUMBERS = 2**14
-
-
-def time_call() -> float:
-    """Return the seconds that a function of torch takes longer while a step is watched."""
-    probe, count = torch.zeros(1), 32
-
-    def take_time() -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            torch.neg(probe)
-        return time.perf_counter() - start
-
-    plain = min(take_time() for _ in range(3))
-    with StepLosses():
-        watched = min(take_time() for _ in range(3))
-    return max(0.0, watched - plain) / count
 
 
 def _find_memory(tensor: Tensor) -> int | None:
@@ -125,13 +108,14 @@ class LossWatch:
         self._is_entered = False  # whether the mode is on
 
     def open(self, batch: Any = None, num_examples: int = 0) -> None:
-        """Watch the calls of loss functions from here on.
+        """Watch the calls of loss functions from here on; a step that was watched before is let go.
 
         Args:
             batch: what the step is given. In the first steps its examples are followed to the losses, which
                 must have them in their order; None to trust that they do.
             num_examples: ``B``.
         """
+        self.close()
         self.is_open, self._batch = True, batch
         if self._node is not None:
             return
@@ -145,6 +129,7 @@ class LossWatch:
         """Watch no longer, and let go of what was seen."""
         self._stop()
         self._mode.clear()
+        self._batch = None
 
     @torch.no_grad()
     def take(self, batch_loss: Tensor, num_examples: int, divisor: float = 1.0) -> ExampleLosses | HeldStep:

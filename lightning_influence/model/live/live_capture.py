@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from lightning_influence.model.losses.picked import PICKERS
 from lightning_influence.model.losses.way import Way
 from lightning_influence.model.uses.calls import Call
 from lightning_influence.model.uses.watch import Watch
-from lightning_influence.support.errors import UnsupportedModelError
+from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError
 from lightning_influence.support.fast_paths import keep_open, let_go
 from lightning_influence.support.whole import is_of_fsdp
 
@@ -140,6 +141,22 @@ class StepLosses(LossCapture):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+def time_call() -> float:
+    """Return the seconds that a function of torch takes longer while a step is watched."""
+    probe, count = torch.zeros(1), 32
+
+    def take_time() -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            torch.neg(probe)
+        return time.perf_counter() - start
+
+    plain = min(take_time() for _ in range(3))
+    with StepLosses():
+        watched = min(take_time() for _ in range(3))
+    return max(0.0, watched - plain) / count
+
+
 class LiveCapture:
     """Records layers and losses between :meth:`open` and :meth:`close`.
 
@@ -159,7 +176,7 @@ class LiveCapture:
         return self._stack is not None
 
     def open(self, module: nn.Module) -> None:
-        """Put hooks on the layers and watch for losses.
+        """Put hooks on the layers and watch for losses; a step that was open is let go.
 
         Args:
             module: the model.
@@ -167,6 +184,8 @@ class LiveCapture:
         Raises:
             UnsupportedModelError: if it has hooks on gradients.
         """
+        self.close()
+        self.clear()
         hooked = [
             name for name, part in module.named_modules() if part._backward_hooks or part._backward_pre_hooks
         ]
@@ -211,6 +230,16 @@ class LiveCapture:
         resolved = self._losses.resolve(loss, num_examples, activations=self._recorder.nodes, divisor=divisor)
         return self._complete(Captured(num_examples, resolved, None, self._recorder))
 
+    def read_recorder(self) -> Recorder:
+        """Return what the layers of a step saw, whose loss need not be found.
+
+        Raises:
+            UnsupportedModelError: if the step put hooks on gradients, or no layer took part.
+        """
+        if self._losses.hooks:
+            raise UnsupportedModelError(f"The training step registers a hook on a tensor. {_GRADIENT_HOOKS}")
+        return self._complete(Captured(0, None, None, self._recorder)).recorder
+
     def run_apart(
         self,
         module: Any,
@@ -234,6 +263,7 @@ class LiveCapture:
             The captured batch.
 
         Raises:
+            LossCaptureError: if a single number was returned whose parts are not found.
             UnsupportedModelError: if no layer took part.
         """
         self.open(module)
@@ -249,7 +279,13 @@ class LiveCapture:
         source = "influence_loss(batch)" if loss is None else "loss="
         is_hook = loss is None and callable(hook)
         if not is_hook and isinstance(values, Tensor) and values.dim() == 0:
-            found = self._losses.resolve(values, num_examples, activations=self._recorder.nodes)
+            try:
+                found = self._losses.resolve(values, num_examples, activations=self._recorder.nodes)
+            except LossCaptureError as error:
+                if loss is None:
+                    raise
+                refused = "What `loss=` returns cannot be collected from."
+                raise LossCaptureError(f"{refused} {error}", f"{refused} {error.reason}") from error
             return self._complete(Captured(num_examples, found, None, self._recorder))
         check_per_example(values, num_examples, source)
         captured = per_example_capture(values, self._losses, num_examples)
@@ -343,12 +379,13 @@ def _holds_compiled(value: Any, depth: int = 2) -> bool:
     )
 
 
-def describe_other_loss(values: Tensor, loss: Tensor) -> str | None:
-    """Say that ``influence_loss`` does not make up the training loss of the same batch, or None if it does.
+def describe_other_loss(values: Tensor, loss: Tensor, name: str) -> str | None:
+    """Say that a user's own loss does not make up the training loss of the same batch, or None if it does.
 
     Args:
         values: what it returned, ``(B,)``.
         loss: the training loss of the batch.
+        name: of the user's own loss, for messages.
 
     Returns:
         A sentence with the numbers; what was left out on purpose, such as a penalty, has this effect as well.
@@ -358,8 +395,8 @@ def describe_other_loss(values: Tensor, loss: Tensor) -> str | None:
     if min(abs(mean - found), abs(total - found)) <= limit or not math.isfinite(found):
         return None
     return (
-        f"The training loss of a batch is {found:.6g}, and the values of `influence_loss` for it have the "
-        f"mean {mean:.6g} and the sum {total:.6g}. Influence estimates are of `influence_loss`: this is "
+        f"The training loss of a batch is {found:.6g}, and the values of {name} for it have the mean "
+        f"{mean:.6g} and the sum {total:.6g}. Influence estimates are of {name}: this is "
         "right if it leaves out a penalty on purpose, and wrong if it lacks weights, a factor or a sign."
     )
 
