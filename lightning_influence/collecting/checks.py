@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_influence.collecting.schedule import Phase
+from lightning_influence.curvature.factors import Phase
 from lightning_influence.curvature.training_record import Family
 from lightning_influence.support.arguments import is_count, is_number
 from lightning_influence.support.errors import CorruptFileError

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import add_up_gradients
 from lightning_influence.model.layers.plan import LayerPlan
-from lightning_influence.model.layers.recorder import Recorder, Slopes
+from lightning_influence.model.layers.recorder import Recorder
+from lightning_influence.model.layers.use_recorder import Slopes
 from lightning_influence.model.live.live_capture import LiveCapture, describe_other_loss
 from lightning_influence.model.own_loss import check_direction, measure_cosine
 from lightning_influence.support.errors import LossCaptureError, UnsupportedModelError

@@ -21,14 +21,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 from typing_extensions import Self
 
-from lightning_influence.curvature.factors import ENOUGH_EXAMPLES
+from lightning_influence.curvature.factors import ENOUGH_EXAMPLES, Phase
 from lightning_influence.curvature.thinning import count_rows, count_sums
-
-Phase = Literal["covariances", "squares"]
 
 # Work besides matrix products, in operations at the speed of those: what a training step costs before its
 # products (6e7); what the optimizer does with a parameter (150); what a sum does with an entry of a matrix

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from lightning_influence.model.captured import Captured
-from lightning_influence.model.layers.recorder import Recorder, Slopes
+from lightning_influence.model.layers.recorder import Recorder
+from lightning_influence.model.layers.use_recorder import Slopes
 from lightning_influence.model.training_step import run_step
 from lightning_influence.support.errors import LossCaptureError
 from lightning_influence.support.notes import warn
