@@ -374,7 +374,7 @@ def test_noise_is_that_of_the_draw():
     with pytest.warns(InfluenceWarning, match="draws noise in eval mode"):
         found = Forward(plan)(module, data, B).loss_gradients()
     torch.manual_seed(3)
-    _, noise = torch.randn_like(data[2]), torch.randn_like(data[2])  # the first was that of a loss by name
+    noise = torch.randn_like(data[2])  # of the first run as well, that of a loss by name
     errors = module.net(data[0])[1] * (1 + 0.1 * noise) - data[2]
     losses = (errors.square() * module.own["s"].exp() - module.own["s"]).mean(1)
     expected = torch.stack([in_order(plan, value) for value in losses])
