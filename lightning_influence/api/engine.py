@@ -171,13 +171,17 @@ class Engine:
             for group in queries.in_groups(context, rows, measure_rows):
                 self._attribute_group(method, group, queries.measured, answer)
                 del group  # before the next one is read
-            found, residuals = answer.take(several=queries.are_of_several_loaders)
-            if queries.groups is not None:
-                found |= {"query_names": queries.groups.names, "query_counts": queries.groups.counts}
             if path is not None:
                 context.extra["scores_file"] = os.path.realpath(os.path.expanduser(path))
-            facts = self._diagnostics(method, queries.measured.name, residuals)
-            return Attributions(diagnostics=facts, **found)
+            return self._finish(method, queries, answer)
+
+    def _finish(self, method: Method, queries: Queries, answer: Answer) -> Attributions:
+        """Return the answer to all queries, with its certificate."""
+        found, residuals = answer.take(several=queries.are_of_several_loaders)
+        if queries.groups is not None:
+            found |= {"query_names": queries.groups.names, "query_counts": queries.groups.counts}
+        facts = self._diagnostics(method, queries.measured.name, residuals)
+        return Attributions(diagnostics=facts, **found)
 
     def _read_queries(self, given: Any) -> Queries:
         """Return the queries, read; with a measurement of the user's, after a look at a first batch."""

@@ -218,11 +218,8 @@ class StoreEngine(Engine):
             store.score(numbers, answer.begin(len(numbers)), answer.count_examples())
             answer.end(replace(group, gradients={}), scale, None)
             shares.append((numbers.square().sum(dim=1) / squares).nan_to_num(1.0).cpu())
-        found, residuals = answer.take(several=asked.are_of_several_loaders)
-        if asked.groups is not None:
-            found |= {"query_names": asked.groups.names, "query_counts": asked.groups.counts}
         context.extra.update(store=store.told, energy_kept=torch.cat(shares))
-        return Attributions(diagnostics=self._diagnostics(method, measured.name, residuals), **found)
+        return self._finish(method, asked, answer)
 
 
 def _check_same_model(store: GradientStore, context: Context) -> None:

@@ -8,40 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_influence.running.host.packages import find_package
+from lightning_influence.support.random_states import hold_generator, is_generator
 
 # A transform in a list in a dataset in a list of a joined dataset in a subset of a loader is this deep.
 _DEPTH = 8
 # Chosen by hand: longer containers hold data, and no search of a dataset takes longer than a batch does.
 _LONGEST, _MOST = 256, 10_000
 _PLAIN = (int, float, complex, str, bytes, type(None), type, torch.Tensor, np.ndarray, types.ModuleType)
-_KINDS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
-
-
-def is_generator(value: object) -> bool:
-    """Return whether a value is a random generator of torch, NumPy or Python that has a state."""
-    return isinstance(value, _KINDS) and not isinstance(value, random.SystemRandom)
-
-
-def hold_generator(generator: Any) -> Callable[[], None]:
-    """Return what puts a generator into the state that it has now."""
-    if isinstance(generator, torch.Generator):
-        return functools.partial(generator.set_state, generator.get_state())  # type: ignore[return-value]
-    if isinstance(generator, random.Random):
-        return functools.partial(generator.setstate, generator.getstate())
-    if isinstance(generator, np.random.RandomState):
-        return functools.partial(generator.set_state, generator.get_state(legacy=False))
-    owner = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
-    return functools.partial(setattr, owner, "state", owner.state)
 
 
 def find_generators(*owners: object) -> list[object]:

@@ -12,6 +12,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+_GENERATORS = (
+    torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random
+)  # fmt: skip
 # The odd increment of the counter and the two multipliers of the mix, as 64-bit integers with a sign.
 _STEP, _FIRST, _SECOND = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -109,6 +113,24 @@ def preserve_rng() -> Iterator[None]:
     finally:
         states.write()
         _applied = applied
+
+
+def is_generator(value: object) -> bool:
+    """Return whether a value is a random generator of torch, NumPy or Python that has a state."""
+    return isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom)
+
+
+def hold_generator(generator: Any) -> Callable[[], object]:
+    """Return what puts a generator into the state that it has now, whatever its class overrides."""
+    if isinstance(generator, torch.Generator):
+        return partial(torch.Generator.set_state, generator, torch.Generator.get_state(generator))
+    if isinstance(generator, random.Random):
+        return partial(random.Random.setstate, generator, random.Random.getstate(generator))
+    if isinstance(generator, np.random.RandomState):
+        state = np.random.RandomState.get_state(generator, legacy=False)
+        return partial(np.random.RandomState.set_state, generator, state)
+    owner = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+    return partial(setattr, owner, "state", owner.state)
 
 
 def _is_cuda_initialized() -> bool:

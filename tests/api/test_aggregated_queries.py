@@ -6,7 +6,7 @@ from influence_cases import CONVERGED, EXACTLY, Asked
 from influence_models import Net, dataset, fitted, names, queries, train
 from models import CASES
 from torch.utils.data import DataLoader
-from two_processes import check_script
+from two_processes import BEGIN, check_script
 
 from lightning_influence import Attributions, InfluenceModule, average_attributions
 from lightning_influence.methods.aggregating import MeanGradientPass
@@ -270,21 +270,8 @@ def double_train():
 
 
 SCRIPT = """
-import sys, warnings
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-from influence_models import Net, trainer as make
-from lightning_influence import InfluenceModule
-
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-torch.manual_seed(0)
-x, y = torch.randn(13, 4, dtype=torch.float64), torch.arange(13) % 3
-module = Net().double()
 asked = [DataLoader(TensorDataset(x[:5], y[:5]), 2), DataLoader(TensorDataset(x[5:6], y[5:6]))]
 labels = [["a", "b", "a", "c", "a"], ["b"]]
-trainer = make(devices=2, strategy="ddp", default_root_dir=sys.argv[1])
-data = TensorDataset(x, y)
 for method in ("identity", "ekfac", "exact", "auto", "cg"):
     for aggregate in ("mean", labels):
         for budget in (2**30, 4000):
@@ -315,4 +302,4 @@ torch.testing.assert_close(ours.scores[0], single.scores.mean(0))
 
 
 def test_two_processes_average_as_one_does(tmp_path):
-    check_script(SCRIPT, tmp_path)
+    check_script(BEGIN + SCRIPT, tmp_path)

@@ -6,7 +6,7 @@ import torch
 from influence_models import Net, dataset, fitted, names, queries, train
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
-from two_processes import check_script
+from two_processes import BEGIN, check_script
 
 from lightning_influence import InfluenceError, InfluenceModule
 from lightning_influence.errors import ExistingFileError
@@ -95,20 +95,10 @@ def test_a_trainer_logs_no_second_copy(tmp_path):
 
 
 SCRIPT = """
-import os, sys, warnings
+import os
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-from influence_models import Net, trainer as make
-from lightning_influence import InfluenceError, InfluenceModule
+from lightning_influence import InfluenceError
 
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-torch.manual_seed(0)
-x, y = torch.randn(13, 4, dtype=torch.float64), torch.arange(13) % 3
-module = Net().double()
-trainer = make(devices=2, strategy="ddp", default_root_dir=sys.argv[1])
-data = TensorDataset(x, y)
 path = os.path.join(sys.argv[1], "scores.npy")
 options = {"method": "ekfac", "damping": 0.1, "fisher": "exact", "low_rank_tolerance": 0.0}
 loaders = DataLoader(data, 4), DataLoader(TensorDataset(x[:5], y[:5]), 2)
@@ -127,4 +117,4 @@ except InfluenceError:
 
 
 def test_two_processes_leave_one_file(tmp_path):
-    check_script(SCRIPT, tmp_path)
+    check_script(BEGIN + SCRIPT, tmp_path)

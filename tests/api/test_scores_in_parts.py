@@ -6,7 +6,7 @@ from influence_cases import CONVERGED, EXACTLY, Asked
 from influence_models import Net, dataset, fitted, queries, train
 from models import CASES, loader
 from torch.utils.data import DataLoader, SubsetRandomSampler
-from two_processes import check_script
+from two_processes import BEGIN, check_script
 
 from lightning_influence import Attributions, InfluenceModule, average_attributions
 from lightning_influence.methods.method import Solved
@@ -295,20 +295,7 @@ def test_results_keep_and_show_the_parts(tmp_path):
 
 
 SCRIPT = """
-import sys, warnings
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-from influence_models import Net, trainer as make
-from lightning_influence import InfluenceModule
-
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-torch.manual_seed(0)
-x, y = torch.randn(13, 4, dtype=torch.float64), torch.arange(13) % 3
-module = Net().double()
 asked = DataLoader(TensorDataset(x[:5], y[:5]), 2)
-trainer = make(devices=2, strategy="ddp", default_root_dir=sys.argv[1])
-data = TensorDataset(x, y)
 labels = ["a", "b", "a", "c", "a", "b", "d", "d", "a", "a", "a", "b", "b"]
 for method in ("identity", "ekfac", "exact", "auto"):
     for further in ({"by": "layer"}, {"train_groups": labels}, {"by": "layer", "train_groups": labels}):
@@ -324,4 +311,4 @@ for method in ("identity", "ekfac", "exact", "auto"):
 
 
 def test_two_processes_answer_in_parts_as_one_does(tmp_path):
-    check_script(SCRIPT, tmp_path)
+    check_script(BEGIN + SCRIPT, tmp_path)

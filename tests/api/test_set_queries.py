@@ -7,7 +7,7 @@ from influence_cases import CONVERGED, EXACTLY, Asked, gradients, quiet
 from influence_models import Net, dataset, fitted, names, queries, train
 from models import CASES, loader
 from torch.utils.data import DataLoader
-from two_processes import check_script
+from two_processes import BEGIN, check_script
 
 from lightning_influence import Attributions, InfluenceModule
 from lightning_influence.support.errors import InfluenceError, NonFiniteError, UnsupportedModelError
@@ -247,26 +247,11 @@ def test_results_name_the_sets(tmp_path):
 
 
 SCRIPT = """
-import sys, warnings
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-from influence_models import Net, trainer as make
-from lightning_influence import InfluenceModule
-
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-torch.manual_seed(0)
-x, y = torch.randn(13, 4, dtype=torch.float64), torch.arange(13) % 3
-module = Net().double()
-
-
 def gap(module, batch):
     sizes = module(batch[0]).square().mean(1)
     return (sizes[::2].mean() - sizes[1::2].mean()).abs()
 
 
-trainer = make(devices=2, strategy="ddp", default_root_dir=sys.argv[1])
-data = TensorDataset(x, y)
 for method in ("identity", "ekfac", "exact", "auto"):
     for asked in (DataLoader(data, 5), DataLoader(data, 13), [DataLoader(data, 7), DataLoader(data, 13)]):
         options = {"method": method, "damping": 0.1, "fisher": "exact", "measurement": gap}
@@ -280,4 +265,4 @@ for method in ("identity", "ekfac", "exact", "auto"):
 
 def test_two_processes_measure_whole_sets(tmp_path):
     """A set is one process's: gradients of shares of it would not add up to its own."""
-    check_script(SCRIPT, tmp_path)
+    check_script(BEGIN + SCRIPT, tmp_path)

@@ -27,6 +27,22 @@ print(f"rank {trainer.global_rank} is fine", flush=True)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
+#: How scripts begin that ask one Trainer of two processes about thirteen examples, in double precision.
+BEGIN = """
+import sys, warnings
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from influence_models import Net, trainer as make
+from lightning_influence import InfluenceModule
+
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+torch.manual_seed(0)
+x, y = torch.randn(13, 4, dtype=torch.float64), torch.arange(13) % 3
+module = Net().double()
+trainer = make(devices=2, strategy="ddp", default_root_dir=sys.argv[1])
+data = TensorDataset(x, y)
+"""
 _standing_by: list[subprocess.Popen[str]] = []
 
 

@@ -11,7 +11,6 @@ import array
 import contextlib
 import functools
 import operator
-import random
 import sys
 import types
 from collections import OrderedDict, deque
@@ -25,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_influence.running.host.packages import find_package
+from lightning_influence.support.random_states import hold_generator, is_generator
 from lightning_influence.support.whole import read_own_part
 
 PutBack = Callable[[], object]
@@ -143,9 +143,10 @@ def _items_of(value: Any) -> list[Any]:
 
 def _open_kind(value: Any) -> Iterator[_Part]:
     """Yield what a generator or a container holds beside its attributes."""
-    for kind, read, write in _STATES:
-        if isinstance(value, kind):
-            yield functools.partial(write, value, read(value)), []
+    if is_generator(value):
+        yield hold_generator(value), []
+    if isinstance(value, bytearray | array.array):
+        yield functools.partial(value.__setitem__, slice(None), value[:]), []
     for kind, read_items in _FIXED:
         if isinstance(value, kind):
             yield _nothing, read_items(value)
@@ -156,22 +157,9 @@ def _open_kind(value: Any) -> Iterator[_Part]:
             yield _hold_items(value, kind, clear, extend)
 
 
-# Of each kind what returns a copy of its state, and what puts that back.
-_STATES: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], object]], ...] = (
-    (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
-    (np.random.BitGenerator, lambda value: value.state, lambda value, state: setattr(value, "state", state)),
-    (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
-    (random.Random, random.Random.getstate, random.Random.setstate),
-    (
-        bytearray | array.array,
-        lambda value: value[:],
-        lambda value, state: value.__setitem__(slice(None), state),
-    ),
-)
 # What lies in values that themselves do not change.
 _FIXED: tuple[tuple[Any, Callable[[Any], list[Any]]], ...] = (
     (tuple | frozenset, list),
-    (np.random.Generator, lambda value: [value.bit_generator]),
     (functools.partial, lambda value: [value.func, value.args, value.keywords]),
     (types.MethodType, lambda value: [value.__self__, value.__func__]),
 )
