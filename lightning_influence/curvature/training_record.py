@@ -214,7 +214,8 @@ class TrainingRecord:
                 alike = tuple((share, id(group)) for share, group in parts)
                 records, _ = found.setdefault(alike, ([], parts))
                 records.append(self.layers.setdefault(name, LayerRecord()))
-        return self._cache.setdefault((*key[:2], len(self.layers)), list(found.values()))
+        parts_of_all = self._cache[(*key[:2], len(self.layers))] = list(found.values())
+        return parts_of_all
 
     def read_metric(self, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> None:
         """Read the metric of the optimizer's steps as it is now, Adam's second moments for one."""
