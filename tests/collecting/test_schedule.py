@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_influence.collecting.schedule import Costs, Schedule
+from lightning_influence.collecting.state import Run, Settings
 
 COSTS = Costs(covariances=1.5, squares=2.0, basis=5.0)
 
@@ -196,3 +197,10 @@ def test_state_of_a_version_that_knew_no_batch_sizes_is_read() -> None:
     state = schedule.state_dict()
     del state["batch"]
     assert Schedule.from_state_dict(state) == schedule
+
+
+@pytest.mark.parametrize(("dynamics", "factors"), [("auto", 0.08), (True, 0.1), (False, 0.1)])
+def test_unasked_dynamics_are_paid_from_the_overhead(dynamics, factors):
+    asked = Settings(overhead=0.1, dynamics=dynamics)
+    assert Run.start(asked).schedule.overhead == pytest.approx(factors)
+    assert asked.dynamics_share == (pytest.approx(0.02) if dynamics == "auto" else None)

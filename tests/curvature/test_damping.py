@@ -48,6 +48,15 @@ def stepped(optimizer: torch.optim.Optimizer, rates: list[float]) -> TrainingRec
     return record
 
 
+def test_layers_of_other_groups_have_other_rates():
+    first, second = MODEL[0], MODEL[2]
+    groups = [{"params": first.parameters(), "lr": 0.1}, {"params": second.parameters(), "lr": 0.3}]
+    record = TrainingRecord()
+    for _ in range(2):
+        record.add_step(torch.optim.SGD(groups, weight_decay=0.5), LAYERS)
+    assert [record.layers[name].rate for name in ("0", "2")] == pytest.approx([0.2, 0.6])
+
+
 @pytest.mark.parametrize(("nesterov", "dampening"), [(False, 0.0), (True, 0.0), (False, 0.5)])
 def test_effective_rate_is_what_one_gradient_ends_up_moving(nesterov, dampening) -> None:
     p = nn.Parameter(torch.zeros(1, dtype=torch.float64))

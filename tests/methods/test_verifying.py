@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_influence import InfluenceModule
+from lightning_influence.curvature.row_passes import RowsPass
+from lightning_influence.methods.compact_building import CompactBuilder
 from lightning_influence.methods.verifying import verify_answers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,12 +40,12 @@ def draw(seed: int):
         module.training_step((x[:EXAMPLES], y[:EXAMPLES]), 0).backward()
         optimizer.step()
     module.zero_grad()
-    train = list(zip(x[:EXAMPLES].split(40), y[:EXAMPLES].split(40), strict=True))
+    train = list(zip(x[:EXAMPLES].split(8), y[:EXAMPLES].split(8), strict=True))
     return module, train, (x[EXAMPLES:], y[EXAMPLES:])
 
 
 def differentiate(module, train, query):
-    """Training gradients (N, P), the Gauss-Newton matrix, and the gradient of the mean query."""
+    """Training gradients (N, P), Gauss-Newton matrices (N, P, P), and the gradient of the mean query."""
     named = {n: p.detach() for n, p in module.named_parameters()}
 
     def outputs(parameters, x):
@@ -64,7 +66,7 @@ def differentiate(module, train, query):
     shares = outputs(named, x).softmax(1)
     H = torch.diag_embed(shares) - shares[:, :, None] * shares[:, None, :]
     mean = torch.func.grad(lambda p: F.cross_entropy(outputs(p, query[0]), query[1]))(named)
-    return gradients.detach(), torch.einsum("nkp,nkl,nlq->pq", J, H, J).detach() / len(x), flatten(mean)
+    return gradients.detach(), torch.einsum("nkp,nkl,nlq->npq", J, H, J).detach(), flatten(mean)
 
 
 @pytest.mark.parametrize("damping", [1e-4, 1e-3])
@@ -73,8 +75,20 @@ def test_small_spaces_do_no_harm(seed, damping, monkeypatch):
     monkeypatch.setattr("lightning_influence.methods.forecast._LONG", 0.0)
     monkeypatch.setattr("lightning_influence.methods.compact_building._FEWEST_EXAMPLES", 40)
     module, train, query = draw(seed)
-    gradients, G, v = differentiate(module, train, query)
-    size = len(v)
+    gradients, matrices, v = differentiate(module, train, query)
+    G, size, seen = matrices.mean(0), len(v), []
+    measure, read, visited = CompactBuilder.measure_curved, RowsPass.rows, []
+
+    def watch_rows(self, *arguments, **options):
+        visited.append(read(self, *arguments, **options))
+        return visited[-1]
+
+    def watch(self, vectors, known):
+        seen.append((vectors, known, measure(self, vectors, known), visited[-1].indices))
+        return seen[-1][2]
+
+    monkeypatch.setattr(RowsPass, "rows", watch_rows)
+    monkeypatch.setattr(CompactBuilder, "measure_curved", watch)
 
     def ask(method, **options):
         return InfluenceModule(module).scores(
@@ -85,6 +99,12 @@ def test_small_spaces_do_no_harm(seed, damping, monkeypatch):
     assert found.diagnostics.extra["coarse_space"] <= 64
     assert found.diagnostics.extra["curvature_examples"] < EXAMPLES
     assert found.diagnostics.extra["verified_on"] >= 16
+    # Verified on examples that the space was not made of, of those that the pass has visited.
+    ((vectors, known, (curved, count), indices),) = seen
+    others = indices[~torch.isin(indices, known)]
+    assert len(others) == count < len(indices)
+    expected = torch.einsum("vp,npq,vq->v", vectors, matrices[others], vectors) / count
+    torch.testing.assert_close(curved, expected + damping * vectors.square().sum(1), rtol=1e-8, atol=1e-10)
     exact = torch.linalg.solve(G + damping * torch.eye(size, dtype=G.dtype), v) @ gradients.T / EXAMPLES
 
     def miss(scores):  # of the best length: where answers are far from solved, their order is what counts
@@ -114,6 +134,8 @@ def test_what_other_examples_say_of_answers():
     true = (v - chosen @ A).norm(dim=1) / v.norm(dim=1)
     assert (found.bound(residuals, (v - others @ A).norm(dim=1) / v.norm(dim=1)) >= true - 1e-9).all()
     assert "shortened" in found.describe(20)
+    half = verify_answers(v, best / 2, others, torch.cat([(best @ A * best).sum(1) / 4, curved[3:]]), 20)
+    assert half.lengths[~half.worse].tolist() == [1.0] * int((~half.worse).sum())  # never made longer
     few = verify_answers(v, answers, others, curved, 3)
     assert torch.equal(few.choose(answers, others), answers)
     assert few.describe(3) == ""
