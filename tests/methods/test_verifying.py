@@ -57,8 +57,9 @@ def differentiate(module, train, query):
     def loss(parameters, one, label):
         return F.cross_entropy(outputs(parameters, one[None])[0][None], label[None])
 
-    def flatten(tree):
-        return torch.cat([tree[n].flatten(-named[n].ndim) for n in named], dim=-1)
+    def flatten(tree):  # each layer's weight with its bias as the last column, as its matrices are held
+        layers = [(tree[n], tree[n.replace("weight", "bias")]) for n in named if n.endswith("weight")]
+        return torch.cat([torch.cat([w, b[..., None]], dim=-1).flatten(-2) for w, b in layers], dim=-1)
 
     gradients = flatten(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(named, x, y))
     each = torch.func.vmap(torch.func.jacrev(lambda p, one: outputs(p, one[None])[0]), in_dims=(None, 0))
