@@ -110,7 +110,7 @@ def solve_few(
     fitted: InfluenceModule,
     loaders: list[DataLoader[Any]],
     count: int,
-    damping: float,
+    damping: float | str,
     folder: Path | None,
     key: str,
 ) -> Tensor:
@@ -235,7 +235,7 @@ def study(name: str, size: Size, given: argparse.Namespace) -> list[Row]:
 
 
 def ask_one(
-    model: InfluenceModule, loaders: list[DataLoader[Any]], method: str, damping: float, **options: Any
+    model: InfluenceModule, loaders: list[DataLoader[Any]], method: str, damping: float | str, **options: Any
 ) -> Attributions:
     """Return the scores of all queries, without progress and notes."""
     with warnings.catch_warnings():
@@ -269,6 +269,11 @@ def as_result(row: Row, size: Size) -> dict[str, Any]:
     }
 
 
+def read_damping(text: str) -> float | str:
+    """Return a number, or the name of a rule."""
+    return text if text.isalpha() else float(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Run the benchmark; see the module."""
     parser = argparse.ArgumentParser(
@@ -284,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--solved", type=int, default=8, help="queries that cg answers; 0 for none")
     parser.add_argument("--mean", action="store_true", help="ask about the mean of the queries")
     parser.add_argument("--epochs", type=int, default=4, help="of training")
-    parser.add_argument("--damping", type=float, default=3e-3)
+    parser.add_argument("--damping", type=read_damping, default=3e-3, help="a number, or a rule's name")
     parser.add_argument("--cache", type=Path, help="folder that keeps converged scores")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rounds", type=int, default=1, help="of which the least cost counts")

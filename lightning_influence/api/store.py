@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from lightning_influence.api.engine import Engine, Question
 from lightning_influence.curvature.factors import fingerprint_differs
@@ -82,8 +83,10 @@ class KeepsGradients:
 
         Raises:
             ValueError: if an argument is out of range.
+            RuntimeError: on a process of another rank than 0.
             OSError: if a file cannot be written.
         """
+        _check_first_process()
         check_choice("method", method, _METHODS)
         check_count("numbers", numbers, 1)
         check_choice("dtype", dtype, PRECISIONS.values())
@@ -220,6 +223,17 @@ class StoreEngine(Engine):
             shares.append((numbers.square().sum(dim=1) / squares).nan_to_num(1.0).cpu())
         context.extra.update(store=store.told, energy_kept=torch.cat(shares))
         return self._finish(method, asked, answer)
+
+
+def _check_first_process() -> None:
+    """Raise on all processes but the first: a folder is written by one, and reads all training examples."""
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        raise RuntimeError(
+            f"Got build_store on the process of rank {dist.get_rank()}; accepted is rank 0 alone, since one "
+            "process reads all training examples and writes the folder. Call it under `if "
+            "trainer.is_global_zero`, let the others wait at `trainer.strategy.barrier()`, and open the "
+            "store there with GradientStore.load."
+        )
 
 
 def _check_same_model(store: GradientStore, context: Context) -> None:

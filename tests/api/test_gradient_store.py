@@ -236,3 +236,11 @@ def test_arguments_are_checked(asked, tmp_path):
     with pytest.raises(TypeError, match="accepted is a GradientStore"):
         ask(asked, "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_the_first_process_builds_alone(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    with pytest.raises(RuntimeError, match=r"rank 1; accepted is rank 0 alone.*trainer\.is_global_zero"):
+        build(asked, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
