@@ -329,7 +329,7 @@ class Engine:
             method.prepare_to_solve(shape[0])
         else:
             method.prepare()
-        return method
+        return method.answering
 
     def _forecast(self, method: Method, train: IndexedLoader, queries: int) -> None:
         """Tell what many passes are going to take, if somebody looks on and the method knows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -21,11 +20,8 @@ from lightning_influence.curvature.compact_two_level import (
 from lightning_influence.curvature.two_level import Correction, TwoLevel
 from lightning_influence.linalg.block_krylov import block_krylov
 from lightning_influence.linalg.stopping import compute_remainder
-from lightning_influence.methods.closed_form import invert_blocks, take_eigenvalues
+from lightning_influence.methods.closed_form import EKFAC, invert_blocks, take_eigenvalues
 from lightning_influence.methods.coarse_building import (
-    MOST_ANCHORS,
-    MOST_COLUMNS,
-    MOST_MIXTURES,
     TOLERANCE,
     CoarseBuilder,
     count_vector_bytes,
@@ -35,16 +31,19 @@ from lightning_influence.methods.compact_building import (
     CompactBuilder,
     Draft,
     choose_builder,
-    count_examples_for_few,
-    is_few,
 )
 from lightning_influence.methods.compact_scorer import CompactScorer
 from lightning_influence.methods.context import Context
-from lightning_influence.methods.fitting import count_passes_to_come, provide_factors
+from lightning_influence.methods.fitting import provide_factors
 from lightning_influence.methods.forecast import Forecast
 from lightning_influence.methods.gathering import gather_examples
+from lightning_influence.methods.long_passes import answer_alone, forecast_auto
 from lightning_influence.methods.method import Gradients, Method, Queries, Solved, register_method
-from lightning_influence.methods.options import SpaceOptions, require_count, require_number
+from lightning_influence.methods.options import (
+    SpaceOptions,
+    require_count,
+    require_number,
+)
 from lightning_influence.methods.scorers import DenseScorer, JointScorer, PreconditionedScorer
 from lightning_influence.methods.scoring_passes import LayeredScorer, Quadratic, SelfScores
 from lightning_influence.methods.verifying import verify_answers
@@ -67,8 +66,6 @@ _EACH_STEP = 8
 _LOW_RANK, _COMPACT_LOW_RANK = 1e-3, 0.03
 _FORMED = 8
 _EXAMPLES = "training examples"
-# Chosen by hand: what a column of the output curvature takes, in gradients: a backward pass, and products.
-_COLUMN = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,11 @@ class AutoOptions(SpaceOptions):
     max_steps: int | None = field(default=None, metadata=require_count(0))
     low_rank_tolerance: float | None = field(default=None, metadata=require_number(below=1.0))
 
+    @property
+    def asks_for_space(self) -> bool:
+        """Whether an option is given that nothing but a correction uses."""
+        return (self.curvature_examples, self.max_steps, self.tolerance) != (None, None, TOLERANCE)
+
 
 @register_method("auto", options=AutoOptions)
 class Auto(Method):
@@ -101,7 +103,9 @@ class Auto(Method):
     answered in groups under what it leaves.
 
     An answer whose residual is above that of ``"ekfac"``'s answer, or above 1, that of an answer of zero, is
-    not given: ``"ekfac"``'s takes its place, with a note.
+    not given: ``"ekfac"``'s takes its place, with a note. Where passes are long and outputs too many to take
+    the curvature of all, as in language models, ``"ekfac"`` answers from the first, unless an option asks for
+    a correction.
     """
 
     in_groups: ClassVar[bool] = True
@@ -111,6 +115,7 @@ class Auto(Method):
         super().__init__(context)
         self._replaced = 0  # training examples that got EK-FAC's answer, on this process
         self._draft: Draft | None = None  # of a compact space that the first queries complete
+        self._alone: EKFAC | None = None
         self.builder: CoarseBuilder | CompactBuilder
         self.operator: TwoLevel | CompactTwoLevel
         self.space: CoarseSpace | CompactSpace
@@ -120,45 +125,28 @@ class Auto(Method):
         """Whether the system is the Gauss-Newton matrix of all layers together."""
         return True
 
+    @property
+    def answering(self) -> Method:
+        """EK-FAC, if it answers alone."""
+        return self._alone or self
+
     def forecast(self, told: Forecast, queries: int) -> bool:
         """Add the passes that fit factors and build the coarse space, and those of groups of queries."""
-        context, state = self.context, self.context.state
-        told.add_factors(count_passes_to_come(context, told.trial.nbytes))
-        columns = told.trial.columns or 1
-        compact = state.compact is not None or self.options.memory_budget < count_vector_bytes(context) * (
-            3 * MOST_ANCHORS
-        )
-        examples, total = self.options.most_curvature_examples, context.train.num_examples
-        few = compact and self.options.curvature_examples is None and is_few(queries)
-        few = few and told.is_long(context.device.type)
-        if few:
-            examples = count_examples_for_few(queries, total)
-        sample = min(1.0, examples / total) if few else 1.0  # of the data, for leverages and anchors
-        rows = _COLUMN * (columns if columns <= MOST_COLUMNS else MOST_MIXTURES) * min(1.0, examples / total)
-        known = state.coarse is not None or state.compact is not None
-        if not known:
-            told.add_pass("leverages", sample)
-            told.add_pass("anchors", sample)
-            told.add_pass("curvature rows", rows)
-        each = 8 * told.count_query_numbers() if compact else 2 * count_vector_bytes(context)
-        each = 3 * count_vector_bytes(context) if few else each  # formed
-        groups = math.ceil(queries / max(1, self.options.memory_budget // (2 * each)))
-        # The first group's are found in the pass that completes a new space.
-        for _ in range(groups - (not known) if compact else 0):
-            told.add_pass("curvature rows", rows)
-        for _ in range(groups if few else 0):  # that verifies them, of half as many examples
-            told.add_pass("curvature rows", rows / 2)
-        told.add_scores(queries, groups)
+        forecast_auto(self.context, told, queries, asked=self.options.asks_for_space)
         return True
 
     def prepare(self) -> None:
         """Use or fit the factors; use, grow or build the coarse space."""
-        self._use(choose_builder(self._prepare_factors()))
+        builder = self._prepare_factors()
+        if self._alone is None:
+            self._use(choose_builder(builder))
 
     def prepare_to_solve(self, queries: int) -> None:
         """Do the same, but complete a new compact space in the pass that the first queries take."""
-        few = queries if self.options.curvature_examples is None else None
-        builder = choose_builder(self._prepare_factors(), few)
+        plain, few = self._prepare_factors(), queries if self.options.curvature_examples is None else None
+        if self._alone is not None:
+            return
+        builder = choose_builder(plain, few)
         if isinstance(builder, CompactBuilder) and builder.known is None:
             self.builder, self.inverse, self._draft = builder, builder.inverse, builder.draft()
         else:
@@ -170,18 +158,23 @@ class Auto(Method):
         With a compact space every group of training examples would take a pass over all of them: the dense
         one takes its place, of as many directions as fit.
         """
-        self._use(self._prepare_factors())
+        builder = self._prepare_factors()
+        if self._alone is None:
+            self._use(builder)
 
     def _prepare_factors(self) -> CoarseBuilder:
-        """Use or fit the factors, and return the builder of the dense coarse space."""
-        context = self.context
+        """Use or fit the factors, and return the builder of the dense space; EK-FAC may answer alone."""
+        context, options, state = self.context, self.options, self.context.state
         factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
         closed = context.resolve_damping(factors, "closed")
         self.ekfac = invert_blocks(context.layout, factors, closed, take_eigenvalues)
         damping = context.resolve_damping(factors, "full")
         inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues)
-        return CoarseBuilder(context, inverse, self.options.most_curvature_examples, self.options.tolerance)
+        builder = CoarseBuilder(context, inverse, options.most_curvature_examples, options.tolerance)
+        if builder.key not in (state.coarse_key, state.compact_key) and not options.asks_for_space:
+            self._alone = answer_alone(context, factors, self.ekfac, options.low_rank_tolerance)
+        return builder
 
     def _use(self, builder: CoarseBuilder | CompactBuilder) -> None:
         """Find a coarse space and set up the operator that corrects with it."""

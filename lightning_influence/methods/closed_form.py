@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.factors import Eigenbasis, Factors, LayerStatistics
 from lightning_influence.curvature.inverse import BlockInverse, EigenInverse
+from lightning_influence.methods.context import Context
 from lightning_influence.methods.fitting import count_passes_to_come, fit_diagonal, provide_factors
 from lightning_influence.methods.forecast import Forecast
 from lightning_influence.methods.method import (
@@ -63,10 +64,7 @@ class ClosedForm(Method):
     def forecast(self, told: Forecast, queries: int) -> bool:
         """Add the passes of :meth:`prepare`, and those that score groups of queries."""
         self._forecast_factors(told)
-        numbers = min(told.count_query_numbers() if self.compresses else math.inf, self.context.layout.numel)
-        width = torch.empty((), dtype=self.context.dtype).element_size()
-        each = 2 * (width * numbers + (told.trial.nbytes if self.compresses else 0))
-        told.add_scores(queries, math.ceil(queries / max(1, self.options.memory_budget // each)))
+        forecast_scores(self.context, told, queries, compresses=self.compresses)
         return True
 
     def _forecast_factors(self, told: Forecast) -> None:
@@ -168,6 +166,14 @@ class EKFAC(ClosedForm):
         self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
         self.inverse = invert_blocks(self.context.own_layout, factors, damping, take_eigenvalues)
+
+
+def forecast_scores(context: Context, told: Forecast, queries: int, *, compresses: bool) -> None:
+    """Add the passes that score groups of queries, whose answers may be compressed."""
+    numbers = min(told.count_query_numbers() if compresses else math.inf, context.layout.numel)
+    width = torch.empty((), dtype=context.dtype).element_size()
+    each = 2 * (width * numbers + (told.trial.nbytes if compresses else 0))
+    told.add_scores(queries, math.ceil(queries / max(1, context.options.memory_budget // each)))
 
 
 def invert_blocks(

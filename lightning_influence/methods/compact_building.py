@@ -31,6 +31,7 @@ from lightning_influence.methods.coarse_building import (
     SpaceBuilder,
     count_vector_bytes,
 )
+from lightning_influence.methods.context import Context
 from lightning_influence.methods.forecast import ANSWER_RANK, is_long
 from lightning_influence.methods.gathering import differentiate
 from lightning_influence.model.forward import Forward
@@ -265,23 +266,6 @@ class CompactBuilder(SpaceBuilder):
         """Return whether far more directions than so many dense ones could fit, outputs being few."""
         return self._plan(min(RANKS), 1, None, 1).count >= _WORTH * dense
 
-    def takes_long(self) -> bool:
-        """Return whether passes over the training data are long, by the operations of called layers."""
-        context = self.context
-        each = sum(
-            math.prod(layer.shape) * self._count_positions(name)
-            for name, layer in context.plan.layers.items()
-            if not isinstance(layer.rule, ParameterRule)
-        )
-        return is_long(each * context.train.num_examples, context.device.type)
-
-    def _count_positions(self, name: str) -> float:
-        """Return the positions of an example in a layer, as its factors have seen them."""
-        factors = self.context.state.factors
-        assert factors is not None
-        layer = factors.layers[name]
-        return layer.positions / max(1.0, layer.examples)
-
     def count_affordable(self, known: CompactSpace | None = None) -> int:
         """Return how many directions fit, by what is known of the outputs."""
         return self._choose(known).count
@@ -300,7 +284,7 @@ class CompactBuilder(SpaceBuilder):
             return 8 * count_vector_bytes(context)
         total = 0
         for name, (groups, d_out, d_in) in context.layout.shapes.items():
-            positions, pair = self._count_positions(name), d_out + d_in
+            positions, pair = _count_positions(context, name), d_out + d_in
             gradient, answer = (min(d_out * d_in, count * pair) for count in (positions, ANSWER_RANK))
             total += groups * int(gradient + 4 * answer)
         return count_vector_bytes(context) * total // context.layout.numel + 1
@@ -421,6 +405,27 @@ class CompactBuilder(SpaceBuilder):
         return one_pass
 
 
+def takes_long(context: Context) -> bool:
+    """Return whether passes over the training data are long, by the operations of called layers.
+
+    Factors have to be there.
+    """
+    each = sum(
+        math.prod(layer.shape) * _count_positions(context, name)
+        for name, layer in context.plan.layers.items()
+        if not isinstance(layer.rule, ParameterRule)
+    )
+    return is_long(each * context.train.num_examples, context.device.type)
+
+
+def _count_positions(context: Context, name: str) -> float:
+    """Return the positions of an example in a layer, as its factors have seen them."""
+    factors = context.state.factors
+    assert factors is not None
+    layer = factors.layers[name]
+    return layer.positions / max(1.0, layer.examples)
+
+
 def is_few(queries: int) -> bool:
     """Return whether a small space serves so many queries, where passes are long."""
     return queries * _ANCHORS_EACH < MOST_ANCHORS
@@ -444,7 +449,7 @@ def choose_builder(builder: CoarseBuilder, queries: int | None = None) -> Coarse
         return compact
     if builder.holds_all() or not compact.may_help(builder.limit):
         return builder
-    if queries is not None and is_few(queries) and compact.takes_long():
+    if queries is not None and is_few(queries) and takes_long(context):
         examples = min(builder.most_examples, count_examples_for_few(queries, context.train.num_examples))
         return CompactBuilder(context, inverse, examples, tolerance, queries * _ANCHORS_EACH)
     compact.look()

@@ -95,6 +95,11 @@ class Method(ABC):
         """Run the passes that :meth:`quadratic` needs: those of :meth:`prepare`, unless these are more."""
         self.prepare()
 
+    @property
+    def answering(self) -> Method:
+        """The method that answers once this one is prepared: itself, unless another does as well for less."""
+        return self
+
     @abstractmethod
     def solve(self, queries: Queries) -> Solved:
         """Solve for query gradients, ``K = 1``; the mapping may be emptied."""
