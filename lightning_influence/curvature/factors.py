@@ -18,10 +18,10 @@ from lightning_influence.support.storage import check_version
 from lightning_influence.support.waiting import SummedLater, add_later
 from lightning_influence.support.whole import read_whole
 
-#: Examples that covariances should stand for, if there are so many, and eigenvalues for half of them. A fit
-#: collects as many if it can; answers note where it could not. Chosen by hand: with one draw an example,
 #: What of the factors is summed: first the covariances, then squares in their eigenbases.
 Phase = Literal["covariances", "squares"]
+#: Examples that covariances should stand for, if there are so many, and eigenvalues for half of them. A fit
+#: collects as many if it can; answers note where it could not. Chosen by hand: with one draw an example,
 #: scores from a second pass over 512 differ about as much from those of the first as scores from the fit do.
 ENOUGH_EXAMPLES = 500
 # Wide sums are added to block by block, in their upper triangle alone. Chosen by hand: eight blocks a side

@@ -16,6 +16,7 @@ from lightning_influence.curvature.factors import (
     fingerprint_differs,
 )
 from lightning_influence.methods.context import Context, Ownership, compute_digest, note_unknown_outputs
+from lightning_influence.methods.factor_groups import divide_layers, fit_in_groups
 from lightning_influence.methods.resuming import FactorFolder
 from lightning_influence.model.captured import Fisher
 from lightning_influence.model.content import SeenData
@@ -43,7 +44,7 @@ def provide_factors(context: Context) -> Factors:
     none = state.factors is None or not (state.factors.layers or state.owns_part)
     if none or others or _is_stale(context):
         key = _key(context, context.options.fitted_fisher)
-        state.factors, state.owns_part = _fit(context, owners=context.owners), owned
+        state.factors, state.owns_part = _fit_all(context), owned
         state.factors_key, context.made = key, True
     else:
         assert state.factors is not None
@@ -76,7 +77,8 @@ def count_passes_to_come(context: Context, nbytes: float) -> int:
     state, wanted = context.state, min(context.options.memory_budget, CACHE_BYTES)
     is_known = not state.factors_key or state.factors_key in _accepted_keys(context)
     if state.factors is None or not state.factors.layers or not is_known:
-        return 1 if nbytes * context.train.num_examples <= wanted and not context.options.factors_dir else 2
+        kept = nbytes * context.train.num_examples <= wanted and not context.options.factors_dir
+        return 1 if kept else 2 * len(divide_layers(context))
     return 0 if state.factors.has_squares else 1
 
 
@@ -177,6 +179,21 @@ def _is_stale(context: Context) -> bool:
             f"{examples}. They are used as they are; fit factors for these with factors='refit'."
         )
     return False
+
+
+def _fit_all(context: Context) -> Factors:
+    """Fit the factors of all layers: together, or in groups where a folder is named and memory is short."""
+    groups, folder = divide_layers(context), _open_folder(context, context.plan)
+    if folder is None or len(groups) == 1:
+        return _fit(context, owners=context.owners)
+    context.notes.inform(
+        f"Factors exceed memory_budget: they are fitted in {len(groups)} groups of layers, each in passes of "
+        "its own, and read from factors_dir where they are used."
+    )
+    factors = fit_in_groups(context, groups, folder, lambda plan: _fit(context, plan))
+    if folder.restored and context.losses is not None:
+        _compare_later(context, context.losses)
+    return factors
 
 
 def _fit(context: Context, plan: LayerPlan | None = None, owners: Ownership | None = None) -> Factors:

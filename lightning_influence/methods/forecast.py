@@ -151,9 +151,10 @@ class Forecast:
             decomposition += _DECOMPOSITION * groups * sum(width**3 for width in widths)
         if count == 1:
             self.add_pass("covariances", 1.5, covariances + rotations)
-        else:
-            self.add_pass("covariances", 1.0, covariances)
-            self.add_pass("eigenvalues", 1.0, rotations)
+        groups = count // 2  # of layers, each with two passes
+        for _ in range(groups):
+            self.add_pass("covariances", 1.0, covariances / groups)
+            self.add_pass("eigenvalues", 1.0, rotations / groups)
         self.decomposing += decomposition / self.speed
         self.seconds += decomposition / self.speed
 

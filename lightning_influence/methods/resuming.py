@@ -8,6 +8,8 @@ all have in full. Each file says what it was made for; those of another fit are 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +26,7 @@ from lightning_influence.support.storage import PathLike, check_kind, load_tenso
 
 # Chosen by hand: a killed fit loses at most this share of a pass, and the sums are written as often.
 PARTS = 16
-_SUMS, _BASIS = "sums of factors", "eigenbasis of a layer"
+_SUMS, _BASIS, _GROUP = "sums of factors", "eigenbasis of a layer", "factors of a group of layers"
 
 
 class FactorPass(Protocol):
@@ -92,8 +94,7 @@ class FactorFolder:
             layer: its sums over all examples.
             dtype: precision of the decomposition.
         """
-        # Another name than in versions whose bases had all columns, which other processes may not expect.
-        file = self._path / f"bases-{digest_text(name)}.factors"
+        file = self._basis_file(name)
         tensors = self._read(file, _BASIS)
         if tensors is None:
             basis = compute_eigenbasis(name, layer, dtype)
@@ -101,6 +102,57 @@ class FactorFolder:
             return basis
         self.restored = True
         return (Eigenbasis.from_tensors(tensors[0]) or Eigenbasis()).to(layer.inputs.device)
+
+    def keep_group(self, names: Sequence[str], factors: Factors, losses: SeenData) -> Factors:
+        """Write the factors of a group of layers, and return them as they are read from the file.
+
+        What the fit of the group kept on its way is removed.
+
+        Args:
+            names: of the layers.
+            factors: fitted on all examples, of all processes.
+            losses: what this process has seen.
+
+        Returns:
+            The factors, mapped from the file where they are on the CPU.
+        """
+        state, file = factors.state_dict(), self._group_file(names)
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        metadata = {"kind": _GROUP, "key": self._key, "state": plain, "losses": losses.numbers()}
+        save_tensors(file, tensors, metadata)
+        self._meet()
+        runner = self._context.runner
+        for pass_name in ("covariances", "squares"):
+            for sums in self._path.glob(f"{pass_name}-{runner.rank}-*.factors"):
+                sums.unlink(missing_ok=True)
+        for name in names if runner.rank == 0 else ():
+            self._basis_file(name).unlink(missing_ok=True)
+        found = self._read(file, _GROUP, mapped=True)
+        assert found is not None
+        return self._build_group(*found)
+
+    def find_group(self, names: Sequence[str]) -> tuple[Factors, SeenData] | None:
+        """Return the factors of a group of layers and what this process has seen, if all have kept them."""
+        found = self._read(self._group_file(names), _GROUP, mapped=True)
+        everywhere = self._context.runner.all_gather_cat(torch.tensor([float(found is not None)])).min()
+        if found is None or not bool(everywhere):
+            return None
+        self.restored, losses = True, SeenData()
+        losses.restore(found[1]["losses"])
+        return self._build_group(*found), losses
+
+    def _build_group(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Factors:
+        return Factors.from_state_dict(metadata["state"] | tensors).to(self._context.device)
+
+    def _basis_file(self, name: str) -> Path:
+        # Another name than in versions whose bases had all columns, which other processes may not expect.
+        return self._path / f"bases-{digest_text(name)}.factors"
+
+    def _group_file(self, names: Sequence[str]) -> Path:
+        return (
+            self._path / f"group-{digest_text(json.dumps(list(names)))}-{self._context.runner.rank}.factors"
+        )
 
     def _file(self, name: str, done: int) -> Path:
         return self._path / f"{name}-{self._context.runner.rank}-{done}.factors"
@@ -111,11 +163,13 @@ class FactorFolder:
         runner = self._context.runner
         return int(runner.all_gather_cat(torch.tensor([max(own, default=0)])).min())
 
-    def _read(self, file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _read(
+        self, file: Path, kind: str, *, mapped: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return what a file holds, None if there is none or it was made for something else."""
         if not file.exists():
             return None
-        tensors, metadata = load_tensors(file)
+        tensors, metadata = load_tensors(file, mapped=mapped)
         check_kind(file, metadata, kind)
         fits = metadata.get("key") == self._key and metadata.get("parts", self._parts) == self._parts
         return (tensors, metadata) if fits else None

@@ -174,14 +174,16 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappin
             raise failure from error
 
 
-def load_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: PathLike, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read and verify a file written by :func:`save_tensors`.
 
     Args:
         path: the file.
+        mapped: whether tensors are mapped from the file, in place of copies: memory holds what is in use of
+            them. What is written to them does not change the file, which may be replaced but not altered.
 
     Returns:
-        The tensors, on the CPU and independent of the file, and the metadata.
+        The tensors, on the CPU and independent of the file unless they are mapped, and the metadata.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -193,8 +195,9 @@ def load_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             expected, metadata = _read_header(path, file.metadata() or {})
-            # Cloned: the reader maps the file, which may be replaced while the tensors live.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not mapped:  # the reader maps the file
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     except (SafetensorError, AttributeError, KeyError, TypeError) as error:
         raise CorruptFileError(
             f"{os.fspath(path)!r} cannot be read: {error}. It is truncated, altered or not a "

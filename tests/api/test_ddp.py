@@ -147,7 +147,7 @@ def test_two_processes_answer_as_one(tmp_path):
 
 
 PARAMETERS = """
-import sys, warnings
+import pathlib, sys, warnings
 import lightning.pytorch as pl
 import torch
 from torch import nn
@@ -197,14 +197,20 @@ for method in ("identity", "ekfac", "exact", "auto"):
     torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-6, atol=1e-10)
     assert ours.diagnostics.parameters_covered == 1.0
 # What is finished is kept by each process, and read by both.
-options |= {"method": "ekfac", "factors_dir": sys.argv[1] + "/factors"}
-theirs = InfluenceModule(module).scores(DataLoader(data, 13), asked, **{**options, "factors_dir": None})
-passes = []
-for _ in range(2):
-    ours = trainer.influence(module, DataLoader(data, 4), asked, factors="refit", log=False, **options)
-    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-6, atol=1e-10)
-    passes.append(len(ours.diagnostics.passes))
-assert passes[1] == 2 < passes[0], passes  # the queries and the scores
+options |= {"method": "ekfac"}
+theirs = InfluenceModule(module).scores(DataLoader(data, 13), asked, **options)
+for name, budget in (("factors", 2**30), ("groups", 4000)):
+    options |= {"factors_dir": sys.argv[1] + "/" + name, "memory_budget": budget}
+    fits = []
+    for _ in range(2):
+        ours = trainer.influence(module, DataLoader(data, 4), asked, factors="refit", log=False, **options)
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-6, atol=1e-10)
+        fits.append(sum("covariances" in done["name"] for done in ours.diagnostics.passes))
+    assert fits[1] == 0 < fits[0], fits
+trainer.strategy.barrier()
+files = [path.name for path in pathlib.Path(sys.argv[1], "groups").iterdir()]
+assert all(name.startswith("group-") for name in files)
+assert len(files) == 2 * sum(name.endswith("-0.factors") for name in files) > 2, files
 """
 
 

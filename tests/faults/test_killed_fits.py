@@ -45,9 +45,10 @@ def data(count=N, seed=1, shift=0.0):
     return DataLoader(TensorDataset(x, y), BATCH)
 
 
-def ask(folder=None, last=None, train=None):
+def ask(folder=None, last=None, train=None, budget=2**30):
     RUN.update(steps=0, last=last)
-    options = OPTIONS if folder is None else {**OPTIONS, "factors_dir": folder}
+    options = {**OPTIONS, "memory_budget": budget}
+    options = options if folder is None else {**options, "factors_dir": folder}
     found = InfluenceModule(Net().double()).scores(train or data(), data(6, 2), **options)
     return RUN["steps"], found
 
@@ -91,6 +92,19 @@ def test_a_killed_fit_goes_on_from_the_part_it_was_in(tmp_path, undisturbed):
     torch.testing.assert_close(found.scores, undisturbed, rtol=1e-9, atol=1e-12)
     assert any("read from factors_dir" in note for note in found.diagnostics.warnings)
     assert len([path for path in folder.iterdir() if path.name.startswith("covariances")]) == 1
+
+
+def test_groups_of_layers_that_are_finished_are_not_fitted_again(tmp_path, undisturbed):
+    """Three groups, each of two passes over ten batches; the first pass of the second one is killed."""
+    in_all, found = ask(tmp_path / "whole", budget=3000)
+    torch.testing.assert_close(found.scores, undisturbed, rtol=1e-9, atol=1e-12)
+    assert len(list((tmp_path / "whole").glob("group-*"))) == 3
+    kill(ask, tmp_path / "killed", 26, None, 3000)
+    finished = sorted(path.name.split("-")[0] for path in (tmp_path / "killed").iterdir())
+    assert finished == ["covariances", "group"]
+    steps, found = ask(tmp_path / "killed", budget=3000)
+    assert steps < in_all - 2 * N / BATCH
+    torch.testing.assert_close(found.scores, undisturbed, rtol=1e-9, atol=1e-12)
 
 
 def test_a_killed_fit_with_batches_of_another_size_begins_its_passes_anew(tmp_path):
