@@ -11,7 +11,7 @@ COUNTS = "counts: "
 
 def pytest_addoption(parser):
     """How far the tests that draw their cases go."""
-    parser.addoption("--fuzz-cases", type=int, default=320, help="random questions (320)")
+    parser.addoption("--fuzz-cases", type=int, default=160, help="random questions (160)")
     parser.addoption("--damaged-files", type=int, default=60, help="damaged files of each kind (60)")
 
 

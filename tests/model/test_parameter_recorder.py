@@ -322,7 +322,9 @@ def test_a_matrix_that_maps_has_the_factors_of_a_linear_layer(monkeypatch):
 
 def test_another_matrix_has_the_moments_of_its_rows_and_columns(monkeypatch):
     monkeypatch.setattr("lightning_influence.model.layers.layer.DENSE_WIDTH", 10)
-    model = Net(Sequence(), nn.Linear(8, 3)).double()
+    body = Sequence()
+    body.rnn = nn.LSTM(4, 9, batch_first=True, proj_size=8)  # which is differentiated example by example
+    model = Net(body, nn.Linear(8, 3)).double()
     batch = (torch.randint(0, 9, (B, 6)), torch.randint(0, 3, (B,)))
     gradients, found = curvature_statistics(model, batch, "body.rnn.weight_ih_l0")
     assert isinstance(gradients, DenseGradients)
@@ -337,7 +339,7 @@ def test_another_matrix_has_the_moments_of_its_rows_and_columns(monkeypatch):
     torch.testing.assert_close(trace, total / B)
     first = gradients.select(slice(0, 2)).scaled(2.0).seeds(slice(0, 1))
     torch.testing.assert_close(first.dense(), 2 * gradients.dense()[:1, :2])
-    vectors = torch.randn(3, 1, 32, 4, dtype=torch.float64)
+    vectors = torch.randn(3, 1, 36, 4, dtype=torch.float64)
     products = torch.einsum("kbgoi,vgoi->kbv", gradients.dense(), vectors)
     torch.testing.assert_close(gradients.dot(vectors), products)
     expected = torch.einsum("kbv,kbgoi->vgoi", products, gradients.dense())

@@ -68,6 +68,15 @@ class Recurrent(nn.Module):
         return torch.cat([out.flatten(1), state.transpose(0, 1).flatten(1)], dim=1)
 
 
+class Folded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(5, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x.flatten(0, 1))[0].reshape(len(x), -1)
+
+
 class Tied(nn.Module):
     def __init__(self, transpose=False):
         super().__init__()
@@ -273,6 +282,15 @@ CASES = {
         for kind in (nn.LSTM, nn.GRU, nn.RNN)
         for packed, first in ((False, True), (True, True), (False, False))
     },
+    **{
+        f"{kind.__name__} {kwargs}{', packed' if packed else ''}": (
+            lambda kind=kind, packed=packed, kwargs=kwargs: (Recurrent(kind, packed, **kwargs).double(), T))
+        for kind, packed, kwargs in (
+            (nn.GRU, True, {"bias": False}), (nn.LSTM, False, {"bias": False, "bidirectional": True}),
+            (nn.RNN, True, {"nonlinearity": "relu"}), (nn.LSTM, True, {"proj_size": 2, "num_layers": 2}),
+        )
+    },
+    "several sequences an example": lambda: (Folded().double(), numbers(B, 2, 6, 5)),
     "LSTM cell": lambda: (Formula(
         lambda p, x: torch.lstm_cell(x, (x[:, :3], x[:, 1:4]), p.w, p.u, p.a, p.b)[0], w=(12, 5), u=(12, 3),
         a=(12,), b=(12,)), X),
@@ -397,7 +415,17 @@ def test_watching_changes_no_number_and_leaves_nothing_behind(case):
     losses.sum().backward()  # the graph is the user's own, still
 
 
-@pytest.mark.parametrize("name", ["linear, tokens", "conv2d", "transformer {'batch_first': True}"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear, tokens",
+        "conv2d",
+        "transformer {'batch_first': True}",
+        "LSTM",
+        "GRU, packed",
+        "RNN, time first",
+    ],
+)
 def test_weights_of_linear_maps_keep_their_factors(name):
     model, x = CASES[name]()
     watch, losses = differentiate(model, (x, torch.zeros(B, dtype=torch.float64)))

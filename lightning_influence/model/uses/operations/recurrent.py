@@ -1,8 +1,9 @@
-"""Fused recurrent networks: each example's own sequence, one after the other, packed or padded."""
+"""Fused recurrent networks, packed or padded: their steps taken again for all examples together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from lightning_influence.model.uses.calls import Slot, outputs_of
 from lightning_influence.model.uses.operations.general import pull_in_loop
 from lightning_influence.model.uses.operations.registry import ExampleCall, register_operation
-from lightning_influence.model.uses.parts import Dense, Part
-from lightning_influence.model.uses.places import Place
+from lightning_influence.model.uses.parts import Dense, Part, Product, bias_part
+from lightning_influence.model.uses.places import Place, from_owners
+from lightning_influence.model.uses.recurrent_steps import GATES, Stack, run_stack
 
 
 @register_operation(
@@ -41,6 +43,10 @@ def pull_cell(call: ExampleCall) -> Mapping[Slot, Part]:
 def pull_recurrent(call: ExampleCall) -> Mapping[Slot, Part] | None:
     """Pull back a recurrent network.
 
+    The gradients of a weight are products, step by step, of those at the gates with what the weight was
+    multiplied by. The gates' are had by taking the steps again for all examples together. Where that does not
+    serve (dropout between layers, projections of hidden units), each example's own sequence is run again.
+
     Args:
         call: of ``lstm(data, batch_sizes, hx, weights, has_biases, layers, dropout, train, bidirectional)``
             on packed sequences, or ``lstm(input, hx, weights, has_biases, ..., batch_first)`` on padded ones.
@@ -48,17 +54,133 @@ def pull_recurrent(call: ExampleCall) -> Mapping[Slot, Part] | None:
     Returns:
         Gradients of the weights by slot.
     """
+    args = call.use.call.args
+    packed = isinstance(args[1], Tensor) and args[0].ndim == 2
+    sequences = _read(call, packed)
+    if sequences is not None:
+        return _pull_steps(call, sequences)
+    return _pull_packed(call) if packed else pull_in_loop(call.use, call.gradients, call.num_examples)
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """The sequences of a call.
+
+    Attributes:
+        stack: the network on them.
+        place: where the examples stand among the sequences, in dimension 1.
+        position: of the weights among the arguments.
+        rows: step and sequence of each row, of packed ones.
+        batch_first: whether the outputs of padded ones have the sequences before the steps.
+    """
+
+    stack: Stack
+    place: Place
+    position: int
+    rows: tuple[Tensor, Tensor] | None
+    batch_first: bool
+
+    def order(self, gradient: Tensor) -> Tensor:
+        """Return gradients at the outputs ``(K, *shape)`` as ``(K, T, C, ...)``."""
+        if self.rows is None:
+            return gradient.transpose(1, 2) if self.batch_first else gradient
+        steps, count = self.stack.inputs.shape[:2]
+        whole = gradient.new_zeros(len(gradient), steps, count, gradient.shape[-1])
+        whole[:, self.rows[0], self.rows[1]] = gradient
+        return whole
+
+    def split(self, tensor: Tensor, num_examples: int, lead: int = 0) -> Tensor:
+        """Return ``(*lead, T, C, D)`` as ``(*lead, B, R, D)``: an example's positions are its steps."""
+        return self.place.split(tensor, num_examples, lead=lead).flatten(lead + 1, lead + 2)
+
+
+def _read(call: ExampleCall, packed: bool) -> _Sequences | None:
+    """Return the sequences of a call, None where steps are not taken again."""
+    use, args = call.use, call.use.call.args
+    place, like = use.places.get((0, 0)), next(g for g in call.gradients if g is not None)
+    if len(args) != 9 or place is None or place.dim is None:
+        return None
+    position = 3 if packed else 2
+    hx, weights, has_biases, layers, dropout, train, bidirectional = args[position - 1 : position + 6]
+    if any(slot[:2] != (0, position) for slot in use.sources) or (dropout and train and layers > 1):
+        return None
+    kind, per_layer = use.call.name, 4 if has_biases else 2
+    plain = weights[1].shape[0] == GATES[kind] * weights[1].shape[1]  # hidden units are not projected
+    if not plain or len(weights) != layers * per_layer * (2 if bidirectional else 1):
+        return None
+    owners, data = place.owner_vector(call.num_examples), args[0].detach().to(like.dtype)
+    if packed:
+        sizes = args[1].cpu()
+        step = torch.arange(len(sizes)).repeat_interleave(sizes)
+        column = torch.arange(len(step)) - (sizes.cumsum(0) - sizes)[step]
+        if place.dim != 0 or not torch.equal(owners, owners[column]):
+            return None
+        owners, rows = owners[: int(sizes[0])], (step.to(data.device), column.to(data.device))
+        inputs = data.new_zeros(len(sizes), len(owners), data.shape[1])
+        inputs[rows] = data
+        present = (torch.arange(len(owners)) < sizes[:, None]).unsqueeze(2).to(data.device)
+    else:
+        if place.dim != (0 if args[8] else 1):
+            return None
+        inputs, rows, present = data.transpose(0, 1) if args[8] else data, None, None
+    stack = Stack(
+        kind,
+        inputs,
+        present,
+        [state.detach().to(data) for state in ([hx] if isinstance(hx, Tensor) else hx)],
+        [weight.detach().to(data) for weight in weights],
+        has_biases,
+        bidirectional,
+    )
+    columns = from_owners(1, owners.tolist(), call.num_examples)
+    return _Sequences(stack, columns, position, rows, not packed and bool(args[8]))
+
+
+def _pull_steps(call: ExampleCall, sequences: _Sequences) -> Mapping[Slot, Part]:
+    """Return the gradients of the weights from those at the gates of every step."""
+    use, stack, B = call.use, sequences.stack, call.num_examples
+    runs, outputs = run_stack(stack)
+    live = [
+        (output, sequences.order(seed) if number == 0 else seed)
+        for number, (output, seed) in enumerate(zip(outputs, _in_data_order(call), strict=True))
+        if seed is not None
+    ]
+    batched = len(live[0][1]) > 1
+    found = torch.autograd.grad(
+        [output for output, _ in live],
+        [run.gates for run in runs],
+        [seed if batched else seed[0] for _, seed in live],
+        is_grads_batched=batched,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    present = None if stack.present is None else sequences.split(stack.present, B)[..., 0]
+    parts: dict[Slot, Part] = {}
+    for run, each in zip(runs, found, strict=True):
+        gradient = each if batched else each[None]
+        sides = [(run.inputs, gradient), (run.states, run.hidden_gradient(gradient))]
+        for number, (inputs, at_gates) in enumerate(sides):
+            slots = [(0, sequences.position, run.first + number + 2 * bias) for bias in range(2)]
+            split = sequences.split(at_gates, B, lead=1)[:, None]  # (K, 1, B, R, G H)
+            if slots[0] in use.sources:
+                shape = use.sources[slots[0]].shape
+                parts[slots[0]] = Product(sequences.split(inputs, B)[None], split, shape)
+            if stack.has_biases and slots[1] in use.sources:
+                parts[slots[1]] = bias_part(split, use.sources[slots[1]].shape, present)
+    return parts
+
+
+def _pull_packed(call: ExampleCall) -> Mapping[Slot, Part] | None:
+    """Pull back a call on packed sequences, one example after the other."""
     use, args = call.use, call.use.call.args
     place = use.places.get((0, 0))
-    if not (isinstance(args[1], Tensor) and args[0].ndim == 2):
-        return pull_in_loop(use, call.gradients, call.num_examples)
     if place is None or place.dim != 0 or len(args) != 9:
         return None
     if any(slot[:2] != (0, 3) for slot in use.sources):
         return None
     data, hx, owners = args[0], args[2], place.owner_vector(call.num_examples)
     order = owners[: int(args[1][0])]
-    gradients = _in_data_order(call, place)
+    gradients = _in_data_order(call)
     rows: list[list[tuple[Tensor, ...]]] = []
     with torch.enable_grad():
         for example in range(call.num_examples):
@@ -82,7 +204,7 @@ def pull_recurrent(call: ExampleCall) -> Mapping[Slot, Part] | None:
     }
 
 
-def _in_data_order(call: ExampleCall, place: Place) -> list[Tensor | None]:
+def _in_data_order(call: ExampleCall) -> list[Tensor | None]:
     """Return the outputs' gradients ``(K, *shape)`` as the operation made them, not split by examples."""
     result: list[Tensor | None] = []
     for gradient, out, shape in zip(call.gradients, call.use.outputs, call.use.shapes, strict=True):

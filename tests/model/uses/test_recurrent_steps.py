@@ -1,0 +1,41 @@
+"""The steps of recurrent networks are those that the fused functions take."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from use_oracle import numbers
+
+from lightning_influence.model.uses.recurrent_steps import Stack, run_stack
+
+KINDS = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn_tanh": nn.RNN,
+    "rnn_relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k),
+}
+LENGTHS = torch.tensor([6, 5, 5, 2, 1])  # sorted, as packed sequences are
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_outputs_are_those_of_the_fused_function(kind, bias, packed):
+    model = KINDS[kind](4, 3, num_layers=2, bidirectional=True, bias=bias).double()
+    x, states = numbers(6, 5, 4), [numbers(4, 5, 3, seed=seed) for seed in range(2 if kind == "lstm" else 1)]
+    present = (torch.arange(6)[:, None] < LENGTHS)[:, :, None]
+    hx = tuple(states) if kind == "lstm" else states[0]
+    given = pack_padded_sequence(x, LENGTHS) if packed else x
+    out, final = model(given, hx)
+    inputs = x * present if packed else x
+    stack = Stack(kind, inputs, present if packed else None, states, model._flat_weights, bias, True)
+    runs, found = run_stack(stack)
+    expected = nn.utils.rnn.pad_packed_sequence(out)[0] if packed else out
+    torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-12)
+    for state, other in zip(found[1:], final if kind == "lstm" else [final], strict=True):
+        torch.testing.assert_close(state, other, rtol=1e-10, atol=1e-12)
+    assert [run.first for run in runs] == [number * (4 if bias else 2) for number in range(4)]
+    if packed:
+        for run in runs:
+            assert not bool((run.inputs * ~present).any())
+            assert not bool((run.states * ~present).any())
