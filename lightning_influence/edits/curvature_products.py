@@ -26,7 +26,12 @@ from lightning_influence.edits.data import EditData
 from lightning_influence.edits.losses import MAX_COLUMNS, Sample
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.forward import Forward
-from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients, concatenate
+from lightning_influence.model.layers.gradients import (
+    FactoredGradients,
+    LayerGradients,
+    compact,
+    concatenate,
+)
 from lightning_influence.model.layers.plan import LayerPlan, Layout
 from lightning_influence.model.losses.draws import draw_generator
 from lightning_influence.model.losses.loss import OutputLoss
@@ -297,7 +302,11 @@ class _ProductPass:
             every = coefficients.new_zeros(len(indices)).index_put((rows,), coefficients)
             add(self.total, self._plan, captured, self._vectors, every)
             return
-        gradients = {name: layer.select(rows) for name, layer in self._differentiate(captured, rows).items()}
+        # What is kept decides how much is: of long sequences, matrices take less than their factors.
+        gradients = {
+            name: compact(layer.select(rows), smaller=True)
+            for name, layer in self._differentiate(captured, rows).items()
+        }
         part = _Part(gradients, coefficients.to(self.total))
         part.add_products(self.total, self._layout, self._vectors)
         if self.kept is not None:

@@ -106,6 +106,7 @@ class Use:
         shapes: of the outputs.
         versions: version counters of the tensors when the operation ran, by slot.
         inplace: whether the operation changed its first tensor.
+        memo: what pulling back keeps for further seeds of the same use.
     """
 
     call: Call
@@ -117,6 +118,7 @@ class Use:
     shapes: list[torch.Size]
     versions: dict[Slot, int] = field(default_factory=dict)
     inplace: bool = False
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_of_examples(self) -> bool:

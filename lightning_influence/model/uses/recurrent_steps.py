@@ -98,12 +98,12 @@ def _run_layer(stack: Stack, x: Tensor, first: int, backward: bool) -> tuple[Run
     b_ih, b_hh = biases or (None, None)
     gates = functional.linear(x, w_ih, b_ih)
     gates = gates if gates.requires_grad else gates.requires_grad_()
-    number, steps = first // stack.step_size, len(x)
+    number, steps = first // stack.step_size, gates.unbind()  # whose gradients are put together once
     state = [initial[number] for initial in stack.initial]
-    outputs, before, resets = ([state[0]] * steps for _ in range(3))
-    for t in reversed(range(steps)) if backward else range(steps):
+    outputs, before, resets = ([state[0]] * len(steps) for _ in range(3))
+    for t in reversed(range(len(steps))) if backward else range(len(steps)):
         before[t] = state[0].detach()
-        new, resets[t] = _step(stack.kind, gates[t], functional.linear(state[0], w_hh, b_hh), state)
+        new, resets[t] = _step(stack.kind, steps[t], functional.linear(state[0], w_hh, b_hh), state)
         if stack.present is not None:
             new = [torch.where(stack.present[t], a, b) for a, b in zip(new, state, strict=True)]
         state, outputs[t] = new, new[0]

@@ -139,7 +139,9 @@ def _read(call: ExampleCall, packed: bool) -> _Sequences | None:
 def _pull_steps(call: ExampleCall, sequences: _Sequences) -> Mapping[Slot, Part]:
     """Return the gradients of the weights from those at the gates of every step."""
     use, stack, B = call.use, sequences.stack, call.num_examples
-    runs, outputs = run_stack(stack)
+    if "steps" not in use.memo:
+        use.memo["steps"] = run_stack(stack)
+    runs, outputs = use.memo["steps"]
     live = [
         (output, sequences.order(seed) if number == 0 else seed)
         for number, (output, seed) in enumerate(zip(outputs, _in_data_order(call), strict=True))
@@ -151,6 +153,7 @@ def _pull_steps(call: ExampleCall, sequences: _Sequences) -> Mapping[Slot, Part]
         [run.gates for run in runs],
         [seed if batched else seed[0] for _, seed in live],
         is_grads_batched=batched,
+        retain_graph=True,
         allow_unused=True,
         materialize_grads=True,
     )
