@@ -131,7 +131,7 @@ class Forward:
             if measure is not None:
                 raise
             other = self._read_other_layouts(module, batch, num_examples, slow)
-            captured = other or self._read_other_rows(captured, module, batch, refusal)
+            captured = other or self._read_other_rows(captured, module, batch, refusal, slow)
         self.plan.verified |= self._describe_way(captured, measure) if is_looked_at else set()
         self._keep_one_reading(captured)
         return captured
@@ -203,7 +203,7 @@ class Forward:
         try:
             self._check_order(captured, module, batch)
         except UnsupportedModelError as refusal:
-            return self._read_other_rows(captured, module, batch, refusal)
+            return self._read_other_rows(captured, module, batch, refusal, set(self.plan.slow))
         return captured
 
     def _keep_one_reading(self, captured: Captured) -> None:
@@ -232,7 +232,7 @@ class Forward:
                 raise ReadOtherwiseError(OTHER_WEIGHTS)
 
     def _read_other_rows(
-        self, captured: Captured, module: Any, batch: Any, refusal: UnsupportedModelError
+        self, captured: Captured, module: Any, batch: Any, refusal: UnsupportedModelError, slow: set[str]
     ) -> Captured:
         """Return a batch whose loss was refused, by the outputs of modules that it is made of, or one by one.
 
@@ -247,6 +247,8 @@ class Forward:
         """
         if captured.values is not None or self._unnamed is not None or captured.num_examples == 1:
             raise refusal
+        if not isinstance(refusal, ReadOtherwiseError):  # losses in a wrong order call right gradients wrong
+            self.plan.slow &= slow
         read = partial(self._read_unnamed, is_strict=True)
         other, reason = self._try(read, module, batch, captured.num_examples)
         if other is not None:
@@ -255,9 +257,7 @@ class Forward:
         self._unnamed = None
         other, _ = self._try(self._read_one_by_one, module, batch, captured.num_examples)
         if other is None:
-            raise (
-                refusal if reason is None or (str(refusal), str(reason)) != (OTHER_ORDER, COUPLED) else reason
-            )
+            raise reason if reason and (str(refusal), str(reason)) == (OTHER_ORDER, COUPLED) else refusal
         return other
 
     def _read_other_layouts(

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from use_oracle import numbers
 
+from lightning_influence import InfluenceModule
 from lightning_influence.model.uses.recurrent_steps import Stack, run_stack
 
 KINDS = {
@@ -39,3 +41,39 @@ def test_outputs_are_those_of_the_fused_function(kind, bias, packed):
         for run in runs:
             assert not bool((run.inputs * ~present).any())
             assert not bool((run.states * ~present).any())
+
+
+class Packed(LightningModule):
+    """Rows that are packed stand in the order of the steps, whatever their lengths."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.GRU(4, 3, batch_first=True).double(), nn.Linear(3, 2).double()
+
+    def training_step(self, batch, batch_idx):
+        x, y, lengths = batch
+        out, _ = self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+        labels = pack_padded_sequence(y, lengths, batch_first=True, enforce_sorted=False)
+        return nn.functional.cross_entropy(self.head(out.data), labels.data)
+
+
+@pytest.mark.parametrize("lengths", [[6] * 5, [6, 2, 4, 6, 1]])
+@pytest.mark.filterwarnings("ignore")
+def test_packed_batches_keep_the_fast_way(lengths):
+    """A reading in the wrong order, which is given up, does not make parameters slow for the right one."""
+    module, x, y = Packed(), numbers(5, 6, 4), torch.arange(30).view(5, 6) % 2
+    batch = (x, y, torch.tensor(lengths))
+    asked = InfluenceModule(module)
+    found = asked.scores([batch], [batch], method="identity").scores
+    losses = []
+    for row, label, length in zip(x, y, lengths, strict=True):
+        out = module.head(module.rnn(row[None, :length])[0][0])
+        losses.append(nn.functional.cross_entropy(out, label[:length], reduction="sum"))
+    parameters = list(module.parameters())
+    flat = torch.stack([
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in losses
+    ])
+    expected = flat @ flat.T
+    torch.testing.assert_close(found / found[0, 0], expected / expected[0, 0], rtol=1e-8, atol=1e-10)
+    assert not any(asked.state.slow.values())
