@@ -195,7 +195,9 @@ def study(name: str, size: Size, given: argparse.Namespace) -> list[Row]:
     ways = [way for way in ways if way[0] in given.methods]
     ways += [("auto", budget) for budget in given.budgets if "auto" in given.methods]
     for method, budget in ways:
-        options: dict[str, Any] = {} if budget is None else {"memory_budget": int(budget * 2**20)}
+        options: dict[str, Any] = {}
+        if budget is not None:
+            options = {"memory_budget": int(budget * 2**20), "curvature_examples": given.curvature_examples}
         if given.mean:
             options["aggregate"] = "mean"
         cost, peak = float("inf"), Peak()
@@ -287,6 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--examples", type=int, help="training examples")
     parser.add_argument("--queries", type=int)
     parser.add_argument("--solved", type=int, default=8, help="queries that cg answers; 0 for none")
+    parser.add_argument("--curvature-examples", type=int, help="for auto, which then corrects in any case")
     parser.add_argument("--mean", action="store_true", help="ask about the mean of the queries")
     parser.add_argument("--epochs", type=int, default=4, help="of training")
     parser.add_argument("--damping", type=read_damping, default=3e-3, help="a number, or a rule's name")

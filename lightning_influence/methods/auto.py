@@ -39,11 +39,7 @@ from lightning_influence.methods.forecast import Forecast
 from lightning_influence.methods.gathering import gather_examples
 from lightning_influence.methods.long_passes import answer_alone, forecast_auto
 from lightning_influence.methods.method import Gradients, Method, Queries, Solved, register_method
-from lightning_influence.methods.options import (
-    SpaceOptions,
-    require_count,
-    require_number,
-)
+from lightning_influence.methods.options import SpaceOptions, require_count, require_number
 from lightning_influence.methods.scorers import DenseScorer, JointScorer, PreconditionedScorer
 from lightning_influence.methods.scoring_passes import LayeredScorer, Quadratic, SelfScores
 from lightning_influence.methods.verifying import verify_answers
