@@ -5,9 +5,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, TensorDataset
 from use_oracle import numbers
 
 from lightning_influence import InfluenceModule
+from lightning_influence.model.layers import layer
 from lightning_influence.model.uses.recurrent_steps import Stack, run_stack
 
 KINDS = {
@@ -77,3 +79,35 @@ def test_packed_batches_keep_the_fast_way(lengths):
     expected = flat @ flat.T
     torch.testing.assert_close(found / found[0, 0], expected / expected[0, 0], rtol=1e-8, atol=1e-10)
     assert not any(asked.state.slow.values())
+
+
+class Words(LightningModule):
+    def __init__(self, packed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.LSTM(4, 5, batch_first=True).double(), nn.Linear(5, 3).double()
+        self.packed = packed
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        lengths = 2 + y  # of which there are several in a batch
+        given = pack_padded_sequence(x, lengths, True, False) if self.packed else x
+        return nn.functional.cross_entropy(self.head(self.rnn(given)[1][0][0]), y)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("widths", [None, (10, 3)])
+@pytest.mark.filterwarnings("ignore")
+def test_factors_do_not_depend_on_the_batch_size(packed, widths, monkeypatch):
+    """A batch of one example has gradients of the same form as larger ones."""
+    if widths is not None:
+        monkeypatch.setattr(layer, "DENSE_WIDTH", widths[0])
+        monkeypatch.setattr(layer, "MATRIX_WIDTH", widths[1])
+    data = TensorDataset(numbers(9, 6, 4), torch.arange(9) % 3)
+    options = {"method": "ekfac", "damping": 0.1, "fisher": "exact", "low_rank_tolerance": 0.0}
+    found = [
+        InfluenceModule(Words(packed)).scores(DataLoader(data, size), DataLoader(data, 3), **options).scores
+        for size in (1, 4, 9)
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-8, atol=1e-11)

@@ -98,9 +98,11 @@ def _read(call: ExampleCall, packed: bool) -> _Sequences | None:
     """Return the sequences of a call, None where steps are not taken again."""
     use, args = call.use, call.use.call.args
     place, like = use.places.get((0, 0)), next(g for g in call.gradients if g is not None)
-    if len(args) != 9 or place is None or place.dim is None:
+    position, dim = (3, 0) if packed else (2, 0 if args[-1] else 1)
+    # Where a batch or a call has one example alone, all of it is that one's.
+    alone = place is not None and place.dim is None and call.num_examples == 1
+    if len(args) != 9 or place is None or (place.dim != dim and not alone):
         return None
-    position = 3 if packed else 2
     hx, weights, has_biases, layers, dropout, train, bidirectional = args[position - 1 : position + 6]
     if any(slot[:2] != (0, position) for slot in use.sources) or (dropout and train and layers > 1):
         return None
@@ -108,21 +110,22 @@ def _read(call: ExampleCall, packed: bool) -> _Sequences | None:
     plain = weights[1].shape[0] == GATES[kind] * weights[1].shape[1]  # hidden units are not projected
     if not plain or len(weights) != layers * per_layer * (2 if bidirectional else 1):
         return None
-    owners, data = place.owner_vector(call.num_examples), args[0].detach().to(like.dtype)
+    data = args[0].detach().to(like.dtype)
+    owners = (
+        torch.zeros(data.shape[dim], dtype=torch.int64) if alone else place.owner_vector(call.num_examples)
+    )
     if packed:
         sizes = args[1].cpu()
         step = torch.arange(len(sizes)).repeat_interleave(sizes)
         column = torch.arange(len(step)) - (sizes.cumsum(0) - sizes)[step]
-        if place.dim != 0 or not torch.equal(owners, owners[column]):
+        if not torch.equal(owners, owners[column]):
             return None
         owners, rows = owners[: int(sizes[0])], (step.to(data.device), column.to(data.device))
         inputs = data.new_zeros(len(sizes), len(owners), data.shape[1])
         inputs[rows] = data
         present = (torch.arange(len(owners)) < sizes[:, None]).unsqueeze(2).to(data.device)
     else:
-        if place.dim != (0 if args[8] else 1):
-            return None
-        inputs, rows, present = data.transpose(0, 1) if args[8] else data, None, None
+        inputs, rows, present = data.transpose(0, 1) if dim == 0 else data, None, None
     stack = Stack(
         kind,
         inputs,
@@ -133,7 +136,7 @@ def _read(call: ExampleCall, packed: bool) -> _Sequences | None:
         bidirectional,
     )
     columns = from_owners(1, owners.tolist(), call.num_examples)
-    return _Sequences(stack, columns, position, rows, not packed and bool(args[8]))
+    return _Sequences(stack, columns, position, rows, batch_first=not packed and dim == 0)
 
 
 def _pull_steps(call: ExampleCall, sequences: _Sequences) -> Mapping[Slot, Part]:
@@ -215,7 +218,9 @@ def _in_data_order(call: ExampleCall) -> list[Tensor | None]:
             result.append(None)
             continue
         assert out is not None
-        assert out.dim is not None
+        if out.dim is None:  # all of it is the only example's
+            result.append(gradient[:, 0])
+            continue
         whole = gradient.new_zeros(len(gradient), *shape)
         owners = out.owner_vector(call.num_examples)
         for example in range(call.num_examples):
