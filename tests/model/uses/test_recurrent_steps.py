@@ -85,18 +85,19 @@ class Words(LightningModule):
     def __init__(self, packed):
         super().__init__()
         torch.manual_seed(0)
-        self.rnn, self.head = nn.LSTM(4, 5, batch_first=True).double(), nn.Linear(5, 3).double()
-        self.packed = packed
+        self.frames, self.head = nn.Linear(4, 4).double(), nn.Linear(5, 3).double()
+        self.rnn, self.packed = nn.LSTM(4, 5, batch_first=True).double(), packed
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         lengths = 2 + y  # of which there are several in a batch
+        x = self.frames(x).tanh()
         given = pack_padded_sequence(x, lengths, True, False) if self.packed else x
         return nn.functional.cross_entropy(self.head(self.rnn(given)[1][0][0]), y)
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("widths", [None, (10, 3)])
+@pytest.mark.parametrize("widths", [None, (10, 7)])
 @pytest.mark.filterwarnings("ignore")
 def test_factors_do_not_depend_on_the_batch_size(packed, widths, monkeypatch):
     """A batch of one example has gradients of the same form as larger ones."""
