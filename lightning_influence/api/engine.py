@@ -17,7 +17,7 @@ from lightning_influence.curvature.spectrum import Spectrum
 from lightning_influence.curvature.state import InfluenceState
 from lightning_influence.methods.answers import Answer, By, find_parts, tell_rounding
 from lightning_influence.methods.context import Context, answer_or_retry, check_same_data, compute_digest
-from lightning_influence.methods.forecast import Forecast, TrialPass, measure_speed
+from lightning_influence.methods.forecast import Forecast, measure_speed, run_trial
 from lightning_influence.methods.gathering import Gathered
 from lightning_influence.methods.groups import GroupLabels, Groups, check_labels, read_groups
 from lightning_influence.methods.method import Method, find_method, read_options
@@ -343,9 +343,7 @@ class Engine:
         looks = runner.all_reduce_sum(torch.tensor([float(runner.shows_progress)]))
         if not float(looks) or len(train) < _LONG or runner.expected is not None:
             return
-        trial = TrialPass(context.plan)
-        runner.run(trial, train.parts(_TRIED * -(-train.num_examples // len(train)))[0])
-        # A process may have had no batch of it.
+        trial = run_trial(runner, context.plan, train, _TRIED)
         trial.seconds = float(runner.all_gather_cat(torch.tensor([trial.seconds], dtype=torch.float64)).min())
         told = Forecast(
             trial,

@@ -32,7 +32,7 @@ def divide_layers(context: Context) -> list[dict[str, Layer]]:
         return [dict(layers)]
     width = torch.empty((), dtype=context.dtype).element_size()
     groups: list[dict[str, Layer]] = []
-    held = options.memory_budget
+    held = 0
     for name, layer in layers.items():
         nbytes = width * _count_numbers(layer)
         if not groups or held + nbytes > options.memory_budget:

@@ -70,6 +70,13 @@ class TrialPass:
                 self.positions[name] = layer.inputs.shape[2]
 
 
+def run_trial(runner: Any, plan: LayerPlan, train: Any, batches: int) -> TrialPass:
+    """Return the trial after about so many batches of the training examples; a process may have had none."""
+    trial = TrialPass(plan)
+    runner.run(trial, train.parts(batches * -(-train.num_examples // len(train)))[0])
+    return trial
+
+
 def _count_bytes(gradients: LayerGradients) -> int:
     """Return the memory that gradients take in the smaller of their forms."""
     whole = gradients.num_examples * math.prod(gradients.shape) * gradients.like.element_size()

@@ -19,7 +19,7 @@ from lightning_influence.methods.coarse_building import (
 from lightning_influence.methods.compact_building import count_examples_for_few, is_few, takes_long
 from lightning_influence.methods.context import Context
 from lightning_influence.methods.fitting import count_passes_to_come
-from lightning_influence.methods.forecast import Forecast, TrialPass
+from lightning_influence.methods.forecast import Forecast, run_trial
 from lightning_influence.methods.options import ClosedFormOptions, Options, SpaceOptions
 
 # Chosen by hand: what a column of the output curvature takes, in gradients: a backward pass, and products.
@@ -27,8 +27,8 @@ _COLUMN = 1.0
 _TRIED = 2  # batches that show how many columns the output curvature has
 
 
-def is_too_long(columns: int, *, long: bool) -> bool:
-    """Return whether a correction costs more than it is worth, so that EK-FAC answers alone.
+def has_too_many(columns: int) -> bool:
+    """Return whether a correction costs more than it is worth where passes are long: EK-FAC answers alone.
 
     Where the output curvature has too many columns, the Gauss-Newton matrix is estimated from mixtures of
     them, each a backward pass. On a language model of 1.3 M parameters that raised the rank correlation with
@@ -36,9 +36,8 @@ def is_too_long(columns: int, *, long: bool) -> bool:
 
     Args:
         columns: of an example's output curvature.
-        long: whether passes over the training data are long.
     """
-    return long and columns > MOST_COLUMNS
+    return columns > MOST_COLUMNS
 
 
 def answer_alone(
@@ -57,10 +56,9 @@ def answer_alone(
     """
     if not takes_long(context):
         return None
-    trial, batches = TrialPass(context.plan), max(1, len(context.train))
-    context.runner.run(trial, context.train.parts(_TRIED * -(-context.train.num_examples // batches))[0])
+    trial = run_trial(context.runner, context.plan, context.train, _TRIED)
     columns = int(context.runner.all_gather_cat(torch.tensor([trial.columns])).max())
-    if not is_too_long(columns, long=True):
+    if not has_too_many(columns):
         return None
     context.notes.add(
         "The answer is that of method='ekfac': passes over the training data are long, and the loss has so "
@@ -95,7 +93,7 @@ def forecast_auto(context: Context, told: Forecast, queries: int, *, asked: bool
     told.add_factors(count_passes_to_come(context, told.trial.nbytes))
     if not asked and not known and long:
         told.passes.append("trial")
-        if is_too_long(told.trial.columns, long=long):
+        if has_too_many(told.trial.columns):
             forecast_scores(context, told, queries, compresses=True)
             return
     columns, budget = told.trial.columns or 1, options.memory_budget

@@ -116,9 +116,7 @@ class FactorFolder:
         Returns:
             The factors, mapped from the file where they are on the CPU.
         """
-        state, file = factors.state_dict(), self._group_file(names)
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        file, (tensors, plain) = self._group_file(names), _divide(factors)
         metadata = {"kind": _GROUP, "key": self._key, "state": plain, "losses": losses.numbers()}
         save_tensors(file, tensors, metadata)
         self._meet()
@@ -175,11 +173,10 @@ class FactorFolder:
         return (tensors, metadata) if fits else None
 
     def _save(self, one_pass: FactorPass, name: str, done: int, losses: SeenData | None) -> None:
-        state = one_pass.factors.state_dict()
+        tensors, plain = _divide(one_pass.factors)
         # Bases are kept once; what a pass does not change need not be written again.
         kept = ("/squares",) if name == "squares" else ("/inputs", "/outputs")
-        tensors = {key: value for key, value in state.items() if key.endswith(kept)}
-        plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        tensors = {key: value for key, value in tensors.items() if key.endswith(kept)}
         seen = None if losses is None else losses.numbers()
         metadata = {"kind": _SUMS, "key": self._key, "parts": self._parts, "state": plain, "losses": seen}
         save_tensors(self._file(name, done), tensors, metadata)
@@ -209,3 +206,10 @@ class FactorFolder:
     def _meet(self) -> None:
         """Wait for all processes."""
         self._context.runner.all_reduce_sum(torch.zeros(1))
+
+
+def _divide(factors: Factors) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of factors, and all else that they are restored from."""
+    state = factors.state_dict()
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return tensors, {key: value for key, value in state.items() if key not in tensors}

@@ -10,6 +10,8 @@ from use_oracle import numbers
 
 from lightning_influence import InfluenceModule
 from lightning_influence.model.layers import layer
+from lightning_influence.model.uses import Watch, pull_gradients
+from lightning_influence.model.uses.operations import recurrent
 from lightning_influence.model.uses.recurrent_steps import Stack, run_stack
 
 KINDS = {
@@ -112,3 +114,15 @@ def test_factors_do_not_depend_on_the_batch_size(packed, widths, monkeypatch):
     ]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-8, atol=1e-11)
+
+
+def test_steps_are_taken_once_for_all_seeds(monkeypatch):
+    taken = []
+    monkeypatch.setattr(recurrent, "run_stack", lambda stack: taken.append(stack) or run_stack(stack))
+    model, x = nn.GRU(4, 3, batch_first=True).double(), numbers(5, 6, 4)
+    with Watch(dict(model.named_parameters()), x, 5) as watch:
+        losses = model(x)[0].square().sum((1, 2))
+    first, second = (pull_gradients(watch, losses, [scale * torch.ones_like(losses)]) for scale in (1.0, 2.0))
+    assert len(taken) == 1
+    for name, gradient in first.gradients.items():
+        torch.testing.assert_close(second.gradients[name].dense(), 2 * gradient.dense())

@@ -98,10 +98,12 @@ def _read(call: ExampleCall, packed: bool) -> _Sequences | None:
     """Return the sequences of a call, None where steps are not taken again."""
     use, args = call.use, call.use.call.args
     place, like = use.places.get((0, 0)), next(g for g in call.gradients if g is not None)
-    position, dim = (3, 0) if packed else (2, 0 if args[-1] else 1)
+    if len(args) != 9 or place is None:
+        return None
+    position, dim = (3, 0) if packed else (2, 0 if args[8] else 1)
     # Where a batch or a call has one example alone, all of it is that one's.
-    alone = place is not None and place.dim is None and call.num_examples == 1
-    if len(args) != 9 or place is None or (place.dim != dim and not alone):
+    alone = place.dim is None and call.num_examples == 1
+    if place.dim != dim and not alone:
         return None
     hx, weights, has_biases, layers, dropout, train, bidirectional = args[position - 1 : position + 6]
     if any(slot[:2] != (0, position) for slot in use.sources) or (dropout and train and layers > 1):
