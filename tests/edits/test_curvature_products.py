@@ -5,7 +5,12 @@ import torch
 from edit_models import asked, blobs, fitted, of_class, quiet, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_influence import InfluenceModule
+from lightning_influence.edits import curvature_products
 from lightning_influence.edits.curvature_products import keep_leading_columns, soften
 from lightning_influence.model.losses.combined import ScaledLoss
 from lightning_influence.model.losses.cross_entropy import CrossEntropyLoss
@@ -107,3 +112,33 @@ def test_forgetting_and_given_steps_stay_one_shot():
     assert len(asked(source).forget(of_class(0), train(), ratio=0.3).report.step) == 1
     with quiet():
         assert len(asked(source).relabel(of_class(0), 1, train(), step=0.5).report.step) == 1
+
+
+class Sequences(LightningModule):
+    """A linear map of twenty positions, whose factors take more than its matrix, and of one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.each, self.head = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.head(self.each(batch[0]).tanh().mean(1)), batch[1])
+
+
+def test_gradients_of_long_sequences_are_kept_in_their_smaller_form(monkeypatch):
+    kept, add = [], curvature_products._Part.add_products
+    monkeypatch.setattr(
+        curvature_products._Part,
+        "add_products",
+        lambda part, *given: kept.append(part.gradients) or add(part, *given),
+    )
+    x = torch.randn(12, 20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loader = DataLoader(TensorDataset(x, torch.arange(12) % 2), 4)
+    with quiet():
+        InfluenceModule(Sequences()).forget([0, 2], loader)
+    assert kept
+    for gradients in kept:
+        for layer in gradients.values():
+            whole = layer.num_seeds * layer.num_examples * layer.shape[1] * layer.shape[2]
+            assert layer.nbytes <= 8 * whole
