@@ -2,6 +2,9 @@
 
     OMP_NUM_THREADS=1 python examples/benchmarks/streamed.py [--width 2048 --depth 8 --budget 128]
 
+``--width 4096 --depth 60 --examples 256 --budget 2048 --ways groups`` is a model of a billion parameters, whose
+files take 20 GB of the temporary directory.
+
 Each way is a process of its own, which fits factors of an MLP of ``depth`` square layers and scores queries.
 Memory is what the process has of its own above model and data, in MiB: pages that are mapped from files are
 told apart, because the system drops them where memory is short. Cost is CPU time in plain epochs, forward and
@@ -34,16 +37,19 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceModule
 
+WAYS = ("held", "groups")
 _RESULT = "RESULT "
 
 
 class Net(LightningModule):
-    """An MLP of wide layers."""
+    """An MLP of wide layers, whose gradients neither vanish nor grow with depth."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         layers = [part for a, b in pairwise([width] * (depth + 1)) for part in (nn.Linear(a, b), nn.ReLU())]
+        for layer in layers[::2]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         self.net = nn.Sequential(*layers, nn.Linear(width, 10))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int = 0) -> Tensor:
@@ -106,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--examples", type=int, default=1024)
     parser.add_argument("--budget", type=float, default=128.0, help="in MiB")
-    parser.add_argument("--one", choices=("held", "groups"), help=argparse.SUPPRESS)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.one:
         torch.set_num_threads(1)
@@ -117,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     numel = sum(p.numel() for p in Net(given.width, given.depth).parameters())
     table = Table("factors", "own, MiB", "resident, MiB", "epochs", "decompositions", "sum of scores")
     rows = []
-    for way in ("held", "groups"):
+    for way in given.ways:
         options = [f"--{name}={getattr(given, name)}" for name in ("width", "depth", "examples", "budget")]
         command = [sys.executable, __file__, "--one", way, *options]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout

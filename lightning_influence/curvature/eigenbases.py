@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.factors import Eigenbasis, LayerStatistics
+from lightning_influence.linalg.placement import decompose_symmetric
 from lightning_influence.model.layers.bases import Basis
 from lightning_influence.support.errors import NonFiniteError
 
@@ -114,18 +115,18 @@ def find_eigenvectors(covariance: Tensor, rows: float, dtype: torch.dtype = torc
         if found is not None:
             return found
     try:
-        vectors = torch.linalg.eigh(covariance.to(dtype)).eigenvectors
+        vectors = decompose_symmetric(covariance, dtype)[1]
     except RuntimeError:
         if dtype == torch.float64:
             raise
-        vectors = torch.linalg.eigh(covariance.double()).eigenvectors
+        vectors = decompose_symmetric(covariance, torch.float64)[1]
     return vectors
 
 
 def _decompose_in_single(symmetric: Tensor) -> Tensor | None:
     """Return eigenvectors of matrices in single precision, None where that does not converge or hold."""
     try:
-        values, vectors = torch.linalg.eigh(symmetric)
+        values, vectors = decompose_symmetric(symmetric, symmetric.dtype)
     except RuntimeError:  # wide matrices with many eigenvalues near zero, as of channels that a ReLU shut
         return None
     return vectors if _holds(symmetric, values, vectors) else None
@@ -141,7 +142,7 @@ def _decompose_span(symmetric: Tensor, rows: int, eps: float) -> Tensor | None:
     found, whole = (matrix.diagonal(dim1=1, dim2=2).sum(-1) for matrix in (small, symmetric))
     if bool((whole - found > _ROUNDINGS * eps * whole).any()):
         return None
-    return torch.cat([rest, span @ torch.linalg.eigh((small + small.mT) / 2).eigenvectors], dim=-1)
+    return torch.cat([rest, span @ decompose_symmetric((small + small.mT) / 2, small.dtype)[1]], dim=-1)
 
 
 def _holds(symmetric: Tensor, values: Tensor, vectors: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.linalg.estimates import draw_vectors
+from lightning_influence.linalg.placement import decompose_symmetric
 from lightning_influence.support.errors import NonFiniteError, UnsupportedModelError
 
 #: ``"absolute"`` replaces negative eigenvalues by their magnitudes, ``"clip"`` by zero; ``"keep"`` leaves
@@ -73,7 +74,7 @@ def treat_negative_curvature(matrix: Tensor, how: NegativeCurvature = "absolute"
         names = ", ".join(repr(name) for name in get_args(NegativeCurvature))
         raise ValueError(f"Got negative_curvature={how!r}; accepted are {names}.")
     matrix = matrix.double()
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = decompose_symmetric(matrix, matrix.dtype)
     rounding = torch.finfo(values.dtype).eps * len(values) * values.abs().max().clamp_min(0)
     negative = int((values < -rounding).sum())
     magnitude = matrix if not negative else (vectors * values.abs()) @ vectors.T
