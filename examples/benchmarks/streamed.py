@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python examples/benchmarks/streamed.py [--width 2048 --depth 8 --budget 128]
 
-``--width 4096 --depth 60 --examples 256 --budget 2048 --ways groups`` is a model of a billion parameters, whose
-files take 20 GB of the temporary directory.
+``--width 4096 --depth 60 --examples 256 --budget 2048 --ways groups`` is a model of a billion parameters:
+its files take 20 GB of the temporary directory.
 
 Each way is a process of its own, which fits factors of an MLP of ``depth`` square layers and scores queries.
 Memory is what the process has of its own above model and data, in MiB: pages that are mapped from files are
