@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import find_beside
 
 COUNTS = "counts: "
 
@@ -13,6 +14,18 @@ def pytest_addoption(parser):
     """How far the tests that draw their cases go."""
     parser.addoption("--fuzz-cases", type=int, default=160, help="random questions (160)")
     parser.addoption("--damaged-files", type=int, default=60, help="damaged files of each kind (60)")
+    told = "of the tests: the quick part (where no paths, -m or -k choose), the rest of them, or all"
+    parser.addoption("--part", choices=["quick", "rest", "all"], help=told)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep the quick part of the tests, or what is beside it."""
+    part = config.getoption("--part")
+    if part == "all":
+        return
+    beside = find_beside(items)
+    config.hook.pytest_deselected(items=[item for item in items if (item in beside) == (part == "quick")])
+    items[:] = [item for item in items if (item in beside) != (part == "quick")]
 
 
 @pytest.fixture
@@ -40,7 +53,10 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_configure(config):
     """Make errors of deprecations in what this project calls; inside other packages they are theirs."""
-    config.addinivalue_line("markers", "slow: starts processes, runs an example or a study")
+    if config.getoption("--part") is None:  # processes of xdist are told what the first one has found
+        chosen = config.args_source is pytest.Config.ArgsSource.ARGS
+        chosen = chosen or bool(config.option.markexpr or config.option.keyword)
+        config.option.part = "all" if chosen else "quick"
     # Tests run side by side; threads within each would only wait for one another.
     torch.set_num_threads(1)
     ours = ["lightning_influence", *(path.stem for path in Path(__file__).parent.rglob("*.py"))]

@@ -50,6 +50,7 @@ def run_page(path, monkeypatch, folder):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_code_blocks_run(page, monkeypatch, tmp_path):
     code = read_code(DOCS / page)

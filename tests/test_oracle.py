@@ -300,6 +300,7 @@ def test_calls_of_a_shared_layer_are_all_positions() -> None:
 # ------------------------------------------------------------------------------------------ K-FAC and EK-FAC
 
 
+@pytest.mark.grid
 @every_case
 @every_curvature
 def test_factor_identities(case: Case, curvature: oracle.Curvature) -> None:

@@ -37,6 +37,7 @@ print("answered", len(METHODS))
 """
 
 
+@pytest.mark.slow
 def test_no_pass_warns():
     """Where every warning is an exception there is an answer; torch gives some but once a process."""
     command = [sys.executable, "-c", STRICT]

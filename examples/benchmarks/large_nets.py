@@ -72,8 +72,11 @@ def resnet10_net() -> nn.Module:
 
 
 def resnet18_net() -> nn.Module:
-    """ResNet-18 on 32 x 32 images: 11,173,962 parameters."""
-    return make_resnet((2, 2, 2, 2), 64, bottleneck=False)
+    """ResNet-18 with the stem of its authors (He et al. 2016), for 10 classes: 11,181,642 parameters."""
+    net = make_resnet((2, 2, 2, 2), 64, bottleneck=False)
+    assert isinstance(net, nn.Sequential)
+    stem = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+    return nn.Sequential(stem, net[1], net[2], nn.MaxPool2d(3, stride=2, padding=1), *net[3:])
 
 
 def small_language_net() -> nn.Module:

@@ -36,6 +36,7 @@ def mean_over_groups(rows):
     return torch.stack([rows[1], (rows[0] + rows[2]) / 2])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["mlp_gelu", "tokens_weighted", "conv2d_reflect_groups"])
 def test_scores_are_the_mean_scores_of_the_queries(name, method):
@@ -56,6 +57,7 @@ def test_scores_are_the_mean_scores_of_the_queries(name, method):
     assert (single.query_names, single.query_counts) == ((), None)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", ["ekfac", "exact", "auto"])
 @pytest.mark.parametrize("measurement", ["margin", "loss"])
 def test_scores_are_those_of_the_definition(method, measurement):
@@ -301,5 +303,6 @@ torch.testing.assert_close(ours.scores[0], single.scores.mean(0))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_average_as_one_does(tmp_path):
     check_script(BEGIN + SCRIPT, tmp_path)

@@ -71,6 +71,7 @@ def test_scores_do_not_depend_on_the_batch_size(name):
         assert not torch.allclose(other.scores, found[32].scores, rtol=1e-3)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("fisher", ["mixed", "sampled"])
 def test_no_loss_draws_by_batch(loss, fisher):
@@ -113,6 +114,7 @@ for name, question in QUESTIONS.items():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_draw_as_one(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     check_script(f"import sys; sys.path.insert(0, {str(__file__.rpartition('/')[0])!r})\n{SCRIPT}", tmp_path)

@@ -449,6 +449,7 @@ runpy.run_module("lightning_influence", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow
 def test_python_m_is_the_program_of_the_script_which_the_package_does_not_import():
     settings = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
     module, name = re.search(r'^lightning-influence = "(.+):(.+)"$', settings, re.M).groups()

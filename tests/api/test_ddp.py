@@ -142,6 +142,7 @@ assert torch.equal(before, module.body[0].weight)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(tmp_path):
     check_script(SCRIPT, tmp_path, launched=True)
 
@@ -221,6 +222,7 @@ layers.DENSE_WIDTH, layers.MATRIX_WIDTH = 10, 7
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", ["", TABLES], ids=["vectors", "tables"])
 def test_two_processes_cover_parameters_outside_of_layers(tmp_path, limits):
     check_script(limits + PARAMETERS, tmp_path)

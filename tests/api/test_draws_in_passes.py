@@ -53,6 +53,7 @@ DRAWS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_batch_has_one_coin_in_all_passes(draw, seed):
@@ -94,6 +95,7 @@ GENERATORS = {
 WRAPPED = {"alone": lambda data: data, "joined": lambda data: Subset(ConcatDataset([data]), range(N))}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", GENERATORS)
 @pytest.mark.parametrize("wrapped", WRAPPED)
 def test_a_datasets_own_generator_is_put_back(kind, wrapped):

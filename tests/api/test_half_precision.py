@@ -59,6 +59,8 @@ def told(result):
     return [note for note in result.diagnostics.warnings if "rounds its gradients" in note]
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:The model is in")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)

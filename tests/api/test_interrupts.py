@@ -18,6 +18,7 @@ def interrupt(monkeypatch, owner, error):
     monkeypatch.setattr(owner, "step", stop)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
 @pytest.mark.parametrize("method", ["ekfac", "auto"])
 def test_refitted_factors_and_the_coarse_space_stay(monkeypatch, method, error):

@@ -51,6 +51,7 @@ def test_the_meter_sees_what_is_alive_at_once():
     assert live.now == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["identity", "auto", "cg"])
 def test_full_scores_take_their_own_size(method):
     queries, examples = 1000, 5000
@@ -62,6 +63,7 @@ def test_full_scores_take_their_own_size(method):
     assert peak < 1.5 * answer + budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ekfac", "auto", "cg"])
 def test_the_ends_of_rankings_take_the_memory_budget(method):
     inputs, hidden, queries, budget = 150, 200, 300, 24 * MIB

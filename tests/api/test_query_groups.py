@@ -35,6 +35,7 @@ def test_groups_of_queries_keep_both_ends():
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("batches", [False, True])
 def test_auto_answers_groups_as_it_answers_all(steps, batches):

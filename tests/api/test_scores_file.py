@@ -15,6 +15,7 @@ from lightning_influence.methods.answers import Answer
 OPTIONS = {"damping": 0.1, "low_rank_tolerance": 0.0}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", ["identity", "ekfac", "auto"])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_a_file_holds_what_memory_would(tmp_path, method, kind):

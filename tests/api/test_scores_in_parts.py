@@ -37,6 +37,7 @@ METHODS = {
 GROUPS = [["web", "book", "code"][n % 3] for n in range(12)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["tokens_weighted", "conv2d_reflect_groups"])
 def test_parts_add_up_to_the_scores(name, method):
@@ -55,6 +56,7 @@ def test_parts_add_up_to_the_scores(name, method):
     assert summed.train_indices.tolist() == [0, 1, 2]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["mlp_gelu", "conv2d_reflect_groups"])
 @pytest.mark.parametrize("method", ["identity", "ekfac", "exact", "cg"])
 def test_a_layers_part_is_the_product_of_its_parameters(name, method):
@@ -310,5 +312,6 @@ for method in ("identity", "ekfac", "exact", "auto"):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_answer_in_parts_as_one_does(tmp_path):
     check_script(BEGIN + SCRIPT, tmp_path)

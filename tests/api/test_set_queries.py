@@ -72,6 +72,7 @@ def ask(asked, function, method, **options):
     return asked.scores(queries=loader(asked.case, SIZE), measurement=of_outputs(function), **options)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("function", [gap, ratio])
 @pytest.mark.parametrize("name", ["mlp_gelu", "conv2d_reflect_groups"])
@@ -263,6 +264,7 @@ for method in ("identity", "ekfac", "exact", "auto"):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_measure_whole_sets(tmp_path):
     """A set is one process's: gradients of shares of it would not add up to its own."""
     check_script(BEGIN + SCRIPT, tmp_path)

@@ -105,6 +105,7 @@ trainer.fit(module, load(data, 4))  # FSDP goes on
 """
 
 
+@pytest.mark.slow
 def test_every_method_answers_as_one_process_does(tmp_path):
     check_script(BEGIN + ANSWERS, tmp_path)
 

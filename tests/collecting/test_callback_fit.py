@@ -39,6 +39,7 @@ def seed_of(fisher: str, logits: torch.Tensor, generator: torch.Generator) -> to
     return rows - p * rows.sum(-1, keepdim=True)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fisher", ["mixed", "sampled"])
 @pytest.mark.parametrize(
     ("reduction", "accumulate"), [("mean", 1), ("sum", 1), ("mean", 3)], ids=["mean", "sum", "accumulated"]
@@ -86,6 +87,7 @@ def test_sums_equal_those_recomputed_from_the_same_batches_and_draws(reduction, 
     assert callback.record.loss_scale == (1.0 if reduction == "mean" else pytest.approx(44 / 6))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("hook", [False, True])
 def test_training_is_the_same_to_the_last_bit(precision, hook) -> None:

@@ -71,6 +71,7 @@ assert callback.factors.has_squares and callback.num_collected == 24
 """
 
 
+@pytest.mark.slow
 def test_failure_on_one_process_stops_all_at_the_same_step(tmp_path):
     check_script(SCRIPT, tmp_path)
 

@@ -33,6 +33,7 @@ class Repeated(Classifier):
         )
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "every",
     [

@@ -48,6 +48,7 @@ def test_every_entry_is_among_the_faults():
     }  # fmt: skip
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(("owner", "name"), ENTRIES)
 def test_a_failure_in_dynamics_ends_neither_fit_nor_collecting(monkeypatch, tmp_path, owner, name, strict):
@@ -135,6 +136,7 @@ class SkipsAtOnce(SkipsWithOwnLoss):
         return -1 if batch_idx == 0 else None
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("make", [Skips, SkipsWithOwnLoss, SkipsAtOnce])
 @pytest.mark.parametrize(
     "options", [{}, {"every_n_steps": 1}, {"dynamics": False, "every_n_steps": 1}, {"dynamics": True}]
@@ -235,5 +237,6 @@ for owner, name in (
 """
 
 
+@pytest.mark.slow
 def test_failure_on_one_process_stops_the_dynamics_of_all(tmp_path):
     check_script(SCRIPT, tmp_path)

@@ -69,6 +69,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("loss", [losses, minus, minus_mean, same_value, absolute])
 def test_another_loss_is_told_and_minus_the_loss_refused(loss, p):
@@ -185,6 +186,7 @@ def noisy_losses(module, batch):
     return losses(module, (batch[0] + module.noise(), batch[1]))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("source", ["torch", "numpy", "python", "counter"])
 @pytest.mark.parametrize("is_hook", [False, True])
 def test_what_a_loss_draws_or_counts_does_not_reach_the_fit(source, is_hook):

@@ -34,6 +34,7 @@ def expected(setup, blocks):
     return torch.where(owner[:, None] == owner, setup.ggn(), 0)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("blocks", ["layer", "tensor"])
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_blocks_are_those_of_the_whole_matrix(name, blocks):

@@ -83,6 +83,7 @@ def expect(p: Problem, inverse: BlockInverse, damping, Q: torch.Tensor, V: torch
     return z + (torch.linalg.pinv(T, hermitian=True) @ (Q @ (V - z @ A).T)).T @ Q
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("rank", "stages"), [(1, 1), (2, 2), (50, 1), (1, 3)])
 @pytest.mark.parametrize("name", SOME)
 def test_products_are_those_of_what_is_stored(name, rank, stages):
@@ -117,6 +118,7 @@ def test_batches_of_fewer_columns_than_others_are_combined():
     torch.testing.assert_close(one, all_[:1], **TIGHT)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("rank", "stages"), [(1, 1), (3, 1), (1, 2)])
 @pytest.mark.parametrize("damping", [DAMPING, 0.3, {}])
 @pytest.mark.parametrize("name", SOME)
@@ -166,6 +168,7 @@ def test_residuals_are_estimated_without_bias():
         torch.testing.assert_close(told, true, rtol=0.09, atol=0)
 
 
+@pytest.mark.slow
 def test_residuals_are_not_flattered_by_the_choice_that_probes_make():
     """Few probes choose among several answers: what they tell is right on average all the same."""
     p = Problem("mlp_gelu", anchors=2)
@@ -180,6 +183,7 @@ def test_residuals_are_not_flattered_by_the_choice_that_probes_make():
     assert told > 0.85 * true
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("low_rank", [0.3, 1e-3])
 @pytest.mark.parametrize("name", SOME)
 def test_answers_that_are_cut_are_corrected_as_they_are_held(name, low_rank):
@@ -199,6 +203,7 @@ def test_answers_that_are_cut_are_corrected_as_they_are_held(name, low_rank):
         torch.testing.assert_close(told, seen, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("other", ["itself", "shorter", "other"])
 @pytest.mark.parametrize("name", SOME)
 def test_unsolved_queries_get_the_best_of_what_the_closed_forms_and_their_steps_make(name, other):
@@ -258,6 +263,7 @@ def test_dependent_and_zero_directions_change_nothing(name):
     torch.testing.assert_close(again.solutions(), few.solutions(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("rank", "stages"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("name", SOME)
 def test_block_krylov_beside_the_space_is_galerkin_and_converges(name, rank, stages):

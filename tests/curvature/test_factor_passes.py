@@ -84,6 +84,7 @@ def test_exact_factors(name):
     check(setup, setup.run(CovariancePass(setup.plan, fisher="exact")), "exact")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("name", SOME)
 def test_exact_factors_of_other_reductions(name, reduction):
@@ -91,6 +92,7 @@ def test_exact_factors_of_other_reductions(name, reduction):
     check(setup, setup.run(CovariancePass(setup.plan, fisher="exact")), "exact")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("fisher", "draws"), [("mixed", 1), ("mixed", 3), ("sampled", 2)])
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_random_factors_are_those_of_the_seeds_drawn(name, fisher, draws):
@@ -108,6 +110,7 @@ def test_the_second_draw_is_independent_of_the_first():
     assert correlation.abs() < 0.08
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", SOME)
 def test_empirical_factors(name, reduction):
@@ -115,6 +118,7 @@ def test_empirical_factors(name, reduction):
     check(setup, setup.run(CovariancePass(setup.plan, fisher="empirical")), "empirical")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("batch_size", [1, 7, 12])
 @pytest.mark.parametrize("name", SOME)
 def test_batches_do_not_matter(name, batch_size):
@@ -122,6 +126,7 @@ def test_batches_do_not_matter(name, batch_size):
     check(setup, setup.run(CovariancePass(setup.plan, fisher="exact"), batch_size), "exact")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fisher", ["mixed", "sampled", "exact", "empirical"])
 @pytest.mark.parametrize("name", SOME)
 def test_a_second_pass_gives_the_squares_that_the_cache_gave(name, fisher):
@@ -159,6 +164,7 @@ def test_draws_depend_on_seed_and_batch_and_not_on_the_global_state():
     assert len(draws) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fisher", ["mixed", "sampled"])
 def test_random_curvature_approaches_the_exact_one(fisher):
     setup = Setup.of("mlp_gelu")
@@ -175,6 +181,7 @@ def test_random_curvature_approaches_the_exact_one(fisher):
         assert errors.mean(0).norm() < 2 * errors.flatten(1).norm(dim=1).square().mean().sqrt() / 300**0.5
 
 
+@pytest.mark.slow
 def test_a_mixture_varies_less_than_a_drawn_label_where_the_model_is_sure():
     setup = Setup.of("mlp_gelu")
     with torch.no_grad():

@@ -32,6 +32,7 @@ def test_products_and_matrix(name):
     torch.testing.assert_close(setup.run(DenseCurvaturePass(setup.plan)).result(), G, **TIGHT)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("name", SOME)
 def test_other_reductions(name, reduction):
@@ -41,6 +42,7 @@ def test_other_reductions(name, reduction):
     torch.testing.assert_close(got, vectors @ setup.ggn(), **TIGHT)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("batch_size", [1, 7, 12])
 @pytest.mark.parametrize("name", SOME)
 def test_batches_do_not_matter(name, batch_size):
@@ -98,6 +100,7 @@ def test_a_spoiled_sum_is_refused():
         pass_.result()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["tokens_weighted", "conv2d_reflect_groups", "mlp_gelu"])
 @pytest.mark.parametrize("limit", [1, 10_000])
 def test_blocks_of_vectors_and_few_seeds_at_a_time(name, limit, monkeypatch):

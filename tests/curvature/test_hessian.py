@@ -47,6 +47,7 @@ def test_gauss_newton_products_through_autograd(name, monkeypatch):
     assert not pass_.estimated
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("name", SOME)
 def test_other_reductions(name, reduction):
@@ -56,6 +57,7 @@ def test_other_reductions(name, reduction):
     torch.testing.assert_close(got, vectors @ hessian(setup), **TIGHT)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("batch_size", [1, 7, 12])
 @pytest.mark.parametrize("name", SOME)
 def test_batches_do_not_matter(name, batch_size):

@@ -113,6 +113,7 @@ def test_small_dampings_count(dtype, damping):
 SOME = ["mlp_relu_inplace_weighted", "conv2d_reflect_groups", "tokens"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal"])
 @pytest.mark.parametrize("name", SOME)
 def test_multiplying_is_by_the_matrix_that_is_inverted(name, kind):

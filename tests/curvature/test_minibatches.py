@@ -28,6 +28,8 @@ def singles(name, kind):
     return torch.stack(found)
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_variance_of_examples_is_that_of_dense_matrices(name, count):

@@ -21,6 +21,7 @@ def draw(count, numel, seed=0):
     return torch.randn(count, numel, dtype=torch.float64, generator=generator)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SOME)
 def test_products_and_matrix_are_those_of_the_oracle(name, kind):
@@ -34,6 +35,7 @@ def test_products_and_matrix_are_those_of_the_oracle(name, kind):
     assert operator.mean_weight == pytest.approx(source.case.loss.normaliser(source.case.y))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mlp_relu_inplace_weighted", "tokens_weighted"])
 def test_minibatches_average_to_all_the_data(name, kind):
@@ -84,6 +86,7 @@ def test_what_is_refused():
         operator.dense(5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fisher", ["sampled", "empirical"])
 def test_estimates_of_the_fisher(fisher):
     case = CASES["mlp_silu_smoothing"]

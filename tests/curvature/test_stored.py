@@ -68,6 +68,7 @@ def test_vectors_in_float64_are_multiplied_in_float64(name):
     assert 1e-9 < careless.norm() / truth.norm() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp_gelu", "tokens_weighted", "conv2d"])
 def test_minibatches(name):
     source = CaseSource.of(name)

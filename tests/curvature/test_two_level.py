@@ -110,6 +110,7 @@ def test_solution_is_its_definition(name):
     torch.testing.assert_close(TwoLevel(p.inverse, p.space).solve(vectors), expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("damping", [0.3, 1e-3, {}])
 @pytest.mark.parametrize("name", SOME)
 def test_another_damping_than_the_space_was_built_with(name, damping):
@@ -273,6 +274,7 @@ def test_the_preconditioner_is_symmetric_positive_definite_and_exact_on_the_coar
     torch.testing.assert_close(B, expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("damping", [DAMPING, 0.3, 1e-3])
 @pytest.mark.parametrize("name", SOME)
 def test_the_rescaled_preconditioner_takes_the_best_step_on_the_anchors(name, damping):

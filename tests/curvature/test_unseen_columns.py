@@ -91,6 +91,7 @@ def test_factors_are_those_of_the_definition(name):
         torch.testing.assert_close(got.basis.inputs.energies(want.A), diagonal, **TIGHT)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("kind", METHODS)
 @pytest.mark.parametrize("name", NAMES)
@@ -132,6 +133,7 @@ HIDDEN = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", HIDDEN)
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_the_same_without_the_shortcut(name, kind, monkeypatch):

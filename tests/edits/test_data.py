@@ -85,6 +85,7 @@ def test_where_the_loss_of_knowing_nothing_is_unknown_nothing_counts_as_forgotte
         _ = losses.chance
 
 
+@pytest.mark.slow
 def test_kept_examples_that_are_known_to_the_bit_do_not_matter():
     """Losses of zero tell nothing of the function behind them, but only the edited ones have to be known."""
 
@@ -190,6 +191,7 @@ def regression(outputs):
     return InfluenceModule(Regressor(outputs)), loader
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("outputs", [1, 4])
 @pytest.mark.parametrize("count", [3, 4])
 def test_one_target_for_all_has_the_shape_of_one_of_an_example(outputs, count):
@@ -256,6 +258,7 @@ def test_labels_cannot_become_ignored(wrapped, step):
         wrapped.relabel([20, 21], [1, -100], train(), step=step)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "options", [{"step": "theory"}, {}, {"linearisations": 1}, {"rule": "highest_gradients"}]
 )

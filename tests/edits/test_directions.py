@@ -33,6 +33,7 @@ def ask(dense, **options):
     return flat(change, dense.case), flat_mask(selection)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", SOME)
 def test_every_method_is_its_definition(name, method):
@@ -43,6 +44,7 @@ def test_every_method_is_its_definition(name, method):
     assert change.norm() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
     [*(("mlp_gelu", method) for method in METHODS), ("tokens_weighted", "gif"), ("conv2d", "gif")],
@@ -57,6 +59,7 @@ def test_exact_hessian_is_served_although_it_is_indefinite(name, method):
     torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("solver", ["dense", "lissa"])
 @pytest.mark.parametrize("name", ["mlp_gelu", "conv2d_reflect_groups"])
 def test_other_solvers(name, solver):
@@ -66,6 +69,7 @@ def test_other_solvers(name, solver):
     torch.testing.assert_close(change, dense.scale * dense.vector("gif", mask, 0.3), rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("decay", [0.0, 0.05])
 @pytest.mark.parametrize("name", ["linear_mse", "deep_linear_mse"])
 def test_generalized_influence_of_everything_is_influence(name, decay):
@@ -106,6 +110,7 @@ def parameters_of(module):
     return torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], dim=1).reshape(-1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", ["gif", "if", "fif", "pif"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_on_a_quadratic_objective_forgetting_is_retraining(method, decay):
@@ -123,6 +128,7 @@ def test_on_a_quadratic_objective_forgetting_is_retraining(method, decay):
     assert report.kept.observed == pytest.approx(report.kept.predicted, rel=1e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("linearisations", [1, 3])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_on_a_quadratic_objective_relabelling_is_retraining(decay, linearisations):

@@ -177,6 +177,7 @@ def test_one_shot_is_a_multiple_of_generalized_influence():
         assert lower < reference.objective(reference.theta + factor * found)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("method", ["gif", "fif"])
 def test_given_steps_are_linearised_anew_each_time(method, count):

@@ -12,6 +12,7 @@ from lightning_influence import InfluenceModule
 EXACTLY = {"damping": 0.0, "curvature_examples": None, "tolerance": 1e-10, "max_steps": 500}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["if", "second_order", "gif", "fif", "pif"])
 def test_steps_of_a_linear_model_converge_to_retraining(method):
     """With half of each Newton step half of what is left is left; after a whole one nothing is."""
@@ -91,6 +92,7 @@ def many(outputs, loss):
     return Fitted(nn.Sequential(nn.Linear(6, outputs)), loss, x, y, 0.0 if loss is F.mse_loss else 0.01)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("outputs", [64, 65, 80])
 @pytest.mark.parametrize("solver", ["cg", "dense"])
 def test_the_curvature_of_many_outputs_is_exact_where_it_is_asked_for(outputs, solver):

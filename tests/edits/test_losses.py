@@ -103,6 +103,7 @@ def test_a_sample_changes_the_edit_little():
     assert torch.nn.functional.cosine_similarity(first, second, dim=0) > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [7, 30])
 def test_drawn_samples_are_unbiased(limit):
     generator = torch.Generator().manual_seed(0)

@@ -17,6 +17,8 @@ from lightning_influence.running.loop_runner import LoopRunner
 from lightning_influence.support.errors import InfluenceError, InfluenceWarning
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("make", [regression, noisy_classes])
 @pytest.mark.parametrize("seed", range(2))
 def test_the_loss_over_all_examples_falls(make, seed):
@@ -113,6 +115,8 @@ def test_a_given_step_that_raises_the_loss_is_warned_of():
     assert any(f"from {before:.4g} to {after:.4g}" in note for note in edit.report.notes)
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("options", [{}, {"linearisations": 1}])
 @pytest.mark.parametrize("loaders", [1, 2])
 def test_validation_data_take_the_place_of_the_kept_in_the_search(options, loaders):

@@ -1,5 +1,6 @@
 """The metric's states across two real processes, with an unequal number of subsets on each."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -22,6 +23,7 @@ def rank(index, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
     mp.start_processes(rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
     whole = LinearDatamodelingScore(bootstrap=20)

@@ -42,6 +42,7 @@ def dense_scores(model, reference, data, queries, damping):
     return oracle.influence(oracle.ggn(model, reference, *data, LAYERS), damping, asked, train)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("damping", [1e-2, 1.0])
 def test_small_epsilon_gives_the_dense_gauss_newton_influence(kind, damping):

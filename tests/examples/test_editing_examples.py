@@ -25,6 +25,7 @@ def examples_on_the_path():
     logging.getLogger("lightning.pytorch").setLevel(level)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forget_class", "change_labels", "repair_backdoor"])
 def test_example(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -60,6 +61,7 @@ def test_two_seeds_make_a_standard_error():
     assert editing.cell([1.0, 3.0], 1) == "2.0 ± 1.0"
 
 
+@pytest.mark.slow
 def test_study_of_steps(capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
     study = importlib.import_module("edit_steps")

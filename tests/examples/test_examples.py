@@ -26,6 +26,7 @@ def run(tmp_path_factory):
     return done, output
 
 
+@pytest.mark.slow
 def test_example_prints_tables_within_the_terminal(run):
     text = run[0].stdout
     for part in ("Strongest proponents", "Strongest opponents", "Highest self-influence", "damping"):

@@ -32,6 +32,7 @@ def is_picture(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_cleaning_finds_wrong_labels_and_mends_them(tmp_path):
     cleaning = importlib.import_module("clean_labels")
     looked_at = (0, 80)
@@ -47,6 +48,7 @@ def test_cleaning_finds_wrong_labels_and_mends_them(tmp_path):
     assert is_picture(tmp_path / "cleaning.png")
 
 
+@pytest.mark.slow
 def test_sources_are_told_apart_by_one_question(tmp_path):
     choosing = importlib.import_module("choose_data")
     output = tmp_path / "new" / "sources.png"
@@ -57,6 +59,7 @@ def test_sources_are_told_apart_by_one_question(tmp_path):
     assert is_picture(output)
 
 
+@pytest.mark.slow
 def test_an_answer_rests_on_sentences_about_the_same_person(tmp_path):
     texts = importlib.import_module("explain_text")
     output = tmp_path / "text.png"
@@ -82,6 +85,7 @@ def test_a_project_of_lightning_cli(tmp_path, capsys):
     assert "influence/grad_norm" in next((tmp_path / "runs").rglob("metrics.csv")).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_from_beginning_to_end(notebook, tmp_path, capsys):
     runner = importlib.import_module("run_notebook")

@@ -39,6 +39,7 @@ def figures(bench):
     return json.loads((folder / "results.json").read_text("utf-8"))["diabetes"], folder
 
 
+@pytest.mark.slow
 def test_quick_run_fills_every_section(bench, figures):
     found, folder = figures
     assert set(found) == set(bench[0].SECTIONS)
@@ -72,6 +73,7 @@ def test_decomposition_is_empty_where_a_step_drops_nothing(figures):
     assert found["block_ggn/kfac"]["layers"][1]["residual"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["hessian", "ggn", "block_ggn"])
 @pytest.mark.parametrize("damping", [0.1, "auto"])
 def test_decomposed_matrices_give_the_scores_of_the_public_methods(bench, figures, name, damping):

@@ -19,6 +19,7 @@ def bench(monkeypatch):
     sys.modules.pop("large_auto", None)
 
 
+@pytest.mark.slow
 def test_every_way_of_asking_has_a_row(bench, tmp_path, capsys):
     path = tmp_path / "rows.json"
     rows = bench.main(["resnet", "--tiny", "--epochs", "1", "--budgets", "1", "3", "--json", str(path)])

@@ -57,6 +57,7 @@ def sequential(factory, recipe, data, member, loss=nn.functional.cross_entropy):
     return dict(model.named_parameters())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("factory", "shape"), [(mlp, (21, 6)), (cnn, (21, 1, 4, 4))])
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_a_member_equals_a_plain_run_of_sgd(factory, shape, schedule):

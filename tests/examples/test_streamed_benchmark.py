@@ -6,6 +6,7 @@ import pytest
 from benchmarks import load_benchmark
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_it_runs():
     bench, given = load_benchmark("streamed"), {"width": 16, "depth": 3, "examples": 40, "budget": 0.004}

@@ -8,6 +8,7 @@ tables = load_benchmark("tables")
 TINY = ["40", "--width", "32", "--length", "6", "--depth", "1", "--batch", "4", "--sequences", "8"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [[], ["--untied"]])
 def test_the_table_has_a_line_for_each_vocabulary(head, capsys):
     tables.main([*TINY, "--queries", "2", *head])

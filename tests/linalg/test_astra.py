@@ -46,6 +46,7 @@ def test_steps_are_those_of_heavy_ball():
         torch.testing.assert_close(found, theta)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("damping", [1.0, 0.05, 1e-3])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"momentum": 0.9}, {"batch_size": 100}])
 def test_derived_steps_converge(damping, options):

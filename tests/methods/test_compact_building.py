@@ -257,6 +257,7 @@ def test_where_dense_directions_fit_nothing_changes():
     assert "coarse_rank" not in found.diagnostics.extra
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 9), st.integers(10, 50), st.floats(5.5, 40), st.sampled_from([1e-4, 0.02, 1.0]))
 def test_no_answer_is_worse_than_ekfac_or_nothing(seed, width, budget, damping):

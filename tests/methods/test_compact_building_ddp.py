@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from two_processes import check_script
 
 SCRIPT = """
@@ -54,5 +55,6 @@ for budget, steps in ((12, 0), (40, 0), (40, 2)):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(tmp_path):
     check_script(SCRIPT, tmp_path)

@@ -58,6 +58,7 @@ def list_fits(found) -> list[str]:
     return [name for name in list_passes(found) if name in {"covariances", "eigenvalues"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ekfac", "kfac", "auto"])
 def test_answers_are_those_of_factors_fitted_together(method, tmp_path):
     module = InfluenceModule(Net())

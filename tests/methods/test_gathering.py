@@ -15,6 +15,7 @@ from lightning_influence.support.errors import NonFiniteError
 REDUCTIONS = ["mean", "sum", "none"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_per_example_gradients(name, reduction):

@@ -168,6 +168,7 @@ class Copied(Net):
 SINGULAR = [("exact", {}), ("block_ggn", {}), *(("hessian", {"negative_curvature": how}) for how in REPLACED)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(("method", "options"), SINGULAR)
 def test_a_singular_curvature_without_damping_is_refused(method, options, double):

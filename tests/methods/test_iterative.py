@@ -31,6 +31,7 @@ CONVERGED: dict[str, dict[str, Any]] = {
 FEW = ["mlp_gelu", "tokens_weighted", "conv2d_reflect_groups", "segmentation"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", CONVERGED)
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_the_exact_ones(name, method):
@@ -42,6 +43,7 @@ def test_scores_are_the_exact_ones(name, method):
     assert found.diagnostics.method == method
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", CONVERGED)
 @pytest.mark.parametrize("name", FEW)
 def test_heuristic_damping_a_layer(name, method):
@@ -62,6 +64,7 @@ def test_passes_a_product_answer_alike(method):
     assert names(found).count("curvature products") > 3
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("preconditioner", ["ekfac", "two_level", "none"])
 @pytest.mark.parametrize("method", ["cg", "minres"])
 def test_preconditioners(method, preconditioner):
@@ -76,6 +79,7 @@ def test_preconditioners(method, preconditioner):
     assert min(steps.values()) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp_gelu", "conv2d", "tokens", "mlp_mse"])
 def test_minres_solves_with_an_indefinite_hessian(name):
     case = CASES[name]
@@ -259,6 +263,7 @@ def test_estimates_of_the_fisher():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "budget"), [*((name, 2**30) for name in (*CONVERGED, "lissa")), ("cg", 4000), ("minres", 4000)]
 )

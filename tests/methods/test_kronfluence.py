@@ -103,6 +103,7 @@ def their_scores(net: nn.Module, train: TensorDataset, queries: TensorDataset, f
     return pairwise["all_modules"], own["all_modules"]
 
 
+@pytest.mark.slow
 def test_ekfac_equals_kronfluence(problem, tmp_path):
     net, train, queries = problem
     module = InfluenceModule(Wrapped(net))

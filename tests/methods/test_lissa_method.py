@@ -62,6 +62,7 @@ def worst_error(found: Tensor, exact: Tensor) -> float:
     return float(((found - exact).norm(dim=1) / exact.norm(dim=1)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_it_converges_with_no_argument(name):
     G, train, queries = dense(name)

@@ -25,6 +25,7 @@ def ask(module, name="scores", **options):
         return getattr(module, name)(*given, **options)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("damping", ["auto", 0.05])
 @pytest.mark.parametrize("tolerance", [None, 0.0])
 def test_answers_are_those_of_ekfac(damping, tolerance):

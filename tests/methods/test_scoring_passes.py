@@ -63,6 +63,7 @@ def short_runs(monkeypatch):
     monkeypatch.setattr(recorder, "_PART_EXAMPLES", 2)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("short_runs")
 @pytest.mark.parametrize("kind", ["ekfac", "kfac"])
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -82,6 +83,7 @@ def test_factored_scores(name, kind):
     torch.testing.assert_close(inverse.apply(vectors), solved, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("batch_size", [1, 5])
 @pytest.mark.parametrize("name", SOME)
@@ -96,6 +98,7 @@ def test_exact_scores(name, batch_size, reduction):
     torch.testing.assert_close(got, expected, **TIGHT)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("short_runs")
 @pytest.mark.parametrize("batch_size", [2, 5])
 @pytest.mark.parametrize("name", sorted(CASES))

@@ -31,6 +31,7 @@ def eigenvalues(name, curvature):
     return torch.linalg.eigvalsh(H).flip(0)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_models(name, curvature):

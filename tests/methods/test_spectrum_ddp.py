@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from two_processes import check_script
 
 SCRIPT = """
@@ -79,5 +80,6 @@ for curvature in ("ggn", "hessian"):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_spectrum_of_all_examples(tmp_path):
     check_script(SCRIPT, tmp_path)

@@ -224,6 +224,7 @@ def test_exact_diagonal_and_identity_are_those_of_the_matrices(name):
         torch.testing.assert_close(ask(name, method, **options).scores, reference(name, inverse), **kept)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", ["cg", "auto"])
 @pytest.mark.parametrize("name", ["frequent", "tied", "headed", "bag"])
 def test_solvers_reach_the_exact_answer(name, method):
@@ -284,6 +285,7 @@ def split_positions(name):
     return result
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", ["ekfac", "kfac"])
 @pytest.mark.parametrize("name", ["embedding", "padded", "tied", "lying"])
 def test_kronecker_factors_have_a_diagonal_side(name, method):
@@ -298,6 +300,7 @@ def test_kronecker_factors_have_a_diagonal_side(name, method):
     torch.testing.assert_close(found.scores, expected, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", ["ekfac", "kfac"])
 @pytest.mark.parametrize("name", ["embedding", "padded", "frequent", "bag", "tied"])
 def test_a_small_table_has_bases_of_both_sides(name, method, monkeypatch):
@@ -351,6 +354,7 @@ def test_a_wide_layer_has_a_diagonal_side_too():
     assert torch.equal(given[0].scores, given[1].scores)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", ["ekfac", "kfac", "identity"])
 def test_parts_means_and_self_influence_are_those_of_the_scores(name, method):

@@ -70,6 +70,7 @@ def differentiate(module, train, query):
     return gradients.detach(), torch.einsum("nkp,nkl,nlq->npq", J, H, J).detach(), flatten(mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "damping"), [(0, 1e-4), (1, 1e-3)])
 def test_small_spaces_do_no_harm(seed, damping, monkeypatch):
     monkeypatch.setattr("lightning_influence.methods.forecast._LONG", 0.0)

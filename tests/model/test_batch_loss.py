@@ -172,6 +172,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:The training loss is not convex")
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

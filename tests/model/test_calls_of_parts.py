@@ -61,6 +61,7 @@ def make_batch(count=B, width=2):
     return x, torch.randn(count, width, generator=generator).double()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("split", [one_by_one, halves])
 @pytest.mark.parametrize("loss", [squared_sum, log_cosh])
 @pytest.mark.parametrize("penalty", [False, True])
@@ -200,6 +201,7 @@ def first_half_more(z, t):
     return 0.7 * losses[:half].sum() + 0.3 * losses[half:].sum()
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("loss", [contrast, neighbours, first_half_more])
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8])

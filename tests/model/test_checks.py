@@ -39,6 +39,7 @@ def own(outputs):
     return outputs.float().square().flatten(1).sum(1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("depth", [1, 8, 24])
 @pytest.mark.parametrize("kind", ["autocast bfloat16", "autocast float16", "bfloat16", "float32", "float64"])
 def test_deep_models_are_independent_in_every_precision(kind, depth) -> None:

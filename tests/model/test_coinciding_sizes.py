@@ -112,6 +112,7 @@ def differentiate(module, batch):
 
 @pytest.mark.parametrize(("model", "collate"), MODELS)
 # As many examples as steps in the last batch, in all but the last, in all.
+@pytest.mark.grid
 @pytest.mark.parametrize(("count", "steps", "size"), [(11, 3, 4), (11, 4, 4), (8, 4, 4)])
 def test_scores_are_those_of_each_example_alone(model, collate, count, steps, size):
     module, data = make(model, count, steps)
@@ -157,6 +158,7 @@ def read(model, collate, sizes, *, forgets=False):
     return counts
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("model", "collate"), [pair for pair in MODELS if pair[0] is not Quantiles])
 @pytest.mark.parametrize("forgets", [False, True])
 def test_a_batch_of_new_sizes_is_checked_once_whatever_is_known_of_its_form(model, collate, forgets):

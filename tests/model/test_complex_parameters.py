@@ -160,6 +160,7 @@ def test_every_coordinate_is_covered(name):
     torch.testing.assert_close(found.scores, gradients @ gradients.T / len(gradients), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("method", ["exact", "cg"])
 def test_scores_are_those_of_the_matrix_over_real_coordinates(name, method):
@@ -171,6 +172,7 @@ def test_scores_are_those_of_the_matrix_over_real_coordinates(name, method):
     torch.testing.assert_close(found.scores, expected / len(gradients), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("method", ["ekfac", "kfac", "block_ggn", "auto", "diagonal"])
 def test_a_complex_parameter_has_the_exact_block_by_itself(name, method):
@@ -210,6 +212,7 @@ LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LARGE)
 def test_large_parameters(kind):
     shape, function = LARGE[kind]

@@ -67,6 +67,7 @@ WAYS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [1, 2, 3, N])
 def test_examples_have_the_same_loss_in_batches_of_any_size(way, size):

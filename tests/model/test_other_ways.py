@@ -85,6 +85,7 @@ def through_numpy(x, y):
     return torch.from_numpy(x.numpy()[order]), torch.from_numpy(y.numpy()[order])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("arrange", [stacked, joined, gathered, taken_along])
 @pytest.mark.parametrize("loss", [named, by_hand])
 def test_rows_that_were_in_order_by_chance_are_followed_in_later_batches(arrange, loss):
@@ -99,6 +100,7 @@ def test_rows_that_were_in_order_by_chance_are_followed_in_later_batches(arrange
         torch.testing.assert_close(found[n], torch.autograd.grad(value, module.first.weight)[0])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("first", [IN_ORDER, OUT_OF_ORDER])
 @pytest.mark.parametrize("loss", [named, by_hand])
 def test_rows_of_some_batches_only_are_followed(loss, first):
@@ -303,6 +305,7 @@ COUPLED = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", COUPLED)
 @pytest.mark.parametrize("count", [3, 4])
 def test_inputs_that_depend_on_the_batch_are_refused(name, count):

@@ -59,6 +59,7 @@ def batches(collate, data=SEQUENCES, **options):
     return [batch for batch, _ in prepare(loader)[0].shard()]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("collate", [by_length, by_length_in_place])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_collate_function_that_sorts_is_refused(collate, workers):

@@ -27,6 +27,7 @@ class Net(LightningModule):
         return functional.cross_entropy(self(batch[0]), batch[1])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", ["identity", "ekfac", "auto", "hessian"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_parts_are_covered(method, reentrant):

@@ -98,6 +98,7 @@ class Words(LightningModule):
         return nn.functional.cross_entropy(self.head(self.rnn(given)[1][0][0]), y)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("widths", [None, (10, 7)])
 @pytest.mark.filterwarnings("ignore")
