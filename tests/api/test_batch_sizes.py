@@ -62,7 +62,10 @@ def ask(batch_size, question, queries=30, loss="cross_entropy", shuffle=False):
     return module.scores(train, data(queries, 16, 2), **options)
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "cg, passes" else name for name in QUESTIONS],
+)
 def test_scores_do_not_depend_on_the_batch_size(name):
     found = {size: ask(size, QUESTIONS[name]) for size in (7, 32)}
     torch.testing.assert_close(found[7].scores, found[32].scores, rtol=1e-6, atol=1e-9)

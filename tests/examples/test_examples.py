@@ -35,11 +35,13 @@ def test_example_prints_tables_within_the_terminal(run):
     assert [line for line in text.splitlines() if len(line) > 80 and str(run[1]) not in line] == []
 
 
+@pytest.mark.slow
 def test_example_shows_progress_of_every_pass(run):
     for name in ("Epoch", "curvature products", "query gradients", "scores", "self-influence"):
         assert re.search(rf"{name} .*\d+/\d+", run[0].stdout), name
 
 
+@pytest.mark.slow
 def test_example_finds_flipped_labels(run):
     found = re.search(r"AUROC of self-influence as a detector of flipped labels: (\d\.\d+)", run[0].stdout)
     assert found is not None
@@ -47,6 +49,7 @@ def test_example_finds_flipped_labels(run):
     assert float(found[1]) > 0.9
 
 
+@pytest.mark.slow
 def test_example_emits_no_warning_of_ours(run):
     ours = [line for line in run[0].stderr.splitlines() if "lightning_influence" in line]
     expected = "The factors from the fit stand for few examples"  # so few epochs do not pay for many
@@ -54,6 +57,7 @@ def test_example_emits_no_warning_of_ours(run):
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.slow
 def test_example_writes_logs_picture_and_attributions(run, model):
     folder = run[1]
     attributions = Attributions.load(folder / model / "attributions.safetensors")
