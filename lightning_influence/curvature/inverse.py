@@ -21,28 +21,49 @@ class EigenInverse:
 
     Attributes:
         basis: ``Q = Q_out (x) Q_in``; None for the identity.
-        eigenvalues: ``(G, D_out, D_in)``, not negative.
+        moments: ``(G, D_out, D_in)``, the eigenvalues in multiples of ``unit``; negative ones are rounding.
         damping: a number that is added to every eigenvalue.
         scale: factor of the inverse.
+        unit: what the moments are multiples of.
+        kept: whether what is divided by is held beside the moments, or made again for each use.
     """
 
     basis: Eigenbasis | None
-    eigenvalues: Tensor
+    moments: Tensor
     damping: float
     scale: float = 1.0
+    unit: float = 1.0
+    kept: bool = True
 
-    @functools.cached_property
+    @property
+    def eigenvalues(self) -> Tensor:
+        """``(G, D_out, D_in)``, not negative."""
+        return self.moments.clamp_min(0) * self.unit
+
+    @property
     def weights(self) -> Tensor:
         """``scale / (eigenvalues + damping)``, ``(G, D_out, D_in)``.
 
         It is zero where both vanish, up to rounding: a pseudo-inverse. A damping that rounding errors of
         gradients outweigh, in products of two of them, is none.
         """
-        total = self.eigenvalues + self.damping
-        width = sum(total.shape[1:])  # what rounding grows with
-        eps, largest = torch.finfo(total.dtype).eps, float(total.amax())
-        rounding = 0.0 if self.damping > eps**2 * width * largest else eps * width * largest
-        return torch.where(total > rounding, self.scale / total, torch.zeros_like(total))
+        return self._kept_weights if self.kept else self._make_weights()
+
+    @functools.cached_property
+    def _kept_weights(self) -> Tensor:
+        return self._make_weights()
+
+    @functools.cached_property
+    def _rounding(self) -> float:
+        """The sum of an eigenvalue and the damping that counts as zero."""
+        width = sum(self.moments.shape[1:])  # what rounding grows with
+        largest = float(self.moments.amax().clamp_min(0)) * self.unit + self.damping
+        eps = torch.finfo(self.moments.dtype).eps
+        return 0.0 if self.damping > eps**2 * width * largest else eps * width * largest
+
+    def _make_weights(self) -> Tensor:
+        total = self.eigenvalues.add_(self.damping)
+        return torch.where(total > self._rounding, self.scale / total, 0.0)
 
     @property
     def back(self) -> Eigenbasis:
@@ -89,7 +110,7 @@ class EigenInverse:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EigenInverse:
         """Return the inverse on another device or in another precision."""
         basis = None if self.basis is None else self.basis.to(device, dtype)
-        return EigenInverse(basis, self.eigenvalues.to(device, dtype), self.damping, self.scale)
+        return replace(self, basis=basis, moments=self.moments.to(device, dtype))
 
 
 @dataclass(frozen=True)

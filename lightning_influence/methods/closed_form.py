@@ -139,7 +139,9 @@ class Diagonal(ClosedForm):
         self.begin()
         self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = invert_blocks(self.context.own_layout, factors, damping, take_eigenvalues)
+        self.inverse = invert_blocks(
+            self.context, self.context.own_layout, factors, damping, take_eigenvalues
+        )
 
 
 @register_method("kfac")
@@ -152,7 +154,9 @@ class KFAC(ClosedForm):
         factors = provide_factors(self.context)
         self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = invert_blocks(self.context.own_layout, factors, damping, multiply_eigenvalues)
+        self.inverse = invert_blocks(
+            self.context, self.context.own_layout, factors, damping, multiply_eigenvalues
+        )
 
 
 @register_method("ekfac")
@@ -165,7 +169,9 @@ class EKFAC(ClosedForm):
         factors = provide_factors(self.context)
         self.mean_weight = factors.mean_weight
         damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = invert_blocks(self.context.own_layout, factors, damping, take_eigenvalues)
+        self.inverse = invert_blocks(
+            self.context, self.context.own_layout, factors, damping, take_eigenvalues
+        )
 
 
 def forecast_scores(context: Context, told: Forecast, queries: int, *, compresses: bool) -> None:
@@ -177,43 +183,52 @@ def forecast_scores(context: Context, told: Forecast, queries: int, *, compresse
 
 
 def invert_blocks(
+    context: Context,
     layout: Layout,
     factors: Factors,
     damping: dict[str, float],
-    eigenvalues: Callable[[LayerStatistics], Tensor],
+    moments_of: Callable[[LayerStatistics], tuple[Tensor, float]],
 ) -> BlockInverse:
     """The damped inverse of factors.
 
+    Eigenvalues and what answers divide by are held beside the factors, unless the two take more than the
+    memory budget: then they are made of the factors, layer by layer, where they are used.
+
     Args:
+        context: of the question.
         layout: the layers that this process has factors of.
         factors: their statistics.
         damping: of each layer.
-        eigenvalues: how a layer's eigenvalues follow from its statistics.
+        moments_of: how a layer's eigenvalues follow from its statistics: a tensor, and what it counts.
 
     Returns:
         One inverse a layer.
     """
+    width = torch.empty((), dtype=context.dtype).element_size()
+    kept = 2 * width * layout.numel <= context.options.memory_budget
     layers = {}
     for name in layout.shapes:
         statistics = factors.layers[name]
-        values = eigenvalues(statistics).clamp_min(0) / factors.mean_weight
-        layers[name] = EigenInverse(statistics.basis, values, damping[name])
+        moments, unit = moments_of(statistics)
+        unit /= factors.mean_weight
+        if kept:
+            moments, unit = moments.clamp_min(0) * unit, 1.0
+        layers[name] = EigenInverse(statistics.basis, moments, damping[name], unit=unit, kept=kept)
     return BlockInverse(layout, layers)
 
 
-def take_eigenvalues(statistics: LayerStatistics) -> Tensor:
-    """Return EK-FAC's Lambda: mean squared gradient entries in the basis."""
-    moment = statistics.second_moment()
-    assert moment is not None
-    return moment
+def take_eigenvalues(statistics: LayerStatistics) -> tuple[Tensor, float]:
+    """Return EK-FAC's Lambda, mean squared gradient entries in the basis, as sums and what these count."""
+    assert statistics.squares is not None
+    return statistics.squares, 1 / statistics.squares_examples if statistics.squares_examples else math.nan
 
 
-def multiply_eigenvalues(statistics: LayerStatistics) -> Tensor:
+def multiply_eigenvalues(statistics: LayerStatistics) -> tuple[Tensor, float]:
     """Return K-FAC's eigenvalues, products of those of the two covariances, in the statistics' own basis."""
     basis = statistics.basis or Eigenbasis()  # which is stored without a trace
     inputs = _energies(statistics.covariance_in(), basis.inputs)
     outputs = _energies(statistics.covariance_out(), basis.outputs)
-    return outputs[:, :, None] * inputs[:, None, :]
+    return outputs[:, :, None] * inputs[:, None, :], 1.0
 
 
 def _energies(covariance: Tensor, basis: Basis | None) -> Tensor:
