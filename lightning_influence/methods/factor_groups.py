@@ -3,7 +3,7 @@
 Where a user names a folder, layers whose factors do not fit into the budget together are fitted in groups
 that do, each in two passes of its own. What a group gave is written to a file and mapped into memory: of the
 bases, covariances and squares of all layers the machine holds what is in use, and drops it where memory is
-short. A closed form keeps one number a parameter, its eigenvalues, and goes from layer to layer.
+short. A closed form that exceeds the budget makes its eigenvalues of them, layer by layer.
 """
 
 from __future__ import annotations
