@@ -164,9 +164,10 @@ class Auto(Method):
         factors = provide_factors(context)
         self.mean_weight = factors.mean_weight
         closed = context.resolve_damping(factors, "closed")
-        self.ekfac = invert_blocks(context, context.layout, factors, closed, take_eigenvalues)
+        budget = options.memory_budget
+        self.ekfac = invert_blocks(context.layout, factors, closed, take_eigenvalues, budget)
         damping = context.resolve_damping(factors, "full")
-        inverse = invert_blocks(context, context.layout, factors, damping, take_eigenvalues)
+        inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues, budget)
         builder = CoarseBuilder(context, inverse, options.most_curvature_examples, options.tolerance)
         if builder.key not in (state.coarse_key, state.compact_key) and not options.asks_for_space:
             self._alone = answer_alone(context, factors, self.ekfac, options.low_rank_tolerance)

@@ -34,6 +34,10 @@ from lightning_influence.model.layers.plan import Layout
 _PLAIN = 1e-4
 
 
+# A layer's eigenvalues as a tensor and what it counts.
+MomentsOf = Callable[[LayerStatistics], tuple[Tensor, float]]
+
+
 class ClosedForm(Method):
     """Shared part: an inverse made in :meth:`prepare` answers everything."""
 
@@ -49,6 +53,14 @@ class ClosedForm(Method):
         context, exchange = self.context, self.context.runner.exchange
         if exchange is not None and context.options.factors_dir is None:
             context.owners = self.owners = Owners(context.runner, exchange, context.plan)
+
+    def _invert(self, factors: Factors, moments_of: MomentsOf) -> None:
+        """Make the inverse of factors."""
+        context = self.context
+        self.mean_weight = factors.mean_weight
+        damping = context.resolve_damping(factors, "closed")
+        budget = context.options.memory_budget
+        self.inverse = invert_blocks(context.own_layout, factors, damping, moments_of, budget)
 
     def solve(self, queries: Queries) -> Solved:
         """Apply the inverse, within the scores where that is cheaper."""
@@ -137,11 +149,7 @@ class Diagonal(ClosedForm):
         """Fit second moments in one pass."""
         factors = fit_diagonal(self.context)
         self.begin()
-        self.mean_weight = factors.mean_weight
-        damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = invert_blocks(
-            self.context, self.context.own_layout, factors, damping, take_eigenvalues
-        )
+        self._invert(factors, take_eigenvalues)
 
 
 @register_method("kfac")
@@ -151,12 +159,7 @@ class KFAC(ClosedForm):
     def prepare(self) -> None:
         """Use or fit the factors."""
         self.begin()
-        factors = provide_factors(self.context)
-        self.mean_weight = factors.mean_weight
-        damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = invert_blocks(
-            self.context, self.context.own_layout, factors, damping, multiply_eigenvalues
-        )
+        self._invert(provide_factors(self.context), multiply_eigenvalues)
 
 
 @register_method("ekfac")
@@ -166,12 +169,7 @@ class EKFAC(ClosedForm):
     def prepare(self) -> None:
         """Use or fit the factors."""
         self.begin()
-        factors = provide_factors(self.context)
-        self.mean_weight = factors.mean_weight
-        damping = self.context.resolve_damping(factors, "closed")
-        self.inverse = invert_blocks(
-            self.context, self.context.own_layout, factors, damping, take_eigenvalues
-        )
+        self._invert(provide_factors(self.context), take_eigenvalues)
 
 
 def forecast_scores(context: Context, told: Forecast, queries: int, *, compresses: bool) -> None:
@@ -183,11 +181,11 @@ def forecast_scores(context: Context, told: Forecast, queries: int, *, compresse
 
 
 def invert_blocks(
-    context: Context,
     layout: Layout,
     factors: Factors,
     damping: dict[str, float],
-    moments_of: Callable[[LayerStatistics], tuple[Tensor, float]],
+    moments_of: MomentsOf,
+    memory_budget: float = math.inf,
 ) -> BlockInverse:
     """The damped inverse of factors.
 
@@ -195,22 +193,21 @@ def invert_blocks(
     memory budget: then they are made of the factors, layer by layer, where they are used.
 
     Args:
-        context: of the question.
         layout: the layers that this process has factors of.
         factors: their statistics.
         damping: of each layer.
         moments_of: how a layer's eigenvalues follow from its statistics: a tensor, and what it counts.
+        memory_budget: in bytes.
 
     Returns:
         One inverse a layer.
     """
-    width = torch.empty((), dtype=context.dtype).element_size()
-    kept = 2 * width * layout.numel <= context.options.memory_budget
     layers = {}
     for name in layout.shapes:
         statistics = factors.layers[name]
         moments, unit = moments_of(statistics)
         unit /= factors.mean_weight
+        kept = 2 * moments.element_size() * layout.numel <= memory_budget
         if kept:
             moments, unit = moments.clamp_min(0) * unit, 1.0
         layers[name] = EigenInverse(statistics.basis, moments, damping[name], unit=unit, kept=kept)

@@ -143,7 +143,8 @@ class Iterative(Method):
                 f"method={self.name!r} needs a positive one. Pass a number, or use method='minres'."
             )
         like = torch.empty(0, device=context.device, dtype=context.dtype)
-        inverse = invert_blocks(context, context.layout, factors, damping, take_eigenvalues)
+        budget = context.options.memory_budget
+        inverse = invert_blocks(context.layout, factors, damping, take_eigenvalues, budget)
         system = System(self._choose_operator(), context.layout.expand(damping, like), inverse)
         self._prepared = system, self.set_up(system)
 
