@@ -21,24 +21,23 @@ class EigenInverse:
 
     Attributes:
         basis: ``Q = Q_out (x) Q_in``; None for the identity.
-        moments: ``(G, D_out, D_in)``, the eigenvalues in multiples of ``unit``; negative ones are rounding.
+        moments: ``(G, D_out, D_in)``, what the eigenvalues are made of.
         damping: a number that is added to every eigenvalue.
         scale: factor of the inverse.
-        unit: what the moments are multiples of.
-        kept: whether what is divided by is held beside the moments, or made again for each use.
+        unit: None where the moments are the eigenvalues, and what is divided by is held beside them. Else
+            eigenvalues are so many times the moments, none negative, and nothing is held beside these.
     """
 
     basis: Eigenbasis | None
     moments: Tensor
     damping: float
     scale: float = 1.0
-    unit: float = 1.0
-    kept: bool = True
+    unit: float | None = None
 
     @property
     def eigenvalues(self) -> Tensor:
         """``(G, D_out, D_in)``, not negative."""
-        return self.moments.clamp_min(0) * self.unit
+        return self.moments if self.unit is None else self.moments.clamp_min(0) * self.unit
 
     @property
     def weights(self) -> Tensor:
@@ -47,23 +46,22 @@ class EigenInverse:
         It is zero where both vanish, up to rounding: a pseudo-inverse. A damping that rounding errors of
         gradients outweigh, in products of two of them, is none.
         """
-        return self._kept_weights if self.kept else self._make_weights()
+        return self._held_weights if self.unit is None else self._make_weights()
 
     @functools.cached_property
-    def _kept_weights(self) -> Tensor:
+    def _held_weights(self) -> Tensor:
         return self._make_weights()
+
+    def _make_weights(self) -> Tensor:
+        total = self.eigenvalues + self.damping
+        return torch.where(total > self._rounding, self.scale / total, 0.0)
 
     @functools.cached_property
     def _rounding(self) -> float:
         """The sum of an eigenvalue and the damping that counts as zero."""
         width = sum(self.moments.shape[1:])  # what rounding grows with
-        largest = float(self.moments.amax().clamp_min(0)) * self.unit + self.damping
-        eps = torch.finfo(self.moments.dtype).eps
+        eps, largest = torch.finfo(self.moments.dtype).eps, float(self.eigenvalues.amax()) + self.damping
         return 0.0 if self.damping > eps**2 * width * largest else eps * width * largest
-
-    def _make_weights(self) -> Tensor:
-        total = self.eigenvalues.add_(self.damping)
-        return torch.where(total > self._rounding, self.scale / total, 0.0)
 
     @property
     def back(self) -> Eigenbasis:

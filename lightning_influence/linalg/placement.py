@@ -41,11 +41,6 @@ def decompose_symmetric(symmetric: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     return _decompose_in_place(symmetric, dtype)
 
 
-def forget_places() -> None:
-    """Try again where decompositions are faster, as after a change of threads."""
-    _on_cpu.clear()
-
-
 def _is_cpu(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu"
 

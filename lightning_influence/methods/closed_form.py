@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -206,11 +207,10 @@ def invert_blocks(
     for name in layout.shapes:
         statistics = factors.layers[name]
         moments, unit = moments_of(statistics)
-        unit /= factors.mean_weight
-        kept = 2 * moments.element_size() * layout.numel <= memory_budget
-        if kept:
-            moments, unit = moments.clamp_min(0) * unit, 1.0
-        layers[name] = EigenInverse(statistics.basis, moments, damping[name], unit=unit, kept=kept)
+        made = EigenInverse(statistics.basis, moments, damping[name], unit=unit / factors.mean_weight)
+        if 2 * moments.element_size() * layout.numel <= memory_budget:
+            made = replace(made, moments=made.eigenvalues, unit=None)
+        layers[name] = made
     return BlockInverse(layout, layers)
 
 

@@ -60,6 +60,22 @@ def test_action_and_quadratic_form(shape, positions, seeds, damping, with_basis,
         torch.testing.assert_close(inverse.quadratic(gradients), expected, **TIGHT)
 
 
+def test_an_inverse_made_of_moments_is_that_of_their_eigenvalues():
+    held = draw(2, 3, 4, 0.1)
+    made = EigenInverse(held.basis, held.eigenvalues / 0.25, 0.1, unit=0.25)
+    vectors = torch.randn(5, 2, 3, 4, dtype=torch.float64)
+    for one, other in ((made, held), (made.to(dtype=torch.float32), held.to(dtype=torch.float32))):
+        given = vectors.to(one.moments.dtype)
+        torch.testing.assert_close(one.apply(given), other.apply(given))
+        torch.testing.assert_close(one.multiply(given), other.multiply(given))
+    layout = Layout({"a": (2, 3, 4)})
+    whole, again = (BlockInverse(layout, {"a": layer}).scaled(3.0) for layer in (held, made))
+    torch.testing.assert_close(again.apply(vectors.flatten(1)), whole.apply(vectors.flatten(1)), **TIGHT)
+    read = BlockInverse.from_state_dict(BlockInverse(layout, {"a": made}).state_dict())
+    torch.testing.assert_close(read.layers["a"].eigenvalues, held.eigenvalues, **TIGHT)
+    assert (EigenInverse(None, torch.tensor([[[-1e-9, 1.0]]]), 0.5, unit=2.0).eigenvalues >= 0).all()
+
+
 def test_without_damping_it_is_a_pseudo_inverse():
     inverse = EigenInverse(None, torch.tensor([[[2.0, 0.0], [0.5, 0.0]]]), 0.0)
     assert inverse.weights.tolist() == [[[0.5, 0.0], [2.0, 0.0]]]
@@ -95,7 +111,7 @@ def test_weights_are_positive_and_bounded_by_the_damping(damping):
 
 def test_a_damping_below_rounding_is_none():
     inverse = draw(1, 3, 4, 0.0)
-    inverse.moments[0, 1] = 0
+    inverse.eigenvalues[0, 1] = 0
     tiny = EigenInverse(inverse.basis, inverse.eigenvalues, 1e-33)
     torch.testing.assert_close(tiny.weights, inverse.weights, **TIGHT)
     assert (inverse.weights[0, 1] == 0).all()

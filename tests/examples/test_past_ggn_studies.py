@@ -132,7 +132,7 @@ SHAPES = {"a": (1, 2, 3), "b": (2, 2, 2)}
 @pytest.mark.parametrize("function", [lambda h: torch.exp(-300 * h), lambda h: h + 0.5], ids=["exp", "shift"])
 def test_functions_of_factors_are_those_of_their_matrix(bench, function):
     inverse = kronecker(SHAPES)
-    inverse.layers["a"].moments[0, 0, 0] = 1e3  # its exponential is 0
+    inverse.layers["a"].eigenvalues[0, 0, 0] = 1e3  # its exponential is 0
     matrix = torch.block_diag(*blocks(inverse))
     vectors = torch.randn(3, len(matrix), dtype=torch.float64)
     found = bench.unrolling.FactoredCurvature(inverse).apply(function, vectors)

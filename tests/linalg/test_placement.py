@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_influence.linalg import placement
-from lightning_influence.linalg.placement import decompose_symmetric, forget_places
+from lightning_influence.linalg.placement import decompose_symmetric
 
 
 @pytest.fixture
@@ -30,9 +30,8 @@ def device(monkeypatch):
     monkeypatch.setattr(placement, "_decompose_in_place", there)
     monkeypatch.setattr(placement, "_decompose_on_cpu", here)
     monkeypatch.setattr(placement, "_is_cpu", lambda matrix: False)
-    forget_places()
-    yield device
-    forget_places()
+    monkeypatch.setattr(placement, "_on_cpu", {})
+    return device
 
 
 def pretend(monkeypatch, there, here):

@@ -39,10 +39,10 @@ def test_answers_are_the_same(inverses, name, method):
     again = asked.scores(memory_budget=200, **options)
     close = {"rtol": 1e-6, "atol": 1e-10} if method in ("auto", "cg") else CLOSE
     torch.testing.assert_close(again.scores, plain.scores, **close)
-    assert all(layer.kept for inverse, _ in inverses[:held] for layer in inverse.layers.values())
+    assert all(layer.unit is None for inverse, _ in inverses[:held] for layer in inverse.layers.values())
     later = [layer for inverse, _ in inverses[held:] for layer in inverse.layers.values()]
     assert later
-    assert not any(layer.kept for layer in later)
+    assert not any(layer.unit is None for layer in later)
 
 
 @pytest.mark.parametrize("method", ["kfac", "ekfac"])
