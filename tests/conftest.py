@@ -12,7 +12,7 @@ COUNTS = "counts: "
 
 def pytest_addoption(parser):
     """How far the tests that draw their cases go."""
-    parser.addoption("--fuzz-cases", type=int, default=160, help="random questions (160)")
+    parser.addoption("--fuzz-cases", type=int, default=80, help="random questions (80)")
     parser.addoption("--damaged-files", type=int, default=60, help="damaged files of each kind (60)")
     told = "of the tests: the quick part (where no paths, -m or -k choose), the rest of them, or all"
     parser.addoption("--part", choices=["quick", "rest", "all"], help=told)

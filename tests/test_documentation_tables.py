@@ -199,6 +199,7 @@ def logged_names(page, heading):
     return set(re.findall(r"`([\w/<>]+)`", " ".join(re.findall(r"^\| (`.+?) \|", section, re.MULTILINE))))
 
 
+@pytest.mark.slow
 def test_names_logged_during_the_fit_are_on_the_page(tmp_path, monkeypatch):
     """Watch a real fit: these names are stable, and each is explained."""
     names = run_page(DOCS / "loggers.md", monkeypatch, tmp_path)

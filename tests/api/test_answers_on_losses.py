@@ -84,6 +84,7 @@ def gauss_newton(module, loader):
     return total
 
 
+@pytest.mark.slow
 def test_dense_methods_have_their_blocks(fitted):
     trainer, module = fitted
     train, queries = make_loader(N, 0), make_loader(Q, 1)

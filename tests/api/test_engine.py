@@ -152,6 +152,7 @@ def test_a_query_alone_is_answered_as_among_others(name, options):
         assert error <= 3 * tolerance  # the tolerance is on residuals; the solutions differ by a little more
 
 
+@pytest.mark.slow
 def test_auto_approaches_exact_with_steps_and_anchors():
     asked = Asked(CASES["mlp_silu_smoothing"])
     exact = asked.expected("exact")

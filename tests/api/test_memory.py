@@ -80,6 +80,7 @@ def test_the_ends_of_rankings_take_the_memory_budget(method):
         torch.testing.assert_close(found.top_scores, whole.top_scores, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_queries_of_a_dense_method_come_in_groups():
     inputs, hidden, queries, budget = 20, 20, 4000, 4 * MIB
     found, peak = ask(queries, 60, inputs, hidden, method="exact", top_k=4, memory_budget=budget)

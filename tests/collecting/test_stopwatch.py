@@ -70,6 +70,7 @@ class Sequences(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
+@pytest.mark.slow
 def test_sums_over_some_positions_are_on_average_those_over_all() -> None:
     torch.manual_seed(2)
     x, y = torch.randn(16, 50, 3).double(), torch.arange(16) % 3

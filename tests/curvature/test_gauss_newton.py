@@ -51,6 +51,7 @@ def test_batches_do_not_matter(name, batch_size):
     torch.testing.assert_close(got, setup.ggn(), **TIGHT)
 
 
+@pytest.mark.slow
 def test_too_many_columns_are_mixed_and_say_so():
     setup = Setup.of("tokens_weighted")
     exact = setup.ggn()

@@ -195,6 +195,7 @@ def test_given_steps_are_linearised_anew_each_time(method, count):
     torch.testing.assert_close(found, point - theta, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_sample_of_kept_examples_stands_for_all(monkeypatch):
     """With no limit nothing is estimated; with 16 of 40 kept examples the edit does the same on average."""
     from edit_models import accuracy, blobs, fitted, of_class, train

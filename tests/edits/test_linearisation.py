@@ -36,6 +36,7 @@ def test_steps_of_a_linear_model_converge_to_retraining(method):
             assert left[2] == pytest.approx(left[0] / 4, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_steps_of_a_network_lower_what_is_trained_on():
     model, examples, _ = regression(0, 400)
     kept = slice(len(examples), None)
@@ -51,6 +52,7 @@ def test_steps_of_a_network_lower_what_is_trained_on():
     assert losses[3] < losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.slow
 def test_steps_that_are_too_long_are_halved():
     model, examples, _ = regression(0, 400)
     kept = slice(len(examples), None)
@@ -105,6 +107,7 @@ def test_the_curvature_of_many_outputs_is_exact_where_it_is_asked_for(outputs, s
         assert (model.vector() - goal).norm() < 1e-4 * (before - goal).norm()
 
 
+@pytest.mark.slow
 def test_many_classes_are_as_the_hessian_of_a_linear_model_has_them():
     model = many(70, F.cross_entropy)
     options = {**EXACTLY, "weight_decay": 0.01, "method": "if", "step": "theory"}

@@ -147,6 +147,7 @@ def test_validation_data_take_the_place_of_the_kept_in_the_search(options, loade
     assert edit.report.kept_origin == "validation"
 
 
+@pytest.mark.slow
 def test_validation_data_are_only_reported_where_nothing_is_searched_for():
     model, examples, new = noisy_classes(0)
     held_out = DataLoader(TensorDataset(model.x[:90], 2 - model.y[:90]), 30)

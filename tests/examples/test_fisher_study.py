@@ -26,6 +26,7 @@ def bench(monkeypatch, tmp_path):
             del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_every_kind_has_a_row(bench):
     fisher, tasks, truth = bench
     full = tasks.digits_mlp()

@@ -73,6 +73,7 @@ def test_an_answer_rests_on_sentences_about_the_same_person(tmp_path):
     assert is_picture(output)
 
 
+@pytest.mark.slow
 def test_a_project_of_lightning_cli(tmp_path, capsys):
     pytest.importorskip("jsonargparse", reason="jsonargparse is not installed")
     project = importlib.import_module("lightning_cli")

@@ -25,6 +25,7 @@ def run(monkeypatch, tmp_path, *arguments):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_every_stage_is_measured(monkeypatch, tmp_path, capsys):
     found = run(monkeypatch, tmp_path, "resnet50", "gpt2")
     assert found["tiny"]

@@ -30,6 +30,7 @@ def test_small_run_prints_every_setting(study, capsys):
     assert sum("│ 5 " in line for line in out.splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_steps_converge_to_the_dense_solution_in_any_groups(study):
     problem = study.Problem(study.LADDER["diabetes"](), small=True)
     rows = [problem.solve(30, group, "float64") for group in (0, 5)]

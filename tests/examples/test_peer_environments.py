@@ -67,6 +67,7 @@ def test_a_job_is_read_as_it_was_written(tmp_path):
         assert all(map(torch.equal, table.tensors, original.tensors))
 
 
+@pytest.mark.slow
 def test_the_best_setting_is_told_and_so_are_the_defaults(run_here, monkeypatch):
     run_here.method = Products
     task = small_task()

@@ -20,7 +20,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 NAME = "pretended"
 # Whether this torch lets a backend be written in Python (2.9 and later).
@@ -253,10 +253,30 @@ OWN_KERNELS = {
 }
 
 
+def _find_leaves(value):
+    """Return what is inside of an operation's arguments, which are lists and tuples at most."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return [value]
+    return [leaf for part in value for leaf in _find_leaves(part)]
+
+
+def _change_leaves(change, value):
+    """Return an operation's arguments or results with each leaf changed."""
+    if isinstance(value, dict):
+        return {key: _change_leaves(change, part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_change_leaves(change, part) for part in value]
+    return (
+        tuple(_change_leaves(change, part) for part in value) if isinstance(value, tuple) else change(value)
+    )
+
+
 def _run(func, args, kwargs):
     """Run one operation on what is inside, and wrap what comes out."""
     name = func._schema.name
-    leaves = tree_leaves((args, kwargs))
+    leaves = _find_leaves((args, kwargs))
     ours = [leaf for leaf in leaves if _is_ours(leaf)]
     inner = dict(kwargs)
     onto = bool(ours)  # whether results are on the device
@@ -279,7 +299,7 @@ def _run(func, args, kwargs):
             else found
         )
     else:
-        found = OWN_KERNELS.get(name, func)(*tree_map(take, args), **tree_map(take, inner))
+        found = OWN_KERNELS.get(name, func)(*_change_leaves(take, args), **_change_leaves(take, inner))
     if name == "aten::_to_copy" and ours and not onto and kwargs.get("non_blocking"):
         return _send(found)
     if name == "aten::copy_":
@@ -293,7 +313,7 @@ def _run(func, args, kwargs):
             return value
         return known.get(id(value)) if id(value) in known else PretendedTensor(value)
 
-    return tree_map(wrap, found)
+    return _change_leaves(wrap, found)
 
 
 class _Factories(TorchDispatchMode):
@@ -301,7 +321,7 @@ class _Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
+        leaves = _find_leaves((args, kwargs))
         if _names_device(kwargs) or any(map(_is_ours, leaves)):
             return _run(func, args, kwargs)
         if func._schema.name == "aten::_local_scalar_dense" and not isinstance(args[0], torch.Tensor):

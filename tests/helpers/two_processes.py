@@ -1,8 +1,8 @@
 """Runs scripts that ask on two processes, and reports what they printed.
 
 A process that has imported the packages once stands by for the scripts of a test run. It makes two copies of
-itself for each, and says of both which they are, as a cluster would; so Lightning starts none. With
-``launched=True`` a script is run as users run theirs: once, and Lightning starts it again.
+itself for each, and says of both which they are, as a cluster would; so Lightning starts none. Scripts that
+are run as users run theirs, once, so that Lightning starts them again, are in ``tests/faults``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import time
 import traceback
 from pathlib import Path
 
-_SECONDS = 300
 # A process group left open is torn down by the interpreter's exit, whose threads may then abort the process.
 FAREWELL = """
 print(f"rank {trainer.global_rank} is fine", flush=True)
@@ -43,14 +42,15 @@ module = Net().double()
 trainer = make(devices=2, strategy="ddp", default_root_dir=sys.argv[1])
 data = TensorDataset(x, y)
 """
+_SECONDS = 300
 _standing_by: list[subprocess.Popen[str]] = []
 
 
-def check_script(script: str, folder: Path, *, launched: bool = False) -> None:
+def check_script(script: str, folder: Path) -> None:
     """Run a script that names its ``trainer``; it gets the folder as argument and asserts on each rank."""
     path = folder / "script.py"
     path.write_text(script + FAREWELL)
-    code, out, err = _launch(path, folder) if launched else _ask(path, folder)
+    code, out, err = _ask(path, folder)
     told = f"{out[-1000:]}\n{err[-3000:]}"
     assert code == 0, told
     assert all(f"rank {rank} is fine" in out for rank in (0, 1)), told
@@ -60,19 +60,6 @@ def _environment() -> dict[str, str]:
     helpers = Path(__file__).parent
     paths = os.pathsep.join([str(helpers), str(helpers.parents[1])])
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-
-def _launch(path: Path, folder: Path) -> tuple[int, str, str]:
-    """Run a script as users do."""
-    result = subprocess.run(
-        [sys.executable, str(path), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=_SECONDS,
-        env=_environment(),
-        check=False,
-    )
-    return result.returncode, result.stdout, result.stderr
 
 
 def _ask(path: Path, folder: Path) -> tuple[int, str, str]:

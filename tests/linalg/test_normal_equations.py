@@ -52,6 +52,7 @@ def solve(H, g, mask, ridge, **options):
     return solve_positive(normal, right, inverse_diagonal=inverse, **limits)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 40), st.booleans(), st.sampled_from([0.01, 1.0]))
 @settings(max_examples=30, deadline=None)
 def test_every_solver_is_the_least_squares_solution(seed, indefinite, ridge):

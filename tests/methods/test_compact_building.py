@@ -90,6 +90,7 @@ def test_directions_are_preconditioned_gradients_cut_to_the_rank():
         torch.testing.assert_close(errors.min(dim=1).values, left_out, rtol=0.02, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_answers_are_better_than_those_of_as_few_dense_directions_as_fit(monkeypatch):
     exact = InfluenceModule(Net()).scores(TRAIN, QUERIES, method="exact", damping=DAMPING).scores
     compact = ask(InfluenceModule(Net()), 20)
@@ -101,6 +102,7 @@ def test_answers_are_better_than_those_of_as_few_dense_directions_as_fit(monkeyp
     assert compact.diagnostics.residuals.median() < 0.5 * dense.diagnostics.residuals.median()
 
 
+@pytest.mark.slow
 def test_steps_converge_beside_the_space():
     queries = [draw(2, 1)]
     options = {**PLAIN, "damping": 1.0, "tolerance": 1e-8, "max_steps": 25, "memory_budget": 60 * 8 * NUMEL}
@@ -215,6 +217,7 @@ def test_the_first_queries_complete_the_space_in_one_pass():
     torch.testing.assert_close(found.diagnostics.residuals, after.diagnostics.residuals)
 
 
+@pytest.mark.slow
 def test_few_queries_of_long_passes_get_a_small_space(monkeypatch):
     building = "lightning_influence.methods.compact_building"
     monkeypatch.setattr(f"{building}._ANCHORS_EACH", 2)

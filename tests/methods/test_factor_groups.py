@@ -72,6 +72,7 @@ def test_answers_are_those_of_factors_fitted_together(method, tmp_path):
     torch.testing.assert_close(again.scores, expected.scores, **CLOSE)
 
 
+@pytest.mark.slow
 def test_files_are_mapped_and_read_by_others(tmp_path):
     module = InfluenceModule(Net())
     first = ask(tmp_path, module=module)
@@ -85,6 +86,7 @@ def test_files_are_mapped_and_read_by_others(tmp_path):
     torch.testing.assert_close(whole.scores, first.scores, **CLOSE)
 
 
+@pytest.mark.slow
 def test_groups_of_other_data_are_fitted_again(tmp_path):
     ask(tmp_path, seed=1)
     files = sorted(tmp_path.iterdir())

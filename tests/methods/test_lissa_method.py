@@ -114,6 +114,7 @@ def test_minibatches_converge_to_the_exact_solution(name):
         assert worst_error(flat(name, answer), exact) <= tolerance
 
 
+@pytest.mark.slow
 def test_products_in_passes_answer_as_products_in_memory():
     """Where the gradients do not fit, products are passes, and the scale comes from minibatches."""
     name = "mlp_regression"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.running.host.processes import Meeting
+from lightning_influence.running.host.whole_shards import make_whole
 from lightning_influence.support.errors import UnsupportedTrainerError
 from lightning_influence.support.whole import is_of_fsdp, is_sharded, mark_stand_in
 
@@ -170,8 +171,7 @@ class Shards:
 
     @torch.no_grad()
     def _gather(self, number: int) -> list[Tensor]:
-        parts: list[Any] = self._groups[number].sharded
-        return [part.full_tensor() for part in parts]
+        return make_whole(self._groups[number].sharded)
 
     def _find(self, number: int, place: int) -> Tensor:
         """Return the values of one parameter."""
