@@ -51,12 +51,12 @@ def _gather_together(
     ]
     sizes = [torch.Size(shape).numel() for shape in shapes]
     own = torch.zeros(sum(sizes), dtype=dtype, device=device)
-    for part, dim, shape, into in zip(parts, dims, shapes, own.split(sizes), strict=True):
+    for part, dim, shape, into in zip(parts, dims, shapes, torch.split(own, sizes), strict=True):
         local = part.to_local()
         into.view(shape).narrow(dim, 0, local.shape[dim]).copy_(local)
     everyone = own.new_empty(count * own.numel())
     dist.all_gather_into_tensor(everyone, own, group=group)
-    pieces = [of_one.split(sizes) for of_one in everyone.view(count, -1)]
+    pieces = [torch.split(of_one, sizes) for of_one in everyone.view(count, -1)]
     found = []
     for place, (part, dim, width, shape) in enumerate(zip(parts, dims, widths, shapes, strict=True)):
         # The last processes hold less than the others, or nothing.
