@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_influence import Attributions, InfluenceModule
+from lightning_influence.curvature.state import InfluenceState
 
 # Chosen by hand: a rank correlation with scores of this residual is not limited by them.
 CONVERGED = 1e-2
@@ -141,9 +142,10 @@ def solve_few(
         max_steps=300,
         memory_budget=10 * 2**30,
     )
-    residuals = target.diagnostics.residuals
+    residuals, dampings = target.diagnostics.residuals, target.diagnostics.damping.values()
     assert residuals is not None
-    print(f"residual of cg {float(residuals.max()):.2g}", flush=True)
+    told = f"damping {min(dampings):.2g} to {max(dampings):.2g}"
+    print(f"residual of cg {float(residuals.max()):.2g}, {told}", flush=True)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(target.scores, path)
@@ -161,7 +163,7 @@ def study(name: str, size: Size, given: argparse.Namespace) -> list[Row]:
     Returns:
         The rows.
     """
-    module, loaders = train(size, given.epochs)
+    module, loaders, record = train(size, given.epochs)
     plain, damping = time_epoch(module, loaders[0]), given.damping
     numel = sum(p.numel() for p in module.parameters())
     with torch.no_grad():
@@ -174,7 +176,7 @@ def study(name: str, size: Size, given: argparse.Namespace) -> list[Row]:
     factors = decompositions = float("inf")
     peak = Peak()
     for number in range(given.rounds):
-        fitted = InfluenceModule(module)
+        fitted = InfluenceModule(module, state=InfluenceState(record=record))
         with EighClock() as clock, nullcontext() if number else peak:
             started = time.process_time()
             fitted.prepare(loaders[0], method="ekfac", damping=damping)
@@ -292,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--curvature-examples", type=int, help="for auto, which then corrects in any case")
     parser.add_argument("--mean", action="store_true", help="ask about the mean of the queries")
     parser.add_argument("--epochs", type=int, default=4, help="of training")
-    parser.add_argument("--damping", type=read_damping, default=3e-3, help="a number, or a rule's name")
+    parser.add_argument("--damping", type=read_damping, default=3e-3, help="a number; auto for the run's")
     parser.add_argument("--cache", type=Path, help="folder that keeps converged scores")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rounds", type=int, default=1, help="of which the least cost counts")

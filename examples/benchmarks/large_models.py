@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_influence.curvature.training_record import TrainingRecord
+from lightning_influence.model.layers.plan import find_layers
+
 CLASSES = 10
 # Tokens come in clusters, so that sequences can be learned from few of them.
 _CLUSTERS, _FOLLOWERS = 50, 3
@@ -218,18 +221,21 @@ def draw_tokens(size: Size, count: int, generator: torch.Generator) -> tuple[Ten
     return sequence[:, :-1], sequence[:, 1:]
 
 
-def train(size: Size, epochs: int) -> tuple[Module, list[DataLoader[Any]]]:
-    """Return a model trained on made-up data, and the loaders of training examples and queries."""
+def train(size: Size, epochs: int) -> tuple[Module, list[DataLoader[Any]], TrainingRecord]:
+    """Return a model trained on made-up data, the loaders of examples and queries, and the run's record."""
     torch.manual_seed(0)
     draw = draw_tokens if size.kind in ("gpt", "llama") else draw_images
     generator = torch.Generator().manual_seed(1)
     tables = [TensorDataset(*draw(size, count, generator)) for count in (size.examples, size.queries)]
     module = (Published if size.kind == "llama" else Module)(MODELS[size.kind](size))
     optimizer = torch.optim.AdamW(module.parameters(), 1e-3)
+    layers, record = find_layers(module).layers, TrainingRecord()
     for _ in range(epochs):
         for batch in DataLoader(tables[0], size.batch, shuffle=True):
             optimizer.zero_grad()
             module.training_step(batch).backward()
+            record.add_step(optimizer, layers)
             optimizer.step()
+    record.read_metric(optimizer, layers)
     module.zero_grad()
-    return module.eval(), [DataLoader(table, size.batch) for table in tables]
+    return module.eval(), [DataLoader(table, size.batch) for table in tables], record

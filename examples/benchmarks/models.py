@@ -76,6 +76,9 @@ def find_cases() -> Iterator[tuple[str, Case]]:
         "torchvision ViT",
         (lambda: torchvision.models.VisionTransformer(**small), (image, labels), plain),
     )
+    sequence = torch.randn(B, TIME, 32, generator=generator)
+    for maker in (Distances, Cells, Projected):
+        yield f"without a rule: {maker.__name__}", (maker, (sequence, labels), plain)
     for name in ("resnet18", "swin_t", "convnext_tiny", "mobilenet_v3_small", "efficientnet_b0"):
         maker = getattr(torchvision.models, name)
         yield f"torchvision {name}", (lambda maker=maker: maker(num_classes=3), (image, labels), plain)
@@ -96,6 +99,45 @@ def find_cases() -> Iterator[tuple[str, Case]]:
                 plain,
             ),
         )
+
+
+class Distances(nn.Module):
+    """Classes have prototypes, and distances to them by an operation that has no rule of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.prototypes = nn.Linear(32, 64), nn.Parameter(torch.randn(3, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores ``(B, 3)`` of sequences ``(B, T, 32)``."""
+        return -torch.cdist(self.body(x).tanh(), self.prototypes.expand(len(x), -1, -1)).mean(1)
+
+
+class Cells(nn.Module):
+    """A recurrent cell that is called once for each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTMCell(32, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores ``(B, 3)`` of sequences ``(B, T, 32)``."""
+        state = None
+        for position in x.unbind(1):
+            state = self.cell(position, state)
+        return self.head(state[0])
+
+
+class Projected(nn.Module):
+    """An LSTM whose states are projected, and so are not what torch's kernels return of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(32, 64, proj_size=16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores ``(B, 3)`` of sequences ``(B, T, 32)``."""
+        return self.head(self.rnn(x)[0][:, -1])
 
 
 def find_text(text: Tensor, labels: Tensor) -> Iterator[tuple[str, Case]]:

@@ -10,6 +10,8 @@ from torch import Tensor
 _OVERSAMPLE, _POWER_STEPS = 4, 1
 # The sketch has a multiple of so many columns: products with 16 of them take half the time of those with 6.
 _MULTIPLE = 16
+# Chosen by hand: how many times the rounding of an energy an error has to be, to be seen in a difference of two.
+_ROUNDED = 10
 # Chosen by hand: the rank that is tried first, and what it is multiplied by where it is not enough.
 _FIRST_RANK, _RAISE = 8, 4
 
@@ -36,7 +38,8 @@ def truncate(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     for _ in range(_POWER_STEPS):
         basis = torch.linalg.qr(matrices @ torch.linalg.qr(matrices.mT @ basis).Q).Q
     small = basis.mT @ matrices  # (..., size, D_in)
-    vectors = torch.linalg.eigh(small @ small.mT).eigenvectors[..., -rank:]
+    exact = small.double()  # of squares, which single precision does not tell apart below 3e-4 of the largest
+    vectors = torch.linalg.eigh(exact @ exact.mT).eigenvectors[..., -rank:].to(matrices.dtype)
     return basis @ vectors, small.mT @ vectors  # which is matrices^T left
 
 
@@ -59,7 +62,13 @@ def truncate_within(matrices: Tensor, tolerance: float, most: int) -> tuple[Tens
         left, right = truncate(matrices, rank)
         # Left factors are orthonormal, their columns in ascending order of what they take along.
         kept = right.double().square().sum(dim=(1, -2))  # (V, r)
-        errors = (1 - kept.flip(1).cumsum(1) / energies[:, None]).clamp_min(0).mean(0)
+        if tolerance**2 > _ROUNDED * torch.finfo(matrices.dtype).eps:
+            left_out = energies[:, None] - kept.flip(1).cumsum(1)
+        else:  # a difference of energies would be rounding
+            rest = torch.linalg.vector_norm((matrices - left @ right.mT).flatten(1), dim=1, dtype=torch.float64)
+            dropped = kept.cumsum(1).flip(1) - kept.flip(1)
+            left_out = rest.square()[:, None] + dropped
+        errors = (left_out / energies[:, None]).clamp_min(0).mean(0)
         enough = (errors <= tolerance**2).nonzero().flatten()
         if len(enough):
             rank = int(enough[0]) + 1

@@ -32,7 +32,7 @@ from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.plan import Layout
 
 # Chosen by hand: error of inner products of gradients, which users take for exact.
-_PLAIN = 1e-4
+_PLAIN = 1e-5
 
 
 # A layer's eigenvalues as a tensor and what it counts.
