@@ -139,7 +139,7 @@ def _choose(remainders: Tensor, seen: Tensor, scale: Tensor, tolerance: float) -
     """Choose by what probes see.
 
     Args:
-        remainders: what every way leaves, ``(ways, Q, s)``; the first one is taken where it is good enough.
+        remainders: what every way leaves, ``(ways, Q, s)``; the first one is taken where it is tolerated.
         seen: what there is, ``(Q, s)``.
         scale: squared norms of the queries, ``(Q,)``.
         tolerance: as in :meth:`CompactTwoLevel.compare`.
@@ -206,7 +206,7 @@ class CompactTwoLevel:
         queries: Mapping[str, LayerGradients],
         answers: ClosedAnswers,
         rows: CurvatureRows | None = None,
-        tolerance: float = math.inf,
+        tolerance: float = 0.0,
     ) -> tuple[CompactCorrection, Tensor, Tensor]:
         """Find the corrected answers.
 
@@ -216,9 +216,9 @@ class CompactTwoLevel:
                 ``z`` may take the place of that of ``P``; it is ``P`` with a step of 1 if there is one form.
                 Residuals are those of answers as they are held.
             rows: ``B^T J z`` of this process's curvature examples; None to find them in a pass.
-            tolerance: queries with a larger residual get the best of ``z + Q c``, of the best steps ``t z +
-                Q c`` with the ``z`` of either form, and of ``t z`` of the other form alone. Where that is
-                above 1 still, answers are shortened, so that they are better than none.
+            tolerance: every query gets the best of ``z + Q c``, of the best steps ``t z + Q c`` with the
+                ``z`` of either form, and of ``t z`` of the other form alone; up to this residual the first.
+                Where that is above 1 still, answers are shortened, so that they are better than none.
 
         Returns:
             The answers; the estimated relative residual ``||v - A x|| / ||v||`` of each query, ``(Q,)``; and

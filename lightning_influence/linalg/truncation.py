@@ -65,7 +65,9 @@ def truncate_within(matrices: Tensor, tolerance: float, most: int) -> tuple[Tens
         if tolerance**2 > _ROUNDED * torch.finfo(matrices.dtype).eps:
             left_out = energies[:, None] - kept.flip(1).cumsum(1)
         else:  # a difference of energies would be rounding
-            rest = torch.linalg.vector_norm((matrices - left @ right.mT).flatten(1), dim=1, dtype=torch.float64)
+            rest = torch.linalg.vector_norm(
+                (matrices - left @ right.mT).flatten(1), dim=1, dtype=torch.float64
+            )
             dropped = kept.cumsum(1).flip(1) - kept.flip(1)
             left_out = rest.square()[:, None] + dropped
         errors = (left_out / energies[:, None]).clamp_min(0).mean(0)

@@ -318,7 +318,7 @@ class Auto(Method):
             self._correct_with(operator)
             self._draft = None
         assert isinstance(self.operator, CompactTwoLevel)
-        found = self.operator.compare(queries, answers, rows, self.options.tolerance)
+        found = self.operator.compare(queries, answers, rows)
         if found[0].shortened:
             self.context.notes.add(
                 f"{found[0].shortened} queries are far from solved by {self.space.size} directions: their "

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from lightning_influence import InfluenceError
 
-SHARDS = 8
+SHARDS = 4
 
 
 @pytest.mark.fuzz
