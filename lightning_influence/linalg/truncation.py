@@ -10,7 +10,7 @@ from torch import Tensor
 _OVERSAMPLE, _POWER_STEPS = 4, 1
 # The sketch has a multiple of so many columns: products with 16 of them take half the time of those with 6.
 _MULTIPLE = 16
-# Chosen by hand: how many times the rounding of an energy an error has to be, to be seen in a difference of two.
+# Chosen by hand: how far an error has to be above the rounding of an energy to show in a difference of two.
 _ROUNDED = 10
 # Chosen by hand: the rank that is tried first, and what it is multiplied by where it is not enough.
 _FIRST_RANK, _RAISE = 8, 4

@@ -1,4 +1,4 @@
-"""Matrices are cut to the smallest rank whose error is tolerated, also where rounding hides it in energies."""
+"""Matrices are cut to the smallest rank whose error is tolerated, even where rounding hides it."""
 
 from __future__ import annotations
 
