@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from lightning_influence.model.uses import Watch, Way, differentiate_losses, pull_gradients
 
-B, WORDS, TIME = 4, 50, 9
+B, MANY, WORDS, TIME = 4, 32, 50, 9
 Loss = Callable[[nn.Module, Any], Tensor]
 Case = tuple[Callable[[], nn.Module], Any, Loss]
 
@@ -76,9 +76,10 @@ def find_cases() -> Iterator[tuple[str, Case]]:
         "torchvision ViT",
         (lambda: torchvision.models.VisionTransformer(**small), (image, labels), plain),
     )
-    sequence = torch.randn(B, TIME, 32, generator=generator)
+    sequences = torch.randn(MANY, TIME, 32, generator=generator)
+    classes = torch.randint(0, 3, (MANY,), generator=generator)
     for maker in (Distances, Cells, Projected):
-        yield f"without a rule: {maker.__name__}", (maker, (sequence, labels), plain)
+        yield f"{MANY} examples: {maker.__name__}", (maker, (sequences, classes), plain)
     for name in ("resnet18", "swin_t", "convnext_tiny", "mobilenet_v3_small", "efficientnet_b0"):
         maker = getattr(torchvision.models, name)
         yield f"torchvision {name}", (lambda maker=maker: maker(num_classes=3), (image, labels), plain)
@@ -129,7 +130,7 @@ class Cells(nn.Module):
 
 
 class Projected(nn.Module):
-    """An LSTM whose states are projected, and so are not what torch's kernels return of each step."""
+    """An LSTM whose hidden units are projected before they are given on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ def find_text(text: Tensor, labels: Tensor) -> Iterator[tuple[str, Case]]:
 def check(model: nn.Module, batch: Any, loss_of: Loss) -> str:
     """Compare all per-example gradients with automatic differentiation."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with Watch(parameters, batch, B) as watch:
+    with Watch(parameters, batch, len(batch[0])) as watch:
         losses = loss_of(model, batch)
     found = differentiate_losses(watch, losses)
     rows = [
@@ -222,7 +223,7 @@ def measure(model: nn.Module, batch: Any, loss_of: Loss, repeats: int = 5) -> tu
         torch.autograd.grad(loss_of(model, batch).sum(), list(parameters.values()), allow_unused=True)
         plain.append(time.perf_counter() - start)
         start = time.perf_counter()
-        with Watch(parameters, batch, B) as watch:
+        with Watch(parameters, batch, len(batch[0])) as watch:
             losses = loss_of(model, batch)
         watched.append(time.perf_counter() - start)
         pull_gradients(watch, losses.sum(), [None], keep_graph=False)

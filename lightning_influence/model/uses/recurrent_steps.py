@@ -27,9 +27,11 @@ class Stack:
         present: ``(T, C, 1)``, which steps there are; None if all sequences have ``T``.
         initial: states before the first step, ``(layers * directions, C, H)`` each: of the hidden units, and
             of the cells of an LSTM.
-        weights: as the fused function takes them: of each layer and direction ``w_ih, w_hh`` and the biases.
+        weights: as the fused function takes them: of each layer and direction ``w_ih, w_hh``, the biases, and
+            ``w_hr``.
         has_biases: whether there are any.
         bidirectional: whether each layer has two directions.
+        is_projected: whether an LSTM's hidden units are projected, by ``w_hr``, before they are given on.
     """
 
     kind: str
@@ -39,11 +41,25 @@ class Stack:
     weights: Sequence[Tensor]
     has_biases: bool
     bidirectional: bool
+    is_projected: bool = False
 
     @property
     def step_size(self) -> int:
         """Return the weights of a layer in one direction."""
-        return 4 if self.has_biases else 2
+        return (4 if self.has_biases else 2) + self.is_projected
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The projection of hidden units in one layer and direction.
+
+    Attributes:
+        units: what is projected at each step, ``(T, C, H)``; zero where there is none.
+        added: zeros that are added to what comes out, ``(T, C, P)``, for the gradients there.
+    """
+
+    units: Tensor
+    added: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class Run:
             outputs.
         reset: of a GRU the reset gate, by which the last gate's part of the hidden units is multiplied,
             ``(T, C, H)``; None of others.
+        projection: of the hidden units, if there is one.
     """
 
     first: int
@@ -65,6 +82,7 @@ class Run:
     states: Tensor
     gates: Tensor
     reset: Tensor | None
+    projection: Projection | None = None
 
     def hidden_gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient at the hidden units' part of the gates for that at the inputs' part."""
@@ -94,23 +112,29 @@ def run_stack(stack: Stack) -> tuple[list[Run], list[Tensor]]:
 
 def _run_layer(stack: Stack, x: Tensor, first: int, backward: bool) -> tuple[Run, Tensor, list[Tensor]]:
     """Return the run of one layer in one direction, its outputs ``(T, C, H)``, and its final states."""
-    w_ih, w_hh, *biases = stack.weights[first : first + stack.step_size]
-    b_ih, b_hh = biases or (None, None)
+    w_ih, w_hh, *others = stack.weights[first : first + stack.step_size]
+    b_ih, b_hh = others[:2] if stack.has_biases else (None, None)
+    w_hr = others[-1] if stack.is_projected else None
     gates = functional.linear(x, w_ih, b_ih)
     gates = gates if gates.requires_grad else gates.requires_grad_()
     number, steps = first // stack.step_size, gates.unbind()  # whose gradients are put together once
     state = [initial[number] for initial in stack.initial]
-    outputs, before, resets = ([state[0]] * len(steps) for _ in range(3))
+    outputs, before, resets, units = ([state[0]] * len(steps) for _ in range(4))
+    added = None if w_hr is None else x.new_zeros(*x.shape[:2], len(w_hr)).requires_grad_()
     for t in reversed(range(len(steps))) if backward else range(len(steps)):
         before[t] = state[0].detach()
         new, resets[t] = _step(stack.kind, steps[t], functional.linear(state[0], w_hh, b_hh), state)
+        if w_hr is not None and added is not None:
+            units[t] = new[0].detach()
+            new = [functional.linear(new[0], w_hr) + added[t], new[1]]
         if stack.present is not None:
             new = [torch.where(stack.present[t], a, b) for a, b in zip(new, state, strict=True)]
         state, outputs[t] = new, new[0]
-    states = torch.stack(before)
-    states = states if stack.present is None else states * stack.present
+    present = 1.0 if stack.present is None else stack.present
+    states = torch.stack(before) * present
     reset = torch.stack(resets).detach() if stack.kind == "gru" else None
-    return Run(first, x.detach(), states, gates, reset), torch.stack(outputs), state
+    projection = None if added is None else Projection(torch.stack(units) * present, added)
+    return Run(first, x.detach(), states, gates, reset, projection), torch.stack(outputs), state
 
 
 def _step(kind: str, gates: Tensor, hidden: Tensor, state: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -23,24 +23,27 @@ KINDS = {
 LENGTHS = torch.tensor([6, 5, 5, 2, 1])  # sorted, as packed sequences are
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "projected"), [*((kind, 0) for kind in KINDS), ("lstm", 2)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_outputs_are_those_of_the_fused_function(kind, bias, packed):
-    model = KINDS[kind](4, 3, num_layers=2, bidirectional=True, bias=bias).double()
-    x, states = numbers(6, 5, 4), [numbers(4, 5, 3, seed=seed) for seed in range(2 if kind == "lstm" else 1)]
+def test_outputs_are_those_of_the_fused_function(kind, bias, packed, projected):
+    sizes = {"proj_size": projected} if projected else {}
+    model = KINDS[kind](4, 3, num_layers=2, bidirectional=True, bias=bias, **sizes).double()
+    widths = (projected or 3, 3) if kind == "lstm" else (3,)
+    x, states = numbers(6, 5, 4), [numbers(4, 5, width, seed=seed) for seed, width in enumerate(widths)]
     present = (torch.arange(6)[:, None] < LENGTHS)[:, :, None]
     hx = tuple(states) if kind == "lstm" else states[0]
     given = pack_padded_sequence(x, LENGTHS) if packed else x
     out, final = model(given, hx)
     inputs = x * present if packed else x
-    stack = Stack(kind, inputs, present if packed else None, states, model._flat_weights, bias, True)
+    present_steps, weights = present if packed else None, model._flat_weights
+    stack = Stack(kind, inputs, present_steps, states, weights, bias, True, bool(projected))
     runs, found = run_stack(stack)
     expected = nn.utils.rnn.pad_packed_sequence(out)[0] if packed else out
     torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-12)
     for state, other in zip(found[1:], final if kind == "lstm" else [final], strict=True):
         torch.testing.assert_close(state, other, rtol=1e-10, atol=1e-12)
-    assert [run.first for run in runs] == [number * (4 if bias else 2) for number in range(4)]
+    assert [run.first for run in runs] == [number * stack.step_size for number in range(4)]
     if packed:
         for run in runs:
             assert not bool((run.inputs * ~present).any())
@@ -127,3 +130,69 @@ def test_steps_are_taken_once_for_all_seeds(monkeypatch):
     assert len(taken) == 1
     for name, gradient in first.gradients.items():
         torch.testing.assert_close(second.gradients[name].dense(), 2 * gradient.dense())
+
+
+CELLS = {
+    "LSTM": nn.LSTMCell,
+    "GRU": nn.GRUCell,
+    "tanh": nn.RNNCell,
+    "relu": lambda *a, **k: nn.RNNCell(*a, nonlinearity="relu", **k),
+}
+
+
+class Steps(nn.Module):
+    """A cell that is called position by position, all of whose states count."""
+
+    def __init__(self, kind, bias=True, learned=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell = CELLS[kind](4, 3, bias=bias)
+        self.start = nn.Parameter(torch.randn(3)) if learned else None
+        self.double()
+
+    def forward(self, examples):
+        states, total, x = None, 0.0, examples.flatten(0, 1)
+        if self.start is not None:
+            states = (self.start.expand(len(x), -1), x.new_zeros(len(x), 3))
+        for position in x.unbind(1):
+            states = self.cell(position, states)
+            every = states if isinstance(states, tuple) else (states,)
+            total = total + sum((1 + n) * state.square().sum(1) for n, state in enumerate(every))
+        return total.view(examples.shape[:2]).sum(1)
+
+
+def differentiate_cells(model, x):
+    """Return the gradients with two seeds, and those of each example's own call."""
+    with Watch(dict(model.named_parameters()), x, len(x)) as watch:
+        losses = model(x)
+    weights = [torch.ones_like(losses), torch.arange(1.0, 1 + len(x), dtype=torch.float64)]
+    found = pull_gradients(watch, losses, weights).gradients
+    parameters = list(model.parameters())
+    own = [torch.autograd.grad(model(one).sum(), parameters) for one in x.split(1)]
+    expected = [torch.stack(column) for column in zip(*own, strict=True)]
+    scaled = [torch.stack([w.view(-1, *[1] * (g.ndim - 1)) * g for w in weights]) for g in expected]
+    return found, dict(zip(dict(model.named_parameters()), scaled, strict=True))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_cells_take_one_step_for_all_examples(kind, bias, rows, monkeypatch):
+    monkeypatch.setattr(recurrent, "pull_in_loop", None)  # nothing goes example by example
+    found, expected = differentiate_cells(Steps(kind, bias), numbers(6, rows, 5, 4))
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.dense(), expected[name], rtol=1e-9, atol=1e-12)
+        assert gradient.product() is not None or "bias" in name
+
+
+def test_a_cell_from_a_learned_state_goes_example_by_example():
+    found, expected = differentiate_cells(Steps("LSTM", learned=True), numbers(6, 1, 5, 4))
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.dense(), expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_cell_on_the_only_example_of_a_batch():
+    found, expected = differentiate_cells(Steps("GRU"), numbers(1, 3, 5, 4))
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.dense(), expected[name], rtol=1e-9, atol=1e-12)

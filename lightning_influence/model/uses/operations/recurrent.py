@@ -1,8 +1,8 @@
-"""Fused recurrent networks, packed or padded: their steps taken again for all examples together."""
+"""Recurrent networks, packed or padded, and their cells: steps taken again for all examples together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from lightning_influence.model.uses.recurrent_steps import GATES, Stack, run_sta
 
 @register_operation(
     torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
-    arguments=("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"), is_closed_form=False,
+    arguments=("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"),
 )  # fmt: skip
 def pull_cell(call: ExampleCall) -> Mapping[Slot, Part]:
-    """Pull back one step of a recurrent network.
+    """Pull back one step of a recurrent network: a network of one layer, called on sequences of one step.
 
     Args:
         call: of ``lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)``.
@@ -30,6 +30,9 @@ def pull_cell(call: ExampleCall) -> Mapping[Slot, Part]:
     Returns:
         Gradients of the weights by slot.
     """
+    step = _read_step(call)
+    if step is not None:
+        return _pull_steps(call, step)
     return pull_in_loop(call.use, call.gradients, call.num_examples)
 
 
@@ -45,7 +48,7 @@ def pull_recurrent(call: ExampleCall) -> Mapping[Slot, Part] | None:
 
     The gradients of a weight are products, step by step, of those at the gates with what the weight was
     multiplied by. The gates' are had by taking the steps again for all examples together. Where that does not
-    serve (dropout between layers, projections of hidden units), each example's own sequence is run again.
+    serve (dropout between layers), each example's own sequence is run again.
 
     Args:
         call: of ``lstm(data, batch_sizes, hx, weights, has_biases, layers, dropout, train, bidirectional)``
@@ -69,19 +72,27 @@ class _Sequences:
     Attributes:
         stack: the network on them.
         place: where the examples stand among the sequences, in dimension 1.
-        position: of the weights among the arguments.
+        slots: of the weights among the arguments.
         rows: step and sequence of each row, of packed ones.
         batch_first: whether the outputs of padded ones have the sequences before the steps.
+        is_cell: whether the call is of a cell, which returns states alone and has no dimension of steps.
     """
 
     stack: Stack
     place: Place
-    position: int
-    rows: tuple[Tensor, Tensor] | None
-    batch_first: bool
+    slots: Sequence[Slot]
+    rows: tuple[Tensor, Tensor] | None = None
+    batch_first: bool = False
+    is_cell: bool = False
+
+    def returned(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Return what the call returns, of the outputs of the stack."""
+        return [state[0] for state in outputs[1:]] if self.is_cell else outputs
 
     def order(self, gradient: Tensor) -> Tensor:
-        """Return gradients at the outputs ``(K, *shape)`` as ``(K, T, C, ...)``."""
+        """Return gradients at the outputs ``(K, *shape)`` as ``(K, T, C, ...)``, as they are of a cell."""
+        if self.is_cell:
+            return gradient
         if self.rows is None:
             return gradient.transpose(1, 2) if self.batch_first else gradient
         steps, count = self.stack.inputs.shape[:2]
@@ -109,8 +120,8 @@ def _read(call: ExampleCall, packed: bool) -> _Sequences | None:
     if any(slot[:2] != (0, position) for slot in use.sources) or (dropout and train and layers > 1):
         return None
     kind, per_layer = use.call.name, 4 if has_biases else 2
-    plain = weights[1].shape[0] == GATES[kind] * weights[1].shape[1]  # hidden units are not projected
-    if not plain or len(weights) != layers * per_layer * (2 if bidirectional else 1):
+    is_projected = weights[1].shape[0] != GATES[kind] * weights[1].shape[1]
+    if len(weights) != layers * (per_layer + is_projected) * (2 if bidirectional else 1):
         return None
     data = args[0].detach().to(like.dtype)
     owners = (
@@ -136,9 +147,36 @@ def _read(call: ExampleCall, packed: bool) -> _Sequences | None:
         [weight.detach().to(data) for weight in weights],
         has_biases,
         bidirectional,
+        is_projected,
     )
     columns = from_owners(1, owners.tolist(), call.num_examples)
-    return _Sequences(stack, columns, position, rows, batch_first=not packed and dim == 0)
+    slots = [(0, position, number) for number in range(len(weights))]
+    return _Sequences(stack, columns, slots, rows, batch_first=not packed and dim == 0)
+
+
+def _read_step(call: ExampleCall) -> _Sequences | None:
+    """Return the step of a cell's call, None where it is not taken again."""
+    use, args = call.use, call.use.call.args
+    place, like = use.places.get((0, 0)), next(g for g in call.gradients if g is not None)
+    slots = [(0, position) for position in range(2, len(args)) if isinstance(args[position], Tensor)]
+    if len(args) < 4 or len(slots) not in (2, 4) or place is None or args[0].ndim != 2:
+        return None
+    alone = place.dim is None and call.num_examples == 1
+    if not set(use.sources) <= set(slots) or not (place.dim == 0 or alone):
+        return None
+    data = args[0].detach().to(like.dtype)
+    owners = torch.zeros(len(data), dtype=torch.int64) if alone else place.owner_vector(call.num_examples)
+    stack = Stack(
+        use.call.name.removesuffix("_cell"),
+        data[None],
+        None,
+        [state.detach().to(data)[None] for state in ([args[1]] if isinstance(args[1], Tensor) else args[1])],
+        [args[position].detach().to(data) for _, position in slots],
+        len(slots) == 4,
+        bidirectional=False,
+    )
+    columns = from_owners(1, owners.tolist(), call.num_examples)
+    return _Sequences(stack, columns, slots, is_cell=True)
 
 
 def _pull_steps(call: ExampleCall, sequences: _Sequences) -> Mapping[Slot, Part]:
@@ -147,15 +185,17 @@ def _pull_steps(call: ExampleCall, sequences: _Sequences) -> Mapping[Slot, Part]
     if "steps" not in use.memo:
         use.memo["steps"] = run_stack(stack)
     runs, outputs = use.memo["steps"]
+    returned = zip(sequences.returned(outputs), _in_data_order(call), strict=True)
     live = [
         (output, sequences.order(seed) if number == 0 else seed)
-        for number, (output, seed) in enumerate(zip(outputs, _in_data_order(call), strict=True))
+        for number, (output, seed) in enumerate(returned)
         if seed is not None
     ]
     batched = len(live[0][1]) > 1
+    projected = [(run, run.projection) for run in runs if run.projection is not None]
     found = torch.autograd.grad(
         [output for output, _ in live],
-        [run.gates for run in runs],
+        [run.gates for run in runs] + [projection.added for _, projection in projected],
         [seed if batched else seed[0] for _, seed in live],
         is_grads_batched=batched,
         retain_graph=True,
@@ -163,12 +203,18 @@ def _pull_steps(call: ExampleCall, sequences: _Sequences) -> Mapping[Slot, Part]
         materialize_grads=True,
     )
     present = None if stack.present is None else sequences.split(stack.present, B)[..., 0]
+    each = list(found) if batched else [one[None] for one in found]
     parts: dict[Slot, Part] = {}
-    for run, each in zip(runs, found, strict=True):
-        gradient = each if batched else each[None]
+    for (run, projection), gradient in zip(projected, each[len(runs) :], strict=True):
+        slot = sequences.slots[run.first + stack.step_size - 1]
+        if slot in use.sources:
+            split = sequences.split(gradient, B, lead=1)[:, None]
+            units = sequences.split(projection.units, B)[None]
+            parts[slot] = Product(units, split, use.sources[slot].shape)
+    for run, gradient in zip(runs, each[: len(runs)], strict=True):
         sides = [(run.inputs, gradient), (run.states, run.hidden_gradient(gradient))]
         for number, (inputs, at_gates) in enumerate(sides):
-            slots = [(0, sequences.position, run.first + number + 2 * bias) for bias in range(2)]
+            slots = sequences.slots[run.first + number : run.first + 4 : 2]
             split = sequences.split(at_gates, B, lead=1)[:, None]  # (K, 1, B, R, G H)
             if slots[0] in use.sources:
                 shape = use.sources[slots[0]].shape
