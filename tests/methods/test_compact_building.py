@@ -71,6 +71,15 @@ def test_what_is_stored_stays_within_its_share_of_the_budget(budget):
     assert sum(t.untyped_storage().nbytes() for t in held) == space.nbytes <= budget * 8 * NUMEL / 2
 
 
+def test_the_tolerance_leaves_no_query_a_worse_answer_than_is_known():
+    """It decides about further steps alone: without any, answers do not depend on it."""
+    patient, strict = (
+        ask(InfluenceModule(Net()), 8, max_steps=0, tolerance=tolerance) for tolerance in (50.0, 1e-9)
+    )
+    torch.testing.assert_close(patient.scores, strict.scores, rtol=1e-12, atol=0.0)
+    assert torch.equal(patient.diagnostics.residuals, strict.diagnostics.residuals)
+
+
 def test_directions_are_preconditioned_gradients_cut_to_the_rank():
     module = InfluenceModule(Net())
     ask(module, 40)

@@ -26,22 +26,20 @@ def make_whole(parts: Sequence[Any]) -> list[Tensor]:
     together: dict[Any, list[int]] = {}
     found: list[Any] = [None] * len(parts)
     for place, part in enumerate(parts):
-        local = part.to_local()
         if part.device_mesh.ndim == 1 and part.placements[0].is_shard():
-            key = part.device_mesh.get_group(), part.dtype, local.device
+            key = part.device_mesh.get_group(), part.dtype, part.to_local().device
             together.setdefault(key, []).append(place)
         else:
             found[place] = part.full_tensor()
-    for (group, dtype, device), places in together.items():
-        some = [parts[place] for place in places]
-        for place, whole in zip(places, _gather_together(some, group, dtype, device), strict=True):
+    for (group, *_), places in together.items():
+        gathered = _gather_together([parts[place] for place in places], group)
+        for place, whole in zip(places, gathered, strict=True):
             found[place] = whole
     return found
 
 
-def _gather_together(
-    parts: Sequence[Any], group: Any, dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
+def _gather_together(parts: Sequence[Any], group: Any) -> list[Tensor]:
+    """Gather parts that one process group shares, of one kind of number and on one device."""
     count = dist.get_world_size(group)
     dims = [part.placements[0].dim % part.ndim for part in parts]
     widths = [-(-part.shape[dim] // count) for part, dim in zip(parts, dims, strict=True)]
@@ -50,7 +48,7 @@ def _gather_together(
         for part, dim, width in zip(parts, dims, widths, strict=True)
     ]
     sizes = [torch.Size(shape).numel() for shape in shapes]
-    own = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    own = parts[0].to_local().new_zeros(sum(sizes))
     for part, dim, shape, into in zip(parts, dims, shapes, torch.split(own, sizes), strict=True):
         local = part.to_local()
         into.view(shape).narrow(dim, 0, local.shape[dim]).copy_(local)

@@ -196,3 +196,26 @@ def test_a_cell_on_the_only_example_of_a_batch():
     found, expected = differentiate_cells(Steps("GRU"), numbers(1, 3, 5, 4))
     for name, gradient in found.items():
         torch.testing.assert_close(gradient.dense(), expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_projections_keep_factors(bias, packed, monkeypatch):
+    """With biases and without, the projection stands behind the other weights of its layer and direction."""
+    monkeypatch.setattr(recurrent, "pull_in_loop", None)
+    monkeypatch.setattr(recurrent, "_pull_packed", None)
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+    model, x = nn.LSTM(4, 3, proj_size=2, bias=bias, **options).double(), numbers(5, 6, 4)
+
+    def sum_squares(x):
+        out = model(pack_padded_sequence(x, [6] * len(x), batch_first=True) if packed else x)[0]
+        out = nn.utils.rnn.pad_packed_sequence(out, batch_first=True)[0] if packed else out
+        return out.square().sum((1, 2))
+
+    with Watch(dict(model.named_parameters()), x, len(x)) as watch:
+        losses = sum_squares(x)
+    found = pull_gradients(watch, losses.sum(), [None]).gradients
+    own = [torch.autograd.grad(sum_squares(one).sum(), list(model.parameters())) for one in x.split(1)]
+    for name, column in zip(dict(model.named_parameters()), zip(*own, strict=True), strict=True):
+        torch.testing.assert_close(found[name].dense()[0], torch.stack(column), rtol=1e-9, atol=1e-12)
+        assert found[name].product() is not None or "bias" in name
