@@ -17,6 +17,7 @@ from torch.nn import functional
 from lightning_influence.linalg.truncation import truncate, truncate_within
 from lightning_influence.model.layers.bases import Basis
 from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.support.long_products import multiply_long
 
 # Chosen by hand: bytes of matrices, or of products with them, that are formed at once, whatever the memory.
 _FORMED_BYTES = 2**22
@@ -83,7 +84,7 @@ class Matrices(ABC):
     def project(self, vectors: Tensor) -> Tensor:
         """Return inner products ``(W, V)`` with vectors ``(W, G, D_out, D_in)``."""
         flat = vectors.flatten(1)
-        return torch.cat([flat @ self.dense(rows).flatten(1).T for rows in self.runs()], dim=1)
+        return torch.cat([multiply_long(flat, self.dense(rows).flatten(1).T) for rows in self.runs()], dim=1)
 
     def runs(self) -> Iterator[slice]:
         """Yield which matrices to form at once."""

@@ -26,6 +26,7 @@ from lightning_influence.model.layers.gradients import (
 from lightning_influence.model.layers.plan import LayerPlan, Layout
 from lightning_influence.model.layers.table_gradients import TableGradients
 from lightning_influence.support.errors import NonFiniteError
+from lightning_influence.support.long_products import multiply_long
 
 # Chosen by hand: examples whose gradients are formed at once when norms of products are taken.
 _EXAMPLES = 64
@@ -207,8 +208,8 @@ class StoredGaussNewton:
         total = vectors.new_zeros(len(vectors), dtype=torch.float64)
         for few in self._chunks():
             rows = self.layout.dense(few).transpose(0, 1)  # (B, K, P)
-            weights = rows @ vectors.T  # (B, K, V)
-            gram = rows @ rows.mT  # (B, K, K)
+            weights = multiply_long(rows, vectors.T)  # (B, K, V)
+            gram = multiply_long(rows, rows.mT)  # (B, K, K)
             total += (weights * (gram @ weights)).sum(dim=(0, 1)).double()
         return self._all_reduce_sum(total) / (self.num_examples * self.mean_weight**2)
 

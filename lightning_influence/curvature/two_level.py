@@ -25,6 +25,7 @@ from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.linalg.block_krylov import Subspace
 from lightning_influence.linalg.orthonormal import inner
 from lightning_influence.model.layers.gradients import LayerGradients
+from lightning_influence.support.long_products import multiply_long
 
 # Chosen by hand: bytes of vectors that are formed at once where only products with them are wanted.
 _FORMED_BYTES = 2**25
@@ -56,7 +57,7 @@ class TwoLevel:
             for rows in self._runs(name, space.size):
                 small[rows] += inner(self._image(name, rows).flatten(1), directions)
             for rows in self._runs(name, len(coarse)):
-                coarse[rows] += self._probe_image(name, rows)[1].flatten(1) @ directions.T
+                coarse[rows] += multiply_long(self._probe_image(name, rows)[1].flatten(1), directions.T)
         self._small = torch.linalg.cholesky((small + small.T) / 2)
         self._residual_coarse = coarse  # W^T A Q, (s, m)
 
@@ -147,7 +148,9 @@ class TwoLevel:
     def solve(self, vectors: Tensor) -> Tensor:
         """Return ``x`` for flat right-hand sides ``(V, P)``."""
         blocks = self.space.layout.split(vectors)
-        parts = [blocks[name].flatten(1) @ self._right(name).flatten(1).T for name in self._names]
+        parts = [
+            multiply_long(blocks[name].flatten(1), self._right(name).flatten(1).T) for name in self._names
+        ]
         result = self.inverse.apply(vectors)
         return result.addmm_(self._coordinates(torch.stack(parts).sum(dim=0)), self.space.directions)
 
@@ -164,9 +167,9 @@ class TwoLevel:
         Returns:
             ``(V, P)``.
         """
-        first = self._coordinates(vectors @ self.space.directions.T)
+        first = self._coordinates(multiply_long(vectors, self.space.directions.T))
         smoothed = self.inverse.apply(vectors - first @ self._product)
-        second = self._coordinates(smoothed @ self._product.T)
+        second = self._coordinates(multiply_long(smoothed, self._product.T))
         return smoothed + (first - second) @ self.space.directions
 
     def quadratic(self, gradients: Mapping[str, LayerGradients]) -> Tensor:

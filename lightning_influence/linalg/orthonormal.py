@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, float64
 
+from lightning_influence.support.long_products import multiply_long
+
 # Columns that are converted, or mixed in place, at once. Chosen by hand: 128 vectors take 8 MiB in float64.
 _COLUMNS = 2**13
 
@@ -65,7 +67,7 @@ def _project_out(vectors: Tensor, outside: Sequence[Tensor]) -> Tensor:
     """Return the coordinates of the part inside a space, in float64; it is taken out of the vectors."""
     shares = [vectors.new_zeros(len(vectors), 0, dtype=float64)]
     for block in outside:
-        share = vectors @ block.T
+        share = multiply_long(vectors, block.T)
         vectors.addmm_(share, block, alpha=-1)
         shares.append(share.double())
     return torch.cat(shares, dim=1)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.layers.bases import Basis
+from lightning_influence.support.long_products import multiply_long
 
 
 class LayerGradients(ABC):
@@ -154,7 +155,7 @@ class DenseGradients(LayerGradients):
 
     def dot(self, vectors: Tensor) -> Tensor:
         """Return inner products ``(K, B, V)``."""
-        return torch.matmul(self.matrices.flatten(2), vectors.flatten(1).T)
+        return multiply_long(self.matrices.flatten(2), vectors.flatten(1).T)
 
     def combine(self, weights: Tensor) -> Tensor:
         """Return sums ``(V, G, D_out, D_in)``."""
@@ -221,7 +222,7 @@ def rotate_matrices(matrices: Tensor, inputs: Basis | None, outputs: Basis | Non
 
 def weighted_squares(matrices: Tensor, weights: Tensor) -> Tensor:
     """Return ``sum_ij weights_ij g_ij^2`` over the matrix dimensions, ``(K, B)``."""
-    return torch.matmul(matrices.square().flatten(2), weights.flatten())
+    return multiply_long(matrices.square().flatten(2), weights.flatten()[:, None])[..., 0]
 
 
 # Largest block formed at once where only its sum or its products are wanted: it should stay in the cache,
@@ -286,7 +287,8 @@ class FactoredGradients(LayerGradients):
             return self._dense_dot(vectors)
         if self._dense_is_cheaper(num):
             flat = vectors.flatten(1).T
-            return torch.cat([part._rows() @ flat for part in self._chunks(_PRODUCT_BYTES)]).transpose(0, 1)
+            parts = [multiply_long(part._rows(), flat) for part in self._chunks(_PRODUCT_BYTES)]
+            return torch.cat(parts).transpose(0, 1)
         rows = self.inputs.reshape(groups, examples * positions, d_in)
         result = self.outputs.new_zeros(self.outputs.shape[0], examples, num)
         step = _chunk(examples * positions * groups * d_out * rows.element_size(), num)
@@ -296,7 +298,9 @@ class FactoredGradients(LayerGradients):
             # sum over (g, r, o) of pushed[g, b, r, v, o] outputs[k, g, b, r, o]
             left = self.outputs.permute(2, 1, 3, 0, 4)  # (B, G, R, K, D_out)
             right = pushed.permute(1, 0, 2, 4, 3)  # (B, G, R, D_out, V)
-            products = torch.matmul(left, right) if positions * groups > 1 else left[:, 0, 0] @ right[:, 0, 0]
+            if positions * groups == 1:
+                left, right = left[:, 0, 0], right[:, 0, 0]
+            products = multiply_long(left, right)
             if positions * groups > 1:
                 products = products.sum(dim=(1, 2))
             result[:, :, start : start + step] = products.transpose(0, 1)
@@ -313,7 +317,7 @@ class FactoredGradients(LayerGradients):
         flat = vectors.flatten(1).T
         step = _DENSE_BYTES // vectors[0].nbytes
         parts = [self.select(slice(start, start + step)) for start in range(0, self.num_examples, step)]
-        return torch.cat([part.dense()[0].flatten(1) @ flat for part in parts])[None]
+        return torch.cat([multiply_long(part.dense()[0].flatten(1), flat) for part in parts])[None]
 
     def combine(self, weights: Tensor) -> Tensor:
         """Return sums ``(V, G, D_out, D_in)``: weigh the output gradients, then multiply by the inputs."""
