@@ -163,7 +163,7 @@ def study(name: str, size: Size, given: argparse.Namespace) -> list[Row]:
     Returns:
         The rows.
     """
-    module, loaders, record = train(size, given.epochs)
+    module, loaders, record = train(size, given.epochs, given.trained)
     plain, damping = time_epoch(module, loaders[0]), given.damping
     numel = sum(p.numel() for p in module.parameters())
     with torch.no_grad():
@@ -290,6 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--depth", type=int, help="blocks, of a stage for a ResNet")
     parser.add_argument("--examples", type=int, help="training examples")
     parser.add_argument("--queries", type=int)
+    parser.add_argument(
+        "--trained", type=int, help="examples of the training, the first of which are asked about"
+    )
     parser.add_argument("--solved", type=int, default=8, help="queries that cg answers; 0 for none")
     parser.add_argument("--curvature-examples", type=int, help="for auto, which then corrects in any case")
     parser.add_argument("--mean", action="store_true", help="ask about the mean of the queries")

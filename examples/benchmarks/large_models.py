@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_influence.curvature.training_record import TrainingRecord
 from lightning_influence.model.layers.plan import find_layers
@@ -221,12 +221,24 @@ def draw_tokens(size: Size, count: int, generator: torch.Generator) -> tuple[Ten
     return sequence[:, :-1], sequence[:, 1:]
 
 
-def train(size: Size, epochs: int) -> tuple[Module, list[DataLoader[Any]], TrainingRecord]:
-    """Return a model trained on made-up data, the loaders of examples and queries, and the run's record."""
+def train(
+    size: Size, epochs: int, count: int | None = None
+) -> tuple[Module, list[DataLoader[Any]], TrainingRecord]:
+    """Train a model on made-up data.
+
+    Args:
+        size: of the model and of what is asked.
+        epochs: of training.
+        count: training examples, of which the first ``size.examples`` are asked about; these alone if None.
+
+    Returns:
+        The model, the loaders of examples and queries, and the run's record.
+    """
     torch.manual_seed(0)
     draw = draw_tokens if size.kind in ("gpt", "llama") else draw_images
     generator = torch.Generator().manual_seed(1)
-    tables = [TensorDataset(*draw(size, count, generator)) for count in (size.examples, size.queries)]
+    counts = max(count or 0, size.examples), size.queries
+    tables: list[Any] = [TensorDataset(*draw(size, number, generator)) for number in counts]
     module = (Published if size.kind == "llama" else Module)(MODELS[size.kind](size))
     optimizer = torch.optim.AdamW(module.parameters(), 1e-3)
     layers, record = find_layers(module).layers, TrainingRecord()
@@ -238,4 +250,5 @@ def train(size: Size, epochs: int) -> tuple[Module, list[DataLoader[Any]], Train
             optimizer.step()
     record.read_metric(optimizer, layers)
     module.zero_grad()
+    tables[0] = Subset(tables[0], range(size.examples))
     return module.eval(), [DataLoader(table, size.batch) for table in tables], record

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 EXAMPLES_FIRST = 3  # size of the last dimension of vectors and of sequences' elements
 STEPS = 4  # of a sequence
@@ -142,6 +144,61 @@ class Recurrent(nn.Module):
         return self.head(h[:, -1] if self.last else h)
 
 
+class Projected(nn.Module):
+    """An LSTM whose states are projected."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(EXAMPLES_FIRST, s.hidden + 1, proj_size=s.hidden, batch_first=True, bias=s.bias)
+        self.head = nn.Linear(s.hidden, s.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+class Loop(nn.Module):
+    """A cell that is called step by step, and an output at each step or at the last one."""
+
+    def __init__(self, s: Shape, kind: type[nn.RNNCellBase], last: bool) -> None:
+        super().__init__()
+        self.cell = kind(EXAMPLES_FIRST, s.hidden, bias=s.bias)  # type: ignore[call-arg]
+        self.head, self.last = nn.Linear(s.hidden, s.outputs), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, hidden = None, []
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+            hidden.append(state[0] if isinstance(state, tuple) else state)
+        return self.head(hidden[-1] if self.last else torch.stack(hidden, dim=1))
+
+
+class Places(nn.Module):
+    """A token of its own before the steps and a table of places added to them, as in a ViT."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.inner = nn.Linear(EXAMPLES_FIRST, s.hidden, s.bias)
+        self.token = nn.Parameter(torch.zeros(1, 1, s.hidden))
+        self.places = nn.Parameter(torch.zeros(1, STEPS + 1, s.hidden))
+        self.mix, self.head = nn.Linear(s.hidden, s.hidden), nn.Linear(s.hidden, s.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(len(x), -1, -1), self.inner(x)], dim=1) + self.places
+        return self.head(torch.tanh(self.mix(h)).mean(1) + h[:, 0])
+
+
+class Forms(nn.Module):
+    """A bilinear form, and a product that einsum writes."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.form = nn.Bilinear(EXAMPLES_FIRST, EXAMPLES_FIRST, s.hidden, bias=s.bias)
+        self.weight = nn.Parameter(torch.randn(s.outputs, s.hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...h,oh->...o", torch.tanh(self.form(x, x.flip(-1))), self.weight)
+
+
 class TimeFirstInside(nn.Module):
     """Linear layers on `(T, B, D)`, and outputs that are turned back."""
 
@@ -261,6 +318,19 @@ def _conv(s: Shape, dims: int, groups: int, stride: int, padding: str, norm: str
     )
 
 
+def _transposed(s: Shape) -> nn.Module:
+    channels = 2 * (1 + s.hidden // 3)
+    up = nn.ConvTranspose1d(2, channels, 3, stride=2, padding=1, groups=2, bias=s.bias)
+    return nn.Sequential(
+        up, s.activation(), nn.Conv1d(channels, 3, 2), nn.Flatten(), nn.Linear(3 * 12, s.outputs)
+    )
+
+
+def _normed(s: Shape) -> nn.Module:
+    first, last = nn.Linear(EXAMPLES_FIRST, s.hidden, s.bias), nn.Linear(s.hidden, s.outputs)
+    return nn.Sequential(weight_norm(first), s.activation(), weight_norm(last))
+
+
 def _encoder(s: Shape) -> nn.Module:
     width = 2 * (s.hidden // 2 + 1)
     block = nn.TransformerEncoderLayer(width, 2, 5, dropout=0.2, batch_first=True, norm_first=s.bias)
@@ -316,6 +386,13 @@ NETS: dict[str, tuple[str, str, Callable[[Shape], nn.Module]]] = {
     "lstm": ("steps", "steps", lambda s: Recurrent(s, nn.LSTM, True, False)),
     "lstm_last": ("steps", "vector", lambda s: Recurrent(s, nn.LSTM, True, True)),
     "gru_time": ("steps", "vector", lambda s: Recurrent(s, nn.GRU, False, True)),
+    "projected": ("steps", "steps", Projected),
+    "lstm_cell": ("steps", "steps", lambda s: Loop(s, nn.LSTMCell, False)),
+    "gru_cell": ("steps", "vector", lambda s: Loop(s, nn.GRUCell, True)),
+    "places": ("steps", "vector", Places),
+    "forms": ("vectors", "vector", Forms),
+    "transposed": ("images1", "vector", _transposed),
+    "normed": ("vectors", "vector", _normed),
     "time_inside": ("steps", "steps", TimeFirstInside),
     "words": ("words", "steps", _words),
     "words_mean": ("words", "vector", _words_mean),
@@ -364,8 +441,8 @@ def make_net(name: str, shape: Shape) -> nn.Module:
                 module.running_var.uniform_(0.5, 2)
         for p in net.parameters():  # norms and biases that are not those of an initialisation
             p.add_(0.2 * torch.randn(p.shape, dtype=torch.float64))
-        heads = [module for module in net.modules() if isinstance(module, nn.Linear)]
-        if shape.zero_head:  # as many begin to train: all examples of a label have one loss
+        heads = [m for m in net.modules() if isinstance(m, nn.Linear) and not is_parametrized(m)]
+        if shape.zero_head and heads:  # as many begin to train: all examples of a label have one loss
             for p in heads[-1].parameters():
                 p.zero_()
     return net
