@@ -25,7 +25,7 @@ from lightning_influence.methods.method import (
 )
 from lightning_influence.methods.options import ClosedFormOptions, Options
 from lightning_influence.methods.owners import OwnedQuadratic, OwnedScorer, Owners
-from lightning_influence.methods.scorers import HELD_BYTES, PreconditionedScorer
+from lightning_influence.methods.scorers import PreconditionedScorer
 from lightning_influence.methods.scoring_passes import Quadratic
 from lightning_influence.methods.weighted_squares import PreconditionedSquares
 from lightning_influence.model.layers.bases import Basis
@@ -66,7 +66,7 @@ class ClosedForm(Method):
     def solve(self, queries: Queries) -> Solved:
         """Apply the inverse, within the scores where that is cheaper."""
         names = set(queries)
-        held = min(HELD_BYTES, self.options.memory_budget // 4)
+        held = self.options.memory_budget // 4
         scorer = PreconditionedScorer(
             self.inverse, queries, tolerance=self.low_rank_tolerance, consume=True, held_bytes=held
         )
