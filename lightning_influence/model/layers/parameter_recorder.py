@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.model.batches.forms import place_examples
-from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
+from lightning_influence.model.layers.gradients import DenseGradients, LayerGradients, multiply
 from lightning_influence.model.layers.layer import (
     BIAS,
     WEIGHT,
@@ -201,7 +201,7 @@ class ParameterRecorder:
             return DenseGradients(slopes[0].mT.transpose(1, 2))
         inputs = self.inputs(name)
         assert inputs is not None
-        return FactoredGradients(inputs, slopes[0])
+        return multiply(inputs, slopes[0])
 
     def inputs(self, name: str) -> Tensor | None:
         """Return the inputs ``(G, B, R, D_in)`` of a layer: ones or the identity where it has none.
