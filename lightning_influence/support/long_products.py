@@ -1,8 +1,8 @@
 """Matrix products that sum over very many terms.
 
 A product whose result has few rows or columns adds up its terms one after another: of a million in float32
-where one is large, half a thousandth of the sum is lost, and ten times as much of ten million. Sums of blocks
-that are added up afterwards lose what the longest block does, and take no longer.
+where one is large, half a thousandth of the sum is lost, and more of more. Sums of blocks that are added up
+afterwards lose what the longest block does, and take no longer.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from lightning_influence.model.layers.gradients import (
     FactoredGradients,
     LayerGradients,
     concatenate,
-    multiply,
     rotate_matrices,
 )
 
@@ -123,20 +122,3 @@ def test_concatenation_keeps_the_order(forms, positions):
     factored = forms == "factored factored" and positions[0] == positions[1]
     assert isinstance(joined, FactoredGradients) is factored
     assert concatenate([joined]) is joined
-
-
-def test_groups_of_one_number_are_held_as_they_are():
-    """Products of their factors would be as many small ones as there are numbers."""
-    generator = torch.Generator().manual_seed(0)
-    for positions, d_out, d_in, kind in (
-        (1, 1, 1, DenseGradients),
-        (2, 1, 1, FactoredGradients),
-        (1, 1, 2, FactoredGradients),
-        (1, 2, 1, FactoredGradients),
-    ):
-        inputs = torch.randn(5, 3, positions, d_in, generator=generator, dtype=torch.float64)
-        outputs = torch.randn(2, 5, 3, positions, d_out, generator=generator, dtype=torch.float64)
-        found = multiply(inputs, outputs)
-        assert type(found) is kind
-        expected = torch.einsum("kgbro,gbri->kbgoi", outputs, inputs)
-        torch.testing.assert_close(found.dense(), expected)

@@ -1,5 +1,7 @@
 """Blocks of one parameter, and modules whose weight is used without calling them, in captured passes."""
 
+import itertools
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -228,6 +230,31 @@ def test_rows_of_a_parameter_that_are_written_into_a_part():
     expected = torch.stack([torch.autograd.grad(loss, module.common)[0] for loss in alone])
     torch.testing.assert_close(found, expected)
     assert not plan.slow
+
+
+def test_numbers_that_are_groups_of_their_own_are_no_products():
+    """Curvature products with several seeds of a packed layer would be as many products of two numbers."""
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, MATRIX_WIDTH // 2, 3))
+
+        def forward(self, x):
+            return functional.conv1d(x[..., None], self.weight.flatten(0, 1)[..., None], groups=2)[..., 0]
+
+    model = Net(Packed(), nn.Linear(2 * (MATRIX_WIDTH // 2), 3)).double()
+    batch = torch.randn(B, 6, dtype=torch.float64), torch.arange(B) % 3
+    plan = find_layers(model)
+    assert plan.layers["body.weight"].shape == (model.body.weight.numel(), 1, 1)
+    captured = Forward(plan)(model, batch, B)
+    seeds = [torch.eye(3, dtype=torch.float64)[[k] * B] for k in range(3)]
+    found = captured.recorder.gradients(captured.loss.outputs, seeds, B)["body.weight"]
+    assert isinstance(found, DenseGradients)
+    outputs = model.head(model.body(batch[0]))
+    for k, n in itertools.product(range(3), range(B)):
+        (expected,) = torch.autograd.grad(outputs[n, k], model.body.weight, retain_graph=True)
+        torch.testing.assert_close(found.dense()[k, n].flatten(), expected.flatten())
 
 
 def test_what_is_not_seen_takes_the_slow_way_and_is_named():

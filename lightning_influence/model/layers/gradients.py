@@ -462,13 +462,6 @@ class FactoredGradients(LayerGradients):
         return [self.select(slice(start, start + step)) for start in range(0, examples, step)]
 
 
-def multiply(inputs: Tensor, outputs: Tensor) -> LayerGradients:
-    """Return gradients from both factors: as these, but for groups of one number each."""
-    if inputs.shape[2:] == (1, 1) and outputs.shape[-1] == 1:
-        return DenseGradients((outputs * inputs).transpose(1, 2).contiguous())
-    return FactoredGradients(inputs, outputs)
-
-
 def concatenate(parts: Sequence[LayerGradients]) -> LayerGradients:
     """Return several batches as one, in order: factored where all are so in one form, else dense."""
     if len(parts) == 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.model.batches.forms import place_examples
-from lightning_influence.model.layers.gradients import DenseGradients, LayerGradients, multiply
+from lightning_influence.model.layers.gradients import DenseGradients, FactoredGradients, LayerGradients
 from lightning_influence.model.layers.layer import (
     BIAS,
     WEIGHT,
@@ -199,9 +199,16 @@ class ParameterRecorder:
             return self._tables[name].assemble(slopes)
         if self.is_whole(name):  # the output gradients are columns
             return DenseGradients(slopes[0].mT.transpose(1, 2))
+        if self._is_numbers(name):  # as many products with one would be slow
+            return DenseGradients(slopes[0].transpose(1, 2).contiguous())
         inputs = self.inputs(name)
         assert inputs is not None
-        return multiply(inputs, slopes[0])
+        return FactoredGradients(inputs, slopes[0])
+
+    def _is_numbers(self, name: str) -> bool:
+        """Return whether each number of a parameter is a group of its own, whose input is one."""
+        alone = self.layers[name].shape[1:] == (1, 1)
+        return alone and name in self._single and self._products.get(name) is None
 
     def inputs(self, name: str) -> Tensor | None:
         """Return the inputs ``(G, B, R, D_in)`` of a layer: ones or the identity where it has none.

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients, multiply
+from lightning_influence.model.layers.gradients import FactoredGradients, LayerGradients
 from lightning_influence.model.layers.layer import Layer, ParameterRule
 from lightning_influence.model.layers.use_recorder import Slopes, UseRecorder
 from lightning_influence.model.uses.calls import find_edge
@@ -337,7 +337,7 @@ class Recorder:
             gradients = self.uses.assemble(name, slopes)
             return gradients if run == slice(0, num_examples) else gradients.select(run)
         inputs = self._inputs_of(name, run, num_examples, release=release)
-        return multiply(inputs, slopes[0][:, :, run])
+        return FactoredGradients(inputs, slopes[0][:, :, run])
 
     def _examples_at_once(self, grads: Mapping[str, Slopes], num_examples: int) -> int:
         """Return how many examples' inputs to unfold at once: all of them where nothing grows by it."""
