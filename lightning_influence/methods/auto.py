@@ -375,6 +375,7 @@ class Auto(Method):
             correction=correction,
             tolerance=self._low_rank(),
             consume=True,
+            held_bytes=self.options.memory_budget // 4,
         )
         if scorer.ranks:
             self.context.extra["low_rank"] = dict(scorer.ranks)

@@ -32,9 +32,9 @@ from lightning_influence.model.layers.table_gradients import TableGradients, lay
 _CACHED = 2**18
 
 
-#: Bytes of solved queries of all layers that are held as they are unless low rank saves time, by default: a
-#: quarter of the default memory budget. Those of low rank are formed again for every batch.
-HELD_BYTES = 2**28
+# Bytes of solved queries of all layers that are held as they are unless low rank saves time, by default: a
+# quarter of the default memory budget. Those of low rank are formed again for every batch.
+_HELD_BYTES = 2**28
 # Chosen by hand: a lower rank is rarely enough for these, and trying it takes as much as some batches.
 _LEAST_RANK = 4
 # What writing and reading a number costs, in multiplications.
@@ -128,7 +128,7 @@ class PreconditionedScorer:
         correction: Correction | None = None,
         tolerance: float = 1e-3,
         consume: bool = False,
-        held_bytes: int = HELD_BYTES,
+        held_bytes: int = _HELD_BYTES,
     ) -> None:
         self._inverse, self._correction = inverse, correction
         self._queries = queries if consume else dict(queries)

@@ -1,8 +1,8 @@
 """Matrix products that sum over very many terms.
 
-A product whose result has few rows or columns adds up its terms one after another: of a million in float32
-where one is large, half a thousandth of the sum is lost, and more of more. Sums of blocks that are added up
-afterwards lose what the longest block does, and take no longer.
+A product whose result has few rows or columns adds up its terms one after another, and where one of them is
+large the smaller ones lose digits: in float32 about three of six for a million terms. Sums of blocks that are
+added up afterwards lose what a block does, and take no longer.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ def multiply_long(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         ``(..., n, v)``.
     """
-    lead, terms = left.shape[:-1], left.shape[-1]
+    terms = left.shape[-1]
     blocks, rest = divmod(terms, _BLOCK)
     if terms <= _BLOCK:
         return torch.matmul(left, right)
     if right.dim() == 2 and left.dim() > 2:
-        return multiply_long(left.flatten(0, -2), right).view(*lead, -1)
+        return multiply_long(left.flatten(0, -2), right).view(*left.shape[:-1], right.shape[-1])
     whole = terms - rest
-    rows = torch.unflatten(left[..., :whole], -1, (blocks, _BLOCK)).transpose(
-        -3, -2
-    )  # (..., blocks, n, block)
+    # (..., blocks, n, block) and (..., blocks, block, v)
+    rows = torch.unflatten(left[..., :whole], -1, (blocks, _BLOCK)).transpose(-3, -2)
     columns = torch.unflatten(right[..., :whole, :], -2, (blocks, _BLOCK))
     result = torch.matmul(rows, columns).sum(dim=-3)
     return result + torch.matmul(left[..., whole:], right[..., whole:, :]) if rest else result

@@ -122,3 +122,18 @@ def test_concatenation_keeps_the_order(forms, positions):
     factored = forms == "factored factored" and positions[0] == positions[1]
     assert isinstance(joined, FactoredGradients) is factored
     assert concatenate([joined]) is joined
+
+
+@pytest.mark.parametrize("form", ["dense", "positions"])
+def test_scores_of_wide_layers_keep_their_digits(form):
+    """Long sums in float32: with one large term the others lose digits unless they are added up in blocks."""
+    generator = torch.Generator().manual_seed(0)
+    positions, width = 3, 600
+    inputs = 0.1 + torch.rand(1, 8, positions, width, generator=generator)
+    outputs = 0.1 + torch.rand(1, 1, 8, positions, width, generator=generator)
+    inputs[..., 0], outputs[..., 0] = 1e2, 1e2
+    factored = FactoredGradients(inputs, outputs)
+    vectors = factored.dense()[0]
+    gradients = DenseGradients(factored.dense()) if form == "dense" else factored
+    exact = gradients.to(dtype=torch.float64).dot(vectors.double())
+    assert float((gradients.dot(vectors) - exact).norm()) < 1e-6 * float(exact.norm())

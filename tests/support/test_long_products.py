@@ -25,6 +25,14 @@ def test_leading_dimensions_stay(shared):
         torch.testing.assert_close(multiply_long(left, right), left @ right)
 
 
+@pytest.mark.parametrize("sizes", [(0, 3, 2), (2, 0, 2), (2, 3, 0)])
+def test_nothing_of_something_is_nothing(sizes):
+    """A process without examples, and a space without directions."""
+    first, second, columns = sizes
+    found = multiply_long(torch.ones(first, second, 9000), torch.ones(9000, columns))
+    assert found.shape == sizes
+
+
 def test_gradients_flow_as_through_a_product():
     left, right = draw((2, 9000), 0).requires_grad_(), draw((9000, 3), 1)
     (grad,) = torch.autograd.grad(multiply_long(left, right).square().sum(), left)
