@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from lightning_influence.model.batches.forms import note_form, read_form
-from lightning_influence.model.batches.rearranging import missing_positions, rearranged
+from lightning_influence.model.batches.rearranging import rearranged
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.checks import NO_GRAPH, check_independent, check_loss
 from lightning_influence.model.layers.parameter_recorder import ParameterRecorder
 from lightning_influence.model.layers.plan import LayerPlan, ModuleLoss
 from lightning_influence.model.layers.recorder import Recorder
-from lightning_influence.model.loss_checks import OTHER_ORDER, check_losses
+from lightning_influence.model.loss_checks import OTHER_ORDER, check_losses, count_left_out
 from lightning_influence.model.loss_values import OTHER_ROWS, ROWS_VARY, compute_losses
 from lightning_influence.model.losses.batch import BatchLoss
 from lightning_influence.model.losses.capture import LossCapture
@@ -379,7 +379,7 @@ class Forward:
         uses = recorder.uses
         if uses is not None and self._capture.is_lost(uses.place_of):
             self.plan.verified.add(LOST)
-        if uses is not None and self._capture.put_in_order(uses.place_of, num_examples):
+        if uses is not None and self._capture.put_in_order(uses.place_of, num_examples, picks=uses.picks):
             self.plan.verified.add(ROWS_VARY)
         in_order = self._capture.judge(whole, None if uses is None else uses.is_in_order)
         for rows in in_order:
@@ -475,14 +475,12 @@ class Forward:
 
     def _check_order(self, captured: Captured, module: Any, batch: Any) -> None:
         """Check that the losses come in the order of the examples, for each way in which their rows do."""
-        loss, count = captured.loss, captured.num_examples
+        loss = captured.loss
         if isinstance(loss, BatchLoss | JointLoss) and loss.values is None:
             return  # its gradients were compared with those of parts of the batch
         if ONE_BY_ONE in self.plan.verified:
             return
-        outputs = captured.per_example() if loss is None else loss.outputs
-        left_out = 0 if len(outputs) == count else missing_positions(batch, count, len(outputs))
-        subject = f"{ORDER}{left_out}"
+        subject = f"{ORDER}{count_left_out(captured, batch)}"
         if subject not in self.plan.verified:
             follows = captured.recorder.uses is not None  # as a batch in another order may need
             verified = {ROWS_VARY} if follows else self.plan.verified & {ROWS_VARY}

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.model.batches.rearranging import Layout, find_layouts, rearranged
+from lightning_influence.model.batches.rearranging import Layout, find_layouts, missing_positions, rearranged
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.losses.combined import WEIGHTED
+from lightning_influence.model.losses.ragged import RaggedLoss
 from lightning_influence.support.batches import find_tensors
 from lightning_influence.support.errors import UnsupportedModelError
 from lightning_influence.support.notes import warn
@@ -152,17 +153,22 @@ class _Watched:
     def tell_draws(self, values: Tensor, batch: Any, limit: Tensor) -> bool:
         """Warn if a batch has other losses when it is run again; a coin may come up the same, so draw on.
 
+        Losses that are the same each time, and not the given ones, were read in another way than these.
+
         Returns:
             Whether it has, so that nothing can be concluded from other runs.
         """
+        first = None
         with preserve_rng():
-            for _ in range(self._most):
+            for _ in range(self._most + 1):
                 again = _try(self, batch, len(values))
-                if again is None or bool(((again - values).abs() > limit).any()):
+                known = [values] if self.draws else [] if first is None else [first]
+                if again is None or any(bool(((again - other).abs() > limit).any()) for other in known):
                     warn(_RANDOM)
                     return True
-                if not self.draws:
+                if first is not None and not self.draws:
                     return False
+                first = again
         return False
 
 
@@ -263,6 +269,13 @@ def _halves_agree(
             if alone is None or not bool(((alone - values[order]).abs() <= limit).all()):
                 return False
     return True
+
+
+def count_left_out(captured: Captured, batch: Any) -> int:
+    """Return how many positions of each example the loss leaves out, of whose rows as many are known."""
+    loss, count = captured.loss, captured.num_examples
+    rows = count if isinstance(loss, RaggedLoss) or loss is None else len(loss.outputs)
+    return 0 if rows == count else missing_positions(batch, count, rows)
 
 
 def check_losses(captured: Captured, module: nn.Module, batch: Any, losses: Callable[..., Tensor]) -> None:

@@ -122,7 +122,7 @@ def _read_losses(
     ):
         values, batch_loss = run(module, batch)
     if follow is not None:
-        capture.put_in_order(follow.place_of, num_examples)
+        capture.put_in_order(follow.place_of, num_examples, picks=follow.picks)
         capture.acquit(follow.place_of)
     if batch_loss is None:
         assert values is not None

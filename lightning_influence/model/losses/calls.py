@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.model.losses.ragged import RaggedLoss
 from lightning_influence.model.losses.registry import is_supported, loss_name, parse
 from lightning_influence.support.errors import LossCaptureError
 
@@ -33,6 +34,7 @@ class LossCall:
         versions: of its tensor arguments, to notice changes in place after the call.
         picked: whether it has as many rows as a mask has left, which are nobody's by their number.
         order: numbers of its rows in the order of the examples, ``(R,)``, where they come in another.
+        owners: the example of each of its rows, ``(R,)``, where these may have different numbers of them.
         is_packed: whether hooks have packed what its node saved, so that looking at that runs them.
     """
 
@@ -45,6 +47,7 @@ class LossCall:
     versions: tuple[int, ...]
     picked: bool = False
     order: Tensor | None = None
+    owners: Tensor | None = None
     is_packed: bool = False
 
     @property
@@ -60,6 +63,11 @@ class LossCall:
             name: next(parts) if isinstance(part, Tensor) else part for name, part in self.kwargs.items()
         }
         return replace(self, args=args, kwargs=kwargs, value=value, node=None, versions=versions_of(tensors))
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether it is known of each row whose it is."""
+        return self.order is not None or self.owners is not None
 
     @property
     def outputs(self) -> Tensor:
@@ -86,6 +94,8 @@ class LossCall:
                 "that are joined from examples of several lengths. Accepted are B rows, or B * T with the T "
                 "positions of each example together: mark rows to leave out with `ignore_index`."
             )
+        if self.owners is not None and rows == len(self.owners):
+            return RaggedLoss.of(loss, self.owners, batch_size)
         if rows == 0 or rows % batch_size:
             raise LossCaptureError(
                 f"The loss was computed on {rows} rows (outputs of shape {tuple(loss.outputs.shape)}), which "

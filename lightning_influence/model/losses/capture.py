@@ -139,25 +139,34 @@ class LossCapture(TorchFunctionMode):
         count = count_picked(func, args, result)
         self._picked |= set() if count is None else {count}
 
-    def put_in_order(self, place_of: Callable[[Tensor], Place | None], num_examples: int) -> bool:
-        """Note in which order calls have their rows where it is not that of the examples.
+    def put_in_order(
+        self, place_of: Callable[[Tensor], Place | None], num_examples: int, *, picks: bool = False
+    ) -> bool:
+        """Note whose the rows of calls are where they are not the examples in their order.
 
         Outputs that are compared with targets of other examples are left as they are.
 
         Args:
             place_of: tells where the examples stand in a tensor.
             num_examples: ``B``.
+            picks: whether the step picks rows, of which there are as many of each example by chance only.
 
         Returns:
-            Whether some have.
+            Whether some are not.
         """
         for number, call in enumerate(self.calls):
-            place = place_of(call.outputs)
-            order = None if place is None else place.row_order(num_examples)
-            rows = [part for part in call.tensors if part.dim() and len(part) == len(call.outputs)]
-            if order is not None and {place_of(part) for part in rows} <= {place, None}:
-                self.calls[number] = replace(call, order=order)
-        return any(call.order is not None for call in self.calls)
+            place, outputs = place_of(call.outputs), call.outputs
+            if place is None or not outputs.dim():
+                continue
+            rows = [place_of(part) for part in call.tensors if part.dim() and len(part) == len(outputs)]
+            if not all(other is None or other.holds_the_same(place, num_examples) for other in rows):
+                continue
+            owners = None
+            if call.picked or place.owners is not None or (picks and len(outputs) != num_examples):
+                owners = place.row_owners(len(outputs), num_examples)
+            order = place.row_order(num_examples) if owners is None else None
+            self.calls[number] = replace(call, order=order, owners=owners)
+        return any(call.is_followed for call in self.calls)
 
     def judge(self, whole: WholeRows, is_in_order: Callable[[Tensor], bool] | None = None) -> set[int]:
         """Decide which calls are on rows of which it is not known whose they are.
@@ -175,7 +184,7 @@ class LossCapture(TorchFunctionMode):
             outputs = call.outputs
             other = outputs.dim() > 0 and len(outputs) not in whole
             picked = call.picked and not (outputs.dim() and whole.are_of_one(len(outputs)))
-            is_odd = (picked or other) and call.order is None
+            is_odd = (picked or other) and not call.is_followed
             in_order = is_odd and is_in_order is not None and is_in_order(outputs)
             acquitted |= {len(outputs)} if other and in_order else set()
             self.calls[number] = replace(call, picked=is_odd and not in_order)
@@ -198,7 +207,7 @@ class LossCapture(TorchFunctionMode):
         """
         for number, call in enumerate(self.calls):
             place = place_of(call.outputs) if call.picked else None
-            if call.order is not None or (place is not None and place.is_plain()):
+            if call.is_followed or (place is not None and place.is_plain()):
                 self.calls[number] = replace(call, picked=False)
 
     def clear(self) -> None:

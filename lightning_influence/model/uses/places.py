@@ -76,6 +76,24 @@ class Place:
             return None
         return owners.argsort(stable=True)
 
+    def holds_the_same(self, other: Place, num_examples: int) -> bool:
+        """Return whether another place has the same examples in the same slices, however it is written."""
+        if self == other or self.dim != other.dim or self.dim is None:
+            return self == other
+        return self.owner_vector(num_examples).equal(other.owner_vector(num_examples))
+
+    def row_owners(self, rows: int, num_examples: int) -> Tensor | None:
+        """Return the example of each slice of the first dimension, ``(rows,)``; None where some is nobody's.
+
+        Args:
+            rows: size of that dimension.
+            num_examples: ``B``.
+        """
+        if self.dim is None and self.owners is not None:
+            return torch.full((rows,), self.owners[0])
+        owners = self.owner_vector(num_examples) if self.dim == 0 else None
+        return None if owners is None or len(owners) != rows or bool((owners < 0).any()) else owners
+
     def split(self, tensor: Tensor, num_examples: int, *, lead: int = 0, fill: bool = False) -> Tensor:
         """Split a tensor by examples.
 
