@@ -164,6 +164,10 @@ class LossCapture(TorchFunctionMode):
             owners = None
             if call.picked or place.owners is not None or (picks and len(outputs) != num_examples):
                 owners = place.row_owners(len(outputs), num_examples)
+            # Examples, or parts of the batch, may have a call each, as in a loop over them.
+            is_part = owners is not None and len(set(owners.tolist())) < num_examples
+            if is_part and len(self.calls) > 1 and not (call.picked and place.dim is not None):
+                continue
             order = place.row_order(num_examples) if owners is None else None
             self.calls[number] = replace(call, order=order, owners=owners)
         return any(call.is_followed for call in self.calls)

@@ -182,6 +182,11 @@ def summed(losses: Sequence[OutputLoss]) -> OutputLoss:
     everywhere = all(loss.reduction == "sum" for loss in losses)
     terms = []
     for loss in losses:
-        factor = 1.0 if everywhere else loss.scale * loss.num_examples / float(loss.weights().sum())
-        terms.append(loss if factor == 1 else ScaledLoss.of(loss, factor, loss.reduction))
+        weights = loss.weights()
+        total, least, most = torch.stack([weights.sum(), weights.min(), weights.max()]).tolist()
+        factor = 1.0 if everywhere else loss.scale * loss.num_examples / total
+        scaled = ScaledLoss.of(loss, factor, loss.reduction)
+        if least < most and not everywhere:
+            scaled = replace(scaled, remark=WEIGHTED)
+        terms.append(loss if factor == 1 and scaled.remark is None else scaled)
     return SumLoss.of(terms, "sum" if everywhere else "example_mean")
