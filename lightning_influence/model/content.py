@@ -7,7 +7,7 @@ the same whatever batches the examples come in and whatever processes see them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_influence.model.captured import Captured, LossSum
 from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.model.losses.ragged import RaggedLoss
 from lightning_influence.support.batches import MOST_DEPTH, open_part
 from lightning_influence.support.digests import digest_number, digest_rows
 from lightning_influence.support.random_states import combine_keys
@@ -118,6 +119,8 @@ def _parts(item: Any, depth: int) -> Iterator[Tensor]:
 
 def _describe(loss: OutputLoss) -> tuple[Any, ...]:
     """Return the settings of a loss: no value of a batch, and no factor that may depend on its size."""
+    if isinstance(loss, RaggedLoss):  # as which rows may be read that are as many of each example elsewhere
+        return _describe(replace(loss.rows, reduction=loss.reduction))
     told: list[Any] = [type(loss).__name__]
     for part in fields(loss):
         value = getattr(loss, part.name)

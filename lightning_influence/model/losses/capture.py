@@ -161,15 +161,15 @@ class LossCapture(TorchFunctionMode):
             rows = [place_of(part) for part in call.tensors if part.dim() and len(part) == len(outputs)]
             if not all(other is None or other.holds_the_same(place, num_examples) for other in rows):
                 continue
-            owners = None
-            if call.picked or place.owners is not None or (picks and len(outputs) != num_examples):
-                owners = place.row_owners(len(outputs), num_examples)
+            order = place.row_order(num_examples)
+            is_uneven = order is None and not place.is_plain() and num_examples > 1
+            by_rows = call.picked or is_uneven or (picks and len(outputs) != num_examples)
+            owners = place.row_owners(len(outputs), num_examples) if by_rows else None
             # Examples, or parts of the batch, may have a call each, as in a loop over them.
             is_part = owners is not None and len(set(owners.tolist())) < num_examples
             if is_part and len(self.calls) > 1 and not (call.picked and place.dim is not None):
                 continue
-            order = place.row_order(num_examples) if owners is None else None
-            self.calls[number] = replace(call, order=order, owners=owners)
+            self.calls[number] = replace(call, order=order if owners is None else None, owners=owners)
         return any(call.is_followed for call in self.calls)
 
     def judge(self, whole: WholeRows, is_in_order: Callable[[Tensor], bool] | None = None) -> set[int]:
