@@ -24,7 +24,7 @@ QUESTIONS = {
     "exact, mixed": {"method": "exact", "fisher": "mixed"},
     "blocks, sampled": {"method": "block_ggn", "fisher": "sampled"},
     "cg, mixed": {"method": "cg", "fisher": "mixed"},
-    "cg, passes": {"method": "cg", "fisher": "sampled", "memory_budget": 20_000, "max_steps": 5},
+    "cg, passes": {"method": "cg", "fisher": "sampled", "memory_budget": 20_000, "max_steps": 2},
     "lissa": {"method": "lissa", "batch_size": 8, "max_steps": 30},
     "astra": {"method": "astra", "batch_size": 8, "max_steps": 30},
 }

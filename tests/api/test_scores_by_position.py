@@ -221,5 +221,6 @@ for method, rows in (("identity", cut), ("ekfac", whole)):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_positions_that_one_does(tmp_path):
     check_script(SCRIPT, tmp_path)

@@ -30,7 +30,7 @@ METHODS = {
     "auto in low rank": {"fisher": "exact", "max_steps": 0, "low_rank_tolerance": 0.1},
     "auto iterated": CONVERGED,
     "cg": ITERATED,
-    "minres": {**ITERATED, "curvature": "hessian"},
+    "minres": {"tolerance": 1e-11, "max_steps": 40, "curvature": "hessian"},
     "astra": ITERATED,
     "lissa": ITERATED,
 }

@@ -50,6 +50,7 @@ def test_quick_run_fills_every_section(bench, figures):
     assert (folder / "diabetes-0.5-loss.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_solvers_agree_with_the_dense_matrix_and_with_proximal_responses(bench, figures):
     rows = {row["rung"]: row for row in figures[0]["scores"]["0.5 loss"]}
     for name in ("cg", "lissa", "astra"):
@@ -60,11 +61,13 @@ def test_solvers_agree_with_the_dense_matrix_and_with_proximal_responses(bench, 
     assert agreement["identity"]["derivative"] < 0.95
 
 
+@pytest.mark.slow
 def test_parts_of_the_gap_add_up(figures):
     for row in figures[0]["target"]:
         assert row["gap"]["value"] == pytest.approx(row["damping_part"] + row["solver_part"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_decomposition_is_empty_where_a_step_drops_nothing(figures):
     found = figures[0]["decomposition"]
     assert found["ggn/block_ggn"]["off_block"] > 0
@@ -73,7 +76,7 @@ def test_decomposition_is_empty_where_a_step_drops_nothing(figures):
     assert found["block_ggn/kfac"]["layers"][1]["residual"] == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hessian", "ggn", "block_ggn"])
 @pytest.mark.parametrize("damping", [0.1, "auto"])
 def test_decomposed_matrices_give_the_scores_of_the_public_methods(bench, figures, name, damping):

@@ -148,6 +148,10 @@ def _options(draw: _Draws, method: str) -> dict[str, Any]:
     }[method]
     if method == "minres" and own["curvature"] == "hessian" and damping in {"auto", "heuristic"}:
         damping = 2.0
+    if (
+        method == "lissa" and damping == "heuristic"
+    ):  # of a small one it takes minutes for tens of thousand steps
+        damping = 0.3
     if method in {"kfac", "ekfac", "diagonal"}:
         own = {**own, "self_influence_tolerance": 0.0}
     return {"damping": damping, **({} if draw.among(False, True) else {"memory_budget": 2**26}), **own}

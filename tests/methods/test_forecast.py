@@ -169,5 +169,6 @@ assert told["passes"] >= 3 and 0 < told["seconds"] < math.inf
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_a_batch_of_the_trial_is_told_by_the_others(tmp_path):
     check_script(SCRIPT, tmp_path)
