@@ -54,7 +54,7 @@ def test_the_meter_sees_what_is_alive_at_once():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["identity", "auto", "cg"])
 def test_full_scores_take_their_own_size(method):
-    queries, examples = 1000, 3000 if method == "cg" else 5000
+    queries, examples = 400 if method == "cg" else 1000, 5000
     budget = 2 * MIB  # what is held beside the scores
     steps = {"max_steps": 1} if method == "cg" else {}
     found, peak = ask(queries, examples, method=method, memory_budget=budget, **steps)
