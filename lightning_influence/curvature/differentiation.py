@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from lightning_influence.model.captured import Captured
 from lightning_influence.model.layers.layer import Layer
@@ -29,24 +27,6 @@ _AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}
 # How autograd says that an operation has no second derivative.
 _NO_DERIVATIVE = ("is not implemented", "once_differentiable", "not differentiable")
 _ERROR_NODE = "torch::autograd::Error"
-
-
-@contextlib.contextmanager
-def differentiable_twice(module: nn.Module) -> Iterator[None]:
-    """Run a forward pass of a module on kernels that have second derivatives.
-
-    Fused attention and fused recurrent layers have first derivatives only; their plain counterparts compute
-    the same function.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
-            # Other flags as they are: what their defaults would set, not all versions of torch put back.
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False, allow_tf32=None))
-            mkldnn: Any = torch.backends.mkldnn  # which has that flag in newer versions
-            kept = {"allow_tf32": None} if hasattr(mkldnn, "allow_tf32") else {}
-            stack.enter_context(mkldnn.flags(enabled=False, **kept))
-        yield
 
 
 class Parameters:
@@ -99,7 +79,7 @@ def add_hessian_products(
     Args:
         out: ``(V, P)``, changed in place.
         plan: the covered layers.
-        captured: a batch, from a forward pass under :func:`differentiable_twice`.
+        captured: a batch, from a forward pass under ``differentiable_twice``.
         vectors: ``(V, P)``.
         coefficients: ``c (B,)``; ones if None.
 
@@ -131,7 +111,7 @@ def add_gauss_newton_products(
     Args:
         out: ``(V, P)``, changed in place.
         plan: the covered layers.
-        captured: a batch with a known loss, from a forward pass under :func:`differentiable_twice`.
+        captured: a batch with a known loss, from a forward pass under ``differentiable_twice``.
         vectors: ``(V, P)``.
         coefficients: ``c (B,)``; ones if None.
 

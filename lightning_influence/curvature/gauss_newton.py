@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.differentiation import add_gauss_newton_products, differentiable_twice
+from lightning_influence.curvature.differentiation import add_gauss_newton_products
 from lightning_influence.curvature.passes import CurvaturePass
+from lightning_influence.curvature.twice_differentiable import differentiable_twice
 from lightning_influence.model.captured import MAX_COLUMNS, Captured, Fisher
 from lightning_influence.model.layers.gradients import LayerGradients
 from lightning_influence.model.layers.plan import LayerPlan

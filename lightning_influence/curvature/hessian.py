@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.differentiation import add_hessian_products, differentiable_twice
+from lightning_influence.curvature.differentiation import add_hessian_products
 from lightning_influence.curvature.passes import AveragingPass
+from lightning_influence.curvature.twice_differentiable import differentiable_twice
 from lightning_influence.model.layers.plan import LayerPlan
 
 # Chosen by hand: rows of the identity that are multiplied by at once; differentiation takes them in chunks.

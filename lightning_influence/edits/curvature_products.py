@@ -20,8 +20,8 @@ from torch import Tensor
 from lightning_influence.curvature.differentiation import (
     add_gauss_newton_products,
     add_hessian_products,
-    differentiable_twice,
 )
+from lightning_influence.curvature.twice_differentiable import differentiable_twice
 from lightning_influence.edits.data import EditData
 from lightning_influence.edits.losses import MAX_COLUMNS, Sample
 from lightning_influence.model.captured import Captured

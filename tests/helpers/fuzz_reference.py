@@ -14,6 +14,7 @@ import torch
 from fuzz_losses import IGNORED
 from fuzz_recipes import Problem, squares, surrogate
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
 
 
 class UndeterminedError(Exception):
@@ -60,6 +61,8 @@ class Reference:
         for module in self.module.modules():
             if isinstance(module, nn.EmbeddingBag):  # of which torch has first derivatives only
                 module.forward = partial(_sum_bag, module)
+            if isinstance(module, _WeightNorm):  # whose second derivatives are wrong in torch
+                module.forward = partial(_scale_rows, module)
         self.values = self.recipe.via in {"hook", "argument"}
         self.shares, self.units = shares, units
         self.squares = self.recipe.loss == "pinball" or squares
@@ -337,6 +340,12 @@ def _sum_bag(bag: nn.EmbeddingBag, words: Tensor) -> Tensor:
     """Embed each bag of words as a sum, or mean, of rows of the table."""
     rows = bag.weight[words]
     return rows.sum(1) if bag.mode == "sum" else rows.mean(1)
+
+
+def _scale_rows(norm: _WeightNorm, gains: Tensor, rows: Tensor) -> Tensor:
+    """Give the rows of a matrix the lengths of the gains."""
+    assert norm.dim == 0
+    return rows * gains / rows.square().sum(1, keepdim=True).sqrt()
 
 
 def _basis(matrix: Tensor) -> Tensor:
