@@ -12,9 +12,20 @@ from lightning_influence.curvature.differentiation import add_hessian_products
 from lightning_influence.curvature.passes import AveragingPass
 from lightning_influence.curvature.twice_differentiable import differentiable_twice
 from lightning_influence.model.layers.plan import LayerPlan
+from lightning_influence.support.notes import warn
 
+# Chosen by hand: how asymmetric rounding may make a Hessian, relatively; of half precision nothing is known.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ASYMMETRIC = (
+    "The second derivatives of the training loss are not symmetric, by {share:.1%} of their size: an "
+    "operation of the model has wrong ones in torch, or is a `torch.autograd.Function` whose backward pass "
+    "is not differentiable itself. Do not rely on answers by the Hessian: take the Gauss-Newton matrix "
+    "(method='cg' or 'auto')."
+)
 # Chosen by hand: rows of the identity that are multiplied by at once; differentiation takes them in chunks.
 _ROWS = 1024
+# As many vectors of a product show whether the matrix is symmetric; one does not.
+_SOME = 4
 
 
 class HessianProductPass(AveragingPass):
@@ -55,7 +66,10 @@ class HessianProductPass(AveragingPass):
             all_reduce_sum: sums a tensor over the processes.
             mean_weight: mean loss weight of an example; that of the examples seen if None.
         """
-        return self._total(self._sum, all_reduce_sum, mean_weight)
+        products = self._total(self._sum, all_reduce_sum, mean_weight)
+        some, found = self.vectors[:_SOME].double(), products[:_SOME].double()
+        _check_symmetry(some @ found.T, self._plan, some.norm(dim=1)[:, None] * found.norm(dim=1))
+        return products
 
 
 class DenseHessianPass(AveragingPass):
@@ -90,4 +104,23 @@ class DenseHessianPass(AveragingPass):
         if self._sum is None:  # this process had no examples
             self._sum = torch.zeros(self.layout.numel, self.layout.numel, dtype=torch.float64)
         total = self._total(self._sum, all_reduce_sum)
+        _check_symmetry(total, self._plan)
         return (total + total.T) / 2
+
+
+def _check_symmetry(matrix: Tensor, plan: LayerPlan, sizes: Tensor | None = None) -> None:
+    """Warn if a Hessian is not symmetric, as none is that autograd has right.
+
+    Args:
+        matrix: the Hessian, or products of vectors with it.
+        plan: the covered layers.
+        sizes: of the vectors whose products the entries are, which tell what rounding makes of them; of a
+            matrix that is whole its own size does.
+    """
+    rounding = _ROUNDING.get(next(iter(plan.layers.values())).dtype)
+    if rounding is None:
+        return
+    gap, size = (matrix - matrix.T).norm(), matrix.norm()
+    room = 0.0 if sizes is None else rounding / 100 * float(sizes.norm())
+    if float(gap) > rounding * float(size) + room:
+        warn(_ASYMMETRIC.format(share=float(gap / size)), "asymmetric Hessian")

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_influence.curvature.hessian import DenseHessianPass
+from lightning_influence.curvature.hessian import DenseHessianPass, HessianProductPass
 from lightning_influence.curvature.twice_differentiable import differentiable_twice
 from lightning_influence.model.layers.plan import Layout, find_layers
+from lightning_influence.support.errors import InfluenceWarning
 
 
 def draw(*shape):
@@ -79,3 +80,41 @@ def test_the_hessian_of_a_weight_normed_model(norm):
     torch.testing.assert_close(
         torch.linalg.eigvalsh(found), torch.linalg.eigvalsh((expected + expected.T) / 2), rtol=1e-6, atol=1e-8
     )
+
+
+class Product(torch.autograd.Function):
+    """A product of whose gradients autograd takes one for a constant."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        return g * b, g * a.detach()
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def training_step(self, batch, batch_idx):
+        [x, y] = batch
+        return F.cross_entropy(Product.apply(self.first(x), self.gate(x)), y)
+
+
+def test_second_derivatives_that_are_not_symmetric_are_told():
+    module, batch = mute(Custom().double()), (draw(6, 3).detach(), torch.arange(6) % 2)
+    plan = find_layers(module)
+    for passed in (
+        DenseHessianPass(plan),
+        HessianProductPass(plan, torch.randn(3, plan.numel, dtype=torch.float64)),
+    ):
+        passed.step(module, batch, torch.arange(6), 0)
+        with pytest.warns(
+            InfluenceWarning, match="second derivatives of the training loss are not symmetric"
+        ):
+            passed.result()
