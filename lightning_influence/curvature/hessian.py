@@ -12,6 +12,7 @@ from lightning_influence.curvature.differentiation import add_hessian_products
 from lightning_influence.curvature.passes import AveragingPass
 from lightning_influence.curvature.twice_differentiable import differentiable_twice
 from lightning_influence.model.layers.plan import LayerPlan
+from lightning_influence.support.long_products import multiply_long
 from lightning_influence.support.notes import warn
 
 # Chosen by hand: how asymmetric rounding may make a Hessian, relatively; of half precision nothing is known.
@@ -67,8 +68,9 @@ class HessianProductPass(AveragingPass):
             mean_weight: mean loss weight of an example; that of the examples seen if None.
         """
         products = self._total(self._sum, all_reduce_sum, mean_weight)
-        some, found = self.vectors[:_SOME].double(), products[:_SOME].double()
-        _check_symmetry(some @ found.T, self._plan, some.norm(dim=1)[:, None] * found.norm(dim=1))
+        some, found = self.vectors[:_SOME], products[:_SOME]
+        sizes = some.norm(dim=1)[:, None] * found.norm(dim=1)
+        _check_symmetry(multiply_long(some, found.T), self._plan, sizes)
         return products
 
 

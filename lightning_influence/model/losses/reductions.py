@@ -179,14 +179,13 @@ def summed(losses: Sequence[OutputLoss]) -> OutputLoss:
 
     Sums over the examples stay sums if all terms are.
     """
-    everywhere = all(loss.reduction == "sum" for loss in losses)
+    if all(loss.reduction == "sum" for loss in losses):
+        return SumLoss.of(losses, "sum")
     terms = []
     for loss in losses:
         weights = loss.weights()
         total, least, most = torch.stack([weights.sum(), weights.min(), weights.max()]).tolist()
-        factor = 1.0 if everywhere else loss.scale * loss.num_examples / total
-        scaled = ScaledLoss.of(loss, factor, loss.reduction)
-        if least < most and not everywhere:
-            scaled = replace(scaled, remark=WEIGHTED)
-        terms.append(loss if factor == 1 and scaled.remark is None else scaled)
-    return SumLoss.of(terms, "sum" if everywhere else "example_mean")
+        factor, remark = loss.scale * loss.num_examples / total, WEIGHTED if least < most else None
+        scaled = replace(ScaledLoss.of(loss, factor, loss.reduction), remark=remark)
+        terms.append(loss if factor == 1 and remark is None else scaled)
+    return SumLoss.of(terms, "example_mean")
