@@ -169,3 +169,22 @@ def test_a_sum_that_picked_rows_are_a_term_of_has_shares_of_its_batch():
         own = F.cross_entropy(z[0], y[0], reduction="sum") * 3 / 9
         own = own + 0.1 * F.mse_loss(z[:, 0, 0], lengths.double())
         torch.testing.assert_close(captured.per_example()[n], own)
+
+
+def test_kept_factors_serve_other_batches_of_the_same_rows():
+    """Of a sentence of one word alone, no rows are picked; all are padded to one length."""
+
+    def pad(items):
+        x, lengths, y = collate(items)
+        return F.pad(x, (0, 4 - x.shape[1])), lengths, F.pad(y, (0, 4 - y.shape[1]), value=-1)
+
+    items = draw_sentences((4, 1, 3, 2))
+    module, options = InfluenceModule(Tagger("packed").double().eval()), {"method": "ekfac", "damping": 0.1}
+    for size in (4, 1):
+        loaders = [DataLoader(items, size, collate_fn=pad) for _ in range(2)]
+        found = module.scores(*loaders, **options)
+    assert not any("other training data" in note for note in found.diagnostics.warnings)
+    assert [one["name"] for one in found.diagnostics.passes] == [
+        "Influence: query gradients",
+        "Influence: scores",
+    ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_influence.model.losses.loss import OutputLoss
+from lightning_influence.model.uses.places import gather_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +42,10 @@ class RaggedLoss(OutputLoss):
         Returns:
             The loss of the examples, of which some may have no row.
         """
-        owners = owners.to(rows.outputs.device)
-        counts = owners.bincount(minlength=num_examples)
-        most, order = int(counts.max()), owners.argsort(stable=True)
-        ranks = torch.empty_like(order)
-        ranks[order] = torch.arange(len(order), device=order.device)
-        slots = owners * most + ranks - (counts.cumsum(0) - counts)[owners]
-        index = slots.new_zeros(num_examples * most)
-        index[slots] = torch.arange(len(slots), device=slots.device)
+        index, present = gather_plan(tuple(owners.tolist()), num_examples)
+        slots = torch.empty_like(owners)
+        slots[index[present]] = present.flatten().nonzero().flatten()
+        index, slots = index.flatten().to(rows.outputs.device), slots.to(rows.outputs.device)
         with torch.enable_grad():
             outputs = rows.outputs.index_select(0, index)
         return cls(outputs, rows.targets, num_examples, rows.reduction, rows, slots)
@@ -89,9 +86,9 @@ class RaggedLoss(OutputLoss):
         """The columns of each example's first row, then those of its second, and so on."""
         ranks = self.slots % self._most
         for rank in range(self._most):
-            others = ranks != rank
+            own = (ranks == rank).nonzero().flatten()
             for column in self._inner.columns():
-                yield self._fill_up(column.masked_fill(_beside(others, column), 0))
+                yield self._fill_up(torch.zeros_like(column).index_copy(0, own, column[own]))
 
     def column_energies(self) -> Tensor:
         """Return the squared norm of each column of each example, ``(B, K)``."""
@@ -141,7 +138,3 @@ class RaggedLoss(OutputLoss):
     def _fill_up(self, values: Tensor) -> Tensor:
         """Return values of the rows ``(R, ...)`` with zeros between them, ``(B * T, ...)``."""
         return values.new_zeros(len(self.outputs), *values.shape[1:]).index_copy(0, self.slots, values)
-
-
-def _beside(rows: Tensor, values: Tensor) -> Tensor:
-    return rows.view(-1, *[1] * (values.dim() - 1))

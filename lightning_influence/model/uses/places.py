@@ -122,7 +122,7 @@ class Place:
         if self.owners is None:
             apart = (*tensor.shape[:dim], self.outer, num_examples, self.inner, *tensor.shape[dim + 1 :])
             return tensor.reshape(apart).movedim(dim + 1, lead).flatten(dim + 1, dim + 2)
-        index, present = _gather_plan(self.owners, num_examples)
+        index, present = gather_plan(self.owners, num_examples)
         index, present = index.to(tensor.device), present.to(tensor.device)
         rows = tensor.index_select(dim, index.flatten())
         rows = rows.reshape(*tensor.shape[:dim], *index.shape, *tensor.shape[dim + 1 :])
@@ -229,7 +229,7 @@ def find_owners(values: Tensor, num_examples: int, wildcard: int = -1) -> Place 
 
 
 @lru_cache(maxsize=64)
-def _gather_plan(owners: tuple[int, ...], num_examples: int) -> tuple[Tensor, Tensor]:
+def gather_plan(owners: tuple[int, ...], num_examples: int) -> tuple[Tensor, Tensor]:
     """Return which slices each example has, ``(B, most)``, and which of these are not there to fill up."""
     vector = torch.tensor(owners)
     rows = [(vector == example).nonzero().flatten() for example in range(num_examples)]
