@@ -290,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--depth", type=int, help="blocks, of a stage for a ResNet")
     parser.add_argument("--examples", type=int, help="training examples")
     parser.add_argument("--queries", type=int)
+    parser.add_argument("--extent", type=int, help="tokens of a sequence, or pixels of a side")
     parser.add_argument(
         "--trained", type=int, help="examples of the training, the first of which are asked about"
     )
@@ -309,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     rows, results = [], []
     for name in given.models:
         size = replace(SIZES[name], **TINY) if given.tiny else SIZES[name]
-        options = ("width", "depth", "examples", "queries")
+        options = ("width", "depth", "examples", "queries", "extent")
         size = replace(size, **{key: getattr(given, key) or getattr(size, key) for key in options})
         found = study(name, size, given)
         rows += found
