@@ -189,7 +189,14 @@ def study(name: str, size: Size, given: argparse.Namespace) -> list[Row]:
     print(f"plain epoch {plain:.2f} s, {told} epochs, {factors_mib:.0f} MiB", flush=True)
     target = None
     if given.solved:
-        parts = (name, size, given.epochs, damping, CONVERGED, [float(p.sum()) for p in module.parameters()])
+        parts = (
+            name,
+            size,
+            given.epochs,
+            damping,
+            CONVERGED,
+            [float(p.detach().sum()) for p in module.parameters()],
+        )
         key = f"{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
         target = solve_few(fitted, loaders, given.solved, damping, given.cache, key)
     rows = []

@@ -88,8 +88,8 @@ def language_small() -> Task:
 
 
 def language() -> Task:
-    """128 sequences of 64 of 10,000 tokens, 8 queries."""
-    return _tokens(language_net, "language", 10_000, 64, 128, 8)
+    """128 sequences of 32 of 5,000 tokens, 8 queries."""
+    return _tokens(language_net, "language", 5000, 32, 128, 8)
 
 
 LARGE: dict[str, Callable[[], Task]] = {

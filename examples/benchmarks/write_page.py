@@ -30,7 +30,7 @@ TASKS = {
     "resnet10": "ResNet of 1.2 M, 32 x 32",
     "language_small": "language model of 1.3 M",
     "resnet18": "ResNet-18, 32 x 32",
-    "language": "language model of 11 M",
+    "language": "language model of 10.6 M",
 }
 # Of ``large_auto.py``, whose figures have a table of their own.
 LLAMAS = {

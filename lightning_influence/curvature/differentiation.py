@@ -67,12 +67,73 @@ class Parameters:
             start += numel
 
 
+class Batching:
+    """Backward passes of many seeds at once, where they are known to be right.
+
+    A batched pass goes wrong without an error where a derivative reads sizes off its tensors: that of
+    ``group_norm``'s backward pass does (torch 2.13), with one group and one example. So the first one of any
+    sizes is held against a plain one. Two seeds would take as many passes with that as without a batch.
+    """
+
+    def __init__(self) -> None:
+        self._is_right: dict[tuple[torch.Size, ...], bool] = {}
+
+    def pull(
+        self,
+        captured: Captured,
+        outputs: Sequence[Tensor | None],
+        inputs: Sequence[Tensor],
+        seeds: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Return vector-Jacobian products; the graph is kept.
+
+        Args:
+            captured: the forward pass, whose sizes tell passes apart.
+            outputs: tensors of the graph; None or a constant where nothing depends on the inputs.
+            inputs: what to differentiate by.
+            seeds: ``(V, *shape)`` for each output.
+
+        Returns:
+            ``(V, *shape)`` for each input.
+        """
+        live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o is not None and o.requires_grad]
+        count = len(seeds[0])
+        if not live:
+            return [x.new_zeros(count, *x.shape) for x in inputs]
+        heads, tails = [o for o, _ in live], [s for _, s in live]
+
+        def differentiate(seeds: Sequence[Tensor], batched: bool = False) -> Sequence[Tensor | None]:
+            return torch.autograd.grad(
+                heads, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+
+        found: Sequence[Tensor | None] | None = None
+        seen = captured.recorder.raw_inputs().values()
+        sizes = tuple(tensor.shape for tensor in [*seen, *tails, *inputs])
+        if count > 2 and self._is_right.get(sizes, True):
+            with contextlib.suppress(RuntimeError):  # an operation that cannot be batched
+                found = differentiate(tails, batched=True)
+            if sizes not in self._is_right:
+                mixture = torch.cos(torch.arange(1, count + 1, device=tails[0].device))
+                mixed = [torch.tensordot(mixture.to(tail), tail, 1) for tail in tails]
+                self._is_right[sizes] = found is not None and _adds_up(found, differentiate(mixed), mixture)
+            found = found if self._is_right[sizes] else None
+        if found is None:
+            rows = [differentiate([tail[i] for tail in tails]) for i in range(count)]
+            found = [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]
+        return [
+            x.new_zeros(count, *x.shape) if grad is None else grad.detach()
+            for grad, x in zip(found, inputs, strict=True)
+        ]
+
+
 def add_hessian_products(
     out: Tensor,
     plan: LayerPlan,
     captured: Captured,
     vectors: Tensor,
     coefficients: Tensor | None = None,
+    batching: Batching | None = None,
 ) -> None:
     """Add ``sum_n c_n H_n v`` for the Hessians of the unnormalised per-example losses.
 
@@ -82,18 +143,19 @@ def add_hessian_products(
         captured: a batch, from a forward pass under ``differentiable_twice``.
         vectors: ``(V, P)``.
         coefficients: ``c (B,)``; ones if None.
+        batching: what earlier batches have shown of batched passes.
 
     Raises:
         UnsupportedModelError: if the model has no second derivatives.
     """
-    parameters = Parameters(plan, captured)
+    parameters, batching = Parameters(plan, captured), batching or Batching()
     losses = captured.second_order()
     value = losses.sum() if coefficients is None else losses @ coefficients.to(losses)
     with _explained("Hessian"):
         first = torch.autograd.grad(value, parameters.tensors, create_graph=True, allow_unused=True)
         _refuse_once_differentiable(first)
         for part in chunks(len(vectors), parameters, captured):
-            products = _vjp(first, parameters.tensors, parameters.split(vectors[part]))
+            products = batching.pull(captured, first, parameters.tensors, parameters.split(vectors[part]))
             parameters.add(out[part], products)
 
 
@@ -103,6 +165,7 @@ def add_gauss_newton_products(
     captured: Captured,
     vectors: Tensor,
     coefficients: Tensor | None = None,
+    batching: Batching | None = None,
 ) -> None:
     """Add ``sum_n c_n J_n^T H_n J_n v`` for the output Hessians ``H_n`` of the unnormalised losses.
 
@@ -114,13 +177,14 @@ def add_gauss_newton_products(
         captured: a batch with a known loss, from a forward pass under ``differentiable_twice``.
         vectors: ``(V, P)``.
         coefficients: ``c (B,)``; ones if None.
+        batching: what earlier batches have shown of batched passes.
 
     Raises:
         UnsupportedModelError: if the model has no second derivatives.
     """
     assert captured.loss is not None
     outputs = captured.loss.outputs
-    parameters = Parameters(plan, captured)
+    parameters, batching = Parameters(plan, captured), batching or Batching()
     with _explained("Gauss-Newton matrix by products"):
         cotangent = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(
@@ -128,12 +192,12 @@ def add_gauss_newton_products(
         )
         _refuse_once_differentiable(pulled)
         for part in chunks(len(vectors), parameters, captured):
-            tangents = _vjp(pulled, [cotangent], parameters.split(vectors[part]))[0]
+            tangents = batching.pull(captured, pulled, [cotangent], parameters.split(vectors[part]))[0]
             bent = captured.loss.curvature_products(tangents).to(outputs.dtype)
             if coefficients is not None:
                 by_example = bent.reshape(len(bent), captured.num_examples, -1)
                 bent = (by_example * coefficients.to(bent)[:, None]).view(bent.shape)
-            parameters.add(out[part], _vjp([outputs], parameters.tensors, [bent]))
+            parameters.add(out[part], batching.pull(captured, [outputs], parameters.tensors, [bent]))
 
 
 def chunks(count: int, parameters: Parameters, captured: Captured) -> Iterator[slice]:
@@ -145,49 +209,8 @@ def chunks(count: int, parameters: Parameters, captured: Captured) -> Iterator[s
         yield slice(start, min(count, start + step))
 
 
-def _vjp(outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], seeds: Sequence[Tensor]) -> list[Tensor]:
-    """Vector-Jacobian products, the graph being kept.
-
-    Args:
-        outputs: tensors of the graph; None or a constant where nothing depends on the inputs.
-        inputs: what to differentiate by.
-        seeds: ``(V, *shape)`` for each output.
-
-    Returns:
-        ``(V, *shape)`` for each input.
-    """
-    live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o is not None and o.requires_grad]
-    count = len(seeds[0])
-    if not live:
-        return [x.new_zeros(count, *x.shape) for x in inputs]
-    heads, tails = [o for o, _ in live], [s for _, s in live]
-
-    def differentiate(seeds: Sequence[Tensor], batched: bool = False) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(
-            heads, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-
-    found: Sequence[Tensor | None] | None = None
-    if count > 1:
-        with contextlib.suppress(RuntimeError):  # an operation that cannot be batched
-            found = differentiate(tails, batched=True)
-            mixture = torch.cos(torch.arange(1, count + 1, device=tails[0].device))
-            mixed = [torch.tensordot(mixture.to(tail), tail, 1) for tail in tails]
-            found = found if _adds_up(found, differentiate(mixed), mixture) else None
-    if found is None:
-        rows = [differentiate([tail[i] for tail in tails]) for i in range(count)]
-        found = [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]
-    return [
-        x.new_zeros(count, *x.shape) if grad is None else grad.detach()
-        for grad, x in zip(found, inputs, strict=True)
-    ]
-
-
 def _adds_up(products: Sequence[Tensor | None], mixed: Sequence[Tensor | None], mixture: Tensor) -> bool:
     """Return whether products of many vectors agree with that of a mixture of them.
-
-    A batched pass goes wrong without an error where a derivative reads sizes off its tensors: that of
-    ``group_norm``'s backward pass does (torch 2.13), with one group and one example.
 
     Args:
         products: ``(V, *shape)`` each.

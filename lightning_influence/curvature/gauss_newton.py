@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.differentiation import add_gauss_newton_products
+from lightning_influence.curvature.differentiation import Batching, add_gauss_newton_products
 from lightning_influence.curvature.passes import CurvaturePass
 from lightning_influence.curvature.twice_differentiable import differentiable_twice
 from lightning_influence.model.captured import MAX_COLUMNS, Captured, Fisher
@@ -60,7 +60,7 @@ class CurvatureProductPass(CurvaturePass):
         super().__init__(plan, fisher=fisher, max_columns=max_columns, draws=draws, seed=seed)
         self.description = description
         self.vectors = [vectors] if isinstance(vectors, Tensor) else list(vectors)
-        self._twice = True
+        self._twice, self._batching = True, Batching()
         self._sums = [torch.zeros_like(block) for block in self.vectors]
         self._most_bytes = most_bytes
 
@@ -139,7 +139,7 @@ class CurvatureProductPass(CurvaturePass):
 
     def _add_by_autograd(self, captured: Captured) -> None:
         for out, block in zip(self._sums, self.vectors, strict=True):
-            add_gauss_newton_products(out, self._plan, captured, block)
+            add_gauss_newton_products(out, self._plan, captured, block, batching=self._batching)
 
     def _autograd_is_cheaper(self, captured: Captured) -> bool:
         if captured.loss is None:  # the outputs are unknown

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.differentiation import add_hessian_products
+from lightning_influence.curvature.differentiation import Batching, add_hessian_products
 from lightning_influence.curvature.passes import AveragingPass
 from lightning_influence.curvature.twice_differentiable import differentiable_twice
 from lightning_influence.model.layers.plan import LayerPlan
@@ -48,13 +48,14 @@ class HessianProductPass(AveragingPass):
         self.description = description
         self.vectors = vectors
         self._plan = plan
+        self._batching = Batching()
         self._sum = torch.zeros_like(vectors)
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
         with differentiable_twice(module):
             captured = self._capture(module, batch, len(indices))
-            add_hessian_products(self._sum, self._plan, captured, self.vectors)
+            add_hessian_products(self._sum, self._plan, captured, self.vectors, batching=self._batching)
 
     def result(
         self,
@@ -86,6 +87,7 @@ class DenseHessianPass(AveragingPass):
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__(plan)
         self._plan = plan
+        self._batching = Batching()
         self._sum: Tensor | None = None
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
@@ -99,7 +101,8 @@ class DenseHessianPass(AveragingPass):
             for start in range(0, size, _ROWS):
                 rows = torch.zeros(min(_ROWS, size - start), size, dtype=like.dtype, device=like.device)
                 rows.diagonal(start).fill_(1.0)
-                add_hessian_products(self._sum[start : start + _ROWS], self._plan, captured, rows)
+                out = self._sum[start : start + _ROWS]
+                add_hessian_products(out, self._plan, captured, rows, batching=self._batching)
 
     def result(self, all_reduce_sum: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return ``H``, ``(P, P)``: an average over the examples, of all processes if given their sum."""

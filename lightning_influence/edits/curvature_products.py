@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.differentiation import (
+    Batching,
     add_gauss_newton_products,
     add_hessian_products,
 )
@@ -287,6 +288,7 @@ class _ProductPass:
         self._settings, self._forward, self._layout = settings, Forward(plan), Layout.of(plan.layers)
         self.kept: list[_Part] | None = [] if settings.memory_budget else None
         self._free, self._batches = settings.memory_budget, 0
+        self._batching = Batching()
 
     def step(self, module: Any, batch: Any, indices: Tensor, dataloader_idx: int) -> None:
         """Add one batch."""
@@ -300,7 +302,7 @@ class _ProductPass:
         if exact or (twice and captured.loss is not None):
             add = add_hessian_products if exact else add_gauss_newton_products
             every = coefficients.new_zeros(len(indices)).index_put((rows,), coefficients)
-            add(self.total, self._plan, captured, self._vectors, every)
+            add(self.total, self._plan, captured, self._vectors, every, self._batching)
             return
         # What is kept decides how much is: of long sequences, matrices take less than their factors.
         gradients = {

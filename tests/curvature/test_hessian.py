@@ -357,8 +357,8 @@ def test_layers_that_take_no_part_are_constants():
     torch.testing.assert_close(matrix[:-6, :-6], alone, **TIGHT)
 
 
-@pytest.mark.parametrize(("examples", "groups"), [(1, 1), (1, 2), (3, 1)])
-def test_batched_passes_that_torch_gets_wrong_are_noticed(examples, groups):
+@pytest.mark.parametrize(("batches", "groups"), [([1], 1), ([1], 2), ([3], 1), ([3, 3, 1, 1, 3], 1)])
+def test_batched_passes_that_torch_gets_wrong_are_noticed(batches, groups):
     """The backward pass of group_norm reads sizes off its tensors: wrong, or failing, under batching."""
 
     class Normed(lightning.LightningModule):
@@ -370,9 +370,11 @@ def test_batched_passes_that_torch_gets_wrong_are_noticed(examples, groups):
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
+    examples = sum(batches)
     module, x, y = Normed(), torch.randn(examples, 2, 4, dtype=torch.float64), torch.arange(examples) % 2
     plan = find_layers(module)
-    found = run(DenseHessianPass(plan), module, [(x, y)]).result()
+    parts = list(zip(x.split(batches), y.split(batches), strict=True))
+    found = run(DenseHessianPass(plan), module, parts).result()
     net = module.net
     own = [[net[0].weight, net[0].bias], [net[1].weight], [net[1].bias], [net[4].weight, net[4].bias]]
     tensors = [p for group in own for p in group]
@@ -385,3 +387,19 @@ def test_batched_passes_that_torch_gets_wrong_are_noticed(examples, groups):
 
     rows = [flat(torch.autograd.grad(entry, tensors, retain_graph=True)) for entry in flat(first)]
     torch.testing.assert_close(found, torch.stack(rows), **TIGHT)
+
+
+@pytest.mark.parametrize(("count", "checks"), [(2, 0), (3, 2), (9, 2)])
+def test_batched_passes_are_checked_once_for_each_size(monkeypatch, count, checks):
+    module = Step(nn.Linear(4, 5), 5).double()
+    x, y = torch.randn(14, 4, dtype=torch.float64), torch.arange(14) % 3
+    sizes = [3, 3, 3, 3, 2]
+    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    plan = find_layers(mute(module))
+    vectors = torch.randn(count, plan.numel, dtype=torch.float64)
+    exact = run(DenseHessianPass(plan), module, parts).result()
+    check, checked = differentiation._adds_up, []
+    monkeypatch.setattr(differentiation, "_adds_up", lambda *args: checked.append(args) or check(*args))
+    found = run(HessianProductPass(plan, vectors), module, parts).result()
+    torch.testing.assert_close(found, vectors @ exact, **TIGHT)
+    assert len(checked) == checks
