@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ def _run(words: list[str], limit: float) -> str:
         text = said.read()
         if "can't allocate memory" in text or "MemoryError" in text:
             return f"takes more than {MEMORY / 2**30:.0f} GiB"
-        return (text.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:160]
+        last = (text.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return textwrap.shorten(last, 160, placeholder=" ...")
 
 
 def _judge_settings(task: Task, found: dict[str, Any], scores: dict[str, Tensor], *, small: bool) -> Result:
