@@ -43,8 +43,6 @@ from torch.utils.data import DataLoader, Subset
 from lightning_influence import Attributions, InfluenceModule
 from lightning_influence.curvature.state import InfluenceState
 
-# Chosen by hand: a rank correlation with scores of this residual is not limited by them.
-CONVERGED = 1e-2
 TINY = {"width": 8, "depth": 1, "examples": 24, "queries": 3}
 SMALL = ("resnet", "gpt", "vit")
 
@@ -112,6 +110,7 @@ def solve_few(
     loaders: list[DataLoader[Any]],
     count: int,
     damping: float | str,
+    tolerance: float,
     folder: Path | None,
     key: str,
 ) -> Tensor:
@@ -122,6 +121,7 @@ def solve_few(
         loaders: of training examples and of queries.
         count: how many queries.
         damping: of the system.
+        tolerance: residual at which a query counts as solved.
         folder: keeps scores; None for none.
         key: changes with whatever the scores depend on.
 
@@ -138,7 +138,7 @@ def solve_few(
         [loaders[0], DataLoader(few, loaders[1].batch_size)],
         "cg",
         damping,
-        tolerance=CONVERGED,
+        tolerance=tolerance,
         max_steps=300,
         memory_budget=10 * 2**30,
     )
@@ -194,11 +194,11 @@ def study(name: str, size: Size, given: argparse.Namespace) -> list[Row]:
             size,
             given.epochs,
             damping,
-            CONVERGED,
+            given.converged,
             [float(p.detach().sum()) for p in module.parameters()],
         )
         key = f"{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
-        target = solve_few(fitted, loaders, given.solved, damping, given.cache, key)
+        target = solve_few(fitted, loaders, given.solved, damping, given.converged, given.cache, key)
     rows = []
     ways: list[tuple[str, float | None]] = [("identity", None), ("ekfac", None)]
     ways = [way for way in ways if way[0] in given.methods]
@@ -302,6 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         "--trained", type=int, help="examples of the training, the first of which are asked about"
     )
     parser.add_argument("--solved", type=int, default=8, help="queries that cg answers; 0 for none")
+    parser.add_argument(
+        "--converged", type=float, default=1e-2, help="residual at which cg ends, chosen by hand"
+    )
     parser.add_argument("--curvature-examples", type=int, help="for auto, which then corrects in any case")
     parser.add_argument("--mean", action="store_true", help="ask about the mean of the queries")
     parser.add_argument("--epochs", type=int, default=4, help="of training")
