@@ -2,7 +2,7 @@
 
 ``resnet10`` and ``language_small`` are of 1.2 and 1.3 million parameters; ``resnet18`` and ``language`` of 11
 million each, with as few examples as two slow cores allow. All are trained briefly on made-up data that can
-be learned. Nothing judges the scores of ``language``: to converge takes days there.
+be learned. Nothing judges the scores of ``language``.
 """
 
 from __future__ import annotations

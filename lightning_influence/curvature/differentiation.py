@@ -71,8 +71,9 @@ class Batching:
     """Backward passes of many seeds at once, where they are known to be right.
 
     A batched pass goes wrong without an error where a derivative reads sizes off its tensors: that of
-    ``group_norm``'s backward pass does (torch 2.13), with one group and one example. So the first one of any
-    sizes is held against a plain one. Two seeds would take as many passes with that as without a batch.
+    ``group_norm``'s backward pass does (torch 2.13), with one group and one example. So passes of any
+    sizes are held against a plain one, up to the first that has no zero parts. Two seeds would take as many
+    passes with that as without a batch.
     """
 
     def __init__(self) -> None:
@@ -110,14 +111,17 @@ class Batching:
         found: Sequence[Tensor | None] | None = None
         seen = captured.recorder.raw_inputs().values()
         sizes = tuple(tensor.shape for tensor in [*seen, *tails, *inputs])
-        if count > 2 and self._is_right.get(sizes, True):
+        is_right = self._is_right.get(sizes)
+        if count > 2 and is_right is not False:
             with contextlib.suppress(RuntimeError):  # an operation that cannot be batched
                 found = differentiate(tails, batched=True)
-            if sizes not in self._is_right:
+            if found is not None and is_right is None:
                 mixture = torch.cos(torch.arange(1, count + 1, device=tails[0].device))
                 mixed = [torch.tensordot(mixture.to(tail), tail, 1) for tail in tails]
-                self._is_right[sizes] = found is not None and _adds_up(found, differentiate(mixed), mixture)
-            found = found if self._is_right[sizes] else None
+                found = found if _adds_up(found, differentiate(mixed), mixture) else None
+            # Where a part is zero, as of a layer without inputs, nothing is shown of it.
+            if is_right is None and (found is None or all(x is None or bool(x.any()) for x in found)):
+                self._is_right[sizes] = found is not None
         if found is None:
             rows = [differentiate([tail[i] for tail in tails]) for i in range(count)]
             found = [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]

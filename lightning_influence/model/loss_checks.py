@@ -158,14 +158,17 @@ class _Watched:
         Returns:
             Whether it has, so that nothing can be concluded from other runs.
         """
+        first = None
         with preserve_rng():
-            runs = self._most + 1 if self.draws else 1
-            first = values if self.draws else _try(self, batch, len(values))
-            for _ in range(runs):
+            for _ in range(self._most + 1):
                 again = _try(self, batch, len(values))
-                if first is None or again is None or bool(((again - first).abs() > limit).any()):
+                known = [values] if self.draws else [] if first is None else [first]
+                if again is None or any(bool(((again - other).abs() > limit).any()) for other in known):
                     warn(_RANDOM)
                     return True
+                if first is not None and not self.draws:
+                    return False
+                first = again
         return False
 
 

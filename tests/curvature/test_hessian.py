@@ -389,10 +389,14 @@ def test_batched_passes_that_torch_gets_wrong_are_noticed(batches, groups):
     torch.testing.assert_close(found, torch.stack(rows), **TIGHT)
 
 
-@pytest.mark.parametrize(("count", "checks"), [(2, 0), (3, 2), (9, 2)])
-def test_batched_passes_are_checked_once_for_each_size(monkeypatch, count, checks):
+@pytest.mark.parametrize(
+    ("count", "zeros", "checks"), [(2, 0, 0), (3, 0, 2), (9, 0, 2), (3, 3, 3), (3, 6, 4)]
+)
+def test_batched_passes_are_checked_once_for_each_size(monkeypatch, count, zeros, checks):
+    """Inputs that are zero have products that are zero, which show nothing of later ones."""
     module = Step(nn.Linear(4, 5), 5).double()
     x, y = torch.randn(14, 4, dtype=torch.float64), torch.arange(14) % 3
+    x[:zeros] = 0
     sizes = [3, 3, 3, 3, 2]
     parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
     plan = find_layers(mute(module))
