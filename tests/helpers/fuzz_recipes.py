@@ -13,7 +13,6 @@ import fuzz_losses
 import torch
 from fuzz_losses import LOSSES, Settings
 from fuzz_nets import ACTIVATIONS, KRONECKER, NETS, Shape, draw_inputs, make_net
-from hypothesis import strategies as st
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, default_collate
@@ -266,9 +265,6 @@ def _can_fit(recipe: Recipe) -> bool:
     own = recipe.via == "step" and recipe.loader != "subset" and not recipe.ignored
     plain = recipe.shape.norm != "batch" and recipe.ask in {"scores", "top_k", "self_influence"}
     return own and plain and not takes_factors and recipe.loss not in {"kl", "poisson"}
-
-
-recipes = st.integers(0, 2**40).map(make_recipe)
 
 
 class Module(LightningModule):
