@@ -36,7 +36,7 @@ from tasks import TASKS, TaskModule, as_batch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_influence import InfluenceCallback, InfluenceTrainer
+from lightning_influence import Factors, InfluenceCallback, InfluenceTrainer
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -233,8 +233,13 @@ def fit(case: Case, callback: InfluenceCallback | None) -> tuple[float, Influenc
     return time.process_time() - start, trainer, module
 
 
-def compare(case: Case, trainer: InfluenceTrainer, module: Any) -> list[tuple[float, float]]:
+def compare(
+    case: Case, trainer: InfluenceTrainer, module: Any, collected: Factors
+) -> list[tuple[float, float]]:
     """Compare EK-FAC scores from the fit, and from a second refit, with those from refitted factors.
+
+    What the fit has collected is passed, so that it is used as it is: factors without eigenvalues, of models
+    as small, would be fitted anew otherwise.
 
     Returns:
         Mean rank correlation and relative norm, of the two.
@@ -242,7 +247,7 @@ def compare(case: Case, trainer: InfluenceTrainer, module: Any) -> list[tuple[fl
     ask = functools.partial(trainer.influence, module, case.loader(), case.loader(queries=True))
     fitted, refitted, again = (
         ask(method="ekfac", log=False, factors=factors, seed=seed).scores
-        for factors, seed in ((None, 0), ("refit", 1), ("refit", 2))
+        for factors, seed in ((collected, 0), ("refit", 1), ("refit", 2))
     )
     return [
         (correlate(scores, refitted), float(scores.norm() / refitted.norm())) for scores in (fitted, again)
@@ -268,7 +273,7 @@ def run(case: Case, rounds: int) -> Result:
     layers = callback.factors.layers.values()
     examples = min(layer.examples for layer in layers)
     squares = min(layer.squares_examples for layer in layers)
-    (rank, norm), again = compare(case, trainer, module)
+    (rank, norm), again = compare(case, trainer, module, callback.factors)
     return Result(
         case.name, trainer.global_step, tuple(plain), tuple(collecting), callback.num_collected, examples,
         squares, rank, norm, again,

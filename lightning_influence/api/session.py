@@ -88,7 +88,7 @@ class Session:
         if self._factors == "refit":
             self._state = InfluenceState(record=self._state.record)
         elif isinstance(self._factors, Factors):
-            self._state = replace(self._state, factors=self._factors, factors_key="")
+            self._state = replace(self._state, factors=self._factors, factors_key="", collected=False)
         self._begun = self._find_results()
         return self
 
@@ -155,7 +155,12 @@ class Session:
             return
         if isinstance(self._factors, Factors):
             known = self._find_state()
-            self._state = replace(self._state, factors=known.factors, factors_key=known.factors_key)
+            self._state = replace(
+                self._state,
+                factors=known.factors,
+                factors_key=known.factors_key,
+                collected=known.collected,
+            )
         self._own.influence_state = self._state
 
 

@@ -194,7 +194,7 @@ class Kept:
         """What queries start from, and leave for later ones until training goes on."""
         if self._queries is None:
             factors = self.factors
-            self._queries = InfluenceState(factors if factors.layers else None, self.record)
+            self._queries = InfluenceState(factors if factors.layers else None, self.record, collected=True)
             self._queries.take_results(self.extra_state.get(_QUERIES, {}))
         return self._queries
 

@@ -149,12 +149,17 @@ def _holds(symmetric: Tensor, values: Tensor, vectors: Tensor) -> bool:
     """Return whether vectors are orthonormal and products with them are those of the matrices, in float64."""
     width = symmetric.shape[-1]
     probes = torch.randn(width, _PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    probes, basis = probes.to(symmetric.device), vectors.double()
-    shares = basis.mT @ probes
-    lost = (basis @ shares - probes).norm() / (probes.norm() * len(symmetric) ** 0.5)
+    probes = probes.to(symmetric.device)
+    shares = _multiply(vectors.mT, probes)
+    lost = (_multiply(vectors, shares) - probes).norm() / (probes.norm() * len(symmetric) ** 0.5)
     scale = values.abs().amax().double() * probes.norm()
-    off = (symmetric.double() @ probes - basis @ (values.double()[..., None] * shares)).norm()
+    off = (_multiply(symmetric, probes) - _multiply(vectors, values.double()[..., None] * shares)).norm()
     return bool(lost <= _SINGLE) and bool(off <= _SINGLE * scale)
+
+
+def _multiply(matrices: Tensor, columns: Tensor) -> Tensor:
+    """Return products in float64 without a copy of the matrices in it, which would be twice their size."""
+    return torch.cat([rows.double() @ columns for rows in matrices.split(LARGE // 4, dim=-2)], dim=-2)
 
 
 def compute_eigenbases(

@@ -41,6 +41,7 @@ class InfluenceState:
         slow: the parameters whose gradients take a pass for each example, as they have found, by model; not
             stored.
         owns_part: whether the factors are of this process's own layers alone; neither is stored then.
+        collected: whether the factors are those that the callback collected, which better ones may replace.
     """
 
     factors: Factors | None = None
@@ -57,6 +58,7 @@ class InfluenceState:
     verified: dict[str, set[str]] = field(default_factory=dict, compare=False, repr=False)
     slow: dict[str, set[str]] = field(default_factory=dict, compare=False, repr=False)
     owns_part: bool = field(default=False, compare=False, repr=False)
+    collected: bool = field(default=False, compare=False, repr=False)
 
     def forget(self) -> None:
         """Let go of what passes have computed; factors of a training run, or a user's own, stay."""

@@ -42,7 +42,13 @@ def provide_factors(context: Context) -> Factors:
     # Parts of factors are of no use to a method that needs all; whole ones serve those that need parts.
     others = state.owns_part and not owned
     none = state.factors is None or not (state.factors.layers or state.owns_part)
-    if none or others or _is_stale(context):
+    as_soon = _is_fitted_as_soon(context)
+    if as_soon:
+        context.notes.inform(
+            "The fit ended before eigenvalues were collected. The pass that they take fitted all factors "
+            "anew, on all training examples, at the weights that the model has now."
+        )
+    if none or others or as_soon or _is_stale(context):
         key = _key(context, context.options.fitted_fisher)
         state.factors, state.owns_part = _fit_all(context), owned
         state.factors_key, context.made = key, True
@@ -76,10 +82,29 @@ def count_passes_to_come(context: Context, nbytes: float) -> int:
     """
     state, wanted = context.state, min(context.options.memory_budget, CACHE_BYTES)
     is_known = not state.factors_key or state.factors_key in _accepted_keys(context)
+    if _is_fitted_as_soon(context):
+        return 1
     if state.factors is None or not state.factors.layers or not is_known:
         kept = nbytes * context.train.num_examples <= wanted and not context.options.factors_dir
         return 1 if kept else 2 * len(divide_layers(context))
     return 0 if state.factors.has_squares else 1
+
+
+def _is_fitted_as_soon(context: Context) -> bool:
+    """Return whether a fit's factors need a pass that would fit all of them as well.
+
+    That is where their eigenvalues are missing, and all gradients can be kept between covariances and
+    eigenvalues. Factors of all training examples at the final weights are better than those of few examples
+    on the way there.
+    """
+    state, options = context.state, context.options
+    factors = state.factors
+    if factors is None or not state.collected or state.factors_key or factors.has_squares:
+        return False
+    numbers = sum(layer.numel for layer in context.plan.layers.values())
+    kept = numbers * context.dtype.itemsize * context.train.num_examples
+    one_pass = kept <= min(options.memory_budget, CACHE_BYTES) and options.factors_dir is None
+    return one_pass and context.owners is None and factors.fisher == options.fitted_fisher
 
 
 def _tell_examples(context: Context, factors: Factors) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import warnings
+from dataclasses import replace
 
 import lightning
 import pytest
@@ -134,6 +135,32 @@ def test_factors_of_the_users_serve_one_call():
     same(again, expected)
     with pytest.raises(TypeError, match="Got factors of type int; accepted are Factors, 'refit' or None"):
         host.influence(query_dataloaders=queries(), factors=3)
+
+
+def test_factors_of_a_short_fit_are_fitted_anew_in_the_pass_that_their_eigenvalues_take():
+    callback, module = InfluenceCallback(), Net()
+    host = trainer(callback, max_epochs=1)
+    host.fit(module, train())
+    collected = callback.factors
+    assert collected.layers
+    assert not collected.has_squares
+    asked = {"train_dataloaders": train(), "query_dataloaders": queries(), "method": "ekfac", "damping": 0.1}
+    told = "fitted all factors anew"
+    # A user's factors are used as they are, and so are those whose gradients would take two passes.
+    given = host.influence(factors=collected, **asked)
+    large = InfluenceModule(module, state=callback.influence_state).scores(memory_budget=1000, **asked)
+    for found in (given, large):
+        assert found.diagnostics.extra["factors"].startswith("from the fit")
+        assert not any(told in note for note in found.diagnostics.warnings)
+    assert names(given) == ["eigenvalues", "query gradients", "scores"]
+    callback.influence_state = replace(callback.influence_state, factors=collected, factors_key="")
+    found = host.influence(**asked)
+    assert names(found) == ["covariances", "query gradients", "scores"]
+    assert any(told in note for note in found.diagnostics.warnings)
+    assert torch.equal(found.scores, host.influence(factors="refit", **asked).scores)
+    again = host.influence(**asked)
+    assert names(again) == ["query gradients", "scores"]
+    assert callback.factors.origin == "fit"  # what the fit has collected is still there
 
 
 def test_factors_for_other_data_are_not_reused_silently():
