@@ -36,7 +36,8 @@ from tasks import TASKS, TaskModule, as_batch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_influence import Factors, InfluenceCallback, InfluenceTrainer
+from lightning_influence import InfluenceCallback, InfluenceTrainer
+from lightning_influence.curvature.factors import Factors
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

@@ -159,7 +159,9 @@ def _holds(symmetric: Tensor, values: Tensor, vectors: Tensor) -> bool:
 
 def _multiply(matrices: Tensor, columns: Tensor) -> Tensor:
     """Return products in float64 without a copy of the matrices in it, which would be twice their size."""
-    return torch.cat([rows.double() @ columns for rows in matrices.split(LARGE // 4, dim=-2)], dim=-2)
+    step = LARGE // 4
+    parts = [matrices[:, start : start + step] for start in range(0, matrices.shape[1], step)]
+    return torch.cat([part.double() @ columns for part in parts], dim=1)
 
 
 def compute_eigenbases(
