@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from lightning_influence.collecting.collector import TRAINS_ON, Collector
 from lightning_influence.collecting.covered import find_collected
 from lightning_influence.collecting.figures import Figures
 from lightning_influence.collecting.fit_dynamics import FitDynamics
+from lightning_influence.collecting.guard import Guard
 from lightning_influence.collecting.moments import Moments
 from lightning_influence.collecting.own_loss import OwnLoss
 from lightning_influence.collecting.processes import CollectingError, Processes, describe_error
@@ -124,6 +124,7 @@ class InfluenceCallback(Callback):
         )
         self._kept = Kept(self._settings)
         self._collector: Collector | None = None  # of this fit, or the last; None if it collects nothing
+        self._guard = Guard(self._handle)
         self._figures = Figures(log_statistics)
         self._say = Notices()
         self._dynamics = FitDynamics(self._settings, self._kept, self._say)
@@ -175,7 +176,7 @@ class InfluenceCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give a plain Trainer the methods ``influence`` and ``self_influence``."""
-        with self._guarded():
+        with self._guard:
             attach_methods(trainer)
         if stage == "fit":
             self._dynamics.open()
@@ -189,7 +190,7 @@ class InfluenceCallback(Callback):
         """Find the layers, and continue what was collected before if it belongs to these weights."""
         self._collector = None
         processes = Processes(trainer.global_rank, trainer.world_size, make_all_reduce(trainer))
-        with self._guarded():
+        with self._guard:
             self._collector = self._start(trainer, pl_module, processes)
         if processes.share is not None:  # all collect or none: they will wait for each other
             missing = float(processes.share(torch.tensor([float(self._collector is None)])))
@@ -212,7 +213,7 @@ class InfluenceCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the record, and sum over processes."""
         final = None
-        with self._guarded():
+        with self._guard:
             keep_last_fit(trainer)
             final = self._sum_over_processes()
         self._dynamics.end_fit()
@@ -243,7 +244,7 @@ class InfluenceCallback(Callback):
         collector = self._collector
         if collector is None:
             return
-        with self._guarded():
+        with self._guard:
             collects = collector.begin_batch()
             if not collector.is_due:
                 return
@@ -275,7 +276,7 @@ class InfluenceCallback(Callback):
         collector = self._collector
         if collector is None:
             return
-        with self._guarded():
+        with self._guard:
             if collector.live.is_open:
                 with collector.watch.working():
                     collector.live.close()
@@ -299,7 +300,7 @@ class InfluenceCallback(Callback):
         collector = self._collector
         if collector is None:
             return
-        with self._guarded():
+        with self._guard:
             if will_step(trainer, optimizer):
                 collector.run.record.add_step(optimizer, collector.recorded)
                 self._figures.add_step(pl_module, collector.plan.layers, optimizer)
@@ -310,15 +311,15 @@ class InfluenceCallback(Callback):
         """Log, and clean up after a step without a backward pass."""
         self._from_backward = False
         self._dynamics.end_batch(self._backwards)
-        with self._guarded():
+        with self._guard:
             if self._collector is not None and self._collector.live.is_open:
                 self._collector.close()
                 if not (pl_module.automatic_optimization or self._kept.run.schedule.costs):
                     refuse_step(LOSS_NOT_SEEN)
-        with self._guarded():
-            if self._collector is not None and self._own_loss is not None:
+        if self._collector is not None and self._own_loss is not None:
+            with self._guard:
                 self._own_loss.judge(self._backwards)
-        with self._guarded():
+        with self._guard:
             if self._collector is not None:
                 self._collector.end_batch()
             self._figures.log(trainer.loggers, self._kept.run.schedule.steps, trainer.global_step)
@@ -327,7 +328,7 @@ class InfluenceCallback(Callback):
         """Return tensors and primitives, which load with ``weights_only=True``."""
         state: dict[str, Any] = {}
         dynamics = self._dynamics.state_dict()
-        with self._guarded():
+        with self._guard:
             state = self._kept.state_dict(dynamics=dynamics)
         return state
 
@@ -355,9 +356,9 @@ class InfluenceCallback(Callback):
         if saved.pop(self.state_key, None) is None:
             return
         dynamics = self._dynamics.state_dict(together=True)
-        with self._guarded():
+        with self._guard:
             self._read_metric(trainer)
-        with self._guarded():
+        with self._guard:
             sums = self._kept.final or self._sum_over_processes()
             weights = self._kept.fingerprint or fingerprint(pl_module)
             saved[self.state_key] = self._kept.state_dict(sums, weights, dynamics)
@@ -395,8 +396,8 @@ class InfluenceCallback(Callback):
         self._dynamics.leave_batch()
         if self._own_loss is not None:
             self._own_loss.close()
-        with self._guarded():
-            if self._collector is not None:
+        if self._collector is not None and self._collector.live.is_open:
+            with self._guard:
                 self._collector.close()
 
     def _add(self, trainer: Trainer, module: LightningModule, captured: Captured) -> None:
@@ -413,7 +414,7 @@ class InfluenceCallback(Callback):
         self, trainer: Trainer, module: LightningModule, final: WindowSums | None, *, reads: bool = True
     ) -> None:
         weights = None
-        with self._guarded():
+        with self._guard:
             if self._collector is not None:
                 self._collector.close()
                 if reads:
@@ -431,35 +432,29 @@ class InfluenceCallback(Callback):
             for optimizer in trainer.optimizers:
                 self._collector.run.record.read_metric(optimizer, self._collector.recorded)
 
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Keep whatever goes wrong in a hook from the training: leave out the batch, or stop collecting.
+    def _handle(self, error: Exception) -> None:
+        """Keep what went wrong in a hook from the training: leave out the batch, or stop collecting.
 
         Among several processes one that fails tells the others when they next meet, and all stop there.
 
         Raises:
-            Exception: whatever it was, if the callback is strict and would stop.
+            Exception: the error, if the callback is strict and would stop.
         """
-        try:
-            yield
-        except Exception as error:
-            collector = self._collector
-            if collector is not None:
-                collector.close()
-                found_before = collector.run.schedule.costs is not None
-                if isinstance(error, NonFiniteError) or (
-                    isinstance(error, LossCaptureError) and found_before
-                ):
-                    self._say(f"A batch was left out of the factors: {error}", type(error).__name__)
-                    return
-            if self._settings.strict:
-                self._drop()
-                raise
-            if collector is None or not collector.is_shared or isinstance(error, CollectingError):
-                self._stop(describe_error(error))
-            else:
-                collector.fail(describe_error(error))
-                self._tell(describe_error(error))
+        collector = self._collector
+        if collector is not None:
+            collector.close()
+            found_before = collector.run.schedule.costs is not None
+            if isinstance(error, NonFiniteError) or (isinstance(error, LossCaptureError) and found_before):
+                self._say(f"A batch was left out of the factors: {error}", type(error).__name__)
+                return
+        if self._settings.strict:
+            self._drop()
+            raise error
+        if collector is None or not collector.is_shared or isinstance(error, CollectingError):
+            self._stop(describe_error(error))
+        else:
+            collector.fail(describe_error(error))
+            self._tell(describe_error(error))
 
     def _stop(self, reason: str) -> None:
         """Collect nothing for the rest of this fit, and drop what was."""

@@ -48,7 +48,7 @@ def _one_of(choices: Any) -> _Rule:
     return f"one of {list(accepted)}", lambda value: isinstance(value, str) and value in accepted
 
 
-_COSTS = {"covariances": _NUMBER, "squares": _NUMBER, "basis": _NUMBER}
+_COSTS = dict.fromkeys(("covariances", "squares", "basis", "hooks"), _NUMBER)
 _SCHEDULE: dict[str, _Rule] = {
     "overhead": _NUMBER,
     "every_n_steps": _COUNT_OR_NONE,
@@ -104,8 +104,9 @@ def check_state(state: Any) -> None:
     _check_entries(collector, _COLLECTOR, "collector")
     # What is new in the schedule is 0 where an older version wrote it.
     _check_entries({"batch": 0, **collector["schedule"]}, _SCHEDULE, "collector/schedule")
-    if collector["schedule"]["costs"] is not None:
-        _check_entries(collector["schedule"]["costs"], dict(_COSTS), "collector/schedule/costs", exact=True)
+    costs = collector["schedule"]["costs"]
+    if costs is not None:
+        _check_entries({"hooks": 0.0, **costs}, _COSTS, "collector/schedule/costs", exact=True)
     _check_entries(collector["record"], _RECORD, "collector/record", exact=True)
     layers, numbers = (
         collector["record"]["layers"],

@@ -342,8 +342,10 @@ class Collector:
         """
         self.agree()
         own = self.run.schedule.costs
-        batch = float(self.run.schedule.batch)
-        known = [0.0] * 5 if own is None else [1.0, own.covariances, own.squares, own.basis, batch]
+        known = [0.0] * 6
+        if own is not None:
+            batch = float(self.run.schedule.batch)
+            known = [1.0, own.covariances, own.squares, own.basis, own.hooks, batch]
         count, *sums = share(torch.tensor(known, dtype=torch.float64)).tolist()
         if count:
             *costs, batch = (value / count for value in sums)

@@ -29,16 +29,16 @@ from lightning_influence.curvature.factors import ENOUGH_EXAMPLES, Phase
 from lightning_influence.curvature.thinning import count_rows, count_sums
 
 # Work besides matrix products, in operations at the speed of those: what a training step costs before its
-# products (6e7); what the optimizer does with a parameter (150); what a sum does with an entry of a matrix
-# (150); what collecting does in Python for a batch (8e7) and for a layer (3e7). Where layers have positions,
-# what lies between them (attention, normalisation, activations) is counted by the entries of their inputs and
-# outputs: in a step (800), and in one more backward pass, or in putting gradients together (300). Measured on
-# one CPU thread on small MLPs, CNNs and transformers; examples/benchmarks/overhead.py and fit_factors.py
-# measure the overhead that comes of them.
+# products (6e7), and hooks in it whether it is collected or not (2e6); what the optimizer does with a
+# parameter (150); what a sum does with an entry of a matrix (150); what collecting does in Python for a batch
+# (8e7) and for a layer (3e7). Where layers have positions, what lies between them (attention, normalisation,
+# activations) is counted by the entries of their inputs and outputs: in a step (800), and in one more
+# backward pass, or in putting gradients together (300). Measured on one CPU thread on small MLPs, CNNs and
+# transformers; examples/benchmarks/overhead.py and fit_factors.py measure the overhead that comes of them.
 _STEP_OPERATIONS = 6e7
 _UPDATE_OPERATIONS = 150.0
 _ENTRY_OPERATIONS = 150.0
-_COLLECT_OPERATIONS, _LAYER_OPERATIONS = 8e7, 3e7
+_HOOKS_OPERATIONS, _COLLECT_OPERATIONS, _LAYER_OPERATIONS = 2e6, 8e7, 3e7
 _STEP_BETWEEN, _COLLECT_BETWEEN = 800.0, 300.0
 # Windows shorter than this many steps are not worth starting. Chosen by hand: one batch for covariances, one
 # for squares, and a decomposition between them fill fewer.
@@ -56,8 +56,9 @@ _MOST_EXAMPLES = 8_000
 # A window collects enough examples, or this share of those that the run has seen if that is less. Chosen by
 # hand.
 _ENOUGH_SHARE = 0.1
-# The rest of the budget pays for hooks that run on every step, and for what they slow down. Chosen by hand.
-_BUDGETED = 0.95
+# The rest of the budget pays for what hooks slow down that run on every step, whose own time is counted; of
+# short steps that takes no more than the rest of the second share. Chosen by hand.
+_BUDGETED, _LEFT = 0.95, 0.5
 # Until the budget allows more, this many batches may be collected, so that short runs have factors at all.
 # Chosen by hand.
 _FIRST_BATCHES = 3
@@ -74,11 +75,13 @@ class Costs:
         covariances: a batch whose covariances are summed.
         squares: a batch whose squares are summed.
         basis: one eigendecomposition of all layers.
+        hooks: what runs on every step.
     """
 
     covariances: float
     squares: float
     basis: float
+    hooks: float = 0.0
 
     @classmethod
     def count(
@@ -122,11 +125,11 @@ class Costs:
             squares += backward + (min(factored, dense) if positions > 1 else factored)
             squares += 2 * _ENTRY_OPERATIONS * groups * d_in * d_out + _COLLECT_BETWEEN * between
             basis += groups * sum(9 * d**3 + 2000 * d**2 for d in widths)
-        return cls(covariances / step, squares / step, basis / step)
+        return cls(covariances / step, squares / step, basis / step, _HOOKS_OPERATIONS / step)
 
     def scaled(self, factor: float) -> Costs:
-        """Return the costs times a number."""
-        return Costs(factor * self.covariances, factor * self.squares, factor * self.basis)
+        """Return the costs of collecting times a number."""
+        return Costs(factor * self.covariances, factor * self.squares, factor * self.basis, self.hooks)
 
 
 @dataclass
@@ -265,7 +268,8 @@ class Schedule:
 
     def _earned(self, steps: int) -> float:
         assert self.costs is not None
-        return max(_BUDGETED * self.overhead * steps, _FIRST_BATCHES * self.costs.covariances)
+        share = max(_BUDGETED * self.overhead - self.costs.hooks, _LEFT * self.overhead)
+        return max(share * steps, _FIRST_BATCHES * self.costs.covariances)
 
     def _boundary(self, step: int) -> int:
         """Return the end of the window that holds batch number ``step``."""

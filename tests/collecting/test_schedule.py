@@ -45,6 +45,18 @@ def test_never_spends_more_than_the_budget(cov, squares, basis, overhead, total,
         assert schedule.spent <= max(overhead * schedule.steps, 3 * cov) + 1e-9
 
 
+@pytest.mark.parametrize(("hooks", "left"), [(0.0, 0.95), (0.01, 0.75), (0.03, 0.5)])
+def test_hooks_of_every_step_are_paid_from_the_budget(hooks, left) -> None:
+    schedule = Schedule(overhead=0.05, horizon=8000)
+    run(schedule, 8000, Costs(0.5, 0.5, 2.0, hooks))
+    assert schedule.spent <= left * 0.05 * 8000
+    assert schedule.credit == pytest.approx(left * 0.05 * 8000 - schedule.spent)
+    if hooks:
+        free = Schedule(overhead=0.05, horizon=8000)
+        run(free, 8000, Costs(0.5, 0.5, 2.0))
+        assert schedule.spent < free.spent
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 2000), st.integers(0, 2000), st.sampled_from([None, 1, 3, 50]))
 def test_resumed_schedule_makes_the_same_decisions(total, cut, every) -> None:

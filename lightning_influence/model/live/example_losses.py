@@ -127,6 +127,8 @@ class LossWatch:
 
     def close(self) -> None:
         """Watch no longer, and let go of what was seen."""
+        if not self.is_open:
+            return
         self._stop()
         self._mode.clear()
         self._batch = None

@@ -94,10 +94,12 @@ def will_step(trainer: Trainer, optimizer: torch.optim.Optimizer) -> bool:
         False where the training step returned None, and where the scaler of mixed float16 precision has
         found a gradient that overflowed.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-    if not gradients or scaler is None or not scaler.is_enabled():
-        return bool(gradients)
+    if scaler is None or not scaler.is_enabled():
+        return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return False
     found = scaler._found_inf_per_device(optimizer)
     if found:
         return not any(bool(value) for value in found.values())
