@@ -5,7 +5,8 @@
 weights, trained on the digits or on the topics of Python's own help; they need
 ``pip install -e ".[examples,projects]"``.
 
-Columns: CPU seconds of a fit on one thread without and with the callback (in turn, best of several rounds);
+Columns: CPU seconds of a fit on one thread without and with the callback (in turn, best of several rounds),
+and what passes in its hooks as a share of the rest of the same fit, which neighbours change little (median);
 examples that covariances are made of and, in the fit, eigenvalues (of the layer with the fewest); mean rank
 correlation of the queries' EK-FAC scores with those from factors that are fitted in a pass, and how much
 larger they are; the same of scores from a second pass with other random draws, which no estimate from the
@@ -21,6 +22,7 @@ import importlib
 import logging
 import pydoc_data.topics
 import re
+import statistics
 import time
 import warnings
 from collections import Counter
@@ -30,6 +32,7 @@ from typing import Any
 
 import lightning
 import torch
+from hook_clock import HookClock
 from rich.console import Console
 from rich.table import Table
 from tasks import TASKS, TaskModule, as_batch
@@ -191,6 +194,7 @@ class Result:
         steps: optimizer steps of a fit.
         plain: CPU seconds of fits without the callback.
         collecting: of fits with it.
+        hooks: share of the rest of each of these that its hooks took.
         batches: how many batches one fit collected from.
         examples: the fewest examples behind the covariances of a layer.
         squares: the fewest behind the eigenvalues, 0 where there were none at the end of the fit.
@@ -203,6 +207,7 @@ class Result:
     steps: int
     plain: tuple[float, ...]
     collecting: tuple[float, ...]
+    hooks: tuple[float, ...]
     batches: int
     examples: float
     squares: float
@@ -265,19 +270,21 @@ def correlate(one: Tensor, other: Tensor) -> float:
 def run(case: Case, rounds: int) -> Result:
     """Fit a case ``rounds`` times without and with the callback, in turn, and compare its factors."""
     fit(replace(case, epochs=1), InfluenceCallback())  # warm-up
-    plain, collecting = [], []
+    plain, collecting, hooks = [], [], []
     for _ in range(rounds):
         plain.append(fit(case, None)[0])
         callback = InfluenceCallback()
+        clock = HookClock(callback)
         seconds, trainer, module = fit(case, callback)
         collecting.append(seconds)
+        hooks.append(clock.share(seconds))
     layers = callback.factors.layers.values()
     examples = min(layer.examples for layer in layers)
     squares = min(layer.squares_examples for layer in layers)
     (rank, norm), again = compare(case, trainer, module, callback.factors)
     return Result(
-        case.name, trainer.global_step, tuple(plain), tuple(collecting), callback.num_collected, examples,
-        squares, rank, norm, again,
+        case.name, trainer.global_step, tuple(plain), tuple(collecting), tuple(hooks), callback.num_collected,
+        examples, squares, rank, norm, again,
     )  # fmt: skip
 
 
@@ -285,19 +292,20 @@ def render(results: list[Result], console: Console | None = None) -> None:
     """Print a table of results, to the terminal by default."""
     console = console or Console()
     if not console.is_terminal:
-        console.width = 140
+        console.width = 150
     table = Table(title="Factors from the fit against factors from a pass after it")
     table.add_column("case")
     columns = (
-        "steps", "plain", "with callback", "overhead", "batches", "examples of covariances", "of eigenvalues",
-        "rank correlation", "norm", "of a second pass",
+        "steps", "plain", "with callback", "overhead", "in hooks", "batches", "examples of covariances",
+        "of eigenvalues", "rank correlation", "norm", "of a second pass",
     )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
             r.case, str(r.steps), f"{min(r.plain):.2f}", f"{min(r.collecting):.2f}",
-            f"{100 * r.overhead:+.1f} %", str(r.batches), f"{r.examples:g}", f"{r.squares:g}",
+            f"{100 * r.overhead:+.1f} %", f"{100 * statistics.median(r.hooks):.1f} %", str(r.batches),
+            f"{r.examples:g}", f"{r.squares:g}",
             f"{r.rank:.3f}", f"{r.norm:.2f}",
             f"{r.again[0]:.3f}, {r.again[1]:.2f}",
         )  # fmt: skip
