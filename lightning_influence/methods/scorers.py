@@ -106,6 +106,8 @@ _REFINE, _REFINEMENTS = 3, 4
 # Chosen by hand: from so many queries on, every training example is rotated in place of every query back.
 _ROTATE_QUERIES = 16
 _CHECK_EXAMPLES = 32
+# Chosen by hand: numbers of solved queries of one layer that the check holds at a time.
+_CHECK_NUMBERS = 2**23
 
 
 class PreconditionedScorer:
@@ -341,15 +343,22 @@ class PreconditionedScorer:
 
     def _exact(self, name: str, layer: LayerGradients) -> Tensor:
         """Return one layer's exact scores of the first queries."""
-        few = slice(0, _CHECK_QUERIES)
         if name in self._dense:
-            return self._rotated(name, layer).dot(self._dense[name][few])[0].T
-        inverse, basis = self._inverse.layers[name], self._inverse.layers[name].basis
-        if self._correction is not None or basis is None:
-            return self._restricted(name, layer).dot(self._solve(name, few))[0].T
+            return self._rotated(name, layer).dot(self._dense[name][:_CHECK_QUERIES])[0].T
+        inverse = self._inverse.layers[name]
         # In the eigenbasis factors are rotated, which takes less than rotating solutions back.
-        queries = self._queries[name].select(few).rotate(basis.inputs, basis.outputs).dense()[0]
-        return layer.rotate(basis.inputs, basis.outputs).dot(queries * inverse.weights)[0].T
+        basis = inverse.basis if self._correction is None else None
+        layer = layer.rotate(basis.inputs, basis.outputs) if basis else self._restricted(name, layer)
+        count, scores = min(_CHECK_QUERIES, self._count or _CHECK_QUERIES), []
+        step = max(1, _CHECK_NUMBERS // prod(layer.shape))
+        for start in range(0, count, step):
+            few = slice(start, min(start + step, count))
+            if basis:
+                queries = self._queries[name].select(few).rotate(basis.inputs, basis.outputs)
+                scores.append(layer.dot(queries.dense()[0] * inverse.weights)[0].T)
+            else:
+                scores.append(layer.dot(self._solve(name, few))[0].T)
+        return torch.cat(scores)
 
     def _approximate(self, name: str, layer: LayerGradients) -> Tensor:
         """Return one layer's low-rank scores of the first queries."""

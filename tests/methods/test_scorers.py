@@ -234,3 +234,24 @@ def test_dense_scores_taken_in_the_eigenbasis_are_those_taken_outside(monkeypatc
     scorer = PreconditionedScorer(p.inverse, p.queries, tolerance=0)
     assert scorer._bases
     assert error(scorer(train), p.exact(p.inverse, None, train)) < 1e-12
+
+
+@pytest.mark.parametrize("queries", [3, Q])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_queries_that_are_checked_a_few_at_a_time_are_checked_alike(monkeypatch, queries, corrected):
+    problem = Problem(torch.float64)
+    problem.queries = {name: layer.select(slice(0, queries)) for name, layer in problem.queries.items()}
+    correction = problem.correction().select(slice(0, queries)) if corrected and queries == Q else None
+    found = []
+    for numbers in (scoring._CHECK_NUMBERS, 5 * 64 * 65):
+        monkeypatch.setattr(scoring, "_CHECK_NUMBERS", numbers)
+        scorer = PreconditionedScorer(problem.inverse, problem.queries, correction=correction)
+        exact = {name: scorer._exact(name, layer) for name, layer in problem.train.items()}
+        assert all(len(scores) == min(queries, 16) for scores in exact.values())
+        found.append((exact, scorer(problem.train)))
+    (first, scores), (parts, again) = found
+    torch.testing.assert_close(parts, first)
+    torch.testing.assert_close(again, scores)
+    total = torch.stack(list(first.values())).sum(0)
+    if correction is None:
+        torch.testing.assert_close(total, problem.exact(problem.inverse)[:16])
