@@ -80,8 +80,7 @@ def register_optimizer(
 
 def find_optimizer_rule(optimizer: torch.optim.Optimizer) -> OptimizerRule | None:
     """Return the rule of an optimizer's class or its nearest base, None if no rule is registered."""
-    own = _RULES.get(type(optimizer))  # asked on every step
-    return own or next((_RULES[base] for base in type(optimizer).__mro__ if base in _RULES), None)
+    return next((_RULES[base] for base in type(optimizer).__mro__ if base in _RULES), None)
 
 
 @register_optimizer(torch.optim.SGD)

@@ -80,14 +80,20 @@ def count_passes_to_come(context: Context, nbytes: float) -> int:
         context: of the call.
         nbytes: memory that an example's gradients take.
     """
-    state, wanted = context.state, min(context.options.memory_budget, CACHE_BYTES)
+    state = context.state
     is_known = not state.factors_key or state.factors_key in _accepted_keys(context)
     if _is_fitted_as_soon(context):
         return 1
     if state.factors is None or not state.factors.layers or not is_known:
-        kept = nbytes * context.train.num_examples <= wanted and not context.options.factors_dir
-        return 1 if kept else 2 * len(divide_layers(context))
+        return 1 if _keeps_gradients(context, nbytes) else 2 * len(divide_layers(context))
     return 0 if state.factors.has_squares else 1
+
+
+def _keeps_gradients(context: Context, nbytes: float) -> bool:
+    """Return whether gradients of so many bytes an example are all kept between covariances and squares."""
+    options = context.options
+    room = min(options.memory_budget, CACHE_BYTES)
+    return options.factors_dir is None and nbytes * context.train.num_examples <= room
 
 
 def _is_fitted_as_soon(context: Context) -> bool:
@@ -97,14 +103,12 @@ def _is_fitted_as_soon(context: Context) -> bool:
     eigenvalues. Factors of all training examples at the final weights are better than those of few examples
     on the way there.
     """
-    state, options = context.state, context.options
-    factors = state.factors
+    state, factors = context.state, context.state.factors
     if factors is None or not state.collected or state.factors_key or factors.has_squares:
         return False
     numbers = sum(layer.numel for layer in context.plan.layers.values())
-    kept = numbers * context.dtype.itemsize * context.train.num_examples
-    one_pass = kept <= min(options.memory_budget, CACHE_BYTES) and options.factors_dir is None
-    return one_pass and context.owners is None and factors.fisher == options.fitted_fisher
+    one_pass = context.owners is None and _keeps_gradients(context, numbers * context.dtype.itemsize)
+    return one_pass and factors.fisher == context.options.fitted_fisher
 
 
 def _tell_examples(context: Context, factors: Factors) -> None:

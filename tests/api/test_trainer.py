@@ -153,6 +153,12 @@ def test_factors_of_a_short_fit_are_fitted_anew_in_the_pass_that_their_eigenvalu
         assert found.diagnostics.extra["factors"].startswith("from the fit")
         assert not any(told in note for note in found.diagnostics.warnings)
     assert names(given) == ["eigenvalues", "query gradients", "scores"]
+    sampled = InfluenceCallback(fisher="sampled")
+    other = trainer(sampled, max_epochs=1)
+    other.fit(Net(), train())
+    assert not sampled.factors.has_squares
+    # So are those of another kind of Fisher than a pass would fit.
+    assert other.influence(**asked).diagnostics.extra["factors"] == "from the fit, sampled Fisher"
     callback.influence_state = replace(callback.influence_state, factors=collected, factors_key="")
     found = host.influence(**asked)
     assert names(found) == ["covariances", "query gradients", "scores"]

@@ -106,6 +106,14 @@ def test_a_sound_state_is_continued_with_and_without_checksums(saved, tmp_path):
     assert same(ends[0][0].state_dict(), ends[1][0].state_dict())
 
 
+def test_a_state_without_the_costs_of_hooks_counts_none(saved, tmp_path):
+    older = copy.deepcopy(saved["callbacks"]["InfluenceCallback"])
+    del older["checksums"], older["collector"]["schedule"]["costs"]["hooks"]
+    callback, _, told = resume(saved, older, tmp_path)
+    assert (callback.num_collected, told) == (20, [])
+    assert callback.state_dict()["collector"]["schedule"]["costs"]["hooks"] == 0
+
+
 def test_every_flipped_bit_of_a_tensor_is_noticed_by_name(saved, tmp_path):
     state = saved["callbacks"]["InfluenceCallback"]
     draw = random.Random(0)
