@@ -6,7 +6,8 @@ weights, trained on the digits or on the topics of Python's own help; they need
 ``pip install -e ".[examples,projects]"``.
 
 Columns: CPU seconds of a fit on one thread without and with the callback (in turn, best of several rounds),
-and what passes in its hooks as a share of the rest of the same fit, which neighbours change little (median);
+and what passes in its hooks as a share of the rest of the same fit, which neighbours change little (median),
+of it what training dynamics take;
 examples that covariances are made of and, in the fit, eigenvalues (of the layer with the fewest); mean rank
 correlation of the queries' EK-FAC scores with those from factors that are fitted in a pass, and how much
 larger they are; the same of scores from a second pass with other random draws, which no estimate from the
@@ -32,7 +33,7 @@ from typing import Any
 
 import lightning
 import torch
-from hook_clock import HookClock
+from hook_clock import DYNAMICS, HookClock
 from rich.console import Console
 from rich.table import Table
 from tasks import TASKS, TaskModule, as_batch
@@ -195,6 +196,7 @@ class Result:
         plain: CPU seconds of fits without the callback.
         collecting: of fits with it.
         hooks: share of the rest of each of these that its hooks took.
+        dynamics: share of it that training dynamics took in these.
         batches: how many batches one fit collected from.
         examples: the fewest examples behind the covariances of a layer.
         squares: the fewest behind the eigenvalues, 0 where there were none at the end of the fit.
@@ -208,6 +210,7 @@ class Result:
     plain: tuple[float, ...]
     collecting: tuple[float, ...]
     hooks: tuple[float, ...]
+    dynamics: tuple[float, ...]
     batches: int
     examples: float
     squares: float
@@ -270,21 +273,22 @@ def correlate(one: Tensor, other: Tensor) -> float:
 def run(case: Case, rounds: int) -> Result:
     """Fit a case ``rounds`` times without and with the callback, in turn, and compare its factors."""
     fit(replace(case, epochs=1), InfluenceCallback())  # warm-up
-    plain, collecting, hooks = [], [], []
+    plain, collecting, hooks, dynamics = [], [], [], []
     for _ in range(rounds):
         plain.append(fit(case, None)[0])
         callback = InfluenceCallback()
-        clock = HookClock(callback)
+        inner, clock = HookClock(callback._dynamics, DYNAMICS), HookClock(callback)
         seconds, trainer, module = fit(case, callback)
         collecting.append(seconds)
         hooks.append(clock.share(seconds))
+        dynamics.append(inner.seconds / (seconds - clock.seconds))
     layers = callback.factors.layers.values()
     examples = min(layer.examples for layer in layers)
     squares = min(layer.squares_examples for layer in layers)
     (rank, norm), again = compare(case, trainer, module, callback.factors)
     return Result(
-        case.name, trainer.global_step, tuple(plain), tuple(collecting), tuple(hooks), callback.num_collected,
-        examples, squares, rank, norm, again,
+        case.name, trainer.global_step, tuple(plain), tuple(collecting), tuple(hooks), tuple(dynamics),
+        callback.num_collected, examples, squares, rank, norm, again,
     )  # fmt: skip
 
 
@@ -296,18 +300,18 @@ def render(results: list[Result], console: Console | None = None) -> None:
     table = Table(title="Factors from the fit against factors from a pass after it")
     table.add_column("case")
     columns = (
-        "steps", "plain", "with callback", "overhead", "in hooks", "batches", "examples of covariances",
-        "of eigenvalues", "rank correlation", "norm", "of a second pass",
+        "steps", "plain", "with callback", "overhead", "in hooks", "of it dynamics", "batches",
+        "examples of covariances", "of eigenvalues", "rank correlation", "norm", "of a second pass",
     )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
             r.case, str(r.steps), f"{min(r.plain):.2f}", f"{min(r.collecting):.2f}",
-            f"{100 * r.overhead:+.1f} %", f"{100 * statistics.median(r.hooks):.1f} %", str(r.batches),
+            f"{100 * r.overhead:+.1f} %", f"{100 * statistics.median(r.hooks):.1f} %",
+            f"{100 * statistics.median(r.dynamics):.1f} %", str(r.batches),
             f"{r.examples:g}", f"{r.squares:g}",
-            f"{r.rank:.3f}", f"{r.norm:.2f}",
-            f"{r.again[0]:.3f}, {r.again[1]:.2f}",
+            f"{r.rank:.3f}", f"{r.norm:.2f}", f"{r.again[0]:.3f}, {r.again[1]:.2f}",
         )  # fmt: skip
     console.print(table)
 

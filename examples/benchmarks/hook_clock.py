@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
 
+HOOKS = [name for name in dir(lightning.Callback) if name.startswith("on_") or name == "setup"]
+# What these call of training dynamics, at the callback's ``_dynamics``.
+DYNAMICS = ["open", "start", "begin_epoch", "begin_batch", "take", "end_batch", "leave_batch", "end_fit"]
+
 
 class HookClock:
-    """Times the hooks of one callback. What they slow down between them, as watched functions, is not in it.
+    """Times methods of one object: by default the hooks of a callback.
+
+    What they slow down between them, as watched functions, is not in it.
 
     Args:
-        callback: before its fit.
+        watched: before its fit.
+        names: of the methods; they do not call each other.
 
     Attributes:
         seconds: of the CPU, so far.
     """
 
-    def __init__(self, callback: lightning.Callback) -> None:
+    def __init__(self, watched: Any, names: Sequence[str] = HOOKS) -> None:
         self.seconds = 0.0
-        for name in dir(lightning.Callback):
-            if name.startswith("on_") or name == "setup":
-                setattr(callback, name, functools.partial(self._run, getattr(callback, name)))
+        for name in names:
+            setattr(watched, name, functools.partial(self._run, getattr(watched, name)))
 
     def _run(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
         start = time.process_time()

@@ -3,7 +3,8 @@
 ``python examples/benchmarks/overhead.py [--small] [--rounds 3] [task ...]``. CPU seconds on one thread; the
 best of several rounds on either side, because a neighbour on the machine only ever slows a fit. The spread
 between the rounds of one side is shown beside: an overhead below it is not resolved. What passes in the hooks
-is, whatever the neighbours do: its share of the rest of the same fit, the median of the rounds.
+is, whatever the neighbours do: its share of the rest of the same fit, the median of the rounds. Training
+dynamics are part of it, which may take a tenth of a second in short fits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from hook_clock import HookClock
+from hook_clock import DYNAMICS, HookClock
 from rich.console import Console
 from rich.table import Table
 from tasks import TASKS, Task, fit
@@ -36,6 +37,7 @@ class Overhead:
         plain: fits without the callback.
         collecting: fits with it.
         hooks: share of the rest of each of these that its hooks took.
+        dynamics: share of it that training dynamics took in these.
         batches: batches that one fit collected.
         complete: whether factors with eigenvalues were there at the end.
     """
@@ -45,6 +47,7 @@ class Overhead:
     plain: tuple[float, ...]
     collecting: tuple[float, ...]
     hooks: tuple[float, ...]
+    dynamics: tuple[float, ...]
     batches: int
     complete: bool
 
@@ -79,17 +82,20 @@ def overhead(task: Task, rounds: int) -> Overhead:
         The times.
     """
     fit(replace(task, recipe=replace(task.recipe, epochs=1)), 0, callbacks=[InfluenceCallback()])  # warm-up
-    plain, collecting, hooks = [], [], []
+    plain, collecting, hooks, dynamics = [], [], [], []
     callback = InfluenceCallback()
     for _ in range(rounds):
         plain.append(cpu_seconds(task, []))
         callback = InfluenceCallback()
-        clock = HookClock(callback)
+        inner, clock = HookClock(callback._dynamics, DYNAMICS), HookClock(callback)
         collecting.append(cpu_seconds(task, [callback]))
         hooks.append(clock.share(collecting[-1]))
+        dynamics.append(inner.seconds / (collecting[-1] - clock.seconds))
     steps = task.recipe.steps(len(task.train))
     collected, complete = callback.num_collected, callback.factors.has_squares
-    return Overhead(task.name, steps, tuple(plain), tuple(collecting), tuple(hooks), collected, complete)
+    return Overhead(
+        task.name, steps, tuple(plain), tuple(collecting), tuple(hooks), tuple(dynamics), collected, complete
+    )
 
 
 def render(results: list[Overhead], console: Console | None = None) -> None:
@@ -103,7 +109,11 @@ def render(results: list[Overhead], console: Console | None = None) -> None:
         caption=f"CPU seconds on one thread, best of {rounds} rounds; spread: best to second-best round",
     )
     table.add_column("task")
-    for column in ("steps", "plain", "with callback", "overhead", "spread", "in hooks", "batches", "factors"):
+    columns = (
+        "steps", "plain", "with callback", "overhead", "spread", "in hooks", "of it dynamics", "batches",
+        "factors",
+    )  # fmt: skip
+    for column in columns:
         table.add_column(column, justify="right")
     for result in results:
         table.add_row(
@@ -114,6 +124,7 @@ def render(results: list[Overhead], console: Console | None = None) -> None:
             f"{100 * result.share:+.1f} %",
             "-" if result.spread is None else f"{100 * result.spread:.1f} %",
             f"{100 * statistics.median(result.hooks):.1f} %",
+            f"{100 * statistics.median(result.dynamics):.1f} %",
             str(result.batches),
             "complete" if result.complete else "covariances only",
         )

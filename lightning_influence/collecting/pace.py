@@ -13,7 +13,7 @@ from lightning_influence.collecting import stopwatch
 from lightning_influence.model.live.live_capture import time_call
 
 # Chosen by hand: seconds that no fit minds. Short ones are seen whole with them.
-_GRACE = 0.2
+_GRACE = 0.1
 
 
 class Pace:
