@@ -6,12 +6,11 @@ weights, trained on the digits or on the topics of Python's own help; they need
 ``pip install -e ".[examples,projects]"``.
 
 Columns: CPU seconds of a fit on one thread without and with the callback (in turn, best of several rounds),
-and what passes in its hooks as a share of the rest of the same fit, which neighbours change little (median),
-of it what training dynamics take;
-examples that covariances are made of and, in the fit, eigenvalues (of the layer with the fewest); mean rank
-correlation of the queries' EK-FAC scores with those from factors that are fitted in a pass, and how much
-larger they are; the same of scores from a second pass with other random draws, which no estimate from the
-fit can be expected to exceed.
+and what passes in its hooks as a share of the rest of a fit that is timed there alone, which neighbours
+change little (median), of it what training dynamics take; examples that covariances are made of and, in the
+fit, eigenvalues (of the layer with the fewest); mean rank correlation of the queries' EK-FAC scores with
+those from factors that are fitted in a pass, and how much larger they are; the same of scores from a second
+pass with other random draws, which no estimate from the fit can be expected to exceed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from typing import Any
 
 import lightning
 import torch
-from hook_clock import DYNAMICS, HookClock
+from hook_clock import measure_shares
 from rich.console import Console
 from rich.table import Table
 from tasks import TASKS, TaskModule, as_batch
@@ -195,7 +194,7 @@ class Result:
         steps: optimizer steps of a fit.
         plain: CPU seconds of fits without the callback.
         collecting: of fits with it.
-        hooks: share of the rest of each of these that its hooks took.
+        hooks: share of the rest of such fits that the callback's hooks took.
         dynamics: share of it that training dynamics took in these.
         batches: how many batches one fit collected from.
         examples: the fewest examples behind the covariances of a layer.
@@ -273,21 +272,20 @@ def correlate(one: Tensor, other: Tensor) -> float:
 def run(case: Case, rounds: int) -> Result:
     """Fit a case ``rounds`` times without and with the callback, in turn, and compare its factors."""
     fit(replace(case, epochs=1), InfluenceCallback())  # warm-up
-    plain, collecting, hooks, dynamics = [], [], [], []
+    plain, collecting, shares = [], [], []
     for _ in range(rounds):
         plain.append(fit(case, None)[0])
         callback = InfluenceCallback()
-        inner, clock = HookClock(callback._dynamics, DYNAMICS), HookClock(callback)
         seconds, trainer, module = fit(case, callback)
         collecting.append(seconds)
-        hooks.append(clock.share(seconds))
-        dynamics.append(inner.seconds / (seconds - clock.seconds))
+        shares.append(measure_shares(lambda clocked: fit(case, clocked)[0]))
+    hooks, dynamics = zip(*shares, strict=True)
     layers = callback.factors.layers.values()
     examples = min(layer.examples for layer in layers)
     squares = min(layer.squares_examples for layer in layers)
     (rank, norm), again = compare(case, trainer, module, callback.factors)
     return Result(
-        case.name, trainer.global_step, tuple(plain), tuple(collecting), tuple(hooks), tuple(dynamics),
+        case.name, trainer.global_step, tuple(plain), tuple(collecting), hooks, dynamics,
         callback.num_collected, examples, squares, rank, norm, again,
     )  # fmt: skip
 

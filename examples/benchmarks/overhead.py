@@ -3,8 +3,8 @@
 ``python examples/benchmarks/overhead.py [--small] [--rounds 3] [task ...]``. CPU seconds on one thread; the
 best of several rounds on either side, because a neighbour on the machine only ever slows a fit. The spread
 between the rounds of one side is shown beside: an overhead below it is not resolved. What passes in the hooks
-is, whatever the neighbours do: its share of the rest of the same fit, the median of the rounds. Training
-dynamics are part of it, which may take a tenth of a second in short fits.
+is, whatever the neighbours do: its share of the rest of a fit that is timed there alone, the median of the
+rounds. Training dynamics are part of it, which may take a tenth of a second in short fits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from hook_clock import DYNAMICS, HookClock
+from hook_clock import measure_shares
 from rich.console import Console
 from rich.table import Table
 from tasks import TASKS, Task, fit
@@ -36,7 +36,7 @@ class Overhead:
         steps: optimizer steps of a fit.
         plain: fits without the callback.
         collecting: fits with it.
-        hooks: share of the rest of each of these that its hooks took.
+        hooks: share of the rest of such fits that the callback's hooks took.
         dynamics: share of it that training dynamics took in these.
         batches: batches that one fit collected.
         complete: whether factors with eigenvalues were there at the end.
@@ -82,20 +82,17 @@ def overhead(task: Task, rounds: int) -> Overhead:
         The times.
     """
     fit(replace(task, recipe=replace(task.recipe, epochs=1)), 0, callbacks=[InfluenceCallback()])  # warm-up
-    plain, collecting, hooks, dynamics = [], [], [], []
+    plain, collecting, shares = [], [], []
     callback = InfluenceCallback()
     for _ in range(rounds):
         plain.append(cpu_seconds(task, []))
         callback = InfluenceCallback()
-        inner, clock = HookClock(callback._dynamics, DYNAMICS), HookClock(callback)
         collecting.append(cpu_seconds(task, [callback]))
-        hooks.append(clock.share(collecting[-1]))
-        dynamics.append(inner.seconds / (collecting[-1] - clock.seconds))
+        shares.append(measure_shares(lambda clocked: cpu_seconds(task, [clocked])))
     steps = task.recipe.steps(len(task.train))
     collected, complete = callback.num_collected, callback.factors.has_squares
-    return Overhead(
-        task.name, steps, tuple(plain), tuple(collecting), tuple(hooks), tuple(dynamics), collected, complete
-    )
+    hooks, dynamics = zip(*shares, strict=True)
+    return Overhead(task.name, steps, tuple(plain), tuple(collecting), hooks, dynamics, collected, complete)
 
 
 def render(results: list[Overhead], console: Console | None = None) -> None:

@@ -56,8 +56,8 @@ _MOST_EXAMPLES = 8_000
 # A window collects enough examples, or this share of those that the run has seen if that is less. Chosen by
 # hand.
 _ENOUGH_SHARE = 0.1
-# Shares of the budget for batches: the first, less what hooks take on every step, but no less than the second.
-# The rest pays for what is slower because hooks run between. Chosen by hand.
+# Shares of the budget for batches: the first, less what hooks take on every step, but no less than the
+# second. The rest pays for what is slower because hooks run between. Chosen by hand.
 _BUDGETED, _LEFT = 0.85, 0.2
 # Until the budget allows more, this many batches may be collected, so that short runs have factors at all.
 # Chosen by hand.

@@ -21,7 +21,7 @@ def test_a_task_gives_a_row():
     assert len(result.plain) == len(result.collecting) == len(result.hooks) == 2
     assert result.batches >= 1
     assert all(0 < share < 10 for share in result.hooks)
-    assert all(0 < part < whole for part, whole in zip(result.dynamics, result.hooks, strict=True))
+    assert all(part > 0 for part in result.dynamics)
     written = io.StringIO()
     benchmark.render([result], Console(file=written, width=120))
     assert "digits_mlp" in written.getvalue()
