@@ -9,7 +9,6 @@ of the answer of a second closed form, which may be the better ``z``, with direc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.compact_solving import solve_within
 from lightning_influence.curvature.compact_space import CompactSpace, CurvatureRows, compute_gram
+from lightning_influence.curvature.compact_ways import Form, System, Way, choose, measure_gains
 from lightning_influence.curvature.inverse import BlockInverse
 from lightning_influence.curvature.low_rank_matrices import Matrices, join_matrices
 from lightning_influence.curvature.two_level import relate_norms, square_norms
@@ -31,6 +31,7 @@ Combine = Callable[[CurvatureRows], Tensor]
 """Finds ``(1/N) J^T B W`` over all curvature examples for rows ``W``, ``(V, P)``."""
 # Chosen by hand: examples whose rows are looked up at once.
 _EXAMPLES = 64
+_ALL, _HALVES = slice(None), (slice(0, None, 2), slice(1, None, 2))
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class CompactCorrection:
         solved: ``z`` by layer, as far as it is not cut.
         steps: ``t``, ``(Q,)``.
         shortened: how many of the answers have another length than is best in the norm of ``A``.
+        alone: how many are the second closed form's, in another length.
     """
 
     coefficients: Tensor
@@ -50,6 +52,7 @@ class CompactCorrection:
     solved: Mapping[str, Matrices]
     steps: Tensor
     shortened: int = 0
+    alone: int = 0
 
     def select(self, index: Tensor | slice) -> CompactCorrection:
         """Return the answers to some of the queries."""
@@ -93,74 +96,6 @@ class ClosedAnswers:
         return sum(part.nbytes for part in self.vectors.values())
 
 
-@dataclass(frozen=True)
-class _Form:
-    """A closed form's answers in the system that is to be solved.
-
-    Attributes:
-        first: place of its first answer among those of all forms.
-        factor: of the answers as they are held.
-        image: ``[W, Q]^T A z``, ``(Q, s + m S)``.
-        along: ``z^T v``, ``(Q,)``.
-        curved: ``z^T A z``, ``(Q,)``.
-    """
-
-    first: int
-    factor: float
-    image: Tensor
-    along: Tensor
-    curved: Tensor
-
-
-@dataclass(frozen=True)
-class _Tried:
-    """One way to answer: of which form, the steps ``t``, ``c``, and the remainders at the probes."""
-
-    form: _Form
-    steps: Tensor
-    coefficients: Tensor
-    remainders: Tensor
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Which of several ways to answer each query is best, ``(Q,)``, and the length it is best in."""
-
-    best: Tensor
-    lengths: Tensor
-
-    def leave(self, remainders: Tensor, seen: Tensor) -> Tensor:
-        """Return what is left at probes, ``(Q, s)``, of what is left by every way ``(ways, Q, s)``."""
-        left = remainders[self.best, torch.arange(len(seen), device=seen.device)]
-        return seen - self.lengths[:, None] * (seen - left)
-
-
-def _choose(remainders: Tensor, seen: Tensor, scale: Tensor, tolerance: float) -> _Choice:
-    """Choose by what probes see.
-
-    Args:
-        remainders: what every way leaves, ``(ways, Q, s)``; the first one is taken where it is tolerated.
-        seen: what there is, ``(Q, s)``.
-        scale: squared norms of the queries, ``(Q,)``.
-        tolerance: as in :meth:`CompactTwoLevel.compare`.
-
-    Returns:
-        For each query the best way, in a length other than 1 only where it would be worse than nothing.
-    """
-    residuals = (remainders.square().mean(dim=2) / scale).sqrt()
-    best = residuals.nan_to_num(nan=math.inf).argmin(dim=0)
-    best = torch.where(residuals[0] > tolerance, best, torch.zeros_like(best))
-    plain = _Choice(best, torch.ones_like(scale))
-    # What is best in the norm of A may be longer than nothing at all is off in the norm of residuals. Its
-    # length is then the one that is best in that norm.
-    answers = seen - plain.leave(remainders, seen)
-    lengths = (answers * seen).sum(dim=1) / answers.square().sum(dim=1)
-    left = (seen - lengths[:, None] * answers).square().mean(dim=1)
-    own = residuals.gather(0, best[None])[0]
-    long = (own > max(1.0, tolerance)) & (lengths > 0) & (left < own.square() * scale)
-    return _Choice(best, torch.where(long, lengths, plain.lengths))
-
-
 class CompactTwoLevel:
     """The two-level operator for one preconditioner and a compact space.
 
@@ -184,16 +119,8 @@ class CompactTwoLevel:
     ) -> None:
         self.inverse, self.space, self.step = inverse, space, step
         self._find_rows, self._combine, self._all_reduce_sum = find_rows, combine, all_reduce_sum
-        probes, rows = space.num_probes, space.rows.values
-        self._dtype = rows.dtype
-        small = compute_gram(rows, rows[:, :, probes:]) / space.normaliser  # [W, Q]^T G Q
-        for name, damping in inverse.damping.items():
-            if damping:
-                vectors, columns = space.directions[name], space.columns(name)
-                small[probes:][columns, columns] += damping * vectors.inner(vectors)
-                small[:probes, columns] += damping * space.probes[name].inner(vectors)
-        self._residual_coarse = small[:probes]  # W^T A Q, (s, m S)
-        self.small = (small[probes:] + small[probes:].T) / 2
+        self._dtype = space.rows.values.dtype
+        self._residual_coarse, self.small = self._multiply_out(_ALL)  # W^T A Q, (s, m S), and Q^T A Q
         self._galerkin = GalerkinInverse(self.small, self._dtype)
 
     @property
@@ -218,7 +145,9 @@ class CompactTwoLevel:
             rows: ``B^T J z`` of this process's curvature examples; None to find them in a pass.
             tolerance: every query gets the best of ``z + Q c``, of the best steps ``t z + Q c`` with the
                 ``z`` of either form, and of ``t z`` of the other form alone; up to this residual the first.
-                Where that is above 1 still, answers are shortened, so that they are better than none.
+                Where that is above 1 still, answers are shortened, so that they are better than none. Of
+                random mixtures, the best is what gains most on mixtures that it was not made of, among what
+                is better than none.
 
         Returns:
             The answers; the estimated relative residual ``||v - A x|| / ||v||`` of each query, ``(Q,)``; and
@@ -229,51 +158,73 @@ class CompactTwoLevel:
         for name, gradients in queries.items():
             right[:, :probes] += space.probes[name].dot(gradients)[0]
             right[:, probes:][:, space.columns(name)] += space.directions[name].dot(gradients)[0]
-        forms = self._place(answers, self._find_rows(answers.vectors) if rows is None else rows)
-
+        rows = self._find_rows(answers.vectors) if rows is None else rows
+        system = System(self.small, self._galerkin, self._place(answers, rows))
+        forms, ways, gains = system.forms, system.list_ways(right), None
         seen = right[:, :probes]
-        plain = torch.ones_like(forms[0].along)
-        tried = [_Tried(forms[0], plain, *self._correct(right - forms[0].image))]
-        tried += [self._take_best_step(form, right) for form in forms]
         if len(forms) > 1:
             own = forms[1].image[:, :probes]
             steps = (own * seen).sum(dim=1) / own.square().sum(dim=1)
-            steps = torch.where(steps.isfinite(), steps, plain)
-            nothing = torch.zeros_like(tried[0].coefficients)
-            tried.append(_Tried(forms[1], steps, nothing, seen - steps[:, None] * own))
-        remainders = torch.stack([one.remainders for one in tried])
+            steps = torch.where(steps.isfinite(), steps, torch.ones_like(steps))
+            ways.append(Way(1, steps, torch.zeros_like(ways[0].coefficients)))
+        if space.mixtures > 1:
+            halves = [self._halve(answers, rows, half) for half in _HALVES]
+            gains = measure_gains(halves, right)[: len(ways)]
+        remainders = torch.stack([way.leave(forms, seen, self._residual_coarse) for way in ways])
         scale = square_norms(queries).double().clamp_min(torch.finfo(torch.float64).tiny)
-        chosen = _choose(remainders, seen, scale, tolerance)
-        best, each = chosen.best, torch.arange(len(plain), device=plain.device)
-        coefficients = torch.stack([one.coefficients for one in tried])[best, each]
-        steps = torch.stack([one.steps * one.form.factor for one in tried])[best, each]
-        bases = torch.tensor([one.form.first for one in tried], device=best.device)[best]
+        chosen = choose(remainders, seen, scale, tolerance, gains)
+        taken, each = chosen.best, torch.arange(len(scale), device=scale.device)
+        coefficients = torch.stack([way.coefficients for way in ways])[taken, each]
+        steps = torch.stack([way.steps * forms[way.form].factor for way in ways])[taken, each]
+        bases = torch.tensor([forms[way.form].first for way in ways], device=taken.device)[taken]
         correction = CompactCorrection(
             (coefficients * chosen.lengths[:, None]).to(self._dtype),
             space,
             {name: vectors.select(bases + each) for name, vectors in answers.vectors.items()},
             (steps * chosen.lengths).to(self._dtype),
             int((chosen.lengths != 1).sum()),
+            int((taken > len(forms)).sum()),
         )
         # What is best by some probes looks better to them than it is: the others tell how good it is.
-        halves = [slice(0, None, 2), slice(1, None, 2)]
         told = torch.zeros_like(scale)
-        for half, rest in (halves, halves[::-1]):
-            choice = _choose(remainders[..., half], seen[:, half], scale, tolerance)
+        for half, rest in (_HALVES, _HALVES[::-1]):
+            choice = choose(remainders[..., half], seen[:, half], scale, tolerance, gains)
             told += choice.leave(remainders[..., rest], seen[:, rest]).square().sum(dim=1)
         residuals = (told / probes / scale).sqrt().to(self._dtype)
         closed_residuals = self._relate(seen - forms[-1].image[:, :probes], queries)
         return correction, residuals, closed_residuals
 
-    def _place(self, answers: ClosedAnswers, rows: CurvatureRows) -> list[_Form]:
+    def _multiply_out(self, half: slice) -> tuple[Tensor, Tensor]:
+        """Return ``W^T A Q`` and ``Q^T A Q`` in float64, estimated from some of the columns."""
+        space, probes = self.space, self.space.num_probes
+        rows = space.rows.values[:, half]
+        small = compute_gram(rows, rows[:, :, probes:]) * self._rescale(half)  # [W, Q]^T G Q
+        for name, damping in self.inverse.damping.items():
+            if damping:
+                vectors, columns = space.directions[name], space.columns(name)
+                small[probes:][columns, columns] += damping * vectors.inner(vectors)
+                small[:probes, columns] += damping * space.probes[name].inner(vectors)
+        return small[:probes], (small[probes:] + small[probes:].T) / 2
+
+    def _rescale(self, half: slice) -> float:
+        """Return what sums over some of the columns are multiplied by."""
+        columns = self.space.rows.values.shape[1]
+        return columns / max(1, len(range(columns)[half])) / self.space.normaliser
+
+    def _halve(self, answers: ClosedAnswers, rows: CurvatureRows, half: slice) -> System:
+        """Return the system that half of the mixtures make."""
+        small = self._multiply_out(half)[1]
+        return System(small, GalerkinInverse(small, self._dtype), self._place(answers, rows, half))
+
+    def _place(self, answers: ClosedAnswers, rows: CurvatureRows, half: slice = _ALL) -> list[Form]:
         """Return what the curvature, with its damping, makes of the closed forms' answers."""
         found, count = answers.along.shape
         image = self.small.new_zeros(found * count, self.space.num_probes + len(self.small))
-        curved = self._add_image(image, answers.vectors, rows).view(found, count) + answers.damped
+        curved = self._add_image(image, answers.vectors, rows, half).view(found, count) + answers.damped
         images = image.view(found, count, -1)
         kinds = [(0, self.step), (found - 1, 1.0)]
         return [
-            _Form(
+            Form(
                 one * count,
                 factor,
                 factor * images[one],
@@ -282,21 +233,6 @@ class CompactTwoLevel:
             )
             for one, factor in dict.fromkeys(kinds)
         ]
-
-    def _correct(self, left: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``c`` for what is left of ``[W, Q]^T v``, and the remainders that the probes then see."""
-        probes = self.space.num_probes
-        coefficients = self._galerkin.solve(left[:, probes:])
-        return coefficients, left[:, :probes] - coefficients @ self._residual_coarse.T
-
-    def _take_best_step(self, form: _Form, right: Tensor) -> _Tried:
-        """Return ``t z + Q c`` with the ``t`` and ``c`` that are best in the norm of ``A``."""
-        probes, image = self.space.num_probes, form.image
-        inside = self._galerkin.solve(image[:, probes:])
-        rest = form.curved - (inside * image[:, probes:]).sum(dim=1)
-        steps = (form.along - (inside * right[:, probes:]).sum(dim=1)) / rest
-        steps = torch.where((rest > 0) & steps.isfinite(), steps, torch.ones_like(steps))
-        return _Tried(form, steps, *self._correct(right - steps[:, None] * image))
 
     def _relate(self, remainders: Tensor, queries: Mapping[str, LayerGradients]) -> Tensor:
         return relate_norms(remainders.to(self._dtype), queries)
@@ -326,14 +262,16 @@ class CompactTwoLevel:
         damping = self.space.layout.expand(self.inverse.damping, result)
         return result.add_(self.combine(weights) * damping)
 
-    def _add_image(self, image: Tensor, solved: Mapping[str, Matrices], found: CurvatureRows) -> Tensor:
+    def _add_image(
+        self, image: Tensor, solved: Mapping[str, Matrices], found: CurvatureRows, half: slice
+    ) -> Tensor:
         """Add ``[W, Q]^T A z`` of vectors by layer to ``(V, s + m S)`` and return ``z^T G z``; in float64."""
-        space = self.space
+        space, scale = self.space, self._rescale(half)
         columns = found.values.shape[1]  # of this process's examples: others may have more
         for some in torch.split(torch.arange(len(found.indices)), _EXAMPLES):
             rows = space.rows.find(found.indices[some])[:, :columns]
-            image += compute_gram(found.values[some], rows) / space.normaliser
-        squares = found.values.double().square().sum(dim=(0, 1)) / space.normaliser
+            image += compute_gram(found.values[some][:, half], rows[:, half]) * scale
+        squares = found.values[:, half].double().square().sum(dim=(0, 1)) * scale
         image.copy_(self._all_reduce_sum(image))
         for name, vectors in solved.items():
             damping, probes = self.inverse.layers[name].damping, space.num_probes

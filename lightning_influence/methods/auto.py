@@ -325,6 +325,11 @@ class Auto(Method):
                 "answers were shortened until their residuals were below 1, so that the order of scores "
                 "tells more than their size. Raise `memory_budget`, `max_steps` or the damping."
             )
+        if found[0].alone:
+            self.context.notes.add(
+                f"{found[0].alone} queries got the answer of method='ekfac' in its best length: nothing that "
+                f"{self.space.size} directions make of it is better. Raise `memory_budget`."
+            )
         return found
 
     def _find_worse(self, residuals: Tensor, own: Tensor, subject: str) -> Tensor:
