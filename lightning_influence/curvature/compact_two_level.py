@@ -146,8 +146,8 @@ class CompactTwoLevel:
             tolerance: every query gets the best of ``z + Q c``, of the best steps ``t z + Q c`` with the
                 ``z`` of either form, and of ``t z`` of the other form alone; up to this residual the first.
                 Where that is above 1 still, answers are shortened, so that they are better than none. Of
-                random mixtures, the best is what gains most on mixtures that it was not made of, among what
-                is better than none.
+                random mixtures, the best are those with the ``z`` of the other form, and of these what gains
+                most on mixtures that it was not made of, among what is better than none.
 
         Returns:
             The answers; the estimated relative residual ``||v - A x|| / ||v||`` of each query, ``(Q,)``; and
