@@ -99,9 +99,10 @@ class Auto(Method):
     answered in groups under what it leaves.
 
     An answer whose residual is above that of ``"ekfac"``'s answer, or above 1, that of an answer of zero, is
-    not given: ``"ekfac"``'s takes its place, with a note. Where passes are long and outputs too many to take
-    the curvature of all, as in language models, ``"ekfac"`` answers from the first, unless an option asks for
-    a correction.
+    not given: ``"ekfac"``'s takes its place, with a note. Residuals in a system that is estimated from random
+    mixtures do not tell enough; :mod:`~.compact_ways` says what does. Where passes are long and outputs too
+    many to take the curvature of all, as in language models, ``"ekfac"`` answers from the first, unless an
+    option asks for a correction.
     """
 
     in_groups: ClassVar[bool] = True
