@@ -159,8 +159,8 @@ class CompactTwoLevel:
             right[:, :probes] += space.probes[name].dot(gradients)[0]
             right[:, probes:][:, space.columns(name)] += space.directions[name].dot(gradients)[0]
         rows = self._find_rows(answers.vectors) if rows is None else rows
-        system = System(self.small, self._galerkin, self._place(answers, rows))
-        forms, ways, gains = system.forms, system.list_ways(right), None
+        system, gains = System(self.small, self._place(answers, rows)), None
+        forms, ways = system.forms, system.list_ways(right, self._galerkin)
         seen = right[:, :probes]
         if len(forms) > 1:
             own = forms[1].image[:, :probes]
@@ -169,7 +169,8 @@ class CompactTwoLevel:
             ways.append(Way(1, steps, torch.zeros_like(ways[0].coefficients)))
         if space.mixtures > 1:
             halves = [self._halve(answers, rows, half) for half in _HALVES]
-            gains = measure_gains(halves, right)[: len(ways)]
+            gains = measure_gains(halves, right, self._dtype)[: len(ways)]
+            del halves
         remainders = torch.stack([way.leave(forms, seen, self._residual_coarse) for way in ways])
         scale = square_norms(queries).double().clamp_min(torch.finfo(torch.float64).tiny)
         chosen = choose(remainders, seen, scale, tolerance, gains)
@@ -213,8 +214,7 @@ class CompactTwoLevel:
 
     def _halve(self, answers: ClosedAnswers, rows: CurvatureRows, half: slice) -> System:
         """Return the system that half of the mixtures make."""
-        small = self._multiply_out(half)[1]
-        return System(small, GalerkinInverse(small, self._dtype), self._place(answers, rows, half))
+        return System(self._multiply_out(half)[1], self._place(answers, rows, half))
 
     def _place(self, answers: ClosedAnswers, rows: CurvatureRows, half: slice = _ALL) -> list[Form]:
         """Return what the curvature, with its damping, makes of the closed forms' answers."""

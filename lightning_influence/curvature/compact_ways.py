@@ -77,27 +77,23 @@ class System:
 
     Attributes:
         small: ``Q^T A Q``, ``(m S, m S)`` in float64.
-        galerkin: its inverse.
         forms: the answers of closed forms.
     """
 
     small: Tensor
-    galerkin: GalerkinInverse
     forms: Sequence[Form]
 
-    def list_ways(self, right: Tensor) -> list[Way]:
+    def list_ways(self, right: Tensor, galerkin: GalerkinInverse) -> list[Way]:
         """Return the first form with its correction, and every form in its best length with its own.
 
         Args:
             right: ``[W, Q]^T v``, ``(Q, s + m S)``.
+            galerkin: ``(Q^T A Q)^{-1}``.
         """
         plain = torch.ones_like(self.forms[0].along)
+        best = [self._find_best_steps(number, right, galerkin) for number in range(len(self.forms))]
         return [
-            self._correct(0, plain, right),
-            *(
-                self._correct(number, self._find_best_steps(number, right), right)
-                for number in range(len(self.forms))
-            ),
+            self._correct(number, steps, right, galerkin) for number, steps in [(0, plain), *enumerate(best)]
         ]
 
     def measure(self, way: Way, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,16 +106,16 @@ class System:
         ).sum(1)
         return along, curved
 
-    def _correct(self, number: int, steps: Tensor, right: Tensor) -> Way:
+    def _correct(self, number: int, steps: Tensor, right: Tensor, galerkin: GalerkinInverse) -> Way:
         """Return the way whose ``c`` is best for its ``t``."""
         left = right - steps[:, None] * self.forms[number].image
-        return Way(number, steps, self.galerkin.solve(self._inside(left)))
+        return Way(number, steps, galerkin.solve(self._inside(left)))
 
-    def _find_best_steps(self, number: int, right: Tensor) -> Tensor:
+    def _find_best_steps(self, number: int, right: Tensor, galerkin: GalerkinInverse) -> Tensor:
         """Return the ``t`` that are best in the norm of ``A`` if ``c`` is best for each."""
         form = self.forms[number]
         image = self._inside(form.image)
-        inside = self.galerkin.solve(image)
+        inside = galerkin.solve(image)
         rest = form.curved - (inside * image).sum(dim=1)
         steps = (form.along - (inside * self._inside(right)).sum(dim=1)) / rest
         return torch.where((rest > 0) & steps.isfinite(), steps, torch.ones_like(steps))
@@ -129,12 +125,13 @@ class System:
         return products[:, products.shape[1] - len(self.small) :]
 
 
-def measure_gains(halves: Sequence[System], right: Tensor) -> Tensor:
+def measure_gains(halves: Sequence[System], right: Tensor, precision: torch.dtype) -> Tensor:
     """Judge ways with the last form by curvature that they were not fitted to.
 
     Args:
         halves: two independent estimates of one system.
         right: ``[W, Q]^T v``, ``(Q, s + m S)``.
+        precision: of the vectors that they were computed from.
 
     Returns:
         ``(x^T v)^2 / x^T A x`` for each way of :meth:`System.list_ways`, and at last for the last form alone,
@@ -142,7 +139,8 @@ def measure_gains(halves: Sequence[System], right: Tensor) -> Tensor:
         Ways with another form have -1.
     """
     gains, last = [], len(halves[0].forms) - 1
-    for pair in zip(*(half.list_ways(right) for half in halves), strict=True):
+    ways = [half.list_ways(right, GalerkinInverse(half.small, precision)) for half in halves]
+    for pair in zip(*ways, strict=True):
         if pair[0].form != last:
             gains.append(torch.full_like(pair[0].steps, -1.0))
             continue
